@@ -1,0 +1,1 @@
+"""Foundation of the ARES reproduction. Nothing in here imports the scripts or the shared modules above it."""

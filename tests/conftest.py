@@ -1,0 +1,108 @@
+"""Shared fixtures: the real data beside the checkout, tiny models of the real kind, and launches of the scripts.
+
+Real data is found through `../shared` or $ARES_SHARED. Where it is absent its tests skip; under
+ARES_REQUIRE_SHARED=1 (CI) absence fails.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("ARES_SHARED", ROOT.parent / "shared"))
+
+# two cores, several processes: more threads only fight each other
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items):
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in gpu:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and fixtures."""
+    if not (SHARED / "SPEC.md").exists():
+        message = f"real data not found at {SHARED} (set ARES_SHARED)"
+        if os.environ.get("ARES_REQUIRE_SHARED") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def fixtures(shared) -> Path:
+    """Outputs of the released code on real data."""
+    return shared / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def sample(shared) -> Path:
+    """The sample of real ScienceQA: captions, images, name map; the data root is `sample / "ScienceQA/data"`."""
+    return shared / "data" / "scienceqa_sample"
+
+
+@pytest.fixture(scope="session")
+def t5_tokenizer_dir(shared) -> Path:
+    return shared / "data" / "t5_tokenizer"
+
+
+@pytest.fixture(scope="session")
+def t5_tokenizer(t5_tokenizer_dir):
+    """The real T5 tokenizer, the one of flan-alpaca and of the released checkpoints."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(t5_tokenizer_dir)
+
+
+def run_script(*argv, cwd=ROOT, nproc: int = 1, check: bool = True, timeout: float = 900, env: dict | None = None):
+    """Run a script of the project as a user would; `nproc` > 1 starts that many real ranks on CPU through torchrun.
+
+    Returns the CompletedProcess with stdout and stderr as text. With `check`, a non-zero status fails the test and
+    shows the end of both.
+    """
+    command = [sys.executable]
+    if nproc > 1:
+        command += ["-m", "torch.distributed.run", "--nproc_per_node", str(nproc), "--master_port", str(_free_port())]
+    command += [str(arg) for arg in argv]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment["OMP_NUM_THREADS"] = "1" if nproc > 1 else "2"
+    environment.update(env or {})
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    if check and done.returncode != 0:
+        pytest.fail(
+            f"{' '.join(command)}\nended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}",
+            pytrace=False,
+        )
+    return done
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def one_line_error(done: subprocess.CompletedProcess, *words: str) -> None:
+    """Assert that a script ended with status 2 and one `error:` line, without a traceback, that holds `words`."""
+    assert done.returncode == 2, (done.returncode, done.stdout[-1500:], done.stderr[-3000:])
+    lines = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(lines) == 1, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
