@@ -78,7 +78,7 @@ def run_script(*argv, cwd=ROOT, nproc: int = 1, check: bool = True, timeout: flo
     if nproc > 1:
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(nproc), "--master_port", str(_free_port())]
     command += [str(arg) for arg in argv]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     environment["OMP_NUM_THREADS"] = "1" if nproc > 1 else "2"
     environment.update(env or {})
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
