@@ -1,0 +1,323 @@
+"""The data folder: problems, splits, captions, images, name map, corrections - found, read and checked.
+
+Everything a user can have wrong in these files ends here, in one line that names the file, the question and the fix,
+before a model is loaded or money spent. Works for any data set in ScienceQA's schema, whatever its size. Leaves out
+the feature files (utils_data.py). Imports no torch: the Teacher's machine may have none.
+
+    python -c "from ares.problems import *; p = load_problems('data', find_dataset('data')); print(len(p))"
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ares.cli import UserError, print0, read_json
+
+KNOWN_DATASETS = ("scienceqa", "aokvqa")
+CAPTION_DEFAULT = "data/captions.json"  # the default of --caption_file
+CAPTION_NAMES = ("captions.json", "instruct_captions.json")
+FEATURE_SUFFIXES = (".npy", ".safetensors", ".pth", ".pt")  # where several lie side by side: cheapest to map first
+MIN_CHOICES, MAX_CHOICES = 2, 5
+
+Problems = dict[str, dict[str, Any]]
+
+# -- questions -------------------------------------------------------------------------------------------
+
+
+def find_dataset(data_root: str | Path, dataset: str | None = None) -> str:
+    """Name of the subfolder of `data_root` that holds problems.json: `dataset` if given, else the one found.
+
+    Raises UserError if there is none, or more than one and `dataset` does not choose.
+    """
+    root = Path(data_root)
+    if not root.is_dir():
+        raise UserError(f"--data_root: {root} is no folder; name the one that holds scienceqa/ or aokvqa/")
+    if dataset is not None:
+        if not (root / dataset).is_dir():
+            raise UserError(f"--dataset: {root} has no subfolder {dataset}{_listing(_datasets(root), '; it holds')}")
+        return dataset
+    found = _datasets(root)
+    known = [name for name in found if name in KNOWN_DATASETS]
+    chosen = known or found
+    if len(chosen) > 1:
+        raise UserError(f"--data_root: {root} holds {' and '.join(chosen)}; choose one with --dataset")
+    if chosen:
+        return chosen[0]
+    if (root / "problems.json").exists():
+        raise UserError(
+            f"--data_root: {root} is itself a data set; name the folder above it ({root.resolve().parent})"
+        )
+    raise UserError(f"--data_root: {root} holds neither scienceqa/problems.json nor aokvqa/problems.json")
+
+
+def load_problems(data_root: str | Path, dataset: str) -> Problems:
+    """Read and check `{data_root}/{dataset}/problems.json`: qid -> problem. Raises UserError naming a bad question."""
+    path = Path(data_root) / dataset / "problems.json"
+    problems = read_json(path, "--data_root")
+    if not isinstance(problems, dict) or not problems:
+        raise UserError(f"--data_root: {path} must hold {{question id: problem}}, and at least one")
+    faults = [(qid, fault) for qid, problem in problems.items() if (fault := problem_fault(qid, problem))]
+    if faults:
+        qid, fault = faults[0]
+        raise UserError(f"--data_root: {path}: question {qid}: {fault}{_more(len(faults))}")
+    return problems
+
+
+def problem_fault(qid: str, problem: Any) -> str | None:
+    """What is wrong with one problem of ScienceQA's schema, in words; None if nothing is."""
+    if not qid or qid in (".", "..") or re.search(r"[/\\\0\s]", qid):
+        return "an id names a folder: no blanks, no / or \\"
+    if not isinstance(problem, dict):
+        return f"is not an object but {_kind(problem)}"
+    absent = [name for name in ("question", "choices", "answer", "hint", "image", "lecture", "solution")
+              if name not in problem]  # fmt: skip
+    if absent:
+        return f"lacks {', '.join(absent)}"
+    for name in ("question", "hint", "lecture", "solution"):
+        if not isinstance(problem[name], str):
+            return f'{name} is {_kind(problem[name])}, not text (write "" for none)'
+    if problem["image"] is not None and not isinstance(problem["image"], str):
+        return f"image is {_kind(problem['image'])}, not a file name or null"
+    choices, answer = problem["choices"], problem["answer"]
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        return "choices is not a list of texts"
+    if not MIN_CHOICES <= len(choices) <= MAX_CHOICES:
+        return f"has {len(choices)} choices; {MIN_CHOICES} to {MAX_CHOICES} are possible"
+    if not isinstance(answer, int) or isinstance(answer, bool):
+        return f"answer is {_kind(answer)}, not the index of a choice"
+    if not 0 <= answer < len(choices):
+        return f"answer {answer} is out of range; its {len(choices)} choices are 0 to {len(choices) - 1}"
+    return None
+
+
+# -- splits ----------------------------------------------------------------------------------------------
+
+
+def load_splits(data_root: str | Path, dataset: str, problems: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Read `{data_root}/{dataset}/pid_splits.json`: split -> qids.
+
+    Raises UserError if a split names an unknown question or names one twice.
+    """
+    path = Path(data_root) / dataset / "pid_splits.json"
+    splits = read_json(path, "--data_root")
+    if not isinstance(splits, dict) or not all(isinstance(qids, list) for qids in splits.values()):
+        raise UserError(f"--data_root: {path} must hold {{split: [question ids]}}")
+    splits = {name: [str(qid) for qid in qids] for name, qids in splits.items()}
+    for name, qids in splits.items():
+        unknown = [qid for qid in qids if qid not in problems]
+        if unknown:
+            raise UserError(
+                f"--data_root: {path}: split {name} names question {unknown[0]}, which problems.json "
+                f"does not hold{_more(len(unknown))}"
+            )
+        twice = [qid for qid, count in Counter(qids).items() if count > 1]
+        if twice:
+            raise UserError(f"--data_root: {path}: split {name} names question {twice[0]} twice{_more(len(twice))}")
+    return splits
+
+
+def split_qids(splits: Mapping[str, Sequence[str]], name: str, flag: str) -> list[str]:
+    """The questions of one split, in its order; `trainval`, if absent, is train, then val (and that is said).
+
+    Raises UserError naming `flag` and the splits that exist.
+    """
+    if name == "trainval" and name not in splits and {"train", "val"} <= set(splits):
+        print0("note: pid_splits.json has no split trainval; using train, then val")
+        splits = {name: list(dict.fromkeys([*splits["train"], *splits["val"]]))}
+    if name not in splits:
+        raise UserError(f"{flag}: pid_splits.json has no split {name}{_listing(splits, '; it has')}")
+    if not splits[name]:
+        raise UserError(f"{flag}: split {name} of pid_splits.json is empty")
+    return list(splits[name])
+
+
+# -- captions --------------------------------------------------------------------------------------------
+
+
+def find_captions(args: argparse.Namespace) -> Path:
+    """The caption file: `--caption_file`, or, if that was left at its default, the first of captions.json and
+    instruct_captions.json under --data_root, then under data/. Says so when it is not the file the flag names.
+    """
+    named = Path(args.caption_file)
+    if args.caption_file != CAPTION_DEFAULT:
+        if not named.is_file():
+            raise UserError(f"--caption_file: {named} does not exist")
+        return named
+    # --data_root first: beside another data set, data/captions.json would be the captions of other questions
+    places = [folder / name for folder in (Path(args.data_root), named.parent) for name in CAPTION_NAMES]
+    path = _first(places)
+    if path is None:
+        raise UserError(f"--caption_file: none found (tried {_places(places)}); name one, or drop --use_caption")
+    if path != named:
+        print0(f"captions: {path} (no {named})" if not named.exists() else f"captions: {path}")
+    return path
+
+
+def load_captions(path: str | Path) -> dict[str, str]:
+    """Read `{"captions": {qid: text}}` or a bare `{qid: text}`. Raises UserError naming a bad entry."""
+    captions = read_json(path, "--caption_file")
+    if isinstance(captions, dict) and isinstance(captions.get("captions"), dict):
+        captions = captions["captions"]
+    if not isinstance(captions, dict):
+        raise UserError(f'--caption_file: {path} must hold {{"captions": {{question id: text}}}}')
+    for qid, text in captions.items():
+        if not isinstance(text, str):
+            raise UserError(f"--caption_file: {path}: the caption of question {qid} is {_kind(text)}, not text")
+    return captions
+
+
+# -- images and features ---------------------------------------------------------------------------------
+
+
+def find_images(args: argparse.Namespace, required: bool = False) -> Path | None:
+    """Folder of `{qid}/image.png`: --images, else `{data_root}/images`, else ./images; None if there is none.
+
+    Raises UserError if --images is no folder, or if none is found although `required`.
+    """
+    if args.images is not None:
+        if not Path(args.images).is_dir():
+            raise UserError(f"--images: {args.images} is no folder")
+        return Path(args.images)
+    places = [Path(args.data_root) / "images", Path("images")]
+    found = _first(places)
+    if found is None and required:
+        raise UserError(f"--images: none found (tried {_places(places)}); name the folder of {{qid}}/image.png")
+    return found
+
+
+def question_images(images_dir: str | Path, qid: str) -> list[Path]:
+    """A question's image files: image.png first, then choice_0.png, choice_1.png ... in the order of their numbers.
+
+    Looks into `{images_dir}/{qid}`, then into its train/, val/ and test/, as ScienceQA's archives unpack.
+    """
+    for part in ("", "train", "val", "test"):
+        folder = Path(images_dir) / part / qid
+        if folder.is_dir():
+            numbered = [(int(match[1]), path) for path in folder.iterdir()
+                        if (match := re.fullmatch(r"choice_(\d+)\.png", path.name))]  # fmt: skip
+            image = folder / "image.png"
+            return [image] * image.is_file() + [path for _, path in sorted(numbered)]
+    return []
+
+
+def find_feature_file(args: argparse.Namespace) -> Path:
+    """The file of `--img_type`'s features under --vision_features, else `{data_root}/`, else ./vision_features.
+
+    A folder without that file does not end the search. Raises UserError naming the places tried.
+    """
+    if args.vision_features is not None:
+        folders = [Path(args.vision_features)]
+        if not folders[0].is_dir():
+            raise UserError(f"--vision_features: {folders[0]} is no folder")
+    else:
+        folders = [Path(args.data_root) / "vision_features", Path("vision_features")]
+    for folder in folders:
+        found = [path for suffix in FEATURE_SUFFIXES if (path := folder / f"{args.img_type}{suffix}").is_file()]
+        if len(found) > 1:
+            print0(f"vision features: using {found[0]}, not {', '.join(path.name for path in found[1:])} beside it")
+        if found:
+            return found[0]
+    raise UserError(
+        f"--vision_features: no {args.img_type}{{{','.join(FEATURE_SUFFIXES)}}} in {_places(folders)}; "
+        "make it with extract_features.py, name its folder, or leave --img_type out for text only"
+    )
+
+
+def find_name_map(args: argparse.Namespace, features_dir: str | Path) -> Path:
+    """--name_map, else name_map.json beside the features, then in --data_root, then above it."""
+    if args.name_map is not None:
+        if not Path(args.name_map).is_file():
+            raise UserError(f"--name_map: {args.name_map} does not exist")
+        return Path(args.name_map)
+    places = [Path(folder) / "name_map.json" for folder in (features_dir, args.data_root, Path(args.data_root) / "..")]
+    found = _first(places)
+    if found is None:
+        raise UserError(f"--name_map: none found (tried {_places(places)}); it tells each question's feature row")
+    return found
+
+
+def load_name_map(path: str | Path) -> dict[str, int]:
+    """Read `{qid: row}`, rows as numbers or as text. Raises UserError naming a bad entry."""
+    rows = read_json(path, "--name_map")
+    if not isinstance(rows, dict):
+        raise UserError(f"--name_map: {path} must hold {{question id: row}}")
+    for qid, row in rows.items():
+        whole = (isinstance(row, int) and not isinstance(row, bool) and row >= 0) or (
+            isinstance(row, str) and row.isascii() and row.isdigit()
+        )
+        if not whole:
+            raise UserError(f"--name_map: {path}: the row of question {qid} is {row!r}, not a whole number from 0 up")
+    return {qid: int(row) for qid, row in rows.items()}
+
+
+# -- corrections -----------------------------------------------------------------------------------------
+
+
+def find_correction(args: argparse.Namespace) -> Path:
+    """`--correction_file`, relative to --data_root or a path. Raises UserError if it is absent."""
+    if not args.correction_file:
+        raise UserError("--correction True needs --correction_file")
+    places = list(dict.fromkeys([Path(args.data_root) / args.correction_file, Path(args.correction_file)]))
+    found = _first(places)
+    if found is None:
+        raise UserError(f"--correction_file: {args.correction_file} does not exist (tried {_places(places)})")
+    return found
+
+
+def read_correction(path: str | Path, problems: Mapping[str, Any], train_qids: Iterable[str]) -> dict[str, str]:
+    """The solutions of the train questions in a correction file, a problems.json with replaced solutions.
+
+    Raises UserError if it lacks a train question (naming one, and how many), or holds another question under its id.
+    """
+    corrected = read_json(path, "--correction_file")
+    train_qids = list(train_qids)
+    if not isinstance(corrected, dict):
+        raise UserError(f"--correction_file: {path} must hold {{question id: problem}}")
+    absent = [qid for qid in train_qids if qid not in corrected]
+    if absent:
+        raise UserError(
+            f"--correction_file: {path} lacks {len(absent)} of {len(train_qids)} train questions, "
+            f"the first being {absent[0]}"
+        )
+    solutions = {}
+    for qid in train_qids:
+        problem = corrected[qid]
+        if not isinstance(problem, dict) or not isinstance(problem.get("solution"), str):
+            raise UserError(f"--correction_file: {path}: question {qid} has no solution text")
+        if problem.get("question", problems[qid]["question"]) != problems[qid]["question"]:
+            raise UserError(f"--correction_file: {path}: question {qid} is another question than in problems.json")
+        solutions[qid] = problem["solution"]
+    return solutions
+
+
+# -- words -----------------------------------------------------------------------------------------------
+
+
+def _datasets(root: Path) -> list[str]:
+    return sorted(path.parent.name for path in root.glob("*/problems.json"))
+
+
+def _first(places: Iterable[Path]) -> Path | None:
+    return next((path for path in places if path.exists()), None)
+
+
+def _places(places: Iterable[Path]) -> str:
+    return ", ".join(str(path) for path in places)
+
+
+def _listing(names: Iterable[str], lead: str) -> str:
+    return f"{lead} {', '.join(names)}" if list(names) else ""
+
+
+def _more(count: int) -> str:
+    """` (and 3 more like it)` for the questions after the first one."""
+    return f" (and {count - 1} more)" if count > 1 else ""
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__

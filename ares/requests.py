@@ -1,0 +1,117 @@
+"""What preprocessing lays out for the Teacher: the request's text and the question's images, beside each rationale.
+
+Shared by the two preprocessing scripts and by haiku_for_correction_feedback.py. Asks nobody anything; the words of a
+request are in utils_prompt.py. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ares import cli
+from ares.feedback import REASON, REPLY, REQUEST, SCORES, SIDECAR, write_derived
+from ares.problems import find_images, question_images
+
+
+def read_rationales(path: str | os.PathLike, train_qids: Sequence[str], flag: str = "--rationales") -> dict[str, str]:
+    """The rationales of train questions in a predictions file, `{"preds": [...], "qids": [...]}`: qid -> text.
+
+    By its `qids` where it has them (they may be a part of the split), else in split order and of equal length. Raises
+    UserError naming `flag` for another form, another length, or a question outside the split.
+    """
+    told = cli.read_json(path, flag)
+    preds = told.get("preds") if isinstance(told, dict) else None
+    if not isinstance(preds, list) or not all(isinstance(text, str) for text in preds):
+        raise cli.UserError(f'{flag}: {path} must hold {{"preds": [texts]}}; name what remove_sentence.py wrote')
+    qids = told.get("qids")
+    if qids is None:
+        if len(preds) != len(train_qids):
+            raise cli.UserError(
+                f"{flag}: {path} has {len(preds)} rationales without question ids but the split has "
+                f"{len(train_qids)} questions; name its own split with --train_split"
+            )
+        qids = train_qids
+    if not isinstance(qids, list) or len(qids) != len(preds):
+        raise cli.UserError(f"{flag}: {path} has {len(preds)} preds but its qids do not match them in number")
+    rationales = {str(qid): text for qid, text in zip(qids, preds, strict=True)}
+    if len(rationales) != len(qids):
+        raise cli.UserError(f"{flag}: {path} names a question twice in its qids")
+    outside = next(iter(rationales.keys() - set(train_qids)), None)
+    if outside is not None:
+        raise cli.UserError(
+            f"{flag}: {path} holds question {outside}, which is not in the train split; name what remove_sentence.py "
+            "made of predictions_ans_train.json, and its --train_split"
+        )
+    return rationales
+
+
+def images_of_questions(
+    args: argparse.Namespace, problems: Mapping[str, Mapping[str, Any]], qids: Sequence[str]
+) -> dict[str, list[Path]]:
+    """qid -> its image files. Warns of images that are named but absent; with `args.strict` raises UserError."""
+    images_dir = find_images(args)
+    images = {qid: question_images(images_dir, qid) if images_dir else [] for qid in qids}
+    absent = [qid for qid in qids if problems[qid]["image"] is not None and not images[qid]]
+    if absent:
+        where = images_dir or f"{args.data_root}/images or ./images"
+        message = f"{len(absent)} of {len(qids)} questions name an image that is not under {where}, first {absent[0]}"
+        if args.strict:
+            raise cli.UserError(f"--strict: {message}; name the folder with --images")
+        cli.warn0(f"{message}; they are asked as text only")
+    return images
+
+
+def write_request(folder: str | os.PathLike, text: str) -> bool:
+    """Write the request's text; False if it was there already."""
+    path = Path(folder) / REQUEST
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == text.encode():
+            return False
+    write_derived(path, text)
+    return True
+
+
+def place_images(folder: str | os.PathLike, images: Sequence[Path]) -> None:
+    """Put the images into the folder under their own names: hard links where the disk allows, copies elsewhere."""
+    for image in images:
+        source, target = os.path.realpath(image), Path(folder, image.name)
+        if _same_file(source, target):
+            continue
+        temporary = Path(folder, f".tmp-{os.getpid()}-{image.name}")
+        temporary.unlink(missing_ok=True)
+        try:
+            try:
+                os.link(source, temporary)
+            except OSError:  # another disk, or a file of another user
+                shutil.copy2(source, temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _same_file(source: str, target: Path) -> bool:
+    """Whether target is source's link or its untouched copy: content is not compared, a second run shall be cheap."""
+    try:
+        theirs, ours = os.stat(source), os.stat(target)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(theirs, ours) or (theirs.st_size, theirs.st_mtime_ns) == (ours.st_size, ours.st_mtime_ns)
+
+
+def set_reply_aside(folder: str | os.PathLike) -> bool:
+    """Rename a reply that belongs to another rationale (`older_...`: it was paid for); False if there was none."""
+    folder = Path(folder)
+    if not (folder / REPLY).exists():
+        return False
+    for name in (SIDECAR, REPLY):  # the reply last: it is what counts as answered
+        if (folder / name).exists():
+            os.replace(folder / name, folder / f"older_{name}")
+    for name in (SCORES, REASON):
+        (folder / name).unlink(missing_ok=True)
+    return True

@@ -1,0 +1,1 @@
+"""The demo: a small ScienceQA-like data set, its tokenizer and a tiny T5, all made here, with no download."""

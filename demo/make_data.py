@@ -1,0 +1,184 @@
+"""Write the demo data set: a few hundred questions in ScienceQA's layout, with drawn images, from one seed.
+
+    python demo/make_data.py --output demo_run --seed 0
+    python demo/make_data.py --output demo_run --train 64 --val 16 --test 16 --kinds speed magnets
+
+Writes {output}/data/scienceqa/{problems,pid_splits}.json, {output}/data/{captions,name_map}.json and
+{output}/images/{qid}/. The same seed and sizes give the same bytes; the splits share no question. Left out:
+anything that only a large vocabulary or a real photograph could teach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+if __name__ == "__main__":  # run as a file, the project is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ares.cli import UserError, atomic_dir, print0, run, writable_dir, write_json
+from demo.pictures import PICTURE_KINDS
+from demo.questions import TEXT_KINDS, Question
+
+KINDS = {kind.__name__: kind for kind in (*TEXT_KINDS, *PICTURE_KINDS)}
+MINIS = {"minitrain": ("train", 64), "miniminitrain": ("train", 16), "minival": ("val", 16)}
+MINIS |= {"miniminival": ("val", 4), "minitest": ("test", 32)}
+MARKER = "demo.json"  # in data/: how it was made, and that it may be replaced
+TRIES = 500  # draws for one question that is not in the set yet, before a kind counts as exhausted
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder that will hold data/ and images/")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every random choice")
+    parser.add_argument("--train", type=int, default=400, help="number of training questions")
+    parser.add_argument("--val", type=int, default=60, help="number of validation questions")
+    parser.add_argument("--test", type=int, default=120, help="number of test questions")
+    parser.add_argument("--kinds", nargs="+", choices=sorted(KINDS), help="kinds of question (default: all)")
+    args = parser.parse_args(argv)
+    for split in ("train", "val", "test"):
+        if getattr(args, split) < 1:
+            raise UserError(f"--{split}: {getattr(args, split)} questions; give a number above 0")
+    return args
+
+
+def identity(question: Question) -> tuple:
+    """What makes two questions the same: the facts that decide it, the set of choices and the pictures."""
+    images = tuple((name, image.tobytes()) for name, image in question.images.items())
+    return question.skill, question.facts or question.question + question.hint, frozenset(question.choices), images
+
+
+def draw_questions(names: Sequence[str], count: int, seed: int) -> list[tuple[str, Question]]:
+    """`count` different questions, the kinds in turn. Raises UserError when a kind has no more to give."""
+    rngs = {name: Random(f"{seed} {name}") for name in names}
+    seen: set[tuple] = set()
+    questions = []
+    for index in range(count):
+        name = names[index % len(names)]
+        for _ in range(TRIES):
+            question = KINDS[name](rngs[name])
+            if identity(question) not in seen:
+                break
+        else:
+            raise UserError(f"--kinds: {name} has no {count // len(names)} different questions; ask for fewer")
+        seen.add(identity(question))
+        questions.append((name, question))
+    return questions
+
+
+def place_answers(questions: Sequence[tuple[str, Question]], rng: Random) -> None:
+    """Shuffle the choices, the gold one going to each position equally often (in place)."""
+    used: Counter[tuple[int, int]] = Counter()
+    for _, question in questions:
+        count = len(question.choices)
+        if question.ordered:
+            used[count, question.answer] += 1
+            continue
+        gold, *others = question.choices
+        rng.shuffle(others)
+        least = min(used[count, position] for position in range(count))
+        question.answer = rng.choice([position for position in range(count) if used[count, position] == least])
+        used[count, question.answer] += 1
+        others.insert(question.answer, gold)
+        question.choices = others
+
+
+def problem(question: Question, split: str, rng: Random) -> dict:
+    """One entry of problems.json. As in ScienceQA, `image` is null where there are choice images only."""
+    return {
+        "question": question.question,
+        "choices": question.choices,
+        "answer": question.answer,
+        "hint": question.hint,
+        "image": "image.png" if "image.png" in question.images else None,
+        "task": "closed choice",
+        "grade": f"grade{rng.randint(*question.grades)}",
+        "subject": question.subject,
+        "topic": question.topic,
+        "category": question.category,
+        "skill": question.skill,
+        "lecture": question.lecture,
+        "solution": question.solution,
+        "split": split,
+    }
+
+
+def split_names(sizes: dict[str, int], names: Sequence[str], rng: Random) -> list[str]:
+    """The split of each drawn question: every kind is spread over the splits in proportion, then by chance."""
+    count = sum(sizes.values())
+    order = sorted(range(count), key=lambda index: (index % len(names), rng.random()))
+    splits = [""] * count
+    quota = Counter(sizes)
+    for place, index in enumerate(order):
+        # the split that lags furthest behind its share of the questions placed so far
+        split = max(sizes, key=lambda name: sizes[name] * (place + 1) / count - (sizes[name] - quota[name]))
+        quota[split] -= 1
+        splits[index] = split
+    return splits
+
+
+def pid_splits(problems: dict[str, dict]) -> dict[str, list[str]]:
+    """pid_splits.json, with ScienceQA's smaller splits."""
+    splits = {name: [qid for qid in problems if problems[qid]["split"] == name] for name in ("train", "val", "test")}
+    splits["trainval"] = [*splits["train"], *splits["val"]]
+    for name, (source, size) in MINIS.items():
+        splits[name] = splits[source][:size]
+    return splits
+
+
+def make_data(
+    output: str | Path,
+    seed: int = 0,
+    train: int = 400,
+    val: int = 60,
+    test: int = 120,
+    kinds: Sequence[str] | None = None,
+) -> Path:
+    """Write {output}/data and {output}/images, replacing those of an earlier demo, and return {output}/data.
+
+    Each of the two appears whole or not at all. Raises UserError where they are not a demo's: nobody's ScienceQA
+    is replaced by drawings.
+    """
+    data, images = Path(output) / "data", Path(output) / "images"
+    if (data.exists() or images.exists()) and not (data / MARKER).exists():
+        raise UserError(f"--output: {output} holds a data or images folder that is no demo's; name another folder")
+    names = list(kinds or KINDS)
+    sizes = {"train": train, "val": val, "test": test}
+    drawn = draw_questions(names, sum(sizes.values()), seed)
+    rng = Random(f"{seed} placing")
+    place_answers(drawn, rng)
+    splits = split_names(sizes, names, rng)
+    order = list(range(len(drawn)))
+    rng.shuffle(order)  # ids tell neither kind nor split
+    numbered = {str(number): index for number, index in enumerate(order, start=1)}
+    problems = {qid: problem(drawn[index][1], splits[index], rng) for qid, index in numbered.items()}
+    shown = {qid: drawn[index][1] for qid, index in numbered.items() if drawn[index][1].images}
+
+    with atomic_dir(data) as folder:
+        write_json(folder / MARKER, {"seed": seed, **sizes, "kinds": names})
+        write_json(folder / "scienceqa" / "problems.json", problems, indent=1)
+        write_json(folder / "scienceqa" / "pid_splits.json", pid_splits(problems), indent=None)
+        write_json(folder / "captions.json", {"captions": {qid: shown[qid].caption for qid in shown}}, indent=1)
+        write_json(folder / "name_map.json", {qid: row for row, qid in enumerate(shown)}, indent=None)
+    with atomic_dir(images) as folder:
+        for qid, question in shown.items():
+            (folder / qid).mkdir()
+            for name, image in question.images.items():
+                image.save(folder / qid / name)
+    return data
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    writable_dir(args.output, "--output")
+    data = make_data(args.output, args.seed, args.train, args.val, args.test, args.kinds)
+    images = len(list((data.parent / "images").iterdir()))
+    print0(f"{data}: {args.train} train, {args.val} val, {args.test} test questions, {images} with images")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,241 @@
+"""The whole ARES loop, by the scripts and file handoffs of a real run, on a small data set that the project makes.
+
+    bash run_demo.sh [--output demo_run] [--seed 0]        (or, in an environment that is set up: python demo/run.py)
+
+Steps: demo data, tokenizer and image features -> a starting rationale model (main.py) -> RL with sentence scores
+(run_mm_cot_rl.py, preprocessing, haiku.py) -> generation -> correction -> SFT (main.py) -> LoRA answers -> a table.
+The Teacher is the offline reference Teacher; nothing here needs a GPU, a key or a hub. Every command is printed as it
+could be typed, its output goes to {output}/logs. Killed and run again, finished stages are skipped and the others
+continue. What this leaves out: anything about real scores - the model is tiny and so are the questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ares import cli, feedback  # noqa: E402
+from ares.cli import UserError, run  # noqa: E402
+
+# name -> settings. `smoke` is for tests: every stage, nothing learned.
+SIZES = {
+    "demo": {
+        "train": 400, "val": 60, "test": 150, "d_model": 96, "base_epochs": 20, "base_lr": 1e-3, "k_actions": 4,
+        "rl_epochs": 10, "rl_lr": 5e-5, "sft_epochs": 10, "sft_lr": 5e-4, "lora_epochs": 15, "lora_lr": 2e-3,
+    },
+    "smoke": {
+        "train": 32, "val": 8, "test": 16, "d_model": 32, "base_epochs": 2, "base_lr": 1e-3, "k_actions": 2,
+        "rl_epochs": 1, "rl_lr": 5e-5, "sft_epochs": 1, "sft_lr": 5e-4, "lora_epochs": 1, "lora_lr": 2e-3,
+    },
+}  # fmt: skip
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="run_demo.sh", description=__doc__.split("\n")[0])
+    parser.add_argument("--output", default="demo_run", help="folder of everything the demo writes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data, models, training and sampling")
+    parser.add_argument("--size", default="demo", choices=SIZES, help="smoke: all stages in a minute, nothing learned")
+    parser.add_argument("--fresh", action="store_true", help="start anew instead of continuing in --output")
+    return parser.parse_args(argv)
+
+
+class Demo:
+    """Runs commands as stages: printed, logged, timed, and not repeated once they are done."""
+
+    def __init__(self, output: Path, settings: dict):
+        self.output = output
+        self.logs = output / "logs"
+        self.record_file = output / "stages.json"
+        self.record = {"settings": settings, "stages": {}}
+        if self.record_file.exists():
+            self.record = json.loads(self.record_file.read_text())
+            changed = [key for key, value in settings.items() if self.record["settings"].get(key) != value]
+            if changed:
+                raise UserError(
+                    f"--output: {output} holds a demo with another {', '.join(changed)}; add --fresh or name another"
+                )
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.environment = {
+            **os.environ,
+            "PYTHON": sys.executable,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+
+    def stage(self, name: str, title: str, *commands: str, action: Callable[[], None] | None = None) -> None:
+        """Run `commands` in order (or `action()`), unless an earlier run of the demo has finished this stage."""
+        if name in self.record["stages"]:
+            print(f"== {title}: done before", flush=True)
+            return
+        print(f"== {title}", flush=True)
+        began = time.monotonic()
+        for command in commands:
+            self.check(self.start(name, command), name)
+        if action:
+            action()
+        seconds = time.monotonic() - began
+        self.record["stages"][name] = {"title": title, "seconds": round(seconds, 1)}
+        cli.write_json(self.record_file, self.record)
+        print(f"   {seconds:.0f} s", flush=True)
+
+    def start(self, name: str, command: str) -> subprocess.Popen:
+        """Start `command`, as it could be typed in bash, with this environment's python; output to logs/{name}.log."""
+        words = shlex.split(command)
+        print(f"   $ {shlex.join(words)}", flush=True)
+        if words[0] == "python":
+            words[0] = sys.executable
+        log = open(self.logs / f"{name}.log", "a", encoding="utf-8")  # noqa: SIM115
+        options = {"stdout": log, "stderr": subprocess.STDOUT, "preexec_fn": _die_with_parent}
+        with log:
+            return subprocess.Popen(words, cwd=ROOT, env=self.environment, **options)
+
+    def check(self, process: subprocess.Popen, name: str) -> None:
+        """Wait for `process`; if it failed, show the end of its log and stop."""
+        if process.wait() != 0:
+            log = self.logs / f"{name}.log"
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+            raise UserError(f"stage {name} ended with status {process.returncode}; the end of {log}:\n{tail}")
+
+
+def _die_with_parent() -> None:
+    """A demo that is killed must not leave its training running on in the background (Linux: PR_SET_PDEATHSIG = 1)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def rl_with_teacher(demo: Demo, rl: str, teacher: Sequence[str], run_dir: Path) -> None:
+    """RL in the background; once its rationales are out, the Teacher's tools answer in place and RL goes on."""
+    process = demo.start("rl", rl)
+    try:
+        while process.poll() is None and not feedback.exported(run_dir / "questions"):
+            time.sleep(0.5)
+        if process.poll() is None:
+            for command in teacher:
+                demo.check(demo.start("teacher", command), "teacher")
+        demo.check(process, "rl")
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
+def prepare(demo: Demo, seed: int, size: dict) -> None:
+    """Stages 1 and 2: questions, tokenizer, an untrained T5, and image features by a small timm model."""
+    out = shlex.quote(str(demo.output))
+    demo.stage(
+        "data",
+        "demo questions, tokenizer and an untrained T5",
+        f"python demo/make_data.py --output {out} --seed {seed}"
+        f" --train {size['train']} --val {size['val']} --test {size['test']}",
+        f"python demo/make_tokenizer.py --data {out} --output {out}/tokenizer",
+        f"python demo/make_model.py --tokenizer {out}/tokenizer --output {out}/models/t5"
+        f" --d_model {size['d_model']} --seed {seed}",
+    )
+    demo.stage(
+        "features",
+        "image features: extract_features.py",
+        f"python extract_features.py --data_root {out}/images --output_dir {out}/vision_features"
+        " --img_type vit --model_name test_vit --random_weights",
+    )
+
+
+def train_and_align(demo: Demo, seed: int, size: dict) -> dict[str, Path]:
+    """Stages 3 to 9: the starting rationale model and the three steps of ARES. Returns the folder of each model."""
+    out = shlex.quote(str(demo.output))
+    base, sft, lora = f"{out}/models/rationale", f"{out}/models/sft", f"{out}/models/lora"
+    rl_run, rl = f"{out}/RL_models/demo", f"{out}/RL_models/demo/0"
+    data = f"--data_root {out}/data --images {out}/images"
+    common = (
+        f"{data} --caption_file {out}/data/captions.json --use_caption"
+        f" --img_type vit --vision_features {out}/vision_features --seed {seed}"
+    )
+    rationale = f"{common} --prompt_format QCM-E --output_len 128"
+    generate = "--use_generate --final_eval --eval_bs 64"
+
+    demo.stage(
+        "base",
+        "starting rationale model: main.py",
+        f"python main.py {rationale} {generate} --model {out}/models/t5 --bs 8"
+        f" --epoch {size['base_epochs']} --lr {size['base_lr']} --run_dir {base}",
+    )
+    rl_command = (
+        f"python run_mm_cot_rl.py {rationale} --base_model_dir {base} --ref_model {base} --run_dir {rl_run}"
+        f" --k_actions {size['k_actions']} --bs 64 --do_sample True --top_k 50 --epochs 1 --continue_train False"
+        f" --rl_batch_size 16 --ga_step 1 --rl_epochs {size['rl_epochs']} --lr {size['rl_lr']}"
+        " --gamma 1.0 --init_kl_coef 0.0001 --clip_range 0.2 --adv_normalization True --poll_seconds 1"
+    )
+    questions = f"--questions_dir {rl_run}/questions {data}"
+    teacher = [
+        f"bash preprocessing_after_RL/processing_sentence_level_feedback.sh {questions}",
+        f"python haiku.py --teacher reference {questions}",
+    ]
+    demo.stage(
+        "rl",
+        "RL: run_mm_cot_rl.py, with haiku.py scoring sentences in its questions folder",
+        action=lambda: rl_with_teacher(demo, rl_command, teacher, demo.output / "RL_models/demo"),
+    )
+    demo.stage(
+        "generate",
+        "rationales of the RL model: main.py --evaluate_dir",
+        f"python main.py {rationale} {generate} --evaluate_dir {rl}",
+        "python preprocessing_after_RL/remove_sentence.py"
+        f" --file_path {rl}/predictions_ans_train.json --tokenizer {rl}",
+    )
+    demo.stage(
+        "correction",
+        "corrections: haiku_for_correction_feedback.py",
+        f"python preprocessing_for_correction_feedback.py --correction_dir {out}/correction {data}"
+        f" --rationales {rl}/remove_repetitive_sentences.json",
+        f"python haiku_for_correction_feedback.py --teacher reference --correction_dir {out}/correction {data}"
+        f" --rationales {rl}/remove_repetitive_sentences.json",
+    )
+    demo.stage(
+        "sft",
+        "SFT on the corrected rationales: main.py --correction True",
+        f"python main.py {rationale} {generate} --model {rl} --correction True"
+        f" --correction_file scienceqa/correction.json --bs 8"
+        f" --epoch {size['sft_epochs']} --lr {size['sft_lr']} --run_dir {sft}",
+    )
+    # QCMG-A, not QCM-A: the answer is to be learned from the rationale, which only the former puts into the prompt
+    demo.stage(
+        "lora",
+        "LoRA answers: run_mm_cot_lora.py",
+        f"python run_mm_cot_lora.py {common} {generate} --model {sft} --prompt_format QCMG-A --output_len 64 --bs 16"
+        f" --train_le {sft}/predictions_ans_train.json --eval_le {sft}/predictions_ans_eval.json"
+        f" --test_le {sft}/predictions_ans_test.json --lora_r 16 --lora_alpha 32 --lora_dropout 0.05"
+        f" --epoch {size['lora_epochs']} --lr {size['lora_lr']} --run_dir {lora}",
+    )
+    names = {"starting model": "models/rationale", "after RL": "RL_models/demo/0", "after SFT": "models/sft"}
+    return {name: demo.output / place for name, place in {**names, "LoRA": "models/lora"}.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    output = Path(args.output)
+    if args.fresh and (output / "stages.json").exists():
+        import shutil
+
+        shutil.rmtree(output)
+    output = cli.writable_dir(output, "--output").resolve()
+    size = SIZES[args.size]
+    demo = Demo(output, {"seed": args.seed, **size})
+    prepare(demo, args.seed, size)
+    folders = train_and_align(demo, args.seed, size)
+
+    from demo.summary import write_summary
+
+    print(write_summary(output, folders, demo.record), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

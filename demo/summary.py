@@ -1,0 +1,89 @@
+"""The demo's closing table: what each stage did to held-out rationales and answers, and how long it took.
+
+The sentence score is the reference Teacher's on the test questions. Beside it stand figures that a rationale could pay
+with: its length, the gold sentences it covers, and how often it says no more than the answer.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+
+from ares import cli, reference
+from ares.sentences import is_finished, split_text
+
+COLUMNS = {
+    "score": "sentence score",
+    "repeated": "repeated %",
+    "unfinished": "unfinished %",
+    "words": "words",
+    "rouge_l": "ROUGE-L",
+    "covered": "gold covered %",
+    "only_option": "only option %",
+}
+
+
+def rationale_figures(problems: dict, qids: list[str], preds: list[str]) -> dict[str, float]:
+    """Means over the rationales `preds` of questions `qids`; shares in percent.
+
+    `score`: mean over all sentences of all rationales, 0-1; `repeated`: share of sentences that appeared before in
+    their rationale; `unfinished`: share of rationales whose last sentence does not end; `covered`: mean share of gold
+    sentences a rationale supports; `only_option`: share of rationales that name the gold option and say nothing else.
+    """
+    scores, repeated, sentences_seen = [], 0, 0
+    for qid, pred in zip(qids, preds, strict=True):
+        sentences = split_text(pred)
+        scores += reference.score_sentences(problems[qid], sentences)
+        sentences_seen += len(sentences)
+        repeated += len(sentences) - len({sentence.strip() for sentence in sentences})
+    pairs = [(problems[qid], pred) for qid, pred in zip(qids, preds, strict=True)]
+    return {
+        "score": mean(scores) if scores else 0.0,
+        "repeated": 100 * repeated / max(sentences_seen, 1),
+        "unfinished": 100 * mean(not is_finished(pred) for pred in preds),
+        "words": mean(len(pred.split()) for pred in preds),
+        "covered": 100 * mean(reference.gold_coverage(problem, pred) for problem, pred in pairs),
+        "only_option": 100 * mean(reference.names_only_gold_option(problem, pred) for problem, pred in pairs),
+    }
+
+
+def write_summary(output: Path, folders: dict[str, Path], record: dict) -> str:
+    """Write {output}/table.txt and table.json; return the text. `record` holds the stages and their seconds."""
+    problems = cli.read_json(output / "data/scienceqa/problems.json", "--output")
+    rationales, answers = {}, {}
+    for name, folder in folders.items():
+        predictions = json.loads((folder / "predictions_ans_test.json").read_text())
+        if name == "LoRA":
+            answers = {"num_fail": predictions["num_fail"], **predictions["scores"]["answer"]}
+            continue
+        figures = rationale_figures(problems, predictions["qids"], predictions["preds"])
+        rationales[name] = {**figures, "rouge_l": float(predictions["scores"]["rationale"]["rougeL"])}
+    seconds = {stage["title"]: stage["seconds"] for stage in record["stages"].values()}
+    places = {name: str(folder.relative_to(output)) for name, folder in folders.items()}
+    result = {
+        "settings": record["settings"],
+        "rationales": rationales,
+        "answers": answers,
+        "seconds": seconds,
+        "folders": places,
+    }
+    cli.write_json(output / "table.json", result)
+    text = _text(result, output)
+    cli.write_text(output / "table.txt", text + "\n")
+    return text
+
+
+def _text(result: dict, output: Path) -> str:
+    lines = ["", f"Rationales on held-out test questions (seed {result['settings']['seed']})"]
+    lines.append(f"{'':<16}" + "".join(f"{title:>16}" for title in COLUMNS.values()))
+    for name, figures in result["rationales"].items():
+        cells = [f"{figures[key]:.3f}" if key == "score" else f"{figures[key]:.1f}" for key in COLUMNS]
+        lines.append(f"{name:<16}" + "".join(f"{cell:>16}" for cell in cells))
+    lines += ["", "Answers of the LoRA model on test questions, accuracy %"]
+    lines += [f"  {name:<14}{value}" for name, value in result["answers"].items()]
+    lines += ["", "Wall time"]
+    lines += [f"  {seconds:7.1f} s  {title}" for title, seconds in result["seconds"].items()]
+    lines += [f"  {sum(result['seconds'].values()):7.1f} s  in all", "", "Folders (model and predictions_ans_*.json)"]
+    lines += [f"  {name:<16}{output.name}/{place}" for name, place in result["folders"].items()]
+    return "\n".join(lines)

@@ -1,0 +1,180 @@
+"""Captions of all images by an image-to-text model: {"captions": {qid: text}}.
+
+    python extract_caption.py --data_root images --output data/instruct_captions.json
+    python extract_caption.py --data_root images --model Salesforce/instructblip-flan-t5-xl --batch_size 8
+
+Folders {data_root}/{qid} are taken in order of their numbers, the image image.png or else choice_0.png. Decoding is
+greedy. Killed and run again it continues. Where MM-CoT's published instruct_captions.json is at hand prefer it: new
+captions differ from those that the released models were trained on. Left out: several GPUs, sampling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ares.cli import UserError, print0, progress, read_json, refuse, run, warn0, writable_dir, write_json
+from utils_vision import hub_failure, list_images, offline_unless_reachable, read_image
+
+PROMPT = "Write a short description for the image."
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    files = parser.add_argument_group("files")
+    files.add_argument("--data_root", default="images", metavar="DIR", help="folder of {qid}/image.png")
+    files.add_argument(
+        "--splits", nargs="+", metavar="NAME", help="subfolders of it (default: train val test if there)"
+    )
+    files.add_argument("--output", default="instruct_captions.json", metavar="FILE", help="caption file to write")
+    files.add_argument("--overwrite", action="store_true", help="replace captions that were made otherwise")
+    files.add_argument("--strict", action="store_true", help="stop at a broken image (default: listed, no caption)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", default="Salesforce/instructblip-vicuna-7b", help="folder or hub id of the model")
+    model.add_argument("--prompt", default=PROMPT, help='what the model is asked ("" for one that takes no prompt)')
+    model.add_argument("--max_new_tokens", type=int, default=40, help="longest caption, in tokens")
+    running = parser.add_argument_group("running")
+    running.add_argument("--batch_size", type=int, default=16, help="images at a time")
+    running.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
+    running.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: bfloat16 on cuda")
+    args = parser.parse_args(argv)
+    numbers = ("max_new_tokens", "batch_size")
+    refuse([f"--{name}: {getattr(args, name)} is less than 1" for name in numbers if getattr(args, name) < 1])
+    return args
+
+
+class Captions:
+    """The captions made so far, in a hidden file beside the output, with the settings they were made by."""
+
+    def __init__(self, output: Path, settings: dict[str, Any], images: dict[str, Path]):
+        self.output, self.images = output, images
+        self.part = output.with_name(f".{output.name}.part")
+        self.record = {**settings, "captions": {}, "broken": []}
+        if self.part.exists():
+            earlier = read_json(self.part, "--output")
+            if all(earlier.get(name) == value for name, value in settings.items()):
+                self.record = earlier
+                print0(f"continuing after {len(earlier['captions'])} captions")
+
+    def missing(self) -> list[str]:
+        known = self.record["captions"].keys() | set(self.record["broken"])
+        return [qid for qid in self.images if qid not in known]
+
+    def add(self, captions: dict[str, str], broken: Sequence[str]) -> None:
+        self.record["captions"] |= captions
+        self.record["broken"] += broken
+        write_json(self.part, self.record, indent=None)
+
+    def finish(self) -> None:
+        """Write the caption file, in the order of the images; what it was made by stands behind the captions."""
+        made = self.record.pop("captions")
+        write_json(self.output, {"captions": {qid: made[qid] for qid in self.images if qid in made}, **self.record})
+        self.part.unlink(missing_ok=True)
+
+
+def is_there(output: Path, settings: dict[str, Any], images: dict[str, Path], overwrite: bool) -> bool:
+    """Whether the caption file is there already. Raises UserError rather than replace one that was made otherwise."""
+    if not output.exists() or overwrite:
+        return False
+    found = read_json(output, "--output")
+    found = found if isinstance(found, dict) else {}
+    known = set(found.get("captions", {})) | set(found.get("broken", []))
+    if all(found.get(name) == value for name, value in settings.items()) and known == set(images):
+        return True
+    raise UserError(
+        f"--output: {output} is there, for other images or by another model or prompt; add --overwrite to replace it, "
+        "or name another file"
+    )
+
+
+class Captioner:
+    """An image-to-text model with its processor."""
+
+    def __init__(self, model: str, prompt: str, device: str | None, dtype: str | None, max_new_tokens: int):
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = getattr(torch, dtype or ("bfloat16" if self.device.startswith("cuda") else "float32"))
+        self.max_new_tokens = max_new_tokens
+        if not os.path.isdir(model):
+            offline_unless_reachable()
+        try:
+            self.processor = AutoProcessor.from_pretrained(model)
+            self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=self.dtype)
+        except (OSError, ValueError, KeyError) as error:  # the library's words for absent, unknown and unfit models
+            raise UserError(
+                f"--model: cannot load {model} ({hub_failure(error)}); name a folder that holds an image-to-text model"
+            ) from error
+        self.model.eval().to(self.device)
+        self.prompt = self._wrap(prompt)
+
+    def _wrap(self, prompt: str) -> str:
+        """The prompt as a chat where the model is a chat model."""
+        if not getattr(self.processor, "chat_template", None):
+            return prompt
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def __call__(self, images: Sequence[Any]) -> list[str]:
+        """One caption per RGB picture."""
+        import torch
+
+        # one prompt for all: equal lengths, so nothing is padded
+        text = {"text": [self.prompt] * len(images)} if self.prompt else {}
+        inputs = self.processor(images=list(images), **text, return_tensors="pt").to(self.device, self.dtype)
+        with torch.inference_mode():
+            ids = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens)
+        asked = inputs.get("input_ids")
+        if asked is not None and ids.shape[1] >= asked.shape[1] and torch.equal(ids[:, : asked.shape[1]], asked):
+            ids = ids[:, asked.shape[1] :]  # a decoder-only model repeats what it was given
+        texts = self.processor.batch_decode(ids, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+
+def caption(captioner: Captioner, captions: Captions, batch_size: int, strict: bool) -> None:
+    """Caption what is missing. Raises UserError at a broken image if `strict`."""
+    todo = captions.missing()
+    total = len(captions.images)
+    with progress(desc="captions", total=total, initial=total - len(todo), unit="img") as bar:
+        for start in range(0, len(todo), batch_size):
+            batch = todo[start : start + batch_size]
+            pictures, broken = {}, []
+            for qid in batch:
+                try:
+                    pictures[qid] = read_image(captions.images[qid])
+                except (OSError, ValueError) as error:
+                    reason = f"question {qid}: cannot read {captions.images[qid]}: {error}"
+                    if strict:
+                        raise UserError(f"--strict: {reason}") from error
+                    warn0(f"{reason}; it gets no caption")
+                    broken.append(qid)
+            texts = captioner(list(pictures.values())) if pictures else []
+            captions.add(dict(zip(pictures, texts, strict=True)), broken)
+            bar.update(len(batch))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    images = list_images(args.data_root, args.splits)
+    output = Path(args.output)
+    writable_dir(output.parent, "--output")
+    settings = {"model": args.model, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
+    if is_there(output, settings, images, args.overwrite):
+        print0(f"{output}: captions of {len(images)} images, there already")
+        return
+    captions = Captions(output, settings, images)
+    if captions.missing():
+        captioner = Captioner(args.model, args.prompt, args.device, args.dtype, args.max_new_tokens)
+        print0(f"{args.model} on {captioner.device}, {captioner.dtype}")
+        caption(captioner, captions, args.batch_size, args.strict)
+    broken = captions.record["broken"]
+    captions.finish()
+    print0(f"{output}: captions of {len(images) - len(broken)} images" + f", {len(broken)} broken" * bool(broken))
+
+
+if __name__ == "__main__":
+    run(main)

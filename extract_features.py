@@ -1,0 +1,229 @@
+"""Vision features of all images, one row each: {output_dir}/{vit.pth,detr.npy,clip.npy,resnet.npy}.
+
+    python extract_features.py --data_root images --output_dir vision_features --img_type vit
+    python extract_features.py --data_root images --output_dir vision_features --img_type vit \\
+        --model_name test_vit --random_weights                            # a trial where no weights can be had
+
+Rows are the folders {data_root}/{qid} sorted by number, the image image.png or else choice_0.png. Written beside the
+features: name_map.json (qid -> row) and {img_type}.json (shape, network, weights, rows, broken images). Killed and run
+again it continues, and gives the same bytes. Left out: several GPUs - one does ScienceQA's 11,208 images in minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ares.cli import (
+    IMG_TYPES,
+    UserError,
+    atomic_path,
+    print0,
+    progress,
+    read_json,
+    refuse,
+    run,
+    warn0,
+    writable_dir,
+    write_json,
+)
+from utils_vision import MODEL_NAMES, Encoder, list_images, load_encoder, read_image, weights_identity
+
+FILES = {"vit": "vit.pth", "detr": "detr.npy", "clip": "clip.npy", "resnet": "resnet.npy"}  # the released names
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    files = parser.add_argument_group("files")
+    files.add_argument("--data_root", default="images", metavar="DIR", help="folder of {qid}/image.png")
+    files.add_argument(
+        "--splits", nargs="+", metavar="NAME", help="subfolders of it (default: train val test if there)"
+    )
+    files.add_argument("--output_dir", default="vision_features", metavar="DIR", help="where the features go")
+    files.add_argument("--overwrite", action="store_true", help="replace features that were made otherwise")
+    files.add_argument(
+        "--strict", action="store_true", help="stop at a broken image (default: listed, a row of zeros)"
+    )
+    network = parser.add_argument_group("network")
+    network.add_argument("--img_type", choices=IMG_TYPES, default="vit", help="kind of features")
+    network.add_argument("--model_name", help="another timm model (detr: transformers); its shape is recorded")
+    network.add_argument("--weights", metavar="PATH", help="weights on disk (default: from the hub)")
+    network.add_argument("--random_weights", action="store_true", help="no weights at all: for trials only")
+    network.add_argument("--seed", type=int, default=0, help="seed of --random_weights")
+    running = parser.add_argument_group("running")
+    running.add_argument("--batch_size", type=int, default=32, help="images at a time")
+    running.add_argument("--workers", type=int, default=2, help="processes that decode images (0: this one)")
+    running.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
+    running.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="type of stored numbers")
+    args = parser.parse_args(argv)
+    refuse(
+        ["--batch_size: at least 1 image at a time"] * (args.batch_size < 1)
+        + ["--workers: a number of processes cannot be negative"] * (args.workers < 0)
+        + ["--weights and --random_weights contradict each other: drop one"]
+        * bool(args.weights and args.random_weights)
+    )
+    return args
+
+
+def describe(args: argparse.Namespace, images: dict[str, Path]) -> dict[str, Any]:
+    """What the bytes of the features depend on, but for the images' contents; recorded beside them."""
+    listing = "".join(f"{qid} {path.name} {os.path.getsize(path)}\n" for qid, path in images.items())
+    weights = "random" if args.random_weights else args.weights or "pretrained"
+    return {
+        "img_type": args.img_type,
+        "model_name": args.model_name or MODEL_NAMES[args.img_type],
+        "weights": "local" if args.weights else weights,
+        "weights_file": f"seed {args.seed}" if args.random_weights else weights_identity(weights),
+        "dtype": args.dtype,
+        "rows": len(images),
+        "images": hashlib.sha256(listing.encode()).hexdigest(),
+    }
+
+
+def changed(settings: dict[str, Any], record: Any) -> list[str]:
+    """Names of the settings that differ from a record of an earlier run."""
+    record = record if isinstance(record, dict) else {}
+    return [name for name in settings if settings[name] != record.get(name)]
+
+
+def check_output(out: Path, settings: dict[str, Any], name_map: dict[str, int], overwrite: bool) -> bool:
+    """Whether the features are there already. Raises UserError rather than replace what was made otherwise."""
+    file, sidecar = out / FILES[settings["img_type"]], out / f"{settings['img_type']}.json"
+    if file.exists() and not overwrite:
+        other = changed(settings, read_json(sidecar, "--output_dir")) if sidecar.exists() else ["origin"]
+        if other:
+            raise UserError(
+                f"--output_dir: {file} is there, made with another {', '.join(other)}; add --overwrite to replace it, "
+                "or name another folder"
+            )
+        return True
+    map_file = out / "name_map.json"
+    if map_file.exists() and not overwrite and read_json(map_file, "--output_dir") != name_map:
+        raise UserError(
+            f"--output_dir: {map_file} numbers other images, so other features in {out} would no longer fit; "
+            "add --overwrite to replace it, or name another folder"
+        )
+    return False
+
+
+class Rows:
+    """The features while they are made: a mapped file on disk, and beside it how many rows of it are done."""
+
+    def __init__(self, out: Path, settings: dict[str, Any], stored: tuple[int, ...]):
+        self.array_file = out / f".{settings['img_type']}.part.npy"
+        self.record_file = out / f".{settings['img_type']}.part.json"
+        self.record = {**settings, "stored": list(stored), "done": 0, "broken": []}
+        if self.record_file.exists() and self.array_file.exists():
+            earlier = read_json(self.record_file, "--output_dir")
+            if not changed({**settings, "stored": list(stored)}, earlier):
+                self.record = earlier
+                print0(f"continuing after {self.record['done']} of {settings['rows']} images")
+        if self.record["done"]:
+            self.array = np.load(self.array_file, mmap_mode="r+")
+        else:
+            self.record_file.unlink(missing_ok=True)
+            self.array = np.lib.format.open_memmap(
+                self.array_file, mode="w+", dtype=settings["dtype"], shape=(settings["rows"], *stored)
+            )
+
+    def append(self, features: np.ndarray, broken: Sequence[str]) -> None:
+        """Add a batch; it counts once it is on disk."""
+        done = self.record["done"]
+        self.array[done : done + len(features)] = features
+        self.array.flush()
+        self.record["done"] = done + len(features)
+        self.record["broken"] += broken
+        write_json(self.record_file, self.record)
+
+    def finish(self, path: Path) -> None:
+        """Move the rows to `path`: a .npy as it is, a .pth as one tensor."""
+        if path.suffix == ".npy":
+            with atomic_path(path) as temporary:
+                os.replace(self.array_file, temporary)
+        else:
+            import torch
+
+            # into an open file: given a path, torch would write the temporary name into the archive
+            with atomic_path(path) as temporary, open(temporary, "wb") as file:
+                torch.save(torch.from_numpy(self.array), file)
+        self.array_file.unlink(missing_ok=True)
+        self.record_file.unlink(missing_ok=True)
+
+
+def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: int, workers: int):
+    """Batches of (qid, transformed image, or None where it is broken, and why), from row `done` on, in order."""
+    from torch.utils.data import DataLoader
+
+    class Images:
+        def __init__(self):
+            self.rows = list(images.items())[done:]
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, index):
+            qid, path = self.rows[index]
+            try:
+                return qid, encoder.transform(read_image(path)), ""
+            except (OSError, ValueError) as error:
+                return qid, None, f"{path}: {error}"
+
+    return DataLoader(Images(), batch_size=batch_size, num_workers=workers, collate_fn=list)
+
+
+def extract(encoder: Encoder, images: dict[str, Path], rows: Rows, args: argparse.Namespace) -> None:
+    """Fill the rows that are not done. Raises UserError at a broken image with --strict."""
+    done = rows.record["done"]
+    with progress(desc=encoder.img_type, total=len(images), initial=done, unit="img") as bar:
+        for batch in batches(encoder, images, done, args.batch_size, args.workers):
+            for qid, pixels, reason in batch:
+                if pixels is None and args.strict:
+                    raise UserError(f"--strict: question {qid}: cannot read {reason}")
+                if pixels is None:
+                    warn0(f"question {qid}: cannot read {reason}; its row is zeros")
+            features = np.zeros((len(batch), *encoder.stored), dtype=args.dtype)
+            sound = [place for place, (_, pixels, _) in enumerate(batch) if pixels is not None]
+            if sound:
+                features[sound] = encoder([batch[place][1] for place in sound]).numpy()
+            rows.append(features, [qid for qid, pixels, _ in batch if pixels is None])
+            bar.update(len(batch))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    images = list_images(args.data_root, args.splits)
+    out = writable_dir(args.output_dir, "--output_dir")
+    settings = describe(args, images)
+    name_map = {qid: row for row, qid in enumerate(images)}
+    file = out / FILES[args.img_type]
+    if check_output(out, settings, name_map, args.overwrite):
+        print0(f"{file}: {len(images)} rows, there already")
+        return
+
+    import torch
+
+    torch.backends.cudnn.deterministic = True
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    weights = "random" if args.random_weights else args.weights or "pretrained"
+    encoder = load_encoder(args.img_type, args.model_name, weights, device, args.seed)
+    print0(f"{settings['model_name']} ({encoder.weights} weights) on {device}: {encoder.shape} per image")
+    rows = Rows(out, settings, encoder.stored)
+    extract(encoder, images, rows, args)
+    broken = rows.record["broken"]
+    # the features come last: where they are, all of it is
+    file.unlink(missing_ok=True)
+    write_json(out / "name_map.json", name_map)
+    write_json(out / f"{args.img_type}.json", {"shape": list(encoder.shape), **settings, "broken": broken})
+    rows.finish(file)
+    zeros = f", {len(broken)} broken images as zeros" if broken else ""
+    print0(f"{file}: {len(images)} rows of {encoder.stored}{zeros}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,442 @@
+"""The multimodal T5 of MM-CoT and ARES, and its value function, as short subclasses of transformers' T5.
+
+    policy = T5ForMultimodalGeneration.from_pretrained(folder)                          # what the folder holds
+    policy = T5ForMultimodalGeneration.from_pretrained("flan-alpaca", patch_size=(145, 1024))   # fresh image layers
+    value = T5ForMultimodalGenerationValueFunction.from_pretrained(folder)              # (B, L) values
+
+Text states attend once to the image's patches after the encoder's last norm (Zhang et al., arXiv 2302.00923, eq. 4-7):
+
+    attended = MHA(query = text, key = value = image_dense(patches))      one head, no mask: every patch is real
+    g        = sigmoid(gate_dense([text; attended]))
+    states   = (1 - g) * text + g * attended
+
+Text positions do not see each other here, so padding, on the right and as short as the batch allows, changes nothing.
+Left out: T5 encoders or decoders alone, TensorFlow/JAX weights, quantised loading. Released checkpoints
+(`pytorch_model.bin`, a config.json without image fields, `value_function.pth`) and our own safetensors folders load
+alike; pickles are only ever read with `weights_only=True`. A model without `patch_size` is a plain T5: text only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.models.t5.modeling_t5 import T5Stack
+from transformers.utils import logging as transformers_logging
+
+from ares.checkpoints import WEIGHTS, check_shapes, load_state_dict, read_shapes
+from ares.cli import UserError, atomic_path
+
+VALUE_FUNCTION = "value_function.pth"
+FUSION = ("encoder.image_dense.", "encoder.mha_layer.", "encoder.gate_dense.")
+EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # one tensor with shared.weight, always
+
+transformers_logging.disable_progress_bar()  # "Loading weights" and the like: lines in every log, from every rank
+
+PatchSize = tuple[int | None, int]  # patches per image (None: not recorded; nothing depends on it), features per patch
+
+
+# -- configuration ---------------------------------------------------------------------------------------
+
+
+class MultimodalT5Config(T5Config):
+    """T5Config with `patch_size`, and with `tie_word_embeddings` kept as the checkpoint says.
+
+    transformers 5 sets `tie_word_embeddings` to True whatever it was given and remembers a False only as
+    `scale_decoder_outputs = False`. Here False stays False, also in the saved file, where transformers 4 and the
+    released code look for it.
+    """
+
+    patch_size: tuple | list | None = None
+
+    def __post_init__(self, **kwargs):
+        untied = kwargs.get("tie_word_embeddings") is False or kwargs.get("scale_decoder_outputs") is False
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = not untied
+        self.patch_size = None if self.patch_size is None else tuple(self.patch_size)
+
+
+def _as_multimodal(config: T5Config, patch_size: PatchSize | None = None) -> MultimodalT5Config:
+    if not isinstance(config, MultimodalT5Config):
+        attention = config._attn_implementation
+        config = MultimodalT5Config.from_dict(config.to_dict())
+        config._attn_implementation = attention
+    if patch_size is not None:
+        config.patch_size = tuple(patch_size)
+    return config
+
+
+# -- policy ----------------------------------------------------------------------------------------------
+
+
+class _LibraryInit:
+    """Fresh weights: T5's own for T5's layers, PyTorch's own for the layers that T5 does not know."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # For "custom code" transformers 5 skips the initialisation of T5Attention and its like (modules without
+        # parameters of their own) and leaves their projections at N(0, 1), which ruins a start from scratch.
+        return False
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers guards torch.nn.init while it calls this: weights that were loaded stay as they are
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()  # T5's own Linear layers are set once more by the T5 module that holds them
+        elif isinstance(module, nn.MultiheadAttention):
+            module._reset_parameters()
+        else:
+            super()._init_weights(module)
+
+
+class MultimodalEncoder(_LibraryInit, T5Stack):
+    """T5's encoder, and after its last norm the gated attention to the image's patches."""
+
+    def __init__(self, config: MultimodalT5Config):
+        super().__init__(config)
+        if config.patch_size is not None:
+            self.image_dense = nn.Linear(config.patch_size[1], config.d_model)
+            self.mha_layer = nn.MultiheadAttention(config.d_model, num_heads=1, batch_first=True)
+            self.gate_dense = nn.Linear(2 * config.d_model, config.d_model)
+
+    def forward(self, input_ids=None, attention_mask=None, image_ids=None, **kwargs) -> BaseModelOutput:
+        """`image_ids` (B, P, D): vision features, zeros for a question without an image."""
+        kwargs.pop("return_dict", None)
+        outputs = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if self.config.patch_size is None:
+            if image_ids is not None:
+                raise ValueError("this model has no image layers: load it with patch_size, or pass no image_ids")
+            return outputs
+        if image_ids is None:
+            raise ValueError("this model has image layers: pass image_ids (zeros where a question has no image)")
+        text = outputs.last_hidden_state  # (B, S, d)
+        patches = self.image_dense(image_ids.to(text.dtype))  # (B, P, d)
+        attended, _ = self.mha_layer(text, patches, patches, need_weights=False)  # (B, S, d)
+        gate = torch.sigmoid(self.gate_dense(torch.cat([text, attended], dim=-1)))
+        outputs.last_hidden_state = (1 - gate) * text + gate * attended
+        return outputs
+
+
+class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
+    """The rationale model (and, with an adapter, the answer model)."""
+
+    config_class = MultimodalT5Config
+    accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch, and forward divides by it
+
+    def __init__(self, config: T5Config, patch_size: PatchSize | None = None):
+        super().__init__(_as_multimodal(config, patch_size))
+        self.encoder = MultimodalEncoder(self.encoder.config)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, patch_size=None, seed: int = 0, **kwargs):
+        """Load a folder or a hub id. `patch_size` (P, D): None takes what the checkpoint was made for.
+
+        Layers that the checkpoint lacks (image layers, `v_head`) are drawn from `seed`, without touching the global
+        random state. Weights are float32 unless `dtype` says otherwise. Raises UserError when the folder holds no
+        whole T5 or was made for other features.
+        """
+        folder = _local_folder(pretrained_model_name_or_path, kwargs)
+        info = _read_checkpoint(folder, "from_pretrained")
+        if patch_size is not None:
+            _check_features(info, tuple(patch_size), None, "from_pretrained")
+        fields = {"patch_size": tuple(patch_size or info.patch_size or ()) or None, "tie_word_embeddings": info.tied}
+        if (config := kwargs.pop("config", None)) is not None:
+            kwargs["config"] = _as_multimodal(config)
+            for name, value in fields.items():
+                setattr(kwargs["config"], name, value)
+        else:
+            kwargs.update(fields)
+        want_info = kwargs.pop("output_loading_info", False)
+        with _seeded(seed):
+            model, loading = super().from_pretrained(
+                folder, *args, output_loading_info=True, **{"dtype": torch.float32, **kwargs}
+            )
+        fresh = FUSION + ("v_head.",)
+        if lost := sorted(key for key in loading["missing_keys"] if not key.startswith(fresh)):
+            raise UserError(f"{folder}: {lost[0]} and {len(lost) - 1} more tensors are missing from the checkpoint")
+        model._check_tying()
+        return (model, loading) if want_info else model
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        # transformers ties all or nothing; in an untied T5 only lm_head is separate
+        tied = EMBEDDINGS + (("lm_head.weight",) if self.config.tie_word_embeddings else ())
+        return dict.fromkeys(tied, "shared.weight")
+
+    def _check_tying(self) -> None:
+        weights = dict(self.named_parameters(remove_duplicate=False))
+        shared = weights["shared.weight"]
+        one = all(weights[name] is shared for name in EMBEDDINGS)
+        if not one or (weights["lm_head.weight"] is shared) != self.config.tie_word_embeddings:
+            raise RuntimeError(
+                "embeddings are not tied as the checkpoint says; is this version of transformers known?"
+            )
+
+    def encode(self, input_ids, attention_mask=None, image_ids=None, **kwargs) -> BaseModelOutput:
+        """Encoder states after fusion, (B, S, d), for `forward(encoder_outputs=...)` of the same model."""
+        return self.encoder(input_ids=input_ids, attention_mask=attention_mask, image_ids=image_ids, **kwargs)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,  # (B, S)
+        attention_mask: torch.Tensor | None = None,  # (B, S), also needed with encoder_outputs
+        image_ids: torch.Tensor | None = None,  # (B, P, D)
+        decoder_input_ids: torch.Tensor | None = None,  # (B, L), start token first
+        decoder_attention_mask: torch.Tensor | None = None,  # (B, L)
+        labels: torch.Tensor | None = None,  # (B, L), -100 where no loss is wanted
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> Seq2SeqLMOutput:
+        """As T5's forward, with `image_ids`. `num_items_in_batch` (set by the Trainer): real targets of the whole
+        optimizer step; the loss is then their share of its mean, so accumulation steps may differ in length."""
+        if encoder_outputs is None:
+            encoder_outputs = self.encode(input_ids, attention_mask, image_ids, inputs_embeds=inputs_embeds)
+        outputs = super().forward(
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            labels=labels,
+            encoder_outputs=encoder_outputs,
+            **kwargs,
+        )
+        if labels is not None and num_items_in_batch is not None:
+            loss = outputs[0] * (labels != -100).sum() / num_items_in_batch
+            if isinstance(outputs, tuple):
+                return (loss, *outputs[1:])
+            outputs.loss = loss
+        return outputs
+
+    @torch.no_grad()
+    def generate(self, inputs=None, *, input_ids=None, attention_mask=None, image_ids=None, **kwargs):
+        """As T5's generate, with `image_ids`; each prompt is encoded once, also for `num_return_sequences` > 1."""
+        input_ids = inputs if input_ids is None else input_ids
+        if attention_mask is None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        if kwargs.get("encoder_outputs") is None:
+            # encoded here, so that the library does not carry (and copy k times) the image features through decoding
+            kwargs["encoder_outputs"] = self.encode(input_ids, attention_mask, image_ids)
+        return super().generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+# -- value function --------------------------------------------------------------------------------------
+
+
+class T5ForMultimodalGenerationValueFunction(T5ForMultimodalGeneration):
+    """A whole copy of the policy whose decoder states go to `v_head`: one value per decoder position.
+
+    `lm_head` is never used. It is frozen where it is a tensor of its own; in a tied checkpoint it is `shared`, which
+    trains.
+    """
+
+    _keys_to_ignore_on_load_missing = [r"^v_head\."]  # a policy's folder has none: not worth a report
+
+    def __init__(self, config: T5Config, patch_size: PatchSize | None = None):
+        super().__init__(config, patch_size)
+        d = self.config.d_model
+        self.v_head = nn.Sequential(nn.Linear(d, 2 * d), nn.ReLU(), nn.Linear(2 * d, 1))
+        self.post_init()
+        self._freeze_lm_head()
+
+    def _freeze_lm_head(self) -> None:
+        self.lm_head.weight.requires_grad_(self.config.tie_word_embeddings)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As the policy's; takes `value_function.pth` where the folder has one, else the policy's weights and a fresh
+        `v_head` drawn from `seed`."""
+        folder = _local_folder(pretrained_model_name_or_path, kwargs)
+        loaded = super().from_pretrained(folder, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if (path := folder / VALUE_FUNCTION).exists():
+            state = load_state_dict(path, "from_pretrained", "cpu")
+            expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, expected, path, "value model")
+            model.load_state_dict(state)
+        model._freeze_lm_head()
+        return loaded
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_ids: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+    ) -> torch.Tensor:
+        """Values (B, L): column t is the value of having written `decoder_input_ids[:, :t + 1]`.
+
+        `encoder_outputs` come from this model's `encode`, not from the policy's. `labels` only stand in for missing
+        `decoder_input_ids` (shifted right).
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.encode(input_ids, attention_mask, image_ids)
+        if decoder_input_ids is None:
+            decoder_input_ids = self._shift_right(labels)
+        states = self.decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            encoder_hidden_states=encoder_outputs[0],
+            encoder_attention_mask=attention_mask,
+            use_cache=False,
+        ).last_hidden_state  # (B, L, d)
+        return self.v_head(states).squeeze(-1)
+
+
+def save_value_function(value_model: T5ForMultimodalGenerationValueFunction, folder: str | os.PathLike) -> Path:
+    """Write `folder`/value_function.pth (atomically): the whole state dict, under the released names."""
+    path = Path(folder) / VALUE_FUNCTION
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:  # torch.save refuses names like .tmp-1
+        torch.save(value_model.state_dict(), file)
+    return path
+
+
+# -- checkpoints, read by their headers ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint folder holds, read without its weights."""
+
+    folder: Path
+    config: MultimodalT5Config
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)
+    tied: bool  # lm_head is shared
+    patch_size: PatchSize | None  # None: no image layers yet
+
+    @property
+    def has_value_function(self) -> bool:
+        return (self.folder / VALUE_FUNCTION).exists()
+
+
+def check_checkpoint(
+    folder: str | os.PathLike,
+    patch_size: PatchSize | None = None,
+    img_type: str | None = None,
+    flag: str = "--model",
+) -> CheckpointInfo | None:
+    """Check, before any model is loaded, that `folder` holds a whole T5 that fits the vision features.
+
+    Reads config.json and the weights' headers only. `patch_size` None means text only. `flag` is named in the
+    messages. Returns None for what can only be a hub id. Raises UserError.
+    """
+    if not Path(folder).expanduser().is_dir() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(folder)):
+        return None
+    info = _read_checkpoint(Path(folder).expanduser(), flag)
+    _check_features(info, None if patch_size is None else tuple(patch_size), img_type, flag)
+    return info
+
+
+def _read_checkpoint(folder: Path, flag: str) -> CheckpointInfo:
+    if not folder.is_dir():
+        raise UserError(f"{flag}: {folder} does not exist; name a model folder or a hub id")
+    config = _read_config(folder, flag)
+    shapes = read_shapes(folder, flag)
+    tied = config.tie_word_embeddings or "lm_head.weight" not in shapes  # transformers 5 saves any T5 as tied
+    image_dense = shapes.get("encoder.image_dense.weight")
+    if image_dense is None:
+        patch_size = None
+    elif config.patch_size is not None and config.patch_size[1] == image_dense[1]:
+        patch_size = config.patch_size
+    else:
+        patch_size = (None, image_dense[1])
+    info = CheckpointInfo(folder, config, shapes, tied, patch_size)
+    config.patch_size = patch_size
+    with torch.device("meta"):
+        model = T5ForMultimodalGeneration(config)
+    optional = set(EMBEDDINGS) | ({"lm_head.weight"} if tied else set())
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if any(name in shapes for name in EMBEDDINGS):
+        optional.add("shared.weight")  # any one of the three will do
+    check_shapes(shapes, expected, folder, flag, optional)
+    return info
+
+
+def _read_config(folder: Path, flag: str) -> MultimodalT5Config:
+    path = folder / "config.json"
+    if not path.exists():
+        if (folder / "adapter_config.json").exists():
+            raise UserError(f"{flag}: {folder} holds a LoRA adapter, not a model; name the model it was trained on")
+        raise UserError(f"{flag}: {folder} has no config.json; name the folder that save_pretrained wrote")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        model_type = fields.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{flag}: cannot read {path} ({error})") from error
+    if model_type != "t5":
+        raise UserError(f"{flag}: {path} describes a {model_type!r} model; only T5 (model_type 't5') can be used")
+    try:
+        return MultimodalT5Config.from_dict(fields)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{flag}: {path} is no valid T5 configuration ({reason[:160]})") from error
+
+
+def _check_features(info: CheckpointInfo, patch_size: PatchSize | None, img_type: str | None, flag: str) -> None:
+    if info.patch_size is None:
+        return  # a plain T5: text only, or image layers that start fresh
+    recorded, dim = info.patch_size
+    held = f"{flag}: encoder.image_dense.weight of {info.folder} takes features of size {dim}"
+    fits = _types_that_fit(info.patch_size)
+    use = f"use --img_type {' or '.join(fits)}" if fits else "use the features that it was trained with"
+    if patch_size is None:
+        raise UserError(f"{held}, but no --img_type is given; {use}")
+    given = f"--img_type {img_type}" if img_type else "patch_size"
+    if patch_size[1] != dim:
+        raise UserError(f"{held}, but {given} gives {patch_size[1]}; {use}")
+    if recorded is not None and patch_size[0] is not None and patch_size[0] != recorded:
+        raise UserError(
+            f"{flag}: {info.folder} was trained on {recorded} patches per image (patch_size in its config.json), but "
+            f"{given} gives {patch_size[0]}; {use}"
+        )
+
+
+def _types_that_fit(patch_size: PatchSize) -> list[str]:
+    from utils_data import img_shape
+
+    return [
+        name for name, (patches, dim) in img_shape.items() if dim == patch_size[1] and patch_size[0] in (None, patches)
+    ]
+
+
+def _local_folder(name: str | os.PathLike, kwargs: dict) -> Path:
+    """`name` itself where it is a folder; else the Hub's snapshot of that id, downloaded or from the cache."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import enable_progress_bars
+
+    enable_progress_bars()  # a gigabyte to come
+
+    options = {key: kwargs.pop(key) for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            found = Path(snapshot_download(str(name), allow_patterns=["*.json", weights], **options))
+            if any((found / file).exists() for file in WEIGHTS):
+                break
+        return found
+    except (OSError, ValueError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name} is neither a folder here nor a model the Hub gives ({reason[:160]})") from error
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    # fork_rng and default_generator, not manual_seed: the CUDA generators stay out of it
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield

@@ -1,0 +1,105 @@
+"""Requests for the Teacher: beside every rationale that RL exported, the text to ask with and the question's images.
+
+    bash preprocessing_after_RL/processing_sentence_level_feedback.sh --problems scienceqa --data_root data
+    bash preprocessing_after_RL/processing_sentence_level_feedback.sh --questions_dir RL_models/<run>/questions
+
+Reads `{questions_dir}/{k}/p{rank}/{qid}/rationale_from_mm_cot.txt`, writes `input_for_llm.txt`, `image.png` and choice
+images beside it. Run it again at any time, also while RL still exports: what is there is left alone. A reply that
+answers an older rationale (last round's, left in this folder) is set aside as `older_...`. Asks nobody anything:
+that is haiku.py. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+
+from ares import cli, feedback  # noqa: E402
+from ares.problems import find_dataset, load_problems  # noqa: E402
+from ares.requests import images_of_questions, place_images, set_reply_aside, write_request  # noqa: E402
+from utils_prompt import scoring_request  # noqa: E402
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_data_flags(parser)
+    parser.add_argument("--problems", metavar="{scienceqa,aokvqa}", help="the released name of --dataset")
+    parser.add_argument(
+        "--questions_dir", default="preprocessing_after_RL", help="folder of {k}/p{rank}/{qid}/ (default: %(default)s)"
+    )
+    parser.add_argument("--strict", action="store_true", help="stop when a named image or a rationale is unusable")
+    args = parser.parse_args(argv)
+    if args.problems and args.dataset and args.problems != args.dataset:
+        cli.refuse([f"--problems {args.problems} and --dataset {args.dataset} mean the same flag; give one"])
+    args.dataset = args.dataset or args.problems
+    return args
+
+
+def exported_items(questions_dir: str) -> list[feedback.Item]:
+    """All exported rationales. Raises UserError if there are none."""
+    items = feedback.iter_items(questions_dir)
+    if not items:
+        inner = Path(questions_dir) / "questions"
+        fix = f"did you mean {inner}?" if inner.is_dir() else "copy {run}/questions/* there, or name {run}/questions"
+        files = f"{{k}}/p{{rank}}/{{qid}}/{feedback.RATIONALE}"
+        raise cli.UserError(f"--questions_dir: {Path(questions_dir).absolute()} holds no {files}; {fix}")
+    return items
+
+
+def prepare(item: feedback.Item, problem: Mapping[str, Any], sentences: Sequence[str], images: Sequence[Path]) -> bool:
+    """Write one folder's request; True if an older rationale's reply had to be set aside."""
+    before = item.folder / feedback.REQUEST
+    asked = before.read_bytes().decode("utf-8", errors="replace") if before.exists() else None
+    outdated = asked is not None and not all(f'"{sentence}": ' in asked for sentence in sentences)
+    aside = outdated and set_reply_aside(item.folder)
+    place_images(item.folder, images)
+    write_request(item.folder, scoring_request(problem, sentences))  # last: its presence says "ready"
+    return aside
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    items = exported_items(args.questions_dir)
+    problems = load_problems(args.data_root, find_dataset(args.data_root, args.dataset))
+    unknown = [item for item in items if item.qid not in problems]
+    if unknown:
+        raise cli.UserError(
+            f"--questions_dir: question {unknown[0].qid} ({unknown[0].folder}) is not in problems.json; "
+            "name the data of this run with --data_root and --problems"
+        )
+    images = images_of_questions(args, problems, list(dict.fromkeys(item.qid for item in items)))
+    unusable, outdated = [], set()
+    set_aside = 0
+    for item in cli.progress(items, desc="requests", unit="rationale"):
+        try:
+            sentences = feedback.read_rationale(item.folder)
+            if not sentences:
+                raise feedback.Refused("no_sentences", f"{item.folder / feedback.RATIONALE} holds none")
+        except feedback.Refused as refused:
+            if args.strict:
+                raise cli.UserError(f"--strict: {refused}; export it again") from None
+            unusable.append(refused)
+            continue
+        if prepare(item, problems[item.qid], sentences, images[item.qid]):
+            set_aside += 1
+            outdated.add(item.action)
+    for action in outdated:
+        (Path(args.questions_dir) / str(action) / feedback.DONE).unlink(missing_ok=True)  # last round's signal
+    if unusable:
+        cli.warn0(f"{len(unusable)} rationales get no request, first: {unusable[0]}")
+    if set_aside:
+        cli.print0(f"{set_aside} replies to older rationales set aside (older_{feedback.REPLY})")
+    pictured = sum(bool(images[item.qid]) for item in items)
+    cli.print0(
+        f"{len(items) - len(unusable)} requests in {args.questions_dir}, {pictured} with images; "
+        f"next: python haiku.py --questions_dir {args.questions_dir}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

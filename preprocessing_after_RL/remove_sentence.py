@@ -1,0 +1,122 @@
+"""Drop the repeated sentences of generated rationales, before the Teacher corrects them.
+
+    python preprocessing_after_RL/remove_sentence.py --file_path RL_models/<run>/0/predictions_ans_train.json
+
+Reads `preds` (and `qids`), writes `remove_repetitive_sentences.json` beside the input: {"preds": [...], "qids": [...]}
+in input order. Of each rationale the prefix `Solution:` goes, the first occurrence of every sentence stays, and the
+sentences are joined by one blank; every one is on one line and the stray n of a backslash-n is gone. Files of the
+released code hold no ids: `--data_root` gives them, by split order. Mends nothing else: unfinished and wrong
+sentences are the Teacher's (preprocessing_for_correction_feedback.py comes next). Needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
+
+from ares import cli  # noqa: E402
+from ares.cli import UserError, print0  # noqa: E402
+from ares.problems import find_dataset, load_problems, load_splits, split_qids  # noqa: E402
+from ares.sentences import remove_repeats, split_text  # noqa: E402
+
+OUTPUT = "remove_repetitive_sentences.json"
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--file_path", required=True, metavar="FILE", help="predictions_ans_train.json of the RL model's folder"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="of the released command; not needed and not read: sentences are found in the text itself",
+    )
+    ids = parser.add_argument_group("question ids (checked, or supplied where the file has none)")
+    ids.add_argument("--data_root", help="folder that holds scienceqa/ or aokvqa/")
+    ids.add_argument("--dataset", help="subfolder of --data_root (default: the one found there)")
+    ids.add_argument("--split", help="split whose order the predictions follow (default: train)")
+    args = parser.parse_args(argv)
+    cli.refuse(
+        [
+            f"--{flag} says nothing without --data_root: give that, too"
+            for flag in ("dataset", "split")
+            if getattr(args, flag) and not args.data_root
+        ]
+    )
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    source = Path(args.file_path)
+    preds, qids = read_predictions(source)
+    if args.data_root:
+        qids = qids_of_split(args, len(preds), qids)
+    cli.writable_dir(source.parent, "--file_path")
+    if args.tokenizer:
+        print0("note: --tokenizer is not needed and was not read: sentences are found in the text")
+
+    kept, found, removed, changed = [], 0, 0, 0
+    for pred in cli.progress(preds, desc="removing repeats", unit=" rationale"):
+        sentences = split_text(pred)
+        first = remove_repeats(sentences)
+        kept.append(" ".join(first))
+        found += len(sentences)
+        removed += len(sentences) - len(first)
+        changed += len(first) < len(sentences)
+
+    output = {"preds": kept} if qids is None else {"preds": kept, "qids": qids}
+    cli.write_json(source.parent / OUTPUT, output)
+    empty = sum(not pred for pred in kept)
+    print0(
+        f"{len(kept)} rationales, {found} sentences; removed {removed} repeated sentences from {changed} rationales"
+        + (f"; {empty} rationales hold no sentence at all" if empty else "")
+    )
+    if qids is None:
+        print0(f"note: {source} holds no question ids, so neither does the output; --data_root supplies them")
+    print0(f"wrote {source.parent / OUTPUT}")
+
+
+def read_predictions(path: Path) -> tuple[list[str], list[str] | None]:
+    """`preds` and, where present, `qids` of a predictions file. Raises UserError naming the row that is wrong."""
+    data = cli.read_json(path, "--file_path")
+    if not isinstance(data, dict) or not isinstance(data.get("preds"), list):
+        raise UserError(f'--file_path: {path} holds no list "preds"; name a predictions_ans_*.json')
+    preds, qids = data["preds"], data.get("qids")
+    for row, pred in enumerate(preds):
+        if not isinstance(pred, str):
+            raise UserError(f"--file_path: {path}: preds[{row}] is no text; generate the file with main.py again")
+    if qids is None:
+        return preds, None
+    if not isinstance(qids, list) or len(qids) != len(preds):
+        raise UserError(f"--file_path: {path} must hold one of qids per row of preds ({len(preds)})")
+    return preds, [str(qid) for qid in qids]
+
+
+def qids_of_split(args: argparse.Namespace, rows: int, qids: list[str] | None) -> list[str]:
+    """Ids for `rows` predictions in split order; ids that the file has are kept, and must be of that split."""
+    dataset = find_dataset(args.data_root, args.dataset)
+    name = args.split or "train"
+    splits = load_splits(args.data_root, dataset, load_problems(args.data_root, dataset))
+    of_split = split_qids(splits, name, "--split")
+    if qids is None:
+        if len(of_split) != rows:
+            raise UserError(
+                f"--split: {name} has {len(of_split)} questions, {args.file_path} has {rows} rows; "
+                "name the split that was generated"
+            )
+        return of_split
+    known = set(of_split)
+    strangers = [qid for qid in qids if qid not in known]
+    if strangers:
+        raise UserError(f"--split: {args.file_path} holds question {strangers[0]}, which is not in split {name}")
+    return qids
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,81 @@
+"""Requests for the Teacher: one per training question, to correct the RL model's rationale before SFT.
+
+    python preprocessing_for_correction_feedback.py --data_root data \\
+        --rationales RL_models/<run>/0/remove_repetitive_sentences.json
+
+Writes `{correction_dir}/0/p0/{qid}/` with the rationale, `input_for_llm.txt` and the question's images. Run it again
+at any time: what is there is left alone; a reply that answers another rationale (last round's) is set aside as
+`older_...`. Asks nobody anything: that is haiku_for_correction_feedback.py. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ares import cli, feedback
+from ares.problems import find_dataset, load_problems, load_splits, split_qids
+from ares.requests import images_of_questions, place_images, read_rationales, set_reply_aside, write_request
+from utils_prompt import correction_request
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_data_flags(parser)
+    parser.add_argument("--train_split", default="train", help="split the rationales belong to (default: %(default)s)")
+    parser.add_argument("--rationales", metavar="FILE", required=True, help="the output of remove_sentence.py")
+    parser.add_argument(
+        "--correction_dir",
+        default="preprocessing_after_RL/correction",
+        help="where the requests go (default: %(default)s)",
+    )
+    parser.add_argument("--strict", action="store_true", help="stop when an image that a question names is absent")
+    return parser.parse_args(argv)
+
+
+def prepare(folder: Path, problem: Mapping[str, Any], rationale: str, images: Sequence[Path]) -> bool:
+    """Write one question's folder; True if the reply to another rationale had to be set aside.
+
+    The rationale file holds the whole rationale as its one entry: nothing of it may get lost in cutting.
+    """
+    try:
+        known = feedback.read_rationale(folder) == [rationale]
+    except feedback.Refused:
+        known = False
+    aside = not known and set_reply_aside(folder)
+    if not known:
+        feedback.write_rationale(folder, [rationale])
+    place_images(folder, images)
+    write_request(folder, correction_request(problem, rationale))  # last: its presence says "ready"
+    return aside
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    dataset = find_dataset(args.data_root, args.dataset)
+    problems = load_problems(args.data_root, dataset)
+    train_qids = split_qids(load_splits(args.data_root, dataset, problems), args.train_split, "--train_split")
+    rationales = read_rationales(args.rationales, train_qids)
+    # one line per rationale file entry: the collator collapses white space anyway
+    rationales = {qid: " ".join(text.split()) for qid, text in rationales.items()}
+    cli.writable_dir(args.correction_dir, "--correction_dir")
+    if len(rationales) < len(train_qids):
+        cli.print0(f"note: {args.rationales} covers {len(rationales)} of {len(train_qids)} train questions")
+    images = images_of_questions(args, problems, list(rationales))
+    set_aside = 0
+    for qid, rationale in cli.progress(rationales.items(), desc="requests", unit="question"):
+        folder = feedback.question_dir(args.correction_dir, 0, 0, qid)
+        set_aside += prepare(folder, problems[qid], rationale, images[qid])
+    if set_aside:
+        cli.print0(f"{set_aside} replies to older rationales set aside (older_{feedback.REPLY})")
+    cli.print0(
+        f"{len(rationales)} requests in {args.correction_dir}, {sum(map(bool, images.values()))} with images; "
+        f"next: python haiku_for_correction_feedback.py --correction_dir {args.correction_dir} "
+        f"--rationales {args.rationales}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

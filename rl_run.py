@@ -1,0 +1,176 @@
+"""The run folder of RL: its name, whose experiment it holds, and what a killed or finished round leaves in it.
+
+    {run}/args.yaml, metrics.jsonl, tensorboard/
+    {run}/{n}/                  a finished round: policy, tokenizer, value function, optimizer (written in one step)
+    {run}/rollouts/round_{n}/   its samples and scores (rollouts.py)
+    {run}/questions/            the round the Teacher works on;  questions_round{n}/ once it is finished
+    {run}/state/                PPO's saved state in two alternating slots (ppo_trainer.py)
+
+Needs no torch. Takes run_mm_cot_rl.py's flags as a namespace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ares import cli
+from ares.cli import UserError, print0
+
+SAMPLING_FILE, PPO_FILE = "flags_sampling.json", "flags_ppo.json"  # what made a round, beside its rollouts
+
+# A changed flag of the first group makes other rollouts, one of the second other updates. The second may change until
+# PPO has saved something: rollouts and replies are worth keeping. Folders of models are compared as resolved paths.
+SAMPLING_FLAGS = tuple(
+    "seed train_split train_le prompt_format use_caption options img_type input_len output_len bs k_actions do_sample "
+    "top_k top_p".split()
+)
+PPO_FLAGS = tuple(
+    "seed algo lr rl_batch_size rl_epochs ga_step init_kl_coef clip_range vf_coef gamma gae_lambda adv_normalization "
+    "neutral_score".split()
+)
+# Flags that may change at any time. Data may move: the prompts themselves are compared (rollouts.Store.plan).
+FREE_FLAGS = tuple(
+    "data_root dataset caption_file images vision_features name_map model tokenizer user_msg model_type feedback "
+    "base_model_dir ref_model continue_train epochs run_dir phase poll_seconds settle_seconds max_dropped "
+    "save_minutes overwrite log_term report_to".split()
+)
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """The run folder's name, as the released code builds it (SPEC 2); shortened with a hash where it is too long."""
+    reference = "ref" if args.ref_model else "no_ref"
+    return cli.short_name(
+        f"{args.model_type}_neutral{args.neutral_score}_k{args.k_actions}_rlb{args.rl_batch_size}"
+        f"_cl{args.clip_range}_rle{args.rl_epochs}_lr{args.lr}_vlr{args.vf_coef}_g{args.gamma}_l{args.gae_lambda}"
+        f"_f{args.feedback}_seed{args.seed}_kl{args.init_kl_coef}_ga{args.ga_step}_dosample{args.do_sample}"
+        f"_adv{args.adv_normalization}_tk{args.top_k}_{reference}"
+    )
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """`--run_dir`, else the run that is continued, else RL_models/{run_name}."""
+    if args.run_dir:
+        return Path(args.run_dir)
+    if args.continue_train:
+        return Path(args.base_model_dir).resolve().parent
+    return Path("RL_models") / run_name(args).replace("/", "-")
+
+
+def first_round(args: argparse.Namespace) -> int:
+    """0, or the one after the round folder that is continued."""
+    return int(Path(args.base_model_dir).resolve().name) + 1 if args.continue_train else 0
+
+
+def reference_folder(args: argparse.Namespace) -> str:
+    """`--ref_model`, else the frozen model that the continued run stayed close to, else the starting model."""
+    if args.ref_model:
+        return args.ref_model
+    recorded = Path(args.base_model_dir) / "args.yaml"
+    if not (args.continue_train and recorded.exists()):
+        return args.base_model_dir
+    import yaml
+
+    folder = (yaml.safe_load(recorded.read_text(encoding="utf-8")) or {}).get("reference", args.base_model_dir)
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"--ref_model: {recorded} names the reference {folder}, which is gone; name it with --ref_model"
+        )
+    return folder
+
+
+def claim(args: argparse.Namespace, folder: Path, start: int) -> None:
+    """Make the run folder ours (rank 0): writable, of the same flags as before, tidied after a kill.
+
+    Raises UserError naming each flag that would mix two experiments in one folder.
+    """
+    cli.writable_dir(folder, "--run_dir")
+    for place in (folder, folder / "state", *folder.glob("rollouts/round_*")):  # of a launch killed while it wrote
+        for leftover in (*place.glob(".tmp-*"), *place.glob(".old-*")):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    if args.overwrite:
+        move_aside(folder, start)
+    begun = any((folder / "state").glob("slot_*"))
+    for number in range(start, start + args.epochs):
+        place = folder / "rollouts" / f"round_{number}"
+        refuse_changes(place / SAMPLING_FILE, sampling_identity(args, folder, number))
+        if begun or finished(folder, number):
+            refuse_changes(place / PPO_FILE, ppo_identity(args))
+    tidy(folder, start + args.epochs)
+    cli.write_args(folder, args)
+
+
+def sampling_identity(args: argparse.Namespace, folder: Path, number: int) -> dict[str, Any]:
+    """The settings that make a round's rollouts what they are."""
+    start = args.base_model_dir if number == first_round(args) else folder / str(number - 1)
+    models = {"base_model_dir": str(Path(start).resolve()), "ref_model": str(Path(args.reference).resolve())}
+    return {key: getattr(args, key) for key in SAMPLING_FLAGS} | models
+
+
+def ppo_identity(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that make a round's updates what they are."""
+    return {key: getattr(args, key) for key in PPO_FLAGS}
+
+
+def refuse_changes(known: Path, now: dict[str, Any]) -> None:
+    """Raise UserError naming the flags that differ from those in the file `known`, if it is there."""
+    if not known.exists():
+        return
+    before = cli.read_json(known, "--run_dir")
+    changed = [f"--{key} was {before.get(key)}, is {value}" for key, value in now.items() if before.get(key) != value]
+    if changed:
+        raise UserError(
+            f"{known.parent} belongs to another experiment ({'; '.join(changed)}); give the old values back, "
+            "name another --run_dir, or start anew with --overwrite"
+        )
+
+
+def move_aside(folder: Path, start: int) -> None:
+    """--overwrite: what rounds `start` and later left goes to a subfolder. Replies cost money: nothing is deleted."""
+    of_rounds = [*folder.glob("[0-9]*"), *folder.glob("questions_round[0-9]*"), *folder.glob("rollouts/round_[0-9]*")]
+    found = [path for path in of_rounds if int(re.sub(r"\D", "", path.name)) >= start]
+    names = ("questions", "state") if start else ("questions", "state", "tensorboard", "metrics.jsonl")
+    found += [folder / name for name in names if (folder / name).exists()]
+    if found:
+        aside = folder / time.strftime("overwritten_%Y%m%d_%H%M%S")
+        for path in found:
+            target = aside / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+        print0(f"--overwrite: the earlier run was moved to {aside}")
+
+
+def tidy(folder: Path, end: int) -> None:
+    """Complete the end of finished rounds below `end`: keep their questions under their name, drop the PPO state."""
+    for number in range(end):
+        kept, following = folder / f"questions_round{number}", folder / "rollouts" / f"round_{number + 1}"
+        if finished(folder, number) and not following.exists() and not kept.exists():
+            if (folder / "questions").exists():
+                os.replace(folder / "questions", kept)
+            shutil.rmtree(folder / "state", ignore_errors=True)
+
+
+def finished(folder: Path, number: int) -> bool:
+    """Whether a round's checkpoint is there (it is written whole or not at all)."""
+    return (folder / str(number) / "args.yaml").exists()
+
+
+def next_commands(args: argparse.Namespace, folder: Path, argv: Sequence[str]) -> str:
+    """What to type after --phase collect."""
+    questions = folder / "questions"
+    data = ["--data_root", args.data_root] + (["--images", args.images] if args.images else [])
+    again = [word for i, word in enumerate(argv) if word != "--phase" and (i == 0 or argv[i - 1] != "--phase")]
+    again = [word for word in again if not word.startswith("--phase=") and word != "--overwrite"]
+    commands = [
+        ["bash", "preprocessing_after_RL/processing_sentence_level_feedback.sh", "--questions_dir", questions, *data],
+        ["python", "haiku.py", "--questions_dir", questions],
+        ["accelerate", "launch", "run_mm_cot_rl.py", *again, "--phase", "train"],
+    ]
+    return "\n".join("  " + shlex.join(map(str, command)) for command in commands)

@@ -1,0 +1,434 @@
+"""Rollouts: k sampled rationales per question, their storage on disk, and the scores that come back for them.
+
+What lies under `{run}/rollouts/round_{n}/`:
+
+    plan.json                    the sampling batches (question ids) and a fingerprint of their prompts
+    batch_000000.safetensors     one file per sampling batch, written whole or not at all
+    collected.json               written last: every batch is there and its sentences are exported
+    scores.json                  written once: which replies count, and what was dropped and why
+
+A batch depends on the seed, the round and its number alone, never on the process that samples it: a collection that
+was killed goes on with the batches that are missing, on any number of processes, and ends with the same samples.
+Prompts and images are not stored; they are found again by question id. Positions follow SPEC 6: position t of a row
+is the choice of `actions[t + 1]`, column 0 of `actions` being the decoder's start token.
+
+Sampling truncates the distribution to top-k / top-p, while log-probabilities come from the full softmax, as in the
+released code. The pad token is never sampled: it means "nothing here" in every mask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ares import cli, feedback, ppo
+from ares.cli import UserError
+from ares.sentences import sentences_from_ids
+
+FIELDS = ("tokens", "logprobs", "ref_logprobs", "values")  # one number per position
+SCORING_TOKENS = 16384  # decoder positions scored at once: their fp32 logits take 2 GB at T5's vocabulary
+
+
+# -- storage ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollouts:
+    """N sampled rationales, ragged: row i owns positions `offsets[i] .. offsets[i] + lengths[i]` of each field.
+
+    qids, action, rank: (N,) the question, which of its k samples, and the process that sampled it
+    lengths, sentence_counts: (N,) int64; columns: int32, the sentences' last columns, row after row
+    tokens: int32; logprobs, ref_logprobs, values: float32 - one per position
+    """
+
+    qids: list[str]
+    action: list[int]
+    rank: list[int]
+    lengths: Tensor
+    sentence_counts: Tensor
+    columns: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+
+    def __post_init__(self):
+        self.offsets = self.lengths.cumsum(0) - self.lengths
+        self.sentence_offsets = self.sentence_counts.cumsum(0) - self.sentence_counts
+
+    def __len__(self) -> int:
+        return len(self.qids)
+
+    def keys(self) -> list[str]:
+        """One name per row, `{action}/{qid}`: its place in the questions folder, the rank left out."""
+        return [f"{action}/{qid}" for action, qid in zip(self.action, self.qids, strict=True)]
+
+    def ids(self, row: int) -> list[int]:
+        """Decoder ids of one row, start token included, trailing pads left out."""
+        begin = int(self.offsets[row])
+        return [0, *self.tokens[begin : begin + int(self.lengths[row])].tolist()]
+
+    def row_columns(self, row: int) -> list[int]:
+        """The columns of `ids(row)` at which its sentences end."""
+        begin = int(self.sentence_offsets[row])
+        return self.columns[begin : begin + int(self.sentence_counts[row])].tolist()
+
+    def pad(self, flat: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Rows of a per-position field as (B, T) with zeros on the right, and their (B, T) boolean mask."""
+        rows = torch.as_tensor(rows)
+        lengths = self.lengths[rows]
+        t = torch.arange(int(lengths.max()))
+        mask = t < lengths[:, None]  # (B, T)
+        index = (self.offsets[rows][:, None] + t).clamp(max=len(flat) - 1)
+        return flat[index].masked_fill(~mask, 0), mask
+
+    def actions(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Decoder ids (B, T + 1) with the start token in column 0, and the (B, T) mask of real positions."""
+        tokens, mask = self.pad(self.tokens, rows)
+        return torch.nn.functional.pad(tokens.long(), (1, 0)), mask
+
+    def select(self, rows: Sequence[int]) -> Rollouts:
+        """The given rows alone, in the given order."""
+
+        def gather(flat: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+            parts = [flat[int(offsets[row]) : int(offsets[row] + counts[row])] for row in rows]
+            return torch.cat(parts) if parts else flat[:0]
+
+        index = torch.as_tensor(rows, dtype=torch.long)
+        return Rollouts(
+            qids=[self.qids[row] for row in rows],
+            action=[self.action[row] for row in rows],
+            rank=[self.rank[row] for row in rows],
+            lengths=self.lengths[index],
+            sentence_counts=self.sentence_counts[index],
+            columns=gather(self.columns, self.sentence_offsets, self.sentence_counts),
+            **{name: gather(getattr(self, name), self.offsets, self.lengths) for name in FIELDS},
+        )
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file atomically; who and what each row is goes into its metadata."""
+        tensors = {"lengths": self.lengths, "sentence_counts": self.sentence_counts, "columns": self.columns}
+        tensors |= {name: getattr(self, name).contiguous() for name in FIELDS}
+        rows = {"qids": self.qids, "action": self.action, "rank": self.rank}
+        with cli.atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in rows.items()})
+
+    @classmethod
+    def load(cls, path: Path) -> Rollouts:
+        """Read one file that `save` wrote. Raises UserError naming a file that cannot be read."""
+        try:
+            with safe_open(path, "pt") as file:
+                rows = {key: json.loads(value) for key, value in file.metadata().items()}
+                return cls(**rows, **{name: file.get_tensor(name) for name in file.keys()})
+        except Exception as error:
+            raise UserError(f"{path}: not a rollout file ({error}); delete it and run again") from error
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Rollouts]) -> Rollouts:
+        """All rows of `parts`, in order."""
+        rows = {key: [item for part in parts for item in getattr(part, key)] for key in ("qids", "action", "rank")}
+        names = ("lengths", "sentence_counts", "columns", *FIELDS)
+        return cls(**rows, **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+# -- prompts ---------------------------------------------------------------------------------------------
+
+
+class Prompts:
+    """The prompts of the train questions, found by id: what a model reads, padded per batch, with image features."""
+
+    def __init__(self, dataset, collator, device: torch.device):
+        self.items = {item["qid"]: item for item in (dataset[i] for i in range(len(dataset)))}
+        self.collator, self.device = collator, device
+        self.lengths = {qid: len(item["input_ids"]) for qid, item in self.items.items()}
+
+    def batch(self, qids: Sequence[str]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` (B, S) and, with vision features, `image_ids` (B, patches, dim)."""
+        batch = self.collator([self.items[qid] for qid in qids])
+        names = ("input_ids", "attention_mask", "image_ids")
+        return {name: batch[name].to(self.device, non_blocking=True) for name in names if name in batch}
+
+    def fingerprint(self) -> str:
+        """A hash of every prompt's ids: tells whether questions, captions or prompt flags changed since."""
+        digest = hashlib.sha256()
+        for qid, item in self.items.items():
+            digest.update(json.dumps([qid, list(item["input_ids"])]).encode())
+        return digest.hexdigest()
+
+
+def plan_batches(lengths: dict[str, int], batch_size: int) -> list[list[str]]:
+    """Question ids in batches of similar prompt length, longest first: what does not fit in memory shows at once."""
+    order = sorted(lengths, key=lambda qid: -lengths[qid])  # a stable sort: equal lengths keep the split's order
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def seed_for(*parts: object) -> int:
+    """A 63-bit seed that depends on every part (`seed_for(42, "sampling", round, batch)`)."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+# -- sampling --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How rationales are drawn. `k` is the number per question; temperature is 1."""
+
+    k: int
+    do_sample: bool
+    top_k: int
+    top_p: float
+    output_len: int
+
+    def config(self):
+        """The same as a GenerationConfig of transformers, for T5's special tokens (pad 0, </s> 1)."""
+        from transformers import GenerationConfig
+
+        drawn = {"top_k": self.top_k, "top_p": self.top_p, "temperature": 1.0} if self.do_sample else {}
+        return GenerationConfig(
+            do_sample=self.do_sample,
+            num_beams=1,
+            num_return_sequences=self.k,
+            max_length=self.output_len,
+            suppress_tokens=[0],
+            pad_token_id=0,
+            eos_token_id=1,
+            decoder_start_token_id=0,
+            **drawn,
+        )
+
+
+@dataclass
+class Models:
+    """The three models that sampling needs, in eval mode."""
+
+    policy: torch.nn.Module
+    reference: torch.nn.Module
+    value_function: torch.nn.Module
+
+
+@torch.no_grad()
+def sample_batch(models: Models, prompt: dict[str, Tensor], sampling: Sampling, seed: int) -> dict[str, Tensor]:
+    """Draw k rationales for each of B prompts and score them; every model encodes each prompt once.
+
+    Returns actions (B*k, L) int64, rows of one question side by side, and logprobs, ref_logprobs, values
+    (B*k, L-1) float32 with zeros outside the mask, all on the CPU.
+    """
+    torch.manual_seed(seed)
+    encoded = models.policy.encode(**prompt)
+    states = encoded.last_hidden_state  # (B, S, d); generate repeats those in `encoded` k times, in place
+    actions = models.policy.generate(
+        encoder_outputs=encoded, attention_mask=prompt["attention_mask"], generation_config=sampling.config()
+    )  # (B*k, L)
+    out = {"actions": actions.cpu(), "logprobs": _score(models.policy, prompt, actions, sampling.k, states)}
+    out["ref_logprobs"] = _score(models.reference, prompt, actions, sampling.k)
+    out["values"] = _score(models.value_function, prompt, actions, sampling.k)
+    return out
+
+
+def _score(model, prompt: dict[str, Tensor], actions: Tensor, k: int, states=None) -> Tensor:
+    """Log-probabilities of `actions` (a policy) or values (a value function): (B*k, L-1) float32 on the CPU."""
+    states = model.encode(**prompt).last_hidden_state if states is None else states
+    rows = max(1, SCORING_TOKENS // actions.shape[1])
+    parts = []
+    for begin in range(0, len(actions), rows):
+        chunk = actions[begin : begin + rows]
+        question = torch.arange(begin, begin + len(chunk), device=actions.device) // k
+        out = model(
+            encoder_outputs=(states[question],),
+            attention_mask=prompt["attention_mask"][question],
+            decoder_input_ids=chunk[:, :-1],
+        )
+        scores = out if isinstance(out, Tensor) else ppo.logprobs_from_logits(out.logits, chunk[:, 1:])
+        parts.append(scores.float().masked_fill(~ppo.action_mask(chunk), 0).cpu())
+    return torch.cat(parts)
+
+
+def to_rollouts(sampled: dict[str, Tensor], qids: Sequence[str], k: int, rank: int, tokenizer) -> Rollouts:
+    """One sampled batch without its padding, with the columns at which its sentences end."""
+    actions = sampled["actions"]
+    mask = ppo.action_mask(actions)  # (B*k, L-1), a prefix of each row: pad is never sampled
+    lengths = mask.sum(1)
+    columns = [
+        [sentence.column for sentence in sentences_from_ids(row[: n + 1], tokenizer)]
+        for row, n in zip(actions.tolist(), lengths.tolist(), strict=True)
+    ]
+    fields = {name: sampled[name][mask] for name in FIELDS[1:]}
+    return Rollouts(
+        qids=[qid for qid in qids for _ in range(k)],
+        action=list(range(k)) * len(qids),
+        rank=[rank] * len(actions),
+        lengths=lengths,
+        sentence_counts=torch.tensor([len(row) for row in columns]),
+        columns=torch.tensor([column for row in columns for column in row], dtype=torch.int32),
+        tokens=actions[:, 1:][mask].int(),
+        **fields,
+    )
+
+
+# -- a round's folder ------------------------------------------------------------------------------------
+
+
+class Store:
+    """The files of one round: `{run}/rollouts/round_{n}` and the questions folder they are exported to."""
+
+    def __init__(self, run: Path, number: int):
+        self.folder = Path(run) / "rollouts" / f"round_{number}"
+        self.questions = Path(run) / "questions"
+        self.plan_file = self.folder / "plan.json"
+        self.collected_file = self.folder / "collected.json"
+        self.scores_file = self.folder / "scores.json"
+
+    def shard(self, number: int) -> Path:
+        return self.folder / f"batch_{number:06d}.safetensors"
+
+    def plan(self, prompts: Prompts, batch_size: int, k: int) -> list[list[str]]:
+        """The sampling batches; written by rank 0 at first, compared ever after.
+
+        Raises UserError when the prompts are not those that the batches on disk were sampled from.
+        """
+        plan = {"k": k, "prompts": prompts.fingerprint(), "batches": plan_batches(prompts.lengths, batch_size)}
+        if self.plan_file.exists():
+            if cli.read_json(self.plan_file, "rollouts") != plan:
+                raise UserError(
+                    f"{self.plan_file}: questions, captions or prompts are not those of the rollouts beside it; "
+                    "restore the data, or start anew with --overwrite"
+                )
+        elif cli.rank() == 0:
+            cli.write_json(self.plan_file, plan, indent=None)
+        return plan["batches"]
+
+    def load(self) -> Rollouts:
+        """Every row of the round, in sampling order (needs no models and no data set)."""
+        shards = sorted(self.folder.glob("batch_*.safetensors"))
+        expected = cli.read_json(self.collected_file, "rollouts")["batches"]
+        if len(shards) != expected:
+            raise UserError(f"{self.folder} holds {len(shards)} of {expected} batches; run --phase collect again")
+        return Rollouts.concatenate([Rollouts.load(shard) for shard in shards])
+
+
+def collect(
+    store: Store,
+    batches: Sequence[Sequence[str]],
+    sample: Callable[[int, Sequence[str]], Rollouts],
+    tokenizer,
+    poll_seconds: float = 2.0,
+) -> None:
+    """Sample and export this process's share of `batches`, then wait (by files alone) until all shares are there.
+
+    `sample(number, qids)` makes one batch. Batches found on disk are not sampled again; their rationales are
+    exported where a kill came in between. Rank 0 signals the end of the export and writes `collected.json`.
+    """
+    mine = range(cli.rank(), len(batches), cli.world_size())
+    for number in cli.progress(mine, desc="sampling", total=len(mine), unit="batch"):
+        if not store.shard(number).exists():
+            sample(number, batches[number]).save(store.shard(number))
+        export(Rollouts.load(store.shard(number)), store.questions, tokenizer)
+    if cli.rank() != 0:
+        wait_for_file(store.collected_file, poll_seconds)
+        return
+    # no collective: processes may end hours apart, and a process group would time out
+    samples = sentences = 0
+    for number in range(len(batches)):
+        wait_for_file(store.shard(number), poll_seconds)
+        rows = Rollouts.load(store.shard(number))
+        for folder in exported_folders(rows, store.questions):
+            wait_for_file(folder / feedback.RATIONALE, poll_seconds)
+        samples, sentences = samples + len(rows), sentences + int(rows.sentence_counts.sum())
+    if not feedback.exported(store.questions):  # a re-run must not make answers older than the export
+        feedback.mark_exported(store.questions)
+    cli.write_json(store.collected_file, {"batches": len(batches), "samples": samples, "sentences": sentences})
+
+
+def exported_folders(rollouts: Rollouts, questions: Path) -> list[Path]:
+    """The question folders of all rows that hold a sentence (the Teacher has nothing to say on an empty rationale)."""
+    return [question_folder(rollouts, row, questions) for row in rows_with_sentences(rollouts)]
+
+
+def rows_with_sentences(rollouts: Rollouts) -> list[int]:
+    return rollouts.sentence_counts.nonzero()[:, 0].tolist()
+
+
+def question_folder(rollouts: Rollouts, row: int, questions: Path) -> Path:
+    return feedback.question_dir(questions, rollouts.action[row], rollouts.rank[row], rollouts.qids[row])
+
+
+def export(rollouts: Rollouts, questions: Path, tokenizer) -> None:
+    """Write the rationales that are not there yet, one folder per sample, for the Teacher to score."""
+    for row in rows_with_sentences(rollouts):
+        folder = question_folder(rollouts, row, questions)
+        if not (folder / feedback.RATIONALE).exists():
+            feedback.write_rationale(folder, [s.text for s in sentences_from_ids(rollouts.ids(row), tokenizer)])
+
+
+def wait_for_file(path: Path, poll_seconds: float) -> None:
+    """Sleep until another process of this run has written `path`."""
+    while not path.exists():
+        time.sleep(poll_seconds)
+
+
+# -- feedback --------------------------------------------------------------------------------------------
+
+
+def read_feedback(store: Store, rollouts: Rollouts, max_dropped: float) -> dict:
+    """Read every reply, decide which samples count, and publish that decision in `scores.json` (rank 0).
+
+    Returns {"scores": {key: [score per sentence]}, "dropped": {reason: [key]}}. A row without a sentence keeps an
+    empty list: the KL penalty is all its reward. Raises UserError when more than `max_dropped` of the asked
+    replies, or all of them, are lost; then nothing is published and the replies can be mended.
+    """
+    scores, dropped = {}, {}
+    keys = rollouts.keys()
+    for row in cli.progress(range(len(rollouts)), desc="reading scores", total=len(rollouts), unit="reply"):
+        expected = int(rollouts.sentence_counts[row])
+        try:
+            got = feedback.read_scores(question_folder(rollouts, row, store.questions)) if expected else []
+            if len(got) != expected:
+                raise feedback.Refused("wrong_count")
+            scores[keys[row]] = got
+        except feedback.Refused as refusal:
+            dropped.setdefault(refusal.reason, []).append(keys[row])
+    asked, lost = len(rows_with_sentences(rollouts)), sum(map(len, dropped.values()))
+    counts = ", ".join(f"{reason} {len(rows)}" for reason, rows in sorted(dropped.items()))
+    if lost == asked:
+        raise UserError(
+            f"{store.questions}: not one of {asked} replies can be used ({counts or 'no sentences'}); "
+            f"the reason lies beside each reply in {feedback.REASON}"
+        )
+    if lost > max_dropped * asked:
+        raise UserError(
+            f"{store.questions}: {lost} of {asked} replies are lost ({counts}), above --max_dropped {max_dropped}; "
+            f"score those questions again (the reason lies beside each in {feedback.REASON}) or raise --max_dropped"
+        )
+    if lost:
+        cli.warn0(f"{lost} of {asked} samples dropped ({counts})")
+    decision = {"scores": scores, "dropped": dropped}
+    cli.write_json(store.scores_file, decision, indent=None)
+    return decision
+
+
+def count_dropped(decision: dict) -> Counter:
+    """Number of dropped samples by reason."""
+    return Counter({reason: len(keys) for reason, keys in decision["dropped"].items()})
+
+
+def scored(rollouts: Rollouts, decision: dict) -> tuple[Rollouts, list[list[float]]]:
+    """The rows that count and their scores, one list per row."""
+    keys = rollouts.keys()
+    rows = [row for row, key in enumerate(keys) if key in decision["scores"]]
+    return rollouts.select(rows), [decision["scores"][keys[row]] for row in rows]
+
+
+def flat_scores(scores: Iterable[Sequence[float]]) -> list[float]:
+    """All sentence scores in one list."""
+    return [score for row in scores for score in row]

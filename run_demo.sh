@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# The whole ARES loop on a small data set that the project makes itself: no GPU, no API key, no downloads beyond packages.
+#   bash run_demo.sh [--output demo_run] [--seed 0] [...]      bash run_demo.sh --help
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+case " $* " in *" --help "* | *" -h "*) exec "${PYTHON:-python3}" demo/run.py --help ;; esac
+. ./setup_venv.sh
+setup_venv
+exec .venv/bin/python demo/run.py "$@"

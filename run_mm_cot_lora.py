@@ -1,0 +1,163 @@
+"""A LoRA adapter that learns to answer, on top of a fine-tuned rationale model. Step 3 of ARES.
+
+    accelerate launch run_mm_cot_lora.py --data_root data --caption_file data/instruct_captions.json --use_caption \\
+        --img_type vit --model experiments/RUN --correction False --prompt_format QCM-A --bs 16 --epoch 20 --lr 8e-5 \\
+        --output_len 64 --lora_r 64 --lora_alpha 128 --lora_dropout 0.05 --use_generate --final_eval \\
+        --eval_le experiments/RUN/predictions_ans_eval.json --test_le experiments/RUN/predictions_ans_test.json
+
+QCM-A is the paper's format; its prompt does not contain the rationale. QCMG-A (with --train_le, --eval_le and
+--test_le) puts it there. The adapter (peft's format) and its predictions go to a folder inside --model, named after
+the flags; `--evaluate_dir DIR` scores an adapter, ours or a released one, and trains nothing. The same command after
+a kill continues.
+
+Every Linear is adapted: q, k, v, o, wi (wi_0, wi_1), wo, image_dense, gate_dense, and lm_head where it has weights of
+its own. Left out: lm_head of a tied model (it is the embedding: merging the adapter would change the input too), and
+`mha_layer.out_proj`, which PyTorch's attention reads past its module - an adapter there has no effect and no
+gradient. Released adapters have one; it is dropped on loading, with no change to any output. The work is in sft.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import sft
+from ares import cli
+from ares.cli import UserError, print0
+
+TARGETS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "image_dense", "gate_dense", "lm_head")
+NO_EFFECT = "out_proj"
+LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags as in the released code, ours besides; contradictions end here, before anything is loaded."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cli.add_common_flags(parser, output_len=64, lr=5e-5)
+    sft.add_sft_flags(parser)
+    group = parser.add_argument_group("adapter")
+    group.add_argument("--lora_r", type=int, default=32, help="rank")
+    group.add_argument("--lora_alpha", type=int, default=64, help="the update is scaled by alpha / r")
+    group.add_argument("--lora_dropout", type=float, default=0.05, help="dropout before the adapter's first matrix")
+    group.add_argument("--lora_bias", default="none", choices=("none", "all", "lora_only"), help="biases that train")
+    group.add_argument("--rlh", nargs="?", const="True", help="a label, kept in args.yaml; nothing else reads it")
+    args = parser.parse_args(argv)
+    given = cli.given_flags(parser, argv)
+    problems = []
+    if args.lora_r < 1 or args.lora_alpha < 1:
+        problems.append(f"--lora_r and --lora_alpha must be at least 1, not {args.lora_r} and {args.lora_alpha}")
+    if not 0 <= args.lora_dropout < 1:
+        problems.append(f"--lora_dropout must be in [0, 1), not {args.lora_dropout}")
+    if not args.run_dir and not args.evaluate_dir and not Path(args.model).is_dir():
+        problems.append(f"--model: {args.model} is no folder to put the adapter into; for a hub id name a --run_dir")
+    sft.check_flags(args, given, problems, LORA_FLAGS)
+    return args
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """The released name of an adapter's folder."""
+    return cli.short_name(
+        f"mm_cot_lora_r{args.lora_r}_a{args.lora_alpha}_d{args.lora_dropout}_s{args.seed}_lr{args.lr}"
+        f"_bs{args.bs * cli.world_size()}_e{args.epoch}_len{args.output_len}"
+    )
+
+
+def add_adapter(model, args: argparse.Namespace):
+    """A fresh adapter on every Linear of TARGETS that `model` has; the rest is frozen."""
+    import peft
+    from torch import nn
+
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    tied = model.lm_head.weight is model.shared.weight
+    targets = sorted(names.intersection(TARGETS) - ({"lm_head"} if tied else set()))
+    print0(f"adapter on {' '.join(targets)}{' (lm_head is the tied embedding: left out)' if tied else ''}")
+    config = peft.LoraConfig(
+        task_type="SEQ_2_SEQ_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        bias=args.lora_bias,
+        target_modules=targets,
+    )
+    return _adapted(model, config)
+
+
+def _adapted(model, config):
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that will go
+        adapted = peft.get_peft_model(model, config)
+    # peft would save the whole lm_head beside an adapter on it: 100 MB of frozen weights
+    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
+    return adapted
+
+
+def load_adapter(model, folder: Path):
+    """`model` with the adapter in `folder`, ours or a released one (declared CAUSAL_LM, with out_proj).
+
+    Raises UserError if the adapter belongs to another model.
+    """
+    import peft
+
+    config = peft.LoraConfig.from_pretrained(str(folder))
+    config.task_type, config.inference_mode = "SEQ_2_SEQ_LM", True
+    config.base_model_name_or_path = model.name_or_path  # not where it was trained
+    if isinstance(config.target_modules, str):
+        config.exclude_modules = [NO_EFFECT]
+    else:
+        config.target_modules = set(config.target_modules) - {NO_EFFECT}
+    weights = peft.load_peft_weights(str(folder), device="cpu")
+    kept = {name: tensor for name, tensor in weights.items() if f".{NO_EFFECT}.lora_" not in name}
+    if len(kept) < len(weights):
+        print0(f"{folder}: {len(weights) - len(kept)} tensors on {NO_EFFECT} dropped (they had no effect)")
+    try:
+        adapted = _adapted(model, config)
+        loaded = peft.set_peft_model_state_dict(adapted, kept)
+    except (ValueError, RuntimeError) as error:  # no such module; a tensor of another shape
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--evaluate_dir: the adapter in {folder} does not fit this --model ({reason})") from error
+    absent = [name for name in loaded.missing_keys if "lora_" in name]
+    if absent or loaded.unexpected_keys:
+        odd = (absent or loaded.unexpected_keys)[0]
+        raise UserError(f"--evaluate_dir: the adapter in {folder} does not fit this --model ({odd})")
+    return adapted
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise UserError unless `folder` holds an adapter."""
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"--evaluate_dir: {folder} holds no adapter_config.json; name the adapter's folder")
+    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise UserError(
+            f"--evaluate_dir: {folder} holds no adapter_model.safetensors (or .bin); copy the whole folder"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    folder = Path(args.evaluate_dir or args.run_dir or Path(args.model) / run_name(args))
+    if args.evaluate_dir:
+        check_adapter(folder)
+    else:
+        sft.check_run_dir(folder, args.model)
+
+    from model import T5ForMultimodalGeneration, check_checkpoint
+
+    def check(patch_size):
+        info = check_checkpoint(args.model, patch_size, args.img_type)
+        sft.refuse_fresh_layers(info, patch_size, "--model")
+        return info
+
+    def build(patch_size, trained):
+        model = T5ForMultimodalGeneration.from_pretrained(args.model, patch_size=patch_size, seed=args.seed)
+        return load_adapter(model, trained) if trained else add_adapter(model, args)
+
+    sft.run(args, folder, check, build, weights=[args.model])
+
+
+if __name__ == "__main__":
+    cli.run(main)

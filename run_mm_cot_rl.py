@@ -1,0 +1,395 @@
+"""RL with sentence-level feedback: sample rationales, hand them to the Teacher, train with PPO, save a round folder.
+
+One round (`--epochs` of them, each with fresh samples):
+
+ 1. sample k rationales per training question; log-probabilities, reference log-probabilities and values go to disk
+ 2. export them sentence by sentence to {run}/questions and signal (`Rationale Finished`)
+ 3. wait for the Teacher's scores (`Waiting for the feedback`); no model is held meanwhile
+ 4. PPO on the scores, restartable; write {run}/{round}: policy, tokenizer, value function, optimizer
+
+    accelerate launch run_mm_cot_rl.py --data_root data/ScienceQA/data --caption_file data/instruct_captions.json \\
+        --use_caption --img_type vit --prompt_format QCM-E --base_model_dir models/mm-cot-base-rationale \\
+        --ref_model models/mm-cot-base-rationale --k_actions 4 --bs 64 --output_len 512 --rl_batch_size 8 \\
+        --init_kl_coef 0.0001 --top_k 50 --rl_epochs 10 --lr 2e-5 --clip_range 0.2 --epochs 1 --ga_step 8 \\
+        --gamma 1.0 --adv_normalization True --do_sample True --continue_train False
+
+The same command after a kill goes on where it stopped. `--phase collect` ends after step 2 and `--phase train` begins
+at step 4, so that the GPUs can be given back while the Teacher works. Runs alone (`python run_mm_cot_rl.py ...`), on
+CPU, and without images (no `--img_type`). The run folder: rl_run.py; rollouts on disk: rollouts.py; the PPO loop:
+ppo_trainer.py.
+
+Sampling truncates to top-k/top-p while log-probabilities use the full softmax, as in the released code. Left out so
+far: FSDP and DeepSpeed, algorithms other than PPO.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import rl_run
+from ares import cli, feedback
+from ares.cli import UserError, print0, run, str2bool
+
+TRAIN_SPLITS = ("train", "trainval", "minitrain", "miniminitrain", "hardtrain")
+# flags of main.py that have no meaning here: RL evaluates nothing
+EVALUATION_ONLY = tuple("val_split test_split eval_le test_le eval_bs eval_acc use_generate final_eval".split())
+
+
+# -- flags -----------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check the flags. Raises UserError that names every flag at fault."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    cli.add_common_flags(parser, output_len=512, lr=1e-5, train_splits=TRAIN_SPLITS)
+
+    models = parser.add_argument_group("models and rounds")
+    models.add_argument("--base_model_dir", required=True, metavar="DIR", help="rationale model to start from")
+    models.add_argument("--ref_model", metavar="DIR", help="frozen reference of the KL penalty (default: the start)")
+    models.add_argument("--model_type", default="base", help="only names the run folder (base, large)")
+    models.add_argument("--epochs", type=int, default=3, help="outer rounds, each with fresh samples")
+    models.add_argument(
+        "--continue_train", type=str2bool, default=False, help="go on after round --base_model_dir {run}/{n}"
+    )
+    models.add_argument("--run_dir", metavar="DIR", help="run folder (default: RL_models/{a name made of the flags})")
+
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--k_actions", type=int, default=3, help="rationales per question")
+    sampling.add_argument("--do_sample", type=str2bool, default=False, help="draw at random; False: greedy, one each")
+    sampling.add_argument("--top_k", type=int, default=20, help="draw from the k likeliest tokens (0: from all)")
+    sampling.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this mass")
+    sampling.add_argument("--feedback", default="GPT4V", help="only names the run folder")
+
+    rl = parser.add_argument_group("PPO")
+    rl.add_argument("--algo", default="ppo", choices=("ppo",), help="algorithm")
+    rl.add_argument("--rl_batch_size", type=int, default=6, help="samples per minibatch and process")
+    rl.add_argument("--rl_epochs", type=int, default=3, help="passes over a round's samples")
+    rl.add_argument("--ga_step", type=int, default=4, help="minibatches per optimizer step and process")
+    rl.add_argument("--init_kl_coef", type=float, default=0.05, help="weight of the KL penalty in the reward")
+    rl.add_argument("--clip_range", type=float, default=0.2, help="PPO's clip range of the ratio")
+    rl.add_argument("--vf_coef", type=float, default=1.0, help="weight of the value loss")
+    rl.add_argument("--gamma", type=float, default=0.99, help="discount")
+    rl.add_argument("--gae_lambda", type=float, default=0.95, help="lambda of the advantage estimate")
+    rl.add_argument("--adv_normalization", type=str2bool, default=True, help="whiten advantages per optimizer step")
+    rl.add_argument("--neutral_score", type=float, default=0.5, help="score that earns no reward")
+
+    running = parser.add_argument_group("running")
+    running.add_argument(
+        "--phase",
+        default="all",
+        choices=("all", "collect", "train"),
+        help="collect: end after export; train: PPO only",
+    )
+    running.add_argument("--poll_seconds", type=float, default=10.0, help="pause between looks for replies")
+    running.add_argument("--settle_seconds", type=float, default=60.0, help="wait this long for late replies")
+    running.add_argument("--max_dropped", type=float, default=0.2, help="stop if a larger share of replies is lost")
+    running.add_argument("--save_minutes", type=float, default=10.0, help="save PPO's state at least this often")
+    running.add_argument("--overwrite", action="store_true", help="start anew; what is there is moved aside")
+    running.add_argument("--log_term", type=int, default=200, help="print diagnostics every so many updates")
+    running.add_argument(
+        "--report_to", default="tensorboard", choices=("tensorboard", "wandb", "none"), help="besides metrics.jsonl"
+    )
+    args = parser.parse_args(argv)
+    check_flags(args, cli.given_flags(parser, argv))
+    return args
+
+
+def check_flags(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse, in one message, flags out of range, contradictory, or without effect. Warn of odd ones."""
+    faults = [f"--{name} has no effect in RL; drop it" for name in EVALUATION_ONLY if name in given]
+    at_least_one = ("epochs", "k_actions", "bs", "rl_batch_size", "rl_epochs", "ga_step", "log_term", "input_len")
+    faults += [f"--{name} must be at least 1" for name in at_least_one if getattr(args, name) < 1]
+    faults += [
+        f"--{name} must lie between 0 and 1"
+        for name in ("gamma", "gae_lambda", "neutral_score", "max_dropped")
+        if not 0 <= getattr(args, name) <= 1
+    ]
+    not_negative = ("init_kl_coef", "vf_coef", "top_k", "settle_seconds", "save_minutes")
+    faults += [
+        f"--{name} must be a number of at least 0"
+        for name in not_negative
+        if not (math.isfinite(getattr(args, name)) and getattr(args, name) >= 0)
+    ]
+    positive = ("lr", "clip_range", "poll_seconds", "top_p")
+    faults += [f"--{name} must be above 0" for name in positive if not 0 < getattr(args, name) < math.inf]
+    if args.top_p > 1:
+        faults.append("--top_p must be at most 1")
+    if args.output_len < 2:
+        faults.append("--output_len must be at least 2")
+    if args.train_le and args.prompt_format.startswith("QCM-"):
+        faults.append(f"--train_le has no effect with --prompt_format {args.prompt_format}; QCMG uses it")
+    for name in ("base_model_dir", "ref_model"):
+        path = getattr(args, name)
+        if path and not Path(path).is_dir():
+            faults.append(f"--{name}: no folder {path}; name the folder of a rationale model")
+    if args.continue_train and not Path(args.base_model_dir).resolve().name.isdigit():
+        faults.append(f"--continue_train True: --base_model_dir {args.base_model_dir} is no folder {{run}}/{{n}}")
+    if args.overwrite and args.phase == "train":
+        faults.append("--overwrite would delete the rollouts that --phase train needs; drop one of them")
+    for kind in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            faults.append(f"the accelerate configuration asks for {kind}, which RL does not run under; use plain DDP")
+    cli.refuse(faults)
+    if not args.do_sample and args.k_actions > 1:
+        cli.warn0(f"--do_sample False gives {args.k_actions} equal rationales per question: sampling one (greedy)")
+    if not args.do_sample and given & {"top_k", "top_p"}:
+        cli.warn0("--top_k and --top_p only name the run folder with --do_sample False")
+    if args.prompt_format.endswith("-A"):
+        cli.warn0(f"--prompt_format {args.prompt_format} asks for an answer; rationale models are asked with QCM-E")
+    if "user_msg" in given:
+        print0("note: --user_msg names nothing in RL; --run_dir names the folder")
+
+
+# -- set-up ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Setup:
+    """What every round of a run shares."""
+
+    args: argparse.Namespace
+    run: Path
+    accelerator: Any
+    tokenizer: Any
+    prompts: Any  # rollouts.Prompts
+    patch_size: tuple[int, int] | None
+    start: int  # number of the first round
+
+
+def set_up(args: argparse.Namespace) -> Setup:
+    """Read and check data and checkpoints, claim the run folder, start the process group. Loads no model."""
+    import utils_data
+    from model import check_checkpoint
+
+    data = utils_data.load_data(args, {"train": args.train_split})
+    args.reference = rl_run.reference_folder(args)
+    info = check_checkpoint(args.base_model_dir, data.patch_size, args.img_type, flag="--base_model_dir")
+    reference = check_checkpoint(args.reference, data.patch_size, args.img_type, flag="--ref_model")
+    if reference.config.vocab_size != info.config.vocab_size:
+        raise UserError(
+            f"--ref_model: {args.reference} has a vocabulary of {reference.config.vocab_size}, "
+            f"--base_model_dir one of {info.config.vocab_size}; the two must share a tokenizer"
+        )
+    if args.continue_train:
+        for name in ("value_function.pth", "optimizer_state.pth"):
+            if not (Path(args.base_model_dir) / name).exists():
+                raise UserError(f"--continue_train True: {args.base_model_dir} has no {name}; start without it")
+    tokenizer = utils_data.load_tokenizer(args, args.base_model_dir, args.reference)
+    if len(tokenizer) > info.config.vocab_size:
+        raise UserError(
+            f"--tokenizer: it has {len(tokenizer)} pieces, the model's vocabulary only {info.config.vocab_size}; "
+            "name the tokenizer that the model was trained with"
+        )
+    folder, start = rl_run.run_folder(args), rl_run.first_round(args)
+    if cli.rank() == 0:
+        rl_run.claim(args, folder, start)
+
+    from datetime import timedelta
+
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    from rollouts import Prompts
+
+    # long waits go through files, never through a collective; two hours cover the saving of a large model
+    kwargs = [
+        InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+        DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+    ]
+    accelerator = Accelerator(kwargs_handlers=kwargs)
+    accelerator.wait_for_everyone()  # the folder is claimed
+    le = utils_data.read_le(args.train_le, data.qids["train"], "--train_le") if args.train_le else None
+    dataset = utils_data.RationaleDataset(data.problems, data.qids["train"], tokenizer, args, le)
+    collator = utils_data.Collator(tokenizer.pad_token_id, data.features)
+    prompts = Prompts(dataset, collator, accelerator.device)
+    print0(
+        f"run folder {folder}: {len(dataset)} questions, {accelerator.num_processes} process(es) "
+        f"on {accelerator.device.type}"
+    )
+    return Setup(args, folder, accelerator, tokenizer, prompts, data.patch_size, start)
+
+
+# -- one round -------------------------------------------------------------------------------------------
+
+
+def load_model(setup: Setup, folder: str | Path, value: bool = False):
+    """A policy or value function on this process's device, in eval mode."""
+    import model
+
+    cls = model.T5ForMultimodalGenerationValueFunction if value else model.T5ForMultimodalGeneration
+    loaded = cls.from_pretrained(folder, patch_size=setup.patch_size, seed=setup.args.seed)
+    return loaded.to(setup.accelerator.device).eval()
+
+
+def start_folder(setup: Setup, number: int) -> Path:
+    """The model that round `number` starts from."""
+    return Path(setup.args.base_model_dir) if number == setup.start else setup.run / str(number - 1)
+
+
+def collect_round(setup: Setup, store, number: int, k: int) -> None:
+    """Steps 1 and 2: sample what is not on disk yet, export it, signal."""
+    import rollouts
+
+    args = setup.args
+    sampling = rollouts.Sampling(k, args.do_sample, args.top_k, args.top_p, args.output_len)
+    if cli.rank() == 0:
+        if not store.plan_file.exists() and store.questions.exists():
+            raise UserError(f"{store.questions} is there without its rollouts; move it away or use --overwrite")
+        cli.write_json(store.folder / rl_run.SAMPLING_FILE, rl_run.sampling_identity(args, setup.run, number))
+    batches = store.plan(setup.prompts, args.bs, k)
+    print0(f"round {number}: {sum(map(len, batches))} questions x {k} rationales in {len(batches)} batches")
+    if all(store.shard(i).exists() for i in range(cli.rank(), len(batches), cli.world_size())):
+        models = None  # a kill came between sampling and the signal
+    else:
+        models = rollouts.Models(
+            policy=load_model(setup, start_folder(setup, number)).requires_grad_(False),
+            reference=load_model(setup, args.reference).requires_grad_(False),
+            value_function=load_model(setup, start_folder(setup, number), value=True).requires_grad_(False),
+        )
+
+    def sample(index: int, qids: Sequence[str]):
+        seed = rollouts.seed_for(args.seed, "sampling", number, index)
+        with setup.accelerator.autocast():
+            sampled = rollouts.sample_batch(models, setup.prompts.batch(qids), sampling, seed)
+        return rollouts.to_rollouts(sampled, qids, k, cli.rank(), setup.tokenizer)
+
+    rollouts.collect(store, batches, sample, setup.tokenizer)
+
+
+def await_feedback(setup: Setup, store) -> dict:
+    """Step 3: one process waits, reads and decides which samples count; the others wait for its decision."""
+    import rollouts
+
+    args = setup.args
+    if cli.rank() == 0 and not store.scores_file.exists():
+        rows = store.load()
+        actions = sorted({rows.action[row] for row in rollouts.rows_with_sentences(rows)})
+        if args.phase == "train":
+            open_actions = [action for action in actions if not feedback.is_done(store.questions, action)]
+            if open_actions:
+                counts = [feedback.progress_counts(store.questions, action) for action in open_actions]
+                answered, total = (sum(column) for column in zip(*counts, strict=True))
+                raise UserError(
+                    f"{store.questions}: no {feedback.DONE} for action {', '.join(map(str, open_actions))} "
+                    f"({answered} of {total} answered there); score them (haiku.py), or wait with --phase all"
+                )
+        print0("Waiting for the feedback")
+        feedback.wait_for_feedback(store.questions, actions, args.poll_seconds, args.settle_seconds)
+        rollouts.read_feedback(store, rows, args.max_dropped)
+    rollouts.wait_for_file(store.scores_file, args.poll_seconds)
+    return cli.read_json(store.scores_file, "rollouts")
+
+
+def train_round(setup: Setup, store, number: int, decision: dict) -> None:
+    """Step 4: PPO from the rollouts on disk, then the round's folder."""
+    import ppo_trainer
+    import rollouts
+    from metrics import Metrics
+
+    args, start = setup.args, start_folder(setup, number)
+    every = store.load()
+    rows, scores = rollouts.scored(every, decision)
+    lost = len(every) - len(rows)
+    data = ppo_trainer.experience(rows, scores, args)
+    metrics = Metrics(setup.run, args.report_to, vars(args))
+    trainer = ppo_trainer.PpoTrainer(
+        load_model(setup, start),
+        load_model(setup, start, value=True),
+        data,
+        setup.prompts,
+        args,
+        setup.accelerator,
+        state=setup.run / "state",
+        metrics=metrics,
+        number=number,
+        share_dropped=lost / len(every),
+    )
+    if trainer.restore():
+        metrics.rewind(number, trainer.position.done)
+    else:
+        if number > 0 and (number > setup.start or args.continue_train):
+            ppo_trainer.restore_optimizer(trainer.optimizer, trainer.names, start / "optimizer_state.pth")
+        if cli.rank() == 0:
+            cli.write_json(store.folder / rl_run.PPO_FILE, rl_run.ppo_identity(args))
+        metrics.rewind(number, None)
+        values = data.row_stats(range(len(rows)), args.neutral_score, args.init_kl_coef)
+        values |= {"rationales": len(rows), "share_dropped": lost / len(every)}
+        values |= {f"dropped_{reason}": count for reason, count in rollouts.count_dropped(decision).items()}
+        metrics.log("rollout", number, 0, values)
+        print0(f"round {number}: {len(rows)} rationales, mean sentence score {values['mean_sentence_score']:.4f}")
+    trainer.train()
+    save_round(setup, trainer, number)
+    setup.accelerator.free_memory()  # it keeps what it prepared
+    metrics.close()
+
+
+def save_round(setup: Setup, trainer, number: int) -> None:
+    """Write {run}/{number} in one step, then keep its questions under its name and drop the PPO state."""
+    import torch
+
+    from model import save_value_function
+
+    if cli.rank() == 0:
+        import ppo_trainer
+
+        with cli.atomic_dir(setup.run / str(number)) as folder:
+            trainer.raw.policy.save_pretrained(folder)
+            setup.tokenizer.save_pretrained(folder)
+            save_value_function(trainer.raw.value_function, folder)
+            torch.save(ppo_trainer.optimizer_state(trainer.optimizer, trainer.names), folder / "optimizer_state.pth")
+            cli.write_args(folder, setup.args)
+        rl_run.tidy(setup.run, number + 1)
+    setup.accelerator.wait_for_everyone()
+    print0(f"round {number} saved to {setup.run / str(number)}")
+
+
+def free_memory() -> None:
+    """Give back what the models held, so that a GPU is free while the Teacher works."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    typed = sys.argv[1:] if argv is None else argv
+    args = parse_args(typed)
+    setup = set_up(args)
+    from rollouts import Store
+
+    k = args.k_actions if args.do_sample else 1  # greedy rationales would all be the same
+    for number in range(setup.start, setup.start + args.epochs):
+        if rl_run.finished(setup.run, number):
+            print0(f"round {number} is finished: {setup.run / str(number)}")
+            continue
+        store = Store(setup.run, number)
+        if store.collected_file.exists():
+            store.plan(setup.prompts, args.bs, k)  # the prompts are still those of the rollouts
+        else:
+            if args.phase == "train":
+                raise UserError(f"--phase train: {store.folder} holds no finished rollouts; run --phase collect first")
+            collect_round(setup, store, number, k)
+            free_memory()
+        print0("Rationale Finished")
+        if args.phase == "collect":
+            print0(f"round {number} is collected. Next:\n{rl_run.next_commands(args, setup.run, typed)}")
+            break
+        train_round(setup, store, number, await_feedback(setup, store))
+        free_memory()
+        if args.phase == "train":
+            break
+    setup.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,324 @@
+"""The training loop of main.py and run_mm_cot_lora.py: transformers' Seq2SeqTrainer with what a long run needs.
+
+The recipe is the released one, the library's defaults: AdamW, weight decay 0.01 except biases and norms, linear decay
+to 0, no warm-up, gradient clip 1.0, dropout on, fp32. Ours besides: batches of similar length in a seeded order that
+does not depend on the number of processes, checkpoints that count only once whole, saves every few minutes,
+evaluation by the same loop that writes the prediction files, logs that can be read when piped. The library divides
+the loss by the real targets of the whole step (all processes), so 2 x 8 and 1 x 16 train alike.
+
+Called by sft.run; leaves out when and where (sft.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from ares import cli
+from ares.cli import UserError, print0, warn0
+from utils_predict import Predictor, asked_for, from_rank0
+
+COMPLETE = "complete"  # written last into a checkpoint's folder: without it the folder does not count
+METRICS = "metrics.json"  # written last into a trained model's folder
+KEPT = 2  # checkpoints
+MEGABATCH = 50  # steps whose samples are sorted by length together
+LOG_STEPS = 50
+
+
+def set_up(args: argparse.Namespace, folder: Path, examples: int) -> Seq2SeqTrainingArguments:
+    """The library's arguments for these flags. Starts the process group; `.device` is this process's device."""
+    steps = math.ceil(examples / (args.bs * cli.world_size()))
+    training_args = Seq2SeqTrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=args.epoch,
+        per_device_train_batch_size=args.bs,
+        per_device_eval_batch_size=args.eval_bs,
+        learning_rate=args.lr,
+        weight_decay=0.01,
+        seed=args.seed,
+        eval_strategy="no" if args.final_eval else "epoch",
+        save_strategy="epoch",
+        metric_for_best_model=None if args.final_eval else metric_name(args),
+        greater_is_better=None if args.final_eval else True,
+        logging_steps=max(1, min(LOG_STEPS, steps // 2)),
+        logging_nan_inf_filter=False,  # a loss that is no number ends the run (Log), it is not averaged away
+        disable_tqdm=True,  # replaced by Log
+        report_to="none",
+        remove_unused_columns=False,  # items hold the question id, which the collator needs
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        ddp_timeout=6 * 3600,  # ranks wait for each other's share of a split, and for rank 0's scores
+    )
+    # Without a launcher the Trainer would spread over all GPUs by DataParallel: slower, and --bs would change meaning.
+    if training_args.n_gpu > 1:
+        print0(
+            f"note: {training_args.n_gpu} GPUs are visible but one process was started: using one GPU. "
+            f"All of them: accelerate launch --num_processes {training_args.n_gpu} ..."
+        )
+        training_args._n_gpu = 1
+    return training_args
+
+
+def metric_name(args: argparse.Namespace) -> str:
+    """What the best epoch is chosen by: accuracy for the A formats, ROUGE-L otherwise."""
+    return "accuracy" if asked_for(args) == "A" else "rougeL"
+
+
+def train(
+    args: argparse.Namespace,
+    training_args: Seq2SeqTrainingArguments,
+    build: Callable[[], Any],
+    datasets: Mapping[str, Any],
+    predictor: Predictor,
+    checkpoint: str | None,
+) -> torch.nn.Module:
+    """Train, save into the run folder, return the trained model (the best epoch's, unless --final_eval).
+
+    `checkpoint`: go on from there, with optimizer, schedule, data order and random states restored.
+    """
+    folder = Path(training_args.output_dir)
+    set_seed(args.seed)  # a fresh LoRA adapter draws from the global state
+    model = build().float()
+    use_cache = model.config.use_cache
+    warn_about_device(training_args.device, sum(p.numel() for p in model.parameters()))
+    trainer = SFTTrainer(
+        model,
+        training_args,
+        predictor.collator,
+        datasets["train"],
+        None if args.final_eval else datasets["val"],
+        processing_class=predictor.tokenizer,
+        evaluate_with=predictor.evaluate,
+        save_minutes=args.save_minutes,
+    )
+    if checkpoint:
+        print0(f"{folder}: going on from {Path(checkpoint).name}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.load_best()
+    model.config.use_cache = use_cache  # the Trainer turned it off; saved so, generation would be slow ever after
+    trainer.save_trained()
+    return model.eval()
+
+
+class SFTTrainer(Seq2SeqTrainer):
+    """Seq2SeqTrainer with our batches, our evaluation and checkpoints that a kill cannot halve."""
+
+    def __init__(self, *args: Any, evaluate_with: Callable, save_minutes: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.evaluate_with = evaluate_with
+        step = self.args.per_device_train_batch_size * self.args.world_size
+        self.sampler = LengthGroupedOrder(lengths(self.train_dataset), step, self.args.seed)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(Log())
+        self.add_callback(EpochOrder(self.sampler))
+        self.add_callback(SaveEvery(save_minutes, self.sampler.steps))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedOrder:
+        return self.sampler
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs):
+        """Metrics of the evaluation split, by the loop that also writes the prediction files."""
+        found = self.evaluate_with(self.model, self.eval_dataset)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            (folder / COMPLETE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each rank writes its own random state
+        if self.is_world_process_zero():
+            cli.write_text(folder / COMPLETE, "")
+            # only now: until the new one is whole, the old ones are all there is
+            best = self.state.best_global_step
+            names = [path.name for path in checkpoint_folders(folder.parent)]
+            kept = {folder.name, f"checkpoint-{best}"} if best else set(names[-KEPT:])
+            for name in names:
+                if name not in kept:
+                    shutil.rmtree(folder.parent / name)
+
+    def load_best(self) -> None:
+        """Load the weights of the epoch with the best metric, where epochs were evaluated."""
+        best = self.state.best_global_step
+        if self.args.eval_strategy == "no" or not best:
+            return
+        print0(f"best {self.args.metric_for_best_model}: {self.state.best_metric:.2f} at step {best}")
+        if best != self.state.global_step:
+            # the path in the state is that of the folder's old place, if it was moved between two launches
+            self.state.best_model_checkpoint = str(Path(self.args.output_dir) / f"checkpoint-{best}")
+            self._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # a checkpoint holds a shared tensor under one of its names: only a tensor without any is worth a word
+        weights = dict(self.model.named_parameters(remove_duplicate=False))
+        loaded = {id(tensor) for name, tensor in weights.items() if name not in load_result.missing_keys}
+        lost = [name for name in load_result.missing_keys if id(weights.get(name)) not in loaded]
+        if lost or load_result.unexpected_keys:
+            odd = (lost or load_result.unexpected_keys)[0]
+            raise UserError(f"{self.args.output_dir}: its checkpoint does not fit the model ({odd}); use --overwrite")
+
+    def save_trained(self) -> None:
+        """Move the trained model, its tokenizer and the training log into the run folder; metrics.json comes last."""
+        folder, staging = Path(self.args.output_dir), Path(self.args.output_dir) / ".saving"
+        if self.is_world_process_zero():
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(staging))  # on every rank: FSDP and DeepSpeed gather here
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; args.yaml says more
+            for file in staging.iterdir():
+                file.chmod(0o644)  # safetensors writes 0600, which hides a model from the group that shares the box
+                os.replace(file, folder / file.name)
+            staging.rmdir()
+            cli.write_json(folder / METRICS, self._summary())
+            print0(f"trained model: {folder}")
+        self.accelerator.wait_for_everyone()
+
+    def _summary(self) -> dict[str, Any]:
+        state, log = self.state, self.state.log_history
+        losses = [entry["loss"] for entry in log if "loss" in entry]
+        evaluated = [entry for entry in log if any(key.startswith("eval_") for key in entry)]
+        return {
+            "steps": state.global_step,
+            "epochs": state.epoch,
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
+            "best_metric": state.best_metric,
+            "best_step": state.best_global_step,
+            "evaluations": evaluated,
+        }
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """`checkpoint-*` in `folder`, by step."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def warn_about_device(device: torch.device, parameters: int) -> None:
+    """Say plainly when a model of real size is about to be trained on the CPU."""
+    if device.type != "cpu":
+        return
+    if torch.cuda.is_available():
+        warn0("training on the CPU although a GPU is there (is ACCELERATE_USE_CPU set?)")
+    elif shutil.which("nvidia-smi"):
+        warn0("training on the CPU: this torch cannot use the GPU of this machine (a CPU build, or an old driver)")
+    elif parameters > 100e6:
+        warn0(f"no GPU found: training {parameters / 1e6:.0f} million parameters on the CPU takes days, not hours")
+
+
+# -- the order of the data -------------------------------------------------------------------------------
+
+
+def lengths(dataset: Any) -> list[int]:
+    """Tokens of prompt and target together, the cost of a sample."""
+    return [len(item["input_ids"]) + len(item["labels"]) for item in (dataset[i] for i in range(len(dataset)))]
+
+
+class LengthGroupedOrder(torch.utils.data.Sampler):
+    """All samples once, shuffled, those of one optimizer step being of similar length.
+
+    Samples are shuffled, sorted within stretches of MEGABATCH steps, cut into steps, and the steps shuffled; a short
+    last step stays last. The order is a function of (seed, epoch) alone. The library's own draws from the global
+    random state, which dropout moves on by different amounts on different ranks: samples would be lost and doubled.
+
+    Args:
+        step: samples per optimizer step, all processes together.
+    """
+
+    def __init__(self, lengths: Sequence[int], step: int, seed: int):
+        self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, 0
+        self.steps = math.ceil(len(lengths) / step)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size = self.step * MEGABATCH
+        order = [
+            i for start in range(0, len(order), size) for i in sorted(order[start : start + size], key=self._length)
+        ]
+        batches = [order[start : start + self.step] for start in range(0, len(order), self.step)]
+        whole = len(order) // self.step
+        shuffled = torch.randperm(whole, generator=generator).tolist()
+        return iter([i for k in [*shuffled, *range(whole, len(batches))] for i in batches[k]])
+
+    def _length(self, i: int) -> int:
+        return self.lengths[i]
+
+
+# -- callbacks -------------------------------------------------------------------------------------------
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler its epoch. (accelerate's set_epoch does not reach it after a resume on several processes.)"""
+
+    def __init__(self, sampler: LengthGroupedOrder):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.epoch = state.global_step // self.sampler.steps
+
+
+class SaveEvery(TrainerCallback):
+    """A checkpoint every `minutes` within an epoch, besides the one at its end."""
+
+    CHECK_STEPS = 8  # with several processes: rank 0's clock decides, and asking it costs a synchronisation
+
+    def __init__(self, minutes: float, steps_per_epoch: int):
+        self.seconds, self.steps_per_epoch = minutes * 60, steps_per_epoch
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.saved = time.monotonic()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.saved = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        last_of_epoch = state.global_step % self.steps_per_epoch == 0
+        if self.seconds <= 0 or last_of_epoch or (args.world_size > 1 and state.global_step % self.CHECK_STEPS):
+            return
+        if from_rank0(lambda: time.monotonic() - self.saved >= self.seconds):
+            control.should_save = True
+
+
+class Log(TrainerCallback):
+    """A progress bar with ETA, and a line of text per log entry. Stops a run whose loss is no number."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = cli.progress(desc="train", total=state.max_steps, initial=state.global_step, unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise UserError(f"--lr: the loss is {loss} at step {state.global_step}; start anew with a smaller one")
+        shown = {name: value for name, value in logs.items() if name not in ("epoch", "total_flos")}
+        # a terminal's bar steps aside; in a log file the bar is text already written
+        with self.bar.external_write_mode() if sys.stderr.isatty() else contextlib.nullcontext():
+            words = " ".join(f"{name} {value:.4g}" for name, value in shown.items() if isinstance(value, (int, float)))
+            print0(f"epoch {state.epoch or 0:.2f} step {state.global_step}/{state.max_steps} {words}")

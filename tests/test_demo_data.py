@@ -1,0 +1,307 @@
+"""The demo's data set, tokenizer and tiny T5: right, solvable from what is shown, and the same bytes every time."""
+
+import argparse
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from random import Random
+
+import pytest
+
+from ares import problems as ares_problems
+from ares.cli import UserError
+from ares.sentences import split_text
+from demo import make_data, make_model, make_tokenizer
+from demo.pictures import COLORS, PICTURE_KINDS, REGIONS
+
+SIZES = {"train": 100, "val": 20, "test": 40}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    output = tmp_path_factory.mktemp("demo")
+    make_data.main(["--output", str(output), "--seed", "3", *(f"--{key}={value}" for key, value in SIZES.items())])
+    return output
+
+
+@pytest.fixture(scope="module")
+def problems(demo):
+    return ares_problems.load_problems(demo / "data", "scienceqa")
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(demo):
+    make_tokenizer.main(["--data", str(demo), "--output", str(demo / "tokenizer")])
+    return demo / "tokenizer"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_dir):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer_dir)
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# -- data ------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_gives_the_same_bytes(demo, tmp_path):
+    make_data.make_data(tmp_path, 3, **SIZES)
+    for part in ("data", "images"):
+        assert tree(tmp_path / part) == tree(demo / part)
+    before = tree(tmp_path / "data")
+    make_data.make_data(tmp_path, 4, **SIZES)  # replaces an earlier demo
+    assert tree(tmp_path / "data") != before
+
+
+def test_splits(demo, problems):
+    splits = ares_problems.load_splits(demo / "data", "scienceqa", problems)
+    assert {name: len(splits[name]) for name in SIZES} == SIZES
+    assert sorted(splits["train"] + splits["val"] + splits["test"], key=int) == [*problems]
+    assert splits["trainval"] == splits["train"] + splits["val"]
+    for name, (source, _) in make_data.MINIS.items():
+        assert splits[name] and set(splits[name]) <= set(splits[source])
+    assert all(problems[qid]["split"] == name for name in SIZES for qid in splits[name])
+    skills = {name: {problems[qid]["category"] for qid in splits[name]} for name in SIZES}
+    assert skills["train"] == skills["val"] == skills["test"]
+
+
+def test_no_question_twice():
+    """Across all splits: other words, another set of choices, or another picture."""
+    drawn = make_data.draw_questions(list(make_data.KINDS), 580, seed=1)
+    assert len({make_data.identity(question) for _, question in drawn}) == 580
+
+
+def test_answers_are_balanced():
+    drawn = make_data.draw_questions(list(make_data.KINDS), 580, seed=1)
+    make_data.place_answers(drawn, Random(0))
+    places = Counter((len(question.choices), question.answer) for _, question in drawn)
+    for count in (2, 3, 4):
+        shares = [places[count, position] / sum(places[count, p] for p in range(count)) for position in range(count)]
+        assert max(shares) - min(shares) < 0.1, (count, shares)
+
+
+def test_it_covers_what_scienceqa_covers(problems):
+    assert {problem["subject"] for problem in problems.values()} == {
+        "natural science",
+        "social science",
+        "language science",
+    }
+    assert {len(problem["choices"]) for problem in problems.values()} == {2, 3, 4}
+    assert {bool(problem["hint"]) for problem in problems.values()} == {True, False}
+    grades = [int(problem["grade"].removeprefix("grade")) for problem in problems.values()]
+    assert min(grades) == 1 and 9 <= max(grades) <= 12
+    texts = " ".join(problem["hint"] + problem["question"] + problem["solution"] for problem in problems.values())
+    assert "Mrs." in texts and "a.m." in texts and "5.5" in texts and "\n" in texts
+
+
+def test_rationales_reason_and_end_by_naming_the_answer(problems):
+    for qid, problem in problems.items():
+        sentences = split_text(problem["solution"].replace("\n", " "))
+        assert 2 <= len(sentences) <= 5, (qid, sentences)
+        gold, *others = [problem["choices"][problem["answer"]]] + [
+            choice for index, choice in enumerate(problem["choices"]) if index != problem["answer"]
+        ]
+        assert named(gold, sentences[-1]), (qid, sentences)
+        assert not any(named(other, sentences[-1]) and not named(other, gold) for other in others), (qid, sentences)
+
+
+def named(choice, sentence):
+    """Whether a sentence names a choice; "a car that moved 70 km in 2 hours" is named by "moved 70 km"."""
+    core = re.sub(r"^an? \w+ that (moved .*) in \d hours$", r"\1", choice).rstrip(".")
+    return re.search(rf"(?<![\w.]){re.escape(core)}(?!\w)", sentence) is not None
+
+
+def test_vocabulary_is_small(problems):
+    texts = [text for problem in problems.values() for text in (problem["question"], problem["hint"])]
+    texts += [text for problem in problems.values() for text in (problem["lecture"], problem["solution"])]
+    words = {word.lower() for text in texts for word in re.findall(r"[^\W\d_]+", text)}
+    assert 300 < len(words) < 600
+
+
+@pytest.mark.parametrize("kind", PICTURE_KINDS, ids=lambda kind: kind.__name__)
+def test_pictures_are_needed(kind):
+    """The words of a drawn question, caption included, go with different answers."""
+    rng = Random(0)
+    golds = defaultdict(Counter)
+    for _ in range(400):
+        question = kind(rng)
+        text = (question.question, question.hint, question.caption, frozenset(question.choices))
+        golds[text][question.choices[question.answer]] += 1
+    best_guess = sum(max(counts.values()) for counts in golds.values() if sum(counts.values()) >= 8)
+    asked = sum(sum(counts.values()) for counts in golds.values() if sum(counts.values()) >= 8)
+    if asked:
+        assert best_guess / asked < 0.75
+    else:  # the choices differ too much to meet again: the words must not name the answer
+        assert kind.__name__ == "larger_shape"
+
+
+def pixels(image):
+    """How many pixels have each colour."""
+    return Counter({color: count for count, color in image.getcolors(maxcolors=image.width * image.height)})
+
+
+def test_pictures_hold_the_answer():
+    rng = Random(0)
+    kinds = {kind.__name__: kind for kind in PICTURE_KINDS}
+    for _ in range(30):
+        question = kinds["larger_shape"](rng)
+        areas = pixels(question.images["image.png"])
+        colors = [color for color in COLORS if COLORS[color] in areas]
+        assert max(colors, key=lambda color: areas[COLORS[color]]) == question.choices[0]
+
+        question = kinds["shaded_region"](rng)
+        (left, top), _ = REGIONS[question.choices[0]]
+        assert question.images["image.png"].getpixel((72 if left else 24, 72 if top else 24)) == (50, 50, 60)
+
+        question = kinds["magnets"](rng)
+        image = question.images["image.png"]
+        same = image.getpixel((30, 48)) == image.getpixel((66, 48))
+        assert question.choices[0] == ("repel" if same else "attract")
+
+        question = kinds["which_picture"](rng)
+        color = COLORS[question.question.split()[-2]]
+        shown = [question.images[f"choice_{index}.png"].getpixel((48, 52)) == color for index in range(2)]
+        assert shown.index(True) == question.answer and sum(shown) == 1
+
+        question = kinds["solutions"](rng)
+        color = COLORS[question.question.split()[-2]]
+        counts = [pixels(question.images[f"choice_{i}.png"])[color] for i in range(2)]
+        assert counts.index(max(counts)) == question.answer
+
+        question = kinds["thermometer"](rng)
+        red = pixels(question.images["image.png"])[(220, 20, 20)]
+        level = float(question.choices[0].removesuffix("°C"))
+        assert red == pytest.approx(23 * (17 + 21 * (level - 5.5) / 10), rel=0.01)
+
+
+def test_images_captions_and_name_map(demo, problems):
+    captions = ares_problems.load_captions(demo / "data" / "captions.json")
+    name_map = ares_problems.load_name_map(demo / "data" / "name_map.json")
+    shown = [qid for qid in problems if ares_problems.question_images(demo / "images", qid)]
+    assert [*captions] == [*name_map] == shown and [*name_map.values()] == [*range(len(shown))]
+    names = {qid: [path.name for path in ares_problems.question_images(demo / "images", qid)] for qid in shown}
+    choice_only = [qid for qid in shown if names[qid] == ["choice_0.png", "choice_1.png"]]
+    assert choice_only and ["image.png", "choice_0.png", "choice_1.png"] in names.values()
+    for qid, problem in problems.items():  # as in ScienceQA: null where there are choice images only
+        assert problem["image"] == ("image.png" if qid in shown and qid not in choice_only else None)
+    for qid in shown:
+        gold = problems[qid]["choices"][problems[qid]["answer"]]
+        assert gold.lower() not in captions[qid].lower()
+
+
+def test_mistakes(tmp_path):
+    (tmp_path / "data" / "scienceqa").mkdir(parents=True)
+    with pytest.raises(UserError, match="no demo's"):
+        make_data.main(["--output", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    with pytest.raises(UserError, match="--test: 0 questions"):
+        make_data.main(["--output", str(tmp_path / "new"), "--test", "0"])
+    with pytest.raises(UserError, match="genes has no 2000 different"):
+        make_data.main(
+            ["--output", str(tmp_path / "new"), "--train", "1998", "--val=1", "--test=1", "--kinds", "genes"]
+        )
+    with pytest.raises(UserError, match="--data: .*problems.json does not exist"):
+        make_tokenizer.main(["--data", str(tmp_path), "--output", str(tmp_path / "tokenizer")])
+
+
+# -- tokenizer -------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_is_of_t5s_kind(tokenizer, t5_tokenizer):
+    assert type(tokenizer) is type(t5_tokenizer)
+    for name in ("pad_token", "eos_token", "unk_token", "pad_token_id", "eos_token_id", "unk_token_id"):
+        assert getattr(tokenizer, name) == getattr(t5_tokenizer, name)
+    size = len(tokenizer)
+    assert size <= 1000
+    for index in range(100):
+        assert tokenizer.convert_tokens_to_ids(f"<extra_id_{index}>") == size - 1 - index
+    assert tokenizer("A sentence.").input_ids[-1] == 1
+    for text in ("So, it is Dr. Reed (B).", "at 5.5°C, 9 a.m. ", "two\nlines  and\ttabs", 'He said: "Look!"'):
+        ours, theirs = (each.decode(each(text).input_ids) for each in (tokenizer, t5_tokenizer))
+        assert ours == theirs
+
+
+def test_backslash_n_leaves_a_stray_n_as_with_t5(tokenizer, t5_tokenizer):
+    for each in (tokenizer, t5_tokenizer):
+        pieces = each.convert_ids_to_tokens(each("two hours.\\nLook at it").input_ids)
+        place = pieces.index("<unk>")
+        assert pieces[place - 1] == "." and pieces[place + 1].startswith("n")
+        assert each.decode(each("hours.\\nLook").input_ids, skip_special_tokens=True) == "hours.nLook"
+
+
+def test_punctuation_stands_alone(tokenizer):
+    specials = set(tokenizer.all_special_tokens)
+    for piece in tokenizer.get_vocab():
+        if piece not in specials:
+            assert re.fullmatch(r"▁?([^\W_]+|[^\w\s]|_)|▁", piece), piece
+
+
+def test_texts_come_back_and_words_are_pieces(tokenizer, problems):
+    texts = [problem["solution"] for problem in problems.values()]
+    for text in texts:
+        words = " ".join(text.split())
+        assert tokenizer.decode(tokenizer(words).input_ids, skip_special_tokens=True) == words
+    counts = Counter(word for text in texts for word in re.findall(r"(?<!\S)[^\W\d_]+", text))
+    frequent = [word for word, count in counts.items() if count >= 5]
+    whole = [word for word in frequent if len(tokenizer.tokenize(word)) == 1]
+    assert len(whole) >= 0.97 * len(frequent)
+
+
+def test_tokenizer_bytes(demo, tokenizer_dir, tmp_path):
+    make_tokenizer.make_tokenizer(make_tokenizer.texts_of(demo), tmp_path / "again")
+    assert tree(tmp_path / "again") == tree(tokenizer_dir)
+    with pytest.raises(UserError, match="--vocab_size: 150"):
+        make_tokenizer.make_tokenizer(["a text"], tmp_path / "small", vocab_size=150)
+
+
+def test_unigram_prefers_whole_words():
+    words = Counter({"▁magnet": 40, "▁magnets": 40, "▁mag": 1, "s": 3})
+    pieces = dict(make_tokenizer.train_unigram(words, 200))
+    assert max(pieces, key=pieces.get) in ("▁magnet", "▁magnets")
+    assert sum(math.exp(score) for score in pieces.values()) == pytest.approx(1, abs=1e-3)
+
+
+# -- model -----------------------------------------------------------------------------------------------
+
+
+def test_tiny_t5(tokenizer_dir, tokenizer, problems, tmp_path):
+    import torch
+
+    from model import T5ForMultimodalGeneration
+    from utils_prompt import build_train_pair
+
+    state = torch.get_rng_state()
+    folder = make_model.build_t5(tokenizer_dir, tmp_path / "t5", d_model=32, seed=1)
+    make_model.build_t5(tokenizer_dir, tmp_path / "again", d_model=32, seed=1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert tree(folder) == tree(tmp_path / "again")
+    make_model.build_t5(tokenizer_dir, tmp_path / "again", d_model=32, seed=2)
+    assert tree(folder)["model.safetensors"] != tree(tmp_path / "again")["model.safetensors"]
+
+    model = T5ForMultimodalGeneration.from_pretrained(folder)
+    assert not model.config.tie_word_embeddings and model.config.feed_forward_proj == "gated-gelu"
+    assert model.lm_head.weight is not model.shared.weight
+    assert model.encoder.embed_tokens.weight is model.shared.weight is model.decoder.embed_tokens.weight
+    args = argparse.Namespace(prompt_format="QCM-E", use_caption=False, options=list("ABCDE"))
+    prompts, targets = zip(*(build_train_pair(problems, qid, args) for qid in list(problems)[:8]), strict=True)
+    batch = tokenizer(list(prompts), padding=True, return_tensors="pt")
+    labels = tokenizer(list(targets), padding=True, return_tensors="pt").input_ids
+    loss = model(**batch, labels=labels.masked_fill(labels == 0, -100)).loss.item()
+    assert loss == pytest.approx(math.log(len(tokenizer)), abs=0.1)
+
+
+def test_tiny_t5_for_the_real_tokenizer(t5_tokenizer_dir, tmp_path):
+    folder = make_model.build_t5(t5_tokenizer_dir, tmp_path / "t5", d_model=16, heads=2, vocab_size=32128)
+    assert json.loads((folder / "config.json").read_text())["vocab_size"] == 32128
+    with pytest.raises(UserError, match="--vocab_size: 500"):
+        make_model.build_t5(t5_tokenizer_dir, tmp_path / "other", vocab_size=500)
+    with pytest.raises(UserError, match="--heads: 5"):
+        make_model.build_t5(t5_tokenizer_dir, tmp_path / "other", heads=5)
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        make_model.build_t5(tmp_path, tmp_path / "other")

@@ -1,0 +1,284 @@
+"""Reading the Teacher's replies: the released parser's cases, and any sentences in any accepted wrapping."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ares.feedback import RATIONALE, REASON, REPLY, SCORES, Refused, parse_scores, read_scores
+from ares.replies import parse_correction
+
+# Cases of fixtures/scores_parse.json where the released parser is no guide, with the right verdict and why.
+ACCEPT = {
+    "text_with_brace_colon_before": ([0.8, 0.5, 1.0], "braces in the text around the object are text"),
+    "score_quoted": ([0.8, 0.5, 1.0], "a quoted number is a number"),
+    "comma_space": ([0.8, 0.5, 1.0], "a blank after the comma means nothing"),
+    "single_line_json_3": ([0.8, 0.5, 1.0], "JSON may stand on one line"),
+    "single_line_json_1_comma": ([0.9], "a trailing comma"),
+    "value_comma_brace": ([0.9], "a trailing comma"),
+    "brace_in_sentence": ([0.3, 0.7], "braces inside a sentence belong to it"),
+    "close_brace_in_sentence": ([0.3, 0.7], "braces inside a sentence belong to it"),
+    "nested_object": ([0.8, 0.5, 1.0], "a wrapper object around the answer"),
+    "array_json": ([0.8, 0.5, 1.0], "a bare array of the right length (SPEC 7)"),
+    "reordered": ([0.8, 0.5, 1.0], "all sentences in another order are mapped by text (SPEC 7)"),
+    "value_neg_zero": ([0.0], "-0.0 is 0 (SPEC 7)"),
+}
+REFUSE = {
+    "score_nan": ("not_a_number", "nan compares false with both bounds and slipped through the range test"),
+    "score_underscore": ("not_a_number", "0_0 is Python's spelling, no score"),
+    "score_fullwidth": ("not_a_number", "Python's float takes full-width digits"),
+    "missing_rationale": ("no_rationale", "nothing to score; the released parser returned without a word"),
+}
+REASONS = {  # both refuse: ours says why
+    "xxx_all": "placeholder", "xxx_last": "placeholder", "xxx_middle": "placeholder", "xxx_first": "placeholder",
+    "too_few": "wrong_count", "too_many": "wrong_count", "score_above_1": "out_of_range",
+    "score_negative": "out_of_range", "score_inf": "not_a_number", "score_words": "not_a_number",
+    "score_null": "not_a_number", "score_percent": "not_a_number", "score_range": "not_a_number",
+    "value_1.00001": "out_of_range", "empty_output": "no_reply", "whitespace_output": "no_reply",
+    "missing_output": "no_reply", "refusal": "no_json", "missing_open": "no_json", "missing_close": "no_json",
+    "missing_both": "no_json", "two_full_copies": "ambiguous",
+}  # fmt: skip
+
+
+def test_cases_of_the_released_parser(fixtures, tmp_path):
+    cases = json.loads((fixtures / "scores_parse.json").read_text())["cases"]
+    same, refused = 0, 0
+    for number, case in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, text in ((RATIONALE, case["rationale"]), (REPLY, case["output"])):
+            if text is not None:
+                (folder / name).write_bytes(text.encode())
+        name = case["name"]
+        if name in REFUSE or (case["scores"] is None and name not in ACCEPT):
+            with pytest.raises(Refused) as error:
+                read_scores(folder)
+            expected = REFUSE[name][0] if name in REFUSE else REASONS.get(name, error.value.reason)
+            assert error.value.reason == expected, (name, str(error.value))
+            assert (folder / REASON).read_text().startswith(error.value.reason) and not (folder / SCORES).exists()
+            refused += 1
+            continue
+        expected = ACCEPT[name][0] if name in ACCEPT else case["scores_float"]
+        assert read_scores(folder) == expected, name
+        assert str(read_scores(folder)[0])[0] != "-"
+        assert [float(line) for line in (folder / SCORES).read_text().splitlines()] == expected
+        assert not (folder / REASON).exists()
+        same += name not in ACCEPT
+    names = {case["name"] for case in cases}
+    assert names >= ACCEPT.keys() | REFUSE.keys() | REASONS.keys()
+    assert (len(cases), same, len(ACCEPT), refused) == (81, 33, 12, 36)
+
+
+def test_reason_and_scores_replace_each_other(tmp_path):
+    (tmp_path / RATIONALE).write_text('{\n"A.": xxx\n}\n')
+    (tmp_path / REPLY).write_text('{"A.": 2}')
+    with pytest.raises(Refused, match="out_of_range"):
+        read_scores(tmp_path)
+    (tmp_path / REPLY).write_text('{"A.": 0.2}')
+    assert read_scores(tmp_path) == [0.2]
+    assert not (tmp_path / REASON).exists() and (tmp_path / SCORES).read_text() == "0.2\n"
+    (tmp_path / REPLY).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(Refused, match="no_json"):
+        read_scores(tmp_path)
+    assert (tmp_path / REASON).exists() and not (tmp_path / SCORES).exists()
+
+
+@pytest.mark.parametrize(
+    "reply, sentences, expected",
+    [
+        ('{"scores": [0.1, 0.2]}', ["A.", "B."], [0.1, 0.2]),
+        ('Sure!\n```json\n{\n  "scores": [\n    0.1,\n    "0.2",\n  ]\n}\n```', ["A.", "B."], [0.1, 0.2]),
+        ("[0.1, 0.2]\n", ["A.", "B."], [0.1, 0.2]),
+        ("[0.1, 0.2, 0.3]", ["A.", "B."], "wrong_count"),
+        ("[0.1, 0.2]\n[0.1, 0.3]", ["A.", "B."], "ambiguous"),
+        ("As said in [1], nothing fits.", ["A."], "no_json"),
+        ("[0.1, nan]", ["A.", "B."], "not_a_number"),
+        ("[" * 100_000, ["A."], "no_json"),
+        # repeats: one score each, in their order; a JSON parser would keep the last only
+        ('{"A.": 0.7, "B.": 0.5, "A.": 0.0}', ["A.", "B.", "A."], [0.7, 0.5, 0.0]),
+        ('{"B.": 0.5, "A.": 0.7, "A.": 0.0}', ["A.", "B.", "A."], "ambiguous"),
+        ('{"B.": 0.5, "A.": 0.7, "A.": 0.7}', ["A.", "B.", "A."], [0.7, 0.5, 0.7]),
+        # the same answer twice is one answer; a form left empty beside the filled one is none
+        ('{"A.": 0.7}\nThat is:\n{"A.": 0.7}', ["A."], [0.7]),
+        ('Form: {"A.": xxx}\nFilled: {"A.": 0.7}', ["A."], [0.7]),
+        ('Like {"sentence": 0.5}: {"A.": 0.7, "B.": 0.1}', ["A.", "B."], [0.7, 0.1]),
+        # reworded sentences go by position, unless one stands at another's place
+        ('{"The A!": 0.7, "The B!": 0.1}', ["A.", "B."], [0.7, 0.1]),
+        ('{"B.": 0.7, "The A!": 0.1}', ["A.", "B."], "ambiguous"),
+        ('{"S.": 0.1, "x": high, "y": 0.2}', ["S.", "y"], "not_a_number"),
+        ('{"reworded": 0.1, "b": high, "c": 0.2, "d": 0.3}', ["S.", "T.", "U."], "not_a_number"),
+        ('{"A.": {"score": 0.5}}', ["A."], [0.5]),
+        ('{"A.": 0.5, "B.": }', ["A.", "B."], "no_json"),
+        ('{"A.": 0.5 or 0.6}', ["A."], "wrong_count"),
+        ('{"A.": .5, "B.": 1.}', ["A.", "B."], [0.5, 1.0]),
+        ('{"A.": 1e999}', ["A."], "out_of_range"),
+        ('{"A.": "xxx"}', ["A."], "placeholder"),
+        (None, ["A."], "no_reply"),
+        (b"\xef\xbb\xbf{\"A.\": 0.5}", ["A."], [0.5]),
+    ],
+)  # fmt: skip
+def test_score_verdicts(reply, sentences, expected):
+    if isinstance(expected, str):
+        with pytest.raises(Refused) as error:
+            parse_scores(reply, sentences)
+        assert error.value.reason == expected
+    else:
+        assert parse_scores(reply, sentences) == expected
+
+
+# -- any sentences, any wrapping -------------------------------------------------------------------------
+
+ONE_LINE = st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=40)
+NASTY = st.sampled_from(
+    ['a": 0.5, "b', '{"x": 1}', 'He said: "3:4".', "}", "{", '"', '\\"', "xxx", "[0.1]", "", "  ", "Time: 5:30, ok.",
+     'x": xxx,', "naïve café 水", "a\r", "\u2028", "```", "\\", '": 0.5}']
+)  # fmt: skip
+SENTENCES = st.lists(ONE_LINE | NASTY, min_size=1, max_size=6)
+TENTHS = st.integers(0, 10).map(lambda n: n / 10)
+
+QUOTES = {
+    "raw": lambda s: f'"{s}"',
+    "json": json.dumps,
+    "utf8": lambda s: json.dumps(s, ensure_ascii=False),
+}
+LAYOUTS = {
+    "lines": lambda pairs: "{\n" + ",\n".join(f"{k}: {v}" for k, v in pairs) + "\n}",
+    "indent": lambda pairs: "{\n" + ", \n".join(f"    {k} : {v}" for k, v in pairs) + ",\n}",
+    "one line": lambda pairs: "{" + ", ".join(f"{k}: {v}" for k, v in pairs) + "}",
+    "tight": lambda pairs: "{" + ",".join(f"{k}:{v}" for k, v in pairs) + "}",
+    "no commas": lambda pairs: "{\n" + "\n".join(f"{k}: {v}" for k, v in pairs) + "\n}",
+    "quoted": lambda pairs: "{" + ", ".join(f'{k}: "{v}"' for k, v in pairs) + "}",
+    "crlf": lambda pairs: "{\r\n" + ",\r\n".join(f"{k}: {v}" for k, v in pairs) + "\r\n}\r\n",
+    "array": lambda pairs: json.dumps([v for _, v in pairs]),
+    "scores": lambda pairs: json.dumps({"scores": [v for _, v in pairs]}, indent=2),
+}
+AROUND = {
+    "bare": "{}",
+    "fence": "```json\n{}\n```",
+    "prose": "Here are the scores:\n\n{}\n\nNote: the reasoning is fine.",
+    "wrapper": '{{\n"rationale": {}\n}}',
+    "bom": "\ufeff{}",
+    "braces": "I fill {{x}}:\n{}",
+}
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_any_sentences_in_any_wrapping(data):
+    sentences = data.draw(SENTENCES)
+    scores = data.draw(st.lists(TENTHS, min_size=len(sentences), max_size=len(sentences)))
+    quote = QUOTES[data.draw(st.sampled_from(sorted(QUOTES)))]
+    layout = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))]
+    around = AROUND[data.draw(st.sampled_from(sorted(AROUND)))]
+    reply = around.format(layout([(quote(s), v) for s, v in zip(sentences, scores, strict=True)]))
+    assert parse_scores(reply, sentences) == scores
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_order(data):
+    words = st.text("abcdefgh :{},'", min_size=1, max_size=12).map(lambda s: f"S {s}.")
+    sentences = data.draw(st.lists(words, min_size=2, max_size=6, unique=True))
+    scores = dict(zip(sentences, data.draw(st.lists(TENTHS, min_size=6, max_size=6)), strict=False))
+    shuffled = data.draw(st.permutations(sentences))
+    quote = QUOTES[data.draw(st.sampled_from(sorted(QUOTES)))]
+    reply = LAYOUTS["one line"]([(quote(s), scores[s]) for s in shuffled])
+    assert parse_scores(reply, sentences) == [scores[s] for s in sentences]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.binary(max_size=200)
+    | st.text(st.sampled_from('{}[]":,. \n0123456789x\\a-'), max_size=120)
+    | st.text(max_size=100)
+    | st.none(),
+    st.lists(ONE_LINE | NASTY, max_size=4),
+)
+def test_nothing_but_refused_is_raised(reply, sentences):
+    try:
+        scores = parse_scores(reply, sentences)
+        assert len(scores) == len(sentences) and all(0 <= score <= 1 for score in scores)
+    except Refused as refused:
+        assert re.fullmatch(r"[a-z_]+", refused.reason)
+    try:
+        assert parse_correction(reply, " ".join(sentences)).strip()
+    except Refused as refused:
+        assert re.fullmatch(r"[a-z_]+", refused.reason)
+
+
+# -- corrections -----------------------------------------------------------------------------------------
+
+BEFORE = "The ice melts. It gets hot"
+AFTER = "The ice melts. It gets hot, so it is a change of state."
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '{\n"Original rationale": "%s",\n"Final rationale": "%s"\n}',
+        '{"original rationale": "%s", "final rationale": "%s"}',
+        "{original rationale: %s, final rationale: %s}",
+        "{\nOriginal rationale: %s\nFinal rationale: %s\n}",
+        '{\n"original_rationale": "%s",\n"final_rationale": "%s",\n}',
+        '```json\n{"Original Rationale": "%s", "Final": "%s"}\n```\nI finished the last sentence.',
+        "{%s}\n**Final rationale**: {%s}",
+        'Original rationale: {"%s"}\nFinal rationale: {"%s"}',
+        "{\n**Original rationale:** %s\n**Final rationale:** %s\n}",
+    ],
+)
+def test_final_rationale_is_found(reply):
+    assert parse_correction(reply % (BEFORE, AFTER), BEFORE) == AFTER
+    over_lines = AFTER.replace(". ", ".\n")
+    assert parse_correction(reply % (BEFORE, over_lines), BEFORE) == AFTER  # on many lines
+    quoted = 'He said "melt". The set is {1, 2}.'
+    assert parse_correction(reply % (BEFORE, quoted), BEFORE) == quoted
+    # a rationale that looks like the form is stepped over
+    trap = "Write {final rationale: x}, he said."
+    assert parse_correction(reply % (trap, AFTER), trap) == AFTER
+
+
+def test_final_rationale_with_escapes():
+    reply = json.dumps({"Original rationale": BEFORE, "Final rationale": 'A "big"\nchange. {x}'}, indent=1)
+    assert parse_correction(reply, BEFORE) == 'A "big" change. {x}'
+    assert parse_correction(json.dumps({"Final rationale": BEFORE}), BEFORE) == BEFORE  # nothing to mend: a good reply
+    assert parse_correction(reply.encode(), BEFORE) == 'A "big" change. {x}'
+
+
+@pytest.mark.parametrize(
+    "reply, reason",
+    [
+        (None, "no_reply"),
+        ("  \n", "no_reply"),
+        ("I cannot help with that.", "no_final"),
+        (AFTER, "no_final"),  # never a slice of the reply
+        (f'{{"Original rationale": "{BEFORE}"}}', "no_final"),
+        (f'{{"Original rationale": "{BEFORE}", "Final rationale": "The ice', "no_final"),  # cut at max_tokens
+        ("{final rationale: The ice", "no_final"),
+        ('{"Final rationale": ""}', "empty"),
+        ("{Final rationale: }", "empty"),
+        ('{"Final rationale": "..."}', "empty"),
+        ('{"Final rationale": "Unchanged."}', "unchanged"),
+        ('{"Final rationale": "No changes needed"}', "unchanged"),
+        ("{final rationale: same as the original}", "unchanged"),
+        ('{"Final rationale": "xxx"}', "placeholder"),
+        ('{"Final rationale": "A."}\n{"Final rationale": "B."}', "ambiguous"),
+    ],
+)
+def test_correction_refusals(reply, reason):
+    with pytest.raises(Refused) as error:
+        parse_correction(reply, BEFORE)
+    assert error.value.reason == reason
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=60),
+    st.text("abcdefg hijk:,{}\"'.", min_size=1, max_size=60).map(lambda s: f"Since {s} it is.")
+)  # fmt: skip
+def test_any_correction_in_json(before, after):
+    reply = json.dumps({"Original rationale": before, "Final rationale": after})
+    assert parse_correction(reply, before) == " ".join(after.split())

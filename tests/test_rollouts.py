@@ -1,0 +1,270 @@
+"""Rollouts on disk: what is stored, that it is what the models say, and that nothing depends on who samples it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import rollouts
+from ares import cli, feedback, ppo
+from ares.cli import UserError
+from tests import rl_tools
+
+
+def random_rollouts(rows: int, seed: int = 0) -> rollouts.Rollouts:
+    """Ragged rollouts with made-up numbers; ids of row i are i + 10, i + 11, ..."""
+    rng = random.Random(seed)
+    lengths = torch.tensor([rng.randint(1, 9) for _ in range(rows)])
+    counts = torch.tensor([rng.randint(0, int(n)) for n in lengths])
+    total = int(lengths.sum())
+    return rollouts.Rollouts(
+        qids=[f"q{i // 2}" for i in range(rows)],
+        action=[i % 2 for i in range(rows)],
+        rank=[i % 3 for i in range(rows)],
+        lengths=lengths,
+        sentence_counts=counts,
+        columns=torch.cat([torch.arange(1, int(c) + 1) for c in counts]).int(),
+        tokens=torch.cat([torch.arange(i + 10, i + 10 + int(n)) for i, n in enumerate(lengths)]).int(),
+        **{
+            name: torch.randn(total, generator=torch.Generator().manual_seed(seed + j))
+            for j, name in enumerate(rollouts.FIELDS[1:])
+        },
+    )
+
+
+def same(a: rollouts.Rollouts, b: rollouts.Rollouts) -> bool:
+    lists = all(getattr(a, name) == getattr(b, name) for name in ("qids", "action", "rank"))
+    tensors = ("lengths", "sentence_counts", "columns", *rollouts.FIELDS)
+    return lists and all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
+
+
+def test_a_file_gives_back_what_was_saved_and_rows_can_be_picked(tmp_path):
+    whole = random_rollouts(7)
+    whole.save(tmp_path / "batch.safetensors")
+    assert same(rollouts.Rollouts.load(tmp_path / "batch.safetensors"), whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["batch.safetensors"]
+    picked = whole.select([5, 0, 3])
+    assert [picked.ids(i) for i in range(3)] == [whole.ids(i) for i in (5, 0, 3)]
+    assert [picked.row_columns(i) for i in range(3)] == [whole.row_columns(i) for i in (5, 0, 3)]
+    assert same(rollouts.Rollouts.concatenate([whole.select([0, 1, 2]), whole.select([3, 4, 5, 6])]), whole)
+    assert len(whole.select([])) == 0
+
+
+def test_padding_puts_each_row_where_it_belongs():
+    whole = random_rollouts(6)
+    actions, mask = whole.actions([4, 1])
+    assert actions.shape[1] == mask.shape[1] + 1 and (actions[:, 0] == 0).all()
+    for i, row in enumerate((4, 1)):
+        assert actions[i][actions[i] != 0].tolist() == whole.ids(row)[1:]
+        assert torch.equal(mask[i], ppo.action_mask(actions)[i])
+    values, _ = whole.pad(whole.values, [4, 1])
+    begin = int(whole.offsets[1])
+    assert torch.equal(values[1][mask[1]], whole.values[begin : begin + int(whole.lengths[1])])
+    assert (values[~mask] == 0).all()
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    random_rollouts(3).save(tmp_path / "batch_000000.safetensors")
+    path = tmp_path / "batch_000000.safetensors"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match="batch_000000.safetensors"):
+        rollouts.Rollouts.load(path)
+
+
+def test_batches_hold_every_question_once_by_falling_length():
+    lengths = {f"q{i}": (i * 7) % 11 for i in range(23)}
+    batches = rollouts.plan_batches(lengths, 4)
+    flat = [qid for batch in batches for qid in batch]
+    assert sorted(flat) == sorted(lengths) and [len(batch) for batch in batches] == [4] * 5 + [3]
+    assert [lengths[qid] for qid in flat] == sorted(lengths.values(), reverse=True)
+
+
+def test_seeds_differ_and_stay():
+    seeds = {rollouts.seed_for(42, "sampling", r, b) for r in range(3) for b in range(50)}
+    assert len(seeds) == 150 and all(0 <= seed < 2**63 for seed in seeds)
+    assert rollouts.seed_for(42, "sampling", 0, 0) == 8497325028842281635
+
+
+# -- with models -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, sample, t5_tokenizer):
+    """(data root, model folder) of the tiny multimodal model."""
+    root = tmp_path_factory.mktemp("rollouts")
+    data = rl_tools.make_data(root, sample, 6)
+    return data, rl_tools.make_model(root / "model", data, t5_tokenizer)
+
+
+def load(folder, value=False):
+    import model
+
+    cls = model.T5ForMultimodalGenerationValueFunction if value else model.T5ForMultimodalGeneration
+    return cls.from_pretrained(folder).eval()
+
+
+@pytest.fixture(scope="module")
+def models(world):
+    policy, reference = load(world[1]), load(world[1])
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(0.9)  # another model than the policy
+    return rollouts.Models(policy, reference, load(world[1], value=True))
+
+
+def prompt_batch(t5_tokenizer, texts):
+    batch = t5_tokenizer(texts, padding=True, return_tensors="pt")
+    images = torch.randn(len(texts), *rl_tools.PATCHES, generator=torch.Generator().manual_seed(1))
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "image_ids": images}
+
+
+SAMPLING = rollouts.Sampling(k=3, do_sample=True, top_k=50, top_p=1.0, output_len=20)
+
+
+def test_stored_numbers_are_those_of_one_plain_forward_pass_per_sample(models, t5_tokenizer, monkeypatch):
+    monkeypatch.setattr(rollouts, "SCORING_TOKENS", 80)  # several chunks
+    prompt = prompt_batch(t5_tokenizer, ["Question: Which is a fish?\nSolution:", "Question: Why?"])
+    sampled = rollouts.sample_batch(models, prompt, SAMPLING, seed=7)
+    actions = sampled["actions"]
+    assert actions.shape[0] == 6 and actions.shape[1] <= 20
+    mask = ppo.action_mask(actions)
+    assert not (mask[:, 1:] & ~mask[:, :-1]).any()  # real positions are a prefix: pad is never drawn
+    for row in range(6):
+        n = int(mask[row].sum())
+        length = int(prompt["attention_mask"][row // 3].sum())
+        alone = {
+            "input_ids": prompt["input_ids"][row // 3, :length][None],
+            "attention_mask": torch.ones(1, length, dtype=torch.long),
+            "image_ids": prompt["image_ids"][row // 3][None],
+            "decoder_input_ids": actions[row, :n][None],
+        }
+        with torch.no_grad():
+            for name, one in (("logprobs", models.policy), ("ref_logprobs", models.reference)):
+                logp = one(**alone).logits[0].log_softmax(-1)  # the full softmax, no top-k
+                want = logp[torch.arange(n), actions[row, 1 : n + 1]]
+                torch.testing.assert_close(sampled[name][row, :n], want, atol=1e-4, rtol=1e-4)
+            want = models.value_function(**alone)[0]
+        torch.testing.assert_close(sampled["values"][row, :n], want, atol=1e-4, rtol=1e-4)
+        assert (sampled["logprobs"][row, n:] == 0).all()
+    assert (sampled["logprobs"] - sampled["ref_logprobs"]).abs().max() > 1e-3
+
+
+def test_sampling_is_fixed_by_its_seed_and_encodes_each_prompt_once(models, t5_tokenizer, monkeypatch):
+    prompt = prompt_batch(t5_tokenizer, ["Question: Which is a fish?\nSolution:", "Question: Why?"])
+    seen = []
+    encode = type(models.policy).encode
+    monkeypatch.setattr(
+        type(models.policy), "encode", lambda self, *a, **k: seen.append(self) or encode(self, *a, **k)
+    )
+    first = rollouts.sample_batch(models, prompt, SAMPLING, seed=7)
+    assert [id(one) for one in seen] == [id(models.policy), id(models.reference), id(models.value_function)]
+    again, other = (rollouts.sample_batch(models, prompt, SAMPLING, seed=seed) for seed in (7, 8))
+    assert torch.equal(first["actions"], again["actions"])
+    assert not (first["actions"].shape == other["actions"].shape and torch.equal(first["actions"], other["actions"]))
+
+
+def test_greedy_and_top_k_one_agree(models, t5_tokenizer):
+    prompt = prompt_batch(t5_tokenizer, ["Question: Which is a fish?\nSolution:"])
+    greedy = rollouts.sample_batch(models, prompt, rollouts.Sampling(1, False, 20, 1.0, 12), seed=1)
+    first = rollouts.sample_batch(models, prompt, rollouts.Sampling(2, True, 1, 1.0, 12), seed=1)
+    assert torch.equal(first["actions"], greedy["actions"].expand(2, -1))
+
+
+def test_columns_and_export_follow_the_given_ids(models, t5_tokenizer, tmp_path):
+    prompt = prompt_batch(t5_tokenizer, ["Question: Which is a fish?\nSolution:", "Question: Why?"])
+    sampled = rollouts.sample_batch(models, prompt, SAMPLING, seed=3)
+    rows = rollouts.to_rollouts(sampled, ["11", "12"], 3, rank=1, tokenizer=t5_tokenizer)
+    assert rows.keys() == ["0/11", "1/11", "2/11", "0/12", "1/12", "2/12"]
+    assert int(rows.sentence_counts.sum()) > 0
+    for row in range(6):
+        assert all(1 <= column <= int(rows.lengths[row]) for column in rows.row_columns(row))
+    rollouts.export(rows, tmp_path, t5_tokenizer)
+    items = feedback.iter_items(tmp_path)
+    assert {(i.action, i.rank, i.qid) for i in items} == {
+        (rows.action[r], 1, rows.qids[r]) for r in rollouts.rows_with_sentences(rows)
+    }
+    for item in items:
+        row = rows.keys().index(f"{item.action}/{item.qid}")
+        assert len(feedback.read_rationale(item.folder)) == int(rows.sentence_counts[row])
+
+
+def test_collect_goes_on_where_it_was_killed(tmp_path, t5_tokenizer):
+    store = rollouts.Store(tmp_path, 0)
+    batches = [["a", "b"], ["c", "d"], ["e"]]
+    made = []
+
+    def sample(number, qids):
+        made.append(number)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        ids = t5_tokenizer("The sun is a star. It is hot.")["input_ids"]
+        return rollouts.to_rollouts(
+            {
+                "actions": torch.tensor([[0, *ids]] * len(qids)),
+                **{name: torch.zeros(len(qids), len(ids)) for name in rollouts.FIELDS[1:]},
+            },
+            qids, 1, 0, t5_tokenizer,
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        rollouts.collect(store, batches, sample, t5_tokenizer)
+    assert not feedback.exported(store.questions) and not store.collected_file.exists()
+    lost = feedback.question_dir(store.questions, 0, 0, "b") / feedback.RATIONALE
+    lost.unlink()  # a kill between a batch and its export
+    rollouts.collect(store, batches, sample, t5_tokenizer)
+    assert made == [0, 1, 1, 2] and lost.exists()
+    assert feedback.exported(store.questions) and len(store.load()) == 5
+    assert cli.read_json(store.collected_file, "test") == {"batches": 3, "samples": 5, "sentences": 10}
+
+
+# -- replies ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A store of ten rows, two without a sentence, with their rationales exported."""
+    rows = random_rollouts(10)
+    rows.sentence_counts[:] = torch.tensor([2, 0, 1, 3, 2, 0, 1, 1, 2, 1])
+    rows.columns = torch.ones(13, dtype=torch.int32)
+    rows.__post_init__()
+    store = rollouts.Store(tmp_path, 0)
+    for row in rollouts.rows_with_sentences(rows):
+        folder = rollouts.question_folder(rows, row, store.questions)
+        feedback.write_rationale(folder, [f"Sentence {i}." for i in range(int(rows.sentence_counts[row]))])
+    return store, rows
+
+
+def test_scores_are_read_and_published_once(exported):
+    store, rows = exported
+    rl_tools.answer(store.questions, scorer=lambda sentence: 0.3)
+    decision = rollouts.read_feedback(store, rows, max_dropped=0.0)
+    assert decision == cli.read_json(store.scores_file, "test") and decision["dropped"] == {}
+    kept, scores = rollouts.scored(rows, decision)
+    assert len(kept) == 10 and [len(row) for row in scores] == rows.sentence_counts.tolist()
+    assert {value for row in scores for value in row} == {0.3}
+
+
+def test_lost_replies_are_dropped_and_counted_by_reason(exported, capsys):
+    store, rows = exported
+    keys = rows.keys()
+    missing, spoilt = (keys[0], keys[3])
+    rl_tools.answer(
+        store.questions,
+        skip=lambda item: f"{item.action}/{item.qid}" == missing,
+        spoil=lambda item: f"{item.action}/{item.qid}" == spoilt,
+    )
+    with pytest.raises(UserError, match="2 of 8 replies are lost.*--max_dropped"):
+        rollouts.read_feedback(store, rows, max_dropped=0.2)
+    assert not store.scores_file.exists()  # nothing is decided: the replies can be mended
+    decision = rollouts.read_feedback(store, rows, max_dropped=0.25)
+    assert decision["dropped"] == {"no_reply": [missing], "placeholder": [spoilt]}
+    kept, scores = rollouts.scored(rows, decision)
+    assert kept.keys() == [key for key in keys if key not in (missing, spoilt)] and len(scores) == 8
+    assert "2 of 8 samples dropped" in capsys.readouterr().err
+
+
+def test_no_reply_at_all_is_an_error_whatever_is_allowed(exported):
+    store, rows = exported
+    with pytest.raises(UserError, match="not one of 8 replies"):
+        rollouts.read_feedback(store, rows, max_dropped=1.0)

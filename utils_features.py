@@ -1,0 +1,144 @@
+"""Vision features: one file for all images, mapped from disk, gathered batch by batch.
+
+The published ViT features are 6.6 GB; no process ever holds a copy of them. Leaves out making them
+(extract_features.py) and finding them (ares/problems.py).
+
+    features = VisionFeatures("vision_features/vit.pth", name_map, "vit")
+    features.gather(["1", "2"]).shape  # (2, 145, 1024)
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ares.cli import UserError, print0, read_json
+
+# what the model sees of one image: (patches, dim). resnet's one pooled vector is repeated 512 times
+img_shape = {"resnet": (512, 2048), "clip": (49, 2048), "detr": (100, 256), "vit": (145, 1024)}
+
+
+class VisionFeatures:
+    """Vision features of all images, mapped from disk: nothing is read but the rows that a batch gathers.
+
+    Takes `.npy`, `.pth`/`.pt` (one tensor; never executed: weights_only) and `.safetensors` (one tensor), of fp16,
+    bf16, fp32 or fp64, (rows, patches, dim), or (rows, dim) for one vector repeated over all patches. Pickles and
+    forks as a path: each process maps the file itself, and the system keeps one copy of its pages for all.
+
+    Args:
+        path: the feature file. A sidecar `{img_type}.json` beside it, {"shape": [patches, dim], ...} as written by
+            extract_features.py, tells the shape to expect; without one it is `img_shape[img_type]`.
+        name_map: qid -> row.
+
+    Raises UserError if the file cannot be mapped or has another shape.
+    """
+
+    def __init__(self, path: str | Path, name_map: Mapping[str, int], img_type: str):
+        self.path, self.img_type = Path(path), img_type
+        self.name_map = dict(name_map)
+        self.shape = self._expected_shape()
+        try:
+            found, floating = self._open_shape()
+        except UserError:
+            raise
+        except Exception as error:  # three libraries, each with its own errors for a broken file
+            raise UserError(f"--vision_features: cannot map {self.path} ({_reason(error)})") from error
+        if not floating:
+            raise UserError(f"--vision_features: {self.path} holds no floating point numbers")
+        if found[1:] not in (self.shape, self.shape[1:]) or (len(found) == 2 and img_type != "resnet"):
+            wanted = f"(N, {self.shape[1]})" if img_type == "resnet" else f"(N, {self.shape[0]}, {self.shape[1]})"
+            raise UserError(
+                f"--vision_features: {self.path} has shape {found}, but --img_type {img_type} needs {wanted}; "
+                "name the right file or --img_type"
+            )
+        self.rows = found[0]
+        self._repeat = len(found) == 2
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        """One row, float32 (patches, dim)."""
+        return self._spread(self._read([int(row)]))[0]
+
+    def gather(self, qids: Sequence[str]) -> torch.Tensor:
+        """Features of a batch of questions, float32 (B, patches, dim); zeros for one without a row.
+
+        A repeated vector comes as an expanded view: same values, a 512th of the memory. Do not write into it.
+        """
+        places = [i for i, qid in enumerate(qids) if qid in self.name_map]
+        P, D = self.shape
+        batch = torch.zeros((len(qids), D) if self._repeat else (len(qids), P, D))
+        if places:
+            batch[places] = self._read([self.name_map[qids[i]] for i in places])
+        return self._spread(batch)
+
+    def _spread(self, batch: torch.Tensor) -> torch.Tensor:
+        return batch[:, None, :].expand(-1, self.shape[0], -1) if self._repeat else batch  # (B, P, D)
+
+    def _read(self, rows: list[int]) -> torch.Tensor:
+        """The rows as stored, copied from the mapped file and made float32."""
+        array = self._mapped
+        if isinstance(array, np.ndarray):
+            return torch.from_numpy(array[rows].astype(np.float32, copy=False))
+        if isinstance(array, torch.Tensor):
+            return array[rows].float()
+        return torch.stack([array[row] for row in rows]).float()  # a safetensors slice reads row by row
+
+    @cached_property
+    def _mapped(self) -> Any:
+        """The open file: a memory-mapped array, a mapped tensor, or a slice of a safetensors file."""
+        if self.path.suffix == ".npy":
+            return np.load(self.path, mmap_mode="r", allow_pickle=False)
+        if self.path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            file = safe_open(self.path, framework="pt")
+            names = list(file.keys())
+            if len(names) != 1:
+                raise UserError(f"--vision_features: {self.path} holds {len(names)} tensors instead of one")
+            return file.get_slice(names[0])
+        tensor = torch.load(self.path, mmap=True, weights_only=True, map_location="cpu")
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f"--vision_features: {self.path} holds a {type(tensor).__name__} instead of one tensor")
+        return tensor
+
+    def _open_shape(self) -> tuple[tuple[int, ...], bool]:
+        """Shape of the stored array, and whether it is floating point."""
+        array = self._mapped
+        if isinstance(array, np.ndarray):
+            return tuple(array.shape), np.issubdtype(array.dtype, np.floating)
+        if isinstance(array, torch.Tensor):
+            return tuple(array.shape), array.dtype.is_floating_point
+        return tuple(array.get_shape()), array.get_dtype() in ("F16", "BF16", "F32", "F64")
+
+    def _expected_shape(self) -> tuple[int, int]:
+        sidecar = self.path.with_name(f"{self.img_type}.json")
+        if not sidecar.is_file():
+            return img_shape[self.img_type]
+        told = read_json(sidecar, "--vision_features")
+        shape = told.get("shape") if isinstance(told, dict) else None
+        if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
+            raise UserError(f'--vision_features: {sidecar} must hold {{"shape": [patches, dim]}}')
+        if told.get("weights") == "random":
+            print0(f"note: {self.path} was made by a network with random weights")
+        return shape[0], shape[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_mapped"}
+
+
+def _reason(error: Exception) -> str:
+    """One line on why a feature file cannot be mapped, with the fix where there is one."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and "mmap can only be used" in text:
+        return "saved by a torch older than 1.6; load it once and save it again"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds pickled objects, which are never executed; save one plain tensor"
+    return " ".join(text.split())[:200] or type(error).__name__

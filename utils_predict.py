@@ -1,0 +1,311 @@
+"""One prediction loop for evaluation during training, for the prediction files and for --evaluate_dir.
+
+Rows are sorted by length and dealt out to the processes; each batch is either generated greedily (--use_generate: one
+encoder pass, key-value cache) or read off as the arg-max of teacher-forced logits. `predictions_ans_{test,eval,
+train}.json` are written one by one as each split is done; a killed split goes on where it stopped
+(`.predicting_{split}/`). A file that was made with the same weights, prompts and settings is kept.
+
+Leaves out the scores' formulas (utils_evaluate.py). Used by sft.py:
+
+    predictor = Predictor(args, problems, tokenizer, collator, device)
+    predictor.evaluate(model, dataset)     # {"rougeL": 61.2}
+    predictor.write(folder, {"test": dataset}, load_model, weights=[folder])
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed as dist
+from transformers import GenerationConfig
+
+from ares import cli
+from ares.cli import UserError, print0
+from utils_data import IGNORE
+from utils_evaluate import extract_answer, get_scores, resolve_answer, training_rouge
+from utils_prompt import answer_letter
+
+FILE_NAMES = {"test": "test", "val": "eval", "train": "train"}  # predictions_ans_{...}.json
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
+
+Rows = dict[int, list[int]]  # row of the split -> predicted ids
+
+
+def asked_for(args: argparse.Namespace) -> str:
+    """What the target holds: A (the bare answer), E, LE, LEA or ALE."""
+    return args.prompt_format.split("-")[1]
+
+
+def from_rank0(function: Callable[[], Any]) -> Any:
+    """`function()`, called on rank 0 alone, given to every rank; so is a UserError. Must be picklable."""
+    box: list[Any] = [None, None]
+    if cli.rank() == 0:
+        try:
+            box[0] = function()
+        except UserError as error:
+            box[1] = str(error)
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+def digest(dataset: Any) -> str:
+    """A hash of the ids that the model sees: two launches with the same one work on the same data."""
+    sha = hashlib.sha256()
+    for index in range(len(dataset)):
+        item = dataset[index]
+        for ids in (item["input_ids"], item["labels"]):
+            sha.update(np.asarray(ids, np.int32).tobytes() + b"|")
+        sha.update(item["qid"].encode() + b"\n")
+    return sha.hexdigest()[:16]
+
+
+class Predictor:
+    """Predicts splits and scores what it predicted. One per launch; the same on every rank."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        problems: Mapping[str, Mapping[str, Any]],
+        tokenizer: Any,
+        collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]],
+        device: torch.device,
+    ):
+        self.args, self.problems, self.tokenizer = args, problems, tokenizer
+        self.collator, self.device = collator, device
+        if not args.use_generate:
+            print0(
+                "note: predictions are the arg-max of logits that see the gold text (teacher forcing), as released; "
+                "--use_generate lets the model write"
+            )
+
+    # -- the loop ------------------------------------------------------------------------------------------
+
+    def predict(self, model: torch.nn.Module, dataset: Any, desc: str, store: Path | None = None) -> list[list[int]]:
+        """Predicted ids per row (no start token, no pads), in split order, on every rank.
+
+        `store`: folder where rows are kept as they come, and looked up first.
+        """
+        done = _read_rows(store) if store else {}
+        todo = [i for i in range(len(dataset)) if i not in done]
+        todo.sort(key=lambda i: (-len(dataset[i]["input_ids"]), -len(dataset[i]["labels"])))  # the largest first
+        batches = [todo[start : start + self.args.eval_bs] for start in range(0, len(todo), self.args.eval_bs)]
+        mine = batches[cli.rank() :: cli.world_size()]
+        model.eval()
+        rows: Rows = {}
+        held: list[tuple[list[int], torch.Tensor]] = []
+        keep = self.args.eval_acc or 1
+        with _appender(store) as append, cli.progress(mine, desc=desc, unit="batch") as bar:
+            for number, batch in enumerate(bar, 1):
+                held.append((batch, self._batch(model, [dataset[i] for i in batch])))
+                if len(held) == keep or number == len(mine):
+                    new = {i: ids for batch, ids in held for i, ids in zip(batch, self._trim(ids), strict=True)}
+                    append(new)
+                    rows.update(new)
+                    held.clear()
+        everything = {**done, **_gather(rows)}
+        return [everything[i] for i in range(len(dataset))]
+
+    @torch.no_grad()
+    def _batch(self, model: torch.nn.Module, items: list[dict]) -> torch.Tensor:
+        inputs = {name: tensor.to(self.device) for name, tensor in self.collator(items).items()}
+        if not self.args.use_generate:
+            logits = model(**inputs, use_cache=False).logits  # (B, L, V)
+            return logits.argmax(-1).masked_fill(inputs["labels"] == IGNORE, self.tokenizer.pad_token_id)
+        inputs.pop("labels")
+        config = GenerationConfig(
+            max_length=self.args.output_len,  # counts the start token, as released
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            decoder_start_token_id=model.config.decoder_start_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return model.generate(**inputs, generation_config=config)[:, 1:]
+
+    def _trim(self, ids: torch.Tensor) -> list[list[int]]:
+        pad = self.tokenizer.pad_token_id
+        rows = ids.cpu().tolist()
+        lengths = [max((t + 1 for t, token in enumerate(row) if token != pad), default=0) for row in rows]
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    def decode(self, rows: Iterable[Sequence[int]]) -> list[str]:
+        """Ids -> texts, blanks before punctuation removed as in transformers 4 (the released files' convention)."""
+        return self.tokenizer.batch_decode(list(rows), skip_special_tokens=True, clean_up_tokenization_spaces=True)
+
+    # -- scores --------------------------------------------------------------------------------------------
+
+    def evaluate(self, model: torch.nn.Module, dataset: Any) -> dict[str, float]:
+        """The metric of one epoch, in percent: accuracy for the A formats (failed = wrong), else ROUGE-L."""
+        texts = self.decode(self.predict(model, dataset, "evaluate"))
+        if asked_for(self.args) == "A":
+            letters = self.letters(dataset.qids, texts)
+            gold = [answer_letter(self.problems[qid], self.args.options, qid) for qid in dataset.qids]
+            right = sum(letter == wanted for letter, wanted in zip(letters, gold, strict=True))
+            return {"accuracy": 100 * right / len(gold)}
+        return {"rougeL": training_rouge(texts, self.decode(dataset.labels))}
+
+    def letters(self, qids: Sequence[str], texts: Sequence[str]) -> list[str | None]:
+        """The parsed answer of each row: a letter, or None where there is none among the question's options."""
+        return [
+            extract_answer(text, len(self.problems[qid]["choices"]), self.args.options)
+            for qid, text in zip(qids, texts, strict=True)
+        ]
+
+    def scores(self, qids: Sequence[str], preds: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
+        """`num_fail` and `scores` of a split, of the parts that the format asks for: answer, rationale or both.
+
+        For E and LE there is no answer to fail at: `num_fail` is None, no table of random choices is made.
+        """
+        asked = asked_for(self.args)
+        answers, read = {}, {}
+        if "A" in asked:
+            for qid, text in zip(qids, preds, strict=True):
+                n_choices = len(self.problems[qid]["choices"])
+                answers[qid], read[qid] = resolve_answer(text, n_choices, qid, self.args.seed, self.args.options)
+        rationales = dict(zip(qids, preds, strict=True)) if "E" in asked else {}
+        references = dict(zip(qids, labels, strict=True))
+        return {
+            "num_fail": sum(not value for value in read.values()) if answers else None,
+            "scores": get_scores(answers, rationales, references, self.problems),
+        }
+
+    # -- files ---------------------------------------------------------------------------------------------
+
+    def write(
+        self,
+        folder: Path,
+        datasets: Mapping[str, Any],
+        load: Callable[[], torch.nn.Module],
+        weights: Sequence[str | os.PathLike],
+    ) -> None:
+        """Write `folder`/predictions_ans_{test,eval,train}.json for the splits of `datasets`, each as it is done.
+
+        `load` is called at most once, and not at all if every file is already there. `weights`: folders whose weight
+        files the predictions depend on.
+        """
+        model = None
+        made: dict[str, list[list[int]]] = {}
+        identity = from_rank0(lambda: weights_digest(weights))
+        for split, dataset in datasets.items():
+            path = folder / f"predictions_ans_{FILE_NAMES[split]}.json"
+            settings = self.settings(dataset, identity)
+            if not self.args.overwrite and from_rank0(lambda p=path, s=settings: _holds(p, s)):
+                print0(f"{path}: already there, made with these settings (--overwrite makes it anew)")
+                continue
+            if model is None:
+                model = load().to(self.device)
+            store = folder / f".predicting_{FILE_NAMES[split]}"
+            from_rank0(lambda s=store, t=settings: _open_store(s, t, self.args.overwrite))
+            rows = made.get(settings["data"])  # A-OKVQA: test = val
+            if rows is None:
+                rows = made[settings["data"]] = self.predict(model, dataset, f"predict {FILE_NAMES[split]}", store)
+            from_rank0(lambda p=path, n=split, d=dataset, r=rows, s=settings: self._write_file(p, n, d, r, s))
+            from_rank0(lambda s=store: shutil.rmtree(s))
+
+    def settings(self, dataset: Any, identity: str) -> dict[str, Any]:
+        """What the predictions of a split depend on; kept in its file under "settings"."""
+        sha = hashlib.sha256(digest(dataset).encode())
+        if self.collator.features is not None:
+            sha.update(self.collator.features.gather(dataset.qids[:8]).contiguous().numpy().tobytes())
+        return {
+            "weights": identity,
+            "data": sha.hexdigest()[:16],
+            "img_type": self.args.img_type,
+            "prompt_format": self.args.prompt_format,
+            "use_generate": self.args.use_generate,
+            "output_len": self.args.output_len,
+            "seed": self.args.seed,
+        }
+
+    def _write_file(self, path: Path, split: str, dataset: Any, rows: list[list[int]], settings: dict) -> None:
+        preds, labels = self.decode(rows), self.decode(dataset.labels)
+        content = self.scores(dataset.qids, preds, labels) if split == "test" else {}
+        content |= {"preds": preds, "labels": labels, "qids": dataset.qids, "prompts": dataset.prompts}
+        content |= {"answers": self.letters(dataset.qids, preds), "settings": settings}
+        cli.write_json(path, content)
+        print0(f"predictions: {path} ({len(preds)} rows)")
+        if split == "test":
+            failed = "" if content["num_fail"] is None else f"num_fail {content['num_fail']}, "
+            print0(f"{failed}scores {json.dumps(content['scores'])}")
+
+
+def weights_digest(places: Sequence[str | os.PathLike]) -> str:
+    """A hash over the weight files of some folders; a hub id counts by its name."""
+    sha = hashlib.sha256()
+    for place in places:
+        files = sorted({file for pattern in WEIGHT_FILES for file in Path(place).glob(pattern)})
+        if not files:
+            sha.update(str(place).encode())
+        for file in files:
+            with open(file, "rb") as opened:
+                sha.update(hashlib.file_digest(opened, "sha256").digest())
+    return sha.hexdigest()[:16]
+
+
+def _holds(path: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether `path` was made with these settings. Files are written in one step: one that is there is whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("settings") == settings
+    except (FileNotFoundError, json.JSONDecodeError, AttributeError):
+        return False
+
+
+# -- rows of a split that is not yet done ----------------------------------------------------------------
+
+
+def _open_store(store: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Make `store` hold rows of these settings only."""
+    if overwrite or not _holds(store / "settings.json", {**settings}):
+        shutil.rmtree(store, ignore_errors=True)
+        cli.write_json(store / "settings.json", {"settings": settings})
+
+
+def _read_rows(store: Path) -> Rows:
+    """Rows that an earlier launch finished, on however many processes."""
+    rows: Rows = {}
+    for file in sorted(store.glob("rows_*.jsonl")):
+        for line in file.read_text().splitlines():
+            try:
+                index, ids = json.loads(line)
+            except ValueError:  # the line that a kill cut short
+                continue
+            rows[index] = ids
+    return rows
+
+
+@contextlib.contextmanager
+def _appender(store: Path | None) -> Iterator[Callable[[Rows], None]]:
+    """A function that appends rows to this process's own file in `store`, or, without one, does nothing."""
+    if store is None:
+        yield lambda rows: None
+        return
+    with open(store / f"rows_{cli.rank()}_{os.getpid()}.jsonl", "a") as file:
+
+        def append(rows: Rows) -> None:
+            file.writelines(json.dumps([index, ids]) + "\n" for index, ids in rows.items())
+            file.flush()
+
+        yield append
+
+
+def _gather(rows: Rows) -> Rows:
+    """The rows of all processes, on each of them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    shares: list[Rows] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(shares, rows)
+    return {index: ids for share in shares for index, ids in share.items()}
