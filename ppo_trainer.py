@@ -311,16 +311,20 @@ class PpoTrainer:
         policy_loss = ppo.policy_loss(logprobs, old, advantages, mask, args.clip_range, denominator=total)
         value_loss = ppo.value_loss(values, returns, mask, denominator=total)
         with torch.no_grad():
-            n, reward_left, error = mask.sum(), ppo.moments(returns, mask), ppo.moments(returns - values, mask)
+            n, spread, error = mask.sum(), ppo.moments(returns, mask), ppo.moments(returns - values, mask)
+            # KL(policy || reference) by the k3 estimator, which is never negative; the ratio corrects for samples
+            # that come from the older policy
+            to_ref = ref - logprobs
+            kl_ref = (logprobs - old).exp() * (to_ref.expm1() - to_ref)
             sums[: len(SUMS)] += torch.stack(
                 [
                     policy_loss * total,
                     value_loss * total,
                     ppo.approx_kl(logprobs, old, mask, denominator=1),
-                    ppo.masked_mean(logprobs - ref, mask, denominator=1),
+                    ppo.masked_mean(kl_ref, mask, denominator=1),
                     ppo.entropy(logits, mask, denominator=1),
                     ppo.clipfrac(logprobs, old, advantages, mask, args.clip_range, denominator=1),
-                    *reward_left[:2],
+                    *spread[:2],
                     *error[:2],
                     n,
                 ]

@@ -170,7 +170,7 @@ def next_commands(args: argparse.Namespace, folder: Path, argv: Sequence[str]) -
     again = [word for word in again if not word.startswith("--phase=") and word != "--overwrite"]
     commands = [
         ["bash", "preprocessing_after_RL/processing_sentence_level_feedback.sh", "--questions_dir", questions, *data],
-        ["python", "haiku.py", "--questions_dir", questions],
+        ["python", "haiku.py", "--questions_dir", questions, *data],
         ["accelerate", "launch", "run_mm_cot_rl.py", *again, "--phase", "train"],
     ]
     return "\n".join("  " + shlex.join(map(str, command)) for command in commands)

@@ -25,6 +25,9 @@ from demo.pictures import PICTURE_KINDS
 from demo.questions import TEXT_KINDS, Question
 
 KINDS = {kind.__name__: kind for kind in (*TEXT_KINDS, *PICTURE_KINDS)}
+# those that a T5 of 2 + 2 layers learns to a middling degree from some 35 examples each; the others ask more
+HARDER = ("speed", "trade", "magnets")
+DEFAULT_KINDS = [name for name in KINDS if name not in HARDER]
 MINIS = {"minitrain": ("train", 64), "miniminitrain": ("train", 16), "minival": ("val", 16)}
 MINIS |= {"miniminival": ("val", 4), "minitest": ("test", 32)}
 MARKER = "demo.json"  # in data/: how it was made, and that it may be replaced
@@ -38,7 +41,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=400, help="number of training questions")
     parser.add_argument("--val", type=int, default=60, help="number of validation questions")
     parser.add_argument("--test", type=int, default=120, help="number of test questions")
-    parser.add_argument("--kinds", nargs="+", choices=sorted(KINDS), help="kinds of question (default: all)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=sorted(KINDS), help="kinds of question (default: all but the hardest)"
+    )
     args = parser.parse_args(argv)
     for split in ("train", "val", "test"):
         if getattr(args, split) < 1:
@@ -146,7 +151,7 @@ def make_data(
     data, images = Path(output) / "data", Path(output) / "images"
     if (data.exists() or images.exists()) and not (data / MARKER).exists():
         raise UserError(f"--output: {output} holds a data or images folder that is no demo's; name another folder")
-    names = list(kinds or KINDS)
+    names = list(kinds or DEFAULT_KINDS)
     sizes = {"train": train, "val": val, "test": test}
     drawn = draw_questions(names, sum(sizes.values()), seed)
     rng = Random(f"{seed} placing")

@@ -118,12 +118,14 @@ def animals(rng: Random) -> Question:
         f"{a(others[wrong]).capitalize()} is {a(rest[wrong])}, not {a(group)}.",
     ]
     opening = rng.choice(("Scientists put animals into groups.", "Think about the traits of each animal.", ""))
-    steps = [opening, *facts[: rng.choice((2, 3))], f"So, the {gold} is the {group}."]
+    if opening:  # many of ScienceQA's solutions have lines
+        opening += rng.choice((" ", " ", " ", "\n"))
+    steps = [*facts[: rng.choice((2, 3))], f"So, the {gold} is the {group}."]
     return Question(
         question=rng.choice((f"Select the {group}.", f"Which of these animals is {a(group)}?")),
         choices=[gold, *others],
         facts=group,
-        solution=" ".join(step for step in steps if step),
+        solution=opening + " ".join(steps),
         lecture=rng.choice(("", "Mammals, birds, fish, reptiles, and insects are groups of animals.")),
         subject="natural science",
         topic="biology",
@@ -225,10 +227,6 @@ CAPITALS = {
     "Utah": "Salt Lake City",
     "Minnesota": "St. Paul",
     "Georgia": "Atlanta",
-    "Oregon": "Salem",
-    "Hawaii": "Honolulu",
-    "Nevada": "Carson City",
-    "Colorado": "Denver",
     "Kansas": "Topeka",
 }
 

@@ -218,6 +218,7 @@ def test_two_processes_then_a_second_round(world, collected, tmp_path):
         assert all(math.isfinite(line[name]) for name in DIAGNOSTICS), line
     assert rollout["sentences"] == teacher.sentences and rollout["rationales"] == 14
     assert updates[0]["approx_kl"] < 1e-6 and updates[0]["clipfrac"] == 0  # the first update is on policy
+    assert updates[0]["kl_ref"] < 1e-6 < updates[-1]["kl_ref"]  # and the reference is where it started
     assert list((run / "tensorboard").iterdir())
 
     launch(world, run)
