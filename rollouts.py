@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -293,18 +294,22 @@ class Store:
         return self.folder / f"batch_{number:06d}.safetensors"
 
     def plan(self, prompts: Prompts, batch_size: int, k: int) -> list[list[str]]:
-        """The sampling batches; written by rank 0 at first, compared ever after.
+        """The sampling batches; written by rank 0 at first, kept ever after, also on another number of processes.
 
         Raises UserError when the prompts are not those that the batches on disk were sampled from.
         """
-        plan = {"k": k, "prompts": prompts.fingerprint(), "batches": plan_batches(prompts.lengths, batch_size)}
+        known = {"k": k, "prompts": prompts.fingerprint()}
         if self.plan_file.exists():
-            if cli.read_json(self.plan_file, "rollouts") != plan:
+            plan = cli.read_json(self.plan_file, "rollouts")
+            if any(plan.get(key) != value for key, value in known.items()):
                 raise UserError(
                     f"{self.plan_file}: questions, captions or prompts are not those of the rollouts beside it; "
                     "restore the data, or start anew with --overwrite"
                 )
-        elif cli.rank() == 0:
+            return plan["batches"]
+        share = math.ceil(len(prompts.lengths) / cli.world_size())  # a small split keeps every process busy, too
+        plan = {**known, "batches": plan_batches(prompts.lengths, min(batch_size, share))}
+        if cli.rank() == 0:
             cli.write_json(self.plan_file, plan, indent=None)
         return plan["batches"]
 

@@ -150,7 +150,7 @@ def load_encoder(
     if kind == "pretrained":
         offline_unless_reachable()
     if kind == "random":
-        warn0(f"{name}: RANDOM WEIGHTS - the features hold next to nothing of the images' content; for trials only")
+        warn0(f"{name}: RANDOM WEIGHTS - the features hold colours and layout at best; for trials only")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network, transform = (_load_detr if img_type == "detr" else _load_timm)(img_type, name, kind, weights)

@@ -258,6 +258,9 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
     temporary.chmod(0o755)  # mkdtemp's 0700 would hide a model from the group that shares the box
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)  # so would safetensors' 0600
         old = None
         if path.exists():
             old = path.parent / f".old-{os.getpid()}-{time.monotonic_ns()}"

@@ -58,7 +58,7 @@ def write_summary(output: Path, folders: dict[str, Path], record: dict) -> str:
             answers = {"num_fail": predictions["num_fail"], **predictions["scores"]["answer"]}
             continue
         figures = rationale_figures(problems, predictions["qids"], predictions["preds"])
-        rationales[name] = {**figures, "rouge_l": float(predictions["scores"]["rationale"]["rougeL"])}
+        rationales[name] = {**figures, "rouge_l": float(predictions["scores"]["rationale"]["rouge"])}
     seconds = {stage["title"]: stage["seconds"] for stage in record["stages"].values()}
     places = {name: str(folder.relative_to(output)) for name, folder in folders.items()}
     result = {
@@ -81,7 +81,7 @@ def _text(result: dict, output: Path) -> str:
         cells = [f"{figures[key]:.3f}" if key == "score" else f"{figures[key]:.1f}" for key in COLUMNS]
         lines.append(f"{name:<16}" + "".join(f"{cell:>16}" for cell in cells))
     lines += ["", "Answers of the LoRA model on test questions, accuracy %"]
-    lines += [f"  {name:<14}{value}" for name, value in result["answers"].items()]
+    lines += [f"  {name:<16}{value:>6}" for name, value in result["answers"].items()]
     lines += ["", "Wall time"]
     lines += [f"  {seconds:7.1f} s  {title}" for title, seconds in result["seconds"].items()]
     lines += [f"  {sum(result['seconds'].values()):7.1f} s  in all", "", "Folders (model and predictions_ans_*.json)"]

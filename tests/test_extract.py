@@ -23,6 +23,15 @@ from utils_vision import list_images, load_encoder, read_image
 TRIAL = ["--model_name", "test_vit", "--random_weights", "--workers", "0", "--batch_size", "4"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small only lose by a second thread, much so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def images(sample, tmp_path_factory):
     """Twelve real images, three of them choice images only."""
@@ -110,7 +119,7 @@ def test_kill_and_run_again(images, tmp_path):
     assert process.wait() == -signal.SIGKILL
     done = json.loads(part.read_text())["done"]
     assert 0 < done < 12 and not (tmp_path / "killed" / "vit.pth").exists()
-    again = run_script(*command[1:])
+    again = run_script(*command[1:], env={"OMP_NUM_THREADS": "1"})
     assert f"continuing after {done} of 12 images" in again.stdout
     assert "RANDOM WEIGHTS" in again.stderr
     for name in ("vit.pth", "vit.json", "name_map.json"):
