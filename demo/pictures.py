@@ -10,7 +10,7 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from demo.questions import Question, a
+from demo.questions import Question, a, in_order
 
 SIDE = 96  # pixels, width and height of every picture
 COLORS = {
@@ -126,7 +126,7 @@ REGIONS = {  # part of the map -> (left, top) of its quarter, colour of its land
 
 def shaded_region(rng: Random) -> Question:
     """Which quarter of a map is shaded."""
-    gold, *others = rng.sample(list(REGIONS), rng.choice((3, 4)))
+    gold = rng.choice(list(REGIONS))
     image, draw = canvas((225, 240, 250))
     middle_x, middle_y = rng.randint(44, 52), rng.randint(44, 52)
     for name, ((left, top), color) in REGIONS.items():
@@ -146,7 +146,7 @@ def shaded_region(rng: Random) -> Question:
     return Question(
         question="Which part of the map is shaded?",
         hint=rng.choice(("", "On this map, north is at the top.")),
-        choices=[gold, *others],
+        **in_order(REGIONS, gold),
         solution=" ".join(step for step in steps if step),
         lecture=rng.choice(("", "Maps have four cardinal directions: north, south, east, and west.")),
         subject="social science",
@@ -169,7 +169,7 @@ def magnets(rng: Random) -> Question:
     gap = rng.randint(3, 6)
     draw.rectangle((0, top, 47 - gap, top + 48), fill=poles[one])
     draw.rectangle((48 + gap, top, 95, top + 48), fill=poles[two])
-    gold, other = ("repel", "attract") if repel else ("attract", "repel")
+    gold = "repel" if repel else "attract"
     rule = rng.choice(
         (
             f"Poles that are {'the same' if repel else 'different'} {gold}.",
@@ -186,7 +186,7 @@ def magnets(rng: Random) -> Question:
     return Question(
         question="Will these magnets attract or repel each other?",
         hint="Two magnets are placed as shown. North poles are red. South poles are blue.",
-        choices=[gold, other],
+        **in_order(("attract", "repel"), gold),
         solution=" ".join(step for step in steps if step),
         lecture="Magnets can pull or push on each other without touching. Different poles attract. "
         "Poles that are the same repel.",
@@ -219,11 +219,10 @@ def thermometer(rng: Random) -> Question:
         rng.choice((f"This is a {LEVELS[gold]} temperature.", "")),
         rng.choice((f"So, the temperature is {gold}.", f"So, the answer is {gold}.")),
     ]
-    others = [name for name in LEVELS if name != gold]
     return Question(
         question="What temperature does this thermometer show?",
         hint=rng.choice(("", "The marks on the thermometer stand for 5.5°C, 15.5°C, 25.5°C, and 35.5°C.")),
-        choices=[gold, *rng.sample(others, rng.choice((2, 3)))],
+        **in_order(LEVELS, gold),
         solution=" ".join(step for step in steps if step),
         lecture=rng.choice(("", "A thermometer is a tool that measures temperature.")),
         subject="natural science",

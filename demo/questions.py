@@ -8,6 +8,7 @@ the real texts have them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -29,7 +30,7 @@ HOURS = ("7 a.m.", "9 a.m.", "2 p.m.", "6 p.m.")
 class Question:
     """One question before it is placed: `choices[0]` is the gold answer unless `answer` says otherwise.
 
-    `ordered` choices (Solution A, Solution B) keep their order. `images` maps file names to Pillow images. `facts` is
+    `ordered` choices (Solution A, Solution B) keep theirs. `images` maps file names to Pillow images. `facts` is
     what decides the answer besides choices and images, where the question and hint only word it.
     """
 
@@ -53,6 +54,15 @@ class Question:
 def conclude(rng: Random, answer: str) -> str:
     """The last sentence of a rationale: it names the answer."""
     return rng.choice((f"So, the answer is {answer}.", f"So, {answer} is the answer.", f"The answer is {answer}."))
+
+
+def in_order(names: Iterable[str], gold: str) -> dict[str, Any]:
+    """Choices that stand in the same order in every question of a kind, as scales and lists of terms often do.
+
+    Then a conclusion alone tells the letter, which a model too small to match it with the options can learn.
+    """
+    choices = list(names)
+    return {"choices": choices, "answer": choices.index(gold), "ordered": True}
 
 
 def a(noun: str) -> str:
@@ -327,10 +337,9 @@ def tense(rng: Random) -> Question:
         f"It tells you about {TENSES[gold]}.",
         rng.choice((f"So, the sentence is in the {gold}.", f"So, the answer is {gold}.")),
     ]
-    others = [name for name in TENSES if name != gold]
     return Question(
         question=f"Which tense does the sentence use?\n{who} {form} {verb[3]}{when}.",
-        choices=[gold, *rng.sample(others, rng.choice((1, 2, 2)))],
+        **in_order(TENSES, gold),
         solution=" ".join(step for step in steps if step),
         lecture="\n".join(f"A {name} verb tells you about {meaning}." for name, meaning in TENSES.items()),
         subject="language science",
@@ -356,10 +365,9 @@ def sentence_kind(rng: Random) -> Question:
         texts[gold][1],
         rng.choice((f"So, the sentence is {a(gold)}.", f"So, the answer is {gold}.")),
     ]
-    others = rng.sample([name for name in texts if name != gold], rng.choice((2, 3)))
     return Question(
         question=f"What kind of sentence is this?\n{texts[gold][0]}",
-        choices=[gold, *others],
+        **in_order(texts, gold),
         solution=" ".join(step for step in steps if step),
         lecture=rng.choice(("", "There are four kinds of sentences: statement, question, command, and exclamation.")),
         subject="language science",

@@ -32,8 +32,8 @@ from ares.cli import UserError, run  # noqa: E402
 # name -> settings. `smoke` is for tests: every stage, nothing learned.
 SIZES = {
     "demo": {
-        "train": 400, "val": 60, "test": 150, "d_model": 96, "base_epochs": 20, "base_lr": 1e-3, "k_actions": 4,
-        "rl_epochs": 10, "rl_lr": 5e-5, "sft_epochs": 10, "sft_lr": 5e-4, "lora_epochs": 15, "lora_lr": 2e-3,
+        "train": 400, "val": 60, "test": 150, "d_model": 96, "base_epochs": 15, "base_lr": 2e-3, "k_actions": 4,
+        "rl_epochs": 10, "rl_lr": 5e-5, "sft_epochs": 8, "sft_lr": 1e-3, "lora_epochs": 15, "lora_lr": 2e-3,
     },
     "smoke": {
         "train": 32, "val": 8, "test": 16, "d_model": 32, "base_epochs": 2, "base_lr": 1e-3, "k_actions": 2,
@@ -139,7 +139,7 @@ def prepare(demo: Demo, seed: int, size: dict) -> None:
         f" --train {size['train']} --val {size['val']} --test {size['test']}",
         f"python demo/make_tokenizer.py --data {out} --output {out}/tokenizer",
         f"python demo/make_model.py --tokenizer {out}/tokenizer --output {out}/models/t5"
-        f" --d_model {size['d_model']} --seed {seed}",
+        f" --d_model {size['d_model']} --dropout 0 --seed {seed}",
     )
     demo.stage(
         "features",

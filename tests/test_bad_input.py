@@ -1,0 +1,298 @@
+"""Whatever a user can have wrong ends in one line that names it, with status 2, before a model is loaded.
+
+Every fault goes through every script that reads what is faulty: `main(argv)` in this process, some as real launches.
+Faults of single flags, files and fields are tested where they are checked (test_data.py, test_model.py, ...).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import haiku
+import haiku_for_correction_feedback
+import main
+import preprocessing_for_correction_feedback
+import run_mm_cot_lora
+import run_mm_cot_rl
+from ares import feedback
+from ares.cli import UserError
+from tests.conftest import one_line_error, run_script
+from tests.tiny import PATCHES, make_data, make_model, write
+
+TRAINING = {"main": main, "rl": run_mm_cot_rl, "lora": run_mm_cot_lora}
+ALL = {
+    **TRAINING,
+    "haiku": haiku,
+    "correct": haiku_for_correction_feedback,
+    "prepare": preprocessing_for_correction_feedback,
+}
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory, sample, t5_tokenizer):
+    """A folder in which every script would run: `data`, `model` with tokenizer, `le.json`, `questions`, `rationales`."""
+    folder = tmp_path_factory.mktemp("clean")
+    data = make_data(folder / "data", sample)
+    problems, splits = (read(data / f"scienceqa/{name}.json") for name in ("problems", "pid_splits"))
+    write(data / "captions.json", {qid: "A picture." for qid in problems})
+    write(data / "scienceqa/correction.json", problems)
+    t5_tokenizer.save_pretrained(make_model(folder / "model", patch_size=PATCHES))
+    write(folder / "le.json", {"preds": ["One. Two."] * len(splits["val"])})
+    write(folder / "rationales.json", {"preds": ["One. Two."] * len(splits["train"]), "qids": splits["train"]})
+    qid = splits["train"][0]
+    feedback.write_rationale(feedback.question_dir(folder / "questions", 0, 0, qid), ["One.", "Two."])
+    preprocessing_for_correction_feedback.main(flags("prepare", folder))
+    shutil.copytree(folder / "correction/0/p0" / qid, folder / "questions/0/p0" / qid, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def place(clean, tmp_path, monkeypatch):
+    """The same folder, for one test to spoil; loading a model there fails the test."""
+    import model
+
+    def loaded(cls, *args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    for cls in (model.T5ForMultimodalGeneration, model.T5ForMultimodalGenerationValueFunction):
+        monkeypatch.setattr(cls, "from_pretrained", classmethod(loaded))
+    folder = tmp_path / "place"
+    shutil.copytree(clean, folder)
+    monkeypatch.chdir(folder)  # output folders are relative; their making would show
+    return folder
+
+
+def flags(script: str, folder: Path) -> list[str]:
+    """A command line of `script` with which nothing is wrong."""
+    data = ["--data_root", f"{folder}/data"]
+    training = [*data, "--caption_file", f"{folder}/data/captions.json", "--use_caption", "--img_type", "vit"]
+    correction = ["--correction_dir", f"{folder}/correction", "--rationales", f"{folder}/rationales.json", *data]
+    return {
+        "main": [*training, "--model", f"{folder}/model", "--prompt_format", "QCMG-E"],
+        "rl": [*training, "--base_model_dir", f"{folder}/model", "--prompt_format", "QCMG-E"],
+        "lora": [*training, "--model", f"{folder}/model", "--prompt_format", "QCMG-A"],
+        "haiku": ["--teacher", "reference", "--questions_dir", f"{folder}/questions", *data],
+        "correct": ["--teacher", "reference", *correction],
+        "prepare": correction,
+    }[script]
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+def files(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def refused(script: str, folder: Path, extra: list[str], *words: str) -> None:
+    """`script` stops with one line that holds `words`, and has written nothing."""
+    before = files(folder)
+    with pytest.raises(UserError) as refusal:
+        ALL[script].main([*flags(script, folder), *extra])
+    said = str(refusal.value)
+    assert "\n" not in said and len(said) < 400, said
+    for word in words:
+        assert word in said, said
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_without_a_fault_a_model_is_loaded(script, place):
+    """The other tests of this file say something only if this one passes."""
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        TRAINING[script].main([*flags(script, place), *(["--epoch", "1"] if script != "rl" else [])])
+
+
+# -- questions and splits --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_problems(script, place):
+    path = place / "data/scienceqa/problems.json"
+    problems = read(path)
+    qid = list(problems)[3]
+    for spoilt, words in (
+        ({**problems, qid: {**problems[qid], "answer": 5}}, [f"question {qid}", "answer 5"]),
+        ({**problems, qid: {**problems[qid], "choices": "yes"}}, [f"question {qid}", "choices"]),
+        ({**problems, qid: {key: value for key, value in problems[qid].items() if key != "hint"}}, [qid, "hint"]),
+    ):
+        write(path, spoilt)
+        refused(script, place, [], "problems.json", *words)
+    path.write_text(json.dumps(problems)[:5000])
+    refused(script, place, [], "problems.json is not JSON", "line 1")
+    path.unlink()
+    refused(script, place, [], "--data_root", "problems.json")
+    refused(script, place, ["--data_root", "gone"], "--data_root", "gone")
+
+
+@pytest.mark.parametrize("script", [name for name in ALL if name != "haiku"])  # haiku.py reads no splits
+def test_splits(script, place):
+    path = place / "data/scienceqa/pid_splits.json"
+    splits = read(path)
+    write(path, {**splits, "train": [*splits["train"], "987654"]})
+    refused(script, place, [], "pid_splits.json", "split train", "987654")
+    del splits["train"]
+    write(path, splits)
+    refused(script, place, [], "--train_split", "no split train")
+    path.unlink()
+    refused(script, place, [], "pid_splits.json", "does not exist")
+
+
+# -- captions and features -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_captions(script, place):
+    refused(script, place, ["--caption_file", "gone.json"], "--caption_file", "gone.json")
+    (place / "data/captions.json").unlink()
+    (place / "other").mkdir()
+    default = ["--caption_file", "data/captions.json"]
+    refused(script, place, default, "--caption_file", "instruct_captions.json", "--use_caption")
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_features(script, place):
+    folder = place / "data/vision_features"
+    rows = read(folder / "name_map.json")
+    qid = next(iter(rows))
+    write(folder / "name_map.json", {**rows, qid: 5000})
+    refused(script, place, [], "--name_map", "row 5000", f"question {qid}", f"only {len(rows)} rows")
+    write(folder / "name_map.json", rows)
+    (folder / "vit.json").unlink()  # now (N, 5, 8) claims to be ViT's
+    refused(script, place, [], "vit.npy", "(N, 145, 1024)", str((len(rows), *PATCHES)))
+    refused(script, place, ["--img_type", "clip"], "--vision_features", "clip", "extract_features.py")
+    (folder / "vit.npy").write_bytes((folder / "vit.npy").read_bytes()[:1000])
+    refused(script, place, [], "vit.npy")
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_img_type_that_the_checkpoint_was_not_trained_with(script, place):
+    flag = "--base_model_dir" if script == "rl" else "--model"
+    rows = len(read(place / "data/vision_features/name_map.json"))
+    np.save(place / "data/vision_features/detr.npy", np.zeros((rows, 100, 256), np.float32))
+    refused(script, place, ["--img_type", "detr"], flag, "image_dense", "--img_type detr", "256")
+    text_only = [word for word in flags(script, place) if word not in ("--img_type", "vit")]
+    with pytest.raises(UserError, match=f"{flag}.*no --img_type is given"):
+        TRAINING[script].main(text_only)
+    with pytest.raises(SystemExit) as exit_:  # argparse's own: usage and one line
+        TRAINING[script].main([*flags(script, place), "--img_type", "swin"])
+    assert exit_.value.code == 2
+
+
+# -- models ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_model_folders(script, place):
+    flag = "--base_model_dir" if script == "rl" else "--model"
+    refused(script, place, [flag, "./gone"], flag, "gone")
+    shutil.copytree(place / "model", place / "half")
+    (place / "half/model.safetensors").unlink()
+    refused(script, place, [flag, "half"], flag, "half", "no weights")
+    (place / "half/config.json").unlink()
+    refused(script, place, [flag, "half"], flag, "half", "config.json")
+    if script == "rl":
+        refused(script, place, ["--ref_model", "./gone"], "--ref_model", "gone")
+        return
+    refused(script, place, ["--evaluate_dir", "./gone"], "--evaluate_dir", "gone")
+    shutil.rmtree(place / "half")
+    (place / "half").mkdir()
+    refused(script, place, ["--evaluate_dir", "half"], "--evaluate_dir", "half")
+
+
+def test_cut_weights(place):
+    weights = place / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for script in TRAINING:
+        refused(script, place, [], "model.safetensors")
+
+
+def test_no_tokenizer(place):
+    for path in place.glob("model/*token*"):
+        path.unlink()
+    for script in TRAINING:
+        refused(script, place, [] if script != "rl" else ["--model", "./model"], "--tokenizer", "model")
+        refused(script, place, ["--tokenizer", "data"], "--tokenizer", "data")
+
+
+# -- what earlier stages wrote ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["main", "lora"])
+def test_correction_file(script, place):
+    given = ["--correction", "True", "--correction_file"]
+    corrected = read(place / "data/scienceqa/correction.json")
+    lost = read(place / "data/scienceqa/pid_splits.json")["train"][2]
+    del corrected[lost]
+    write(place / "data/scienceqa/correction.json", corrected)
+    refused(script, place, [*given, "scienceqa/correction.json"], "--correction_file", "lacks 1 of 24", lost)
+    refused(script, place, [*given, "gone.json"], "--correction_file", "gone.json")
+    refused(script, place, given[:2], "--correction_file")
+
+
+@pytest.mark.parametrize(("script", "flag"), [("main", "eval"), ("lora", "eval"), ("lora", "test"), ("rl", "train")])
+def test_given_rationales(script, flag, place):
+    name = f"--{flag}_le"
+    count = len(read(place / "data/scienceqa/pid_splits.json")[{"eval": "val"}.get(flag, flag)])
+    write(place / "short.json", {"preds": ["One."] * (count - 1)})
+    refused(script, place, [name, "short.json"], name, "short.json", f"{count - 1} rationales", f"{count} questions")
+    write(place / "other.json", {"preds": ["One."] * count, "qids": [str(i) for i in range(900000, 900000 + count)]})
+    refused(script, place, [name, "other.json"], name, f"lacks {count}")
+    refused(script, place, [name, "gone.json"], name, "gone.json")
+
+
+# -- where things go -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "extra", "words"),
+    [
+        ("main", ["--output_dir", "a_file"], ["a_file"]),
+        ("main", ["--run_dir", "/proc/none/run"], ["--run_dir", "/proc/none/run"]),
+        ("rl", ["--run_dir", "a_file/run"], ["--run_dir", "a_file/run"]),
+        ("lora", ["--run_dir", "a_file/run"], ["--run_dir", "a_file/run"]),
+        ("prepare", ["--correction_dir", "a_file/x"], ["--correction_dir", "a_file/x"]),
+        ("correct", ["--output", "/proc/none/correction.json"], ["--output", "/proc/none"]),
+    ],
+)
+def test_output_that_cannot_be_written(script, extra, words, place):
+    (place / "a_file").touch()
+    refused(script, place, extra, *words)
+
+
+# -- as launched -----------------------------------------------------------------------------------------
+
+
+def test_status_and_line_of_real_launches(clean, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(clean / "data", data)
+    problems = read(data / "scienceqa/problems.json")
+    qid = list(problems)[5]
+    problems[qid]["choices"] = []
+    write(data / "scienceqa/problems.json", problems)
+    spoilt = ["--data_root", data]
+
+    done = run_script("main.py", *flags("main", clean), *spoilt, check=False)
+    one_line_error(done, "main.py: error: --data_root", f"question {qid}", "0 choices")
+    done = run_script("haiku.py", *flags("haiku", clean), *spoilt, check=False)
+    one_line_error(done, "haiku.py: error: --data_root", f"question {qid}", "0 choices")
+    done = run_script("run_mm_cot_rl.py", *flags("rl", clean), "--base_model_dir", tmp_path / "gone", check=False)
+    one_line_error(done, "run_mm_cot_rl.py: error: --base_model_dir", str(tmp_path / "gone"))
+    write(tmp_path / "short.json", {"preds": ["One."]})
+    done = run_script("run_mm_cot_lora.py", *flags("lora", clean), "--eval_le", tmp_path / "short.json", check=False)
+    one_line_error(done, "run_mm_cot_lora.py: error: --eval_le", "1 rationales", "6 questions")
+    assert not list(clean.glob("model/mm_cot_lora*"))
+
+
+def test_two_processes_say_it_once(clean, tmp_path):
+    """The launcher adds its own report; of ours there is one line, from rank 0."""
+    done = run_script("main.py", *flags("main", clean), "--data_root", tmp_path / "gone", nproc=2, check=False)
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("main.py: error")]
+    assert len(ours) == 1 and "(rank" not in ours[0] and str(tmp_path / "gone") in ours[0], done.stderr[-3000:]
