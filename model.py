@@ -332,7 +332,7 @@ def check_checkpoint(
     Reads config.json and the weights' headers only. `patch_size` None means text only. `flag` is named in the
     messages. Returns None for what can only be a hub id. Raises UserError.
     """
-    if not Path(folder).expanduser().is_dir() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(folder)):
+    if not Path(folder).expanduser().is_dir() and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(folder)):
         return None
     info = _read_checkpoint(Path(folder).expanduser(), flag)
     _check_features(info, None if patch_size is None else tuple(patch_size), img_type, flag)

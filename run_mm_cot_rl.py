@@ -190,6 +190,7 @@ def set_up(args: argparse.Namespace) -> Setup:
             f"--tokenizer: it has {len(tokenizer)} pieces, the model's vocabulary only {info.config.vocab_size}; "
             "name the tokenizer that the model was trained with"
         )
+    le = utils_data.read_le(args.train_le, data.qids["train"], "--train_le") if args.train_le else None
     folder, start = rl_run.run_folder(args), rl_run.first_round(args)
     if cli.rank() == 0:
         rl_run.claim(args, folder, start)
@@ -207,7 +208,6 @@ def set_up(args: argparse.Namespace) -> Setup:
     ]
     accelerator = Accelerator(kwargs_handlers=kwargs)
     accelerator.wait_for_everyone()  # the folder is claimed
-    le = utils_data.read_le(args.train_le, data.qids["train"], "--train_le") if args.train_le else None
     dataset = utils_data.RationaleDataset(data.problems, data.qids["train"], tokenizer, args, le)
     collator = utils_data.Collator(tokenizer.pad_token_id, data.features)
     prompts = Prompts(dataset, collator, accelerator.device)

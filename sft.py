@@ -209,8 +209,8 @@ def run(
             f"--tokenizer: {tokenizer.name_or_path} has {len(tokenizer)} pieces but {info.folder} only "
             f"{info.config.vocab_size} embeddings; name the model's own tokenizer"
         )
-    cli.writable_dir(folder, "--evaluate_dir" if args.evaluate_dir else "--run_dir" if args.run_dir else "output")
     datasets = tokenized_splits(args, data, tokenizer)
+    cli.writable_dir(folder, "--evaluate_dir" if args.evaluate_dir else "--run_dir" if args.run_dir else "output")
 
     from sft_trainer import set_up, train
     from utils_predict import Predictor, digest, from_rank0

@@ -41,7 +41,7 @@ def run(main: Callable[[], Any]) -> None:
         main()
     except UserError as error:
         if rank() > 0:
-            time.sleep(2)  # every rank found the same fault: the launcher ends this one once rank 0 has told it
+            time.sleep(10)  # every rank found the same fault: the launcher ends this one once rank 0 has told it
         where = f" (rank {rank()})" if rank() > 0 else ""
         print(f"{Path(sys.argv[0]).name}: error{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(getattr(error, "status", 2))

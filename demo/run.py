@@ -33,7 +33,7 @@ from ares.cli import UserError, run  # noqa: E402
 SIZES = {
     "demo": {
         "train": 400, "val": 60, "test": 150, "d_model": 96, "base_epochs": 15, "base_lr": 2e-3, "k_actions": 4,
-        "rl_epochs": 10, "rl_lr": 5e-5, "sft_epochs": 8, "sft_lr": 1e-3, "lora_epochs": 15, "lora_lr": 2e-3,
+        "rl_epochs": 6, "rl_lr": 5e-5, "sft_epochs": 8, "sft_lr": 1e-3, "lora_epochs": 15, "lora_lr": 3e-3,
     },
     "smoke": {
         "train": 32, "val": 8, "test": 16, "d_model": 32, "base_epochs": 2, "base_lr": 1e-3, "k_actions": 2,
@@ -68,6 +68,8 @@ class Demo:
                 )
         self.logs.mkdir(parents=True, exist_ok=True)
         self.environment = {
+            # one thread: OpenMP's spin while they wait, which costs a shared machine more than it gives a tiny model
+            "OMP_NUM_THREADS": "1",
             **os.environ,
             "PYTHON": sys.executable,
             "HF_HUB_OFFLINE": "1",

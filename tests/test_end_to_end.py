@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,8 @@ from safetensors.torch import load_file
 from ares import cli, feedback
 from demo.make_model import build_t5
 from tests.conftest import ROOT, run_script
+
+pytestmark = pytest.mark.slow
 
 RL_RUN = (
     "base_neutral0.5_k2_rlb8_cl0.2_rle1_lr2e-05_vlr1.0_g1.0_l0.95_fGPT4V_seed42_kl0.0001_ga8"
@@ -154,7 +157,7 @@ def test_2_rl_in_two_processes_with_the_teacher_in_place(user):
             prepared = subprocess.run(
                 ["bash", ROOT / "preprocessing_after_RL/processing_sentence_level_feedback.sh",
                  "--questions_dir", questions, *user.teacher],
-                cwd=user.folder, capture_output=True, text=True, env=tool_environment(),
+                cwd=user.folder, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable},
             )  # fmt: skip
             assert prepared.returncode == 0, prepared.stderr[-3000:]
             assert not any(feedback.is_done(questions, action) for action in (0, 1))
@@ -199,12 +202,6 @@ def test_2_rl_in_two_processes_with_the_teacher_in_place(user):
     assert still == {"lm_head.weight"}, "the value function trains all but its unused head"
     state = torch.load(user.run / "0/optimizer_state.pth", weights_only=True)["state"]
     assert {int(entry["step"]) for entry in state.values()} == {1}
-
-
-def tool_environment() -> dict:
-    import sys
-
-    return {**os.environ, "PYTHON": sys.executable}
 
 
 def test_3_rationales_of_the_rl_model(user):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,6 +80,20 @@ def test_batches_hold_every_question_once_by_falling_length():
     flat = [qid for batch in batches for qid in batch]
     assert sorted(flat) == sorted(lengths) and [len(batch) for batch in batches] == [4] * 5 + [3]
     assert [lengths[qid] for qid in flat] == sorted(lengths.values(), reverse=True)
+
+
+def test_a_small_split_is_shared_out_and_the_plan_kept_on_another_number_of_processes(tmp_path, monkeypatch):
+    """64 questions at --bs 64 would leave all but one process idle."""
+    prompts = SimpleNamespace(lengths={f"q{i}": i for i in range(64)}, fingerprint=lambda: "same")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    store = rollouts.Store(tmp_path, 0)
+    plan = store.plan(prompts, 64, 2)
+    assert [len(batch) for batch in plan] == [16] * 4
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert store.plan(prompts, 64, 2) == plan
+    assert [len(batch) for batch in rollouts.Store(tmp_path, 1).plan(prompts, 24, 2)] == [24, 24, 16]
+    with pytest.raises(UserError, match="not those of the rollouts"):
+        store.plan(SimpleNamespace(lengths=prompts.lengths, fingerprint=lambda: "other"), 64, 2)
 
 
 def test_seeds_differ_and_stay():
