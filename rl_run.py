@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli
+from ares import cli, feedback
 from ares.cli import UserError, print0
 
 SAMPLING_FILE, PPO_FILE = "flags_sampling.json", "flags_ppo.json"  # what made a round, beside its rollouts
@@ -93,9 +93,10 @@ def claim(args: argparse.Namespace, folder: Path, start: int) -> None:
     Raises UserError naming each flag that would mix two experiments in one folder.
     """
     cli.writable_dir(folder, "--run_dir")
-    for place in (folder, folder / "state", *folder.glob("rollouts/round_*")):  # of a launch killed while it wrote
-        for leftover in (*place.glob(".tmp-*"), *place.glob(".old-*")):
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    for place in (folder, folder / "state", *folder.glob("rollouts/round_*")):
+        sweep(place)
+    if not feedback.exported(folder / "questions"):  # later the Teacher's tools may be writing there
+        sweep(folder / "questions", "**/")
     if args.overwrite:
         move_aside(folder, start)
     begun = any((folder / "state").glob("slot_*"))
@@ -106,6 +107,12 @@ def claim(args: argparse.Namespace, folder: Path, start: int) -> None:
             refuse_changes(place / PPO_FILE, ppo_identity(args))
     tidy(folder, start + args.epochs)
     cli.write_args(folder, args)
+
+
+def sweep(place: Path, below: str = "") -> None:
+    """Delete what a launch that was killed while it wrote left in a folder (`below` "**/": at any depth)."""
+    for leftover in (*place.glob(f"{below}.tmp-*"), *place.glob(f"{below}.old-*")):
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def sampling_identity(args: argparse.Namespace, folder: Path, number: int) -> dict[str, Any]:
@@ -155,6 +162,7 @@ def tidy(folder: Path, end: int) -> None:
         kept, following = folder / f"questions_round{number}", folder / "rollouts" / f"round_{number + 1}"
         if finished(folder, number) and not following.exists() and not kept.exists():
             if (folder / "questions").exists():
+                sweep(folder / "questions", "**/")
                 os.replace(folder / "questions", kept)
             shutil.rmtree(folder / "state", ignore_errors=True)
 
