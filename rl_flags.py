@@ -148,9 +148,16 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         )
     if args.overwrite and args.phase == "train":
         faults.append("--overwrite would delete the rollouts that --phase train needs; drop one of them")
-    for kind in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-            faults.append(f"the accelerate configuration asks for {kind}, which RL does not run under; use plain DDP")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        faults.append(
+            "the accelerate configuration asks for FSDP: on CPU accelerate runs DDP instead without a word, on GPUs "
+            "RL would save one shard as the whole; use DDP (configs/), --gradient_checkpointing if memory is short"
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        faults.append(
+            "the accelerate configuration asks for DeepSpeed, whose engine divides and steps on its own where "
+            "RL divides by the positions of the whole update; use DDP (configs/), --gradient_checkpointing for memory"
+        )
     cli.refuse(faults)
     if not args.do_sample and args.k_actions > 1:
         cli.warn0(f"--do_sample False gives {args.k_actions} equal rationales per question: sampling one (greedy)")

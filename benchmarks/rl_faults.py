@@ -135,7 +135,7 @@ def attend(pid: int, run: Path, kill_waiting: int | None = None) -> int:
             actions = {item.action for item in feedback.iter_items(questions)}
             if kill_waiting is not None and not (run / str(kill_waiting)).exists():
                 if kill_waiting == 0 or (run / str(kill_waiting - 1)).exists():
-                    rl_tools.answer(questions, skip=lambda item: item.action == 1)
+                    rl_tools.answer(questions, skip=lambda item: item.action == 1, done=False)
                     time.sleep(0.1)
                     os.kill(pid, signal.SIGKILL)
                     kill_waiting = None

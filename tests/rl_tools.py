@@ -84,8 +84,9 @@ def reply(sentences: list[str], scorer=score) -> str:
     return "{\n" + ",\n".join(f"{json.dumps(s, ensure_ascii=False)}: {scorer(s)}" for s in sentences) + "\n}"
 
 
-def answer(questions: Path, skip=lambda item: False, spoil=lambda item: False, scorer=score) -> int:
-    """Answer every exported rationale as the Teacher's tools do, signal every action; returns the sentences scored."""
+def answer(questions: Path, skip=lambda item: False, spoil=lambda item: False, scorer=score, done=True) -> int:
+    """Answer every exported rationale as the Teacher's tools do; with `done` signal every action. Returns the number
+    of sentences scored."""
     count = 0
     items = feedback.iter_items(questions)
     for item in items:
@@ -95,7 +96,7 @@ def answer(questions: Path, skip=lambda item: False, spoil=lambda item: False, s
         text = (item.folder / feedback.RATIONALE).read_text() if spoil(item) else reply(sentences, scorer)
         cli.write_text(item.folder / feedback.REPLY, text)
         count += 0 if spoil(item) else len(sentences)
-    for action in sorted({item.action for item in items}):
+    for action in sorted({item.action for item in items}) if done else ():
         feedback.mark_done(questions, action)
     return count
 

@@ -1,4 +1,4 @@
-"""SIGKILL at seeded places of every stage: the same command again ends with the same bits (benchmarks/rl_faults.py)."""
+"""SIGKILL at seeded places of every stage: the same command again gives the same bits (benchmarks/rl_faults.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 
 def test_a_kill_anywhere_loses_nothing(sample, tmp_path):
-    """A subset of the full test, whose result is committed as benchmarks/rl_faults.json; a process of its own forks."""
+    """A subset of the full test, whose result is committed as benchmarks/rl_faults.json."""
     command = [sys.executable, "benchmarks/rl_faults.py", "--kills", "5", "--seed", "3", "--sample", str(sample)]
     output = tmp_path / "result.json"
     done = subprocess.run(
