@@ -67,7 +67,8 @@ def checkpoint_gradients(model: nn.Module) -> None:
         elif isinstance(getattr(module, "dropout", None), float):  # T5Attention
             module.dropout = 0.0
     for one in model.children():
-        one.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(one, "activation_checkpointing_enable", None) or one.gradient_checkpointing_enable  # old name
+        enable({"use_reentrant": False})
     model.train()
 
 
