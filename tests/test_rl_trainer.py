@@ -227,7 +227,7 @@ def test_an_entropy_bonus_makes_a_peaked_policy_vary(tmp_path):
         trainer.metrics.log = lambda kind, number, update, values, seen=seen, **place: seen.append(values["entropy"])
         trainer.train()
         gains.append(seen[-1] - seen[3])  # the mean of the last epoch less that of the first
-    assert abs(gains[0]) < 0.02 < 0.1 < gains[1], gains
+    assert abs(gains[0]) < 0.01 < 0.05 < gains[1], gains
 
 
 def test_checkpointed_gradients_are_those_of_eval_mode_and_blocks_run_twice(tmp_path):
