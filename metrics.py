@@ -71,3 +71,45 @@ class Metrics:
             self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+# -- warnings in plain words -----------------------------------------------------------------------------
+
+
+def rollout_warnings(values: dict[str, float]) -> list[str]:
+    """What a round's samples and replies, as logged, should make a user look at."""
+    found = []
+    if values["share_dropped"] > 0.05:
+        found.append(f"{values['share_dropped']:.0%} of the replies were dropped; the reasons lie beside them")
+    if values["share_ended"] < 0.5:
+        found.append(
+            f"{1 - values['share_ended']:.0%} of the rationales were cut at --output_len before their end: raise "
+            "it, or start from a model that ends what it writes"
+        )
+    return found
+
+
+def epoch_warnings(values: dict[str, float], first_entropy: float) -> list[str]:
+    """What an epoch's means, as logged, should make a user look at; `first_entropy` is the round's first update's."""
+    found = []
+    if values["approx_kl"] > 0.1:
+        found.append(
+            f"KL is blowing up: the policy is {values['approx_kl']:.2g} nats per token from the one that wrote the "
+            "samples (0.01 is usual); lower --lr or --rl_epochs, or set --early_stop_kl 0.05"
+        )
+    if values["kl_ref"] > 1.0:
+        found.append(
+            f"KL is blowing up: the policy is {values['kl_ref']:.2g} nats per token from the reference; "
+            "raise --init_kl_coef or set --target_kl"
+        )
+    if values["entropy"] < 0.2 * first_entropy:
+        found.append(
+            f"entropy collapse: {values['entropy']:.2g} nats per token, {first_entropy:.2g} when the round began; the "
+            "policy hardly varies what it writes; lower --lr or set --entropy_coef 0.01"
+        )
+    if values.get("explained_variance", 0.0) < 0:
+        found.append(
+            f"explained variance {values['explained_variance']:.2f} over the whole epoch: the value function predicts "
+            "returns worse than a constant would; more --rl_epochs or a higher --lr may help it"
+        )
+    return found

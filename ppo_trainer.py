@@ -1,6 +1,7 @@
-"""PPO over rollouts on disk (SPEC 6): plan of updates, losses over whole optimizer steps, state, metrics.
+"""PPO over rollouts on disk (SPEC 6): losses over whole optimizer steps, state, metrics.
 
-Knows nothing of sampling or of the Teacher: it is given scored rollouts and a policy, and leaves a trained one.
+Knows nothing of sampling or of the Teacher: it is given experience (experience.py) and a policy, and leaves a trained
+one. Without a value function (`--algo rloo`) the policy trains alone.
 
 What makes an update the same on 1 process x 4 accumulation steps as on 2 x 2: every process knows every rollout (the
 numbers are small, images and prompts are fetched by question id), so the samples of an optimizer step, their
@@ -23,100 +24,9 @@ from torch import Tensor, nn
 
 from ares import cli, ppo
 from ares.cli import UserError
-from metrics import Metrics
-from rollouts import Prompts, Rollouts, seed_for
-
-# -- the data of one round -------------------------------------------------------------------------------
-
-
-@dataclass
-class Experience:
-    """Scored rollouts with everything PPO needs that does not change while it trains.
-
-    advantages, returns: float32, flat like the fields of `rollouts`; the rest: (N,), one number per rationale.
-    """
-
-    rollouts: Rollouts
-    advantages: Tensor
-    returns: Tensor
-    sentence_reward: Tensor
-    kl: Tensor
-    score_sum: Tensor
-    ended: Tensor
-
-    def __len__(self) -> int:
-        return len(self.rollouts)
-
-    def row_stats(self, rows: Sequence[int], neutral: float, coef: float) -> dict[str, float]:
-        """Means over rationales (and over their sentences, for the score)."""
-        index = torch.as_tensor(rows)
-        sentences = int(self.rollouts.sentence_counts[index].sum())
-        return {
-            "mean_sentence_score": float(self.score_sum[index].sum()) / sentences if sentences else math.nan,
-            "sentences": sentences,
-            "reward": float((self.sentence_reward[index] - coef * self.kl[index]).mean()),
-            "sentence_reward": float(self.sentence_reward[index].mean()),
-            "length": float(self.rollouts.lengths[index].float().mean()),
-            "share_ended": float(self.ended[index].float().mean()),
-        }
-
-
-def experience(
-    rollouts: Rollouts, scores: Sequence[Sequence[float]], args: Any, chunk: int = 1024, eos: int = 1
-) -> Experience:
-    """Rewards, advantages and returns of every row (SPEC 6), from the scores of its sentences.
-
-    The reward of position t is `-init_kl_coef (logp - logp_ref)`, plus `score - neutral_score` where a sentence
-    ends at column t + 1; the value after the last position is 0.
-    """
-    advantages, returns = torch.empty_like(rollouts.values), torch.empty_like(rollouts.values)
-    sentence_reward, kl = torch.zeros(len(rollouts)), torch.zeros(len(rollouts))
-    for begin in range(0, len(rollouts), chunk):
-        rows = list(range(begin, min(begin + chunk, len(rollouts))))
-        logprobs, mask = rollouts.pad(rollouts.logprobs, rows)  # (B, T)
-        ref_logprobs, values = rollouts.pad(rollouts.ref_logprobs, rows)[0], rollouts.pad(rollouts.values, rows)[0]
-        by_sentence = ppo.sentence_rewards(
-            [rollouts.row_columns(row) for row in rows],
-            [list(scores[row]) for row in rows],
-            length=mask.shape[1],
-            neutral=args.neutral_score,
-        )
-        kl_reward = ppo.kl_rewards(logprobs, ref_logprobs, mask, args.init_kl_coef)
-        adv, ret = ppo.gae(by_sentence + kl_reward, values, mask, args.gamma, args.gae_lambda)
-        first = int(rollouts.offsets[begin])
-        last = int(rollouts.offsets[rows[-1]] + rollouts.lengths[rows[-1]])
-        advantages[first:last], returns[first:last] = adv[mask], ret[mask]
-        sentence_reward[rows] = by_sentence.sum(1)
-        kl[rows] = ((logprobs - ref_logprobs) * mask).sum(1)
-    final = rollouts.tokens[(rollouts.offsets + rollouts.lengths - 1).clamp(min=0)] if len(rollouts.tokens) else None
-    return Experience(
-        rollouts,
-        advantages,
-        returns,
-        sentence_reward,
-        kl,
-        score_sum=torch.tensor([float(sum(row)) for row in scores]),
-        ended=final == eos,
-    )
-
-
-def plan_epoch(lengths: Sequence[int], per_process: int, processes: int, accumulation: int, seed: int) -> list:
-    """Which rows each update of one PPO epoch trains on: `plan[update][i][process]` is the i-th minibatch there.
-
-    Rows are shuffled from the seed and cut into optimizer steps of `per_process * processes * accumulation` rows, the
-    last one short; inside a step they are sorted by length (less padding, the same gradient) and dealt out in
-    minibatches of `per_process`. In the short step a minibatch may be empty, but every process has equally many.
-    """
-    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
-    size = per_process * processes * accumulation
-    plan = []
-    for begin in range(0, len(order), size):
-        rows = sorted(order[begin : begin + size], key=lambda row: -lengths[row])  # stable: the shuffle breaks ties
-        minibatches = [rows[i : i + per_process] for i in range(0, len(rows), per_process)]
-        minibatches += [[] for _ in range(-len(minibatches) % processes)]
-        plan.append([minibatches[i : i + processes] for i in range(0, len(minibatches), processes)])
-    return plan
-
+from experience import Experience, plan_epoch
+from metrics import Metrics, epoch_warnings
+from rollouts import Prompts, seed_for
 
 # -- model and optimizer ---------------------------------------------------------------------------------
 
@@ -124,15 +34,48 @@ def plan_epoch(lengths: Sequence[int], per_process: int, processes: int, accumul
 class ActorCritic(nn.Module):
     """Policy and value function as one module, so that a wrapper (DDP) sees one forward per minibatch."""
 
-    def __init__(self, policy: nn.Module, value_function: nn.Module):
+    def __init__(self, policy: nn.Module, value_function: nn.Module | None):
         super().__init__()
         self.policy, self.value_function = policy, value_function
 
-    def forward(self, prompt: dict[str, Tensor], actions: Tensor) -> tuple[Tensor, Tensor]:
-        """prompt (B, S), actions (B, T + 1) -> logits (B, T, V) and values (B, T) of positions 0 .. T-1."""
+    def forward(
+        self, prompt: dict[str, Tensor], actions: Tensor, mask: Tensor, entropy_grad: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """prompt (B, S), actions (B, T + 1), mask (B, T) -> log-probabilities (B, T) of the actions, the sum of the
+        entropies over the mask (with a gradient if asked), and values (B, T).
+
+        Logits stay in here: autocast's wrapper would copy all B x T x V of them to fp32.
+        """
         # no decoder mask: pads are on the right, and a causal decoder never looks there from a real position
         logits = self.policy(**prompt, decoder_input_ids=actions[:, :-1], use_cache=False).logits
-        return logits, self.value_function(**prompt, decoder_input_ids=actions[:, :-1])
+        logprobs = ppo.logprobs_from_logits(logits, actions[:, 1:])
+        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
+            entropy = ppo.entropy(logits, mask, denominator=1)
+        if self.value_function is None:
+            return logprobs, entropy, None
+        return logprobs, entropy, self.value_function(**prompt, decoder_input_ids=actions[:, :-1])
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Recompute each T5 block in the backward pass, with the numbers of eval mode.
+
+    transformers checkpoints in training mode only, so that is what the model is put into, without its dropout.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):  # T5Attention
+            module.dropout = 0.0
+    for one in model.children():
+        enable = getattr(one, "activation_checkpointing_enable", None) or one.gradient_checkpointing_enable  # old name
+        enable({"use_reentrant": False})
+    model.train()
+
+
+def scheduled_lr(schedule: str, lr: float, done: int, total: int) -> float:
+    """Learning rate of the update after `done` of a round's `total` updates: constant, or down to 0 at the end."""
+    left = max(0.0, 1 - done / total)
+    return lr * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[schedule]
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.01) -> tuple[torch.optim.AdamW, list[str]]:
@@ -185,16 +128,20 @@ def _load_moments(optimizer, state: dict) -> None:
 SUMS = ("policy_loss", "value_loss", "approx_kl", "kl_ref", "entropy", "clipfrac", "ret", "ret2", "err", "err2", "n")
 
 
-def means(sums: Sequence[float], vf_coef: float) -> dict[str, float]:
-    """Diagnostics from sums over positions, in the order of SUMS."""
+def means(sums: Sequence[float], args: Any) -> dict[str, float]:
+    """Diagnostics from sums over positions, in the order of SUMS; a value function's only where there is one."""
     total = dict(zip(SUMS, sums, strict=True))
     n = total["n"]
     out = {key: total[key] / n for key in SUMS[:6]}
-    out["loss"] = out["policy_loss"] + vf_coef * out["value_loss"]
+    out["positions"] = n
+    out["loss"] = out["policy_loss"] - args.entropy_coef * out["entropy"]
+    if args.algo == "rloo":
+        del out["value_loss"]
+        return out
+    out["loss"] += args.vf_coef * out["value_loss"]
     variance = total["ret2"] / n - (total["ret"] / n) ** 2
     unexplained = total["err2"] / n - (total["err"] / n) ** 2
     out["explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else math.nan
-    out["positions"] = n
     return out
 
 
@@ -207,6 +154,7 @@ class Position:
     done: int = 0  # updates since the round began
     sums: list[float] = field(default_factory=lambda: [0.0] * len(SUMS))
     grad_norm: float = 0.0  # summed over the epoch's updates
+    entropy: float | None = None  # of the round's first update, to tell a collapse by
 
 
 class PpoTrainer:
@@ -218,7 +166,7 @@ class PpoTrainer:
     def __init__(
         self,
         policy: nn.Module,
-        value_function: nn.Module,
+        value_function: nn.Module | None,
         data: Experience,
         prompts: Prompts,
         args: Any,
@@ -235,6 +183,9 @@ class PpoTrainer:
         optimizer, self.names = make_optimizer(self.raw, args.lr)
         self.model, self.optimizer = accelerator.prepare(self.raw, optimizer)
         self.model.eval()  # no dropout: the ratio to the sampling policy would be noise
+        if args.gradient_checkpointing:
+            checkpoint_gradients(self.raw)
+        self.stop_epoch = False
         self.position, self.saved_at, self.saves = Position(), time.monotonic(), 0
 
     @property
@@ -261,13 +212,16 @@ class PpoTrainer:
             )
             with bar:
                 for step in plan[self.position.update :]:
-                    due = self._update(step)
+                    due = self._update(step, self.args.rl_epochs * len(plan))
                     bar.update()
+                    if self.stop_epoch:
+                        cli.print0(f"approx_kl is above --early_stop_kl {self.args.early_stop_kl}: next epoch")
+                        break
                     if due and self.position.update < len(plan):
                         self.save_state()
-            self._end_epoch(len(plan))
+            self._end_epoch()
 
-    def _update(self, step: list[list[list[int]]]) -> bool:
+    def _update(self, step: list[list[list[int]]], total_updates: int) -> bool:
         """One optimizer step over all its minibatches and processes. Returns, alike everywhere, if saving is due."""
         args, data, rank = self.args, self.data, self.accelerator.process_index
         rows = [row for minibatches in step for minibatch in minibatches for row in minibatch]
@@ -286,32 +240,55 @@ class PpoTrainer:
                 loss = self._loss(mine, advantages[[place[row] for row in mine]], total, idle, sums)
                 # the wrapper averages gradients over processes, but the loss is already a share of the whole step
                 self.accelerator.backward(loss * self.accelerator.num_processes)
-        grad_norm = nn.utils.get_total_norm([p.grad for p in self.raw.parameters() if p.grad is not None])
+        grad_norm = self._grad_norm()
+        lr = scheduled_lr(args.lr_scheduler, args.lr, self.position.done, total_updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
         if rank == 0 and time.monotonic() - self.saved_at > 60 * args.save_minutes:
             sums[-1] = 1.0  # rank 0's clock decides for all
         gathered = self.accelerator.reduce(sums, "sum").tolist()
-        self._record(gathered[:-1], float(grad_norm), rows)
+        self._record(gathered[:-1], grad_norm, lr, rows)
         return gathered[-1] > 0
+
+    def _grad_norm(self) -> float:
+        """The gradient's norm over all parameters, before it is clipped to --max_grad_norm. UserError on nan."""
+        parameters = [p for p in self.raw.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if not math.isfinite(norm):
+            raise UserError(
+                f"round {self.number}: the gradient of update {self.position.done + 1} is not finite; the same "
+                "command goes on from the last saved state; lower --lr, or try --max_grad_norm 1 or --precision fp32"
+            )
+        if self.args.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+        return float(norm)
 
     def _loss(self, rows: list[int], advantages: Tensor, total: int, idle: bool, sums: Tensor) -> Tensor:
         """This minibatch's share of the step's loss, a sum over its positions divided by `total`; adds to `sums`."""
         device, roll, args = self.accelerator.device, self.data.rollouts, self.args
         actions, mask = roll.actions(rows)  # (B, T + 1), (B, T)
         T = mask.shape[1]
-        flat = (roll.logprobs, roll.ref_logprobs, self.data.returns)
+        flat = (roll.logprobs, roll.ref_logprobs, roll.values, self.data.returns)
         packed = torch.stack([*(roll.pad(one, rows)[0] for one in flat), advantages[:, :T]])  # one transfer
-        old, ref, returns, advantages = packed.to(device)  # (B, T) each
+        old, ref, old_values, returns, advantages = packed.to(device)  # (B, T) each
         actions, mask = actions.to(device), (mask & (not idle)).to(device)
 
-        logits, values = self.model(self.prompts.batch([roll.qids[row] for row in rows]), actions)
-        logprobs = ppo.logprobs_from_logits(logits, actions[:, 1:])
+        prompt = self.prompts.batch([roll.qids[row] for row in rows])
+        logprobs, entropy, values = self.model(prompt, actions, mask, bool(args.entropy_coef))
         policy_loss = ppo.policy_loss(logprobs, old, advantages, mask, args.clip_range, denominator=total)
-        value_loss = ppo.value_loss(values, returns, mask, denominator=total)
+        loss = policy_loss - args.entropy_coef * entropy / total
+        value_loss = torch.zeros_like(policy_loss)
+        if values is not None:
+            value_loss = ppo.value_loss(
+                values, returns, mask, total, old_values=old_values, clip_range=args.vf_clip_range
+            )
+            loss = loss + args.vf_coef * value_loss
         with torch.no_grad():
-            n, spread, error = mask.sum(), ppo.moments(returns, mask), ppo.moments(returns - values, mask)
+            n, spread = mask.sum(), ppo.moments(returns, mask)
+            error = ppo.moments(returns - values, mask) if values is not None else spread
             # KL(policy || reference) by the k3 estimator, which is never negative; the ratio corrects for samples
             # that come from the older policy
             to_ref = ref - logprobs
@@ -322,37 +299,42 @@ class PpoTrainer:
                     value_loss * total,
                     ppo.approx_kl(logprobs, old, mask, denominator=1),
                     ppo.masked_mean(kl_ref, mask, denominator=1),
-                    ppo.entropy(logits, mask, denominator=1),
+                    entropy,
                     ppo.clipfrac(logprobs, old, advantages, mask, args.clip_range, denominator=1),
                     *spread[:2],
                     *error[:2],
                     n,
                 ]
             )
-        return policy_loss + args.vf_coef * value_loss
+        return loss
 
-    def _record(self, sums: list[float], grad_norm: float, rows: list[int]) -> None:
+    def _record(self, sums: list[float], grad_norm: float, lr: float, rows: list[int]) -> None:
         """Advance the position by one update and log it."""
         here = self.position
         here.update, here.done = here.update + 1, here.done + 1
         here.sums = [a + b for a, b in zip(here.sums, sums, strict=True)]
         here.grad_norm += grad_norm
-        values = means(sums, self.args.vf_coef)
-        values |= {"grad_norm": grad_norm, "lr": self.args.lr, "share_dropped": self.share_dropped}
-        values |= self.data.row_stats(rows, self.args.neutral_score, self.args.init_kl_coef)
+        values = means(sums, self.args)
+        values |= {"grad_norm": grad_norm, "lr": lr, "kl_coef": self.data.kl_coef, "share_dropped": self.share_dropped}
+        values |= self.data.row_stats(rows)
+        here.entropy = values["entropy"] if here.entropy is None else here.entropy
+        self.stop_epoch = self.args.early_stop_kl is not None and values["approx_kl"] > self.args.early_stop_kl
         self.metrics.log("update", self.number, here.done, values, epoch=here.epoch)
         if here.done % self.args.log_term == 0:
             cli.print0(f"round {self.number} update {here.done}: {summary(values)}")
 
-    def _end_epoch(self, updates: int) -> None:
+    def _end_epoch(self) -> None:
         """Log the epoch's means, move to the next epoch and save, unless the round's own folder comes next."""
         here = self.position
-        values = means(here.sums, self.args.vf_coef)
-        values |= {"grad_norm": here.grad_norm / updates, "lr": self.args.lr, "share_dropped": self.share_dropped}
-        values |= self.data.row_stats(range(len(self.data)), self.args.neutral_score, self.args.init_kl_coef)
+        values = means(here.sums, self.args)
+        values |= {"grad_norm": here.grad_norm / here.update, "lr": self.optimizer.param_groups[0]["lr"]}
+        values |= {"kl_coef": self.data.kl_coef, "share_dropped": self.share_dropped}
+        values |= self.data.row_stats(range(len(self.data)))
         self.metrics.log("epoch", self.number, here.done, values, epoch=here.epoch)
         cli.print0(f"round {self.number} epoch {here.epoch + 1}/{self.args.rl_epochs}: {summary(values)}")
-        self.position = Position(epoch=here.epoch + 1, done=here.done)
+        for warning in epoch_warnings(values, here.entropy):
+            cli.warn0(f"round {self.number} epoch {here.epoch + 1}: {warning}")
+        self.position = Position(epoch=here.epoch + 1, done=here.done, entropy=here.entropy)
         if self.position.epoch < self.args.rl_epochs:
             self.save_state()
 
@@ -405,4 +387,4 @@ class PpoTrainer:
 def summary(values: dict[str, float]) -> str:
     """The few numbers of a log line."""
     names = ("mean_sentence_score", "reward", "policy_loss", "value_loss", "approx_kl", "kl_ref", "clipfrac", "length")
-    return "  ".join(f"{name} {values[name]:.4g}" for name in names)
+    return "  ".join(f"{name} {values[name]:.4g}" for name in names if name in values)

@@ -3,6 +3,7 @@
     {run}/args.yaml, metrics.jsonl, tensorboard/
     {run}/{n}/                  a finished round: policy, tokenizer, value function, optimizer (written in one step)
     {run}/rollouts/round_{n}/   its samples and scores (rollouts.py)
+    {run}/samples_round_{n}.jsonl   the same to read: prompt, rationale, sentences with score and advantage
     {run}/questions/            the round the Teacher works on;  questions_round{n}/ once it is finished
     {run}/state/                PPO's saved state in two alternating slots (ppo_trainer.py)
 
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli
+from ares import cli, feedback
 from ares.cli import UserError, print0
 
 SAMPLING_FILE, PPO_FILE = "flags_sampling.json", "flags_ppo.json"  # what made a round, beside its rollouts
@@ -29,24 +30,24 @@ SAMPLING_FILE, PPO_FILE = "flags_sampling.json", "flags_ppo.json"  # what made a
 # A changed flag of the first group makes other rollouts, one of the second other updates. The second may change until
 # PPO has saved something: rollouts and replies are worth keeping. Folders of models are compared as resolved paths.
 SAMPLING_FLAGS = tuple(
-    "seed train_split train_le prompt_format use_caption options img_type input_len output_len bs k_actions do_sample "
-    "top_k top_p".split()
+    "seed algo train_split train_le prompt_format use_caption options img_type input_len output_len bs k_actions "
+    "do_sample top_k top_p".split()
 )
 PPO_FLAGS = tuple(
-    "seed algo lr rl_batch_size rl_epochs ga_step init_kl_coef clip_range vf_coef gamma gae_lambda adv_normalization "
-    "neutral_score".split()
+    "seed lr rl_batch_size rl_epochs ga_step init_kl_coef clip_range vf_coef gamma gae_lambda adv_normalization "
+    "neutral_score max_grad_norm lr_scheduler target_kl early_stop_kl entropy_coef vf_clip_range precision".split()
 )
 # Flags that may change at any time. Data may move: the prompts themselves are compared (rollouts.Store.plan).
 FREE_FLAGS = tuple(
     "data_root dataset caption_file images vision_features name_map model tokenizer user_msg model_type feedback "
     "base_model_dir ref_model continue_train epochs run_dir phase poll_seconds settle_seconds max_dropped "
-    "save_minutes overwrite log_term report_to".split()
+    "save_minutes overwrite log_term report_to gradient_checkpointing offload".split()
 )
 
 
 def run_name(args: argparse.Namespace) -> str:
     """The run folder's name, as the released code builds it (SPEC 2); shortened with a hash where it is too long."""
-    reference = "ref" if args.ref_model else "no_ref"
+    reference = ("ref" if args.ref_model else "no_ref") + ("" if args.algo == "ppo" else f"_{args.algo}")
     return cli.short_name(
         f"{args.model_type}_neutral{args.neutral_score}_k{args.k_actions}_rlb{args.rl_batch_size}"
         f"_cl{args.clip_range}_rle{args.rl_epochs}_lr{args.lr}_vlr{args.vf_coef}_g{args.gamma}_l{args.gae_lambda}"
@@ -92,9 +93,10 @@ def claim(args: argparse.Namespace, folder: Path, start: int) -> None:
     Raises UserError naming each flag that would mix two experiments in one folder.
     """
     cli.writable_dir(folder, "--run_dir")
-    for place in (folder, folder / "state", *folder.glob("rollouts/round_*")):  # of a launch killed while it wrote
-        for leftover in (*place.glob(".tmp-*"), *place.glob(".old-*")):
-            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    for place in (folder, folder / "state", *folder.glob("rollouts/round_*")):
+        sweep(place)
+    if not feedback.exported(folder / "questions"):  # later the Teacher's tools may be writing there
+        sweep(folder / "questions", "**/")
     if args.overwrite:
         move_aside(folder, start)
     begun = any((folder / "state").glob("slot_*"))
@@ -105,6 +107,12 @@ def claim(args: argparse.Namespace, folder: Path, start: int) -> None:
             refuse_changes(place / PPO_FILE, ppo_identity(args))
     tidy(folder, start + args.epochs)
     cli.write_args(folder, args)
+
+
+def sweep(place: Path, below: str = "") -> None:
+    """Delete what a launch that was killed while it wrote left in a folder (`below` "**/": at any depth)."""
+    for leftover in (*place.glob(f"{below}.tmp-*"), *place.glob(f"{below}.old-*")):
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def sampling_identity(args: argparse.Namespace, folder: Path, number: int) -> dict[str, Any]:
@@ -124,7 +132,7 @@ def refuse_changes(known: Path, now: dict[str, Any]) -> None:
     if not known.exists():
         return
     before = cli.read_json(known, "--run_dir")
-    changed = [f"--{key} was {before.get(key)}, is {value}" for key, value in now.items() if before.get(key) != value]
+    changed = [f"--{key} was {before[key]}, is {now[key]}" for key in now if key in before and before[key] != now[key]]
     if changed:
         raise UserError(
             f"{known.parent} belongs to another experiment ({'; '.join(changed)}); give the old values back, "
@@ -134,7 +142,8 @@ def refuse_changes(known: Path, now: dict[str, Any]) -> None:
 
 def move_aside(folder: Path, start: int) -> None:
     """--overwrite: what rounds `start` and later left goes to a subfolder. Replies cost money: nothing is deleted."""
-    of_rounds = [*folder.glob("[0-9]*"), *folder.glob("questions_round[0-9]*"), *folder.glob("rollouts/round_[0-9]*")]
+    patterns = ("[0-9]*", "questions_round[0-9]*", "rollouts/round_[0-9]*", "samples_round_[0-9]*.jsonl")
+    of_rounds = [path for pattern in patterns for path in folder.glob(pattern)]
     found = [path for path in of_rounds if int(re.sub(r"\D", "", path.name)) >= start]
     names = ("questions", "state") if start else ("questions", "state", "tensorboard", "metrics.jsonl")
     found += [folder / name for name in names if (folder / name).exists()]
@@ -153,8 +162,50 @@ def tidy(folder: Path, end: int) -> None:
         kept, following = folder / f"questions_round{number}", folder / "rollouts" / f"round_{number + 1}"
         if finished(folder, number) and not following.exists() and not kept.exists():
             if (folder / "questions").exists():
+                sweep(folder / "questions", "**/")
                 os.replace(folder / "questions", kept)
             shutil.rmtree(folder / "state", ignore_errors=True)
+
+
+def kl_coefficient(args: argparse.Namespace, start: Path, first: bool, kl: float) -> float:
+    """The KL coefficient of a round whose rationales are `kl` nats from the reference, in the mean.
+
+    `--init_kl_coef`, unless `--target_kl` is given: then, from the second round on, the coefficient of the round
+    before (recorded in `start`/args.yaml), doubled or halved where `kl` is 1.5 times above or below the target
+    (Schulman et al., arXiv 1707.06347, sec. 4). The first round's rationales come from a model that RL has not moved.
+    """
+    if args.target_kl is None or first:
+        return args.init_kl_coef
+    import yaml
+
+    recorded = yaml.safe_load((start / "args.yaml").read_text(encoding="utf-8")).get("kl_coef", args.init_kl_coef)
+    factor = 2.0 if kl > 1.5 * args.target_kl else 0.5 if kl < args.target_kl / 1.5 else 1.0
+    return recorded * factor
+
+
+def asked_processes() -> int | None:
+    """The number of processes that `accelerate launch` was asked for on its command line or by its configuration.
+
+    None where this cannot be told: another launcher, or no Linux. It stands nowhere in the environment.
+    """
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        return None
+    if "launch" not in words or not any("accelerate" in word for word in words[: words.index("launch")]):
+        return None
+    given = {}
+    for i, word in enumerate(words[:-1]):
+        name, _, value = word.partition("=")
+        given.setdefault(name.lstrip("-").replace("-", "_"), value or words[i + 1])
+    if "num_processes" in given:
+        return int(given["num_processes"])
+    if Path(given.get("config_file", "")).is_file():
+        import yaml
+
+        config = yaml.safe_load(Path(given["config_file"]).read_text(encoding="utf-8"))
+        return int(config["num_processes"]) if "num_processes" in config else None
+    return None
 
 
 def finished(folder: Path, number: int) -> bool:

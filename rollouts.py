@@ -18,12 +18,13 @@ released code. The pad token is never sampled: it means "nothing here" in every 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,6 +153,7 @@ class Prompts:
         self.items = {item["qid"]: item for item in (dataset[i] for i in range(len(dataset)))}
         self.collator, self.device = collator, device
         self.lengths = {qid: len(item["input_ids"]) for qid, item in self.items.items()}
+        self.texts = dict(zip(dataset.qids, dataset.prompts, strict=True))
 
     def batch(self, qids: Sequence[str]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` (B, S) and, with vision features, `image_ids` (B, patches, dim)."""
@@ -211,11 +213,31 @@ class Sampling:
 
 @dataclass
 class Models:
-    """The three models that sampling needs, in eval mode."""
+    """The models that sampling needs, in eval mode. Without a value function (RLOO) every value is 0.
+
+    `offload`: reference and value function lie on the CPU while the policy writes, and come to its device in turn.
+    """
 
     policy: torch.nn.Module
     reference: torch.nn.Module
-    value_function: torch.nn.Module
+    value_function: torch.nn.Module | None
+    offload: bool = False
+
+    def __post_init__(self):
+        self.device = next(self.policy.parameters()).device
+        self._park(self.reference, self.value_function)
+
+    def _park(self, *models) -> None:
+        for model in models:
+            if self.offload and model is not None:
+                model.to("cpu")
+
+    @contextlib.contextmanager
+    def at_work(self, model):
+        """`model` on the policy's device for the length of a `with` block."""
+        model.to(self.device)
+        yield model
+        self._park(model)
 
 
 @torch.no_grad()
@@ -232,8 +254,13 @@ def sample_batch(models: Models, prompt: dict[str, Tensor], sampling: Sampling, 
         encoder_outputs=encoded, attention_mask=prompt["attention_mask"], generation_config=sampling.config()
     )  # (B*k, L)
     out = {"actions": actions.cpu(), "logprobs": _score(models.policy, prompt, actions, sampling.k, states)}
-    out["ref_logprobs"] = _score(models.reference, prompt, actions, sampling.k)
-    out["values"] = _score(models.value_function, prompt, actions, sampling.k)
+    with models.at_work(models.reference) as reference:
+        out["ref_logprobs"] = _score(reference, prompt, actions, sampling.k)
+    if models.value_function is None:
+        out["values"] = torch.zeros_like(out["logprobs"])
+    else:
+        with models.at_work(models.value_function) as value_function:
+            out["values"] = _score(value_function, prompt, actions, sampling.k)
     return out
 
 
@@ -432,8 +459,3 @@ def scored(rollouts: Rollouts, decision: dict) -> tuple[Rollouts, list[list[floa
     keys = rollouts.keys()
     rows = [row for row, key in enumerate(keys) if key in decision["scores"]]
     return rollouts.select(rows), [decision["scores"][keys[row]] for row in rows]
-
-
-def flat_scores(scores: Iterable[Sequence[float]]) -> list[float]:
-    """All sentence scores in one list."""
-    return [score for row in scores for score in row]

@@ -15,18 +15,18 @@ One round (`--epochs` of them, each with fresh samples):
 
 The same command after a kill goes on where it stopped. `--phase collect` ends after step 2 and `--phase train` begins
 at step 4, so that the GPUs can be given back while the Teacher works. Runs alone (`python run_mm_cot_rl.py ...`), on
-CPU, and without images (no `--img_type`). The run folder: rl_run.py; rollouts on disk: rollouts.py; the PPO loop:
-ppo_trainer.py.
+CPU, on several machines that share a file system (configs/), and without images (no `--img_type`). Flags: rl_flags.py;
+the run folder: rl_run.py; rollouts on disk: rollouts.py; rewards and advantages: experience.py; the PPO loop:
+ppo_trainer.py. Every diagnostic and detail is defined in docs/rl.md.
 
-Sampling truncates to top-k/top-p while log-probabilities use the full softmax, as in the released code. Left out so
-far: FSDP and DeepSpeed, algorithms other than PPO.
+Sampling truncates to top-k/top-p while log-probabilities use the full softmax, as in the released code. Left out: FSDP
+and DeepSpeed (refused; the whole state of a large model fits a GPU of 40 GB, see docs/rl.md).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -34,14 +34,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import rl_flags
 import rl_run
 from ares import cli, feedback
-from ares.cli import UserError, print0, run, str2bool
-
-TRAIN_SPLITS = ("train", "trainval", "minitrain", "miniminitrain", "hardtrain")
-# flags of main.py that have no meaning here: RL evaluates nothing
-EVALUATION_ONLY = tuple("val_split test_split eval_le test_le eval_bs eval_acc use_generate final_eval".split())
-
+from ares.cli import UserError, print0, run
 
 # -- flags -----------------------------------------------------------------------------------------------
 
@@ -51,103 +47,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    cli.add_common_flags(parser, output_len=512, lr=1e-5, train_splits=TRAIN_SPLITS)
-
-    models = parser.add_argument_group("models and rounds")
-    models.add_argument("--base_model_dir", required=True, metavar="DIR", help="rationale model to start from")
-    models.add_argument("--ref_model", metavar="DIR", help="frozen reference of the KL penalty (default: the start)")
-    models.add_argument("--model_type", default="base", help="only names the run folder (base, large)")
-    models.add_argument("--epochs", type=int, default=3, help="outer rounds, each with fresh samples")
-    models.add_argument(
-        "--continue_train", type=str2bool, default=False, help="go on after round --base_model_dir {run}/{n}"
-    )
-    models.add_argument("--run_dir", metavar="DIR", help="run folder (default: RL_models/{a name made of the flags})")
-
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--k_actions", type=int, default=3, help="rationales per question")
-    sampling.add_argument("--do_sample", type=str2bool, default=False, help="draw at random; False: greedy, one each")
-    sampling.add_argument("--top_k", type=int, default=20, help="draw from the k likeliest tokens (0: from all)")
-    sampling.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this mass")
-    sampling.add_argument("--feedback", default="GPT4V", help="only names the run folder")
-
-    rl = parser.add_argument_group("PPO")
-    rl.add_argument("--algo", default="ppo", choices=("ppo",), help="algorithm")
-    rl.add_argument("--rl_batch_size", type=int, default=6, help="samples per minibatch and process")
-    rl.add_argument("--rl_epochs", type=int, default=3, help="passes over a round's samples")
-    rl.add_argument("--ga_step", type=int, default=4, help="minibatches per optimizer step and process")
-    rl.add_argument("--init_kl_coef", type=float, default=0.05, help="weight of the KL penalty in the reward")
-    rl.add_argument("--clip_range", type=float, default=0.2, help="PPO's clip range of the ratio")
-    rl.add_argument("--vf_coef", type=float, default=1.0, help="weight of the value loss")
-    rl.add_argument("--gamma", type=float, default=0.99, help="discount")
-    rl.add_argument("--gae_lambda", type=float, default=0.95, help="lambda of the advantage estimate")
-    rl.add_argument("--adv_normalization", type=str2bool, default=True, help="whiten advantages per optimizer step")
-    rl.add_argument("--neutral_score", type=float, default=0.5, help="score that earns no reward")
-
-    running = parser.add_argument_group("running")
-    running.add_argument(
-        "--phase",
-        default="all",
-        choices=("all", "collect", "train"),
-        help="collect: end after export; train: PPO only",
-    )
-    running.add_argument("--poll_seconds", type=float, default=10.0, help="pause between looks for replies")
-    running.add_argument("--settle_seconds", type=float, default=60.0, help="wait this long for late replies")
-    running.add_argument("--max_dropped", type=float, default=0.2, help="stop if a larger share of replies is lost")
-    running.add_argument("--save_minutes", type=float, default=10.0, help="save PPO's state at least this often")
-    running.add_argument("--overwrite", action="store_true", help="start anew; what is there is moved aside")
-    running.add_argument("--log_term", type=int, default=200, help="print diagnostics every so many updates")
-    running.add_argument(
-        "--report_to", default="tensorboard", choices=("tensorboard", "wandb", "none"), help="besides metrics.jsonl"
-    )
+    cli.add_common_flags(parser, output_len=512, lr=1e-5, train_splits=rl_flags.TRAIN_SPLITS)
+    rl_flags.add_flags(parser)
     args = parser.parse_args(argv)
-    check_flags(args, cli.given_flags(parser, argv))
+    rl_flags.check_flags(args, cli.given_flags(parser, argv))
     return args
-
-
-def check_flags(args: argparse.Namespace, given: set[str]) -> None:
-    """Refuse, in one message, flags out of range, contradictory, or without effect. Warn of odd ones."""
-    faults = [f"--{name} has no effect in RL; drop it" for name in EVALUATION_ONLY if name in given]
-    at_least_one = ("epochs", "k_actions", "bs", "rl_batch_size", "rl_epochs", "ga_step", "log_term", "input_len")
-    faults += [f"--{name} must be at least 1" for name in at_least_one if getattr(args, name) < 1]
-    faults += [
-        f"--{name} must lie between 0 and 1"
-        for name in ("gamma", "gae_lambda", "neutral_score", "max_dropped")
-        if not 0 <= getattr(args, name) <= 1
-    ]
-    not_negative = ("init_kl_coef", "vf_coef", "top_k", "settle_seconds", "save_minutes")
-    faults += [
-        f"--{name} must be a number of at least 0"
-        for name in not_negative
-        if not (math.isfinite(getattr(args, name)) and getattr(args, name) >= 0)
-    ]
-    positive = ("lr", "clip_range", "poll_seconds", "top_p")
-    faults += [f"--{name} must be above 0" for name in positive if not 0 < getattr(args, name) < math.inf]
-    if args.top_p > 1:
-        faults.append("--top_p must be at most 1")
-    if args.output_len < 2:
-        faults.append("--output_len must be at least 2")
-    if args.train_le and args.prompt_format.startswith("QCM-"):
-        faults.append(f"--train_le has no effect with --prompt_format {args.prompt_format}; QCMG uses it")
-    for name in ("base_model_dir", "ref_model"):
-        path = getattr(args, name)
-        if path and not Path(path).is_dir():
-            faults.append(f"--{name}: no folder {path}; name the folder of a rationale model")
-    if args.continue_train and not Path(args.base_model_dir).resolve().name.isdigit():
-        faults.append(f"--continue_train True: --base_model_dir {args.base_model_dir} is no folder {{run}}/{{n}}")
-    if args.overwrite and args.phase == "train":
-        faults.append("--overwrite would delete the rollouts that --phase train needs; drop one of them")
-    for kind in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
-            faults.append(f"the accelerate configuration asks for {kind}, which RL does not run under; use plain DDP")
-    cli.refuse(faults)
-    if not args.do_sample and args.k_actions > 1:
-        cli.warn0(f"--do_sample False gives {args.k_actions} equal rationales per question: sampling one (greedy)")
-    if not args.do_sample and given & {"top_k", "top_p"}:
-        cli.warn0("--top_k and --top_p only name the run folder with --do_sample False")
-    if args.prompt_format.endswith("-A"):
-        cli.warn0(f"--prompt_format {args.prompt_format} asks for an answer; rationale models are asked with QCM-E")
-    if "user_msg" in given:
-        print0("note: --user_msg names nothing in RL; --run_dir names the folder")
 
 
 # -- set-up ----------------------------------------------------------------------------------------------
@@ -181,7 +85,7 @@ def set_up(args: argparse.Namespace) -> Setup:
             f"--base_model_dir one of {info.config.vocab_size}; the two must share a tokenizer"
         )
     if args.continue_train:
-        for name in ("value_function.pth", "optimizer_state.pth"):
+        for name in ("value_function.pth", "optimizer_state.pth")[args.algo == "rloo" :]:
             if not (Path(args.base_model_dir) / name).exists():
                 raise UserError(f"--continue_train True: {args.base_model_dir} has no {name}; start without it")
     tokenizer = utils_data.load_tokenizer(args, args.base_model_dir, args.reference)
@@ -206,16 +110,43 @@ def set_up(args: argparse.Namespace) -> Setup:
         InitProcessGroupKwargs(timeout=timedelta(hours=2)),
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
     ]
-    accelerator = Accelerator(kwargs_handlers=kwargs)
+    accelerator = Accelerator(mixed_precision=mixed_precision(args.precision), kwargs_handlers=kwargs)
+    check_processes(accelerator)
     accelerator.wait_for_everyone()  # the folder is claimed
     dataset = utils_data.RationaleDataset(data.problems, data.qids["train"], tokenizer, args, le)
     collator = utils_data.Collator(tokenizer.pad_token_id, data.features)
     prompts = Prompts(dataset, collator, accelerator.device)
     print0(
         f"run folder {folder}: {len(dataset)} questions, {accelerator.num_processes} process(es) "
-        f"on {accelerator.device.type}"
+        f"on {accelerator.device.type}, {'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'}"
     )
     return Setup(args, folder, accelerator, tokenizer, prompts, data.patch_size, start)
+
+
+def mixed_precision(precision: str) -> str:
+    """--precision as accelerate names it; `auto` follows accelerate's configuration, then the GPU."""
+    import torch
+
+    if precision == "auto":
+        configured = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+        on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+        precision = "bf16" if configured or (on_gpu and torch.cuda.is_bf16_supported()) else "fp32"
+    return "bf16" if precision == "bf16" else "no"
+
+
+def check_processes(accelerator: Any) -> None:
+    """Warn when fewer or more processes run than were asked for; nothing else would show it."""
+    asked, running = rl_run.asked_processes(), accelerator.num_processes
+    if asked is not None and asked != running:
+        cli.warn0(
+            f"accelerate launch was asked for {asked} processes, but {running} run(s): it starts one without a word "
+            f"on CPU; use ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} run_mm_cot_rl.py ..."
+        )
+    if running != cli.world_size():
+        raise UserError(
+            f"WORLD_SIZE is {cli.world_size()}, but accelerate runs {running} process(es); "
+            "launch with accelerate launch or torchrun (on CPU with ACCELERATE_USE_CPU=true)"
+        )
 
 
 # -- one round -------------------------------------------------------------------------------------------
@@ -253,7 +184,10 @@ def collect_round(setup: Setup, store, number: int, k: int) -> None:
         models = rollouts.Models(
             policy=load_model(setup, start_folder(setup, number)).requires_grad_(False),
             reference=load_model(setup, args.reference).requires_grad_(False),
-            value_function=load_model(setup, start_folder(setup, number), value=True).requires_grad_(False),
+            value_function=None
+            if args.algo == "rloo"
+            else load_model(setup, start_folder(setup, number), value=True).requires_grad_(False),
+            offload=args.offload,
         )
 
     def sample(index: int, qids: Sequence[str]):
@@ -291,20 +225,26 @@ def await_feedback(setup: Setup, store) -> dict:
 
 def train_round(setup: Setup, store, number: int, decision: dict) -> None:
     """Step 4: PPO from the rollouts on disk, then the round's folder."""
+    import experience
     import ppo_trainer
     import rollouts
-    from metrics import Metrics
+    from metrics import Metrics, rollout_warnings
 
     args, start = setup.args, start_folder(setup, number)
     every = store.load()
     rows, scores = rollouts.scored(every, decision)
     lost = len(every) - len(rows)
-    data = ppo_trainer.experience(rows, scores, args)
+    data = experience.experience(rows, scores, args, args.init_kl_coef)
+    args.kl_coef = rl_run.kl_coefficient(args, start, number == 0, float(data.kl.mean()))  # args.yaml records it
+    if args.kl_coef != data.kl_coef:
+        data = experience.experience(rows, scores, args, args.kl_coef)
     metrics = Metrics(setup.run, args.report_to, vars(args))
-    policy, value_function = load_model(setup, start), load_model(setup, start, value=True)
+    policy = load_model(setup, start)
+    value_function = None if args.algo == "rloo" else load_model(setup, start, value=True)
     if setup.accelerator.device.type == "cpu":
-        # SDPA has no fused kernel on CPU for T5's learnt position bias; plain attention takes 8% less per update
-        policy.set_attn_implementation("eager"), value_function.set_attn_implementation("eager")
+        for model in filter(None, (policy, value_function)):
+            # SDPA has no fused kernel on CPU for T5's learnt position bias; plain attention takes 8% less per update
+            model.set_attn_implementation("eager")
     trainer = ppo_trainer.PpoTrainer(
         policy,
         value_function,
@@ -324,12 +264,17 @@ def train_round(setup: Setup, store, number: int, decision: dict) -> None:
             ppo_trainer.restore_optimizer(trainer.optimizer, trainer.names, start / "optimizer_state.pth")
         if cli.rank() == 0:
             cli.write_json(store.folder / rl_run.PPO_FILE, rl_run.ppo_identity(args))
+            table = setup.run / f"samples_round_{number}.jsonl"
+            experience.write_samples(table, data, scores, setup.prompts.texts, setup.tokenizer)
         metrics.rewind(number, None)
-        values = data.row_stats(range(len(rows)), args.neutral_score, args.init_kl_coef)
-        values |= {"rationales": len(rows), "share_dropped": lost / len(every)}
+        values = data.row_stats(range(len(rows)))
+        values |= {"rationales": len(rows), "share_dropped": lost / len(every), "kl_coef": args.kl_coef}
+        values |= {"kl_per_rationale": float(data.kl.mean())}
         values |= {f"dropped_{reason}": count for reason, count in rollouts.count_dropped(decision).items()}
         metrics.log("rollout", number, 0, values)
         print0(f"round {number}: {len(rows)} rationales, mean sentence score {values['mean_sentence_score']:.4f}")
+        for warning in rollout_warnings(values):
+            cli.warn0(f"round {number}: {warning}")
     trainer.train()
     save_round(setup, trainer, number)
     setup.accelerator.free_memory()  # it keeps what it prepared
@@ -348,7 +293,8 @@ def save_round(setup: Setup, trainer, number: int) -> None:
         with cli.atomic_dir(setup.run / str(number)) as folder:
             trainer.raw.policy.save_pretrained(folder)
             setup.tokenizer.save_pretrained(folder)
-            save_value_function(trainer.raw.value_function, folder)
+            if trainer.raw.value_function is not None:
+                save_value_function(trainer.raw.value_function, folder)
             torch.save(ppo_trainer.optimizer_state(trainer.optimizer, trainer.names), folder / "optimizer_state.pth")
             cli.write_args(folder, setup.args)
         rl_run.tidy(setup.run, number + 1)

@@ -38,8 +38,8 @@ def make_data(root: Path, sample: Path, questions: int) -> Path:
     return data
 
 
-def make_model(folder: Path, data: Path, tokenizer, patch_size=PATCHES, steps: int = 25) -> Path:
-    """A 2-layer T5 of the real vocabulary, trained just enough that it writes words, full stops and `</s>`."""
+def make_model(folder: Path, data: Path, tokenizer, patch_size=PATCHES, steps: int = 25, vocab_size=32128) -> Path:
+    """A 2-layer T5 (of the real vocabulary), trained just enough that it writes words, full stops and `</s>`."""
     import torch
 
     from model import MultimodalT5Config, T5ForMultimodalGeneration
@@ -47,7 +47,7 @@ def make_model(folder: Path, data: Path, tokenizer, patch_size=PATCHES, steps: i
     torch.set_num_threads(1)  # two threads of several processes on two cores wait for each other most of the time
     torch.manual_seed(0)
     config = MultimodalT5Config(
-        vocab_size=32128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        vocab_size=vocab_size, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0,
         pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu", initializer_factor=0.05,
         tie_word_embeddings=False,
     )  # fmt: skip
@@ -55,7 +55,8 @@ def make_model(folder: Path, data: Path, tokenizer, patch_size=PATCHES, steps: i
     problems = json.loads((data / "scienceqa/problems.json").read_text())
     texts = [f"Solution: {problem['solution']}" for problem in problems.values() if problem["solution"]]
     rows = tokenizer(texts, truncation=True, max_length=48)["input_ids"]
-    rows = [row[:-1][: 8 + 3 * (i % 5)] + [6, 1] for i, row in enumerate(rows)]  # short and ragged: it learns to stop
+    end = [tokenizer.convert_tokens_to_ids("."), 1]
+    rows = [row[:-1][: 8 + 3 * (i % 5)] + end for i, row in enumerate(rows)]  # short and ragged: it learns to stop
     labels = torch.full((len(rows), max(map(len, rows))), -100)
     for i, row in enumerate(rows):
         labels[i, : len(row)] = torch.tensor(row)
@@ -83,8 +84,9 @@ def reply(sentences: list[str], scorer=score) -> str:
     return "{\n" + ",\n".join(f"{json.dumps(s, ensure_ascii=False)}: {scorer(s)}" for s in sentences) + "\n}"
 
 
-def answer(questions: Path, skip=lambda item: False, spoil=lambda item: False, scorer=score) -> int:
-    """Answer every exported rationale as the Teacher's tools do, signal every action; returns the sentences scored."""
+def answer(questions: Path, skip=lambda item: False, spoil=lambda item: False, scorer=score, done=True) -> int:
+    """Answer every exported rationale as the Teacher's tools do; with `done` signal every action. Returns the number
+    of sentences scored."""
     count = 0
     items = feedback.iter_items(questions)
     for item in items:
@@ -94,7 +96,7 @@ def answer(questions: Path, skip=lambda item: False, spoil=lambda item: False, s
         text = (item.folder / feedback.RATIONALE).read_text() if spoil(item) else reply(sentences, scorer)
         cli.write_text(item.folder / feedback.REPLY, text)
         count += 0 if spoil(item) else len(sentences)
-    for action in sorted({item.action for item in items}):
+    for action in sorted({item.action for item in items}) if done else ():
         feedback.mark_done(questions, action)
     return count
 

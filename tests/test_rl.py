@@ -18,7 +18,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import ppo_trainer
+import experience
+import rl_flags
 import rl_run
 import rollouts
 import run_mm_cot_rl
@@ -128,7 +129,7 @@ def test_defaults_are_the_released_ones(tmp_path):
 
 def test_every_flag_is_known_to_the_run_folder(tmp_path):
     args = vars(run_mm_cot_rl.parse_args(["--base_model_dir", str(tmp_path)]))
-    groups = [*rl_run.SAMPLING_FLAGS, *rl_run.PPO_FLAGS[1:], *rl_run.FREE_FLAGS, *run_mm_cot_rl.EVALUATION_ONLY]
+    groups = [*rl_run.SAMPLING_FLAGS, *rl_run.PPO_FLAGS[1:], *rl_run.FREE_FLAGS, *rl_flags.EVALUATION_ONLY]
     assert rl_run.PPO_FLAGS[0] == "seed"  # the one flag that both need
     assert sorted(groups) == sorted(args)
 
@@ -196,7 +197,7 @@ def test_two_processes_then_a_second_round(world, collected, tmp_path):
     assert said.index("Rationale Finished") < said.index("Waiting for the feedback")
     assert "2 process(es) on cpu" in done.stdout
     assert {path.name for path in run.iterdir()} == {
-        "0", "args.yaml", "metrics.jsonl", "questions_round0", "rollouts", "tensorboard"
+        "0", "args.yaml", "metrics.jsonl", "questions_round0", "rollouts", "samples_round_0.jsonl", "tensorboard"
     }  # fmt: skip
     assert {path.name for path in (run / "0").iterdir()} - {"special_tokens_map.json"} == ROUND_FILES
     items = feedback.iter_items(run / "questions_round0")
@@ -423,7 +424,7 @@ def test_without_reward_the_policy_only_decays(world, collected, tmp_path):
 )
 def test_plan_covers_every_row_once_and_keeps_processes_in_step(rows, processes, accumulation):
     lengths = [(7 * i) % 13 + 1 for i in range(rows)]
-    plan = ppo_trainer.plan_epoch(lengths, 2, processes, accumulation, seed=5)
+    plan = experience.plan_epoch(lengths, 2, processes, accumulation, seed=5)
     flat = [row for step in plan for group in step for minibatch in group for row in minibatch]
     assert sorted(flat) == list(range(rows))
     assert all(len(group) == processes for step in plan for group in step)  # nobody runs more minibatches than others
@@ -431,11 +432,11 @@ def test_plan_covers_every_row_once_and_keeps_processes_in_step(rows, processes,
     size = 2 * processes * accumulation
     assert [sum(len(m) for g in step for m in g) for step in plan[:-1]] == [size] * (len(plan) - 1)
     assert len(plan) == math.ceil(rows / size)
-    same = ppo_trainer.plan_epoch(lengths, 2, 1, processes * accumulation, seed=5)
+    same = experience.plan_epoch(lengths, 2, 1, processes * accumulation, seed=5)
     sets = [[{r for g in step for m in g for r in m} for step in one] for one in (plan, same)]
     assert sets[0] == sets[1]  # which rows share a step depends on its size alone
     if rows > size:
-        other = ppo_trainer.plan_epoch(lengths, 2, processes, accumulation, seed=6)
+        other = experience.plan_epoch(lengths, 2, processes, accumulation, seed=6)
         assert sets[0] != [{r for g in step for m in g for r in m} for step in other]
 
 
@@ -443,8 +444,8 @@ def test_experience_agrees_with_a_plain_loop():
     """Rewards, GAE and returns of ragged rows in float64, position by position (SPEC 6)."""
     rows = random_rollouts(9)
     scores = [[0.1 * (i + j) % 1 for j in range(int(n))] for i, n in enumerate(rows.sentence_counts)]
-    args = SimpleNamespace(neutral_score=0.5, init_kl_coef=0.3, gamma=0.9, gae_lambda=0.8)
-    data = ppo_trainer.experience(rows, scores, args, chunk=4)
+    args = SimpleNamespace(neutral_score=0.5, init_kl_coef=0.3, gamma=0.9, gae_lambda=0.8, algo="ppo")
+    data = experience.experience(rows, scores, args, chunk=4)
     for row in range(9):
         begin, n = int(rows.offsets[row]), int(rows.lengths[row])
         logp, ref, values = (
