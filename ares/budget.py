@@ -115,7 +115,7 @@ class Ledger:
         entry = entry or f"{self._run}-{self._count}"
         self._reserved[entry] = most_usd or 0.0
         self._log(
-            {"id": entry, "item": item, "most_usd": most_usd and round(most_usd, 9), "at": round(time.time(), 1)}
+            {"id": entry, "item": item, "most_usd": most_usd and round(most_usd, 12), "at": round(time.time(), 1)}
         )
         return entry
 
@@ -131,7 +131,7 @@ class Ledger:
             self.lost_usd += most
         else:
             self.spent_usd += usd or 0.0
-        self._log({"id": entry, "usd": usd and round(usd, 9), "outcome": outcome})
+        self._log({"id": entry, "usd": usd and round(usd, 12), "outcome": outcome})
         if self._changed is not None:
             self._changed.set()
 
