@@ -409,7 +409,9 @@ class _Batches:
             return
         session.report.add(outcome)
         copies = len(session.groups[key]) - 1
-        refused = await asyncio.to_thread(session.lay_down, key, outcome, sidecar | {"attempt": asked["attempt"]})
+        refused = await asyncio.to_thread(
+            session.lay_down, key, request, outcome, sidecar | {"attempt": asked["attempt"]}
+        )
         if refused is None:
             session.report.copied += copies
             session.finish(key, None)

@@ -84,6 +84,7 @@ class Ledger:
         self._count = 0
         self._changed: asyncio.Event | None = None
         self._file: int | None = None
+        self._unwritten: list[str] = []
         if folder is not None:
             path = Path(folder, LOG)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +132,10 @@ class Ledger:
             self.lost_usd += most
         else:
             self.spent_usd += usd or 0.0
-        self._log({"id": entry, "usd": usd and round(usd, 12), "outcome": outcome})
+        # goes out with the next request's line: until then the log overstates what is unknown, never what is spent
+        self._unwritten.append(json.dumps({"id": entry, "usd": usd and round(usd, 12), "outcome": outcome}))
+        if not self._reserved or len(self._unwritten) > 100:
+            self._log()
         if self._changed is not None:
             self._changed.set()
 
@@ -144,10 +148,13 @@ class Ledger:
         )
 
     def close(self) -> None:
+        self._log()
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
-    def _log(self, entry: dict) -> None:
-        if self._file is not None:
-            os.write(self._file, (json.dumps(entry) + "\n").encode())  # one write: lines of two processes do not mix
+    def _log(self, entry: dict | None = None) -> None:
+        lines = [*self._unwritten, *([json.dumps(entry)] if entry else [])]
+        self._unwritten.clear()
+        if self._file is not None and lines:
+            os.write(self._file, ("\n".join(lines) + "\n").encode())  # one write: lines of two processes do not mix

@@ -102,7 +102,7 @@ class _Live:
                 reason = failure.reason
                 break
             report.add(reply)
-            refused = await asyncio.to_thread(session.lay_down, key, reply, sidecar | {"attempt": attempt})
+            refused = await asyncio.to_thread(session.lay_down, key, request, reply, sidecar | {"attempt": attempt})
             if refused is None:
                 report.copied += copies
                 reason = None

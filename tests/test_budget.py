@@ -21,7 +21,7 @@ from ares.reply_cache import ReplyCache
 from haiku_for_correction_feedback import edit_distance
 from tests.api_server import KEY, ApiServer, Fault, fill_form, score_by_text
 from tests.conftest import one_line_error, run_script
-from tests.teacher_tools import client, lay_out, many_items, scores
+from tests.teacher_tools import client, lay_out, lines_of, many_items, scores
 from utils_prompt import PROMPT_VERSION
 
 
@@ -236,7 +236,8 @@ def test_two_clients_do_not_share_a_folder(server, questions):
 def test_a_reply_serves_other_runs_and_errors_are_not_kept(server, questions, tmp_path, problems):
     server.plan = lambda asked: Fault(0, kind="chatter") if len(asked.notes) == 1 else None
     ask(server, questions)
-    cache = [json.loads(path.read_text()) for path in (tmp_path / "user-cache").rglob("*.json")]
+    file = tmp_path / "user-cache/ares/teacher/replies.jsonl"
+    cache = lines_of(file)
     assert len(cache) == 24 and all('"scores"' in entry["text"] for entry in cache)
     other = tmp_path / "another_run/questions"
     many_items(other, 26, problems)
@@ -248,9 +249,13 @@ def test_a_reply_serves_other_runs_and_errors_are_not_kept(server, questions, tm
     assert mark["from_cache"] and mark["cost_usd"] == 0 and mark["request_id"].startswith("req_")
     ask(server, tmp_path / "another_run/questions", "--teacher_model", "claude-haiku-4-5-20251001")
     assert len(server.log) == before + 2, "what has a reply keeps it, whoever gave it"
-    damaged = next((tmp_path / "user-cache").rglob("*.json"))
-    damaged.write_text("{")
-    assert ReplyCache(tmp_path / "user-cache/ares/teacher").get(damaged.stem) is None
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(lines[0][:-9] + "\n" + "".join(lines[1:-1]) + lines[-1][:-9])
+    keys = [json.loads(line)["key"] for line in lines]
+    known = ReplyCache(file.parent)
+    assert [known.get(key) is not None for key in keys] == [False] + [True] * (len(keys) - 2) + [False]
+    known.put(keys[0], "new", {})
+    assert known.get(keys[0])["text"] == "new" == ReplyCache(file.parent).get(keys[0])["text"]
 
 
 def test_another_model_is_another_reply(server, questions, tmp_path, problems):
