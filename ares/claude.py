@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -147,7 +148,9 @@ class ClaudeTeacher:
 
         self._key = api_key()
         self.pace = Pace(self.concurrency)
-        self._sdk = anthropic.AsyncAnthropic
+        # httpx under the name by which this version of the SDK knows it; reading the certificates takes 0.1 s
+        base = next(each for each in anthropic.DefaultAsyncHttpxClient.__mro__ if each.__name__ == "AsyncClient")
+        self._tls = importlib.import_module(base.__module__.partition(".")[0]).create_ssl_context()
         self._pools = [_Pool(self._new_client())]
         self.client = self._pools[0].client
         return self
@@ -157,8 +160,16 @@ class ClaudeTeacher:
             await pool.client.close()
 
     def _new_client(self) -> anthropic.AsyncAnthropic:
+        import anthropic
+
         # an explicit api_key keeps the SDK from looking for other credentials in the environment and on disk
-        return self._sdk(api_key=self._key, base_url=self.base_url, max_retries=0, timeout=self.timeout)
+        return anthropic.AsyncAnthropic(
+            api_key=self._key,
+            base_url=self.base_url,
+            max_retries=0,
+            timeout=self.timeout,
+            http_client=anthropic.DefaultAsyncHttpxClient(verify=self._tls),
+        )
 
     def stop(self) -> None:
         """Nothing new is sent; what waits for its turn raises Stopped."""
