@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ares import agreement, cli, estimate, feedback, teacher
+from ares.budget import Ledger
 from ares.problems import find_images, question_images
 from ares.requests import place_images, set_reply_aside, write_request
 from utils_prompt import WORDING, scoring_request
@@ -147,7 +148,7 @@ def check(args: argparse.Namespace, items: Sequence[feedback.Item], first: teach
     second_args.teacher_model = other
     if (second_args.teacher, other) == (args.teacher, args.teacher_model if args.teacher == "claude" else "reference"):
         raise cli.UserError(f"--against: {other} is the Teacher itself; name another")
-    ledger = getattr(first.teacher, "ledger", None)
+    ledger = getattr(first.teacher, "ledger", None) or Ledger(Path(args.questions_dir) / teacher.OURS, args.max_usd)
     second = teacher.make_session(
         args.questions_dir,
         teacher.make_teacher(second_args, ledger),

@@ -17,18 +17,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from ares import cli
 from ares.answering import Session
 from ares.api_errors import explain, failure_of
 from ares.asking import Reply, Request
+from ares.batch_records import Record, Store
 from ares.budget import LOST
 from ares.cli import UserError
 from ares.feedback import Item, Refused
@@ -45,22 +44,6 @@ _BACKOFF = 1.0  # seconds, doubled up to 60
 
 
 @dataclass
-class Record:
-    """One batch on disk. `asked`: custom_id -> item, hash of its text, unusable replies and failures before."""
-
-    nonce: str
-    hash: str
-    count: int
-    model: str
-    time: float
-    most_usd: float | None
-    asked: dict[str, dict[str, Any]]
-    state: str = "intent"
-    batch: str | None = None
-    not_ours: list[str] = field(default_factory=list)
-
-
-@dataclass
 class Ask:
     """A group's request in the making."""
 
@@ -68,43 +51,6 @@ class Ask:
     attempt: int = 1
     failures: int = 0
     refused: Refused | None = None
-
-
-class Store:
-    """The records of a questions folder."""
-
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
-
-    def pending(self) -> list[Record]:
-        """Batches that are out, oldest first. Raises UserError for a record that cannot be read."""
-        records = []
-        for path in sorted(self.folder.glob("*.json")):
-            try:
-                record = Record(**json.loads(path.read_bytes()))
-            except (OSError, ValueError, TypeError) as error:
-                raise UserError(f"{path} is damaged ({error}); it names a batch that was paid for, mend it") from None
-            if record.state != "collected":
-                records.append(record)
-        return sorted(records, key=lambda record: record.time)
-
-    def known_ids(self) -> set[str]:
-        return {json.loads(path.read_bytes()).get("batch") for path in self.folder.glob("*.json")} - {None}
-
-    def save(self, record: Record) -> None:
-        cli.write_json(self.folder / f"{record.nonce}.json", asdict(record), indent=None)
-
-    def drop(self, record: Record) -> None:
-        (self.folder / f"{record.nonce}.json").unlink(missing_ok=True)
-
-    def refuse_pending(self) -> None:
-        """Raise UserError if batches are out: asking live would pay for the same items again."""
-        pending = self.pending()
-        if pending:
-            raise UserError(
-                f"{len(pending)} batches with {sum(record.count for record in pending)} requests are out "
-                f"({self.folder}); collect them with --batch, or remove that folder to give them up"
-            )
 
 
 def ask_in_batches(session: Session, store: Store, submit_only: bool, poll_seconds: float) -> None:

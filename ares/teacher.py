@@ -20,6 +20,7 @@ from typing import Any
 from ares import batches, claude, cli, locks, reference
 from ares.answering import OURS, Report, Session, is_answered, read_reply
 from ares.asking import CORRECT, SCORE, Reply, Request, Teacher, Wording
+from ares.batch_records import Store
 from ares.budget import LOG, Ledger, read_log
 from ares.claude import DEFAULT_MODEL, ClaudeTeacher, api_key
 from ares.feedback import Item
@@ -252,7 +253,7 @@ def answer_items(session: Session, items: Sequence[Item], args: argparse.Namespa
 
     Raises UserError if items have no request, and for what stops the Teacher; what is answered by then is kept.
     """
-    store = batches.Store(session.root / OURS / "batches")
+    store = Store(session.root / OURS / "batches")
     if not args.batch:
         store.refuse_pending()
     session.add(items)

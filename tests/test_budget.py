@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -213,6 +214,22 @@ def test_ctrl_c_lets_replies_come_home(server, questions):
 
 
 # -- lock, cache, containment -------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fails_ends_in_one_line(server, questions):
+    gone = feedback.iter_items(questions)[3].folder
+    text = (gone / feedback.REQUEST).read_text()
+
+    def respond(asked):
+        if asked.text == text and gone.exists():
+            shutil.rmtree(gone)
+        return score_by_text(asked)
+
+    server.respond = respond
+    with pytest.raises(cli.UserError, match="cannot write a reply below .* run the same command again"):
+        ask(server, questions, "--concurrency", "2")
+    ask(server, questions)
+    assert len(scores(questions)) == 23
 
 
 def test_two_clients_do_not_share_a_folder(server, questions):
