@@ -1,25 +1,30 @@
 """The Teacher scores every sentence of the rationales that RL exported.
 
     python haiku.py --questions_dir RL_models/<run>/questions                      # Claude, ANTHROPIC_API_KEY
+    python haiku.py --questions_dir RL_models/<run>/questions --batch              # half the price, within a day
+    python haiku.py --questions_dir RL_models/<run>/questions --estimate           # what it would cost
     python haiku.py --questions_dir RL_models/<run>/questions --teacher reference  # offline, from the gold solutions
 
 Reads `{questions_dir}/{k}/p{rank}/{qid}/input_for_llm.txt` and the images beside it (made by
 preprocessing_after_RL/processing_sentence_level_feedback.sh), writes `output_from_llm.txt`, `reply.json` and
 `score.txt`, and `{k}/llm_done.txt` once an action is answered, which lets RL go on. Run it again to go on after a
-kill, a spend limit or unusable replies: only what has no usable reply is asked. Leaves out the corrections before SFT:
-haiku_for_correction_feedback.py.
+kill, a spend limit or unusable replies: only what has no usable reply is asked. `--watch` works while RL exports, and
+writes the requests itself. Leaves out the corrections before SFT: haiku_for_correction_feedback.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ares import cli, feedback, teacher
-from ares.problems import find_images
-from utils_prompt import PROMPT_VERSION
+from ares import agreement, cli, estimate, feedback, teacher
+from ares.budget import Ledger
+from ares.problems import find_images, question_images
+from ares.requests import place_images, set_reply_aside, write_request
+from utils_prompt import WORDING, scoring_request
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,9 +35,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--actions", type=int, nargs="+", metavar="K", help="only these actions (default: all found)")
     parser.add_argument("--no-done", action="store_true", help=f"write no {feedback.DONE}: RL is told by hand")
+    parser.add_argument(
+        "--watch",
+        type=float,
+        nargs="?",
+        const=72.0,
+        metavar="HOURS",
+        help="score while RL exports, until all of it is answered (at most this long; default 72)",
+    )
+    parser.add_argument("--check", type=int, metavar="N", help="print how far two Teachers agree on N rationales")
+    parser.add_argument(
+        "--against", metavar="MODEL", help="the second Teacher of --check: a model id, or reference (the default)"
+    )
     teacher.add_teacher_flags(parser)
     args = parser.parse_args(argv)
-    teacher.check_teacher_flags(args, cli.given_flags(parser, argv))
+    given = cli.given_flags(parser, argv)
+    wrong = ["--against needs --check"] if args.against and args.check is None else []
+    wrong += ["--check must be at least 1"] if args.check is not None and args.check < 1 else []
+    wrong += ["--watch must be above 0 hours"] if args.watch is not None and args.watch <= 0 else []
+    wrong += ["--watch waits for all actions; leave out --actions"] if args.watch and args.actions else []
+    cli.refuse(wrong)
+    teacher.check_teacher_flags(args, given)
     return args
 
 
@@ -50,38 +73,149 @@ def find_items(args: argparse.Namespace) -> list[feedback.Item]:
     return [item for item in items if not args.actions or item.action in args.actions]
 
 
+class Signals:
+    """Writes `llm_done.txt` as actions are settled, once the export is complete."""
+
+    def __init__(self, args: argparse.Namespace, exported: bool):
+        self.args, self.exported = args, exported
+        self.waiting: dict[int, teacher.Report] = {}
+
+    def settled(self, action: int, report: teacher.Report) -> None:
+        lost = Counter(reason for item, reason in report.blocking().items() if item.action == action)
+        if self.args.no_done or (lost and not self.args.accept_missing):
+            return
+        if not self.exported:
+            self.waiting[action] = report
+            return
+        feedback.mark_done(self.args.questions_dir, action)
+        dropped = f"; RL will drop {lost.total()} ({teacher.in_words(lost)})" if lost else ""
+        cli.print0(f"action {action}: done, {feedback.DONE} written{dropped}")
+
+    def export_complete(self) -> None:
+        """Actions that were settled before the export ended count now."""
+        self.exported = True
+        for action, report in sorted(self.waiting.items()):
+            self.settled(action, report)
+        self.waiting.clear()
+
+
+def watch(args: argparse.Namespace, session: teacher.Session, signals: Signals) -> None:
+    """Answer what RL has exported so far, again and again, until the export is complete and answered."""
+    deadline = time.monotonic() + 3600 * args.watch
+    known: set[Path] = set()
+    while True:
+        exported = feedback.exported(args.questions_dir)  # before the listing: what is listed is then complete
+        items = [item for item in feedback.iter_items(args.questions_dir) if item.folder not in known]
+        known.update(item.folder for item in items)
+        if items:
+            unknown = next((item for item in items if item.qid not in session.problems), None)
+            if unknown:
+                raise cli.UserError(f"--data_root: question {unknown.qid} ({unknown.folder}) is not in problems.json")
+            for item in items:
+                prepare(item, session)
+            teacher.answer_items(session, items, args)
+        if exported:
+            signals.export_complete()
+            return
+        if time.monotonic() > deadline:
+            raise cli.UserError(
+                f"--watch: no {feedback.EXPORTED} within {args.watch:g} hours; run this again to go on"
+            )
+        time.sleep(args.poll_seconds)
+
+
+def prepare(item: feedback.Item, session: teacher.Session) -> None:
+    """Write a folder's request, as processing_sentence_level_feedback.py does, if there is none that fits."""
+    try:
+        sentences = feedback.read_rationale(item.folder)
+    except feedback.Refused:
+        return
+    if not sentences or session.request(item) is not None:
+        return
+    set_reply_aside(item.folder)  # the reply to another rationale, if any
+    if session.images_dir:
+        place_images(item.folder, question_images(session.images_dir, item.qid))
+    write_request(item.folder, scoring_request(session.problems[item.qid], sentences))
+
+
+def check(args: argparse.Namespace, items: Sequence[feedback.Item], first: teacher.Session) -> None:
+    """Print how far the Teacher of the flags and `--against` agree on `--check` rationales."""
+    askable = [item for item in items if _sentences(item)]
+    chosen = agreement.sample_items(askable, args.check)
+    other = args.against or "reference"
+    second_args = argparse.Namespace(**vars(args))
+    second_args.teacher = "reference" if other == "reference" else "claude"
+    second_args.teacher_model = other
+    if (second_args.teacher, other) == (args.teacher, args.teacher_model if args.teacher == "claude" else "reference"):
+        raise cli.UserError(f"--against: {other} is the Teacher itself; name another")
+    ledger = getattr(first.teacher, "ledger", None) or Ledger(Path(args.questions_dir) / teacher.OURS, args.max_usd)
+    second = teacher.make_session(
+        args.questions_dir,
+        teacher.make_teacher(second_args, ledger),
+        teacher.SCORE,
+        second_args,
+        wording=WORDING,
+        problems=first.problems,
+        images_dir=first.images_dir,
+    )
+    scores = [agreement.scores_of(session, chosen) for session in (first, second)]
+    cli.print0(f"{first.teacher.name} {first.teacher.model} against {second.teacher.name} {second.teacher.model}")
+    for line in agreement.report(*scores):
+        cli.print0(line)
+
+
+def _sentences(item: feedback.Item) -> list[str]:
+    try:
+        return feedback.read_rationale(item.folder)
+    except feedback.Refused:
+        return []
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     exported = feedback.exported(args.questions_dir)  # before the listing: what is listed is then complete
-    items = find_items(args)
+    items = [] if args.watch else find_items(args)
     problems = teacher.load_for(args, items)
+    if problems is None and (args.watch or args.check):
+        what = "--watch writes the requests itself and" if args.watch else "--check"
+        raise cli.UserError(f"{what} needs problems.json; name its folder with --data_root")
+    signals = Signals(args, exported)
 
-    def settled(action: int, report: teacher.Report) -> None:
-        lost = Counter(reason for item, reason in report.blocking().items() if item.action == action)
-        if args.no_done or (lost and not args.accept_missing):
-            return
-        if exported:
-            feedback.mark_done(args.questions_dir, action)
-            dropped = f"; RL will drop {lost.total()} ({teacher.in_words(lost)})" if lost else ""
-            cli.print0(f"action {action}: done, {feedback.DONE} written{dropped}")
+    def session_with(each: teacher.Teacher) -> teacher.Session:
+        return teacher.make_session(
+            args.questions_dir,
+            each,
+            teacher.SCORE,
+            args,
+            wording=WORDING,
+            problems=problems,
+            images_dir=find_images(args),
+            action_settled=signals.settled if not (args.estimate or args.show) else None,
+        )
 
-    report = teacher.answer_items(
-        items,
-        teacher.make_teacher(args),
-        teacher.SCORE,
-        prompt_version=PROMPT_VERSION,
-        problems=problems,
-        images_dir=find_images(args),
-        attempts=args.attempts,
-        action_settled=settled,
-    )
-    cli.print0(f"{args.teacher}: {report.summary()}")
-    if not exported and not args.no_done:
+    if args.estimate or args.show:
+        session = session_with(teacher.make_teacher(args))
+        if args.show:
+            return estimate.show(session, items, args.show)
+        session.add(items, serve=False)
+        return estimate.estimate(session)
+    with teacher.work_in(args.questions_dir, "--questions_dir", args) as each:
+        session = session_with(each)
+        if args.check:
+            return check(args, items, session)
+        if args.watch:
+            watch(args, session, signals)
+        else:
+            teacher.answer_items(session, items, args)
+    cli.print0(f"{args.teacher}: {session.report.summary()}")
+    if args.submit_only:
+        return None
+    if not signals.exported and not args.no_done:
         cli.print0(
             f"no {feedback.EXPORTED} in {args.questions_dir}: the export may go on, so no {feedback.DONE} is written; "
             f"run this again after it, or touch {{run}}/questions/{{k}}/{feedback.DONE} when all is copied back"
         )
-    teacher.refuse_unusable(report, args.accept_missing)
+    return teacher.refuse_unusable(session.report, args.accept_missing)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The Teacher corrects the RL model's rationales, and they become the solutions that SFT trains on.
 
     python haiku_for_correction_feedback.py --data_root data                      # Claude, ANTHROPIC_API_KEY
+    python haiku_for_correction_feedback.py --data_root data --batch              # half the price, within a day
+    python haiku_for_correction_feedback.py --data_root data --estimate           # what it would cost
     python haiku_for_correction_feedback.py --data_root data --teacher reference  # offline, from the gold solutions
 
 Reads `{correction_dir}/0/p0/{qid}/` (made by preprocessing_for_correction_feedback.py), writes the replies beside the
@@ -17,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli, feedback, teacher
+from ares import cli, estimate, feedback, teacher
 from ares.problems import find_dataset, find_images, load_problems, load_splits, split_qids
 from ares.requests import read_rationales
-from utils_prompt import PROMPT_VERSION
+from utils_prompt import WORDING
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -77,6 +79,40 @@ def corrected(problems: Mapping[str, Any], final: Mapping[str, str]) -> dict[str
     }
 
 
+def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
+    """Levenshtein distance of two word sequences; bit-parallel (Myers 1999, in Hyyro's form of 2003)."""
+    if not a:
+        return len(b)
+    where: dict[str, int] = {}
+    for index, word in enumerate(a):
+        where[word] = where.get(word, 0) | 1 << index
+    full, top = (1 << len(a)) - 1, 1 << (len(a) - 1)
+    up, down, distance = full, 0, len(a)  # vertical differences of +1 and -1 in the current column
+    for word in b:
+        match = where.get(word, 0)
+        diagonal = (((match & up) + up) ^ up) | match | down
+        right, left = down | ~(diagonal | up) & full, up & diagonal
+        distance += bool(right & top) - bool(left & top)
+        right = (right << 1 | 1) & full
+        left = (left << 1) & full
+        up, down = (left | ~(diagonal | right)) & full, right & diagonal
+    return distance
+
+
+def told(final: Mapping[str, str], rationales: Mapping[str, str], counts: Counter[str]) -> str:
+    """One line: what became of the rationales, and how many words the corrections changed."""
+    changed = [
+        (edit_distance(rationales[qid].split(), text.split()), len(rationales[qid].split()))
+        for qid, text in final.items()
+        if text != rationales[qid]
+    ]
+    line = f"{teacher.in_words(+counts)} of {len(rationales)} rationales"
+    if changed:
+        edits, words = (sum(column) / len(changed) for column in zip(*changed, strict=True))
+        line += f"; mean edit distance of the replaced ones {edits:.1f} words of {words:.1f}"
+    return line
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     dataset = find_dataset(args.data_root, args.dataset)
@@ -103,19 +139,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.rationales:
         rationales = {**read_rationales(args.rationales, train_qids), **rationales}
     output = Path(args.output or Path(args.data_root) / dataset / "correction.json")
+
+    def session_with(each: teacher.Teacher) -> teacher.Session:
+        more = {"wording": WORDING, "problems": problems, "images_dir": find_images(args)}
+        return teacher.make_session(args.correction_dir, each, teacher.CORRECT, args, **more)
+
+    if args.estimate or args.show:
+        session = session_with(teacher.make_teacher(args))
+        if args.show:
+            return estimate.show(session, items, args.show)
+        session.add(items, serve=False)
+        return estimate.estimate(session)
     cli.writable_dir(output.parent, "--output")
-
-    report = teacher.answer_items(
-        items,
-        teacher.make_teacher(args),
-        teacher.CORRECT,
-        prompt_version=PROMPT_VERSION,
-        problems=problems,
-        images_dir=find_images(args),
-        attempts=args.attempts,
-    )
+    with teacher.work_in(args.correction_dir, "--correction_dir", args) as each:
+        report = teacher.answer_items(session_with(each), items, args)
     cli.print0(f"{args.teacher}: {report.summary()}")
+    if not args.submit_only:
+        write_correction(args, output, problems, items, rationales, train_qids)
 
+
+def write_correction(
+    args: argparse.Namespace,
+    output: Path,
+    problems: Mapping[str, Any],
+    items: Sequence[feedback.Item],
+    rationales: Mapping[str, str],
+    train_qids: Sequence[str],
+) -> None:
+    """Write correction.json and say what is in it. Raises UserError if replies are missing, unless accepted."""
     final, counts, missing = final_rationales(items, rationales)
     if missing and not args.accept_missing:
         raise cli.UserError(
@@ -124,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     counts["fell back: no reply"] += len(missing)
     cli.write_json(output, corrected(problems, final))
-    cli.print0(f"{output}: {teacher.in_words(+counts)} of {len(rationales)} rationales")
+    cli.print0(f"{output}: {told(final, rationales, counts)}")
     left = len(train_qids) - len(rationales)
     if left:
         cli.warn0(f"{left} of {len(train_qids)} train questions have no rationale and keep their gold solution")

@@ -16,6 +16,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ares.asking import Wording
 from ares.cli import PROMPT_FORMATS, UserError
 
 # == the student ========================================================================================
@@ -111,7 +112,14 @@ def option_letters(problem: Mapping[str, Any], options: Sequence[str], qid: str 
 
 # == the Teacher ========================================================================================
 # Written with every reply (reply.json): raise it with every change of wording that can change a score.
-PROMPT_VERSION = "2026-11-a"
+PROMPT_VERSION = "2026-11-b"
+WORDING = Wording(
+    PROMPT_VERSION,
+    again="An earlier reply to this could not be used ({reason}). Follow the form above exactly.",
+    structured={
+        "score": 'Give only the numbers, as {"scores": [...]}: one for each xxx, in the order of the sentences.',
+    },
+)
 
 _SCORING_RULES = """\
 You grade, sentence by sentence, an explanation that a student wrote for the question above. Judge what each \

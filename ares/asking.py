@@ -14,13 +14,14 @@ from typing import Any, Protocol, Self
 
 SCORE, CORRECT = "score", "correct"
 
-# what the API takes, by the first bytes: a JPEG is often called .png
-_SIGNATURES = (
-    (re.compile(rb"\x89PNG\r\n\x1a\n"), "image/png"),
-    (re.compile(rb"\xff\xd8\xff"), "image/jpeg"),
-    (re.compile(rb"GIF8[79]a"), "image/gif"),
-    (re.compile(rb"RIFF....WEBP", re.DOTALL), "image/webp"),
-)
+
+@dataclass(frozen=True)
+class Wording:
+    """The words around a request's text, which the caller owns (utils_prompt.py). `again` has a `{reason}`."""
+
+    version: str
+    again: str
+    structured: Mapping[str, str] = field(default_factory=dict)  # kind -> note on the form, where output is structured
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Request:
     """One question to a Teacher about one rationale.
 
     `sentences` is the rationale as exported; for a correction it holds the whole text as its one entry. `problem` is
-    None where no problems.json was at hand, which only the reference Teacher minds.
+    None where no problems.json was at hand, which only the reference Teacher minds. `form_note` goes out where the
+    model's output is structured, `again` after a reply that could not be used; `room` multiplies the length allowed.
     """
 
     custom_id: str
@@ -38,6 +40,9 @@ class Request:
     sentences: tuple[str, ...]
     images: tuple[Path, ...] = ()
     problem: Mapping[str, Any] | None = None
+    form_note: str = ""
+    again: str = ""
+    room: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,19 @@ class Reply:
     usage: Mapping[str, int] = field(default_factory=dict)
     cost_usd: float | None = 0.0
     seconds: float = 0.0
+    batch: str | None = None
+
+
+class Unanswered(Exception):
+    """A request that got no reply though others do; `reason` is one word for counting."""
+
+    def __init__(self, reason: str, message: str = ""):
+        super().__init__(f"{reason}: {message}" if message else reason)
+        self.reason = reason
+
+
+class Stopped(Exception):
+    """The run is ending: a request that was still waiting for its turn is given up."""
 
 
 class Teacher(Protocol):
@@ -65,8 +83,20 @@ class Teacher(Protocol):
 
     async def __aexit__(self, *exc: object) -> None: ...
 
+    def key(self, request: Request) -> str:
+        """What the reply depends on, as a hex digest: equal keys may share a reply."""
+        ...
+
     async def answer(self, request: Request) -> Reply:
-        """Raises UserError where asking on makes no sense: bad key, unknown model, spend limit, no network."""
+        """The reply, whatever it says.
+
+        Raises UserError where asking on makes no sense (bad key, unknown model, spend limit, no network), Unanswered
+        where only this request fails, Stopped after `stop`.
+        """
+        ...
+
+    def stop(self) -> None:
+        """Let requests that wait for their turn raise Stopped; those on their way come home."""
         ...
 
 
@@ -76,8 +106,3 @@ def custom_id(kind: str, action: int, rank: int, qid: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
         return name
     return f"{kind}-{action}-{rank}-{hashlib.sha256(qid.encode()).hexdigest()[:32]}"
-
-
-def media_type(head: bytes) -> str | None:
-    """The true media type from a file's first bytes (12 suffice); None if the API takes no such image."""
-    return next((name for signature, name in _SIGNATURES if signature.match(head)), None)

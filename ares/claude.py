@@ -1,70 +1,91 @@
 """Claude as a Teacher: the official SDK, asked asynchronously, with images; typed errors become one line each.
 
-The key comes from ANTHROPIC_API_KEY alone and is never written or shown. The SDK itself waits and repeats after
-408/409/429/5xx/529 and lost connections, as `retry-after` says. Leaves out batches, budgets and a cache of replies.
-Used through ares/teacher.py: `python haiku.py --teacher claude`.
+The key comes from ANTHROPIC_API_KEY alone and is never written or shown. What passes (429, 529, 5xx, lost
+connections) is asked again here and not in the SDK, so that every request is paced (ares/pacing.py) and booked
+(ares/budget.py). Leaves out Message Batches (ares/batches.py). Used through `python haiku.py --teacher claude`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import hashlib
+import importlib
 import json
 import os
+import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ares.asking import CORRECT, Reply, Request, media_type
+from ares import images
+from ares.api_errors import DEFAULT_MODEL, KEY, explain, failure_of, said
+from ares.asking import CORRECT, SCORE, Reply, Request, Unanswered
+from ares.budget import LOST, Ledger
 from ares.cli import UserError
+from ares.pacing import Pace
+from ares.prices import Price, cost_usd, price_of
 
 if TYPE_CHECKING:
     import anthropic
 
-DEFAULT_MODEL = "claude-haiku-5-5"
-KEY = "ANTHROPIC_API_KEY"
 MAX_REQUEST_BYTES = 32_000_000
-MAX_RETRIES = 8  # with the SDK's pauses of 0.5, 1, 2, 4, 8, 8 ... seconds: about 40 s of overload are sat out
-TIMEOUT = 180.0  # seconds; an answer takes a few
+MAX_RETRIES = 8  # pauses of 0.5, 1, 2, 4, 8, 8 ... s: about 40 s without any reply, then the run stops
+MAX_TRIES = 30  # of one request while others are answered
+BACKOFF, MAX_BACKOFF = 0.5, 8.0  # seconds
+LONGEST_PAUSE = 3600.0  # seconds: a `retry-after` beyond it ends the run
+MAX_REJECTED = 20  # requests that the API calls invalid while it answers others
+POOL_SIZE = 16  # connections
+TIMEOUT = 180.0  # seconds for one request; an answer takes a few
 
-# US dollars per million tokens (input, output), live; by the model id's beginning. The one table of prices.
-PRICES_DATE = "2026-11"
-PRICES = {"claude-haiku-5-5": (0.10, 0.50), "claude-haiku-4-5": (1.00, 5.00)}
-
-# model ids that users still have in their scripts
-RETIRED = {"claude-3-haiku-20240307": "April 2026", "claude-3-5-haiku-20241022": "February 2026"}
+_SCORES_SCHEMA = {
+    "type": "object",
+    "properties": {"scores": {"type": "array", "items": {"type": "number"}}},
+    "required": ["scores"],
+    "additionalProperties": False,
+}
+_CORRECTION_SCHEMA = {
+    "type": "object",
+    "properties": {"Original rationale": {"type": "string"}, "Final rationale": {"type": "string"}},
+    "required": ["Original rationale", "Final rationale"],
+    "additionalProperties": False,
+}
+# one schema per kind, whatever the sentences: a new schema costs the API a compilation
+SCHEMAS = {SCORE: _SCORES_SCHEMA, CORRECT: _CORRECTION_SCHEMA}
 
 
 @dataclass(frozen=True)
 class Family:
-    """How a family of models wants to be asked."""
+    """How a family of models wants to be asked: fields of the request's body."""
 
     beginnings: tuple[str, ...]
-    parameters: Mapping[str, Any]
+    body: Mapping[str, Any] = field(default_factory=dict)
+    structured: bool = False  # takes output_config.format; counts and ranges are not enforced by it
     may_think: bool = False  # thinking cannot be ruled out: its tokens count towards max_tokens
 
 
 # Grading needs neither thinking (paid as output) nor chance. The 5 series thinks unless told not to and answers a
-# non-default temperature with 400; the 4.5 series thinks only when asked and takes a temperature (for which the SDK
-# has no argument any more).
+# non-default temperature with 400; the 4.5 series thinks only when asked and takes a temperature.
 FAMILIES = (
-    Family(("claude-haiku-5", "claude-sonnet-5", "claude-opus-5"), {"thinking": {"type": "disabled"}}),
-    Family(("claude-haiku-4-5", "claude-sonnet-4-5", "claude-opus-4-5"), {"extra_body": {"temperature": 0.0}}),
-    Family(("",), {}, may_think=True),  # any other: nothing that it might refuse
+    Family(("claude-haiku-5", "claude-sonnet-5", "claude-opus-5"), {"thinking": {"type": "disabled"}}, True),
+    Family(("claude-haiku-4-5", "claude-sonnet-4-5", "claude-opus-4-5"), {"temperature": 0.0}, True),
+    Family(("",), may_think=True),  # any other: nothing that it might refuse
 )
+
+
+@dataclass
+class _Pool:
+    """An SDK client with its connections. A pool looks at each idle connection at each request: many small ones,
+    filled from the first on, halve the CPU time at 64 requests in flight."""
+
+    client: anthropic.AsyncAnthropic
+    busy: int = 0
 
 
 def family_of(model: str) -> Family:
     """The preset for a model id; the last one fits any."""
     return next(family for family in FAMILIES if model.startswith(family.beginnings))
-
-
-def cost_usd(model: str, usage: Mapping[str, int]) -> float | None:
-    """Dollars for one live reply from the price table; None if the model is not in it."""
-    price = next((price for beginning, price in PRICES.items() if model.startswith(beginning)), None)
-    if price is None:
-        return None
-    return (usage.get("input_tokens", 0) * price[0] + usage.get("output_tokens", 0) * price[1]) / 1e6
 
 
 def max_tokens(request: Request, family: Family) -> int:
@@ -73,7 +94,7 @@ def max_tokens(request: Request, family: Family) -> int:
     room = 256 + 16 * len(request.sentences) + characters // 2
     if request.kind == CORRECT:
         room = 512 + characters
-    return room + (4096 if family.may_think else 0)
+    return room * request.room + (4096 if family.may_think else 0)
 
 
 def api_key() -> str:
@@ -87,138 +108,232 @@ def api_key() -> str:
 
 
 class ClaudeTeacher:
-    """Asks one model through the Messages API. Needs ANTHROPIC_API_KEY when made."""
+    """Asks one model through the Messages API. Needs ANTHROPIC_API_KEY once it is entered.
+
+    Args:
+        price: overrides the table's.
+        structured: False asks for JSON in words only, for gateways that do not know `output_config`.
+        timeout: seconds from sending a request to its whole reply.
+    """
 
     name = "claude"
 
-    def __init__(self, model: str = DEFAULT_MODEL, base_url: str | None = None, concurrency: int = 8):
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        base_url: str | None = None,
+        concurrency: int = 8,
+        *,
+        price: Price | None = None,
+        structured: bool = True,
+        timeout: float = TIMEOUT,
+        ledger: Ledger | None = None,
+    ):
         self.model = model
         self.base_url = base_url
         self.concurrency = concurrency
-        self._key = api_key()
-        self._client: anthropic.AsyncAnthropic | None = None
+        self.price = price or price_of(model)
+        self.family = family_of(model)
+        self.structured = structured and self.family.structured
+        self.timeout = timeout
+        self.ledger = ledger or Ledger()
+        self.retried: dict[str, int] = {}  # failures that were sat out, by reason
+        self.client: anthropic.AsyncAnthropic | None = None
+        self._key = ""
+        self._rejected = 0
+        self._image_digests: dict[tuple, str] = {}
 
     async def __aenter__(self) -> ClaudeTeacher:
         import anthropic  # a second to import: not for --help, nor for the reference Teacher
 
-        # an explicit api_key keeps the SDK from looking for other credentials in the environment and on disk
-        self._client = anthropic.AsyncAnthropic(
-            api_key=self._key,
-            base_url=self.base_url,
-            max_retries=MAX_RETRIES,
-            timeout=TIMEOUT,
-            http_client=anthropic.DefaultAsyncHttpxClient(event_hooks={"response": [_stop_at_spend_limit]}),
-        )
+        self._key = api_key()
+        self.pace = Pace(self.concurrency)
+        # httpx under the name by which this version of the SDK knows it; reading the certificates takes 0.1 s
+        base = next(each for each in anthropic.DefaultAsyncHttpxClient.__mro__ if each.__name__ == "AsyncClient")
+        self._tls = importlib.import_module(base.__module__.partition(".")[0]).create_ssl_context()
+        self._pools = [_Pool(self._new_client())]
+        self.client = self._pools[0].client
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._client.close()
+        for pool in self._pools:
+            await pool.client.close()
 
-    async def answer(self, request: Request) -> Reply:
-        """Ask the model. Raises UserError as one line for what no repetition mends."""
+    def _new_client(self) -> anthropic.AsyncAnthropic:
         import anthropic
 
-        began = time.monotonic()
-        try:
-            message = await self._client.messages.create(**self.parameters(request))
-        except anthropic.APIStatusError as error:
-            raise UserError(self._explain(error, request)) from None
-        except anthropic.APIConnectionError as error:
+        # an explicit api_key keeps the SDK from looking for other credentials in the environment and on disk
+        return anthropic.AsyncAnthropic(
+            api_key=self._key,
+            base_url=self.base_url,
+            max_retries=0,
+            timeout=self.timeout,
+            http_client=anthropic.DefaultAsyncHttpxClient(verify=self._tls),
+        )
+
+    def stop(self) -> None:
+        """Nothing new is sent; what waits for its turn raises Stopped."""
+        self.pace.stop()
+
+    # -- one request -----------------------------------------------------------------------------------------
+
+    def key(self, request: Request) -> str:
+        """Digest of everything the reply depends on; images by content."""
+        asked = [self.model, request.kind, self.body(request), request.text, self.note(request), request.sentences]
+        asked.append([self._image_digest(path) for path in request.images])
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    def body(self, request: Request) -> dict[str, Any]:
+        """What the model's family adds to a request's body."""
+        if not self.structured:
+            return dict(self.family.body)
+        form = {"type": "json_schema", "schema": SCHEMAS[request.kind]}
+        return {**self.family.body, "output_config": {"format": form}}
+
+    def note(self, request: Request) -> str:
+        return request.form_note if self.structured else ""
+
+    def content(self, request: Request) -> list[dict[str, Any]]:
+        """Images first, then the text, then what must be said besides. Raises UserError for an unusable image."""
+        blocks = [_image_block(path, request.qid) for path in request.images]
+        texts = [text for text in (request.text, self.note(request), request.again) if text]
+        size = sum(len(block["source"]["data"]) for block in blocks) + sum(map(len, texts))
+        if size > MAX_REQUEST_BYTES:
+            where = f" with its images ({request.images[0].parent})" if request.images else ""
             raise UserError(
-                f"--base_url: cannot reach {self._client.base_url} after {MAX_RETRIES} retries "
-                f"({type(error.__cause__ or error).__name__}); run the same command again to go on"
-            ) from None
-        usage = {name: count for name, count in message.usage.model_dump().items() if isinstance(count, int)}
+                f"--images: question {request.qid}: {size / 1e6:.0f} MB{where}; "
+                f"the API takes {MAX_REQUEST_BYTES / 1e6:.0f} MB; shrink them"
+            )
+        return [*blocks, *({"type": "text", "text": text} for text in texts)]
+
+    def parameters(self, request: Request) -> dict[str, Any]:
+        """The body of `POST /v1/messages`, as it also stands in a batch."""
+        return {
+            "model": self.model,
+            "max_tokens": max_tokens(request, self.family),
+            "messages": [{"role": "user", "content": self.content(request)}],
+            **self.body(request),
+        }
+
+    def most_usd(self, request: Request, batch: bool = False) -> float | None:
+        """No request can cost more: a token is at least a byte, and the reply ends at max_tokens."""
+        if self.price is None:
+            return None
+        text = len(f"{request.text}{self.note(request)}{request.again}".encode())
+        form = 600 if self.structured else 100  # the API's own words around a request and its schema
+        tokens = text + form + images.MAX_TOKENS * len(request.images)
+        return self.price.usd(tokens, max_tokens(request, self.family), batch)
+
+    async def answer(self, request: Request) -> Reply:
+        """Ask the model until it replies (class Teacher says what is raised)."""
+        parameters = await asyncio.to_thread(self.parameters, request) if request.images else self.parameters(request)
+        most_usd = self.most_usd(request)
+        successes = self.pace.successes
+        for attempt in range(MAX_TRIES):
+            outcome = await self._try(request, parameters, most_usd)
+            if isinstance(outcome, Reply):
+                return outcome
+            failure, error, began = outcome
+            if not failure.passing:
+                await self._refused(failure, error, request)
+            self.retried[failure.reason] = self.retried.get(failure.reason, 0) + 1
+            if failure.status in (429, 529):
+                self.pace.overloaded(began)
+            if failure.retry_after is not None:
+                if failure.retry_after > LONGEST_PAUSE:
+                    raise UserError(explain(error, self, request, self._key, attempt)) from None
+                self.pace.pause(failure.retry_after)
+            if attempt >= MAX_RETRIES and self.pace.successes == successes:
+                raise UserError(explain(error, self, request, self._key, attempt)) from None
+            if failure.retry_after is None:
+                await self.pace.sleep(min(MAX_BACKOFF, BACKOFF * 2 ** min(attempt, 10)) * random.uniform(0.75, 1.0))
+        raise Unanswered(failure.reason, said(error, self._key))
+
+    async def _try(self, request: Request, parameters: dict[str, Any], most_usd: float | None) -> Reply | tuple:
+        """One HTTP request: the Reply, or (failure, error, when it began)."""
+        import anthropic
+
+        await self.pace.enter()
+        try:
+            entry = await self.ledger.reserve(request.custom_id, most_usd)
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(self.timeout):  # the SDK's own limit holds for each piece of a reply
+                    reply = self.reply(await self._create(parameters), round(time.monotonic() - began, 3))
+            except (anthropic.AnthropicError, ValueError, TypeError, AttributeError, TimeoutError) as error:
+                failure = failure_of(error)
+                self.ledger.settle(entry, None, LOST if failure.charged else failure.reason)
+                return failure, error, began
+            self.ledger.settle(entry, reply.cost_usd, "reply")
+            self.pace.succeeded()
+            return reply
+        finally:
+            self.pace.leave()
+
+    async def _create(self, parameters: dict[str, Any]) -> anthropic.types.Message:
+        known = {name: parameters[name] for name in ("model", "max_tokens", "messages")}
+        pool = next((pool for pool in self._pools if pool.busy < POOL_SIZE), None)
+        if pool is None:
+            pool = _Pool(self._new_client())
+            self._pools.append(pool)
+        pool.busy += 1
+        try:
+            # the rest as extra_body: the SDK has dropped `temperature`, and older ones do not know `output_config`
+            return await pool.client.messages.create(
+                **known, extra_body={name: value for name, value in parameters.items() if name not in known} or None
+            )
+        finally:
+            pool.busy -= 1
+
+    def reply(self, message: anthropic.types.Message, seconds: float = 0.0, batch: str | None = None) -> Reply:
+        """A Message as a Reply. Raises AttributeError or TypeError if it is not what the API documents."""
+        used = message.usage
+        usage = {"input_tokens": int(used.input_tokens), "output_tokens": int(used.output_tokens)}
+        for name in ("cache_creation_input_tokens", "cache_read_input_tokens"):
+            if getattr(used, name, None):
+                usage[name] = getattr(used, name)
         return Reply(
             text="".join(block.text for block in message.content if block.type == "text"),
             teacher=self.name,
             model=message.model,
             stop_reason=message.stop_reason,
-            request_id=message._request_id,
+            request_id=getattr(message, "_request_id", None),
             usage=usage,
-            cost_usd=cost_usd(self.model, usage),
-            seconds=round(time.monotonic() - began, 3),
+            cost_usd=cost_usd(self.price, usage, batch is not None),
+            seconds=seconds,
+            batch=batch,
         )
 
-    def parameters(self, request: Request) -> dict[str, Any]:
-        """The arguments of `messages.create`: images first, then the text. Raises UserError for an unusable image."""
-        family = family_of(self.model)
-        blocks = [_image_block(path, request.qid) for path in request.images]
-        size = sum(len(block["source"]["data"]) for block in blocks) + len(request.text)
-        if size > MAX_REQUEST_BYTES:
-            raise UserError(
-                f"--images: question {request.qid}: {size / 1e6:.0f} MB with its images ({request.images[0].parent}); "
-                f"the API takes {MAX_REQUEST_BYTES / 1e6:.0f} MB; shrink them"
-            )
-        return {
-            "model": self.model,
-            "max_tokens": max_tokens(request, family),
-            "messages": [{"role": "user", "content": [*blocks, {"type": "text", "text": request.text}]}],
-            **family.parameters,
-        }
+    async def _refused(self, failure, error: Exception, request: Request) -> None:
+        """An error that no repetition mends: of this one request if others are answered, else of the run."""
+        if failure.status in (400, 413, 422):
+            deadline = time.monotonic() + self.timeout
+            while not self.pace.successes and self.pace.in_flight and time.monotonic() < deadline:
+                await self.pace.sleep(0.05)  # those on their way tell whether it is this request or all
+            self._rejected += 1
+            if self.pace.successes and self._rejected <= MAX_REJECTED:
+                raise Unanswered(failure.reason, said(error, self._key)) from None
+        raise UserError(explain(error, self, request, self._key, 0)) from None
 
-    def _explain(self, error: anthropic.APIStatusError, request: Request) -> str:
-        """One line for an error that ends the run: what, where, the fix. Never the key."""
-        status, said = error.status_code, self._said(error)
-        if _is_spend_limit(error.body):
-            return f"{KEY}: the spend limit is reached ({said}); raise it in the Console, then run this again to go on"
-        if status == 401:
-            return f"{KEY}: the API does not accept this key ({said}); export a valid one"
-        if status in (402, 403):
-            return f"{KEY}: the key may not do this ({status}: {said}); see its workspace and billing in the Console"
-        if status == 404:
-            retired = RETIRED.get(self.model)
-            what = f"was retired in {retired}" if retired else f"is not known at {self._client.base_url} ({said})"
-            return f"--teacher_model: {self.model} {what}; use --teacher_model {DEFAULT_MODEL}"
-        if status == 413:
-            return (
-                f"--images: the request for question {request.qid} is too large for the API (413); shrink its images"
-            )
-        if status in (408, 409, 429) or status >= 500:
-            return (
-                f"--teacher claude: the API still answers {status} ({said}) after {MAX_RETRIES} retries; "
-                "wait, then run the same command again: what is answered is kept"
-            )
-        return (
-            f"--teacher_model: {self.model} does not accept the request for question {request.qid} ({status}: {said})"
+    async def count_tokens(self, request: Request) -> int:
+        """Input tokens of a request, by the API's free counting endpoint. Raises what the SDK raises."""
+        counted = await self.client.with_options(max_retries=2).messages.count_tokens(
+            model=self.model,
+            messages=[{"role": "user", "content": self.content(request)}],
+            extra_body={name: value for name, value in self.body(request).items() if name != "temperature"} or None,
         )
+        return counted.input_tokens
 
-    def _said(self, error: anthropic.APIStatusError) -> str:
-        body = error.body if isinstance(error.body, Mapping) else {}
-        inner = body.get("error")
-        message = inner.get("message") if isinstance(inner, Mapping) else None
-        text = " ".join(str(message or error.body or "no reason given").split())[:300]
-        return text.replace(self._key, "***")  # whatever a gateway may echo
-
-
-def _is_spend_limit(body: object) -> bool:
-    """Whether an error body is one of the `..._spend_limit_reached` kinds, which no waiting mends."""
-    error = body.get("error") if isinstance(body, Mapping) else None
-    details = error.get("details") if isinstance(error, Mapping) else None
-    code = details.get("error_code") if isinstance(details, Mapping) else None
-    return isinstance(code, str) and code.endswith("spend_limit_reached")
-
-
-async def _stop_at_spend_limit(response: Any) -> None:
-    """Tell the SDK, in its own header, not to repeat a 429 that has no `retry-after` because money has run out."""
-    if response.status_code == 429:
-        try:
-            body = json.loads(await response.aread())
-        except ValueError:
-            return
-        if _is_spend_limit(body):
-            response.headers["x-should-retry"] = "false"
+    def _image_digest(self, path: os.PathLike) -> str:
+        identity = images.file_identity(path)
+        if identity not in self._image_digests:
+            with open(path, "rb") as file:
+                self._image_digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._image_digests[identity]
 
 
 def _image_block(path: os.PathLike, qid: str) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise UserError(f"--images: cannot read {path} of question {qid} ({error.strerror})") from None
-    kind = media_type(data[:12])
-    if kind is None:
-        raise UserError(f"--images: {path} of question {qid} is no PNG, JPEG, GIF or WebP; convert or remove it")
+    kind, data = images.load_image(path, qid)
     return {
         "type": "image",
         "source": {"type": "base64", "media_type": kind, "data": base64.standard_b64encode(data).decode()},

@@ -15,12 +15,14 @@ import haiku
 import haiku_for_correction_feedback
 import preprocessing_for_correction_feedback
 from ares import claude, cli, feedback, teacher
-from ares.asking import CORRECT, SCORE, Request, custom_id, media_type
+from ares.asking import CORRECT, SCORE, Request, custom_id
+from ares.images import media_type
+from ares.prices import cost_usd, price_of
 from ares.requests import place_images
 from ares.sentences import split_text
 from tests.api_server import KEY, ApiServer, Fault, fill_form
 from tests.conftest import one_line_error, run_script
-from utils_prompt import PROMPT_VERSION, correction_request, scoring_request
+from utils_prompt import PROMPT_VERSION, WORDING, correction_request, scoring_request
 
 PICTURE, CHOICES, TEXT = "952", "363", "155"  # test questions: an image; choice images only; text
 
@@ -31,9 +33,11 @@ def problems(sample):
 
 
 @pytest.fixture
-def server(monkeypatch):
+def server(monkeypatch, tmp_path):
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     monkeypatch.delenv("ANTHROPIC_BASE_URL", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.setattr(claude, "BACKOFF", 0.05)
     with ApiServer() as server:
         yield server
 
@@ -86,7 +90,7 @@ def test_answers_are_written_and_images_travel_for_every_action(server, question
     assert sorted(len(asked.images) for asked in pictures) == [1, 1, 2, 2]
     for asked in pictures:
         assert all(kind == "image/png" for kind, _, _ in asked.images)
-        assert asked.content_types == ["image"] * len(asked.images) + ["text"]
+        assert asked.content_types == ["image"] * len(asked.images) + ["text", "text"]
     for action in (0, 1):
         assert feedback.is_done(questions, action)
 
@@ -95,6 +99,7 @@ def test_the_request_is_the_file_and_fits_the_model(server, questions):
     ask(server, questions)
     texts = {(folder / feedback.REQUEST).read_text() for folder in folders(questions)}
     assert {asked.text for asked in server.asked} == texts
+    assert {tuple(asked.notes) for asked in server.asked} == {(WORDING.structured["score"],)}
     body = server.asked[0].body
     assert body["model"] == "claude-haiku-5-5" and body["thinking"] == {"type": "disabled"}
     assert "temperature" not in body and body["max_tokens"] >= 300
@@ -122,7 +127,7 @@ def test_the_key_is_nowhere(server, questions, capsys):
     server.faults.append(Fault(400, f"what is {KEY}?"))
     (feedback.question_dir(questions, 0, 0, PICTURE) / feedback.REPLY).unlink()
     with pytest.raises(cli.UserError) as error:
-        ask(server, questions)
+        ask(server, questions, "--no-cache")
     out = capsys.readouterr()
     assert KEY not in out.out + out.err + str(error.value) and "***" in str(error.value)
     for file in questions.rglob("*"):
@@ -137,7 +142,7 @@ def test_running_again_asks_only_for_what_is_missing(server, questions):
     gone = feedback.question_dir(questions, 1, 0, PICTURE)
     (gone / feedback.REPLY).unlink()
     (feedback.question_dir(questions, 0, 0, CHOICES) / feedback.REPLY).write_text("I would rather not.")
-    ask(server, questions)
+    ask(server, questions, "--no-cache")
     assert len(server.asked) == before + 2
     (feedback.question_dir(questions, 0, 0, TEXT) / feedback.REPLY).unlink()
     ask(server, questions)
@@ -186,7 +191,7 @@ def test_an_absent_image_is_said(server, questions, sample, capsys):
 
 
 @pytest.mark.parametrize(
-    "fault", [Fault(429, headers={"retry-after": "1"}), Fault(529), Fault(500), Fault(408), Fault(0)]
+    "fault", [Fault(429, headers={"retry-after": "1"}), Fault(529), Fault(500), Fault(408), Fault(0, kind="reset")]
 )
 def test_passing_faults_are_sat_out(server, questions, fault):
     server.faults.append(fault)
@@ -368,7 +373,9 @@ def test_correction_file(server, correction, capsys):
     for words in ("replaced 1", "unchanged 1", "fell back: no_final 1", "of 3 rationales"):
         assert words in out.out
     assert "1 of 4 train questions have no rationale" in out.err
-    assert len(server.asked) == 4  # the unusable one twice
+    assert len(server.asked) == 2 + 3  # the unusable one three times
+    assert "no_final" in server.asked[-1].notes[-1] and not server.asked[0].notes
+    assert "mean edit distance of the replaced ones 2.0 words of 5.0" in out.out
     assert "Correct answer: (" in server.asked[0].text
 
 
@@ -426,8 +433,8 @@ def test_room_for_the_reply():
     quiet, free = claude.family_of("claude-haiku-5-5"), claude.family_of("my-gateway-model")
     assert 600 <= claude.max_tokens(request, quiet) <= 1200
     assert claude.max_tokens(request, free) - claude.max_tokens(request, quiet) >= 1024
-    assert claude.cost_usd("my-gateway-model", {"input_tokens": 5}) is None
-    assert claude.cost_usd("claude-haiku-4-5-20251001", {"input_tokens": 10**6, "output_tokens": 10**6}) == 6.0
+    assert cost_usd(price_of("my-gateway-model"), {"input_tokens": 5}) is None
+    assert cost_usd(price_of("claude-haiku-4-5-20251001"), {"input_tokens": 10**6, "output_tokens": 10**6}) == 6.0
 
 
 def test_teacher_prompts_hold_what_the_teacher_needs(problems):

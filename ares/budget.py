@@ -1,0 +1,160 @@
+"""The spend log, and the stop before a budget is passed.
+
+    {questions_dir}/teacher/spend.jsonl   {"id", "item", "most_usd"} before a request leaves,
+                                          {"id", "usd", "outcome"} when its fate is known
+
+A request without a second line was on its way when the client was killed: it may have been charged, `most_usd` at
+worst. So the log holds every request that the API can have counted. Lines are not flushed one by one: they survive a
+kill, not a power cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ares.cli import Stop
+
+LOG = "spend.jsonl"
+LOST = "lost"  # sent, but the reply broke on its way: perhaps charged
+
+
+@dataclass
+class Totals:
+    """What a log says. `unknown_usd`: at most spent on requests whose fate nobody knows."""
+
+    requests: int = 0
+    replies: int = 0
+    usd: float = 0.0
+    unknown: int = 0
+    unknown_usd: float = 0.0
+    outcomes: dict[str, int] = field(default_factory=dict)
+
+
+def read_log(path: str | os.PathLike) -> Totals:
+    """Add up a spend log; a line that a kill cut short is passed over."""
+    totals, sent = Totals(), {}
+    try:
+        file = open(path, encoding="utf-8", errors="replace")
+    except OSError:
+        return totals
+    with file:
+        for line in file:
+            try:
+                entry = json.loads(line)
+                if "most_usd" in entry:
+                    totals.requests += 1
+                    sent[entry["id"]] = entry["most_usd"] or 0.0
+                    continue
+                most = sent.pop(entry["id"], 0.0)
+                outcome = entry["outcome"]
+            except (ValueError, KeyError, TypeError):
+                continue
+            totals.outcomes[outcome] = totals.outcomes.get(outcome, 0) + 1
+            if outcome == LOST:
+                totals.unknown += 1
+                totals.unknown_usd += most
+            else:
+                totals.replies += outcome == "reply"
+                totals.usd += entry["usd"] or 0.0
+    totals.unknown += len(sent)
+    totals.unknown_usd += sum(sent.values())
+    return totals
+
+
+class Ledger:
+    """Reserves the worst case before each request and books what it came to.
+
+    With `max_usd`, this run's spend never passes it: what is spent, plus the worst case of what is on its way and of
+    what was lost, stays below. Raises Stop (exit 3) when the next request does not fit and nothing is on its way.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None = None, max_usd: float | None = None):
+        self.max_usd = max_usd
+        self.spent_usd = 0.0
+        self.lost = 0
+        self.lost_usd = 0.0
+        self._reserved: dict[str, float] = {}
+        self._run = secrets.token_hex(4)
+        self._count = 0
+        self._changed: asyncio.Event | None = None
+        self._file: int | None = None
+        self._unwritten: list[str] = []
+        if folder is not None:
+            path = Path(folder, LOG)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+            size = os.fstat(self._file).st_size
+            if size and os.pread(self._file, 1, size - 1) != b"\n":
+                os.write(self._file, b"\n")  # a line that a kill cut short
+
+    async def reserve(self, item: str, most_usd: float | None) -> str:
+        """Wait until the worst case of a request fits. Returns the id to `settle`."""
+        while not self.fits(most_usd):
+            if not self._reserved:
+                raise self.stop(most_usd)
+            self._changed = self._changed or asyncio.Event()
+            self._changed.clear()
+            await self._changed.wait()
+        return self.open(item, most_usd)
+
+    def fits(self, most_usd: float | None) -> bool:
+        return self.max_usd is None or self.committed() + (most_usd or 0.0) <= self.max_usd
+
+    def committed(self) -> float:
+        """Dollars spent, lost, and at most spent by what is on its way."""
+        return self.spent_usd + self.lost_usd + sum(self._reserved.values())
+
+    def open(self, item: str, most_usd: float | None, entry: str | None = None) -> str:
+        """Log a request that leaves now, whether it fits or not. `entry`: its id, if it must outlive this process."""
+        self._count += 1
+        entry = entry or f"{self._run}-{self._count}"
+        self._reserved[entry] = most_usd or 0.0
+        self._log(
+            {"id": entry, "item": item, "most_usd": most_usd and round(most_usd, 12), "at": round(time.time(), 1)}
+        )
+        return entry
+
+    def adopt(self, entry: str, most_usd: float) -> None:
+        """Reserve for a request that an earlier process has logged."""
+        self._reserved[entry] = most_usd
+
+    def settle(self, entry: str, usd: float | None, outcome: str) -> None:
+        """Book what a request came to: `reply`, LOST, or the error that it met (which costs nothing)."""
+        most = self._reserved.pop(entry, 0.0)
+        if outcome == LOST:
+            self.lost += 1
+            self.lost_usd += most
+        else:
+            self.spent_usd += usd or 0.0
+        # goes out with the next request's line: until then the log overstates what is unknown, never what is spent
+        self._unwritten.append(json.dumps({"id": entry, "usd": usd and round(usd, 12), "outcome": outcome}))
+        if not self._reserved or len(self._unwritten) > 100:
+            self._log()
+        if self._changed is not None:
+            self._changed.set()
+
+    def stop(self, most_usd: float | None) -> Stop:
+        lost = f" and at most ${self.lost_usd:.4f} for {self.lost} lost replies" if self.lost else ""
+        return Stop(
+            f"--max_usd {self.max_usd:g}: ${self.spent_usd:.4f} spent{lost}, and the next request may cost "
+            f"${most_usd or 0.0:.4f}; what is answered is kept, run this again with a budget to go on",
+            status=3,
+        )
+
+    def close(self) -> None:
+        self._log()
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _log(self, entry: dict | None = None) -> None:
+        lines = [*self._unwritten, *([json.dumps(entry)] if entry else [])]
+        self._unwritten.clear()
+        if self._file is not None and lines:
+            os.write(self._file, ("\n".join(lines) + "\n").encode())  # one write: lines of two processes do not mix

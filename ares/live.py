@@ -1,0 +1,163 @@
+"""Asking live: every open request of a session, `teacher.concurrency` at a time.
+
+At a failure, a budget stop or the first Ctrl-C nothing new is sent, and what is on its way comes home.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from ares import cli
+from ares.answering import Session
+from ares.asking import Stopped, Unanswered
+from ares.feedback import Refused
+
+
+def ask_live(session: Session) -> None:
+    """Answer the session's open groups. Raises UserError for what ends the run; what is answered by then is kept."""
+    if session.groups:
+        asyncio.run(_Live(session).run())
+
+
+class _Live:
+    def __init__(self, session: Session):
+        self.session = session
+        self.teacher = session.teacher
+        self.failure: cli.UserError | None = None
+        self.desk = _Desk(self.session)
+
+    async def run(self) -> None:
+        report = self.session.report
+        todo = iter(list(self.session.groups))  # keys only: texts and images are read when their turn comes
+        total = len(self.session.groups)
+        with cli.progress(desc=self.teacher.name, total=total, unit="request") as bar:
+            async with self.teacher:
+                self.catch_signals()
+                workers = min(self.teacher.concurrency, total)
+                await asyncio.gather(*(self.work(todo, bar) for _ in range(workers)))
+        if self.failure:
+            cli.print0(f"stopped; {report.summary()}")
+            raise self.failure
+
+    def catch_signals(self) -> None:
+        """The first Ctrl-C, or a scheduler's SIGTERM, ends the run in good order; the second ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        loop = asyncio.get_running_loop()
+
+        def end(name: str) -> None:
+            loop.remove_signal_handler(signal.SIGINT)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            flight = "requests on their way come home; Ctrl-C again to drop them"
+            cli.print0(f"{name}: {flight}")
+            self.stop(cli.Stop(f"ended by {name}; run the same command again to go on", status=130))
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, end, number.name)
+
+    def stop(self, failure: cli.UserError) -> None:
+        self.failure = self.failure or failure
+        self.teacher.stop()
+
+    async def work(self, todo: Iterator[str], bar: Any) -> None:
+        for key in todo:
+            if self.failure:
+                return
+            try:
+                await self.ask(key)
+            except cli.UserError as error:
+                self.stop(error)
+                return
+            except Stopped:
+                return
+            except OSError as error:
+                what = f"cannot write a reply below {self.session.root} ({error.strerror or error})"
+                self.stop(cli.UserError(f"{what}; make room, then run the same command again to go on"))
+                return
+            except BaseException:
+                self.teacher.stop()  # the others shall not go on paying for what a defect of ours ends
+                raise
+            bar.update()
+            bar.set_postfix_str(self.state(), refresh=False)
+
+    def state(self) -> str:
+        """failed, tokens, dollars, and the pace where it was slowed."""
+        report = self.session.report
+        tokens = report.usage.total()
+        words = [f"{len(report.unusable)} failed", f"{tokens / 1e6:.2f}M tokens" if tokens else ""]
+        if report.cost_usd:
+            words.append(f"${report.cost_usd:.3f}")
+        pace = getattr(self.teacher, "pace", None)
+        if pace is not None and pace.limit < pace.most:
+            words.append(f"{int(pace.limit)} at a time")
+        return ", ".join(filter(None, words))
+
+    async def ask(self, key: str) -> None:
+        """Ask about one rationale, at most `attempts` times, and give every item of the group the reply."""
+        session, report = self.session, self.session.report
+        request, sidecar = session.start(key)
+        copies = len(session.groups[key]) - 1
+        for attempt in range(1, session.attempts + 1):
+            try:
+                reply = await self.teacher.answer(request)
+            except Unanswered as failure:
+                reason = failure.reason
+                break
+            report.add(reply)
+            refused = await self.desk.lay_down(key, request, reply, sidecar | {"attempt": attempt})
+            if refused is None:
+                report.copied += copies
+                reason = None
+                break
+            reason = refused.reason
+            request = session.ask_again(request, refused)
+        session.finish(key, reason)
+
+
+class _Desk:
+    """Lays replies down in threads, so that their flushes to disk overlap: all that have come in go along at once.
+
+    A thread for each reply would cost more CPU time in handing over than the writing itself.
+    """
+
+    THREADS = 4
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.waiting: list[tuple[tuple, asyncio.Future]] = []
+        self.clerks: set[asyncio.Task] = set()
+
+    async def lay_down(self, *about: Any) -> Any:
+        """`Session.lay_down`, when its turn comes."""
+        done = asyncio.get_running_loop().create_future()
+        self.waiting.append((about, done))
+        if len(self.clerks) < self.THREADS:
+            clerk = asyncio.create_task(self.work())
+            self.clerks.add(clerk)
+            clerk.add_done_callback(self.clerks.discard)
+        return await done
+
+    async def work(self) -> None:
+        while self.waiting:
+            batch, self.waiting = self.waiting, []
+            outcomes = await asyncio.to_thread(self.lay_all_down, [about for about, _ in batch])
+            for (_, done), outcome in zip(batch, outcomes, strict=True):
+                if done.cancelled():
+                    continue
+                if isinstance(outcome, Exception) and not isinstance(outcome, Refused):
+                    done.set_exception(outcome)
+                else:
+                    done.set_result(outcome)
+
+    def lay_all_down(self, batch: list[tuple]) -> list[Any]:
+        outcomes = []
+        for about in batch:
+            try:
+                outcomes.append(self.session.lay_down(*about))
+            except Exception as error:  # a full disk ends the run, not the other replies of this batch
+                outcomes.append(error)
+        return outcomes

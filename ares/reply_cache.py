@@ -1,0 +1,98 @@
+"""Replies that were paid for, by what was asked (model, request, images), shared by actions, rounds and runs.
+
+    {cache}/replies.jsonl   {"key": ..., "text": the raw reply, ...what reply.json holds}, one reply a line
+
+Only usable replies are kept. A damaged line counts as none. One file, appended to in single writes: a file per reply
+would cost more time than all the rest of the client.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FILE = "replies.jsonl"
+_START = '{"key": "'
+_KEY = slice(len(_START), len(_START) + 64)
+
+
+def default_folder() -> Path:
+    """`~/.cache/ares/teacher`, or under XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ares" / "teacher"
+
+
+class ReplyCache:
+    """`folder` None keeps nothing. Keys are 64 hex digits. Sees what other clients added before it was made."""
+
+    def __init__(self, folder: str | os.PathLike | None):
+        self.path = Path(folder, FILE) if folder is not None else None
+        self._lock = threading.Lock()
+        self._file: int | None = None
+        self._where: dict[bytes, tuple[int, int]] = {}  # digest -> (offset, length) of its last line
+        if self.path is not None:
+            self._index()
+
+    def has(self, key: str) -> bool:
+        return bytes.fromhex(key) in self._where
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """{"text": ..., ...} or None."""
+        place = self._where.get(bytes.fromhex(key))
+        if place is None:
+            return None
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(place[0])
+                entry = json.loads(file.read(place[1]))
+        except (OSError, ValueError):
+            return None
+        good = isinstance(entry, dict) and entry.get("key") == key and isinstance(entry.get("text"), str)
+        return entry if good else None
+
+    def put(self, key: str, text: str, about: Mapping[str, Any]) -> None:
+        """Keep a reply; a full disk or a folder that is not ours costs only the cache."""
+        if self.path is None:
+            return
+        line = (json.dumps({"key": key, "text": text, **about}) + "\n").encode()
+        with self._lock:
+            try:
+                if self._file is None:
+                    self._file = self._open()
+                written = os.write(self._file, line)
+                end = os.lseek(self._file, 0, os.SEEK_CUR)
+            except OSError:
+                self.path, self._where = None, {}
+                return
+            if written == len(line):
+                self._where[bytes.fromhex(key)] = (end - len(line), len(line))
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _open(self) -> int:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) != b"\n":
+            os.write(file, b"\n")  # a line that a kill cut short
+        return file
+
+    def _index(self) -> None:
+        try:
+            with open(self.path, "rb") as file:
+                offset = 0
+                for line in file:
+                    if line.startswith(_START.encode()) and line.endswith(b"\n"):
+                        try:
+                            self._where[bytes.fromhex(line[_KEY].decode())] = (offset, len(line))
+                        except ValueError:  # damaged
+                            pass
+                    offset += len(line)
+        except OSError:
+            pass
