@@ -100,9 +100,11 @@ def is_answered(kind: str, folder: Path) -> bool:
     """Whether the folder's reply needs no asking again."""
     if not feedback.has_reply(folder):
         return False
-    reply, scores = folder / feedback.REPLY, folder / feedback.SCORES
-    if kind == SCORE and scores.exists() and scores.stat().st_mtime_ns >= reply.stat().st_mtime_ns:
-        return True  # read before, with success
+    if kind == SCORE:
+        with contextlib.suppress(FileNotFoundError):
+            scores = os.stat(folder / feedback.SCORES)
+            if scores.st_size and scores.st_mtime_ns >= os.stat(folder / feedback.REPLY).st_mtime_ns:
+                return True  # read before, with success
     try:
         read_reply(kind, folder)
     except Refused as refused:
@@ -370,17 +372,23 @@ class Session:
 
     def _write(self, folder: Path, text: str, about: Mapping[str, Any], reading: list[float] | Refused | None) -> None:
         """Sidecar, reply (flushed to disk: from here on it counts as answered), what was read from it."""
-        with open(folder / feedback.SIDECAR, "wb", buffering=0) as file:  # counts only with the reply after it
-            file.write(json.dumps(about, indent=1).encode() + b"\n")
-        write_whole(folder / feedback.REPLY, text, flush=True)
+        lines = (
+            f"{json.dumps(name)}: {json.dumps(value)}" for name, value in about.items()
+        )  # `indent` is slow Python
+        with open(f"{folder}/{feedback.SIDECAR}", "wb", buffering=0) as file:  # counts only with the reply after it
+            file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+        write_whole(f"{folder}/{feedback.REPLY}", text, flush=True)
         if isinstance(reading, Refused):
             (folder / feedback.SCORES).unlink(missing_ok=True)
             write_whole(folder / feedback.REASON, f"{reading}\n")
             return
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(folder / feedback.REASON)
+            os.unlink(f"{folder}/{feedback.REASON}")
         if reading is not None:
-            write_whole(folder / feedback.SCORES, "".join(f"{score}\n" for score in reading))
+            with open(
+                f"{folder}/{feedback.SCORES}", "wb", buffering=0
+            ) as file:  # read again if a kill leaves it empty
+                file.write("".join(f"{score}\n" for score in reading).encode())
 
     def _copy(self, source: Item, targets: Sequence[Item]) -> None:
         """Give identical rationales the reply that is there."""

@@ -11,6 +11,7 @@ import asyncio
 import base64
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import random
@@ -153,6 +154,7 @@ class ClaudeTeacher:
         self._tls = importlib.import_module(base.__module__.partition(".")[0]).create_ssl_context()
         self._pools = [_Pool(self._new_client())]
         self.client = self._pools[0].client
+        self._arguments = frozenset(inspect.signature(self.client.messages.create).parameters)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -271,17 +273,16 @@ class ClaudeTeacher:
             self.pace.leave()
 
     async def _create(self, parameters: dict[str, Any]) -> anthropic.types.Message:
-        known = {name: parameters[name] for name in ("model", "max_tokens", "messages")}
         pool = next((pool for pool in self._pools if pool.busy < POOL_SIZE), None)
         if pool is None:
             pool = _Pool(self._new_client())
             self._pools.append(pool)
         pool.busy += 1
         try:
-            # the rest as extra_body: the SDK has dropped `temperature`, and older ones do not know `output_config`
-            return await pool.client.messages.create(
-                **known, extra_body={name: value for name, value in parameters.items() if name not in known} or None
-            )
+            # as extra_body what this SDK has no argument for: `temperature` in new ones, `output_config` in old ones
+            extra = {name: value for name, value in parameters.items() if name not in self._arguments}
+            known = {name: value for name, value in parameters.items() if name in self._arguments}
+            return await pool.client.messages.create(**known, extra_body=extra or None)
         finally:
             pool.busy -= 1
 

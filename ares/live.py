@@ -124,7 +124,7 @@ class _Desk:
     A thread for each reply would cost more CPU time in handing over than the writing itself.
     """
 
-    THREADS = 4
+    THREADS = 2
 
     def __init__(self, session: Session):
         self.session = session
