@@ -104,12 +104,19 @@ def gold_coverage(problem: Mapping[str, Any], rationale: str) -> float:
 
 
 def names_only_gold_option(problem: Mapping[str, Any], rationale: str) -> bool:
-    """Whether the rationale names the gold choice and, besides words of the question, says nothing else."""
+    """Whether the rationale names the gold choice and, besides words of the question, says nothing else.
+
+    A sentence that is one of gold's reasons is something else, even if it consists of the question's words ("The
+    capital of Texas is Austin.").
+    """
     material = _Material(problem)
-    said = [Sentence(text, material.options) for text in split_text(rationale)]
+    texts = split_text(rationale)
+    said = [Sentence(text, material.options) for text in texts]
     words = {word for sentence in said for word in sentence.content}
     named = set().union(*(sentence.options for sentence in said))
-    return named == {material.answer} and words <= material.frame | {f"<{material.answer}>"}
+    if named != {material.answer} or not words <= material.frame | {f"<{material.answer}>"}:
+        return False
+    return not any(verdict.gold in material.reasons and verdict.score >= COVERED for verdict in judge(problem, texts))
 
 
 # -- one sentence ----------------------------------------------------------------------------------------

@@ -196,6 +196,16 @@ def test_measures_beside_the_reward(problems, speed):
     assert not names_only_gold_option(speed, " ".join(gold(speed)))
     assert not names_only_gold_option(speed, "The answer is (A).")
     assert not names_only_gold_option(speed, "")
+    capital = {
+        "question": "What is the capital of Texas?",
+        "choices": ["Austin", "Topeka"],
+        "answer": 0,
+        "hint": "",
+        "lecture": "",
+        "solution": "The capital of Texas is Austin. So, the answer is Austin.",
+    }
+    assert names_only_gold_option(capital, "The answer is Austin.")
+    assert not names_only_gold_option(capital, "The capital of Texas is Austin. The answer is Austin.")  # a reason
 
 
 def test_gold_is_not_corrected(problems):
