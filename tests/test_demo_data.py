@@ -153,16 +153,16 @@ def test_pictures_hold_the_answer():
         question = kinds["larger_shape"](rng)
         areas = pixels(question.images["image.png"])
         colors = [color for color in COLORS if COLORS[color] in areas]
-        assert max(colors, key=lambda color: areas[COLORS[color]]) == question.choices[0]
+        assert max(colors, key=lambda color: areas[COLORS[color]]) == question.choices[question.answer]
 
         question = kinds["shaded_region"](rng)
-        (left, top), _ = REGIONS[question.choices[0]]
+        (left, top), _ = REGIONS[question.choices[question.answer]]
         assert question.images["image.png"].getpixel((72 if left else 24, 72 if top else 24)) == (50, 50, 60)
 
         question = kinds["magnets"](rng)
         image = question.images["image.png"]
         same = image.getpixel((30, 48)) == image.getpixel((66, 48))
-        assert question.choices[0] == ("repel" if same else "attract")
+        assert question.choices[question.answer] == ("repel" if same else "attract")
 
         question = kinds["which_picture"](rng)
         color = COLORS[question.question.split()[-2]]
@@ -176,7 +176,7 @@ def test_pictures_hold_the_answer():
 
         question = kinds["thermometer"](rng)
         red = pixels(question.images["image.png"])[(220, 20, 20)]
-        level = float(question.choices[0].removesuffix("°C"))
+        level = float(question.choices[question.answer].removesuffix("°C"))
         assert red == pytest.approx(23 * (17 + 21 * (level - 5.5) / 10), rel=0.01)
 
 

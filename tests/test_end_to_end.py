@@ -169,7 +169,16 @@ def test_2_rl_in_two_processes_with_the_teacher_in_place(user):
     assert "64 questions, 2 process(es) on cpu" in done.stdout
 
     assert [path.name for path in (user.folder / "RL_models").iterdir()] == [RL_RUN]
-    assert names(user.run) == {"0", "args.yaml", "metrics.jsonl", "questions_round0", "rollouts", "tensorboard"}
+    outputs = {
+        "0",
+        "args.yaml",
+        "metrics.jsonl",
+        "samples_round_0.jsonl",
+        "questions_round0",
+        "rollouts",
+        "tensorboard",
+    }
+    assert names(user.run) == outputs
     assert names(user.run / "0") == MODEL | {"args.yaml", "value_function.pth", "optimizer_state.pth"}
 
     # two ranks sampled, every question twice; what was exported is what was scored
