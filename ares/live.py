@@ -129,19 +129,29 @@ class _Desk:
     def __init__(self, session: Session):
         self.session = session
         self.waiting: list[tuple[tuple, asyncio.Future]] = []
-        self.clerks: set[asyncio.Task] = set()
+        self.tasks: set[asyncio.Task] = set()  # held here, or the loop may drop them
+        self.at_work = 0
 
     async def lay_down(self, *about: Any) -> Any:
         """`Session.lay_down`, when its turn comes."""
         done = asyncio.get_running_loop().create_future()
         self.waiting.append((about, done))
-        if len(self.clerks) < self.THREADS:
-            clerk = asyncio.create_task(self.work())
-            self.clerks.add(clerk)
-            clerk.add_done_callback(self.clerks.discard)
+        if self.at_work < self.THREADS:
+            self.at_work += 1
+            task = asyncio.create_task(self.work())
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
         return await done
 
     async def work(self) -> None:
+        try:
+            await self.clear()
+        finally:
+            # in the same step as the last look at `waiting`: a done callback runs later, and a reply that came in
+            # between would find every clerk taken and nobody to lay it down
+            self.at_work -= 1
+
+    async def clear(self) -> None:
         while self.waiting:
             batch, self.waiting = self.waiting, []
             outcomes = await asyncio.to_thread(self.lay_all_down, [about for about, _ in batch])

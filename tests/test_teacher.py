@@ -5,6 +5,7 @@ Real questions, images and sentences; the server checks what arrives (tests/api_
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import haiku
 import haiku_for_correction_feedback
 import preprocessing_for_correction_feedback
-from ares import claude, cli, feedback, teacher
+from ares import claude, cli, feedback, live, teacher
 from ares.asking import CORRECT, SCORE, Request, custom_id
 from ares.images import media_type
 from ares.prices import cost_usd, price_of
@@ -271,6 +272,42 @@ def test_unusable_replies_are_asked_again_then_reported(server, questions, probl
     server.respond = fill_form
     ask(server, questions)
     assert feedback.read_scores(feedback.question_dir(questions, 0, 0, PICTURE))
+
+
+def test_a_reply_that_comes_as_the_clerks_end_is_laid_down(monkeypatch):
+    """Both clerks end in one step of the loop, and a reply comes in the same step: once it waited for ever."""
+    gate = None
+
+    async def together(function, *args):
+        await gate.wait()
+        return function(*args)
+
+    class Folder:
+        def lay_down(self, reply):
+            return None
+
+    async def scene():
+        nonlocal gate
+        gate = asyncio.Event()
+        monkeypatch.setattr(live.asyncio, "to_thread", together)
+        desk = live._Desk(Folder())
+        first = asyncio.create_task(desk.lay_down("first"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # a clerk has taken it
+        second = asyncio.create_task(desk.lay_down("second"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+        async def late():
+            await gate.wait()
+            await desk.lay_down("late")
+
+        third = asyncio.create_task(late())
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.wait_for(asyncio.gather(first, second, third), 5)
+
+    asyncio.run(scene())
 
 
 # -- what a user gets wrong --------------------------------------------------------------------------------
