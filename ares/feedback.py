@@ -182,10 +182,10 @@ def stale_signal(questions: str | os.PathLike, action: int) -> bool:
         done_ns = os.stat(Path(questions, str(action), DONE)).st_mtime_ns
     except OSError:
         return False
-    return done_ns + CLOCK_GRAIN_NS < _export_time_ns(questions)
+    return done_ns + CLOCK_GRAIN_NS < export_time_ns(questions)
 
 
-def _export_time_ns(questions: str | os.PathLike) -> int:
+def export_time_ns(questions: str | os.PathLike) -> int:
     """When the export ended, in ns of the file system's clock: what the signal holds, or, made by `touch`, its mtime.
 
     0 before the export. Never later than the signal's own mtime: a copy is younger than what it copies.

@@ -32,12 +32,14 @@ from ares.cli import UserError, run  # noqa: E402
 # name -> settings. `smoke` is for tests: every stage, nothing learned.
 SIZES = {
     "demo": {
-        "train": 400, "val": 60, "test": 150, "d_model": 96, "base_epochs": 15, "base_lr": 2e-3, "k_actions": 4,
-        "rl_epochs": 6, "rl_lr": 5e-5, "sft_epochs": 8, "sft_lr": 1e-3, "lora_epochs": 15, "lora_lr": 3e-3,
+        "train": 600, "val": 60, "test": 200, "d_model": 96, "base_epochs": 12, "base_lr": 2e-3, "k_actions": 4,
+        "rl_rounds": 2, "rl_epochs": 2, "rl_lr": 5e-5, "sft_epochs": 8, "sft_lr": 1e-3, "lora_epochs": 15,
+        "lora_lr": 3e-3,
     },
     "smoke": {
         "train": 32, "val": 8, "test": 16, "d_model": 32, "base_epochs": 2, "base_lr": 1e-3, "k_actions": 2,
-        "rl_epochs": 1, "rl_lr": 5e-5, "sft_epochs": 1, "sft_lr": 5e-4, "lora_epochs": 1, "lora_lr": 2e-3,
+        "rl_rounds": 2, "rl_epochs": 1, "rl_lr": 5e-5, "sft_epochs": 1, "sft_lr": 5e-4, "lora_epochs": 1,
+        "lora_lr": 2e-3,
     },
 }  # fmt: skip
 
@@ -116,15 +118,18 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def rl_with_teacher(demo: Demo, rl: str, teacher: Sequence[str], run_dir: Path) -> None:
-    """RL in the background; once its rationales are out, the Teacher's tools answer in place and RL goes on."""
+def rl_with_teacher(demo: Demo, rl: str, teacher: Sequence[str], questions: Path, actions: int) -> None:
+    """RL in the background; whenever a round's rationales are out, the Teacher's tools answer and RL goes on."""
     process = demo.start("rl", rl)
+    answered = None
     try:
-        while process.poll() is None and not feedback.exported(run_dir / "questions"):
+        while process.poll() is None:
+            export = feedback.export_time_ns(questions)
+            if export and export != answered and not all(feedback.is_done(questions, k) for k in range(actions)):
+                for command in teacher:
+                    demo.check(demo.start("teacher", command), "teacher")
+                answered = export
             time.sleep(0.5)
-        if process.poll() is None:
-            for command in teacher:
-                demo.check(demo.start("teacher", command), "teacher")
         demo.check(process, "rl")
     finally:
         if process.poll() is None:
@@ -155,7 +160,8 @@ def train_and_align(demo: Demo, seed: int, size: dict) -> dict[str, Path]:
     """Stages 3 to 9: the starting rationale model and the three steps of ARES. Returns the folder of each model."""
     out = shlex.quote(str(demo.output))
     base, sft, lora = f"{out}/models/rationale", f"{out}/models/sft", f"{out}/models/lora"
-    rl_run, rl = f"{out}/RL_models/demo", f"{out}/RL_models/demo/0"
+    last = size["rl_rounds"] - 1  # the first round's value function starts untrained; the second has learned
+    rl_run, rl = f"{out}/RL_models/demo", f"{out}/RL_models/demo/{last}"
     data = f"--data_root {out}/data --images {out}/images"
     common = (
         f"{data} --caption_file {out}/data/captions.json --use_caption"
@@ -172,9 +178,10 @@ def train_and_align(demo: Demo, seed: int, size: dict) -> dict[str, Path]:
     )
     rl_command = (
         f"python run_mm_cot_rl.py {rationale} --base_model_dir {base} --ref_model {base} --run_dir {rl_run}"
-        f" --k_actions {size['k_actions']} --bs 64 --do_sample True --top_k 50 --epochs 1 --continue_train False"
-        f" --rl_batch_size 16 --ga_step 1 --rl_epochs {size['rl_epochs']} --lr {size['rl_lr']}"
-        " --gamma 1.0 --init_kl_coef 0.0001 --clip_range 0.2 --adv_normalization True --poll_seconds 1"
+        f" --k_actions {size['k_actions']} --bs 64 --do_sample True --top_k 50 --continue_train False"
+        f" --epochs {size['rl_rounds']} --rl_epochs {size['rl_epochs']} --lr {size['rl_lr']}"
+        " --rl_batch_size 16 --ga_step 1 --gamma 1.0 --init_kl_coef 0.0001 --clip_range 0.2 --adv_normalization True"
+        " --poll_seconds 1"
     )
     questions = f"--questions_dir {rl_run}/questions {data}"
     teacher = [
@@ -184,7 +191,9 @@ def train_and_align(demo: Demo, seed: int, size: dict) -> dict[str, Path]:
     demo.stage(
         "rl",
         "RL: run_mm_cot_rl.py, with haiku.py scoring sentences in its questions folder",
-        action=lambda: rl_with_teacher(demo, rl_command, teacher, demo.output / "RL_models/demo"),
+        action=lambda: rl_with_teacher(
+            demo, rl_command, teacher, demo.output / "RL_models/demo/questions", size["k_actions"]
+        ),
     )
     demo.stage(
         "generate",
@@ -217,7 +226,7 @@ def train_and_align(demo: Demo, seed: int, size: dict) -> dict[str, Path]:
         f" --test_le {sft}/predictions_ans_test.json --lora_r 16 --lora_alpha 32 --lora_dropout 0.05"
         f" --epoch {size['lora_epochs']} --lr {size['lora_lr']} --run_dir {lora}",
     )
-    names = {"starting model": "models/rationale", "after RL": "RL_models/demo/0", "after SFT": "models/sft"}
+    names = {"starting model": "models/rationale", "after RL": f"RL_models/demo/{last}", "after SFT": "models/sft"}
     return {name: demo.output / place for name, place in {**names, "LoRA": "models/lora"}.items()}
 
 

@@ -320,7 +320,8 @@ DEMO_FILES = {
     "models/t5": {"config.json", "model.safetensors"},
     "models/rationale": MODEL | TRAINED | PREDICTIONS,
     "RL_models/demo": {"metrics.jsonl", "args.yaml", "questions_round0/mmcot_finished_signal.txt"},
-    "RL_models/demo/0": MODEL | PREDICTIONS | {"value_function.pth", "remove_repetitive_sentences.json"},
+    "RL_models/demo/0": MODEL | {"value_function.pth", "optimizer_state.pth"},
+    "RL_models/demo/1": MODEL | PREDICTIONS | {"value_function.pth", "remove_repetitive_sentences.json"},
     "data/scienceqa": {"correction.json"},
     "models/sft": MODEL | TRAINED | PREDICTIONS,
     "models/lora": {"adapter_config.json", "adapter_model.safetensors", "predictions_ans_test.json"},
@@ -333,9 +334,10 @@ def test_demo_at_its_smallest(tmp_path):
     for place, files in DEMO_FILES.items():
         for name in files:
             assert (output / place / name).is_file(), f"{place}/{name}"
-    items = feedback.iter_items(output / "RL_models/demo/questions_round0")
-    assert {item.action for item in items} == {0, 1}
-    assert all((item.folder / feedback.SCORES).exists() for item in items)
+    for number in (0, 1):
+        items = feedback.iter_items(output / f"RL_models/demo/questions_round{number}")
+        assert {item.action for item in items} == {0, 1}
+        assert all((item.folder / feedback.SCORES).exists() for item in items)
     assert len(feedback.iter_items(output / "correction")) == 32
 
     table, text = read(output / "table.json"), (output / "table.txt").read_text()
@@ -344,9 +346,9 @@ def test_demo_at_its_smallest(tmp_path):
     figures = {"score", "repeated", "unfinished", "words", "rouge_l", "covered", "only_option"}
     assert all(set(row) == figures for row in table["rationales"].values())
     assert {"num_fail", "acc_average"} <= set(table["answers"])
-    assert set(table["folders"].values()) == {"models/rationale", "RL_models/demo/0", "models/sft", "models/lora"}
+    assert set(table["folders"].values()) == {"models/rationale", "RL_models/demo/1", "models/sft", "models/lora"}
     assert len(table["seconds"]) == 8 and all(seconds > 0 for seconds in table["seconds"].values())
-    for word in ("sentence score", "acc_average", "in all", "RL_models/demo/0"):
+    for word in ("sentence score", "acc_average", "in all", "RL_models/demo/1"):
         assert word in text
 
     def stamps():
