@@ -23,7 +23,7 @@ from pathlib import Path
 from ares import agreement, cli, estimate, feedback, teacher
 from ares.budget import Ledger
 from ares.problems import find_images, question_images
-from ares.requests import place_images, set_reply_aside, write_request
+from ares.requests import prepare_request
 from utils_prompt import WORDING, scoring_request
 
 
@@ -59,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def find_items(args: argparse.Namespace) -> list[feedback.Item]:
+def find_items(args: argparse.Namespace) -> feedback.Items:
     """The exported rationales of the wanted actions. Raises UserError if there are none."""
     items = feedback.iter_items(args.questions_dir)
     found = sorted({item.action for item in items})
@@ -70,7 +70,7 @@ def find_items(args: argparse.Namespace) -> list[feedback.Item]:
     absent = [action for action in args.actions or [] if action not in found]
     if absent:
         raise cli.UserError(f"--actions: {args.questions_dir} has no action {absent[0]}; it has {found}")
-    return [item for item in items if not args.actions or item.action in args.actions]
+    return feedback.Items(item for item in items if item.action in args.actions) if args.actions else items
 
 
 class Signals:
@@ -102,17 +102,24 @@ class Signals:
 def watch(args: argparse.Namespace, session: teacher.Session, signals: Signals) -> None:
     """Answer what RL has exported so far, again and again, until the export is complete and answered."""
     deadline = time.monotonic() + 3600 * args.watch
-    known: set[Path] = set()
+    known: dict[Path, set[str]] = {}  # {k}/p{rank} -> its questions
     while True:
         exported = feedback.exported(args.questions_dir)  # before the listing: what is listed is then complete
-        items = [item for item in feedback.iter_items(args.questions_dir) if item.folder not in known]
-        known.update(item.folder for item in items)
+        exports = feedback.iter_items(args.questions_dir)
+        items = feedback.Items(item for item in exports if item.qid not in known.get(item.folder.parent, ()))
+        for item in items:
+            known.setdefault(item.folder.parent, set()).add(item.qid)
         if items:
             unknown = next((item for item in items if item.qid not in session.problems), None)
             if unknown:
                 raise cli.UserError(f"--data_root: question {unknown.qid} ({unknown.folder}) is not in problems.json")
             for item in items:
-                prepare(item, session)
+                sentences = _sentences(item)
+                if sentences:
+                    images = question_images(session.images_dir, item.qid) if session.images_dir else []
+                    prepare_request(
+                        item.folder, scoring_request(session.problems[item.qid], sentences), sentences, images
+                    )
             teacher.answer_items(session, items, args)
         if exported:
             signals.export_complete()
@@ -122,20 +129,6 @@ def watch(args: argparse.Namespace, session: teacher.Session, signals: Signals) 
                 f"--watch: no {feedback.EXPORTED} within {args.watch:g} hours; run this again to go on"
             )
         time.sleep(args.poll_seconds)
-
-
-def prepare(item: feedback.Item, session: teacher.Session) -> None:
-    """Write a folder's request, as processing_sentence_level_feedback.py does, if there is none that fits."""
-    try:
-        sentences = feedback.read_rationale(item.folder)
-    except feedback.Refused:
-        return
-    if not sentences or session.request(item) is not None:
-        return
-    set_reply_aside(item.folder)  # the reply to another rationale, if any
-    if session.images_dir:
-        place_images(item.folder, question_images(session.images_dir, item.qid))
-    write_request(item.folder, scoring_request(session.problems[item.qid], sentences))
 
 
 def check(args: argparse.Namespace, items: Sequence[feedback.Item], first: teacher.Session) -> None:

@@ -1,18 +1,15 @@
 """The items of one questions folder: which are answered, which requests are open, and how a reply is laid down.
 
-A reply is on disk before the next thing happens: `reply.json` (who wrote it, tokens, dollars), then
-`output_from_llm.txt`, then the scores read from it, then the cache. So a killed run loses the requests in flight, and
-the same command goes on with the rest. Asks nobody: ares/teacher.py does, live or in batches.
+A reply is on disk (ares/reply_files.py) before the next thing happens, then in the cache. So a killed run loses the
+requests in flight, and the same command goes on with the rest. Asks nobody: ares/live.py and ares/batches.py do.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -24,9 +21,11 @@ from typing import Any
 from ares import cli, feedback, images
 from ares.asking import CORRECT, SCORE, Reply, Request, Teacher, Wording, custom_id
 from ares.feedback import Item, Refused
+from ares.groups import Groups
 from ares.prices import PRICES_DATE
 from ares.problems import question_images
 from ares.reply_cache import ReplyCache
+from ares.reply_files import is_answered, reading, set_cut_reply_aside, write_reply
 
 PREPARE = {
     SCORE: "bash preprocessing_after_RL/processing_sentence_level_feedback.sh --questions_dir",
@@ -34,7 +33,6 @@ PREPARE = {
 }
 NOTHING_TO_ASK = frozenset(("no_rationale", "no_sentences"))  # no Teacher can answer: RL drops them in any case
 CUT_SHORT = ("max_tokens", "refusal", "model_context_window_exceeded")
-REFUSED_REPLY = f"unusable_{feedback.REPLY}"  # reads well, but its stop reason says that it is not the whole reply
 OURS = "teacher"  # {questions_dir}/teacher/: lock, spend log, batch records
 
 
@@ -79,72 +77,8 @@ class Report:
         return line
 
 
-def read_reply(kind: str, folder: Path) -> list[float] | str:
-    """What an item's reply says: scores (`score.txt` is written) or the corrected rationale.
-
-    Raises Refused; the reason then stands in `refused.txt`.
-    """
-    if kind == SCORE:
-        return feedback.read_scores(folder)
-    try:
-        reply = (folder / feedback.REPLY).read_bytes() if (folder / feedback.REPLY).exists() else None
-        final = feedback.parse_correction(reply, " ".join(feedback.read_rationale(folder)))
-    except Refused as refused:
-        cli.write_text(folder / feedback.REASON, f"{refused}\n")
-        raise
-    (folder / feedback.REASON).unlink(missing_ok=True)
-    return final
-
-
-def is_answered(kind: str, folder: Path) -> bool:
-    """Whether the folder's reply needs no asking again."""
-    if not feedback.has_reply(folder):
-        return False
-    if kind == SCORE:
-        with contextlib.suppress(FileNotFoundError):
-            scores = os.stat(folder / feedback.SCORES)
-            if scores.st_size and scores.st_mtime_ns >= os.stat(folder / feedback.REPLY).st_mtime_ns:
-                return True  # read before, with success
-    try:
-        read_reply(kind, folder)
-    except Refused as refused:
-        return refused.reason == "unchanged"  # clear enough: the rationale stays as it is
-    return True
-
-
-def _reading(kind: str, text: str, sentences: Sequence[str]) -> list[float] | Refused | None:
-    """The scores in a reply, None for a correction that can be used, or why it cannot."""
-    try:
-        if kind == SCORE:
-            return feedback.parse_scores(text, list(sentences))
-        feedback.parse_correction(text, " ".join(sentences))
-    except Refused as refused:
-        return None if refused.reason == "unchanged" else refused  # clear enough: the rationale stays as it is
-    return None
-
-
-def write_whole(path: str | os.PathLike, text: str, flush: bool = False) -> None:
-    """Write a file in one step, in as few system calls as that takes: 50,000 items have four files each."""
-    path = os.fspath(path)
-    temporary = f"{os.path.dirname(path)}/.tmp-{os.getpid()}-{threading.get_ident()}-{time.monotonic_ns()}"
-    data = memoryview(text.encode("utf-8", errors="surrogateescape"))
-    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        try:
-            while data:
-                data = data[os.write(file, data) :]
-            if flush:
-                os.fsync(file)
-        finally:
-            os.close(file)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 class Session:
-    """Items grouped by identical request. `groups`: key -> the items that wait for one reply.
+    """Items grouped by identical request; a group is one reply to come (ares/groups.py).
 
     Args:
         kind: SCORE or CORRECT.
@@ -174,10 +108,9 @@ class Session:
         self.cache = cache or ReplyCache(None)
         self.action_settled = action_settled or (lambda action, report: None)
         self.report = Report()
-        self.groups: dict[str, list[Item]] = {}
-        self.waiting: Counter[int] = Counter()
-        self._answered: dict[str, Item] = {}
-        self._text_only: set[Path] = set()
+        self.groups = Groups()
+        self.waiting: Counter[int] = Counter()  # action -> items without a reply
+        self._cached: set[int] = set()  # groups whose reply is in the cache
         self._inside: dict[Path, bool] = {}
 
     # -- what is open ----------------------------------------------------------------------------------------
@@ -188,35 +121,37 @@ class Session:
         With `serve`, replies that are known already (`known`) are laid down at once.
         """
         self.report.total += len(items)
-        self.waiting.update(item.action for item in items)
-        unprepared: list[Item] = []
-        settled: list[Item] = []
+        unprepared, missing = 0, None
+        settled: Counter[int] = Counter()
         for item in cli.progress(items, desc="reading", unit="rationale"):
+            self.waiting[item.action] += 1
             try:
                 request = self.request(item)
             except Refused as refused:
                 self.report.unusable[item] = refused.reason
-                settled.append(item)
+                settled[item.action] += 1
                 continue
             if request is None:
-                unprepared.append(item)
+                unprepared, missing = unprepared + 1, missing or item
                 continue
-            key = self.teacher.key(request)
-            if is_answered(self.kind, item.folder):
-                self.report.kept += 1
-                self._answered.setdefault(key, item)
-                settled.append(item)
-            else:
-                self.groups.setdefault(key, []).append(item)
-        if unprepared:
+            answered, key = is_answered(self.kind, item.folder), self.teacher.key(request)
+            group = self.groups.add(item, key, answered)
+            if not answered:
+                self.report.text_only += _lacks_image(request)
+                if self.cache.has(key):
+                    self._cached.add(group)
+            self.report.kept += answered
+            settled[item.action] += answered
+        if missing is not None:
             raise cli.UserError(
-                f"{len(unprepared)} of {len(items)} rationales have no {feedback.REQUEST} that fits them (first: "
-                f"{unprepared[0].folder}); run `{PREPARE[self.kind]} {self.root}` first"
+                f"{unprepared} of {len(items)} rationales have no {feedback.REQUEST} that fits them (first: "
+                f"{missing.folder}); run `{PREPARE[self.kind]} {self.root}` first"
             )
         if serve:
             self._serve_known()
-        for item in settled:
-            self._settle(item)
+        for action, count in settled.items():
+            if count:
+                self._settle(action, count)
 
     def request(self, item: Item) -> Request | None:
         """The request for an item; None if preprocessing has not written the one that fits its rationale.
@@ -279,53 +214,51 @@ class Session:
         except UnicodeDecodeError:
             return None
 
-    def known(self, key: str) -> bool:
+    def known(self, group: int) -> bool:
         """Whether a reply lies in the folder or in the cache: nothing to pay."""
-        return key in self._answered or self.cache.has(key)
+        return self.groups.is_answered(group) or group in self._cached
 
     def _serve_known(self) -> None:
         """Groups whose reply is in the folder or in the cache already."""
-        for key in [key for key in self.groups if key in self._answered]:
-            group = self.groups.pop(key)
-            self._copy(self._answered[key], group)
-            self.report.answered += len(group)
-            self.report.copied += len(group)
-            for item in group:
-                self._settle(item)
-        known = [key for key in self.groups if self.cache.has(key)]
+        for group in self.groups:
+            if self.groups.is_answered(group):
+                copies = self.groups.waiting(group)
+                self._copy(self.groups.items[group], copies)
+                self.report.copied += len(copies)
+                self.finish(group, None)
+        cached = [group for group in sorted(self._cached) if group in self.groups]
         with ThreadPoolExecutor(8) as pool:  # the flushes to disk overlap
-            for key, served in zip(known, pool.map(self._from_cache, known), strict=True):
+            for group, served in pool.map(self._from_cache, cached):
                 if served:
-                    group = self.groups[key]
                     self.report.cached += 1
-                    self.report.copied += len(group) - 1
-                    self.finish(key, None)
+                    self.report.copied += served - 1
+                    self.finish(group, None)
+        self._cached.clear()
 
-    def _from_cache(self, key: str) -> bool:
+    def _from_cache(self, group: int) -> tuple[int, int]:
+        """(group, items that got the reply of an earlier run)."""
+        key = self.teacher.key(self.start(group)[0])
         entry = self.cache.get(key)
         if entry is None:
-            return False
-        group = self.groups[key]
+            return group, 0
+        first, *copies = self.groups.waiting(group)
         text = entry.pop("text")
-        reading = _reading(self.kind, text, feedback.read_rationale(group[0].folder))
-        if isinstance(reading, Refused):  # the rules of reading have changed since
-            return False
+        read = reading(self.kind, text, feedback.read_rationale(first.folder))
+        if isinstance(read, Refused):  # the rules of reading have changed since
+            return group, 0
         entry.pop("key")
-        self._write(group[0].folder, text, entry | {"from_cache": key[:16], "cost_usd": 0.0}, reading)
-        self._copy(group[0], group[1:])
-        return True
+        write_reply(first.folder, text, entry | {"from_cache": key[:16], "cost_usd": 0.0}, read)
+        self._copy(first, copies)
+        return group, 1 + len(copies)
 
     # -- replies ---------------------------------------------------------------------------------------------
 
-    def start(self, key: str) -> tuple[Request, dict[str, Any]]:
+    def start(self, group: int) -> tuple[Request, dict[str, Any]]:
         """The request of a group, and what its sidecar says besides the reply."""
-        group = self.groups[key]
-        request = self.request(group[0])
+        request = self.request(self.groups.items[group])
         sidecar = {"prompt_version": self.wording.version, "images": [path.name for path in request.images]}
-        if not request.images and (request.problem or {}).get("image"):
+        if _lacks_image(request):
             sidecar["text_only"] = "the question names an image that was not found"
-            self._text_only.update(item.folder for item in group)
-            self.report.text_only = len(self._text_only)
         return request, sidecar
 
     def ask_again(self, request: Request, refused: Refused) -> Request:
@@ -335,60 +268,36 @@ class Session:
             request, again=self.wording.again.format(reason=refused), room=min(8, request.room * more)
         )
 
-    def lay_down(self, key: str, request: Request, reply: Reply, sidecar: Mapping[str, Any]) -> Refused | None:
+    def lay_down(self, group: int, request: Request, reply: Reply, sidecar: Mapping[str, Any]) -> Refused | None:
         """Write the reply beside the group's first item and read it; the others get copies. Returns why it is useless.
 
         Safe in a thread, so that the flushes to disk of several replies overlap.
         """
-        group = self.groups[key]
+        first, *copies = self.groups.waiting(group)
         about = {name: getattr(reply, name) for name in _SIDECAR_FIELDS}
         about |= {"prices": PRICES_DATE, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | sidecar
-        folder = group[0].folder
-        refused = _reading(self.kind, reply.text, request.sentences)
+        read = reading(self.kind, reply.text, request.sentences)
         incomplete = reply.stop_reason == "refusal" or (reply.stop_reason in CUT_SHORT and self.kind == CORRECT)
-        if not isinstance(refused, Refused) and incomplete:
-            cli.write_text(folder / REFUSED_REPLY, reply.text)
-            (folder / feedback.REPLY).unlink(missing_ok=True)
-            (folder / feedback.SCORES).unlink(missing_ok=True)
-            write_whole(folder / feedback.REASON, f"{reply.stop_reason}\n")
+        if not isinstance(read, Refused) and incomplete:
+            set_cut_reply_aside(first.folder, reply.text, reply.stop_reason)
             return Refused(reply.stop_reason)
-        self._write(folder, reply.text, about, refused)
-        if isinstance(refused, Refused):
-            return Refused(reply.stop_reason, str(refused)) if reply.stop_reason in CUT_SHORT else refused
-        self.cache.put(key, reply.text, about)
-        self._copy(group[0], group[1:])
+        write_reply(first.folder, reply.text, about, read)
+        if isinstance(read, Refused):
+            return Refused(reply.stop_reason, str(read)) if reply.stop_reason in CUT_SHORT else read
+        self.cache.put(self.teacher.key(request), reply.text, about)
+        self._copy(first, copies)
         return None
 
-    def finish(self, key: str, reason: str | None) -> None:
+    def finish(self, group: int, reason: str | None) -> None:
         """A group is answered (reason None) or given up."""
-        group = self.groups.pop(key)
+        items = self.groups.waiting(group)
+        self.groups.close(group, answered=reason is None)
         if reason is None:
-            self.report.answered += len(group)
-            self._answered[key] = group[0]
+            self.report.answered += len(items)
         else:
-            self.report.unusable |= dict.fromkeys(group, reason)
-        for item in group:
-            self._settle(item)
-
-    def _write(self, folder: Path, text: str, about: Mapping[str, Any], reading: list[float] | Refused | None) -> None:
-        """Sidecar, reply (flushed to disk: from here on it counts as answered), what was read from it."""
-        lines = (
-            f"{json.dumps(name)}: {json.dumps(value)}" for name, value in about.items()
-        )  # `indent` is slow Python
-        with open(f"{folder}/{feedback.SIDECAR}", "wb", buffering=0) as file:  # counts only with the reply after it
-            file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
-        write_whole(f"{folder}/{feedback.REPLY}", text, flush=True)
-        if isinstance(reading, Refused):
-            (folder / feedback.SCORES).unlink(missing_ok=True)
-            write_whole(folder / feedback.REASON, f"{reading}\n")
-            return
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{folder}/{feedback.REASON}")
-        if reading is not None:
-            with open(
-                f"{folder}/{feedback.SCORES}", "wb", buffering=0
-            ) as file:  # read again if a kill leaves it empty
-                file.write("".join(f"{score}\n" for score in reading).encode())
+            self.report.unusable |= dict.fromkeys(items, reason)
+        for item in items:
+            self._settle(item.action)
 
     def _copy(self, source: Item, targets: Sequence[Item]) -> None:
         """Give identical rationales the reply that is there."""
@@ -401,14 +310,18 @@ class Session:
             sidecar = {}
         sidecar |= {"copied_from": f"{source.action}/p{source.rank}/{source.qid}", "cost_usd": 0.0}
         for item in targets:
-            reading = _reading(self.kind, reply, feedback.read_rationale(item.folder))
-            self._write(item.folder, reply, sidecar, reading)
+            read = reading(self.kind, reply, feedback.read_rationale(item.folder))
+            write_reply(item.folder, reply, sidecar, read)
 
-    def _settle(self, item: Item) -> None:
-        self.waiting[item.action] -= 1
-        if not self.waiting[item.action]:
-            self.action_settled(item.action, self.report)
+    def _settle(self, action: int, count: int = 1) -> None:
+        self.waiting[action] -= count
+        if not self.waiting[action]:
+            self.action_settled(action, self.report)
 
 
 _IMAGE_NAME = re.compile(r"image\.png|choice_\d+\.png")
 _SIDECAR_FIELDS = tuple(each.name for each in dataclasses.fields(Reply) if each.name != "text")
+
+
+def _lacks_image(request: Request) -> bool:
+    return not request.images and bool((request.problem or {}).get("image"))

@@ -29,6 +29,7 @@ from ares.api_errors import explain, failure_of
 from ares.asking import Reply, Request
 from ares.batch_records import Record, Store
 from ares.budget import LOST
+from ares.claude import LONGEST_PAUSE
 from ares.cli import UserError
 from ares.feedback import Item, Refused
 
@@ -47,7 +48,7 @@ _BACKOFF = 1.0  # seconds, doubled up to 60
 class Ask:
     """A group's request in the making."""
 
-    key: str
+    group: int
     attempt: int = 1
     failures: int = 0
     refused: Refused | None = None
@@ -72,10 +73,11 @@ class _Batches:
         self.submit_only, self.poll_seconds = submit_only, poll_seconds
         self.teacher, self.ledger = session.teacher, session.teacher.ledger
         self.todo: list[Ask] = []
-        self.key_of: dict[str, str] = {}  # 0/p0/12 -> key of its open group
+        self.group_of: dict[str, int] = {}  # 0/p0/12 -> its open group
 
     async def run(self) -> None:
-        self.key_of = {_name(item): key for key, group in self.session.groups.items() for item in group}
+        groups = self.session.groups
+        self.group_of = {_name(item): group for group in groups for item in groups.waiting(group)}
         async with self.teacher:
             self.client = self.teacher.client.with_options(max_retries=6)
             for record in self.store.pending():
@@ -83,9 +85,9 @@ class _Batches:
                 if record.batch is None:
                     await self.reattach(record)
             pending = self.store.pending()
-            out = {self.key_of.get(asked["item"]) for record in pending for asked in record.asked.values()}
-            self.todo = [Ask(key) for key in self.session.groups if key not in out]
-            with cli.progress(desc="batches", total=len(self.session.groups), unit="request") as bar:
+            out = {self.group_of.get(asked["item"]) for record in pending for asked in record.asked.values()}
+            self.todo = [Ask(group) for group in groups if group not in out]
+            with cli.progress(desc="batches", total=len(groups), unit="request") as bar:
                 await self.work(bar)
 
     async def work(self, bar: Any) -> None:
@@ -125,7 +127,7 @@ class _Batches:
             await self.create(shard, most_usd)
 
     def worst(self, ask: Ask) -> tuple[Request, float]:
-        request, _ = self.session.start(ask.key)
+        request, _ = self.session.start(ask.group)
         if ask.refused is not None:
             request = self.session.ask_again(request, ask.refused)
         return request, self.teacher.most_usd(request, batch=True) or 0.0
@@ -154,7 +156,7 @@ class _Batches:
         requests, asked = [], {}
         for ask, request, parameters in shard:
             custom_id = f"{nonce}-{len(requests)}"
-            item = self.session.groups[ask.key][0]
+            item = self.session.groups.items[ask.group]
             asked[custom_id] = {
                 "item": _name(item),
                 "text": _digest(request.text),
@@ -193,7 +195,7 @@ class _Batches:
                 self.forget(record, failure.reason)
                 raise UserError(explain(error, self.teacher, None, self.teacher._key, attempt)) from None
             if failure.status in (429, 529):  # refused: nothing was created
-                await asyncio.sleep(failure.retry_after or 0.0)
+                await asyncio.sleep(min(failure.retry_after or 0.0, LONGEST_PAUSE))
                 return False
             if not await self.found(record):
                 return False
@@ -335,36 +337,36 @@ class _Batches:
         self.again(record)
 
     def again(self, record: Record) -> None:
-        keys = {self.key_of.get(asked["item"]) for asked in record.asked.values()}
-        self.todo += [Ask(key) for key in keys if key in self.session.groups]
+        groups = {self.group_of.get(asked["item"]) for asked in record.asked.values()}
+        self.todo += [Ask(group) for group in groups if group in self.session.groups]
 
     async def settle(self, asked: dict[str, Any], outcome: Reply | str) -> None:
         """One result: laid down, asked again, or given up. What is answered by now, or has changed, is passed over."""
-        session, key = self.session, self.key_of.get(asked["item"])
-        if key not in session.groups:
+        session, group = self.session, self.group_of.get(asked["item"])
+        if group not in session.groups:
             return
-        request, sidecar = session.start(key)
+        request, sidecar = session.start(group)
         if _digest(request.text) != asked["text"]:
-            self.todo.append(Ask(key))  # the rationale was exported anew since
+            self.todo.append(Ask(group))  # the rationale was exported anew since
             return
         if isinstance(outcome, str):
             if asked["failures"] + 1 >= MAX_FAILURES:
-                session.finish(key, outcome)
+                session.finish(group, outcome)
             else:
-                self.todo.append(Ask(key, asked["attempt"], asked["failures"] + 1))
+                self.todo.append(Ask(group, asked["attempt"], asked["failures"] + 1))
             return
         session.report.add(outcome)
-        copies = len(session.groups[key]) - 1
+        copies = len(session.groups.waiting(group)) - 1
         refused = await asyncio.to_thread(
-            session.lay_down, key, request, outcome, sidecar | {"attempt": asked["attempt"]}
+            session.lay_down, group, request, outcome, sidecar | {"attempt": asked["attempt"]}
         )
         if refused is None:
             session.report.copied += copies
-            session.finish(key, None)
+            session.finish(group, None)
         elif asked["attempt"] >= session.attempts:
-            session.finish(key, refused.reason)
+            session.finish(group, refused.reason)
         else:
-            self.todo.append(Ask(key, asked["attempt"] + 1, asked["failures"], refused))
+            self.todo.append(Ask(group, asked["attempt"] + 1, asked["failures"], refused))
 
 
 def _name(item: Item) -> str:

@@ -22,6 +22,7 @@ from ares.cli import Stop
 
 LOG = "spend.jsonl"
 LOST = "lost"  # sent, but the reply broke on its way: perhaps charged
+NOT_SENT = "not_sent"  # the run ended before it left
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Ledger:
         self._reserved: dict[str, float] = {}
         self._run = secrets.token_hex(4)
         self._count = 0
-        self._changed: asyncio.Event | None = None
+        self._waiting: list[asyncio.Future] = []
         self._file: int | None = None
         self._unwritten: list[str] = []
         if folder is not None:
@@ -98,9 +99,9 @@ class Ledger:
         while not self.fits(most_usd):
             if not self._reserved:
                 raise self.stop(most_usd)
-            self._changed = self._changed or asyncio.Event()
-            self._changed.clear()
-            await self._changed.wait()
+            turn = asyncio.get_running_loop().create_future()  # of this loop: --watch and --check run several
+            self._waiting.append(turn)
+            await turn
         return self.open(item, most_usd)
 
     def fits(self, most_usd: float | None) -> bool:
@@ -136,8 +137,10 @@ class Ledger:
         self._unwritten.append(json.dumps({"id": entry, "usd": usd and round(usd, 12), "outcome": outcome}))
         if not self._reserved or len(self._unwritten) > 100:
             self._log()
-        if self._changed is not None:
-            self._changed.set()
+        waiting, self._waiting = self._waiting, []
+        for turn in waiting:
+            if not turn.done():
+                turn.set_result(None)
 
     def stop(self, most_usd: float | None) -> Stop:
         lost = f" and at most ${self.lost_usd:.4f} for {self.lost} lost replies" if self.lost else ""

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from ares import images
 from ares.api_errors import DEFAULT_MODEL, KEY, explain, failure_of, said
-from ares.asking import CORRECT, SCORE, Reply, Request, Unanswered
-from ares.budget import LOST, Ledger
+from ares.asking import CORRECT, SCORE, Reply, Request, Stopped, Unanswered
+from ares.budget import LOST, NOT_SENT, Ledger
 from ares.cli import UserError
 from ares.pacing import Pace
 from ares.prices import Price, cost_usd, price_of
@@ -258,6 +258,9 @@ class ClaudeTeacher:
         await self.pace.enter()
         try:
             entry = await self.ledger.reserve(request.custom_id, most_usd)
+            if self.pace.stopping:  # while it waited for the budget
+                self.ledger.settle(entry, 0.0, NOT_SENT)
+                raise Stopped
             began = time.monotonic()
             try:
                 async with asyncio.timeout(self.timeout):  # the SDK's own limit holds for each piece of a reply
@@ -266,6 +269,9 @@ class ClaudeTeacher:
                 failure = failure_of(error)
                 self.ledger.settle(entry, None, LOST if failure.charged else failure.reason)
                 return failure, error, began
+            except BaseException:  # cancelled, or a defect: whoever waits for the budget must not wait for this one
+                self.ledger.settle(entry, None, LOST)
+                raise
             self.ledger.settle(entry, reply.cost_usd, "reply")
             self.pace.succeeded()
             return reply

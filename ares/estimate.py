@@ -58,11 +58,11 @@ def estimate(session: Session) -> None:
     """Print what answering the session's open groups would cost."""
     teacher: ClaudeTeacher = session.teacher
     report, sums = session.report, Estimate()
-    items = sum(map(len, session.groups.values()))
-    keys = [key for key in session.groups if not session.known(key)]
-    cached = len(session.groups) - len(keys)
-    for key in cli.progress(keys, desc="estimating", unit="request"):
-        request, _ = session.start(key)
+    items = sum(len(session.groups.waiting(group)) for group in session.groups)
+    asked = [group for group in session.groups if not session.known(group)]
+    cached = len(session.groups) - len(asked)
+    for group in cli.progress(asked, desc="estimating", unit="request"):
+        request, _ = session.start(group)
         text, image = input_tokens(request, teacher.structured)
         sums.requests += 1
         sums.images += len(request.images)
@@ -70,7 +70,7 @@ def estimate(session: Session) -> None:
         sums.text_tokens += text
         sums.image_tokens += image
         sums.output_tokens += output_tokens(request, teacher.structured)
-    ratio, how = _counted(session, keys)
+    ratio, how = _counted(session, asked)
     tokens_in, tokens_out = (sums.text_tokens + sums.image_tokens) * ratio, sums.output_tokens
     cli.print0(
         f"{report.total} rationales: {report.kept} have a reply, {len(report.unusable)} hold nothing to ask about, "
@@ -95,12 +95,12 @@ def estimate(session: Session) -> None:
     )
 
 
-def _counted(session: Session, keys: list[str]) -> tuple[float, str]:
+def _counted(session: Session, groups: list[int]) -> tuple[float, str]:
     """(correction of the input rule, in words how it was found)."""
     rule = f"by rule ({CHARACTERS_PER_TOKEN} characters a token)"
-    if not keys or not os.environ.get(KEY, "").strip():
+    if not groups or not os.environ.get(KEY, "").strip():
         return 1.0, rule
-    sample = keys[:: max(1, len(keys) // SAMPLE)][:SAMPLE]
+    sample = groups[:: max(1, len(groups) // SAMPLE)][:SAMPLE]
     try:
         ratio = asyncio.run(_count(session, sample))
     except Exception as error:  # an estimate needs no network: the rule stands, and the reason is said
@@ -109,11 +109,11 @@ def _counted(session: Session, keys: list[str]) -> tuple[float, str]:
     return ratio, f"by the API's count of {len(sample)} requests, {ratio:.2f} times the rule"
 
 
-async def _count(session: Session, sample: list[str]) -> float:
+async def _count(session: Session, sample: list[int]) -> float:
     counted = by_rule = 0.0
     async with session.teacher as teacher:
-        for key in sample:
-            request, _ = session.start(key)
+        for group in sample:
+            request, _ = session.start(group)
             counted += await teacher.count_tokens(request)
             by_rule += sum(input_tokens(request, teacher.structured))
     return counted / by_rule

@@ -32,16 +32,17 @@ class _Live:
 
     async def run(self) -> None:
         report = self.session.report
-        todo = iter(list(self.session.groups))  # keys only: texts and images are read when their turn comes
+        todo = iter(self.session.groups)  # numbers: texts and images are read when their turn comes
         total = len(self.session.groups)
         with cli.progress(desc=self.teacher.name, total=total, unit="request") as bar:
             async with self.teacher:
                 self.catch_signals()
                 workers = min(self.teacher.concurrency, total)
-                await asyncio.gather(*(self.work(todo, bar) for _ in range(workers)))
-        if self.failure:
+                ends = await asyncio.gather(*(self.work(todo, bar) for _ in range(workers)), return_exceptions=True)
+        defect = next((end for end in ends if isinstance(end, BaseException)), None)
+        if defect or self.failure:
             cli.print0(f"stopped; {report.summary()}")
-            raise self.failure
+            raise defect or self.failure
 
     def catch_signals(self) -> None:
         """The first Ctrl-C, or a scheduler's SIGTERM, ends the run in good order; the second ends it at once."""
@@ -63,12 +64,12 @@ class _Live:
         self.failure = self.failure or failure
         self.teacher.stop()
 
-    async def work(self, todo: Iterator[str], bar: Any) -> None:
-        for key in todo:
+    async def work(self, todo: Iterator[int], bar: Any) -> None:
+        for group in todo:
             if self.failure:
                 return
             try:
-                await self.ask(key)
+                await self.ask(group)
             except cli.UserError as error:
                 self.stop(error)
                 return
@@ -79,7 +80,7 @@ class _Live:
                 self.stop(cli.UserError(f"{what}; make room, then run the same command again to go on"))
                 return
             except BaseException:
-                self.teacher.stop()  # the others shall not go on paying for what a defect of ours ends
+                self.teacher.stop()  # nothing new is paid for after a defect of ours; what is on its way comes home
                 raise
             bar.update()
             bar.set_postfix_str(self.state(), refresh=False)
@@ -96,11 +97,11 @@ class _Live:
             words.append(f"{int(pace.limit)} at a time")
         return ", ".join(filter(None, words))
 
-    async def ask(self, key: str) -> None:
+    async def ask(self, group: int) -> None:
         """Ask about one rationale, at most `attempts` times, and give every item of the group the reply."""
         session, report = self.session, self.session.report
-        request, sidecar = session.start(key)
-        copies = len(session.groups[key]) - 1
+        request, sidecar = session.start(group)
+        copies = len(session.groups.waiting(group)) - 1
         for attempt in range(1, session.attempts + 1):
             try:
                 reply = await self.teacher.answer(request)
@@ -108,14 +109,14 @@ class _Live:
                 reason = failure.reason
                 break
             report.add(reply)
-            refused = await self.desk.lay_down(key, request, reply, sidecar | {"attempt": attempt})
+            refused = await self.desk.lay_down(group, request, reply, sidecar | {"attempt": attempt})
             if refused is None:
                 report.copied += copies
                 reason = None
                 break
             reason = refused.reason
             request = session.ask_again(request, refused)
-        session.finish(key, reason)
+        session.finish(group, reason)
 
 
 class _Desk:
@@ -154,7 +155,10 @@ class _Desk:
     async def clear(self) -> None:
         while self.waiting:
             batch, self.waiting = self.waiting, []
-            outcomes = await asyncio.to_thread(self.lay_all_down, [about for about, _ in batch])
+            try:
+                outcomes = await asyncio.to_thread(self.lay_all_down, [about for about, _ in batch])
+            except Exception as error:  # the machine gives no more threads: whoever waits must hear of it
+                outcomes = [error] * len(batch)
             for (_, done), outcome in zip(batch, outcomes, strict=True):
                 if done.cancelled():
                     continue

@@ -25,10 +25,14 @@ class Pace:
         self._stopping = asyncio.Event()
         self._waiting: list[asyncio.Future] = []
 
+    @property
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
+
     async def enter(self) -> None:
         """Wait for a turn. Raises Stopped after `stop`; every other return needs a `leave`."""
         while True:
-            if self._stopping.is_set():
+            if self.stopping:
                 raise Stopped
             pause = self._resume_at - time.monotonic()
             if pause > 0:

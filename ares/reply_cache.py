@@ -8,12 +8,16 @@ would cost more time than all the rest of the client.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ares.groups import Numbers
 
 FILE = "replies.jsonl"
 _START = '{"key": "'
@@ -32,22 +36,23 @@ class ReplyCache:
         self.path = Path(folder, FILE) if folder is not None else None
         self._lock = threading.Lock()
         self._file: int | None = None
-        self._where: dict[bytes, tuple[int, int]] = {}  # digest -> (offset, length) of its last line
+        self._entries = Numbers()  # digest -> number of its last line
+        self._offsets = array("Q")
         if self.path is not None:
             self._index()
 
     def has(self, key: str) -> bool:
-        return bytes.fromhex(key) in self._where
+        return key in self._entries
 
     def get(self, key: str) -> dict[str, Any] | None:
         """{"text": ..., ...} or None."""
-        place = self._where.get(bytes.fromhex(key))
-        if place is None:
+        number = self._entries.get(key)
+        if number is None:
             return None
         try:
             with open(self.path, "rb") as file:
-                file.seek(place[0])
-                entry = json.loads(file.read(place[1]))
+                file.seek(self._offsets[number])
+                entry = json.loads(file.readline())
         except (OSError, ValueError):
             return None
         good = isinstance(entry, dict) and entry.get("key") == key and isinstance(entry.get("text"), str)
@@ -65,10 +70,10 @@ class ReplyCache:
                 written = os.write(self._file, line)
                 end = os.lseek(self._file, 0, os.SEEK_CUR)
             except OSError:
-                self.path, self._where = None, {}
+                self.path, self._entries = None, Numbers()
                 return
             if written == len(line):
-                self._where[bytes.fromhex(key)] = (end - len(line), len(line))
+                self._note(key, end - len(line))
 
     def close(self) -> None:
         if self._file is not None:
@@ -89,10 +94,12 @@ class ReplyCache:
                 offset = 0
                 for line in file:
                     if line.startswith(_START.encode()) and line.endswith(b"\n"):
-                        try:
-                            self._where[bytes.fromhex(line[_KEY].decode())] = (offset, len(line))
-                        except ValueError:  # damaged
-                            pass
+                        with contextlib.suppress(ValueError):  # damaged
+                            self._note(line[_KEY].decode(), offset)
                     offset += len(line)
         except OSError:
             pass
+
+    def _note(self, key: str, offset: int) -> None:
+        self._entries.put(key, len(self._offsets))
+        self._offsets.append(offset)

@@ -77,6 +77,17 @@ def write_request(folder: str | os.PathLike, text: str) -> bool:
     return True
 
 
+def prepare_request(folder: str | os.PathLike, text: str, sentences: Sequence[str], images: Sequence[Path]) -> bool:
+    """Lay out one rationale's request; True if the reply to an older rationale had to be set aside."""
+    before = Path(folder) / REQUEST
+    asked = before.read_bytes().decode("utf-8", errors="replace") if before.exists() else None
+    outdated = asked is not None and not all(f'"{sentence}": ' in asked for sentence in sentences)
+    aside = outdated and set_reply_aside(folder)
+    place_images(folder, images)
+    write_request(folder, text)  # last: its presence says "ready"
+    return aside
+
+
 def place_images(folder: str | os.PathLike, images: Sequence[Path]) -> None:
     """Put the images into the folder under their own names: hard links where the disk allows, copies elsewhere."""
     for image in images:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ares import batches, claude, cli, locks, reference
-from ares.answering import OURS, Report, Session, is_answered, read_reply
+from ares.answering import OURS, Report, Session
 from ares.asking import CORRECT, SCORE, Reply, Request, Teacher, Wording
 from ares.batch_records import Store
 from ares.budget import LOG, Ledger, read_log
@@ -28,6 +28,7 @@ from ares.live import ask_live
 from ares.prices import Price, price_of
 from ares.problems import Problems, find_dataset, load_problems
 from ares.reply_cache import ReplyCache, default_folder
+from ares.reply_files import is_answered, read_reply
 
 __all__ = [
     "CORRECT", "OURS", "SCORE", "ClaudeTeacher", "ReferenceTeacher", "Reply", "Report", "Request", "Session",

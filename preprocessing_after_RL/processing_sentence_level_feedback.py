@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from ares import cli, feedback  # noqa: E402
 from ares.problems import find_dataset, load_problems  # noqa: E402
-from ares.requests import images_of_questions, place_images, set_reply_aside, write_request  # noqa: E402
+from ares.requests import images_of_questions, prepare_request  # noqa: E402
 from utils_prompt import scoring_request  # noqa: E402
 
 
@@ -40,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def exported_items(questions_dir: str) -> list[feedback.Item]:
+def exported_items(questions_dir: str) -> feedback.Items:
     """All exported rationales. Raises UserError if there are none."""
     items = feedback.iter_items(questions_dir)
     if not items:
@@ -49,17 +48,6 @@ def exported_items(questions_dir: str) -> list[feedback.Item]:
         files = f"{{k}}/p{{rank}}/{{qid}}/{feedback.RATIONALE}"
         raise cli.UserError(f"--questions_dir: {Path(questions_dir).absolute()} holds no {files}; {fix}")
     return items
-
-
-def prepare(item: feedback.Item, problem: Mapping[str, Any], sentences: Sequence[str], images: Sequence[Path]) -> bool:
-    """Write one folder's request; True if an older rationale's reply had to be set aside."""
-    before = item.folder / feedback.REQUEST
-    asked = before.read_bytes().decode("utf-8", errors="replace") if before.exists() else None
-    outdated = asked is not None and not all(f'"{sentence}": ' in asked for sentence in sentences)
-    aside = outdated and set_reply_aside(item.folder)
-    place_images(item.folder, images)
-    write_request(item.folder, scoring_request(problem, sentences))  # last: its presence says "ready"
-    return aside
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise cli.UserError(f"--strict: {refused}; export it again") from None
             unusable.append(refused)
             continue
-        if prepare(item, problems[item.qid], sentences, images[item.qid]):
+        text = scoring_request(problems[item.qid], sentences)
+        if prepare_request(item.folder, text, sentences, images[item.qid]):
             set_aside += 1
             outdated.add(item.action)
     for action in outdated:

@@ -15,10 +15,10 @@ import pytest
 
 import haiku
 from ares import agreement, api_errors, budget, claude, cli, feedback, images, locks, pacing, prices
-from ares.answering import REFUSED_REPLY
-from ares.asking import Stopped
+from ares.asking import SCORE, Reply, Request, Stopped
 from ares.budget import Ledger, read_log
 from ares.reply_cache import ReplyCache
+from ares.reply_files import REFUSED_REPLY
 from haiku_for_correction_feedback import edit_distance
 from tests.api_server import KEY, ApiServer, Fault, fill_form, score_by_text
 from tests.conftest import one_line_error, run_script
@@ -173,6 +173,42 @@ def test_concurrency_follows_the_api(server, questions):
     assert len(scores(questions)) == 24
     refused = [name for _, name in server.log if name == "529"]
     assert len(refused) < 60 and server.most_in_flight <= 12
+
+
+def test_a_budget_serves_one_run_after_another():
+    """--watch and --check ask in several event loops with one budget: each may have to wait for money."""
+    ledger = Ledger(None, max_usd=1.0)
+
+    async def two():
+        first = await ledger.reserve("first", 0.8)
+        waiting = asyncio.ensure_future(ledger.reserve("second", 0.8))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        ledger.settle(first, 0.0, "reply")
+        ledger.settle(await asyncio.wait_for(waiting, 5), 0.0, "reply")
+
+    asyncio.run(two())
+    asyncio.run(two())
+
+
+def test_nothing_leaves_after_the_end_though_it_waited_for_money(server, monkeypatch):
+    """Ctrl-C while requests wait for the budget: those on their way come home, those that waited are not sent."""
+    server.latency = 0.3
+
+    async def scene():
+        teacher = claude.ClaudeTeacher(base_url=server.url, concurrency=4)
+        asked = Request("id-1", SCORE, "1", 'Score:\n{\n"It is so.": xxx\n}', ("It is so.",))
+        teacher.ledger = Ledger(None, max_usd=1.5 * teacher.most_usd(asked))
+        async with teacher:
+            all_of_them = [asyncio.ensure_future(teacher.answer(asked)) for _ in range(4)]
+            while not server.in_flight:
+                await asyncio.sleep(0.01)
+            teacher.stop()
+            return await asyncio.wait_for(asyncio.gather(*all_of_them, return_exceptions=True), 10)
+
+    ends = asyncio.run(scene())
+    assert isinstance(ends[0], Reply) and all(isinstance(end, Stopped) for end in ends[1:])
+    assert len(server.log) == 1
 
 
 def test_retry_after_holds_everybody_back(server, questions):

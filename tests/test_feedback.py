@@ -109,8 +109,8 @@ def test_items_are_exact_and_in_order(tmp_path):
     mark_done(tmp_path, 0)
     found = [(item.action, item.rank, item.qid) for item in iter_items(tmp_path)]
     assert found == [(0, 0, "9"), (0, 0, "10"), (0, 1, "8"), (0, 10, "7"), (2, 0, "abc"), (10, 0, "1")]
-    assert iter_items(tmp_path, 1) == [] and iter_items(tmp_path / "absent") == []
-    assert iter_items(tmp_path, 2) == [Item(tmp_path / "2" / "p0" / "abc", 2, 0, "abc")]
+    assert not iter_items(tmp_path, 1) and not iter_items(tmp_path / "absent")
+    assert list(iter_items(tmp_path, 2)) == [Item(tmp_path / "2" / "p0" / "abc", 2, 0, "abc")]
 
 
 # -- signals ---------------------------------------------------------------------------------------------
@@ -281,4 +281,4 @@ def test_killed_writer_leaves_no_half_form(tmp_path):
     shutil.rmtree(folder)
     (folder).mkdir()
     (folder / ".tmp-1-1").write_text("{")
-    assert iter_items(tmp_path) == []
+    assert not iter_items(tmp_path)

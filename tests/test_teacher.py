@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -308,6 +309,45 @@ def test_a_reply_that_comes_as_the_clerks_end_is_laid_down(monkeypatch):
         await asyncio.wait_for(asyncio.gather(first, second, third), 5)
 
     asyncio.run(scene())
+
+
+def test_a_clerk_that_cannot_work_says_so():
+    """No thread to write in: whoever waits for the reply to be laid down hears of it (once it waited for ever)."""
+
+    class Folder:
+        def lay_down(self, reply):
+            return None
+
+    async def scene():
+        nobody = ThreadPoolExecutor(1)
+        nobody.shutdown()
+        asyncio.get_running_loop().set_default_executor(nobody)
+        desk = live._Desk(Folder())
+        replies = [desk.lay_down("first"), desk.lay_down("second")]
+        ends = await asyncio.wait_for(asyncio.gather(*replies, return_exceptions=True), 5)
+        assert all(isinstance(end, RuntimeError) for end in ends)
+
+    asyncio.run(scene())
+
+
+def test_a_defect_lets_the_others_come_home(server, questions, monkeypatch):
+    """Six requests on their way, the first of which meets a defect of ours: the other five were paid for."""
+    server.latency = 0.3
+    taken = []
+    real = claude.ClaudeTeacher.reply
+
+    def reply(self, message, *about, **more):
+        taken.append(message)
+        if len(taken) == 1:
+            raise LookupError("a defect")
+        return real(self, message, *about, **more)
+
+    monkeypatch.setattr(claude.ClaudeTeacher, "reply", reply)
+    with pytest.raises(LookupError, match="a defect"):
+        ask(server, questions, "--concurrency", "6", "--max_usd", "1")
+    assert len(taken) == len({asked.text for asked in server.asked}) == 5  # one rationale is there twice
+    items = feedback.iter_items(questions)
+    assert sum(feedback.has_reply(item.folder) for item in items) == len({asked.text for asked in server.asked}) - 1
 
 
 # -- what a user gets wrong --------------------------------------------------------------------------------

@@ -1,0 +1,123 @@
+"""The files of one reply: sidecar, reply, what was read from it; and whether an item needs no asking again.
+
+In this order, each in one step: `reply.json` (who wrote it, tokens, dollars), `output_from_llm.txt` (flushed to disk:
+from here on the item counts as answered), `score.txt` or `refused.txt`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ares import cli, feedback
+from ares.asking import SCORE
+from ares.feedback import Refused
+
+REFUSED_REPLY = f"unusable_{feedback.REPLY}"  # reads well, but its stop reason says that it is not the whole reply
+
+
+def read_reply(kind: str, folder: Path) -> list[float] | str:
+    """What an item's reply says: scores (`score.txt` is written) or the corrected rationale.
+
+    Raises Refused; the reason then stands in `refused.txt`.
+    """
+    if kind == SCORE:
+        return feedback.read_scores(folder)
+    try:
+        reply = (folder / feedback.REPLY).read_bytes() if (folder / feedback.REPLY).exists() else None
+        final = feedback.parse_correction(reply, " ".join(feedback.read_rationale(folder)))
+    except Refused as refused:
+        cli.write_text(folder / feedback.REASON, f"{refused}\n")
+        raise
+    (folder / feedback.REASON).unlink(missing_ok=True)
+    return final
+
+
+def is_answered(kind: str, folder: Path) -> bool:
+    """Whether the folder's reply needs no asking again."""
+    if not feedback.has_reply(folder):
+        return False
+    if kind == SCORE:
+        with contextlib.suppress(FileNotFoundError):
+            scores = os.stat(folder / feedback.SCORES)
+            if scores.st_size and scores.st_mtime_ns >= os.stat(folder / feedback.REPLY).st_mtime_ns:
+                return True  # read before, with success
+    try:
+        read_reply(kind, folder)
+    except Refused as refused:
+        return refused.reason == "unchanged"  # clear enough: the rationale stays as it is
+    return True
+
+
+def reading(kind: str, text: str, sentences: Sequence[str]) -> list[float] | Refused | None:
+    """The scores in a reply, None for a correction that can be used, or why it cannot."""
+    try:
+        if kind == SCORE:
+            return feedback.parse_scores(text, list(sentences))
+        feedback.parse_correction(text, " ".join(sentences))
+    except Refused as refused:
+        return None if refused.reason == "unchanged" else refused
+    return None
+
+
+def write_whole(path: str | os.PathLike, text: str, flush: bool = False) -> None:
+    """Write a file in one step, in as few system calls as that takes: 50,000 items have four files each."""
+    path = os.fspath(path)
+    temporary = f"{os.path.dirname(path)}/.tmp-{os.getpid()}-{threading.get_ident()}-{time.monotonic_ns()}"
+    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        try:
+            _write_all(file, text)
+            if flush:
+                os.fsync(file)
+        finally:
+            os.close(file)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_reply(folder: Path, text: str, about: Mapping[str, Any], read: list[float] | Refused | None) -> None:
+    """`about`: the sidecar's content; `read`: what `reading` says of the text."""
+    # one field a line; `indent` would be slow Python
+    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in about.items())
+    overwrite(f"{folder}/{feedback.SIDECAR}", "{\n" + ",\n".join(lines) + "\n}\n")  # counts only with its reply
+    write_whole(f"{folder}/{feedback.REPLY}", text, flush=True)
+    if isinstance(read, Refused):
+        (folder / feedback.SCORES).unlink(missing_ok=True)
+        write_whole(folder / feedback.REASON, f"{read}\n")
+        return
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{folder}/{feedback.REASON}")
+    if read is not None:  # read again if a kill leaves it empty
+        overwrite(f"{folder}/{feedback.SCORES}", "".join(f"{score}\n" for score in read))
+
+
+def set_cut_reply_aside(folder: Path, text: str, stop_reason: str) -> None:
+    """Keep a reply that reads well but is not whole where nobody takes it for one."""
+    cli.write_text(folder / REFUSED_REPLY, text)
+    (folder / feedback.REPLY).unlink(missing_ok=True)
+    (folder / feedback.SCORES).unlink(missing_ok=True)
+    write_whole(folder / feedback.REASON, f"{stop_reason}\n")
+
+
+def overwrite(path: str, text: str) -> None:
+    """Write a file that may be found cut."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        _write_all(file, text)
+    finally:
+        os.close(file)
+
+
+def _write_all(file: int, text: str) -> None:
+    data = memoryview(text.encode("utf-8", errors="surrogateescape"))
+    while data:
+        data = data[os.write(file, data) :]
