@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import sharding
 from ares import cli, ppo
 from ares.cli import UserError
 from experience import Experience, plan_epoch
@@ -53,7 +54,8 @@ class ActorCritic(nn.Module):
             entropy = ppo.entropy(logits, mask, denominator=1)
         if self.value_function is None:
             return logprobs, entropy, None
-        return logprobs, entropy, self.value_function(**prompt, decoder_input_ids=actions[:, :-1])
+        values = self.value_function(**prompt, decoder_input_ids=actions[:, :-1])
+        return logprobs, entropy, values.to(logprobs.dtype)  # autocast gives bf16
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
@@ -94,9 +96,12 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.01) -> t
     return optimizer, [name for group in groups for name, _ in group]
 
 
-def optimizer_state(optimizer, names: list[str]) -> dict[str, Any]:
-    """What `optimizer_state.pth` holds: the moments by place, and the parameters' names to check the places by."""
-    return {"state": optimizer.state_dict()["state"], "names": names}
+def optimizer_state(optimizer, names: list[str], keep: bool = True) -> dict[str, Any]:
+    """What `optimizer_state.pth` holds: the moments by place, and the parameters' names to check the places by.
+
+    Collective where the model is sharded; only a process that is to write asks to `keep`.
+    """
+    return {"state": sharding.whole(optimizer.state_dict()["state"], keep), "names": names}
 
 
 def restore_optimizer(optimizer, names: list[str], path: Path) -> None:
@@ -119,6 +124,11 @@ def restore_optimizer(optimizer, names: list[str], path: Path) -> None:
 
 
 def _load_moments(optimizer, state: dict) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        place: {key: sharding.like(one, parameters[place]) for key, one in moments.items()}
+        for place, moments in state.items()
+    }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -175,13 +185,19 @@ class PpoTrainer:
         metrics: Metrics,
         number: int,
         share_dropped: float = 0.0,
+        sharded: sharding.Sharding | None = None,
     ):
         self.data, self.prompts, self.args, self.number = data, prompts, args, number
         self.accelerator, self.metrics, self.share_dropped = accelerator, metrics, share_dropped
         self.slots = [Path(state) / f"slot_{i}.pth" for i in range(2)]
         self.raw = ActorCritic(policy, value_function)
-        optimizer, self.names = make_optimizer(self.raw, args.lr)
-        self.model, self.optimizer = accelerator.prepare(self.raw, optimizer)
+        self.sharded = sharded
+        if sharded is not None:
+            self.model = sharding.shard(self.raw, sharded)
+            self.optimizer, self.names = make_optimizer(self.raw, args.lr)
+        else:
+            optimizer, self.names = make_optimizer(self.raw, args.lr)
+            self.model, self.optimizer = accelerator.prepare(self.raw, optimizer)
         self.model.eval()  # no dropout: the ratio to the sampling policy would be noise
         if args.gradient_checkpointing:
             checkpoint_gradients(self.raw)
@@ -236,7 +252,7 @@ class PpoTrainer:
             idle = not mine  # a process without work runs one row that weighs nothing: gradients meet at its backward
             mine = rows[:1] if idle else mine
             last = i == len(step) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            with contextlib.nullcontext() if last else sharding.no_sync(self.model, self.accelerator, self.sharded):
                 loss = self._loss(mine, advantages[[place[row] for row in mine]], total, idle, sums)
                 # the wrapper averages gradients over processes, but the loss is already a share of the whole step
                 self.accelerator.backward(loss * self.accelerator.num_processes)
@@ -256,7 +272,7 @@ class PpoTrainer:
     def _grad_norm(self) -> float:
         """The gradient's norm over all parameters, before it is clipped to --max_grad_norm. UserError on nan."""
         parameters = [p for p in self.raw.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = sharding.whole_norm(nn.utils.get_total_norm([p.grad for p in parameters]))
         if not math.isfinite(norm):
             raise UserError(
                 f"round {self.number}: the gradient of update {self.position.done + 1} is not finite; the same "
@@ -277,7 +293,8 @@ class PpoTrainer:
         actions, mask = actions.to(device), (mask & (not idle)).to(device)
 
         prompt = self.prompts.batch([roll.qids[row] for row in rows])
-        logprobs, entropy, values = self.model(prompt, actions, mask, bool(args.entropy_coef))
+        with self.accelerator.autocast():
+            logprobs, entropy, values = self.model(prompt, actions, mask, bool(args.entropy_coef))
         policy_loss = ppo.policy_loss(logprobs, old, advantages, mask, args.clip_range, denominator=total)
         loss = policy_loss - args.entropy_coef * entropy / total
         value_loss = torch.zeros_like(policy_loss)
@@ -347,13 +364,14 @@ class PpoTrainer:
         the epoch fix.
         """
         self.saved_at = time.monotonic()
-        if self.accelerator.is_main_process:
-            state = {
-                "name": self._name,
-                "position": vars(self.position),
-                "model": self.raw.state_dict(),
-                "optimizer": optimizer_state(self.optimizer, self.names),
-            }
+        keep = self.accelerator.is_main_process
+        state = {
+            "name": self._name,
+            "position": vars(self.position),
+            "model": sharding.whole_state(self.raw, keep),
+            "optimizer": optimizer_state(self.optimizer, self.names, keep),
+        }
+        if keep:
             with cli.atomic_path(self.slots[self.saves % 2]) as temporary, open(temporary, "wb") as file:
                 torch.save(state, file)  # a file: torch cannot name an archive after `.tmp-1`
         self.saves += 1
@@ -377,7 +395,7 @@ class PpoTrainer:
                 f"({', '.join(changed)}); go on with the same number of processes, or delete "
                 f"{self.slots[0].parent} to begin this round's PPO anew"
             )
-        self.raw.load_state_dict(state["model"])
+        sharding.load_whole(self.raw, state["model"])
         _load_moments(self.optimizer, state["optimizer"]["state"])
         self.position, self.saves = Position(**state["position"]), newest + 1
         cli.print0(f"going on with PPO at epoch {self.position.epoch + 1}, update {self.position.update + 1}")

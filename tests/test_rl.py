@@ -487,3 +487,25 @@ def test_metrics_are_rewound_to_where_training_goes_on(tmp_path):
     assert lines[0]["x"] is None
     log.rewind(1, None)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_wandb_is_asked_for_before_anything_else(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where the package is absent
+    with pytest.raises(UserError, match="--report_to wandb.*pip install wandb"):
+        run_mm_cot_rl.parse_args(["--base_model_dir", str(tmp_path), "--report_to", "wandb"])
+
+
+def test_wandb_offline_goes_on_with_its_run(tmp_path, monkeypatch):
+    """Needs the package, which no requirement brings: pip install wandb."""
+    pytest.importorskip("wandb")
+    from metrics import Metrics
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ids = []
+    for update in (1, 2):
+        log = Metrics(tmp_path, "wandb", {"lr": 1e-5})
+        log.log("update", 0, update, {"loss": 1.0, "explained_variance": math.nan}, epoch=0)
+        ids.append(log.wandb.id)
+        log.close()
+    assert ids[0] == ids[1] and len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2

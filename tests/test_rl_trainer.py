@@ -60,7 +60,7 @@ def models(dtype, seed=0):
     return made
 
 
-def make_trainer(tmp_path, rows=9, seed=0, dtype=torch.float64, scorer=None, **changes):
+def make_trainer(tmp_path, rows=9, seed=0, dtype=torch.float64, sharded=None, **changes):
     """A trainer on random ragged rollouts whose stored numbers are near what the policy says, as after sampling."""
     from accelerate import Accelerator
 
@@ -84,7 +84,7 @@ def make_trainer(tmp_path, rows=9, seed=0, dtype=torch.float64, scorer=None, **c
     log = metrics.Metrics(tmp_path, "none", {})
     return ppo_trainer.PpoTrainer(
         policy, None if args.algo == "rloo" else value_function, data, prompts, args, Accelerator(cpu=True),
-        tmp_path, log, 0,
+        tmp_path, log, 0, sharded=sharded,
     )  # fmt: skip
 
 
