@@ -117,18 +117,29 @@ def _chunks(qids: Sequence[str], size: int) -> list[list[int]]:
     return [chunk for chunk in chunks if chunk]
 
 
-def plan_epoch(lengths: Sequence[int], per_process: int, processes: int, accumulation: int, seed: int) -> list:
+def plan_epoch(
+    lengths: Sequence[tuple[int, int]], per_process: int, processes: int, accumulation: int, seed: int
+) -> list:
     """Which rows each update of one PPO epoch trains on: `plan[update][i][process]` is the i-th minibatch there.
 
     Rows are shuffled from the seed and cut into optimizer steps of `per_process * processes * accumulation` rows, the
-    last one short; inside a step they are sorted by length (less padding, the same gradient) and dealt out in
-    minibatches of `per_process`. In the short step a minibatch may be empty, but every process has equally many.
+    last one short; inside a step rows of like `lengths` (of rationale and prompt) come together (less padding, the
+    same gradient), in minibatches of `per_process`. In the short step a minibatch may be empty, but every process has
+    equally many.
     """
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     size = per_process * processes * accumulation
     plan = []
     for begin in range(0, len(order), size):
-        rows = sorted(order[begin : begin + size], key=lambda row: -lengths[row])  # stable: the shuffle breaks ties
+        # strips of falling rationales, each by falling prompt; stable sorts: the shuffle breaks ties
+        rows = sorted(order[begin : begin + size], key=lambda row: -lengths[row][0])
+        count = math.ceil(len(rows) / per_process)
+        strip = per_process * math.ceil(math.sqrt(count))
+        rows = [
+            row
+            for i in range(0, len(rows), strip)
+            for row in sorted(rows[i : i + strip], key=lambda row: -lengths[row][1])
+        ]
         minibatches = [rows[i : i + per_process] for i in range(0, len(rows), per_process)]
         minibatches += [[] for _ in range(-len(minibatches) % processes)]
         plan.append([minibatches[i : i + processes] for i in range(0, len(minibatches), processes)])

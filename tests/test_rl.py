@@ -423,7 +423,7 @@ def test_without_reward_the_policy_only_decays(world, collected, tmp_path):
     ("rows", "processes", "accumulation"), [(14, 1, 4), (14, 2, 2), (3, 4, 2), (17, 3, 1), (1, 2, 8)]
 )
 def test_plan_covers_every_row_once_and_keeps_processes_in_step(rows, processes, accumulation):
-    lengths = [(7 * i) % 13 + 1 for i in range(rows)]
+    lengths = [((7 * i) % 13 + 1, (5 * i) % 11 + 1) for i in range(rows)]
     plan = experience.plan_epoch(lengths, 2, processes, accumulation, seed=5)
     flat = [row for step in plan for group in step for minibatch in group for row in minibatch]
     assert sorted(flat) == list(range(rows))
