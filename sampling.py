@@ -138,7 +138,7 @@ def length_groups(lengths: Tensor, tokens: int) -> list[Tensor]:
 def write(policy: nn.Module, states: Tensor, attention_mask: Tensor, sampling: Sampling, seed: int) -> Tensor:
     """Draw k rationales for each of Q encoded prompts: actions (Q*k, L) int64 on the CPU, L at most `output_len`."""
     device, rows = states.device, len(states) * sampling.k
-    u = torch.rand(rows, sampling.output_len, generator=torch.Generator().manual_seed(seed)).to(device)
+    u = numbers(rows, sampling.output_len, seed).to(device)
     actions = torch.zeros(rows, sampling.output_len, dtype=torch.long, device=device)
     decoder = StepDecoder(policy, states, attention_mask, sampling.k)
     live = torch.arange(rows, device=device)  # the rows that are being written
@@ -158,6 +158,11 @@ def write(policy: nn.Module, states: Tensor, attention_mask: Tensor, sampling: S
             live, tokens, ended = live[left], tokens[left], ended[left]
     actions = actions.cpu()
     return actions[:, : 1 + int(ppo.action_mask(actions).sum(1).max())]
+
+
+def numbers(rows: int, length: int, seed: int) -> Tensor:
+    """What every position is drawn with, (rows, length) in [0, 1); alike on every device."""
+    return torch.rand(rows, length, generator=torch.Generator().manual_seed(seed))
 
 
 def draw(logits: Tensor, sampling: Sampling, u: Tensor) -> Tensor:
