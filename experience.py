@@ -131,19 +131,33 @@ def plan_epoch(
     size = per_process * processes * accumulation
     plan = []
     for begin in range(0, len(order), size):
-        # strips of falling rationales, each by falling prompt; stable sorts: the shuffle breaks ties
-        rows = sorted(order[begin : begin + size], key=lambda row: -lengths[row][0])
-        count = math.ceil(len(rows) / per_process)
-        strip = per_process * math.ceil(math.sqrt(count))
-        rows = [
-            row
-            for i in range(0, len(rows), strip)
-            for row in sorted(rows[i : i + strip], key=lambda row: -lengths[row][1])
-        ]
-        minibatches = [rows[i : i + per_process] for i in range(0, len(rows), per_process)]
+        minibatches = _bucket(order[begin : begin + size], lengths, per_process)
         minibatches += [[] for _ in range(-len(minibatches) % processes)]
         plan.append([minibatches[i : i + processes] for i in range(0, len(minibatches), processes)])
     return plan
+
+
+def _bucket(rows: Sequence[int], lengths: Sequence[tuple[int, int]], size: int) -> list[list[int]]:
+    """Rows in minibatches with little padding: by falling rationale, or in strips of that order by falling prompt,
+    whichever way costs least. Stable sorts: the order of `rows` breaks ties."""
+    rows = sorted(rows, key=lambda row: -lengths[row][0])
+    found = []
+    width = size  # of a strip
+    while True:
+        strips = [rows[i : i + width] for i in range(0, len(rows), width)]
+        if width > size:
+            strips = [sorted(strip, key=lambda row: -lengths[row][1]) for strip in strips]
+        flat = [row for strip in strips for row in strip]
+        minibatches = [flat[i : i + size] for i in range(0, len(flat), size)]
+        # decoders and head read a token of the rationale for half as much again as the encoders one of the prompt
+        cost = sum(
+            len(one) * (3 * max(lengths[row][0] for row in one) + 2 * max(lengths[row][1] for row in one))
+            for one in minibatches
+        )
+        found.append((cost, width, minibatches))
+        if width >= len(rows):
+            return min(found)[2]
+        width *= 2
 
 
 def write_samples(path: Path, data: Experience, scores: Sequence[Sequence[float]], texts: dict, tokenizer) -> None:

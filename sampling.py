@@ -79,8 +79,11 @@ def sample_batch(models: Models, prompt: dict[str, Tensor], sampling: Sampling, 
     (B*k, L-1) float32 with zeros outside the mask, all on the CPU.
     """
     states = scoring.encode(models.policy, prompt)  # (B, S, d)
-    actions = write(models.policy, states, prompt["attention_mask"], sampling, seed)
-    out = {"actions": actions, "logprobs": score(models.policy, prompt, actions, sampling.k, states=states)}
+    actions, logprobs = write(models.policy, states, prompt["attention_mask"], sampling, seed)
+    if torch.is_autocast_enabled(states.device.type):
+        # in half precision a step and a whole pass round differently: what counts is the pass that training makes
+        logprobs = score(models.policy, prompt, actions, sampling.k, states=states)
+    out = {"actions": actions, "logprobs": logprobs}
     with models.at_work(models.reference) as reference:
         out["ref_logprobs"] = score(reference, prompt, actions, sampling.k)
     if models.value_function is None:
@@ -135,18 +138,25 @@ def length_groups(lengths: Tensor, tokens: int) -> list[Tensor]:
 # -- writing ---------------------------------------------------------------------------------------------
 
 
-def write(policy: nn.Module, states: Tensor, attention_mask: Tensor, sampling: Sampling, seed: int) -> Tensor:
-    """Draw k rationales for each of Q encoded prompts: actions (Q*k, L) int64 on the CPU, L at most `output_len`."""
+def write(
+    policy: nn.Module, states: Tensor, attention_mask: Tensor, sampling: Sampling, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Draw k rationales for each of Q encoded prompts: actions (Q*k, L) int64, L at most `output_len`, and their
+    log-probabilities under the full softmax (Q*k, L-1) float32, 0 in padding; both on the CPU."""
     device, rows = states.device, len(states) * sampling.k
     u = numbers(rows, sampling.output_len, seed).to(device)
     actions = torch.zeros(rows, sampling.output_len, dtype=torch.long, device=device)
+    logprobs = torch.zeros(rows, sampling.output_len - 1, device=device)
     decoder = StepDecoder(policy, states, attention_mask, sampling.k)
     live = torch.arange(rows, device=device)  # the rows that are being written
     tokens, ended = actions[:, 0], torch.zeros(rows, dtype=torch.bool, device=device)
     look_every = 1 if device.type == "cpu" else LOOK_EVERY
     for t in range(1, sampling.output_len):
-        tokens = draw(decoder.step(tokens), sampling, u[live, t]).masked_fill(ended, 0)
+        logits = decoder.step(tokens)
+        log_z = logits.float().logsumexp(-1)
+        tokens = draw(logits, sampling, u[live, t]).masked_fill(ended, 0)
         actions[live, t] = tokens
+        logprobs[live, t - 1] = logits.gather(1, tokens[:, None])[:, 0].float() - log_z
         ended |= tokens == EOS
         if t % look_every:
             continue
@@ -157,7 +167,9 @@ def write(policy: nn.Module, states: Tensor, attention_mask: Tensor, sampling: S
             decoder.keep(left)
             live, tokens, ended = live[left], tokens[left], ended[left]
     actions = actions.cpu()
-    return actions[:, : 1 + int(ppo.action_mask(actions).sum(1).max())]
+    mask = ppo.action_mask(actions)
+    T = int(mask.sum(1).max())
+    return actions[:, : T + 1], logprobs.cpu().masked_fill(~mask, 0)[:, :T]
 
 
 def numbers(rows: int, length: int, seed: int) -> Tensor:

@@ -153,11 +153,12 @@ def head_logprobs(states: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tenso
     most KEEP numbers live on for the gradient, and no more than CHUNK besides.
     """
     device = states.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
         states, weight = states.to(low), weight.to(low)
-    with torch.autocast(device, enabled=False):
-        return _HeadLogprobs.apply(states, weight, labels)
+        with torch.autocast(device, enabled=False):
+            return _HeadLogprobs.apply(states, weight, labels)
+    return _HeadLogprobs.apply(states, weight, labels)
 
 
 # -- rewards ---------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from benchmarks import common, limits, released_rl, rl_common
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--questions", type=int, default=4, help="questions on both sides (default: %(default)s)")
-    parser.add_argument("--bs", type=int, default=64, help="questions per batch (default: %(default)s)")
+    parser.add_argument("--bs", type=int, default=16, help="questions per batch (default: %(default)s)")
     parser.add_argument("--k_actions", type=int, default=4, help="rationales per question (default: %(default)s)")
     parser.add_argument("--output_len", type=int, default=128, help="longest rationale (default: %(default)s)")
     parser.add_argument("--top_k", type=int, default=50, help="(default: %(default)s)")
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args, "rollouts", result, target=">= 8x" if args.device == "cpu" else ">= 20x", equal=equal,
         slice=f"{rows} rollouts of {n} questions, {tokens:.0f} tokens in the mean, output_len {args.output_len}",
         limit=f"{bare / full:.0%} of the time of a batch of {args.bs} questions is its bare matrix products",
-        scaling=common.linear(bench.ours, args, unit=args.bs),
+        scaling=common.linear(bench.ours, argparse.Namespace(**vars(args) | {"repeats": 1}), unit=args.bs),
         projection={"seconds_per_rollout": per_rollout},
         rollouts_per_second=1 / per_rollout,
     )  # fmt: skip

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # run as a file, the project is not on the path
 
 import torch
 
+from ares import ppo
 from ares.cli import print0, run
 
 SIZES = {
@@ -68,11 +69,11 @@ def kept_bytes(size: str, rows: int, checkpointing: bool) -> int:
         }
         actions = torch.ones(rows, OUTPUT, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = model.policy(**prompt, decoder_input_ids=actions[:, :-1], use_cache=False).logits
-        keep(logits)
-        values = model.value_function(**prompt, decoder_input_ids=actions[:, :-1])
-    del values
-    return sum(size for size, _ in kept.values()) + logits.numel() * 2  # and the gradient of the logits
+        out = model(prompt, None, actions, torch.arange(rows * (OUTPUT - 1), device="meta"))
+    del out
+    probabilities = rows * (OUTPUT - 1) * VOCABULARY
+    logits = 2 * probabilities if probabilities <= ppo.KEEP else 6 * ppo.CHUNK  # kept; or a block in bf16 and fp32
+    return sum(size for size, _ in kept.values()) + logits
 
 
 def row(size: str) -> str:

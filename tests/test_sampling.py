@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -144,6 +146,19 @@ def test_a_rationale_does_not_depend_on_who_leaves_the_batch_and_when(models, t5
     assert lengths.min() < lengths.max()
 
 
+def test_logprobs_of_writing_are_those_of_scoring_and_in_half_precision_they_are(models, t5_tokenizer):
+    """fp32: what the steps gave, within 1e-5 of a whole pass. bf16: the whole pass itself, as training makes it."""
+    prompt = prompt_batch(t5_tokenizer)
+    sampled = sampling.sample_batch(models, prompt, SOME, seed=7)
+    with torch.no_grad():
+        whole = sampling.score(models.policy, prompt, sampled["actions"], 3)
+    torch.testing.assert_close(sampled["logprobs"], whole, atol=1e-5, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        sampled = sampling.sample_batch(models, prompt, SOME, seed=7)
+        whole = sampling.score(models.policy, prompt, sampled["actions"], 3)
+    assert torch.equal(sampled["logprobs"], whole) and sampled["logprobs"].dtype == torch.float32
+
+
 def test_rows_leave_when_they_have_ended(models, t5_tokenizer, monkeypatch):
     """The work done follows the real lengths, not the longest."""
     prompt, sizes = prompt_batch(t5_tokenizer), []
@@ -212,6 +227,57 @@ def test_rows_of_like_length_are_scored_together():
     groups = [group.tolist() for group in sampling.length_groups(lengths, 200)]
     assert groups == [[1, 3], [5], [2], [0], [4], [6]]
     assert [g.tolist() for g in sampling.length_groups(torch.tensor([4, 4, 4, 4, 4]), 8)] == [[0, 1], [2, 3], [4]]
+
+
+def test_groups_of_like_length_cost_least():
+    assert scoring.length_groups([5, 5, 5]) == [[0, 1, 2]]
+    assert scoring.length_groups([10, 300, 12, 290]) == [[1, 3], [2, 0]]
+    g = torch.Generator().manual_seed(0)
+    for n in (1, 2, 5, 6):
+        lengths = torch.randint(1, 200, (n,), generator=g).tolist()
+        groups = scoring.length_groups(lengths)
+        assert sorted(row for rows in groups for row in rows) == list(range(n))
+        cuts = [[0, *cut, n] for r in range(n) for cut in itertools.combinations(range(1, n), r)]
+        got = sum(len(rows) * lengths[rows[0]] + scoring.GROUP_COST for rows in groups)
+        assert got == min(cost_of(cut, sorted(lengths, reverse=True)) for cut in cuts)
+
+
+def cost_of(edges: list[int], falling: list[int]) -> int:
+    return sum((b - a) * falling[a] + scoring.GROUP_COST for a, b in itertools.pairwise(edges))
+
+
+@pytest.mark.parametrize("question", [None, [0, 2, 2, 1]], ids=["own", "shared"])
+def test_groups_of_like_length_change_no_number(models, t5_tokenizer, monkeypatch, question):
+    """Encoder and decoder in several groups against one padded pass: states, log-probabilities and values of real
+    positions, fp32 within 1e-5."""
+    prompt = prompt_batch(t5_tokenizer)
+    prompt = {name: tensor[[0, 1, 2, 1]] for name, tensor in prompt.items()} if question is None else prompt
+    question = None if question is None else torch.tensor(question)
+    actions = torch.zeros(4, 13, dtype=torch.long)
+    for row, n in enumerate((3, 12, 7, 11)):
+        actions[row, 1 : n + 1] = torch.arange(100, 100 + n)
+    mask, found = ppo.action_mask(actions), []
+    for cost in (0, 10**6):  # a group for each length; one group
+        monkeypatch.setattr(scoring, "GROUP_COST", cost)
+        states = scoring.encode(models.policy, prompt)
+        real = states * prompt["attention_mask"][..., None]
+        how = (states, prompt["attention_mask"], question, actions)
+        logprobs, entropy = scoring.policy_logprobs(models.policy, *how, scoring.places_of(mask))
+        values = scoring.values(models.value_function, *how) * mask
+        found.append((real, logprobs, entropy, values))
+    assert len(scoring.length_groups([3, 12, 7, 11])) == 1
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+
+
+def test_the_fused_activation_is_the_librarys(world):
+    from transformers.activations import NewGELUActivation
+
+    plain, fused = load(world), scoring.fuse(load(world))
+    assert isinstance(plain.encoder.block[0].layer[1].DenseReluDense.act, NewGELUActivation)
+    assert not any(isinstance(module, NewGELUActivation) for module in fused.modules())
+    ids = torch.arange(2, 40)[None]
+    how = {"input_ids": ids, "decoder_input_ids": ids, "image_ids": torch.zeros(1, *rl_tools.PATCHES)}
+    torch.testing.assert_close(plain(**how).logits, fused(**how).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_columns_and_export_follow_the_given_ids(models, t5_tokenizer, tmp_path):
