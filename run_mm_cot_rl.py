@@ -174,6 +174,14 @@ def load_model(setup: Setup, folder: str | Path, value: bool = False):
     return scoring.fuse(loaded).to(setup.accelerator.device).eval()
 
 
+def load_frozen(setup: Setup, folder: str | Path, value: bool = False):
+    """`load_model` for sampling alone: no gradients, and half the memory where autocast rounds weights anyway."""
+    import scoring
+
+    model = load_model(setup, folder, value).requires_grad_(False)
+    return scoring.halve(model) if setup.accelerator.mixed_precision == "bf16" else model
+
+
 def start_folder(setup: Setup, number: int) -> Path:
     """The model that round `number` starts from."""
     return Path(setup.args.base_model_dir) if number == setup.start else setup.run / str(number - 1)
@@ -195,12 +203,11 @@ def collect_round(setup: Setup, store, number: int, k: int) -> None:
     if all(store.shard(i).exists() for i in range(cli.rank(), len(batches), cli.world_size())):
         models = None  # a kill came between sampling and the signal
     else:
+        start = start_folder(setup, number)
         models = Models(
-            policy=load_model(setup, start_folder(setup, number)).requires_grad_(False),
-            reference=load_model(setup, args.reference).requires_grad_(False),
-            value_function=None
-            if args.algo == "rloo"
-            else load_model(setup, start_folder(setup, number), value=True).requires_grad_(False),
+            policy=load_frozen(setup, start),
+            reference=load_frozen(setup, args.reference),
+            value_function=None if args.algo == "rloo" else load_frozen(setup, start, value=True),
             offload=args.offload,
         )
 

@@ -105,7 +105,7 @@ def score(
     states = scoring.encode(model, prompt) if states is None else states
     mask = ppo.action_mask(actions)  # on the CPU, as everything that decides about shapes
     lengths = mask.sum(1)
-    out = torch.zeros(mask.shape)
+    out, found = torch.zeros(mask.shape), []
     for rows in length_groups(lengths, SCORING_TOKENS):
         T = int(lengths[rows[0]])
         chunk, real = scoring.to_device(actions[rows, : T + 1], device), mask[rows, :T]
@@ -115,7 +115,9 @@ def score(
         else:
             places = scoring.places_of(real, device)
             scores, _ = scoring.policy_logprobs(model, states, prompt["attention_mask"], question, chunk, places)
-        out[rows, :T] = scores.float().cpu().masked_fill(~real, 0)
+        found.append((rows, real, scores))
+    for rows, real, scores in found:  # not sooner: to fetch is to wait for a GPU
+        out[rows, : real.size(1)] = scores.float().cpu().masked_fill(~real, 0)
     return out
 
 

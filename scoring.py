@@ -68,6 +68,16 @@ def head_scale(model: nn.Module) -> float:
     return config.d_model**-0.5 if scaled else 1.0
 
 
+def halve(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Keep the weights of linear layers in `dtype`, as autocast would make them anew at every call of a frozen model:
+    the same numbers for half the memory. Embeddings and norms, which autocast leaves alone, stay."""
+    embedding = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight is not embedding:
+            module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+    return model
+
+
 def decode(
     model: nn.Module, states: Tensor, attention_mask: Tensor, question: Tensor | None, actions: Tensor
 ) -> Tensor:

@@ -81,11 +81,12 @@ def row(size: str) -> str:
     policy, value = (sum(p.numel() for p in model.parameters()) for model in build(size))
     trained = policy + value - VOCABULARY * SIZES[size]["d_model"]  # the value function's lm_head is frozen
     state = 4 * (policy + value) + 12 * trained
+    frozen = 2 * policy + 2 * VOCABULARY * SIZES[size]["d_model"]  # bf16, the embedding fp32
     plain, less = (kept_bytes(size, MINIBATCH[size], checkpointing) for checkpointing in (False, True))
     cells = [
         f"{size}, {policy / 1e6:.0f} M",
         str(MINIBATCH[size]),
-        *(f"{number / 1e9:.1f}" for number in (4 * (2 * policy + value), 4 * policy, state, 16 * policy)),
+        *(f"{number / 1e9:.1f}" for number in (3 * frozen, frozen, state, 16 * policy)),
         *(f"{number / 1e9:.1f}" for number in (plain, less, state + plain, state + less)),
     ]
     return "| " + " | ".join(cells) + " |"

@@ -440,6 +440,27 @@ def test_plan_covers_every_row_once_and_keeps_processes_in_step(rows, processes,
         assert sets[0] != [{r for g in step for m in g for r in m} for step in other]
 
 
+def test_rows_of_like_length_share_a_minibatch():
+    """Padding of rationales and prompts, against minibatches in the shuffle's order and by rationale alone."""
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 200, (256, 2), generator=g).tolist()
+
+    def padded(minibatches) -> int:
+        weights = (3, 2)  # a token of the rationale, one of the prompt
+        return sum(len(m) * sum(w * max(lengths[r][i] for r in m) for i, w in enumerate(weights)) for m in minibatches)
+
+    shuffled = by_rationale = ours = 0
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(3)).tolist()
+    for begin, step in zip(range(0, 256, 64), experience.plan_epoch(lengths, 8, 1, 8, seed=3), strict=True):
+        rows = order[begin : begin + 64]
+        shuffled += padded([rows[i : i + 8] for i in range(0, 64, 8)])
+        rows = sorted(rows, key=lambda row: lengths[row][0])
+        by_rationale += padded([rows[i : i + 8] for i in range(0, 64, 8)])
+        ours += padded([m for group in step for m in group])
+    real = sum(3 * a + 2 * b for a, b in lengths)
+    assert real < ours < 0.95 * by_rationale < 0.8 * shuffled, (real, ours, by_rationale, shuffled)
+
+
 def test_experience_agrees_with_a_plain_loop():
     """Rewards, GAE and returns of ragged rows in float64, position by position (SPEC 6)."""
     rows = random_rollouts(9)

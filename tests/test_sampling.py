@@ -159,6 +159,23 @@ def test_logprobs_of_writing_are_those_of_scoring_and_in_half_precision_they_are
     assert torch.equal(sampled["logprobs"], whole) and sampled["logprobs"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("value", [False, True], ids=["policy", "value"])
+def test_halved_weights_give_the_numbers_of_autocast(world, t5_tokenizer, value):
+    """bf16: bit for bit, since autocast rounds the same weights at every call."""
+    prompt = prompt_batch(t5_tokenizer)
+    actions = torch.cat([torch.zeros(9, 1, dtype=torch.long), torch.arange(9 * 11).view(9, 11) + 50], 1)
+    whole, half = load(world, value), scoring.halve(load(world, value))
+    size = [sum(p.numel() * p.element_size() for p in one.parameters()) for one in (whole, half)]
+    assert size[1] < 0.8 * size[0]  # most of this tiny model is its embedding
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        scores = [sampling.score(one, prompt, actions, 3, value=value) for one in (whole, half)]
+        assert torch.equal(*scores)
+        if not value:
+            states = scoring.encode(whole, prompt)
+            written = [sampling.write(one, states, prompt["attention_mask"], SOME, 3) for one in (whole, half)]
+            assert torch.equal(written[0][0], written[1][0])
+
+
 def test_rows_leave_when_they_have_ended(models, t5_tokenizer, monkeypatch):
     """The work done follows the real lengths, not the longest."""
     prompt, sizes = prompt_batch(t5_tokenizer), []
