@@ -17,7 +17,7 @@ from transformers.activations import NewGELUActivation
 
 from ares import ppo
 
-GROUP_COST = 32  # tokens: what one more pass of an encoder costs besides its tokens, measured on a small model
+GROUP_COST = 64  # tokens: what one more pass costs besides its tokens (its operations, its gradients of all weights)
 
 
 def encode(model: nn.Module, prompt: dict[str, Tensor]) -> Tensor:

@@ -357,3 +357,19 @@ def test_rows_of_one_question_share_its_encoding_and_its_gradient(models, t5_tok
         assert (one is None) == (other is None)
         if one is not None:
             assert (one - other).norm() <= 1e-5 * other.norm(), name
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_same_ids_get_the_same_numbers(world, t5_tokenizer):
+    """fp32 on the GPU against the CPU within 1e-3; then bf16 with halved weights from end to end."""
+    prompt = prompt_batch(t5_tokenizer)
+    there = {name: tensor.cuda() for name, tensor in prompt.items()}
+    one = [load(world), load(world), load(world, value=True)]
+    two = [scoring.fuse(load(world, value)).cuda() for value in (False, False, True)]
+    sampled = sampling.sample_batch(sampling.Models(*two), there, SOME, seed=7)
+    for name, model in zip(("logprobs", "ref_logprobs", "values"), one, strict=True):
+        want = sampling.score(model, prompt, sampled["actions"], 3, value=name == "values")
+        torch.testing.assert_close(sampled[name], want, atol=1e-3, rtol=1e-3)
+    with torch.autocast("cuda", torch.bfloat16):
+        sampled = sampling.sample_batch(sampling.Models(*map(scoring.halve, two)), there, SOME, seed=7)
+    assert all(sampled[name].isfinite().all() for name in ("logprobs", "ref_logprobs", "values"))
