@@ -164,14 +164,13 @@ def check_processes(accelerator: Any) -> None:
 def load_model(setup: Setup, folder: str | Path, value: bool = False):
     """A policy or value function on this process's device, in eval mode."""
     import model
-    import scoring
 
     cls = model.T5ForMultimodalGenerationValueFunction if value else model.T5ForMultimodalGeneration
     loaded = cls.from_pretrained(folder, patch_size=setup.patch_size, seed=setup.args.seed)
     if setup.accelerator.device.type == "cpu":
         # SDPA has no fused kernel on CPU for T5's learnt position bias; plain attention takes 8% less per update
         loaded.set_attn_implementation("eager")
-    return scoring.fuse(loaded).to(setup.accelerator.device).eval()
+    return loaded.to(setup.accelerator.device).eval()
 
 
 def load_frozen(setup: Setup, folder: str | Path, value: bool = False):

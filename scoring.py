@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import NewGELUActivation
 
 from ares import ppo
 
@@ -51,14 +50,6 @@ def length_groups(lengths: Sequence[int]) -> list[list[int]]:
         groups.append(order[best[end][1] : end])
         end = best[end][1]
     return groups[::-1]
-
-
-def fuse(model: nn.Module) -> nn.Module:
-    """Give the gated feed-forward layers PyTorch's own tanh-GELU: the library's formula, in one operation of eight."""
-    for module in model.modules():
-        if isinstance(getattr(module, "act", None), NewGELUActivation):
-            module.act = nn.GELU(approximate="tanh")
-    return model
 
 
 def head_scale(model: nn.Module) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a file, the project is not on the path
@@ -135,6 +135,14 @@ def make_experience(world: rl_common.World, args: argparse.Namespace) -> experie
     return experience.Experience(rolls, noise[0], noise[1], one, one, one, one.bool(), 0.0)
 
 
+def peak(function: Callable) -> int:
+    """Bytes that a call holds on the GPU at most, besides weights and optimizer (both sides' lie there)."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     bench = Bench(args)
@@ -149,8 +157,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     flops = rows * 2 * 3 * limits.row_flops(config, int(real[1].float().mean()), int(real[0].float().mean()))
     more = {}
     if args.device == "cuda":
-        dtype = torch.bfloat16
-        more["mfu"] = flops / per_update / limits.peak_flops(torch.device("cuda"), dtype)
+        share = flops / per_update / limits.peak_flops(torch.device("cuda"), torch.bfloat16)
+        more["mfu"] = f"{share:.0%} of the bf16 peak, FLOPs of real tokens"
+        peaks = [peak(side) for side in (bench.ours, bench.released)]
+        more["peak_memory"] = (
+            f"{peaks[0] / peaks[1]:.0%} ({peaks[0] / 2**30:.1f} of {peaks[1] / 2**30:.1f} GiB besides weights, optimizer)"
+        )
     common.report(
         args, "PPO updates", result, target=">= 3x" if args.device == "cpu" else ">= 10x", equal=equal,
         slice=f"updates of {args.ga_step} minibatches of {args.rl_batch_size}, output_len {args.output_len}, "

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import sampling
-import scoring
 from benchmarks import common
 from rollouts import Prompts
 
@@ -52,7 +51,6 @@ def make_world(args: argparse.Namespace, questions: int) -> World:
     for one in models:
         if device.type == "cpu":
             one.set_attn_implementation("eager")  # as run_mm_cot_rl.py does
-        scoring.fuse(one)
     dataset = data.dataset("train", questions)
     return World(args, device, dataset, Prompts(dataset, data.collator(), device), sampling.Models(*models))
 

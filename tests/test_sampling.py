@@ -286,17 +286,6 @@ def test_groups_of_like_length_change_no_number(models, t5_tokenizer, monkeypatc
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
 
 
-def test_the_fused_activation_is_the_librarys(world):
-    from transformers.activations import NewGELUActivation
-
-    plain, fused = load(world), scoring.fuse(load(world))
-    assert isinstance(plain.encoder.block[0].layer[1].DenseReluDense.act, NewGELUActivation)
-    assert not any(isinstance(module, NewGELUActivation) for module in fused.modules())
-    ids = torch.arange(2, 40)[None]
-    how = {"input_ids": ids, "decoder_input_ids": ids, "image_ids": torch.zeros(1, *rl_tools.PATCHES)}
-    torch.testing.assert_close(plain(**how).logits, fused(**how).logits, atol=1e-5, rtol=1e-5)
-
-
 def test_columns_and_export_follow_the_given_ids(models, t5_tokenizer, tmp_path):
     sampled = sampling.sample_batch(models, prompt_batch(t5_tokenizer, TEXTS[:2]), SOME, seed=3)
     rows = rollouts.to_rollouts(sampled, ["11", "12"], 3, rank=1, tokenizer=t5_tokenizer)
@@ -365,7 +354,7 @@ def test_on_a_gpu_the_same_ids_get_the_same_numbers(world, t5_tokenizer):
     prompt = prompt_batch(t5_tokenizer)
     there = {name: tensor.cuda() for name, tensor in prompt.items()}
     one = [load(world), load(world), load(world, value=True)]
-    two = [scoring.fuse(load(world, value)).cuda() for value in (False, False, True)]
+    two = [load(world, value).cuda() for value in (False, False, True)]
     sampled = sampling.sample_batch(sampling.Models(*two), there, SOME, seed=7)
     for name, model in zip(("logprobs", "ref_logprobs", "values"), one, strict=True):
         want = sampling.score(model, prompt, sampled["actions"], 3, value=name == "values")
