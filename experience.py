@@ -117,22 +117,47 @@ def _chunks(qids: Sequence[str], size: int) -> list[list[int]]:
     return [chunk for chunk in chunks if chunk]
 
 
-def plan_epoch(lengths: Sequence[int], per_process: int, processes: int, accumulation: int, seed: int) -> list:
+def plan_epoch(
+    lengths: Sequence[tuple[int, int]], per_process: int, processes: int, accumulation: int, seed: int
+) -> list:
     """Which rows each update of one PPO epoch trains on: `plan[update][i][process]` is the i-th minibatch there.
 
     Rows are shuffled from the seed and cut into optimizer steps of `per_process * processes * accumulation` rows, the
-    last one short; inside a step they are sorted by length (less padding, the same gradient) and dealt out in
-    minibatches of `per_process`. In the short step a minibatch may be empty, but every process has equally many.
+    last one short; inside a step rows of like `lengths` (of rationale and prompt) come together (less padding, the
+    same gradient), in minibatches of `per_process`. In the short step a minibatch may be empty, but every process has
+    equally many.
     """
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     size = per_process * processes * accumulation
     plan = []
     for begin in range(0, len(order), size):
-        rows = sorted(order[begin : begin + size], key=lambda row: -lengths[row])  # stable: the shuffle breaks ties
-        minibatches = [rows[i : i + per_process] for i in range(0, len(rows), per_process)]
+        minibatches = _bucket(order[begin : begin + size], lengths, per_process)
         minibatches += [[] for _ in range(-len(minibatches) % processes)]
         plan.append([minibatches[i : i + processes] for i in range(0, len(minibatches), processes)])
     return plan
+
+
+def _bucket(rows: Sequence[int], lengths: Sequence[tuple[int, int]], size: int) -> list[list[int]]:
+    """Rows in minibatches with little padding: by falling rationale, or in strips of that order by falling prompt,
+    whichever way costs least. Stable sorts: the order of `rows` breaks ties."""
+    rows = sorted(rows, key=lambda row: -lengths[row][0])
+    found = []
+    width = size  # of a strip
+    while True:
+        strips = [rows[i : i + width] for i in range(0, len(rows), width)]
+        if width > size:
+            strips = [sorted(strip, key=lambda row: -lengths[row][1]) for strip in strips]
+        flat = [row for strip in strips for row in strip]
+        minibatches = [flat[i : i + size] for i in range(0, len(flat), size)]
+        # decoders and head read a token of the rationale for half as much again as the encoders one of the prompt
+        cost = sum(
+            len(one) * (3 * max(lengths[row][0] for row in one) + 2 * max(lengths[row][1] for row in one))
+            for one in minibatches
+        )
+        found.append((cost, width, minibatches))
+        if width >= len(rows):
+            return min(found)[2]
+        width *= 2
 
 
 def write_samples(path: Path, data: Experience, scores: Sequence[Sequence[float]], texts: dict, tokenizer) -> None:

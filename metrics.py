@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,7 @@ class Metrics:
             else:
                 self.writer = SummaryWriter(str(Path(run) / "tensorboard"))
         elif self.active and report_to == "wandb":
-            import wandb
-
-            self.wandb = wandb.init(project="ares", name=Path(run).name, dir=str(run), config=config, resume="allow")
+            self.wandb = _wandb_run(Path(run), config)
 
     def rewind(self, number: int, updates_done: int | None) -> None:
         """Forget lines of round `number` beyond `updates_done` updates (None: all of them), and a torn last line."""
@@ -71,6 +70,24 @@ class Metrics:
             self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _wandb_run(run: Path, config: dict[str, Any]):
+    """A W&B run that a re-run of the same folder goes on with. Raises UserError where W&B will not begin one."""
+    import wandb
+
+    id_file = run / "wandb" / "id"
+    if not id_file.exists():
+        cli.write_text(id_file, uuid.uuid4().hex)
+    try:
+        return wandb.init(
+            project="ares", id=id_file.read_text(), name=run.name, dir=str(run), config=config, resume="allow"
+        )
+    except wandb.errors.Error as error:
+        raise cli.UserError(
+            f"--report_to wandb: {' '.join(str(error).split())[:200]}; set WANDB_API_KEY, or WANDB_MODE=offline, or "
+            "use --report_to none (metrics.jsonl holds the same numbers)"
+        ) from error
 
 
 # -- warnings in plain words -----------------------------------------------------------------------------

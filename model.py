@@ -295,11 +295,15 @@ class T5ForMultimodalGenerationValueFunction(T5ForMultimodalGeneration):
         return self.v_head(states).squeeze(-1)
 
 
-def save_value_function(value_model: T5ForMultimodalGenerationValueFunction, folder: str | os.PathLike) -> Path:
-    """Write `folder`/value_function.pth (atomically): the whole state dict, under the released names."""
+def save_value_function(
+    value_model: T5ForMultimodalGenerationValueFunction, folder: str | os.PathLike, state: dict | None = None
+) -> Path:
+    """Write `folder`/value_function.pth (atomically): the whole state dict, under the released names.
+
+    `state`: the state dict where the model holds only a part of it (FSDP)."""
     path = Path(folder) / VALUE_FUNCTION
     with atomic_path(path) as temporary, open(temporary, "wb") as file:  # torch.save refuses names like .tmp-1
-        torch.save(value_model.state_dict(), file)
+        torch.save(value_model.state_dict() if state is None else state, file)
     return path
 
 

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import scoring
+import sharding
 from ares import cli, ppo
 from ares.cli import UserError
 from experience import Experience, plan_epoch
@@ -39,21 +41,21 @@ class ActorCritic(nn.Module):
         self.policy, self.value_function = policy, value_function
 
     def forward(
-        self, prompt: dict[str, Tensor], actions: Tensor, mask: Tensor, entropy_grad: bool = False
+        self, prompt: dict[str, Tensor], question: Tensor | None, actions: Tensor, places: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """prompt (B, S), actions (B, T + 1), mask (B, T) -> log-probabilities (B, T) of the actions, the sum of the
-        entropies over the mask (with a gradient if asked), and values (B, T).
+        """Log-probabilities of the actions and entropies, (B, T) each and 0 where not asked for, and values (B, T).
 
-        Logits stay in here: autocast's wrapper would copy all B x T x V of them to fp32.
+        prompt (U, S) holds each question once, question (B,) says whose it is (None: row i's is i); actions
+        (B, T + 1); places (N,) are the positions asked for, counted through the flattened (B, T).
         """
-        # no decoder mask: pads are on the right, and a causal decoder never looks there from a real position
-        logits = self.policy(**prompt, decoder_input_ids=actions[:, :-1], use_cache=False).logits
-        logprobs = ppo.logprobs_from_logits(logits, actions[:, 1:])
-        with torch.set_grad_enabled(entropy_grad and torch.is_grad_enabled()):
-            entropy = ppo.entropy(logits, mask, denominator=1)
+        mask = prompt["attention_mask"]
+        states = scoring.encode(self.policy, prompt)
+        logprobs, entropy = scoring.policy_logprobs(self.policy, states, mask, question, actions, places)
         if self.value_function is None:
             return logprobs, entropy, None
-        return logprobs, entropy, self.value_function(**prompt, decoder_input_ids=actions[:, :-1])
+        states = scoring.encode(self.value_function, prompt)
+        values = scoring.values(self.value_function, states, mask, question, actions)
+        return logprobs, entropy, values.to(logprobs.dtype)  # autocast gives bf16
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
@@ -94,9 +96,12 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.01) -> t
     return optimizer, [name for group in groups for name, _ in group]
 
 
-def optimizer_state(optimizer, names: list[str]) -> dict[str, Any]:
-    """What `optimizer_state.pth` holds: the moments by place, and the parameters' names to check the places by."""
-    return {"state": optimizer.state_dict()["state"], "names": names}
+def optimizer_state(optimizer, names: list[str], keep: bool = True) -> dict[str, Any]:
+    """What `optimizer_state.pth` holds: the moments by place, and the parameters' names to check the places by.
+
+    Collective where the model is sharded; only a process that is to write asks to `keep`.
+    """
+    return {"state": sharding.whole(optimizer.state_dict()["state"], keep), "names": names}
 
 
 def restore_optimizer(optimizer, names: list[str], path: Path) -> None:
@@ -119,6 +124,11 @@ def restore_optimizer(optimizer, names: list[str], path: Path) -> None:
 
 
 def _load_moments(optimizer, state: dict) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        place: {key: sharding.like(one, parameters[place]) for key, one in moments.items()}
+        for place, moments in state.items()
+    }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -175,13 +185,19 @@ class PpoTrainer:
         metrics: Metrics,
         number: int,
         share_dropped: float = 0.0,
+        sharded: sharding.Sharding | None = None,
     ):
         self.data, self.prompts, self.args, self.number = data, prompts, args, number
         self.accelerator, self.metrics, self.share_dropped = accelerator, metrics, share_dropped
         self.slots = [Path(state) / f"slot_{i}.pth" for i in range(2)]
         self.raw = ActorCritic(policy, value_function)
-        optimizer, self.names = make_optimizer(self.raw, args.lr)
-        self.model, self.optimizer = accelerator.prepare(self.raw, optimizer)
+        self.sharded = sharded
+        if sharded is not None:
+            self.model = sharding.shard(self.raw, sharded)
+            self.optimizer, self.names = make_optimizer(self.raw, args.lr)
+        else:
+            optimizer, self.names = make_optimizer(self.raw, args.lr)
+            self.model, self.optimizer = accelerator.prepare(self.raw, optimizer)
         self.model.eval()  # no dropout: the ratio to the sampling policy would be noise
         if args.gradient_checkpointing:
             checkpoint_gradients(self.raw)
@@ -195,7 +211,8 @@ class PpoTrainer:
 
     def train(self) -> None:
         """Run the PPO epochs that are left. Every process takes part in every update."""
-        lengths = self.data.rollouts.lengths.tolist()
+        roll = self.data.rollouts
+        lengths = list(zip(roll.lengths.tolist(), (self.prompts.lengths[qid] for qid in roll.qids), strict=True))
         for epoch in range(self.position.epoch, self.args.rl_epochs):
             plan = plan_epoch(
                 lengths,
@@ -236,35 +253,35 @@ class PpoTrainer:
             idle = not mine  # a process without work runs one row that weighs nothing: gradients meet at its backward
             mine = rows[:1] if idle else mine
             last = i == len(step) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+            with contextlib.nullcontext() if last else sharding.no_sync(self.model, self.accelerator, self.sharded):
                 loss = self._loss(mine, advantages[[place[row] for row in mine]], total, idle, sums)
                 # the wrapper averages gradients over processes, but the loss is already a share of the whole step
                 self.accelerator.backward(loss * self.accelerator.num_processes)
-        grad_norm = self._grad_norm()
+        if rank == 0 and time.monotonic() - self.saved_at > 60 * args.save_minutes:
+            sums[-1] = 1.0  # rank 0's clock decides for all
+        norm = self._clip()
+        gathered = self.accelerator.reduce(sums, "sum")
+        *sums, due, grad_norm = [*gathered.tolist(), float(norm)]  # the one wait for a GPU in an update
+        if not math.isfinite(grad_norm):
+            raise UserError(
+                f"round {self.number}: the gradient of update {self.position.done + 1} is not finite; the same "
+                "command goes on from the last saved state; lower --lr, or try --max_grad_norm 1 or --precision fp32"
+            )
         lr = scheduled_lr(args.lr_scheduler, args.lr, self.position.done, total_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._record(sums, grad_norm, lr, rows)
+        return due > 0
 
-        if rank == 0 and time.monotonic() - self.saved_at > 60 * args.save_minutes:
-            sums[-1] = 1.0  # rank 0's clock decides for all
-        gathered = self.accelerator.reduce(sums, "sum").tolist()
-        self._record(gathered[:-1], grad_norm, lr, rows)
-        return gathered[-1] > 0
-
-    def _grad_norm(self) -> float:
-        """The gradient's norm over all parameters, before it is clipped to --max_grad_norm. UserError on nan."""
+    def _clip(self) -> Tensor:
+        """Clip the gradient to --max_grad_norm; its norm over all parameters before that."""
         parameters = [p for p in self.raw.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        if not math.isfinite(norm):
-            raise UserError(
-                f"round {self.number}: the gradient of update {self.position.done + 1} is not finite; the same "
-                "command goes on from the last saved state; lower --lr, or try --max_grad_norm 1 or --precision fp32"
-            )
+        norm = sharding.whole_norm(nn.utils.get_total_norm([p.grad for p in parameters]))
         if self.args.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
-        return float(norm)
+        return norm
 
     def _loss(self, rows: list[int], advantages: Tensor, total: int, idle: bool, sums: Tensor) -> Tensor:
         """This minibatch's share of the step's loss, a sum over its positions divided by `total`; adds to `sums`."""
@@ -273,11 +290,18 @@ class PpoTrainer:
         T = mask.shape[1]
         flat = (roll.logprobs, roll.ref_logprobs, roll.values, self.data.returns)
         packed = torch.stack([*(roll.pad(one, rows)[0] for one in flat), advantages[:, :T]])  # one transfer
-        old, ref, old_values, returns, advantages = packed.to(device)  # (B, T) each
-        actions, mask = actions.to(device), (mask & (not idle)).to(device)
+        old, ref, old_values, returns, advantages = scoring.to_device(packed, device)  # (B, T) each
+        places = scoring.places_of(mask, device)
+        actions, mask = scoring.to_device(actions, device), scoring.to_device(mask & (not idle), device)
 
-        prompt = self.prompts.batch([roll.qids[row] for row in rows])
-        logprobs, entropy, values = self.model(prompt, actions, mask, bool(args.entropy_coef))
+        qids = [roll.qids[row] for row in rows]
+        questions = {qid: i for i, qid in enumerate(dict.fromkeys(qids))}  # rows of one question share its encoding
+        question = None
+        if len(questions) < len(rows):
+            question = scoring.to_device(torch.tensor([questions[qid] for qid in qids]), device)
+        with self.accelerator.autocast():
+            logprobs, entropy, values = self.model(self.prompts.batch(list(questions)), question, actions, places)
+        entropy = ppo.masked_mean(entropy if args.entropy_coef else entropy.detach(), mask, denominator=1)
         policy_loss = ppo.policy_loss(logprobs, old, advantages, mask, args.clip_range, denominator=total)
         loss = policy_loss - args.entropy_coef * entropy / total
         value_loss = torch.zeros_like(policy_loss)
@@ -347,13 +371,14 @@ class PpoTrainer:
         the epoch fix.
         """
         self.saved_at = time.monotonic()
-        if self.accelerator.is_main_process:
-            state = {
-                "name": self._name,
-                "position": vars(self.position),
-                "model": self.raw.state_dict(),
-                "optimizer": optimizer_state(self.optimizer, self.names),
-            }
+        keep = self.accelerator.is_main_process
+        state = {
+            "name": self._name,
+            "position": vars(self.position),
+            "model": sharding.whole_state(self.raw, keep),
+            "optimizer": optimizer_state(self.optimizer, self.names, keep),
+        }
+        if keep:
             with cli.atomic_path(self.slots[self.saves % 2]) as temporary, open(temporary, "wb") as file:
                 torch.save(state, file)  # a file: torch cannot name an archive after `.tmp-1`
         self.saves += 1
@@ -377,7 +402,7 @@ class PpoTrainer:
                 f"({', '.join(changed)}); go on with the same number of processes, or delete "
                 f"{self.slots[0].parent} to begin this round's PPO anew"
             )
-        self.raw.load_state_dict(state["model"])
+        sharding.load_whole(self.raw, state["model"])
         _load_moments(self.optimizer, state["optimizer"]["state"])
         self.position, self.saves = Position(**state["position"]), newest + 1
         cli.print0(f"going on with PPO at epoch {self.position.epoch + 1}, update {self.position.update + 1}")

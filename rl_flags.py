@@ -6,6 +6,7 @@ Needs no torch.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 from pathlib import Path
@@ -148,16 +149,9 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         )
     if args.overwrite and args.phase == "train":
         faults.append("--overwrite would delete the rollouts that --phase train needs; drop one of them")
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        faults.append(
-            "the accelerate configuration asks for FSDP: on CPU accelerate runs DDP instead without a word, on GPUs "
-            "RL would save one shard as the whole; use DDP (configs/), --gradient_checkpointing if memory is short"
-        )
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        faults.append(
-            "the accelerate configuration asks for DeepSpeed, whose engine divides and steps on its own where "
-            "RL divides by the positions of the whole update; use DDP (configs/), --gradient_checkpointing for memory"
-        )
+    if args.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
+        faults.append("--report_to wandb: the package is not installed; pip install wandb, or drop the flag")
+    faults += check_sharding()
     cli.refuse(faults)
     if not args.do_sample and args.k_actions > 1:
         cli.warn0(f"--do_sample False gives {args.k_actions} equal rationales per question: sampling one (greedy)")
@@ -167,3 +161,32 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         cli.warn0(f"--prompt_format {args.prompt_format} asks for an answer; rationale models are asked with QCM-E")
     if "user_msg" in given:
         print0("note: --user_msg names nothing in RL; --run_dir names the folder")
+
+
+def check_sharding() -> list[str]:
+    """What accelerate's configuration asks for and RL cannot do. What `accelerate launch` was told stands in the
+    environment."""
+
+    def asked(name: str) -> bool:
+        return os.environ.get(name, "false").lower() == "true"
+
+    if asked("ACCELERATE_USE_DEEPSPEED"):
+        return [
+            "the accelerate configuration asks for DeepSpeed, whose engine divides and steps on its own where "
+            "RL divides by the positions of the whole update; configs/fsdp.yaml shards like ZeRO 2 or 3 without it"
+        ]
+    if not asked("ACCELERATE_USE_FSDP"):
+        return []
+    if asked("ACCELERATE_USE_CPU"):
+        return [
+            "the accelerate configuration asks for FSDP on CPU, where accelerate runs DDP instead without a word; "
+            "use a configuration without FSDP (configs/)"
+        ]
+    faults = []
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        faults.append("the accelerate configuration asks for FSDP 1; say fsdp_version: 2, as in configs/fsdp.yaml")
+    if asked("FSDP_OFFLOAD_PARAMS"):
+        faults.append("fsdp_offload_params of the accelerate configuration is not supported; set it to false")
+    if asked("FSDP_ACTIVATION_CHECKPOINTING"):
+        faults.append("fsdp_activation_checkpointing has no effect in RL; use --gradient_checkpointing")
+    return faults

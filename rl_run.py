@@ -145,7 +145,7 @@ def move_aside(folder: Path, start: int) -> None:
     patterns = ("[0-9]*", "questions_round[0-9]*", "rollouts/round_[0-9]*", "samples_round_[0-9]*.jsonl")
     of_rounds = [path for pattern in patterns for path in folder.glob(pattern)]
     found = [path for path in of_rounds if int(re.sub(r"\D", "", path.name)) >= start]
-    names = ("questions", "state") if start else ("questions", "state", "tensorboard", "metrics.jsonl")
+    names = ("questions", "state") if start else ("questions", "state", "tensorboard", "wandb", "metrics.jsonl")
     found += [folder / name for name in names if (folder / name).exists()]
     if found:
         aside = folder / time.strftime("overwritten_%Y%m%d_%H%M%S")

@@ -1,4 +1,4 @@
-"""Rollouts: k sampled rationales per question, their storage on disk, and the scores that come back for them.
+"""Rollouts: k sampled rationales per question (sampling.py), on disk, and the scores that come back for them.
 
 What lies under `{run}/rollouts/round_{n}/`:
 
@@ -11,14 +11,10 @@ A batch depends on the seed, the round and its number alone, never on the proces
 was killed goes on with the batches that are missing, on any number of processes, and ends with the same samples.
 Prompts and images are not stored; they are found again by question id. Positions follow SPEC 6: position t of a row
 is the choice of `actions[t + 1]`, column 0 of `actions` being the decoder's start token.
-
-Sampling truncates the distribution to top-k / top-p, while log-probabilities come from the full softmax, as in the
-released code. The pad token is never sampled: it means "nothing here" in every mask.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -33,12 +29,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import scoring
 from ares import cli, feedback, ppo
 from ares.cli import UserError
 from ares.sentences import sentences_from_ids
 
 FIELDS = ("tokens", "logprobs", "ref_logprobs", "values")  # one number per position
-SCORING_TOKENS = 16384  # decoder positions scored at once: their fp32 logits take 2 GB at T5's vocabulary
 
 
 # -- storage ---------------------------------------------------------------------------------------------
@@ -159,7 +155,7 @@ class Prompts:
         """`input_ids`, `attention_mask` (B, S) and, with vision features, `image_ids` (B, patches, dim)."""
         batch = self.collator([self.items[qid] for qid in qids])
         names = ("input_ids", "attention_mask", "image_ids")
-        return {name: batch[name].to(self.device, non_blocking=True) for name in names if name in batch}
+        return {name: scoring.to_device(batch[name], self.device) for name in names if name in batch}
 
     def fingerprint(self) -> str:
         """A hash of every prompt's ids: tells whether questions, captions or prompt flags changed since."""
@@ -180,106 +176,7 @@ def seed_for(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-# -- sampling --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How rationales are drawn. `k` is the number per question; temperature is 1."""
-
-    k: int
-    do_sample: bool
-    top_k: int
-    top_p: float
-    output_len: int
-
-    def config(self):
-        """The same as a GenerationConfig of transformers, for T5's special tokens (pad 0, </s> 1)."""
-        from transformers import GenerationConfig
-
-        drawn = {"top_k": self.top_k, "top_p": self.top_p, "temperature": 1.0} if self.do_sample else {}
-        return GenerationConfig(
-            do_sample=self.do_sample,
-            num_beams=1,
-            num_return_sequences=self.k,
-            max_length=self.output_len,
-            suppress_tokens=[0],
-            pad_token_id=0,
-            eos_token_id=1,
-            decoder_start_token_id=0,
-            **drawn,
-        )
-
-
-@dataclass
-class Models:
-    """The models that sampling needs, in eval mode. Without a value function (RLOO) every value is 0.
-
-    `offload`: reference and value function lie on the CPU while the policy writes, and come to its device in turn.
-    """
-
-    policy: torch.nn.Module
-    reference: torch.nn.Module
-    value_function: torch.nn.Module | None
-    offload: bool = False
-
-    def __post_init__(self):
-        self.device = next(self.policy.parameters()).device
-        self._park(self.reference, self.value_function)
-
-    def _park(self, *models) -> None:
-        for model in models:
-            if self.offload and model is not None:
-                model.to("cpu")
-
-    @contextlib.contextmanager
-    def at_work(self, model):
-        """`model` on the policy's device for the length of a `with` block."""
-        model.to(self.device)
-        yield model
-        self._park(model)
-
-
-@torch.no_grad()
-def sample_batch(models: Models, prompt: dict[str, Tensor], sampling: Sampling, seed: int) -> dict[str, Tensor]:
-    """Draw k rationales for each of B prompts and score them; every model encodes each prompt once.
-
-    Returns actions (B*k, L) int64, rows of one question side by side, and logprobs, ref_logprobs, values
-    (B*k, L-1) float32 with zeros outside the mask, all on the CPU.
-    """
-    torch.manual_seed(seed)
-    encoded = models.policy.encode(**prompt)
-    states = encoded.last_hidden_state  # (B, S, d); generate repeats those in `encoded` k times, in place
-    actions = models.policy.generate(
-        encoder_outputs=encoded, attention_mask=prompt["attention_mask"], generation_config=sampling.config()
-    )  # (B*k, L)
-    out = {"actions": actions.cpu(), "logprobs": _score(models.policy, prompt, actions, sampling.k, states)}
-    with models.at_work(models.reference) as reference:
-        out["ref_logprobs"] = _score(reference, prompt, actions, sampling.k)
-    if models.value_function is None:
-        out["values"] = torch.zeros_like(out["logprobs"])
-    else:
-        with models.at_work(models.value_function) as value_function:
-            out["values"] = _score(value_function, prompt, actions, sampling.k)
-    return out
-
-
-def _score(model, prompt: dict[str, Tensor], actions: Tensor, k: int, states=None) -> Tensor:
-    """Log-probabilities of `actions` (a policy) or values (a value function): (B*k, L-1) float32 on the CPU."""
-    states = model.encode(**prompt).last_hidden_state if states is None else states
-    rows = max(1, SCORING_TOKENS // actions.shape[1])
-    parts = []
-    for begin in range(0, len(actions), rows):
-        chunk = actions[begin : begin + rows]
-        question = torch.arange(begin, begin + len(chunk), device=actions.device) // k
-        out = model(
-            encoder_outputs=(states[question],),
-            attention_mask=prompt["attention_mask"][question],
-            decoder_input_ids=chunk[:, :-1],
-        )
-        scores = out if isinstance(out, Tensor) else ppo.logprobs_from_logits(out.logits, chunk[:, 1:])
-        parts.append(scores.float().masked_fill(~ppo.action_mask(chunk), 0).cpu())
-    return torch.cat(parts)
+# -- one batch -------------------------------------------------------------------------------------------
 
 
 def to_rollouts(sampled: dict[str, Tensor], qids: Sequence[str], k: int, rank: int, tokenizer) -> Rollouts:

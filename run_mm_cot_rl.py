@@ -19,8 +19,8 @@ CPU, on several machines that share a file system (configs/), and without images
 the run folder: rl_run.py; rollouts on disk: rollouts.py; rewards and advantages: experience.py; the PPO loop:
 ppo_trainer.py. Every diagnostic and detail is defined in docs/rl.md.
 
-Sampling truncates to top-k/top-p while log-probabilities use the full softmax, as in the released code. Left out: FSDP
-and DeepSpeed (refused; the whole state of a large model fits a GPU of 40 GB, see docs/rl.md).
+Sampling truncates to top-k/top-p while log-probabilities use the full softmax, as in the released code. Left out:
+DeepSpeed and FSDP 1 (refused); FSDP 2 shards PPO, sampling keeps whole models (sharding.py).
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def mixed_precision(precision: str) -> str:
 
 
 def check_processes(accelerator: Any) -> None:
-    """Warn when fewer or more processes run than were asked for; nothing else would show it."""
+    """Warn when fewer or more processes run than were asked for; refuse FSDP that is none. Nothing else shows it."""
     asked, running = rl_run.asked_processes(), accelerator.num_processes
     if asked is not None and asked != running:
         cli.warn0(
@@ -147,6 +147,15 @@ def check_processes(accelerator: Any) -> None:
             f"WORLD_SIZE is {cli.world_size()}, but accelerate runs {running} process(es); "
             "launch with accelerate launch or torchrun (on CPU with ACCELERATE_USE_CPU=true)"
         )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        if not accelerator.is_fsdp2:
+            raise UserError(
+                "the accelerate configuration asks for FSDP, but accelerate runs "
+                f"{accelerator.distributed_type.value} on {accelerator.device.type} without a word; "
+                "use a configuration without FSDP (configs/)"
+            )
+        # else transformers leaves the weights of all processes but the first empty, for accelerate to fill
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 # -- one round -------------------------------------------------------------------------------------------
@@ -158,7 +167,18 @@ def load_model(setup: Setup, folder: str | Path, value: bool = False):
 
     cls = model.T5ForMultimodalGenerationValueFunction if value else model.T5ForMultimodalGeneration
     loaded = cls.from_pretrained(folder, patch_size=setup.patch_size, seed=setup.args.seed)
+    if setup.accelerator.device.type == "cpu":
+        # SDPA has no fused kernel on CPU for T5's learnt position bias; plain attention takes 8% less per update
+        loaded.set_attn_implementation("eager")
     return loaded.to(setup.accelerator.device).eval()
+
+
+def load_frozen(setup: Setup, folder: str | Path, value: bool = False):
+    """`load_model` for sampling alone: no gradients, and half the memory where autocast rounds weights anyway."""
+    import scoring
+
+    model = load_model(setup, folder, value).requires_grad_(False)
+    return scoring.halve(model) if setup.accelerator.mixed_precision == "bf16" else model
 
 
 def start_folder(setup: Setup, number: int) -> Path:
@@ -169,9 +189,10 @@ def start_folder(setup: Setup, number: int) -> Path:
 def collect_round(setup: Setup, store, number: int, k: int) -> None:
     """Steps 1 and 2: sample what is not on disk yet, export it, signal."""
     import rollouts
+    from sampling import Models, Sampling, sample_batch
 
     args = setup.args
-    sampling = rollouts.Sampling(k, args.do_sample, args.top_k, args.top_p, args.output_len)
+    sampling = Sampling(k, args.do_sample, args.top_k, args.top_p, args.output_len)
     if cli.rank() == 0:
         if not store.plan_file.exists() and store.questions.exists():
             raise UserError(f"{store.questions} is there without its rollouts; move it away or use --overwrite")
@@ -181,19 +202,18 @@ def collect_round(setup: Setup, store, number: int, k: int) -> None:
     if all(store.shard(i).exists() for i in range(cli.rank(), len(batches), cli.world_size())):
         models = None  # a kill came between sampling and the signal
     else:
-        models = rollouts.Models(
-            policy=load_model(setup, start_folder(setup, number)).requires_grad_(False),
-            reference=load_model(setup, args.reference).requires_grad_(False),
-            value_function=None
-            if args.algo == "rloo"
-            else load_model(setup, start_folder(setup, number), value=True).requires_grad_(False),
+        start = start_folder(setup, number)
+        models = Models(
+            policy=load_frozen(setup, start),
+            reference=load_frozen(setup, args.reference),
+            value_function=None if args.algo == "rloo" else load_frozen(setup, start, value=True),
             offload=args.offload,
         )
 
     def sample(index: int, qids: Sequence[str]):
         seed = rollouts.seed_for(args.seed, "sampling", number, index)
         with setup.accelerator.autocast():
-            sampled = rollouts.sample_batch(models, setup.prompts.batch(qids), sampling, seed)
+            sampled = sample_batch(models, setup.prompts.batch(qids), sampling, seed)
         return rollouts.to_rollouts(sampled, qids, k, cli.rank(), setup.tokenizer)
 
     rollouts.collect(store, batches, sample, setup.tokenizer)
@@ -228,6 +248,7 @@ def train_round(setup: Setup, store, number: int, decision: dict) -> None:
     import experience
     import ppo_trainer
     import rollouts
+    import sharding
     from metrics import Metrics, rollout_warnings
 
     args, start = setup.args, start_folder(setup, number)
@@ -241,10 +262,6 @@ def train_round(setup: Setup, store, number: int, decision: dict) -> None:
     metrics = Metrics(setup.run, args.report_to, vars(args))
     policy = load_model(setup, start)
     value_function = None if args.algo == "rloo" else load_model(setup, start, value=True)
-    if setup.accelerator.device.type == "cpu":
-        for model in filter(None, (policy, value_function)):
-            # SDPA has no fused kernel on CPU for T5's learnt position bias; plain attention takes 8% less per update
-            model.set_attn_implementation("eager")
     trainer = ppo_trainer.PpoTrainer(
         policy,
         value_function,
@@ -256,6 +273,7 @@ def train_round(setup: Setup, store, number: int, decision: dict) -> None:
         metrics=metrics,
         number=number,
         share_dropped=lost / len(every),
+        sharded=sharding.sharding_of(setup.accelerator),
     )
     if trainer.restore():
         metrics.rewind(number, trainer.position.done)
@@ -285,17 +303,21 @@ def save_round(setup: Setup, trainer, number: int) -> None:
     """Write {run}/{number} in one step, then keep its questions under its name and drop the PPO state."""
     import torch
 
+    import ppo_trainer
+    import sharding
     from model import save_value_function
 
-    if cli.rank() == 0:
-        import ppo_trainer
-
+    writes, value_function = cli.rank() == 0, trainer.raw.value_function
+    policy = sharding.whole_state(trainer.raw.policy, writes)  # every process takes part, one writes
+    value = None if value_function is None else sharding.whole_state(value_function, writes)
+    optimizer = ppo_trainer.optimizer_state(trainer.optimizer, trainer.names, writes)
+    if writes:
         with cli.atomic_dir(setup.run / str(number)) as folder:
-            trainer.raw.policy.save_pretrained(folder)
+            trainer.raw.policy.save_pretrained(folder, state_dict=policy)
             setup.tokenizer.save_pretrained(folder)
-            if trainer.raw.value_function is not None:
-                save_value_function(trainer.raw.value_function, folder)
-            torch.save(ppo_trainer.optimizer_state(trainer.optimizer, trainer.names), folder / "optimizer_state.pth")
+            if value_function is not None:
+                save_value_function(value_function, folder, value)
+            torch.save(optimizer, folder / "optimizer_state.pth")
             cli.write_args(folder, setup.args)
         rl_run.tidy(setup.run, number + 1)
     setup.accelerator.wait_for_everyone()

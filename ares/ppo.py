@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK = 2**24  # logits in work at a time: 64 MB in fp32
+CACHE = 2**18  # of these, as many as a core's cache holds: passes over them cost no memory traffic on a CPU
+KEEP = 2**25  # probabilities that are kept for the gradient instead of computed again: 128 MB in fp32
 
 
 # -- masks and means -------------------------------------------------------------------------------------
@@ -72,56 +74,91 @@ def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
 # -- log-probabilities -----------------------------------------------------------------------------------
 
 
-class _LabelLogprob(torch.autograd.Function):
-    """log softmax(logits)[label] by blocks of rows: no tensor of the logits' size but they and their gradient."""
+class _HeadLogprobs(torch.autograd.Function):
+    """log softmax(states @ weight.T)[label] and its entropy, the logits made block by block and never all at once.
+
+    For the gradient the probabilities are kept where they are few (KEEP), else the logits are computed once more.
+    """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
-        rows, index = logits.reshape(-1, logits.size(-1)), labels.reshape(-1, 1)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        log_z = torch.empty(len(rows), 1, dtype=dtype, device=logits.device)
-        chosen = torch.empty_like(log_z)
-        for block in _blocks(rows):
-            x = rows[block].to(dtype)
-            torch.logsumexp(x, dim=-1, keepdim=True, out=log_z[block])
-            chosen[block] = x.gather(1, index[block])
-        ctx.save_for_backward(logits, labels, log_z)
-        return (chosen - log_z).reshape(labels.shape)
+    def forward(ctx, states: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        logprobs, entropy, log_z = (states.new_empty(len(states), dtype=dtype) for _ in range(3))
+        keep = any(ctx.needs_input_grad[:2]) and len(states) * len(weight) <= KEEP
+        ctx.kept = []
+        for chunk in _chunks(len(states), len(weight), CHUNK):
+            logits = states[chunk] @ weight.T  # (n, V)
+            for block in _chunks(len(logits), len(weight), CACHE if logits.device.type == "cpu" else CHUNK):
+                x, rows = logits[block].to(dtype), slice(chunk.start + block.start, chunk.start + block.stop)
+                chosen = x.gather(1, labels[rows, None])
+                top = x.amax(1, keepdim=True)
+                e = x.sub_(top).exp()  # x is our own: a copy, or a part of logits that is not needed any more
+                z = e.sum(1, keepdim=True)  # (rows, 1)
+                log_z[rows] = (z.log() + top)[:, 0]
+                logprobs[rows] = (chosen - top - z.log())[:, 0]
+                entropy[rows] = (z.log() - (e * x).sum(1, keepdim=True) / z)[:, 0]
+                if keep:
+                    logits[block] = e.div_(z)  # from here on they are probabilities
+            if keep:
+                ctx.kept.append(logits)
+        ctx.save_for_backward(states, weight, labels, log_z, entropy)
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
-        logits, labels, log_z = ctx.saved_tensors
-        rows, index, grad = logits.reshape(-1, logits.size(-1)), labels.reshape(-1, 1), grad.reshape(-1, 1)
-        out = torch.empty_like(rows)
-        for block in _blocks(rows):  # d logp / d logits = onehot - softmax
-            softmax = (rows[block].to(log_z.dtype) - log_z[block]).exp_()
-            out[block] = softmax.mul_(-grad[block]).scatter_add_(1, index[block], grad[block])
-        return out.reshape(logits.shape), None
+    def backward(ctx, grad: Tensor | None, grad_entropy: Tensor | None):
+        states, weight, labels, log_z, entropy = ctx.saved_tensors
+        grad = torch.zeros_like(log_z) if grad is None else grad
+        grad_states, grad_weight = torch.empty_like(states), None
+        kept, ctx.kept = ctx.kept, []  # overwritten below: a second backward computes them anew
+        for number, chunk in enumerate(_chunks(len(states), len(weight), CHUNK)):
+            if kept:
+                out = kept[number]
+            else:
+                out = torch.empty(len(states[chunk]), len(weight), dtype=states.dtype, device=states.device)
+                torch.mm(states[chunk], weight.T, out=out)
+            for block in _chunks(len(out), len(weight), CACHE if out.device.type == "cpu" else CHUNK):
+                rows = slice(chunk.start + block.start, chunk.start + block.stop)
+                g, p = grad[rows, None], out[block].to(log_z.dtype)
+                if not kept:
+                    p = p.sub_(log_z[rows, None]).exp_()
+                if grad_entropy is None:
+                    p = p.mul_(-g)  # d logp / d logits = onehot - p
+                else:  # d entropy / d logits = -p (log p + entropy)
+                    log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log()
+                    p = -p * (g + grad_entropy[rows, None] * (log_p + entropy[rows, None]))
+                p.scatter_add_(1, labels[rows, None], g)
+                if p.data_ptr() != out[block].data_ptr():
+                    out[block] = p
+            torch.mm(out, weight, out=grad_states[chunk])
+            if grad_weight is None:
+                grad_weight = out.T @ states[chunk]
+            else:
+                grad_weight.addmm_(out.T, states[chunk])
+        return grad_states, grad_weight, None
 
 
-def _blocks(rows: Tensor) -> list[slice]:
-    size = max(1, CHUNK // rows.size(-1))
-    return [slice(begin, begin + size) for begin in range(0, len(rows), size)]
+def _chunks(rows: int, columns: int, numbers: int) -> list[slice]:
+    """Slices of `rows` rows that hold about `numbers` numbers each."""
+    size = max(1, numbers // columns)
+    return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
 
 
-def logprobs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """logits (B, >= T, V), labels (B, T) -> (B, T): the label's logit minus logsumexp, in fp32 (fp64 stays fp64).
+def head_logprobs(states: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Decoder states (N, d), the head's weight (V, d), labels (N,) -> log-probabilities of the labels and entropies of
+    the full softmax in nats, (N,) each, in fp32 (fp64 stays fp64), both with gradients.
 
-    A decoder run on the whole `actions` gives L = T + 1 columns of logits; the last predicts nothing and is dropped.
+    Logits are products in the states' precision, or autocast's; the softmax is taken in fp32. Of the N x V logits at
+    most KEEP numbers live on for the gradient, and no more than CHUNK besides.
     """
-    return _LabelLogprob.apply(logits[:, : labels.size(1)], labels)
-
-
-def entropy(logits: Tensor, mask: Tensor, denominator: Tensor | float | None = None) -> Tensor:
-    """Mean entropy in nats of the full softmax over the mask, a scalar; with a gradient, so a bonus may use it."""
-    rows = logits[:, : mask.size(1)][mask.bool()]  # (n, V)
-    parts = []
-    for block in _blocks(rows):
-        logp = rows[block].to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(-1)
-        parts.append(-(logp.exp() * logp).sum())
-    total = torch.stack(parts).sum() if parts else logits.new_zeros(())
-    return total / (mask.sum().clamp(min=1) if denominator is None else denominator)
+    device = states.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
+        states, weight = states.to(low), weight.to(low)
+        with torch.autocast(device, enabled=False):
+            return _HeadLogprobs.apply(states, weight, labels)
+    return _HeadLogprobs.apply(states, weight, labels)
 
 
 # -- rewards ---------------------------------------------------------------------------------------------

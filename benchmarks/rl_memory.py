@@ -19,6 +19,7 @@ if __name__ == "__main__":  # run as a file, the project is not on the path
 
 import torch
 
+from ares import ppo
 from ares.cli import print0, run
 
 SIZES = {
@@ -68,11 +69,11 @@ def kept_bytes(size: str, rows: int, checkpointing: bool) -> int:
         }
         actions = torch.ones(rows, OUTPUT, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = model.policy(**prompt, decoder_input_ids=actions[:, :-1], use_cache=False).logits
-        keep(logits)
-        values = model.value_function(**prompt, decoder_input_ids=actions[:, :-1])
-    del values
-    return sum(size for size, _ in kept.values()) + logits.numel() * 2  # and the gradient of the logits
+        out = model(prompt, None, actions, torch.arange(rows * (OUTPUT - 1), device="meta"))
+    del out
+    probabilities = rows * (OUTPUT - 1) * VOCABULARY
+    logits = 2 * probabilities if probabilities <= ppo.KEEP else 6 * ppo.CHUNK  # kept; or a block in bf16 and fp32
+    return sum(size for size, _ in kept.values()) + logits
 
 
 def row(size: str) -> str:
@@ -80,11 +81,12 @@ def row(size: str) -> str:
     policy, value = (sum(p.numel() for p in model.parameters()) for model in build(size))
     trained = policy + value - VOCABULARY * SIZES[size]["d_model"]  # the value function's lm_head is frozen
     state = 4 * (policy + value) + 12 * trained
+    frozen = 2 * policy + 2 * VOCABULARY * SIZES[size]["d_model"]  # bf16, the embedding fp32
     plain, less = (kept_bytes(size, MINIBATCH[size], checkpointing) for checkpointing in (False, True))
     cells = [
         f"{size}, {policy / 1e6:.0f} M",
         str(MINIBATCH[size]),
-        *(f"{number / 1e9:.1f}" for number in (4 * (2 * policy + value), 4 * policy, state, 16 * policy)),
+        *(f"{number / 1e9:.1f}" for number in (3 * frozen, frozen, state, 16 * policy)),
         *(f"{number / 1e9:.1f}" for number in (plain, less, state + plain, state + less)),
     ]
     return "| " + " | ".join(cells) + " |"

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
+import scoring
 from ares import ppo
 from ares.cli import UserError
 from model import (
@@ -148,15 +149,12 @@ def test_logprobs_of_given_actions(released, policy, source):
     """As PPO computes them: the encoder once, the decoder on its states, the label's logit minus logsumexp."""
     expected = released.expected
     actions = expected["greedy_ids" if source == "greedy" else "actions2"]
-    with torch.no_grad():
-        states = policy.encode(**released.prompt)
-        out = policy(
-            encoder_outputs=states,
-            attention_mask=released.prompt["attention_mask"],
-            **released.decoder(actions),
-        )
-    logprobs = ppo.logprobs_from_logits(out.logits, actions[:, 1:])
     mask = ppo.action_mask(actions)
+    with torch.no_grad():
+        states = scoring.encode(policy, released.prompt)
+        logprobs, _ = scoring.policy_logprobs(
+            policy, states, released.prompt["attention_mask"], None, actions, scoring.places_of(mask)
+        )
     assert_near(logprobs[mask], expected[f"{source}_logprobs"][mask], 2e-3)
 
 

@@ -34,6 +34,13 @@ def plain_gae(rewards, values, n, gamma, lam):
     return [sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, n)) for t in range(n)]
 
 
+def head(logits, labels):
+    """`ppo.head_logprobs` of given logits (B, T, V) and labels (B, T): the head is the identity."""
+    states, V = logits.flatten(0, 1), logits.size(-1)
+    logprobs, entropy = ppo.head_logprobs(states, torch.eye(V, dtype=logits.dtype), labels.flatten())
+    return logprobs.view(labels.shape), entropy.view(labels.shape)
+
+
 def random_case(seed, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     B, T = int(torch.randint(1, 6, (), generator=g)), int(torch.randint(1, 17, (), generator=g))
@@ -126,7 +133,8 @@ def test_losses_and_gradients(released, i, which):
 def test_released_logprobs(fixtures):
     arrays = np.load(fixtures / "ppo.npz")
     logits, labels, out = (torch.from_numpy(arrays[f"lol_{name}"]) for name in ("logits", "labels", "out"))
-    torch.testing.assert_close(ppo.logprobs_from_logits(logits, labels), out, atol=1e-5, rtol=1e-5)
+    got, _ = head(logits[:, : labels.size(1)], labels)
+    torch.testing.assert_close(got, out, atol=1e-5, rtol=1e-5)
 
 
 # -- re-derivations --------------------------------------------------------------------------------------
@@ -260,37 +268,111 @@ def test_kl_reward_covers_every_real_position():
     assert rewards.tolist() == [[-0.5, 0.5, 0.0]]
 
 
-def test_logprobs_value_and_gradient(monkeypatch):
-    monkeypatch.setattr(ppo, "CHUNK", 50)  # several blocks, the last one short
+@pytest.mark.parametrize("keep", [0, 10**6], ids=["computed-again", "kept"])
+@pytest.mark.parametrize("chunk", [10, 50, 10**6], ids=["one-row", "blocks", "all"])
+def test_head_logprobs_and_entropies_have_the_values_and_gradients_of_a_plain_softmax(monkeypatch, chunk, keep):
+    """float64: logits in blocks of rows, the last one short, kept for the gradient or computed again, give what
+    log_softmax of all logits gives."""
+    monkeypatch.setattr(ppo, "CHUNK", chunk)
+    monkeypatch.setattr(ppo, "CACHE", min(chunk, 22))
+    monkeypatch.setattr(ppo, "KEEP", keep)
     g = torch.Generator().manual_seed(0)
-    logits = torch.randn(3, 6, 11, generator=g, dtype=torch.float64, requires_grad=True)
-    labels = torch.randint(0, 11, (3, 5), generator=g)
-    expected = logits[:, :5].log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
-    torch.testing.assert_close(ppo.logprobs_from_logits(logits, labels), expected, atol=1e-12, rtol=1e-12)
-    assert torch.autograd.gradcheck(lambda x: ppo.logprobs_from_logits(x, labels), logits)
+    states = torch.randn(13, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 11, (13,), generator=g)
+    up = torch.randn(2, 13, generator=g, dtype=torch.float64)
+    log_p = (states @ weight.T).log_softmax(-1)
+    want = log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    got = ppo.head_logprobs(states, weight, labels)
+    for ours, plain in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
+    for part in ([0], [1], [0, 1]):
+        grads = [
+            torch.autograd.grad(sum((up[i] * out[i]).sum() for i in part), (states, weight), retain_graph=True)
+            for out in (got, want)
+        ]
+        torch.testing.assert_close(grads[0], grads[1], atol=1e-12, rtol=1e-12)
 
 
-def test_logprobs_of_half_precision_logits_are_fp32():
+def test_head_logprobs_in_fp32_at_the_real_vocabulary(monkeypatch):
+    """fp32, 32,128 logits a row: values within 2e-5, gradients within 1e-5 of their norm of the plain path's."""
+    g = torch.Generator().manual_seed(0)
+    plain_states = torch.randn(40, 16, generator=g, requires_grad=True)
+    plain_weight = torch.randn(32128, 16, generator=g, requires_grad=True)
+    labels = torch.randint(0, 32128, (40,), generator=g)
+    up = torch.randn(40, generator=g)
+    log_p = (plain_states @ plain_weight.T).log_softmax(-1)
+    want, entropy = log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    (want * up).sum().backward()
+    for keep in (0, 2**25):
+        monkeypatch.setattr(ppo, "KEEP", keep)
+        states, weight = (one.detach().clone().requires_grad_() for one in (plain_states, plain_weight))
+        got = ppo.head_logprobs(states, weight, labels)
+        torch.testing.assert_close(got, (want, entropy), atol=2e-5, rtol=0)
+        (got[0] * up).sum().backward()
+        for ours, plain in ((states, plain_states), (weight, plain_weight)):
+            assert (ours.grad - plain.grad).norm() <= 1e-5 * plain.grad.norm()
+
+
+def test_logits_never_dominate_memory(monkeypatch):
+    """Beyond KEEP numbers nothing of the logits' size is held for the backward pass, and no block is above CHUNK."""
+    monkeypatch.setattr(ppo, "CHUNK", 1000)
+    held, largest = [], []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest.extend(t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t))
+            return out
+
+    states, weight = torch.randn(500, 3, requires_grad=True), torch.randn(100, 3, requires_grad=True)
+    labels = torch.zeros(500, dtype=torch.long)
+    for keep, least in ((0, 0), (10**6, 50_000)):
+        monkeypatch.setattr(ppo, "KEEP", keep)
+        held.clear(), largest.clear()
+        with Watch(), torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+            logprobs, _ = ppo.head_logprobs(states, weight, labels)
+            kept = sum(t.numel() for t in logprobs.grad_fn.kept)
+            logprobs.sum().backward()
+        assert max(largest) <= 1500 and max(t.numel() for t in held) <= 1500
+        assert kept == least
+
+
+def test_logprobs_of_half_precision_states_are_fp32():
     g = torch.Generator().manual_seed(0)
     logits = (10 * torch.randn(2, 4, 500, generator=g)).bfloat16().requires_grad_()
     labels = torch.randint(0, 500, (2, 4), generator=g)
-    got = ppo.logprobs_from_logits(logits, labels)
-    expected = logits.detach().double().log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-5)
+    got, entropy = head(logits, labels)
+    log_p = logits.detach().double().log_softmax(-1)
+    assert got.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close(got.double(), log_p.gather(-1, labels[..., None]).squeeze(-1), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(-1), atol=1e-4, rtol=1e-5)
     got.sum().backward()
     assert logits.grad.dtype == torch.bfloat16 and logits.grad.isfinite().all()
 
 
-def test_entropy(monkeypatch):
-    monkeypatch.setattr(ppo, "CHUNK", 20)
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    assert ppo.entropy(torch.zeros(2, 4, 8), mask).item() == pytest.approx(math.log(8))
-    logits = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    expected = torch.distributions.Categorical(logits=logits).entropy()[mask].mean()
-    torch.testing.assert_close(ppo.entropy(logits, mask), expected)
-    assert torch.autograd.gradcheck(lambda x: ppo.entropy(x, mask), logits)
-    assert ppo.entropy(logits, torch.zeros_like(mask)) == 0
+def test_head_logprobs_under_autocast_are_those_of_a_linear_layer_under_it():
+    g = torch.Generator().manual_seed(0)
+    states, labels = torch.randn(6, 16, generator=g), torch.randint(0, 50, (6,), generator=g)
+    layer = torch.nn.Linear(16, 50, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = ppo.head_logprobs(states, layer.weight, labels)
+        logits = layer(states)
+    want = logits.float().log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    got.sum().backward()
+    assert layer.weight.grad.dtype == torch.float32 and layer.weight.grad.abs().max() > 0
+
+
+def test_entropy_of_a_flat_and_of_a_sure_softmax():
+    flat, sure = torch.zeros(1, 3, 8), torch.zeros(1, 3, 8)
+    sure[..., 2] = 200.0
+    labels = torch.full((1, 3), 2)
+    assert head(flat, labels)[1].tolist() == [pytest.approx([math.log(8)] * 3)]
+    logprobs, entropy = head(sure.requires_grad_(), labels)
+    assert entropy.tolist() == [[0.0] * 3] == logprobs.tolist()
+    (logprobs.sum() + entropy.sum()).backward()
+    assert sure.grad.isfinite().all()
 
 
 def test_clipfrac_counts_where_the_gradient_stops():

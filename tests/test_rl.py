@@ -423,7 +423,7 @@ def test_without_reward_the_policy_only_decays(world, collected, tmp_path):
     ("rows", "processes", "accumulation"), [(14, 1, 4), (14, 2, 2), (3, 4, 2), (17, 3, 1), (1, 2, 8)]
 )
 def test_plan_covers_every_row_once_and_keeps_processes_in_step(rows, processes, accumulation):
-    lengths = [(7 * i) % 13 + 1 for i in range(rows)]
+    lengths = [((7 * i) % 13 + 1, (5 * i) % 11 + 1) for i in range(rows)]
     plan = experience.plan_epoch(lengths, 2, processes, accumulation, seed=5)
     flat = [row for step in plan for group in step for minibatch in group for row in minibatch]
     assert sorted(flat) == list(range(rows))
@@ -438,6 +438,27 @@ def test_plan_covers_every_row_once_and_keeps_processes_in_step(rows, processes,
     if rows > size:
         other = experience.plan_epoch(lengths, 2, processes, accumulation, seed=6)
         assert sets[0] != [{r for g in step for m in g for r in m} for step in other]
+
+
+def test_rows_of_like_length_share_a_minibatch():
+    """Padding of rationales and prompts, against minibatches in the shuffle's order and by rationale alone."""
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 200, (256, 2), generator=g).tolist()
+
+    def padded(minibatches) -> int:
+        weights = (3, 2)  # a token of the rationale, one of the prompt
+        return sum(len(m) * sum(w * max(lengths[r][i] for r in m) for i, w in enumerate(weights)) for m in minibatches)
+
+    shuffled = by_rationale = ours = 0
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(3)).tolist()
+    for begin, step in zip(range(0, 256, 64), experience.plan_epoch(lengths, 8, 1, 8, seed=3), strict=True):
+        rows = order[begin : begin + 64]
+        shuffled += padded([rows[i : i + 8] for i in range(0, 64, 8)])
+        rows = sorted(rows, key=lambda row: lengths[row][0])
+        by_rationale += padded([rows[i : i + 8] for i in range(0, 64, 8)])
+        ours += padded([m for group in step for m in group])
+    real = sum(3 * a + 2 * b for a, b in lengths)
+    assert real < ours < 0.95 * by_rationale < 0.8 * shuffled, (real, ours, by_rationale, shuffled)
 
 
 def test_experience_agrees_with_a_plain_loop():
@@ -487,3 +508,25 @@ def test_metrics_are_rewound_to_where_training_goes_on(tmp_path):
     assert lines[0]["x"] is None
     log.rewind(1, None)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_wandb_is_asked_for_before_anything_else(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where the package is absent
+    with pytest.raises(UserError, match="--report_to wandb.*pip install wandb"):
+        run_mm_cot_rl.parse_args(["--base_model_dir", str(tmp_path), "--report_to", "wandb"])
+
+
+def test_wandb_offline_goes_on_with_its_run(tmp_path, monkeypatch):
+    """Needs the package, which no requirement brings: pip install wandb."""
+    pytest.importorskip("wandb")
+    from metrics import Metrics
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ids = []
+    for update in (1, 2):
+        log = Metrics(tmp_path, "wandb", {"lr": 1e-5})
+        log.log("update", 0, update, {"loss": 1.0, "explained_variance": math.nan}, epoch=0)
+        ids.append(log.wandb.id)
+        log.close()
+    assert ids[0] == ids[1] and len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2

@@ -15,7 +15,7 @@ import rl_flags
 import rl_run
 import rollouts
 import run_mm_cot_rl
-from ares import cli, ppo
+from ares import cli
 from ares.cli import UserError
 from tests.test_rollouts import random_rollouts
 
@@ -31,6 +31,7 @@ class Prompts:
             q: torch.randint(2, VOCABULARY, (3 + i % 4,), generator=g) for i, q in enumerate(sorted(set(qids)))
         }
         self.images = {q: torch.randn(*PATCHES, generator=g, dtype=dtype) for q in self.ids}
+        self.lengths = {q: len(ids) for q, ids in self.ids.items()}
 
     def batch(self, qids):
         ids = torch.nn.utils.rnn.pad_sequence([self.ids[q] for q in qids], batch_first=True)
@@ -60,7 +61,7 @@ def models(dtype, seed=0):
     return made
 
 
-def make_trainer(tmp_path, rows=9, seed=0, dtype=torch.float64, scorer=None, **changes):
+def make_trainer(tmp_path, rows=9, seed=0, dtype=torch.float64, sharded=None, **changes):
     """A trainer on random ragged rollouts whose stored numbers are near what the policy says, as after sampling."""
     from accelerate import Accelerator
 
@@ -84,7 +85,7 @@ def make_trainer(tmp_path, rows=9, seed=0, dtype=torch.float64, scorer=None, **c
     log = metrics.Metrics(tmp_path, "none", {})
     return ppo_trainer.PpoTrainer(
         policy, None if args.algo == "rloo" else value_function, data, prompts, args, Accelerator(cpu=True),
-        tmp_path, log, 0,
+        tmp_path, log, 0, sharded=sharded,
     )  # fmt: skip
 
 
@@ -98,6 +99,12 @@ def gradients(trainer, step) -> dict[str, torch.Tensor]:
     trainer.optimizer.step = keep
     trainer._update(step, 10)
     return kept
+
+
+def lengths(trainer) -> list[tuple[int, int]]:
+    """Of every rationale and its prompt."""
+    roll = trainer.data.rollouts
+    return list(zip(roll.lengths.tolist(), (trainer.prompts.lengths[q] for q in roll.qids), strict=True))
 
 
 def plain_loss(trainer, rows) -> torch.Tensor:
@@ -146,8 +153,8 @@ def plain_loss(trainer, rows) -> torch.Tensor:
 def test_gradient_of_the_whole_loss_agrees_with_a_float64_rederivation(tmp_path, changes):
     for seed in (0, 1):
         trainer = make_trainer(tmp_path, rows=7 + seed, seed=seed, **changes)
-        args, lengths = trainer.args, trainer.data.rollouts.lengths.tolist()
-        plan = experience.plan_epoch(lengths, args.rl_batch_size, 1, args.ga_step, seed)
+        args = trainer.args
+        plan = experience.plan_epoch(lengths(trainer), args.rl_batch_size, 1, args.ga_step, seed)
         for step in (plan[0], plan[-1]):  # a full update and the short last one
             got = gradients(trainer, step)
             names, parameters = zip(*((n, p) for n, p in trainer.raw.named_parameters() if n in got), strict=True)
@@ -164,7 +171,7 @@ def first_update(trainer) -> dict:
     """The logged line of the first update."""
     seen = []
     trainer.metrics.log = lambda kind, number, update, values, **place: seen.append(values)
-    plan = experience.plan_epoch(trainer.data.rollouts.lengths.tolist(), 2, 1, trainer.args.ga_step, 0)
+    plan = experience.plan_epoch(lengths(trainer), 2, 1, trainer.args.ga_step, 0)
     trainer._update(plan[0], 10)
     return seen[0]
 
@@ -320,25 +327,3 @@ def test_warnings_say_what_is_wrong_and_what_to_do():
     (dropped,) = metrics.rollout_warnings(fine | {"share_dropped": 0.06})
     (cut,) = metrics.rollout_warnings(fine | {"share_ended": 0.2})
     assert "6%" in dropped and "80%" in cut and "--output_len" in cut
-
-
-def test_offload_brings_each_model_to_its_device_in_turn():
-    class Model(torch.nn.Linear):
-        def to(self, device):
-            seen.append((self.name, str(device)))
-            return self
-
-    def named(name):
-        one = Model(1, 1)
-        one.name = name
-        return one
-
-    for offload in (True, False):
-        seen = []
-        three = rollouts.Models(named("policy"), named("reference"), named("value"), offload=offload)
-        parked = [("reference", "cpu"), ("value", "cpu")] if offload else []
-        assert seen == parked
-        with three.at_work(three.reference):
-            assert seen[len(parked) :] == [("reference", "cpu")]  # the policy's device
-        assert len(seen) == (4 if offload else 1)
-    assert ppo.action_mask(torch.tensor([[0, 5, 1, 0]])).tolist() == [[True, True, False]]
