@@ -1,0 +1,373 @@
+"""What the benchmarks share: flags, models, real prompts, fair timing, equality, one report per stage.
+
+    args = common.parse(__doc__, argv)                       # --size --device --repeats --profile --json --threads
+    device = common.set_up(args)
+    data = common.load(args, prompt_format="QCM-E")          # real questions, real tokenizer, mapped random features
+    folder = common.model_folder(args, data)                 # a trained-like checkpoint, made once per machine
+    result = common.compare(released, ours, args)            # interleaved; median ratio, min-max
+    common.report(args, "SFT", result, equal=[...], limit="62% of the time is bare matrix products")
+
+Both sides of a comparison run in one process, on the same weights, threads and denormal settings (the product's own:
+denormals are computed). Leaves out the stages themselves (bench_*.py) and the released recipe (released_recipe.py).
+Questions and tokenizer are found in ../shared or $ARES_SHARED.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # a benchmark run as a file
+    sys.path.insert(0, str(ROOT))
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from ares import cli  # noqa: E402
+from ares.cli import UserError, print0  # noqa: E402
+from benchmarks.limits import synchronize  # noqa: E402
+
+SHARED = Path(os.environ.get("ARES_SHARED", ROOT.parent / "shared"))
+VOCABULARY = 32128  # rows of the embedding of every published T5, for the tokenizer's 32,100 pieces
+VIT = (145, 1024)
+SIZES = {
+    "tiny": {"d_model": 256, "d_kv": 64, "d_ff": 512, "num_layers": 4, "num_heads": 4},
+    "base": {"d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
+    "large": {"d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_layers": 24, "num_heads": 16},
+}
+FEATURE_ROWS = 64  # rows of random features on disk; the questions with an image share them
+WARM_UP_STEPS = {"tiny": 300, "base": 300, "large": 200}
+NOT_MEASURED = "not measured"
+
+
+# -- flags and machine -----------------------------------------------------------------------------------
+
+
+def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The flags of every benchmark; `defaults` replaces theirs (`repeats=3`). Add a stage's own, then `set_up`."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--size", choices=SIZES, default="tiny", help="model size (default: %(default)s)")
+    made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    made.add_argument("--repeats", type=int, default=3, help="timings of each side (default: %(default)s)")
+    made.add_argument("--profile", action="store_true", help="also print a torch profiler table of our side")
+    made.add_argument("--json", metavar="FILE", help="also write the result there, for run_all.sh")
+    made.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="seed of weights and order (default: %(default)s)")
+    made.set_defaults(**defaults)
+    return made
+
+
+def set_up(args: argparse.Namespace) -> torch.device:
+    """Check the flags, set threads and seed; the device to run on. Raises UserError."""
+    cli.refuse(
+        [f"--{name} must be at least 1" for name in ("repeats", "threads") if getattr(args, name) < 1]
+        + ["--device cuda: this torch finds no GPU"] * (args.device == "cuda" and not torch.cuda.is_available())
+    )
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    print0(machine_line(args))
+    return torch.device(args.device)
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What a figure depends on besides the code: processor, GPU, threads, versions, commit."""
+    import transformers
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
+        "device": args.device,
+        "threads": args.threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def machine_line(args: argparse.Namespace) -> str:
+    """`machine` on one line."""
+    found = machine(args)
+    gpu = found["gpu"] or "no GPU used"
+    versions = f"python {found['python']}, torch {found['torch']}, transformers {found['transformers']}"
+    return f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, {gpu}; {versions}; {found['commit']}"
+
+
+# -- real questions --------------------------------------------------------------------------------------
+
+
+@dataclass
+class BenchData:
+    """The real sample: problems with captions, split -> question ids, the real tokenizer, random ViT features."""
+
+    args: argparse.Namespace  # the scripts' own flags (prompt_format, input_len, ...)
+    problems: dict[str, Any]
+    qids: dict[str, list[str]]
+    tokenizer: Any
+    features: Any  # VisionFeatures, or None without img_type
+
+    def dataset(self, split: str, count: int | None = None, start: int = 0) -> Any:
+        """`RationaleDataset` of `count` questions, spread evenly over a split so that their lengths are its own.
+
+        `start` shifts the choice, so that two calls give different questions.
+        """
+        from utils_data import RationaleDataset
+
+        qids = self.qids[split]
+        count = len(qids) if count is None else count
+        chosen = [qids[(start + i * len(qids) // count) % len(qids)] for i in range(count)]
+        return RationaleDataset(self.problems, chosen, self.tokenizer, self.args)
+
+    def collator(self, **kwargs: Any) -> Any:
+        from utils_data import Collator
+
+        return Collator(self.tokenizer.pad_token_id, self.features, **kwargs)
+
+
+def load(
+    args: argparse.Namespace,
+    prompt_format: str = "QCM-E",
+    input_len: int = 512,
+    output_len: int = 512,
+    img_type: str | None = "vit",
+) -> BenchData:
+    """The sample of real questions with captions, as the users' commands read it (`--use_caption`)."""
+    from utils_data import load_data, load_tokenizer
+
+    sample = SHARED / "data/scienceqa_sample"
+    if not sample.is_dir():
+        raise UserError(f"no real questions at {sample}: set ARES_SHARED to the folder that holds data/")
+    features = cache_dir(args) / "vision_features"
+    if img_type is not None:
+        _make_features(features, sample)
+    flags = argparse.Namespace(
+        data_root=str(sample / "ScienceQA/data"), dataset=None, images=None, img_type=img_type,
+        caption_file=str(sample / "instruct_captions.json"), use_caption=True, options=["A", "B", "C", "D", "E"],
+        vision_features=str(features) if img_type else None, name_map=None, prompt_format=prompt_format,
+        input_len=input_len, output_len=output_len, seed=args.seed, model="none", correction=False,
+        tokenizer=str(SHARED / "data/t5_tokenizer"), train_le=None, eval_le=None, test_le=None,
+    )  # fmt: skip
+    data = load_data(flags, {"train": "train", "val": "val", "test": "test"})
+    return BenchData(flags, data.problems, data.qids, load_tokenizer(flags), data.features)
+
+
+def cache_dir(args: argparse.Namespace) -> Path:
+    """Where models and features of the benchmarks stay between runs, on this machine."""
+    return cli.writable_dir(Path(tempfile.gettempdir()) / f"ares_benchmarks_{os.getuid()}", "temporary folder")
+
+
+def _make_features(folder: Path, sample: Path) -> None:
+    """Random ViT features of FEATURE_ROWS images, and a name map that gives every question with an image one."""
+    if (folder / "name_map.json").exists():
+        return
+    problems = json.loads((sample / "ScienceQA/data/scienceqa/problems.json").read_text())
+    folder.mkdir(exist_ok=True)
+    rows = np.random.default_rng(0).standard_normal((FEATURE_ROWS, *VIT), dtype=np.float32)
+    with cli.atomic_path(folder / "vit.npy") as temporary, open(temporary, "wb") as file:
+        np.save(file, rows)
+    pictured = [qid for qid, problem in problems.items() if problem["image"]]
+    cli.write_json(folder / "name_map.json", {qid: i % FEATURE_ROWS for i, qid in enumerate(pictured)})
+
+
+def lengths(dataset: Any) -> list[tuple[int, int]]:
+    """(prompt, target) tokens of every row."""
+    return [(len(item["input_ids"]), len(item["labels"])) for item in (dataset[i] for i in range(len(dataset)))]
+
+
+# -- models ----------------------------------------------------------------------------------------------
+
+
+def build_model(size: str, seed: int = 0, patch_size: tuple[int, int] | None = VIT, dropout: float = 0.1) -> Any:
+    """A policy of one size (flan-alpaca's kind: gated GELU, untied), its loss near ln(vocabulary).
+
+    The library draws lm_head from N(0, 1): logits of magnitude sqrt(d_model), a loss of 70, and a softmax so peaked
+    that its gradients are denormals, which slow a CPU eightfold. With 1 / sqrt(d_model) none of that happens.
+    """
+    from model import MultimodalT5Config, T5ForMultimodalGeneration
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = MultimodalT5Config(
+            vocab_size=VOCABULARY, feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=dropout,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, patch_size=patch_size, **SIZES[size],
+        )  # fmt: skip
+        model = T5ForMultimodalGeneration(config)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(model.config.d_model**-0.5)
+    return model
+
+
+def model_folder(args: argparse.Namespace, data: BenchData, steps: int | None = None) -> Path:
+    """A checkpoint folder (policy and tokenizer) of `--size`, trained a little on the sample's train split.
+
+    Just enough that it writes words and ends its texts, as a real checkpoint does: a random model never writes
+    `</s>`, and its lengths would say nothing. Made once, kept in `cache_dir`. Load it with either class of model.py.
+    """
+    steps = WARM_UP_STEPS[args.size] if steps is None else steps
+    patch_size = data.features.shape if data.features is not None else None
+    kind = "text" if patch_size is None else f"vit{patch_size[0]}x{patch_size[1]}"
+    folder = cache_dir(args) / f"{args.size}_{kind}_{data.args.prompt_format}_seed{args.seed}_steps{steps}"
+    if (folder / "config.json").exists():
+        return folder
+    device = torch.device(args.device)
+    model = build_model(args.size, args.seed, patch_size, dropout=0.0).to(device)
+    first, last = _warm_up(model, data, device, steps)
+    print0(f"{folder.name}: loss {first:.2f} -> {last:.2f} in {steps} steps")
+    model.config.dropout_rate = 0.1
+    with cli.atomic_dir(folder) as temporary:
+        model.save_pretrained(temporary)
+        data.tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def _warm_up(model: Any, data: BenchData, device: torch.device, steps: int) -> tuple[float, float]:
+    """A few steps of AdamW on batches of like length. Returns first and last loss."""
+    from sft_trainer import LengthGroupedOrder
+
+    dataset, collate = data.dataset("train"), data.collator()
+    sizes = [sum(pair) for pair in lengths(dataset)]
+    order = LengthGroupedOrder(sizes, 8, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
+    losses: list[float] = []
+    with cli.progress(desc="trained-like weights", total=steps, unit="step") as bar:
+        while len(losses) < steps:
+            order.epoch, picks = order.epoch + 1, list(order)
+            for start in range(0, len(picks) - 7, 8):
+                batch = collate([dataset[i] for i in picks[start : start + 8]])
+                loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                losses.append(loss.item())
+                bar.update()
+                if len(losses) == steps:
+                    break
+    return losses[0], statistics.mean(losses[-10:])
+
+
+# -- timing ----------------------------------------------------------------------------------------------
+
+
+def seconds(function: Callable[[], Any], device: torch.device | str = "cpu") -> float:
+    """Wall seconds of one call, a GPU's work included."""
+    device = torch.device(device)
+    synchronize(device)
+    began = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def compare(
+    released: Callable[[], Any], ours: Callable[[], Any], args: argparse.Namespace, warm_up: bool = True
+) -> dict[str, Any]:
+    """Both sides on the same work, interleaved (A B, B A, ...) `--repeats` times after one untimed call of ours.
+
+    Returns medians and ranges in seconds, and the ratio released / ours of neighbouring calls: its median and range.
+    """
+    if warm_up:
+        ours()
+    times: dict[str, list[float]] = {"released": [], "ours": []}
+    for repeat in range(args.repeats):
+        pair = [("released", released), ("ours", ours)]
+        for name, function in pair if repeat % 2 == 0 else reversed(pair):
+            times[name].append(seconds(function, args.device))
+    ratios = [slow / fast for slow, fast in zip(times["released"], times["ours"], strict=True)]
+    return {name: spread(values) for name, values in (*times.items(), ("ratio", ratios))}
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def linear(function: Callable[[int], Any], args: argparse.Namespace, unit: int = 1) -> dict[str, float]:
+    """Time of 2x and 4x the work over 1x, per unit of work: 1.0 is linear. `function(n)` does n x `unit`."""
+    function(unit)
+    times = {
+        n: statistics.median(seconds(lambda n=n: function(n * unit), args.device) for _ in range(args.repeats))
+        for n in (1, 2, 4)
+    }
+    return {f"{n}x": times[n] / times[1] / n for n in (2, 4)}
+
+
+def check(what: str, left: Any, right: Any, tolerance: float = 0.0) -> str:
+    """One line that says both sides computed the same. Raises UserError where they differ by more than `tolerance`."""
+    if isinstance(left, (torch.Tensor, np.ndarray, float)):
+        left, right = torch.as_tensor(left).double(), torch.as_tensor(right).double()
+        same = left.shape == right.shape
+        apart = float((left - right).abs().max()) if same and left.numel() else 0.0
+        if not same or not apart <= tolerance:
+            raise UserError(
+                f"{what}: the two sides differ by {apart:.3g}, more than {tolerance:g}; no timing is worth it"
+            )
+        return f"{what}: equal within {tolerance:g} (largest difference {apart:.2g})"
+    if left != right:
+        raise UserError(f"{what}: the two sides differ; no timing is worth it")
+    return f"{what}: equal"
+
+
+def profile(function: Callable[[], Any], args: argparse.Namespace, rows: int = 25) -> None:
+    """With --profile: run `function` once under torch's profiler and print its table."""
+    if not args.profile:
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if args.device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as found:
+        function()
+    order = "self_cuda_time_total" if args.device == "cuda" else "self_cpu_time_total"
+    print0(found.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=48))
+
+
+# -- report ----------------------------------------------------------------------------------------------
+
+
+def report(args: argparse.Namespace, stage: str, result: dict[str, Any], **more: Any) -> None:
+    """Print a stage's result and, with --json, write it for run_all.sh.
+
+    `result` is what `compare` returned (or holds a `ratio` of its own); `more`: `target` (">= 7x"), `equal` (lines of
+    `check`), `limit` (how close to the machine's limit), `scaling` (of `linear`), `slice` (what was measured),
+    `projection` (name -> seconds per unit of work), and whatever else a stage has to say.
+    """
+    told = {"stage": stage, "size": args.size, "device": args.device, **result, **more, "machine": machine(args)}
+    for line in more.get("equal", ()):
+        print0(f"  {line}")
+    for name in ("released", "ours"):
+        if name in result:
+            print0(f"  {name}: {_range(result[name], ' s')}")
+    print0(f"{stage}: {_range(result['ratio'], 'x')}" + (f" (target {more['target']})" if "target" in more else ""))
+    for name, value in more.items():
+        if name not in ("equal", "target"):
+            print0(f"  {name}: {value}")
+    if args.json:
+        cli.write_json(args.json, told, indent=1)
+
+
+def _range(values: dict[str, float], unit: str) -> str:
+    return f"{values['median']:.3g}{unit} ({values['min']:.3g}-{values['max']:.3g})"
