@@ -3,7 +3,7 @@
     args = common.parse(__doc__, argv)                       # --size --device --repeats --profile --json --threads
     device = common.set_up(args)
     data = common.load(args, prompt_format="QCM-E")          # real questions, real tokenizer, mapped random features
-    folder = common.model_folder(args, data)                 # a trained-like checkpoint, made once per machine
+    folder = common.model_folder(args, data)                 # a checkpoint with trained-like weights
     result = common.compare(released, ours, args)            # interleaved; median ratio, min-max
     common.report(args, "SFT", result, equal=[...], limit="62% of the time is bare matrix products")
 
@@ -51,7 +51,6 @@ SIZES = {
     "large": {"d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_layers": 24, "num_heads": 16},
 }
 FEATURE_ROWS = 64  # rows of random features on disk; the questions with an image share them
-WARM_UP_STEPS = {"tiny": 300, "base": 300, "large": 200}
 NOT_MEASURED = "not measured"
 
 
@@ -219,55 +218,15 @@ def build_model(size: str, seed: int = 0, patch_size: tuple[int, int] | None = V
     return model
 
 
-def model_folder(args: argparse.Namespace, data: BenchData, steps: int | None = None) -> Path:
-    """A checkpoint folder (policy and tokenizer) of `--size`, trained a little on the sample's train split.
-
-    Just enough that it writes words and ends its texts, as a real checkpoint does: a random model never writes
-    `</s>`, and its lengths would say nothing. Made once, kept in `cache_dir`. Load it with either class of model.py.
-    """
-    steps = WARM_UP_STEPS[args.size] if steps is None else steps
+def model_folder(args: argparse.Namespace, data: BenchData) -> Path:
+    """A checkpoint folder (policy and tokenizer) of `build_model`, kept in `cache_dir`; either class loads it."""
     patch_size = data.features.shape if data.features is not None else None
-    kind = "text" if patch_size is None else f"vit{patch_size[0]}x{patch_size[1]}"
-    folder = cache_dir(args) / f"{args.size}_{kind}_{data.args.prompt_format}_seed{args.seed}_steps{steps}"
-    if (folder / "config.json").exists():
-        return folder
-    device = torch.device(args.device)
-    model = build_model(args.size, args.seed, patch_size, dropout=0.0).to(device)
-    first, last = _warm_up(model, data, device, steps)
-    print0(f"{folder.name}: loss {first:.2f} -> {last:.2f} in {steps} steps")
-    model.config.dropout_rate = 0.1
-    with cli.atomic_dir(folder) as temporary:
-        model.save_pretrained(temporary)
-        data.tokenizer.save_pretrained(temporary)
+    folder = cache_dir(args) / f"{args.size}_{'text' if patch_size is None else 'vit'}_seed{args.seed}"
+    if not (folder / "config.json").exists():
+        with cli.atomic_dir(folder) as temporary:
+            build_model(args.size, args.seed, patch_size).save_pretrained(temporary)
+            data.tokenizer.save_pretrained(temporary)
     return folder
-
-
-def _warm_up(model: Any, data: BenchData, device: torch.device, steps: int) -> tuple[float, float]:
-    """A few steps of AdamW on batches of like length. Returns first and last loss."""
-    from sft_trainer import LengthGroupedOrder
-
-    dataset, collate = data.dataset("train"), data.collator()
-    sizes = [sum(pair) for pair in lengths(dataset)]
-    order = LengthGroupedOrder(sizes, 8, seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
-    losses: list[float] = []
-    with cli.progress(desc="trained-like weights", total=steps, unit="step") as bar:
-        while len(losses) < steps:
-            order.epoch, picks = order.epoch + 1, list(order)
-            for start in range(0, len(picks) - 7, 8):
-                batch = collate([dataset[i] for i in picks[start : start + 8]])
-                loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
-                losses.append(loss.item())
-                bar.update()
-                if len(losses) == steps:
-                    break
-    return losses[0], statistics.mean(losses[-10:])
 
 
 # -- timing ----------------------------------------------------------------------------------------------
