@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,7 +109,7 @@ def set_up(args: argparse.Namespace) -> Setup:
         InitProcessGroupKwargs(timeout=timedelta(hours=2)),
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
     ]
-    accelerator = Accelerator(mixed_precision=mixed_precision(args.precision), kwargs_handlers=kwargs)
+    accelerator = Accelerator(mixed_precision=cli.mixed_precision(args.precision), kwargs_handlers=kwargs)
     check_processes(accelerator)
     accelerator.wait_for_everyone()  # the folder is claimed
     dataset = utils_data.RationaleDataset(data.problems, data.qids["train"], tokenizer, args, le)
@@ -121,17 +120,6 @@ def set_up(args: argparse.Namespace) -> Setup:
         f"on {accelerator.device.type}, {'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'}"
     )
     return Setup(args, folder, accelerator, tokenizer, prompts, data.patch_size, start)
-
-
-def mixed_precision(precision: str) -> str:
-    """--precision as accelerate names it; `auto` follows accelerate's configuration, then the GPU."""
-    import torch
-
-    if precision == "auto":
-        configured = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-        on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-        precision = "bf16" if configured or (on_gpu and torch.cuda.is_bf16_supported()) else "fp32"
-    return "bf16" if precision == "bf16" else "no"
 
 
 def check_processes(accelerator: Any) -> None:
@@ -229,6 +217,7 @@ def train_round(setup: Setup, store, number: int, decision: dict) -> None:
     import ppo_trainer
     import rollouts
     from metrics import Metrics, rollout_warnings
+    from model import choose_attention
 
     args, start = setup.args, start_folder(setup, number)
     every = store.load()
@@ -241,10 +230,8 @@ def train_round(setup: Setup, store, number: int, decision: dict) -> None:
     metrics = Metrics(setup.run, args.report_to, vars(args))
     policy = load_model(setup, start)
     value_function = None if args.algo == "rloo" else load_model(setup, start, value=True)
-    if setup.accelerator.device.type == "cpu":
-        for model in filter(None, (policy, value_function)):
-            # SDPA has no fused kernel on CPU for T5's learnt position bias; plain attention takes 8% less per update
-            model.set_attn_implementation("eager")
+    for model in filter(None, (policy, value_function)):
+        choose_attention(model, setup.accelerator.device)
     trainer = ppo_trainer.PpoTrainer(
         policy,
         value_function,

@@ -1,10 +1,11 @@
 """The training loop of main.py and run_mm_cot_lora.py: transformers' Seq2SeqTrainer with what a long run needs.
 
 The recipe is the released one, the library's defaults: AdamW, weight decay 0.01 except biases and norms, linear decay
-to 0, no warm-up, gradient clip 1.0, dropout on, fp32. Ours besides: batches of similar length in a seeded order that
-does not depend on the number of processes, checkpoints that count only once whole, saves every few minutes,
-evaluation by the same loop that writes the prediction files, logs that can be read when piped. The library divides
-the loss by the real targets of the whole step (all processes), so 2 x 8 and 1 x 16 train alike.
+to 0, no warm-up, gradient clip 1.0, dropout on. Ours besides: batches of similar length in a seeded order that does
+not depend on the number of processes, bf16 autocast on a GPU that has it, checkpoints that count only once whole,
+saves every few minutes, evaluation by the same loop that writes the prediction files, logs that can be read when
+piped. The library divides the loss by the real targets of the whole step (all processes), so 2 x 8 and 1 x 16 train
+alike.
 
 Called by sft.run; leaves out when and where (sft.py).
 """
@@ -28,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ares import cli
 from ares.cli import UserError, print0, warn0
+from model import choose_attention
 from utils_predict import Predictor, asked_for, from_rank0
 
 COMPLETE = "complete"  # written last into a checkpoint's folder: without it the folder does not count
@@ -40,6 +42,7 @@ LOG_STEPS = 50
 def set_up(args: argparse.Namespace, folder: Path, examples: int) -> Seq2SeqTrainingArguments:
     """The library's arguments for these flags. Starts the process group; `.device` is this process's device."""
     steps = math.ceil(examples / (args.bs * cli.world_size()))
+    workers = args.workers if args.workers is not None else 2 if torch.cuda.is_available() else 0
     training_args = Seq2SeqTrainingArguments(
         output_dir=str(folder),
         num_train_epochs=args.epoch,
@@ -57,6 +60,10 @@ def set_up(args: argparse.Namespace, folder: Path, examples: int) -> Seq2SeqTrai
         disable_tqdm=True,  # replaced by Log
         report_to="none",
         remove_unused_columns=False,  # items hold the question id, which the collator needs
+        bf16=cli.mixed_precision(args.precision) == "bf16",
+        optim="adamw_torch_fused",  # one kernel for all weights, on CPU too
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         ddp_timeout=6 * 3600,  # ranks wait for each other's share of a split, and for rank 0's scores
@@ -91,6 +98,7 @@ def train(
     folder = Path(training_args.output_dir)
     set_seed(args.seed)  # a fresh LoRA adapter draws from the global state
     model = build().float()
+    choose_attention(model, training_args.device)
     use_cache = model.config.use_cache
     warn_about_device(training_args.device, sum(p.numel() for p in model.parameters()))
     trainer = SFTTrainer(
@@ -102,6 +110,7 @@ def train(
         processing_class=predictor.tokenizer,
         evaluate_with=predictor.evaluate,
         save_minutes=args.save_minutes,
+        max_tokens=args.max_tokens,
     )
     if checkpoint:
         print0(f"{folder}: going on from {Path(checkpoint).name}")
@@ -115,11 +124,18 @@ def train(
 class SFTTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer with our batches, our evaluation and checkpoints that a kill cannot halve."""
 
-    def __init__(self, *args: Any, evaluate_with: Callable, save_minutes: float, **kwargs: Any):
+    def __init__(
+        self, *args: Any, evaluate_with: Callable, save_minutes: float, max_tokens: int | None = None, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
-        self.evaluate_with = evaluate_with
-        step = self.args.per_device_train_batch_size * self.args.world_size
-        self.sampler = LengthGroupedOrder(lengths(self.train_dataset), step, self.args.seed)
+        self.evaluate_with, self.max_tokens = evaluate_with, max_tokens
+        world = self.args.world_size
+        if max_tokens is None:
+            step = self.args.per_device_train_batch_size * world
+            self.sampler = LengthGroupedOrder(lengths(self.train_dataset), step, self.args.seed)
+        else:
+            rank = self.args.process_index
+            self.sampler = TokenBudgetBatches(self.train_dataset, max_tokens, self.args.seed, rank, world)
         self.remove_callback(PrinterCallback)
         self.add_callback(Log())
         self.add_callback(EpochOrder(self.sampler))
@@ -127,6 +143,19 @@ class SFTTrainer(Seq2SeqTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedOrder:
         return self.sampler
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        if self.max_tokens is None:
+            return super().get_train_dataloader()
+        # not prepared by accelerate, which would deal the batches out once more; the Trainer moves them to the device
+        return torch.utils.data.DataLoader(
+            self.train_dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs):
         """Metrics of the evaluation split, by the loop that also writes the prediction files."""
@@ -266,13 +295,54 @@ class LengthGroupedOrder(torch.utils.data.Sampler):
         return self.lengths[i]
 
 
+class TokenBudgetBatches(torch.utils.data.Sampler):
+    """All samples once per epoch, in batches of like length whose padded tokens stay within a budget (--max_tokens).
+
+    The samples are shuffled and sorted by prompt and target length, which leaves those of one length in a random
+    order; cut into batches; the steps (one batch for each process) are shuffled. The cuts depend on the lengths alone,
+    so every epoch has the same number of batches. This process gets every `world`-th batch.
+    """
+
+    def __init__(self, dataset: Any, max_tokens: int, seed: int, rank: int = 0, world: int = 1):
+        items = [dataset[i] for i in range(len(dataset))]
+        self.sizes = [(len(item["input_ids"]), len(item["labels"])) for item in items]
+        self.seed, self.rank, self.world, self.epoch = seed, rank, world, 0
+        by_size = sorted(self.sizes)
+        self.cuts = [0]  # where batches begin, in the sorted order
+        longest = (0, 0)
+        for place, (prompt, target) in enumerate(by_size):
+            longest = max(longest[0], prompt), max(longest[1], target)
+            if (place + 1 - self.cuts[-1]) * sum(longest) > max_tokens:
+                self.cuts.append(place)
+                longest = prompt, target
+        self.cuts.append(len(items))
+        while (len(self.cuts) - 1) % world:  # as many batches for each process
+            spans = list(zip(self.cuts, self.cuts[1:], strict=False))
+            start, end = max(spans, key=lambda span: span[1] - span[0])
+            if end - start < 2:
+                raise UserError(f"--train_split: {len(items)} samples are too few for {world} processes")
+            self.cuts.insert(self.cuts.index(start) + 1, (start + end) // 2)
+        self.steps = (len(self.cuts) - 1) // world
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 100003 + self.epoch)
+        order = torch.randperm(len(self.sizes), generator=generator).tolist()
+        order.sort(key=self.sizes.__getitem__)
+        for step in torch.randperm(self.steps, generator=generator).tolist():
+            k = step * self.world + self.rank
+            yield order[self.cuts[k] : self.cuts[k + 1]]
+
+
 # -- callbacks -------------------------------------------------------------------------------------------
 
 
 class EpochOrder(TrainerCallback):
     """Tells the sampler its epoch. (accelerate's set_epoch does not reach it after a resume on several processes.)"""
 
-    def __init__(self, sampler: LengthGroupedOrder):
+    def __init__(self, sampler: LengthGroupedOrder | TokenBudgetBatches):
         self.sampler = sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):

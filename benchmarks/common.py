@@ -243,19 +243,24 @@ def seconds(function: Callable[[], Any], device: torch.device | str = "cpu") -> 
 
 
 def compare(
-    released: Callable[[], Any], ours: Callable[[], Any], args: argparse.Namespace, warm_up: bool = True
+    released: Callable[[], Any],
+    ours: Callable[[], Any],
+    args: argparse.Namespace,
+    work: tuple[float, float] = (1, 1),
+    warm_up: bool = True,
 ) -> dict[str, Any]:
-    """Both sides on the same work, interleaved (A B, B A, ...) `--repeats` times after one untimed call of ours.
+    """Both sides interleaved (A B, B A, ...) `--repeats` times, after one untimed call of ours.
 
-    Returns medians and ranges in seconds, and the ratio released / ours of neighbouring calls: its median and range.
+    `work`: units (samples, questions) that a call of either does; times are per unit. Returns medians and ranges in
+    seconds, and the ratio released / ours of neighbouring calls: its median and range.
     """
     if warm_up:
         ours()
     times: dict[str, list[float]] = {"released": [], "ours": []}
     for repeat in range(args.repeats):
-        pair = [("released", released), ("ours", ours)]
-        for name, function in pair if repeat % 2 == 0 else reversed(pair):
-            times[name].append(seconds(function, args.device))
+        pair = [("released", released, work[0]), ("ours", ours, work[1])]
+        for name, function, units in pair if repeat % 2 == 0 else reversed(pair):
+            times[name].append(seconds(function, args.device) / units)
     ratios = [slow / fast for slow, fast in zip(times["released"], times["ours"], strict=True)]
     return {name: spread(values) for name, values in (*times.items(), ("ratio", ratios))}
 

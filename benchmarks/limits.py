@@ -52,6 +52,8 @@ class Products(TorchDispatchMode):
         if name:
             left, right = args[-2:] if len(args) > 2 else args
             self._add(left, right)
+        elif func is aten.linear.default:  # under inference mode nothing is decomposed
+            self._add(args[0].flatten(0, -2), args[1].t())
         elif "scaled_dot_product" in str(func):
             self._attention(func, args)
         return func(*args, **(kwargs or {}))

@@ -136,6 +136,47 @@ def test_order_is_a_seeded_permutation_in_steps_of_like_length():
     assert heads != sorted(heads) and heads != sorted(heads, reverse=True)
 
 
+def test_token_budget_batches_are_whole_small_and_shared():
+    from sft_trainer import TokenBudgetBatches
+
+    draw = torch.Generator().manual_seed(1)
+    sizes = [torch.randint(5, 200, (2,), generator=draw).tolist() for _ in range(301)]
+    data = [{"input_ids": [1] * prompt, "labels": [1] * target} for prompt, target in sizes]
+    alone = TokenBudgetBatches(data, 1000, seed=42)
+    first = list(alone)
+    assert sorted(i for batch in first for i in batch) == list(range(301)) and len(first) == len(alone)
+    for batch in first:
+        assert len(batch) * sum(max(sizes[i][part] for i in batch) for part in (0, 1)) <= 1000
+    assert len(first) < 120  # 301 samples in batches of five or so, not one by one
+    alone.epoch = 1
+    assert list(alone) != first and len(list(alone)) == len(first)
+    ranks = [list(TokenBudgetBatches(data, 1000, 42, rank, world=2)) for rank in (0, 1)]
+    assert len(ranks[0]) == len(ranks[1])
+    assert sorted(i for share in ranks for batch in share for i in batch) == list(range(301))
+    with pytest.raises(UserError, match="too few"):
+        TokenBudgetBatches(data[:1], 1000, 42, 0, world=2)
+
+
+def test_order_is_the_same_with_any_workers(root, t5_tokenizer):
+    """What a worker makes of the seeded order is what the process itself makes of it."""
+    from sft_trainer import LengthGroupedOrder, lengths
+    from utils_data import Collator, RationaleDataset, load_data
+
+    args = script.parse_args(["--data_root", str(root), "--img_type", "vit", "--prompt_format", "QCM-E"])
+    data = load_data(args, {"train": "train"})
+    dataset = RationaleDataset(data.problems, data.qids["train"], t5_tokenizer, args)
+
+    def batches(workers):
+        order, collate = LengthGroupedOrder(lengths(dataset), 4, seed=3), Collator(0, data.features, with_qids=True)
+        return list(torch.utils.data.DataLoader(dataset, 4, sampler=order, collate_fn=collate, num_workers=workers))
+
+    plain = batches(0)
+    assert len({qid for batch in plain for qid in batch["qids"]}) == 24
+    for batch, other in zip(plain, batches(2), strict=True):
+        assert batch["qids"] == other["qids"]
+        assert all(torch.equal(batch[name], other[name]) for name in ("input_ids", "labels", "image_ids"))
+
+
 # -- predictions -----------------------------------------------------------------------------------------
 
 
