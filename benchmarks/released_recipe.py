@@ -71,7 +71,7 @@ def train_steps(
     device: torch.device,
     bs: int = 8,
 ) -> list[float]:
-    """One step per `bs` rows, in the order of `dataset`: forward, backward, clip at 1.0, update. Returns the losses."""
+    """A step per `bs` rows, in the order of `dataset`: forward, backward, clip at 1.0, update. Returns the losses."""
     model.train()
     losses = []
     for start in range(0, len(dataset), bs):
@@ -137,13 +137,14 @@ def rationale_scores(predictions: Mapping[str, str], references: Mapping[str, st
 # -- image features --------------------------------------------------------------------------------------
 
 
+def read(path: Path) -> Any:
+    """The picture as RGB."""
+    from PIL import Image
+
+    return Image.open(path).convert("RGB")
+
+
 @torch.no_grad()
 def image_features(encoder: Any, paths: Sequence[Path]) -> torch.Tensor:
     """Features of images, one at a time through decoding, transform and network; kept in memory to the end."""
-    from PIL import Image
-
-    rows = []
-    for path in paths:
-        pixels = encoder.transform(Image.open(path).convert("RGB"))
-        rows.append(encoder([pixels]))
-    return torch.cat(rows)
+    return torch.cat([encoder([encoder.transform(read(path))]) for path in paths])
