@@ -36,6 +36,8 @@ COMPLETE = "complete"  # written last into a checkpoint's folder: without it the
 METRICS = "metrics.json"  # written last into a trained model's folder
 KEPT = 2  # checkpoints
 MEGABATCH = 50  # steps whose samples are sorted by length together
+ALIKE = 5  # steps whose targets are of like length, and which sort their samples by prompt
+ROUND = 8  # tokens: what --max_tokens rounds lengths up to
 LOG_STEPS = 50
 
 
@@ -135,7 +137,7 @@ class SFTTrainer(Seq2SeqTrainer):
             self.sampler = LengthGroupedOrder(lengths(self.train_dataset), step, self.args.seed)
         else:
             rank = self.args.process_index
-            self.sampler = TokenBudgetBatches(self.train_dataset, max_tokens, self.args.seed, rank, world)
+            self.sampler = TokenBudgetBatches(lengths(self.train_dataset), max_tokens, self.args.seed, rank, world)
         self.remove_callback(PrinterCallback)
         self.add_callback(Log())
         self.add_callback(EpochOrder(self.sampler))
@@ -256,23 +258,26 @@ def warn_about_device(device: torch.device, parameters: int) -> None:
 # -- the order of the data -------------------------------------------------------------------------------
 
 
-def lengths(dataset: Any) -> list[int]:
-    """Tokens of prompt and target together, the cost of a sample."""
-    return [len(item["input_ids"]) + len(item["labels"]) for item in (dataset[i] for i in range(len(dataset)))]
+def lengths(dataset: Any) -> list[tuple[int, int]]:
+    """(prompt, target) tokens of every sample: what it costs in the encoder and in the decoder."""
+    return [(len(item["input_ids"]), len(item["labels"])) for item in (dataset[i] for i in range(len(dataset)))]
 
 
 class LengthGroupedOrder(torch.utils.data.Sampler):
     """All samples once, shuffled, those of one optimizer step being of similar length.
 
-    Samples are shuffled, sorted within stretches of MEGABATCH steps, cut into steps, and the steps shuffled; a short
-    last step stays last. The order is a function of (seed, epoch) alone. The library's own draws from the global
-    random state, which dropout moves on by different amounts on different ranks: samples would be lost and doubled.
+    Samples are shuffled, ordered by length within stretches of MEGABATCH steps, cut into steps, and the steps
+    shuffled; a short last step stays last. A stretch is ordered by target, and within every ALIKE steps by prompt:
+    on ScienceQA 18% of the work is then padding, against 41% where the sum of both decides. The order is a function
+    of (seed, epoch) alone. The library's own draws from the global random state, which dropout moves on by different
+    amounts on different ranks: samples would be lost and doubled.
 
     Args:
+        lengths: (prompt, target) of every sample.
         step: samples per optimizer step, all processes together.
     """
 
-    def __init__(self, lengths: Sequence[int], step: int, seed: int):
+    def __init__(self, lengths: Sequence[tuple[int, int]], step: int, seed: int):
         self.lengths, self.step, self.seed, self.epoch = lengths, step, seed, 0
         self.steps = math.ceil(len(lengths) / step)
 
@@ -283,44 +288,47 @@ class LengthGroupedOrder(torch.utils.data.Sampler):
         generator = torch.Generator().manual_seed(self.seed * 100003 + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         size = self.step * MEGABATCH
-        order = [
-            i for start in range(0, len(order), size) for i in sorted(order[start : start + size], key=self._length)
-        ]
+        order = [i for start in range(0, len(order), size) for i in self._alike(order[start : start + size])]
         batches = [order[start : start + self.step] for start in range(0, len(order), self.step)]
         whole = len(order) // self.step
         shuffled = torch.randperm(whole, generator=generator).tolist()
         return iter([i for k in [*shuffled, *range(whole, len(batches))] for i in batches[k]])
 
-    def _length(self, i: int) -> int:
-        return self.lengths[i]
+    def _alike(self, stretch: list[int]) -> list[int]:
+        by_target = sorted(stretch, key=lambda i: self.lengths[i][1])
+        size = self.step * ALIKE
+        return [
+            i
+            for start in range(0, len(by_target), size)
+            for i in sorted(by_target[start : start + size], key=lambda i: self.lengths[i][0])
+        ]
 
 
 class TokenBudgetBatches(torch.utils.data.Sampler):
     """All samples once per epoch, in batches of like length whose padded tokens stay within a budget (--max_tokens).
 
-    The samples are shuffled and sorted by prompt and target length, which leaves those of one length in a random
-    order; cut into batches; the steps (one batch for each process) are shuffled. The cuts depend on the lengths alone,
-    so every epoch has the same number of batches. This process gets every `world`-th batch.
+    Lengths count as rounded up to ROUND tokens. Samples are shuffled, sorted by target and then prompt, which leaves
+    those of equal rounded lengths in a random order, and cut into batches; the steps (one batch for each process) are
+    shuffled. The cuts depend on the lengths alone, so every epoch has as many batches. This process gets every
+    `world`-th batch.
     """
 
-    def __init__(self, dataset: Any, max_tokens: int, seed: int, rank: int = 0, world: int = 1):
-        items = [dataset[i] for i in range(len(dataset))]
-        self.sizes = [(len(item["input_ids"]), len(item["labels"])) for item in items]
+    def __init__(self, lengths: Sequence[tuple[int, int]], max_tokens: int, seed: int, rank: int = 0, world: int = 1):
+        self.keys = [(_round_up(target), _round_up(prompt)) for prompt, target in lengths]
         self.seed, self.rank, self.world, self.epoch = seed, rank, world, 0
-        by_size = sorted(self.sizes)
         self.cuts = [0]  # where batches begin, in the sorted order
         longest = (0, 0)
-        for place, (prompt, target) in enumerate(by_size):
-            longest = max(longest[0], prompt), max(longest[1], target)
-            if (place + 1 - self.cuts[-1]) * sum(longest) > max_tokens:
+        for place, key in enumerate(sorted(self.keys)):
+            longest = max(longest[0], key[0]), max(longest[1], key[1])
+            if (place + 1 - self.cuts[-1]) * sum(longest) > max_tokens and place > self.cuts[-1]:
                 self.cuts.append(place)
-                longest = prompt, target
-        self.cuts.append(len(items))
+                longest = key
+        self.cuts.append(len(self.keys))
         while (len(self.cuts) - 1) % world:  # as many batches for each process
             spans = list(zip(self.cuts, self.cuts[1:], strict=False))
             start, end = max(spans, key=lambda span: span[1] - span[0])
             if end - start < 2:
-                raise UserError(f"--train_split: {len(items)} samples are too few for {world} processes")
+                raise UserError(f"--train_split: {len(self.keys)} samples are too few for {world} processes")
             self.cuts.insert(self.cuts.index(start) + 1, (start + end) // 2)
         self.steps = (len(self.cuts) - 1) // world
 
@@ -329,11 +337,15 @@ class TokenBudgetBatches(torch.utils.data.Sampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 100003 + self.epoch)
-        order = torch.randperm(len(self.sizes), generator=generator).tolist()
-        order.sort(key=self.sizes.__getitem__)
+        order = torch.randperm(len(self.keys), generator=generator).tolist()
+        order.sort(key=self.keys.__getitem__)
         for step in torch.randperm(self.steps, generator=generator).tolist():
             k = step * self.world + self.rank
             yield order[self.cuts[k] : self.cuts[k + 1]]
+
+
+def _round_up(length: int) -> int:
+    return -(-length // ROUND) * ROUND
 
 
 # -- callbacks -------------------------------------------------------------------------------------------

@@ -119,18 +119,19 @@ def test_changed_flags(change, said):
 def test_order_is_a_seeded_permutation_in_steps_of_like_length():
     from sft_trainer import LengthGroupedOrder
 
-    lengths = torch.randint(20, 400, (1003,), generator=torch.Generator().manual_seed(1)).tolist()
+    lengths = torch.randint(20, 400, (1003, 2), generator=torch.Generator().manual_seed(1)).tolist()
     order = LengthGroupedOrder(lengths, step=8, seed=42)
     first = list(order)
     assert sorted(first) == list(range(1003)) and list(order) == first and order.steps == 126
     order.epoch = 1
     assert list(order) != first and list(LengthGroupedOrder(lengths, 8, seed=43)) != first
 
-    def spread(indices):
-        steps = [indices[i : i + 8] for i in range(0, 1000, 8)]
-        return sum(max(lengths[i] for i in step) - min(lengths[i] for i in step) for step in steps) / len(steps)
+    def spread(indices, part):
+        steps = [[lengths[j][part] for j in indices[i : i + 8]] for i in range(0, 1000, 8)]
+        return sum(max(step) - min(step) for step in steps) / len(steps)
 
-    assert spread(first) < 0.15 * spread(list(range(1003)))
+    assert spread(first, 0) < 0.3 * spread(list(range(1003)), 0)  # prompts
+    assert spread(first, 1) < 0.15 * spread(list(range(1003)), 1)  # targets
     # still shuffled: the steps do not come by length
     heads = [lengths[first[i]] for i in range(0, 400, 8)]
     assert heads != sorted(heads) and heads != sorted(heads, reverse=True)
@@ -141,20 +142,20 @@ def test_token_budget_batches_are_whole_small_and_shared():
 
     draw = torch.Generator().manual_seed(1)
     sizes = [torch.randint(5, 200, (2,), generator=draw).tolist() for _ in range(301)]
-    data = [{"input_ids": [1] * prompt, "labels": [1] * target} for prompt, target in sizes]
-    alone = TokenBudgetBatches(data, 1000, seed=42)
+    alone = TokenBudgetBatches(sizes, 1000, seed=42)
     first = list(alone)
     assert sorted(i for batch in first for i in batch) == list(range(301)) and len(first) == len(alone)
     for batch in first:
         assert len(batch) * sum(max(sizes[i][part] for i in batch) for part in (0, 1)) <= 1000
     assert len(first) < 120  # 301 samples in batches of five or so, not one by one
     alone.epoch = 1
-    assert list(alone) != first and len(list(alone)) == len(first)
-    ranks = [list(TokenBudgetBatches(data, 1000, 42, rank, world=2)) for rank in (0, 1)]
+    assert len(list(alone)) == len(first)
+    assert {frozenset(batch) for batch in alone} != {frozenset(batch) for batch in first}  # not the order alone
+    ranks = [list(TokenBudgetBatches(sizes, 1000, 42, rank, world=2)) for rank in (0, 1)]
     assert len(ranks[0]) == len(ranks[1])
     assert sorted(i for share in ranks for batch in share for i in batch) == list(range(301))
     with pytest.raises(UserError, match="too few"):
-        TokenBudgetBatches(data[:1], 1000, 42, 0, world=2)
+        TokenBudgetBatches(sizes[:1], 1000, 42, 0, world=2)
 
 
 def test_order_is_the_same_with_any_workers(root, t5_tokenizer):
