@@ -45,6 +45,7 @@ def set_up(args: argparse.Namespace, folder: Path, examples: int) -> Seq2SeqTrai
     """The library's arguments for these flags. Starts the process group; `.device` is this process's device."""
     steps = math.ceil(examples / (args.bs * cli.world_size()))
     workers = args.workers if args.workers is not None else 2 if torch.cuda.is_available() else 0
+    bf16 = cli.mixed_precision(args.precision) == "bf16"
     training_args = Seq2SeqTrainingArguments(
         output_dir=str(folder),
         num_train_epochs=args.epoch,
@@ -62,7 +63,8 @@ def set_up(args: argparse.Namespace, folder: Path, examples: int) -> Seq2SeqTrai
         disable_tqdm=True,  # replaced by Log
         report_to="none",
         remove_unused_columns=False,  # items hold the question id, which the collator needs
-        bf16=cli.mixed_precision(args.precision) == "bf16",
+        bf16=bf16,
+        use_cpu=bf16 and not torch.cuda.is_available(),  # the library wants to be told
         optim="adamw_torch_fused",  # one kernel for all weights, on CPU too
         dataloader_num_workers=workers,
         dataloader_persistent_workers=workers > 0,

@@ -417,6 +417,24 @@ def test_two_processes_train_like_one(flags, root, tmp_path):
     assert "processes: 2" in (tmp_path / "two/args.yaml").read_text()
 
 
+def test_two_processes_with_a_token_budget_bf16_and_workers(flags, tmp_path):
+    """The flags of speed together: training still learns, in a few steps of many samples, and keeps fp32 weights."""
+    at = flags.index("--bs")
+    argv = [*flags[:at], *flags[at + 2 :], "--max_tokens", "400", "--final_eval", "--epoch", "1"]
+    done = run_script(
+        "main.py", *argv, "--precision", "bf16", "--workers", "1", "--run_dir", tmp_path / "run", nproc=2
+    )
+    assert "error" not in done.stderr
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["last_loss"] < metrics["first_loss"] and 2 <= metrics["steps"] <= 6  # 24 samples, 5 or so a batch
+    assert {tensor.dtype for tensor in load_file(tmp_path / "run/model.safetensors").values()} == {torch.float32}
+    assert predictions(tmp_path / "run")["settings"]["precision"] == "bf16"
+    with pytest.raises(UserError, match="--bs and --max_tokens"):
+        script.parse_args([*argv, "--bs", "8"])
+    with pytest.raises(UserError, match="--max_tokens 70 is less"):
+        script.parse_args([*argv, "--max_tokens", "70"])
+
+
 def kill_after(command: list, folder: Path, checkpoint: int, timeout: float = 300) -> str:
     """Start `command`, SIGKILL it once a checkpoint of at least this step is whole; returns the newest one's name."""
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
