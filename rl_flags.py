@@ -71,12 +71,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     more.add_argument("--vf_clip_range", type=float, help="clip the value's change from its value at sampling")
 
     memory = parser.add_argument_group("memory")
-    memory.add_argument(
-        "--precision",
-        default="auto",
-        choices=("auto", "fp32", "bf16"),
-        help="autocast of both phases; auto: bf16 on a GPU that has it (weights and optimizer stay fp32)",
-    )
+    cli.add_precision_flag(memory)
     memory.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     memory.add_argument(
         "--offload",

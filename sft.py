@@ -6,7 +6,7 @@ marker `complete`, written last), then the trained model with its tokenizer, `tr
 goes on from whichever of these is there. The training loop is in sft_trainer.py, the prediction loop in
 utils_predict.py; no script of its own: launch main.py or run_mm_cot_lora.py.
 
-Leaves out: mixed precision (fp32 only).
+Weights and optimizer are float32 always; --precision says what the products run in.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ares.cli import UserError, print0
 _FREE = {
     *("output_dir", "run_dir", "evaluate_dir", "overwrite", "save_minutes", "user_msg", "sep", "w_train_le", "rlh"),
     *("eval_bs", "eval_acc", "images", "test_split", "test_le", "bs", "processes", "img_shape"),
+    *("precision", "workers"),
 }
 # Flags that name files: compared by content (the digests), for folders move between machines.
 _FILES = {
@@ -33,7 +34,20 @@ _FILES = {
 # Without per-epoch evaluation these do not touch the weights either.
 _EVALUATION = {"val_split", "eval_le", "use_generate", "eval_data"}
 # Training flags that have no effect under --evaluate_dir; users copy them along with the rest of a command.
-_TRAINING = {"epoch", "lr", "bs", "final_eval", "save_minutes", "user_msg", "output_dir", "sep", "w_train_le", "rlh"}
+_TRAINING = {
+    "epoch",
+    "lr",
+    "bs",
+    "max_tokens",
+    "workers",
+    "final_eval",
+    "save_minutes",
+    "user_msg",
+    "output_dir",
+    "sep",
+    "w_train_le",
+    "rlh",
+}
 
 
 # -- flags -----------------------------------------------------------------------------------------------
@@ -51,6 +65,12 @@ def add_sft_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--run_dir", metavar="DIR", help="output folder (default: a name built from the flags)")
     group.add_argument("--save_minutes", type=float, default=10.0, help="also save this often in an epoch (0: never)")
     group.add_argument("--overwrite", action="store_true", help="start anew: drop what an earlier run left")
+    speed = parser.add_argument_group("speed")
+    cli.add_precision_flag(speed)
+    speed.add_argument(
+        "--max_tokens", type=int, help="per batch and process, pads included: as many samples as fit (instead of --bs)"
+    )
+    speed.add_argument("--workers", type=int, help="processes that make batches (default: 2 with a GPU, else 0)")
     return group
 
 
@@ -69,6 +89,15 @@ def check_flags(
         for name in ("epoch", "bs", "eval_bs", "eval_acc", "input_len", "output_len")
         if getattr(args, name) is not None and getattr(args, name) < 1
     ]
+    if args.workers is not None and args.workers < 0:
+        problems.append(f"--workers must not be negative, not {args.workers}")
+    if args.max_tokens is not None and args.max_tokens < args.input_len + args.output_len:
+        problems.append(
+            f"--max_tokens {args.max_tokens} is less than one sample may have (--input_len + --output_len, "
+            f"{args.input_len + args.output_len})"
+        )
+    if args.max_tokens is not None and "bs" in given and not args.evaluate_dir:
+        problems.append("--bs and --max_tokens both set the batch: drop one")
     if not args.lr > 0:
         problems.append(f"--lr must be above 0, not {args.lr}")
     if args.save_minutes < 0:
@@ -217,8 +246,9 @@ def run(
 
     training_args = set_up(args, folder, len(datasets.get("train", ())))
     predictor = Predictor(
-        args, data.problems, tokenizer, Collator(tokenizer.pad_token_id, data.features), training_args.device
-    )
+        args, data.problems, tokenizer, Collator(tokenizer.pad_token_id, data.features), training_args.device,
+        bf16=training_args.bf16,
+    )  # fmt: skip
     model = None
     if not args.evaluate_dir:
         digests = {

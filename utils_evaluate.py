@@ -133,23 +133,37 @@ def _lcs_words(x: tuple[str, ...], y: tuple[str, ...]) -> set[str]:
         return set(x)
     if not set(x) & set(y):
         return set()
-    table = [[0] * (len(y) + 1)]  # table[i][j]: length for x[:i], y[:j]
+    # row i of the table of lengths as the bits of one integer: bit j is 0 where y[j] lengthens what x[:i]
+    # and y[:j] share (Hyyro, "Bit-parallel LCS-length computation revisited", 2004)
+    places = _places(y)
+    full = (1 << len(y)) - 1
+    rows = [full]
     for word in x:
-        above, line = table[-1], [0]
-        for j, other in enumerate(y):
-            line.append(above[j] + 1 if word == other else max(above[j + 1], line[j]))
-        table.append(line)
+        rows.append(_next_row(rows[-1], places.get(word, 0), full))
     words = set()
     i, j = len(x), len(y)
     while i and j:
         if x[i - 1] == y[j - 1]:
             words.add(x[i - 1])
             i, j = i - 1, j - 1
-        elif table[i - 1][j] > table[i][j - 1]:
+        elif not rows[i] >> (j - 1) & 1:  # longer with y[j - 1], which is not x[i - 1]: so are the rows above
             i -= 1
         else:
             j -= 1
     return words
+
+
+def _places(words: Sequence[str]) -> dict[str, int]:
+    """Word -> the places where it stands, as bits."""
+    places: dict[str, int] = {}
+    for j, word in enumerate(words):
+        places[word] = places.get(word, 0) | 1 << j
+    return places
+
+
+def _next_row(row: int, places: int, full: int) -> int:
+    kept = row & places
+    return ((row + kept) | (row - kept)) & full
 
 
 def rationale_scores(predictions: Mapping[str, str], references: Mapping[str, str]) -> dict[str, float]:
@@ -181,10 +195,23 @@ def training_rouge(predictions: Sequence[str], references: Sequence[str]) -> flo
 
     Not the papers' ROUGE-L, which is `rationale_scores`.
     """
-    from rouge_score.rouge_scorer import RougeScorer
+    from nltk.stem.porter import PorterStemmer
+    from rouge_score.tokenize import tokenize
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    scores = [scorer.score(ref, pred)["rougeL"].fmeasure for pred, ref in zip(predictions, references, strict=True)]
+    class Stemmer:
+        stem = staticmethod(functools.cache(PorterStemmer().stem))  # words come again and again
+
+    scores = []
+    for prediction, reference in zip(predictions, references, strict=True):
+        wrote, wanted = (tokenize(text, Stemmer) for text in (prediction, reference))
+        places, full = _places(wanted), (1 << len(wanted)) - 1
+        row = full
+        for word in wrote:
+            row = _next_row(row, places.get(word, 0), full)
+        common = len(wanted) - row.bit_count()
+        # precision common / len(wrote), recall common / len(wanted), and of them rouge_score's own formula
+        precision, recall = common / max(len(wrote), 1), common / max(len(wanted), 1)
+        scores.append(2 * precision * recall / (precision + recall) if common else 0.0)
     return 100 * sum(scores) / len(scores) if scores else 0.0
 
 

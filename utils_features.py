@@ -9,6 +9,7 @@ The published ViT features are 6.6 GB; no process ever holds a copy of them. Lea
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -18,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ares.cli import UserError, print0, read_json
+from ares.cli import UserError, atomic_path, print0, read_json
+from ares.locks import one_at_a_time
 
 # what the model sees of one image: (patches, dim). resnet's one pooled vector is repeated 512 times
 img_shape = {"resnet": (512, 2048), "clip": (49, 2048), "detr": (100, 256), "vit": (145, 1024)}
@@ -28,8 +30,9 @@ class VisionFeatures:
     """Vision features of all images, mapped from disk: nothing is read but the rows that a batch gathers.
 
     Takes `.npy`, `.pth`/`.pt` (one tensor; never executed: weights_only) and `.safetensors` (one tensor), of fp16,
-    bf16, fp32 or fp64, (rows, patches, dim), or (rows, dim) for one vector repeated over all patches. Pickles and
-    forks as a path: each process maps the file itself, and the system keeps one copy of its pages for all.
+    bf16, fp32 or fp64, (rows, patches, dim), or (rows, dim) for one vector repeated over all patches. A `.pth` of a
+    torch before 1.6, which cannot be mapped, is converted once, to `{name}.npy` beside it. Pickles and forks as a
+    path: each process maps the file itself, and the system keeps one copy of its pages for all.
 
     Args:
         path: the feature file. A sidecar `{img_type}.json` beside it, {"shape": [patches, dim], ...} as written by
@@ -70,13 +73,15 @@ class VisionFeatures:
     def gather(self, qids: Sequence[str]) -> torch.Tensor:
         """Features of a batch of questions, float32 (B, patches, dim); zeros for one without a row.
 
-        A repeated vector comes as an expanded view: same values, a 512th of the memory. Do not write into it.
+        A repeated vector comes as an expanded view: same values, a 512th of the memory; so do the zeros of a batch
+        without any image. Do not write into them.
         """
         places = [i for i, qid in enumerate(qids) if qid in self.name_map]
         P, D = self.shape
+        if not places:
+            return torch.zeros(1, 1, 1).expand(len(qids), P, D)
         batch = torch.zeros((len(qids), D) if self._repeat else (len(qids), P, D))
-        if places:
-            batch[places] = self._read([self.name_map[qids[i]] for i in places])
+        batch[places] = self._read([self.name_map[qids[i]] for i in places])
         return self._spread(batch)
 
     def _spread(self, batch: torch.Tensor) -> torch.Tensor:
@@ -104,6 +109,8 @@ class VisionFeatures:
             if len(names) != 1:
                 raise UserError(f"--vision_features: {self.path} holds {len(names)} tensors instead of one")
             return file.get_slice(names[0])
+        if _is_old_format(self.path):
+            return np.load(_mappable_copy(self.path), mmap_mode="r", allow_pickle=False)
         tensor = torch.load(self.path, mmap=True, weights_only=True, map_location="cpu")
         if not isinstance(tensor, torch.Tensor):
             raise UserError(f"--vision_features: {self.path} holds a {type(tensor).__name__} instead of one tensor")
@@ -134,11 +141,48 @@ class VisionFeatures:
         return {key: value for key, value in self.__dict__.items() if key != "_mapped"}
 
 
+def _is_old_format(path: Path) -> bool:
+    """Whether a `.pth` is no zip archive: how torch saved before 1.6. Such a file cannot be mapped."""
+    with open(path, "rb") as file:
+        return file.read(2) not in (b"PK", b"")
+
+
+def _mappable_copy(path: Path) -> Path:
+    """`{path}.npy` with the tensor of an old-format file, made by whichever process comes first, kept for the next.
+
+    It bears the original's time stamp: another original is converted anew. Raises UserError if it cannot be written.
+    """
+    copy = path.with_name(path.name + ".npy")
+
+    def is_made() -> bool:
+        return copy.is_file() and copy.stat().st_mtime_ns == path.stat().st_mtime_ns
+
+    if is_made():
+        return copy
+    try:
+        with one_at_a_time(path.with_name(f".{path.name}.lock")):
+            if not is_made():
+                stamp = path.stat().st_mtime_ns
+                tensor = torch.load(path, weights_only=True, map_location="cpu")
+                if not isinstance(tensor, torch.Tensor):
+                    raise UserError(f"--vision_features: {path} holds a {type(tensor).__name__} instead of one tensor")
+                print(f"{path}: saved by a torch before 1.6; a copy that can be mapped goes to {copy}", flush=True)
+                tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+                with atomic_path(copy) as temporary:
+                    with open(temporary, "wb") as file:
+                        np.save(file, tensor.numpy())
+                    os.utime(temporary, ns=(stamp, stamp))
+    except OSError as error:
+        raise UserError(
+            f"--vision_features: {path} was saved by a torch before 1.6, cannot be mapped, and no copy can be written "
+            f"beside it ({error.strerror or error}); make its folder writable, or load it once and save it again"
+        ) from error
+    return copy
+
+
 def _reason(error: Exception) -> str:
     """One line on why a feature file cannot be mapped, with the fix where there is one."""
     text = str(error)
-    if isinstance(error, RuntimeError) and "mmap can only be used" in text:
-        return "saved by a torch older than 1.6; load it once and save it again"
     if isinstance(error, pickle.UnpicklingError):
         return "it holds pickled objects, which are never executed; save one plain tensor"
     return " ".join(text.split())[:200] or type(error).__name__

@@ -1,9 +1,9 @@
 """One prediction loop for evaluation during training, for the prediction files and for --evaluate_dir.
 
-Rows are sorted by length and dealt out to the processes; each batch is either generated greedily (--use_generate: one
-encoder pass, key-value cache) or read off as the arg-max of teacher-forced logits. `predictions_ans_{test,eval,
-train}.json` are written one by one as each split is done; a killed split goes on where it stopped
-(`.predicting_{split}/`). A file that was made with the same weights, prompts and settings is kept.
+Rows are sorted by length and dealt out to the processes; each batch is either generated greedily (--use_generate:
+decoding.py) or read off as the arg-max of teacher-forced logits. `predictions_ans_{test,eval,train}.json` are written
+one by one as each split is done; a killed split goes on where it stopped (`.predicting_{split}/`). A file that was
+made with the same weights, prompts and settings is kept.
 
 Leaves out the scores' formulas (utils_evaluate.py). Used by sft.py:
 
@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import distributed as dist
-from transformers import GenerationConfig
 
 from ares import cli
 from ares.cli import UserError, print0
+from decoding import greedy
+from model import choose_attention
 from utils_data import IGNORE
 from utils_evaluate import extract_answer, get_scores, resolve_answer, training_rouge
 from utils_prompt import answer_letter
@@ -82,9 +83,10 @@ class Predictor:
         tokenizer: Any,
         collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]],
         device: torch.device,
+        bf16: bool = False,
     ):
         self.args, self.problems, self.tokenizer = args, problems, tokenizer
-        self.collator, self.device = collator, device
+        self.collator, self.device, self.bf16 = collator, device, bf16
         if not args.use_generate:
             print0(
                 "note: predictions are the arg-max of logits that see the gold text (teacher forcing), as released; "
@@ -121,20 +123,15 @@ class Predictor:
     @torch.no_grad()
     def _batch(self, model: torch.nn.Module, items: list[dict]) -> torch.Tensor:
         inputs = {name: tensor.to(self.device) for name, tensor in self.collator(items).items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self._ids(model, inputs)
+
+    def _ids(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if not self.args.use_generate:
             logits = model(**inputs, use_cache=False).logits  # (B, L, V)
             return logits.argmax(-1).masked_fill(inputs["labels"] == IGNORE, self.tokenizer.pad_token_id)
         inputs.pop("labels")
-        config = GenerationConfig(
-            max_length=self.args.output_len,  # counts the start token, as released
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            decoder_start_token_id=model.config.decoder_start_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        return model.generate(**inputs, generation_config=config)[:, 1:]
+        return greedy(model, inputs, self.args.output_len)[:, 1:]  # --output_len counts the start token, as released
 
     def _trim(self, ids: torch.Tensor) -> list[list[int]]:
         pad = self.tokenizer.pad_token_id
@@ -208,6 +205,7 @@ class Predictor:
                 continue
             if model is None:
                 model = load().to(self.device)
+                choose_attention(model, self.device)
             store = folder / f".predicting_{FILE_NAMES[split]}"
             from_rank0(lambda s=store, t=settings: _open_store(s, t, self.args.overwrite))
             rows = made.get(settings["data"])  # A-OKVQA: test = val
@@ -229,6 +227,7 @@ class Predictor:
             "use_generate": self.args.use_generate,
             "output_len": self.args.output_len,
             "seed": self.args.seed,
+            **({"precision": "bf16"} if self.bf16 else {}),
         }
 
     def _write_file(self, path: Path, split: str, dataset: Any, rows: list[list[int]], settings: dict) -> None:

@@ -182,6 +182,27 @@ def add_common_flags(
     training.add_argument("--final_eval", action="store_true", help="evaluate at the end only")
 
 
+def add_precision_flag(group: argparse._ArgumentGroup) -> None:
+    """--precision, of everything that trains or generates."""
+    group.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "fp32", "bf16"),
+        help="autocast; auto: bf16 on a GPU that has it (weights and optimizer stay fp32)",
+    )
+
+
+def mixed_precision(precision: str) -> str:
+    """--precision as accelerate names it; `auto` follows accelerate's configuration, then the GPU. Needs torch."""
+    import torch
+
+    if precision == "auto":
+        configured = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+        on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+        precision = "bf16" if configured or (on_gpu and torch.cuda.is_bf16_supported()) else "fp32"
+    return "bf16" if precision == "bf16" else "no"
+
+
 # -- files -----------------------------------------------------------------------------------------------
 
 

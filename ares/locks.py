@@ -1,6 +1,7 @@
-"""One client per folder: the kernel's file lock, which ends with the process that holds it, however that ends.
+"""One process at a time: the kernel's file lock, which ends with the process that holds it, however that ends.
 
-The file's content only says who holds it; a file left by a killed client locks nobody out.
+`only_client` is for a folder that belongs to one client: the file's content only says who holds it; a file left by a
+killed client locks nobody out. `one_at_a_time` is for work that the first process does for all.
 """
 
 from __future__ import annotations
@@ -42,6 +43,24 @@ def only_client(path: str | os.PathLike, what: str) -> Iterator[None]:
         os.ftruncate(file, 0)  # the file stays: removing it would let two clients lock two files of one name
     finally:
         os.close(file)
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: str | os.PathLike) -> Iterator[None]:
+    """Run the block in one process of this machine after the other, by the lock file `path`, removed at the end.
+
+    On a disk without locks all run at once: only for work that may be done twice. Raises OSError if `path` cannot be
+    written.
+    """
+    import fcntl
+
+    with open(path, "w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        # whoever waits holds the same file, and finds the work done; whoever comes later needs no lock
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def _holder(file: int) -> str:

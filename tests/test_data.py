@@ -580,8 +580,10 @@ def test_broken_feature_files(root, tmp_path):
     fails("holds no floating point numbers", argv=argv)
     (folder / "vit.npy").unlink()
 
-    torch.save(torch.from_numpy(values), folder / "vit.pth", _use_new_zipfile_serialization=False)
-    fails("cannot map", "vit.pth", "load it once and save it again", argv=argv)
+    torch.save([1], folder / "vit.pth", _use_new_zipfile_serialization=False)
+    fails("vit.pth holds a list instead of one tensor", argv=argv)
+    torch.save(Bomb(), folder / "vit.pth", _use_new_zipfile_serialization=False)
+    fails("cannot map", "vit.pth", "never executed", argv=argv)
     torch.save(Bomb(), folder / "vit.pth")
     fails("cannot map", "vit.pth", "never executed", argv=argv)
     assert not (tmp_path / "exploded").exists()
@@ -595,6 +597,42 @@ def test_broken_feature_files(root, tmp_path):
     fails("vit.safetensors holds 2 tensors instead of one", argv=argv)
     (folder / "vit.safetensors").write_bytes(b"xx")
     fails("cannot map", "vit.safetensors", argv=argv)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_old_format_is_converted_once_by_processes_that_start_together(tmp_path, dtype):
+    """A .pth of a torch before 1.6 cannot be mapped: one process makes a copy that can, the others wait for it."""
+    path = tmp_path / "vit.pth"
+
+    def save(value):
+        torch.save(torch.full((3, 145, 1024), value, dtype=dtype), path, _use_new_zipfile_serialization=False)
+
+    save(0.5)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    children = [context.Process(target=_first_value, args=(path, queue)) for _ in range(3)]
+    for child in children:
+        child.start()
+    found = [queue.get(timeout=120) for _ in children]
+    for child in children:
+        child.join()
+    assert [value for value, _ in found] == [0.5] * 3
+    assert len({inode for _, inode in found}) == 1, "the copy was made more than once"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["vit.pth", "vit.pth.npy"]
+
+    save(0.25)  # another original: another copy
+    assert float(VisionFeatures(path, {"1": 0}, "vit").gather(["1"])[0, 0, 0]) == 0.25
+
+
+def _first_value(path, queue):
+    value = float(VisionFeatures(path, {"1": 2}, "vit").gather(["1"])[0, 144, 0])
+    queue.put((value, path.with_name("vit.pth.npy").stat().st_ino))
+
+
+def test_zeros_of_a_batch_without_images_are_one_number(tmp_path):
+    path = write_features(tmp_path, ".npy", np.ones((2, 145, 1024), dtype=np.float32), torch.float32)
+    batch = VisionFeatures(path, {"1": 0}, "vit").gather(["7", "8"])
+    assert batch.shape == (2, 145, 1024) and not batch.any() and batch.untyped_storage().nbytes() == 4
 
 
 # -- tokenizer -------------------------------------------------------------------------------------------------

@@ -137,6 +137,16 @@ def test_rouge_of_a_very_long_sentence():
     assert rouge_l(" ".join(words), " ".join(["x", *words])) == pytest.approx(2 * 1500 / 3001, abs=1e-6)
 
 
+@settings(max_examples=300, deadline=None)
+@given(WORDS, WORDS)
+def test_training_rouge_is_the_packages(ours, theirs):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    target, prediction = (" ".join(words).replace("c", "running") for words in (ours, theirs))
+    expected = RougeScorer(["rougeL"], use_stemmer=True).score(target, prediction)["rougeL"].fmeasure
+    assert training_rouge([prediction], [target]) == 100 * expected
+
+
 # -- any data set ----------------------------------------------------------------------------------------
 
 

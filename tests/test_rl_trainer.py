@@ -310,7 +310,7 @@ def test_fp16_of_accelerates_configuration_is_refused(monkeypatch):
 def test_precision_follows_flag_then_configuration_then_gpu(monkeypatch, configured, flag, expected):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", configured)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert run_mm_cot_rl.mixed_precision(flag) == expected
+    assert cli.mixed_precision(flag) == expected
 
 
 def test_warnings_say_what_is_wrong_and_what_to_do():

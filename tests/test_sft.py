@@ -119,21 +119,63 @@ def test_changed_flags(change, said):
 def test_order_is_a_seeded_permutation_in_steps_of_like_length():
     from sft_trainer import LengthGroupedOrder
 
-    lengths = torch.randint(20, 400, (1003,), generator=torch.Generator().manual_seed(1)).tolist()
+    lengths = torch.randint(20, 400, (1003, 2), generator=torch.Generator().manual_seed(1)).tolist()
     order = LengthGroupedOrder(lengths, step=8, seed=42)
     first = list(order)
     assert sorted(first) == list(range(1003)) and list(order) == first and order.steps == 126
     order.epoch = 1
     assert list(order) != first and list(LengthGroupedOrder(lengths, 8, seed=43)) != first
 
-    def spread(indices):
-        steps = [indices[i : i + 8] for i in range(0, 1000, 8)]
-        return sum(max(lengths[i] for i in step) - min(lengths[i] for i in step) for step in steps) / len(steps)
+    def spread(indices, part):
+        steps = [[lengths[j][part] for j in indices[i : i + 8]] for i in range(0, 1000, 8)]
+        return sum(max(step) - min(step) for step in steps) / len(steps)
 
-    assert spread(first) < 0.15 * spread(list(range(1003)))
+    assert spread(first, 0) < 0.3 * spread(list(range(1003)), 0)  # prompts
+    assert spread(first, 1) < 0.15 * spread(list(range(1003)), 1)  # targets
     # still shuffled: the steps do not come by length
     heads = [lengths[first[i]] for i in range(0, 400, 8)]
     assert heads != sorted(heads) and heads != sorted(heads, reverse=True)
+
+
+def test_token_budget_batches_are_whole_small_and_shared():
+    from sft_trainer import TokenBudgetBatches
+
+    draw = torch.Generator().manual_seed(1)
+    sizes = [torch.randint(5, 200, (2,), generator=draw).tolist() for _ in range(301)]
+    alone = TokenBudgetBatches(sizes, 1000, seed=42)
+    first = list(alone)
+    assert sorted(i for batch in first for i in batch) == list(range(301)) and len(first) == len(alone)
+    for batch in first:
+        assert len(batch) * sum(max(sizes[i][part] for i in batch) for part in (0, 1)) <= 1000
+    assert len(first) < 120  # 301 samples in batches of five or so, not one by one
+    alone.epoch = 1
+    assert len(list(alone)) == len(first)
+    assert {frozenset(batch) for batch in alone} != {frozenset(batch) for batch in first}  # not the order alone
+    ranks = [list(TokenBudgetBatches(sizes, 1000, 42, rank, world=2)) for rank in (0, 1)]
+    assert len(ranks[0]) == len(ranks[1])
+    assert sorted(i for share in ranks for batch in share for i in batch) == list(range(301))
+    with pytest.raises(UserError, match="too few"):
+        TokenBudgetBatches(sizes[:1], 1000, 42, 0, world=2)
+
+
+def test_order_is_the_same_with_any_workers(root, t5_tokenizer):
+    """What a worker makes of the seeded order is what the process itself makes of it."""
+    from sft_trainer import LengthGroupedOrder, lengths
+    from utils_data import Collator, RationaleDataset, load_data
+
+    args = script.parse_args(["--data_root", str(root), "--img_type", "vit", "--prompt_format", "QCM-E"])
+    data = load_data(args, {"train": "train"})
+    dataset = RationaleDataset(data.problems, data.qids["train"], t5_tokenizer, args)
+
+    def batches(workers):
+        order, collate = LengthGroupedOrder(lengths(dataset), 4, seed=3), Collator(0, data.features, with_qids=True)
+        return list(torch.utils.data.DataLoader(dataset, 4, sampler=order, collate_fn=collate, num_workers=workers))
+
+    plain = batches(0)
+    assert len({qid for batch in plain for qid in batch["qids"]}) == 24
+    for batch, other in zip(plain, batches(2), strict=True):
+        assert batch["qids"] == other["qids"]
+        assert all(torch.equal(batch[name], other[name]) for name in ("input_ids", "labels", "image_ids"))
 
 
 # -- predictions -----------------------------------------------------------------------------------------
@@ -373,6 +415,24 @@ def test_two_processes_train_like_one(flags, root, tmp_path):
     same = [a == b for a, b in zip(ours["preds"], theirs["preds"], strict=True)]
     assert sum(same) >= len(same) - 1
     assert "processes: 2" in (tmp_path / "two/args.yaml").read_text()
+
+
+def test_two_processes_with_a_token_budget_bf16_and_workers(flags, tmp_path):
+    """The flags of speed together: training still learns, in a few steps of many samples, and keeps fp32 weights."""
+    at = flags.index("--bs")
+    argv = [*flags[:at], *flags[at + 2 :], "--max_tokens", "400", "--final_eval", "--epoch", "1"]
+    done = run_script(
+        "main.py", *argv, "--precision", "bf16", "--workers", "1", "--run_dir", tmp_path / "run", nproc=2
+    )
+    assert "error" not in done.stderr
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["last_loss"] < metrics["first_loss"] and 2 <= metrics["steps"] <= 6  # 24 samples, 5 or so a batch
+    assert {tensor.dtype for tensor in load_file(tmp_path / "run/model.safetensors").values()} == {torch.float32}
+    assert predictions(tmp_path / "run")["settings"]["precision"] == "bf16"
+    with pytest.raises(UserError, match="--bs and --max_tokens"):
+        script.parse_args([*argv, "--bs", "8"])
+    with pytest.raises(UserError, match="--max_tokens 70 is less"):
+        script.parse_args([*argv, "--max_tokens", "70"])
 
 
 def kill_after(command: list, folder: Path, checkpoint: int, timeout: float = 300) -> str:

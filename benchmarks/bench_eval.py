@@ -1,0 +1,127 @@
+"""Generating and scoring a test split: questions per second of utils_predict.py against the released recipe.
+
+    python benchmarks/bench_eval.py --size tiny --device cpu
+
+Both sides write the same rationales of `--rows` real test questions, ended at their gold lengths (endings.py), and
+score them. The released recipe generates the split twice; its second pass does the same once more, so its time is
+doubled here, not run. Checked first: the same ids and the same scores. `--no_similarity` leaves the embeddings out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file, the project is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from ares import cli
+from benchmarks import common, limits, released_recipe
+from benchmarks.endings import EndingPolicy
+from model import choose_attention
+from utils_evaluate import get_scores, similarity_model
+from utils_predict import Predictor
+
+EVAL_BS, OUTPUT_LEN = 16, 512
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = common.parser(__doc__)
+    parser.add_argument("--rows", type=int, default=16, help="test questions, a multiple of 16 (default: %(default)s)")
+    parser.add_argument("--no_similarity", action="store_true", help="leave the embedding model out")
+    return parser.parse_args(argv)
+
+
+class Sides:
+    """Both ways from questions to scores."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        import main
+
+        self.args, self.device = args, device
+        self.data = data = common.load(args, output_len=OUTPUT_LEN)
+        folder = common.model_folder(args, data)
+        self.dataset = data.dataset("test", args.rows)
+        self.plain, self.fast = (EndingPolicy.from_pretrained(folder).to(device).eval() for _ in range(2))
+        released_recipe.plain_model(self.plain)
+        choose_attention(self.fast, device)
+        for model in (self.plain, self.fast):
+            model.know(self.dataset, data.dataset("test"))
+        self.features = released_recipe.LoadedFeatures(data.features.path, data.features.name_map)
+        self.encoder = None if args.no_similarity else similarity_model()
+        flags = main.parse_args(["--use_generate", "--eval_bs", str(EVAL_BS), "--prompt_format", "QCM-E"])
+        flags.output_len = OUTPUT_LEN
+        bf16 = cli.mixed_precision(flags.precision) == "bf16"
+        self.predictor = Predictor(flags, data.problems, data.tokenizer, data.collator(), device, bf16=bf16)
+
+    def texts(self, rows: list[list[int]]) -> list[str]:
+        return self.predictor.decode(rows)
+
+    def references(self, dataset) -> dict[str, str]:
+        return dict(zip(dataset.qids, self.texts(dataset.labels), strict=True))
+
+    def released(self) -> dict[str, float]:
+        """One pass of generation, then scores, with its seconds apart: `report` counts the pass twice."""
+        began = time.perf_counter()
+        self.released_ids = released_recipe.generate_split(
+            self.plain, self.dataset, self.features, self.device, EVAL_BS, OUTPUT_LEN
+        )
+        self.pass_seconds = time.perf_counter() - began
+        predictions = dict(zip(self.dataset.qids, self.texts(self.released_ids), strict=True))
+        return released_recipe.rationale_scores(predictions, self.references(self.dataset), self.encoder)
+
+    def ours(self, dataset=None) -> dict[str, float]:
+        dataset = dataset or self.dataset
+        self.our_ids = self.predictor.predict(self.fast, dataset, "generate")
+        predictions = dict(zip(dataset.qids, self.texts(self.our_ids), strict=True))
+        found = get_scores({}, predictions, self.references(dataset), self.data.problems, self.encoder is not None)
+        return found["rationale"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    device = common.set_up(args)
+    sides = Sides(args, device)
+    ours, released = sides.ours(), sides.released()
+    equal = [
+        common.check("greedy ids of every question", sides.released_ids, sides.our_ids),
+        common.check("scores", torch.tensor([released[n] for n in ours]), torch.tensor(list(ours.values())), 1e-4),
+    ]
+    times: dict[str, list[float]] = {"released": [], "ours": []}
+    for _ in range(args.repeats):
+        both = common.seconds(sides.released, device) + sides.pass_seconds  # the test split is generated twice
+        times["released"].append(both / args.rows)
+        times["ours"].append(common.seconds(sides.ours, device) / args.rows)
+    ratios = [slow / fast for slow, fast in zip(times["released"], times["ours"], strict=True)]
+    result = {name: common.spread(values) for name, values in (*times.items(), ("ratio", ratios))}
+
+    more = {n: sides.data.dataset("test", n * 2 * args.rows) for n in (1, 2, 4)}
+    scaling = common.linear(lambda n: sides.ours(more[n]), args)
+    many = common.seconds(lambda: sides.ours(more[4]), device) / len(more[4])
+    common.profile(sides.ours, args)
+    common.report(
+        args, "generate + score", result, target=">= 10x" if args.device == "cpu" else ">= 20x", equal=equal,
+        limit=how_close(sides, device, result["ours"]["median"]), scaling=scaling,
+        slice=f"{args.rows} test questions; seconds per question",
+        projection={"generate_seconds_per_question": many},
+    )  # fmt: skip
+
+
+def how_close(sides: Sides, device: torch.device, per_row: float) -> str:
+    """On a GPU the FLOPs of real tokens over the peak; on a CPU the share of the bare matrix products."""
+    rows = [(prompt, len(ids)) for (prompt, _), ids in zip(common.lengths(sides.dataset), sides.our_ids, strict=True)]
+    if device.type == "cuda":
+        flops = sum(limits.row_flops(sides.fast.config, *row) for row in rows)
+        dtype = torch.bfloat16 if sides.predictor.bf16 else torch.float32
+        return f"model FLOP utilisation {flops / len(rows) / per_row / limits.peak_flops(device, dtype):.1%}"
+    work = limits.products(lambda: sides.predictor.predict(sides.fast, sides.dataset, "products"))
+    return f"bare matrix products of the model take {work.seconds(device) / len(rows) / per_row:.0%} of our time"
+
+
+if __name__ == "__main__":
+    cli.run(main)

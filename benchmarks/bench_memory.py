@@ -1,0 +1,135 @@
+"""Memory of ScienceQA's vision features, and of a growing run: private bytes per process, mapped against loaded.
+
+    python benchmarks/bench_memory.py                     # needs no disk: the files are sparse
+
+1. A process that has gathered batches from a file of 11,208 ViT rows (6.6 GB): its private memory, against loading
+   such a file (loaded here: `--load_rows` rows of it; the rest is multiplied, for it is an array).
+2. Two processes that read batches of a file of 2,000 rows: the resident memory that both add, less the rows touched.
+3. The same reader over 1x, 2x and 4x the questions: its private memory stays flat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # run as a file, the project is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+
+from ares import cli
+from ares.cli import print0
+from benchmarks import common
+
+ROWS, SMALL_ROWS = 11_208, 2_000
+ROW_BYTES = 145 * 1024 * 4
+BATCH = 8
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = common.parser(__doc__)
+    parser.add_argument("--load_rows", type=int, default=1400, help="rows that the released side loads")
+    parser.add_argument("--batches", type=int, default=50, help="batches of 8 that our side gathers")
+    return parser.parse_args(argv)
+
+
+def sparse_file(path: Path, rows: int) -> Path:
+    """A .npy of `rows` ViT features that takes no disk: zeros that were never written."""
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, *common.VIT)).flush()
+    return path
+
+
+# -- in a fresh process ----------------------------------------------------------------------------------
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process: private (its own, RssAnon), resident (what it has mapped besides)."""
+    status = Path("/proc/self/status").read_text()
+    found = {name: int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024 for name in ("RssAnon", "VmRSS")}
+    return {"private": found["RssAnon"], "resident": found["VmRSS"]}
+
+
+def mapped(path: Path, rows: int, batches: int, seed: int, queue: Any, barrier: Any) -> None:
+    """Gather `batches` random batches; report what that added, while the other readers still hold theirs."""
+    from utils_features import VisionFeatures
+
+    draw = np.random.default_rng(seed)
+    warm = np.zeros(BATCH * ROW_BYTES // 4, dtype=np.float32).copy()  # what one batch takes is no part of the file
+    del warm
+    before = memory()
+    features = VisionFeatures(path, {str(n): n for n in range(rows)}, "vit")
+    touched: set[int] = set()
+    for _ in range(batches):
+        chosen = draw.integers(0, rows, BATCH).tolist()
+        touched |= set(chosen)
+        features.gather([str(n) for n in chosen])
+    barrier.wait()
+    after = memory()
+    queue.put({name: after[name] - before[name] for name in before} | {"touched": len(touched) * ROW_BYTES})
+    barrier.wait()
+
+
+def loaded(path: Path, rows: int, batches: int, seed: int, queue: Any, barrier: Any) -> None:
+    """The released way: the whole file becomes this process's own."""
+    before = memory()
+    values = np.load(path)
+    values = values + 0  # as a tensor it is written to; zeros of a sparse file would not count otherwise
+    after = memory()
+    queue.put({name: after[name] - before[name] for name in before} | {"rows": len(values)})
+
+
+def in_processes(count: int, target: Any, *args: Any) -> list[dict[str, int]]:
+    """What `count` fresh processes report, sorted."""
+    context = multiprocessing.get_context("spawn")
+    queue, barrier = context.Queue(), context.Barrier(count)
+    children = [context.Process(target=target, args=(*args, seed, queue, barrier)) for seed in range(count)]
+    for child in children:
+        child.start()
+    found = [queue.get(timeout=600) for _ in children]
+    for child in children:
+        child.join()
+    return found
+
+
+# -- the three figures -----------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    common.set_up(args)
+    with tempfile.TemporaryDirectory() as scratch:
+        full = sparse_file(Path(scratch) / "vit.npy", ROWS)
+        ours = in_processes(1, mapped, full, ROWS, args.batches)[0]
+        growth = [in_processes(1, mapped, full, ROWS, n * args.batches)[0]["private"] for n in (1, 2, 4)]
+        full.unlink()
+        part = sparse_file(full, args.load_rows)
+        theirs = in_processes(1, loaded, part, args.load_rows, 0)[0]["private"] * ROWS / args.load_rows
+        part.unlink()
+        small = sparse_file(full, SMALL_ROWS)
+        both = in_processes(2, mapped, small, SMALL_ROWS, args.batches // 2)
+    beyond = sum(one["resident"] - one["touched"] for one in both) / (SMALL_ROWS * ROW_BYTES)
+    share = ours["private"] / theirs
+    cli.refuse(
+        [f"private memory of a reader is {share:.1%} of loading, above 5%"] * (share > 0.05)
+        + [f"two readers add {beyond:.1%} of the file beyond the rows touched, above 10%"] * (beyond > 0.1)
+    )
+    print0(f"private: {ours['private'] / 2**20:.0f} MiB mapped, {theirs / 2**20:.0f} MiB loaded: {share:.2%}")
+    result = {"ratio": common.spread([theirs / max(ours["private"], 2**20)])}
+    common.report(
+        args, "memory of features", result, target="private <= 5% of loading", private_share=f"{share:.2%}",
+        two_readers=f"{beyond:+.2%} of a file of 2,000 rows beyond the rows touched (at most 10%)",
+        growth=f"private MiB over {args.batches}, {2 * args.batches}, {4 * args.batches} batches: "
+        + ", ".join(f"{private / 2**20:.0f}" for private in growth),
+        slice=f"{ROWS} rows of 145 x 1024 floats; loading measured on {args.load_rows}",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,63 @@
+"""A policy that ends its texts where the gold targets end, so that generation is timed at real lengths.
+
+Weights that were never trained write no `</s>`, and each text would run to --output_len. Here the gold length of each
+prompt rides in a few coordinates of its first encoder state, hardly visible to the attention, and once a text is that
+long `</s>` gets the largest logit. Any way of decoding sees it alike: with or without a cache, sorted, in smaller
+batches, sampled or greedy. Used by both sides of a benchmark.
+
+    model = EndingPolicy.from_pretrained(folder)
+    model.know(dataset)            # prompts -> lengths of their targets
+    model.ending = False           # scoring passes: leave the logits alone
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from model import T5ForMultimodalGeneration
+
+BITS = 10  # lengths up to 1023
+SIZE = 2.0**-6  # of one bit, exact in bf16, where states have a size near 1
+END = 1  # </s>
+
+
+class EndingPolicy(T5ForMultimodalGeneration):
+    """`ending`: whether texts end at their targets' lengths (set by `know`)."""
+
+    ending = False
+
+    def know(self, *datasets: Any) -> None:
+        """Learn the lengths of the targets (`</s>` counted) of `RationaleDataset`s, by their prompts' ids."""
+        self.lengths = {
+            tuple(ids): len(labels)
+            for dataset in datasets
+            for ids, labels in zip(dataset.input_ids, dataset.labels, strict=True)
+        }
+        self.ending = True
+
+    def encode(self, input_ids, attention_mask=None, image_ids=None, **kwargs):
+        outputs = super().encode(input_ids, attention_mask, image_ids, **kwargs)
+        if self.ending:
+            states = outputs.last_hidden_state
+            prompts = [tuple(id for id in row if id != self.config.pad_token_id) for row in input_ids.tolist()]
+            lengths = torch.tensor([self.lengths[prompt] for prompt in prompts], device=states.device)
+            bits = (lengths[:, None] >> torch.arange(BITS, device=states.device)) & 1  # (B, BITS)
+            states[:, 0, :BITS] = (2 * bits - 1).to(states.dtype) * SIZE
+        return outputs
+
+    def forward(self, *args, encoder_outputs=None, decoder_input_ids=None, **kwargs):
+        if self.ending and encoder_outputs is None:
+            raise ValueError("an EndingPolicy that ends texts takes encoder_outputs of encode()")
+        outputs = super().forward(
+            *args, encoder_outputs=encoder_outputs, decoder_input_ids=decoder_input_ids, **kwargs
+        )
+        if self.ending:
+            bits = (encoder_outputs[0][:, 0, :BITS] > 0).long()
+            lengths = (bits << torch.arange(BITS, device=bits.device)).sum(1)
+            # transformers renamed the argument
+            caches = [kwargs.get(name) for name in ("cache", "past_key_values") if kwargs.get(name) is not None]
+            written = caches[0].get_seq_length() if caches else decoder_input_ids.shape[1]
+            outputs.logits[lengths <= written, -1, END] = torch.finfo(outputs.logits.dtype).max
+        return outputs

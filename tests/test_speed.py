@@ -1,0 +1,140 @@
+"""What was made fast computes what the plain path computes, and the benchmarks' own tools do what they say."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+
+import numpy as np
+import pytest
+import torch
+from transformers.activations import ACT2FN
+
+from tests.tiny import make_data, make_model
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory, sample, t5_tokenizer):
+    """Real questions, a small model, and loaders of both kinds."""
+    import main
+    from benchmarks.released_recipe import LoadedFeatures
+    from model import T5ForMultimodalGeneration
+    from utils_data import Collator, RationaleDataset, load_data
+
+    root = make_data(tmp_path_factory.mktemp("data"), sample)
+    args = main.parse_args(["--data_root", str(root), "--img_type", "vit", "--prompt_format", "QCM-E"])
+    data = load_data(args, {"train": "train", "test": "test"})
+    dataset = RationaleDataset(data.problems, data.qids["train"], t5_tokenizer, args)
+    model = T5ForMultimodalGeneration.from_pretrained(
+        make_model(tmp_path_factory.mktemp("model") / "m", patch_size=data.patch_size)
+    ).eval()
+    loaded = LoadedFeatures(data.features.path, data.features.name_map)
+    return dataset, model, Collator(0, data.features), loaded
+
+
+def test_batches_of_like_length_have_the_loss_and_gradient_of_padding_to_512(parts):
+    """fp32; losses within 1e-5, gradients within 1e-5 of the largest."""
+    from benchmarks.released_recipe import padded_batch, plain_model
+    from model import T5ForMultimodalGeneration, choose_attention
+    from sft_trainer import LengthGroupedOrder, lengths
+
+    dataset, model, collate, loaded = parts
+    found, rows = [], 12
+    for plain in (False, True):
+        model.zero_grad()
+        order = list(range(rows)) if plain else list(LengthGroupedOrder(lengths(dataset)[:rows], 4, seed=1))
+        targets = sum(len(labels) for labels in dataset.labels[:rows])
+        other = T5ForMultimodalGeneration(model.config)
+        other.load_state_dict(model.state_dict())
+        other.eval()
+        plain_model(other) if plain else choose_attention(other, torch.device("cpu"))
+        total = 0.0
+        for start in range(0, len(order), 4):
+            items = [dataset[i] for i in order[start : start + 4]]
+            loss = other(**(padded_batch(items, loaded) if plain else collate(items)), num_items_in_batch=targets).loss
+            loss.backward()
+            total += loss.item()
+        found.append((total, torch.cat([p.grad.flatten() for p in other.parameters() if p.grad is not None])))
+    (ours, our_gradient), (theirs, their_gradient) = found
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    assert float((our_gradient - their_gradient).abs().max()) < 1e-5 * float(their_gradient.abs().max())
+
+
+def test_the_fused_gelu_is_the_librarys_and_the_config_keeps_its_name(parts, tmp_path):
+    model = parts[1]
+    ours = model.encoder.block[0].layer[1].DenseReluDense.act
+    x = torch.linspace(-9, 9, 4001)
+    assert not isinstance(ours, type(ACT2FN["gelu_new"]))
+    assert torch.allclose(ours(x), ACT2FN["gelu_new"](x), atol=2e-6)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["feed_forward_proj"], config["dense_act_fn"]) == ("gated-gelu", "gelu_new")
+
+
+def test_two_processes_share_what_they_map(tmp_path):
+    """2,000 rows: both readers together add at most a tenth of the file beyond the rows that they touched."""
+    shape = (2000, 145, 1024)
+    np.lib.format.open_memmap(tmp_path / "vit.npy", mode="w+", dtype=np.float32, shape=shape).flush()  # sparse
+    context = multiprocessing.get_context("spawn")
+    queue, barrier = context.Queue(), context.Barrier(2)
+    children = [context.Process(target=_read, args=(tmp_path / "vit.npy", k, queue, barrier)) for k in (0, 1)]
+    for child in children:
+        child.start()
+    grown = sum(queue.get(timeout=120) for _ in children)
+    for child in children:
+        child.join()
+    assert grown < 0.1 * (tmp_path / "vit.npy").stat().st_size, f"{grown / 2**20:.0f} MiB"
+
+
+def _read(path, k, queue, barrier):
+    """Resident memory that 5 batches of 8 rows add, less the rows themselves."""
+    from utils_features import VisionFeatures
+
+    def resident():
+        return int(re.search(r"VmRSS:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
+
+    before = resident()
+    features = VisionFeatures(path, {str(n): n for n in range(2000)}, "vit")
+    for start in range(5):
+        features.gather([str((37 * k + 211 * start + 29 * n) % 2000) for n in range(8)])
+    barrier.wait()
+    queue.put(resident() - before - 40 * 145 * 1024 * 4)
+    barrier.wait()  # the other still holds its pages while this one measures
+
+
+def test_a_benchmarks_check_refuses_unequal_sides():
+    from ares.cli import UserError
+    from benchmarks.common import check
+
+    assert "equal within" in check("loss", torch.tensor(1.0), torch.tensor(1.0 + 1e-6), 1e-5)
+    for left, right in [(torch.tensor(1.0), torch.tensor(1.1)), (torch.ones(2), torch.ones(3)), ([1], [2])]:
+        with pytest.raises(UserError, match="differ"):
+            check("loss", left, right, 1e-5)
+    with pytest.raises(UserError, match="differ"):
+        check("loss", torch.tensor(float("nan")), torch.tensor(1.0), 1e-5)
+
+
+def test_flops_of_a_row_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.common import SIZES
+    from benchmarks.limits import products, row_flops
+    from model import MultimodalT5Config, T5ForMultimodalGeneration
+
+    config = MultimodalT5Config(
+        vocab_size=1000, feed_forward_proj="gated-gelu", decoder_start_token_id=0, patch_size=(7, 16), **SIZES["tiny"]
+    )
+    model = T5ForMultimodalGeneration(config).eval()
+    model.set_attn_implementation("eager")
+    S, L = 31, 24
+    batch = {"input_ids": torch.ones(1, S, dtype=torch.long), "image_ids": torch.zeros(1, 7, 16)}
+    batch["decoder_input_ids"] = torch.ones(1, L, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**batch, use_cache=False)
+    whole = row_flops(model.config, S, L)
+    causal = config.num_decoder_layers * 2 * L * L * config.num_heads * config.d_kv  # torch counts both halves
+    assert whole + causal == pytest.approx(counter.get_total_flops(), rel=0.01)
+    with torch.no_grad():
+        seen = products(lambda: model(**batch, use_cache=False))
+    assert seen.flops() == pytest.approx(counter.get_total_flops(), rel=0.01)
