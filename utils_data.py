@@ -27,6 +27,7 @@ from utils_features import VisionFeatures, img_shape
 from utils_prompt import build_train_pair, normalize, option_letters
 
 IGNORE = -100  # label of a pad: torch's cross entropy passes over it
+SAMPLE_ROWS = 32  # feature rows looked at when a run begins: 19 MB of ViT's
 
 # -- a run's data ----------------------------------------------------------------------------------------
 
@@ -53,6 +54,9 @@ def load_data(args: argparse.Namespace, splits: Mapping[str, str]) -> Data:
     dataset = files.find_dataset(args.data_root, args.dataset)
     problems = files.load_problems(args.data_root, dataset)
     all_splits = files.load_splits(args.data_root, dataset, problems)
+    files.check_overlap(
+        all_splits, splits.get("train", ""), [splits[role] for role in ("val", "test") if role in splits]
+    )
     qids = {role: files.split_qids(all_splits, name, f"--{role}_split") for role, name in splits.items()}
     used = list(dict.fromkeys(qid for role in qids.values() for qid in role))
     for qid in used:
@@ -131,12 +135,7 @@ def _fill_captions(args: argparse.Namespace, problems: files.Problems, qids: Seq
     if args.use_caption:
         path = files.find_captions(args)
         captions = files.load_captions(path)
-        pictured = [qid for qid in qids if problems[qid]["image"]]
-        if pictured and not any(qid in captions for qid in pictured):
-            raise UserError(
-                f"--caption_file: {path} has no caption for any of the {len(pictured)} questions with an image; "
-                "it seems to belong to another data set"
-            )
+        files.check_captions(path, captions, problems, qids)
     elif args.caption_file != files.CAPTION_DEFAULT:
         print0("note: --caption_file has no effect without --use_caption")
     for qid, problem in problems.items():
@@ -147,7 +146,10 @@ def _fill_captions(args: argparse.Namespace, problems: files.Problems, qids: Seq
 
 
 def open_features(args: argparse.Namespace) -> VisionFeatures:
-    """Find, map and check the features of --img_type and their name map. Raises UserError."""
+    """Find, map and check the features of --img_type and their name map. Raises UserError.
+
+    Of the numbers a few rows are read: doctor.py reads all of them.
+    """
     path = files.find_feature_file(args)
     name_map = files.find_name_map(args, path.parent)
     features = VisionFeatures(path, files.load_name_map(name_map), args.img_type)
@@ -158,6 +160,13 @@ def open_features(args: argparse.Namespace) -> VisionFeatures:
                 f"--name_map: {name_map} asks for row {row} (question {qid}) but {path} has only {features.rows} "
                 "rows; the two must come from one run of extract_features.py"
             )
+    named = len(set(features.name_map.values()))
+    if named < len(features.name_map):
+        warn0(f"{name_map} gives {len(features.name_map)} questions only {named} different rows")
+    if named < features.rows:
+        print0(f"note: {name_map} names {named} of the {features.rows} rows of {path}")
+    spread = np.linspace(0, features.rows - 1, min(features.rows, SAMPLE_ROWS), dtype=int)
+    features.check_finite(spread.tolist())
     return features
 
 
