@@ -262,6 +262,15 @@ def _read_tokenizer(name: str | Path, flag: str) -> Any:
     return tokenizer
 
 
+def check_vocabulary(tokenizer: Any, info: Any) -> None:
+    """Raise UserError if the tokenizer has more pieces than the checkpoint (`CheckpointInfo`, or None) embeddings."""
+    if info is not None and len(tokenizer) > info.config.vocab_size:
+        raise UserError(
+            f"--tokenizer: {tokenizer.name_or_path} has {len(tokenizer)} pieces but {info.folder} only "
+            f"{info.config.vocab_size} embeddings; name the model's own tokenizer"
+        )
+
+
 class RationaleDataset(Dataset):
     """Prompts and targets of some questions, tokenised once when built.
 
