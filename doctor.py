@@ -256,9 +256,12 @@ def correction(args: argparse.Namespace, found: problems.Problems, train: Sequen
 
 
 def checkpoint(args: argparse.Namespace, patch_size: tuple[int, int] | None) -> tuple[Any, str]:
-    from model import check_checkpoint
+    from model import check_checkpoint, read_checkpoint
 
-    info = check_checkpoint(args.model, patch_size, args.img_type)
+    if args.img_type and patch_size is None and Path(args.model).is_dir():  # its features failed: that is told above
+        info = read_checkpoint(Path(args.model), "--model")
+    else:
+        info = check_checkpoint(args.model, patch_size, args.img_type)
     if info is None:
         return None, f"{args.model} is a hub id: checked when it is loaded"
     if patch_size is not None and info.patch_size is None:
@@ -318,10 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     patch_size = check_data(report, args)
     info = None
     if args.model:
-        from utils_features import img_shape
-
-        # where the features could not be read, the published shape stands in
-        info = report.check("model", checkpoint, args, patch_size or img_shape.get(args.img_type))
+        info = report.check("model", checkpoint, args, patch_size)
         report.check("tokenizer", tokenizer, args, info)
     report.check("devices", devices, parameters_of(info))
     report.check("disk", disk, parameters_of(info))
