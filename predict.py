@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sft
 from ares import cli
 from ares.cli import IMG_TYPES, PROMPT_FORMATS, UserError, print0, read_json, run
 from ares.problems import (
@@ -34,6 +35,7 @@ from ares.problems import (
     problem_fault,
     question_images,
 )
+from utils_lora import check_adapter, load_adapter
 from utils_prompt import answer_letter, option_letters
 
 RATIONALE_FORMAT, ANSWER_FORMAT = "QCM-E", "QCM-A"  # of folders without args.yaml: the paper's commands
@@ -190,13 +192,11 @@ def caption_of(args: argparse.Namespace, use_caption: bool) -> str:
 
 def kind_of_features(args: argparse.Namespace, recorded: str | None) -> str | None:
     """--img_type, else what training recorded, else the one that fits the checkpoint; None for a text-only model."""
-    if args.img_type or recorded:
-        return args.img_type or recorded
-    if not Path(args.model).is_dir():
-        return None
     from model import read_checkpoint, types_that_fit
 
-    held = read_checkpoint(Path(args.model), "--model").patch_size
+    held = read_checkpoint(Path(args.model), "--model").patch_size if Path(args.model).is_dir() else None
+    if args.img_type or recorded:
+        return args.img_type or recorded
     fitting = types_that_fit(held) if held else []
     if held and len(fitting) != 1:
         told = f"name one of {', '.join(fitting)}" if fitting else "name the kind it was trained with"
@@ -296,6 +296,8 @@ def told_answer(text: str, question: Question, settings: argparse.Namespace) -> 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.lora:
+        check_adapter(Path(args.lora), "--lora")
     settings = trained_with(args.model, RATIONALE_FORMAT, args.prompt_format)
     settings.output_len = args.output_len or settings.output_len
     answering = args.lora or args.answer_model
@@ -308,34 +310,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from model import T5ForMultimodalGeneration, check_checkpoint
     from utils_data import check_vocabulary, load_tokenizer
-    from utils_lora import check_adapter, load_adapter
 
-    if args.lora:
-        check_adapter(Path(args.lora), "--lora")
     args.img_type = kind_of_features(args, settings.img_type)
     if args.img_type is None and args.image:
         raise UserError(f"--image: {args.model} reads no picture (it has no image layers); drop it, or name another")
     features = features_for(args, question, settings) if args.img_type else None
     shape = features.shape if features is not None else None
-    info = check_checkpoint(args.model, shape, args.img_type)
-    if args.answer_model:
-        check_checkpoint(args.answer_model, shape, args.img_type, "--answer_model")
-    tokenizer = load_tokenizer(args, args.model)
-    check_vocabulary(tokenizer, info)
+    for place, flag in [
+        (args.model, "--model"),
+        *([(args.answer_model, "--answer_model")] if args.answer_model else []),
+    ]:
+        info = check_checkpoint(place, shape, args.img_type, flag)
+        sft.refuse_fresh_layers(info, shape, flag)
+        check_vocabulary(load_tokenizer(args, place), info)
 
     model = T5ForMultimodalGeneration.from_pretrained(args.model, patch_size=shape).to(device_of(args))
     if model.config.patch_size is not None and features is None:
         raise UserError(f"--img_type: {args.model} reads pictures; name the kind of features it was trained with")
-    written = ask(model, tokenizer, question, features, settings)
-    alone = settings.prompt_format.endswith("-A")
-    if not alone:
+    written = ask(model, load_tokenizer(args, args.model), question, features, settings)
+    if not settings.prompt_format.endswith("-A"):
         print0(f"Rationale: {written}")
+    if args.lora:
+        model = load_adapter(model, Path(args.lora), "--lora").to(device_of(args))
+    elif args.answer_model:
+        model = T5ForMultimodalGeneration.from_pretrained(args.answer_model, patch_size=shape).to(device_of(args))
     if answering:
-        if args.lora:
-            model = load_adapter(model, Path(args.lora), "--lora").to(device_of(args))
-        else:
-            model = T5ForMultimodalGeneration.from_pretrained(args.answer_model, patch_size=shape)
-            model.to(device_of(args))
+        tokenizer = load_tokenizer(args, args.answer_model, args.model)
         written = ask(model, tokenizer, question, features, answer_settings, written)
     if answering or "A" in settings.prompt_format.split("-")[1]:
         print0(f"Answer: {told_answer(written, question, answer_settings or settings)}")
