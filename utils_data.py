@@ -172,18 +172,8 @@ def open_features(args: argparse.Namespace) -> VisionFeatures:
 
 def check_coverage(features: VisionFeatures, problems: Mapping[str, Any], qids: Iterable[str]) -> None:
     """Warn of questions that name an image but have no feature row (they get zeros); UserError if that is all."""
-    pictured = [qid for qid in qids if problems[qid]["image"]]
-    absent = [qid for qid in pictured if qid not in features.name_map]
-    if absent and len(absent) == len(pictured):
-        raise UserError(
-            f"--name_map: no feature row for any of the {len(pictured)} questions with an image; "
-            "it seems to belong to another data set"
-        )
-    if absent:
-        warn0(
-            f"{len(absent)} of {len(pictured)} questions with an image have no feature row and get zeros "
-            f"(the first is {absent[0]})"
-        )
+    nothing, some = "--name_map: no feature row", "have no feature row and get zeros"
+    files.check_pictured(features.name_map, problems, qids, nothing, some)
 
 
 # -- rationales of an earlier stage ----------------------------------------------------------------------

@@ -170,7 +170,8 @@ def _load_datasets(where: str) -> Mapping[str, Any]:
             files = sorted(folder.rglob("*.parquet"))
             by_split: dict[str, list[str]] = {}
             for file in files:
-                by_split.setdefault(file.name.partition("-")[0].removesuffix(".parquet"), []).append(str(file))
+                name = file.stem.partition("-")[0]  # train-00000-of-00002.parquet, or train/0000.parquet
+                by_split.setdefault(file.parent.name if name.isdigit() else name, []).append(str(file))
             if not files:
                 raise UserError(
                     f"--source: {where} holds neither the official files, nor a DatasetDict of save_to_disk, nor "

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,18 +189,19 @@ def load_captions(path: str | Path) -> dict[str, str]:
 
 def check_captions(path: str | Path, captions: Mapping[str, str], problems: Problems, qids: Iterable[str]) -> None:
     """Warn of questions that name an image but have no caption; UserError if that is all of them."""
+    check_pictured(captions, problems, qids, f"--caption_file: {path} has no caption", f"have no caption in {path}")
+
+
+def check_pictured(known: Container[str], problems: Problems, qids: Iterable[str], none: str, some: str) -> None:
+    """Of the questions that name an image, warn that `some` are not `known`; UserError that `none` is."""
     pictured = [qid for qid in qids if problems[qid]["image"]]
-    absent = [qid for qid in pictured if qid not in captions]
+    absent = [qid for qid in pictured if qid not in known]
     if absent and len(absent) == len(pictured):
         raise UserError(
-            f"--caption_file: {path} has no caption for any of the {len(pictured)} questions with an image; "
-            "it seems to belong to another data set"
+            f"{none} for any of the {len(pictured)} questions with an image; it seems to belong to another data set"
         )
     if absent:
-        warn0(
-            f"{len(absent)} of {len(pictured)} questions with an image have no caption in {path} (the first is "
-            f"{absent[0]}); make them with extract_caption.py"
-        )
+        warn0(f"{len(absent)} of {len(pictured)} questions with an image {some} (the first is {absent[0]})")
 
 
 # -- images and features ---------------------------------------------------------------------------------

@@ -77,14 +77,15 @@ def as_published(real, qid) -> dict:
 # -- ScienceQA -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["save_to_disk", "parquet"])
+@pytest.mark.parametrize("form", ["save_to_disk", "{}-00000-of-00001.parquet", "{}/0000.parquet"])
 def test_public_schema_and_back(form, real, tmp_path, capsys):
     """Acceptance 3: field by field. Without ids, questions are numbered in the order of the splits, which is said."""
     tables = public_tables(real)
-    if form == "parquet":
+    if form.endswith("parquet"):
         for name, table in tables.items():
-            (tmp_path / "source/data").mkdir(parents=True, exist_ok=True)
-            table.to_parquet(tmp_path / f"source/data/{name}-00000-of-00001.parquet")
+            file = tmp_path / "source/data" / form.format(name)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            table.to_parquet(file)
     else:
         tables.save_to_disk(str(tmp_path / "source"))
     problems, splits = prepare(tmp_path / "source", tmp_path / "out")
