@@ -87,18 +87,27 @@ def check_output(folder: Path, source: Source, splits: Mapping[str, Sequence[str
 
 
 def write_pictures(folder: Path, pictures: Pictures) -> str | None:
-    """Put a question's pictures into its folder; what is there already stays. Says what is wrong with one, if so."""
+    """Put a question's pictures into its folder; what is there already stays. Says what is wrong with one, if so.
+
+    Raises UserError where the disk takes no more.
+    """
     for name, picture in pictures.items():
         target = folder / name
         try:
-            if isinstance(picture, Path):
-                folder.mkdir(parents=True, exist_ok=True)
-                place_file(picture, target)
-            elif not (target.is_file() and target.read_bytes() == picture):
-                with atomic_path(target) as temporary:
-                    temporary.write_bytes(picture if media_type(picture[:12]) else _as_png(picture))
+            data = picture if isinstance(picture, Path) or media_type(picture[:12]) else _as_png(picture)
         except (OSError, ValueError) as error:
             return f"{name}: {error}"
+        if isinstance(data, Path) and not data.is_file():
+            return f"{name}: {data} does not exist"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if isinstance(data, Path):
+                place_file(data, target)
+            elif not (target.is_file() and target.read_bytes() == data):
+                with atomic_path(target) as temporary:
+                    temporary.write_bytes(data)
+        except OSError as error:
+            raise UserError(f"--output: cannot write {target} ({error.strerror or error})") from error
     return None
 
 

@@ -162,6 +162,16 @@ def test_pictures_of_other_formats(real, tmp_path):
         prepare(tmp_path / "source", tmp_path / "out", "--strict")
 
 
+def test_a_disk_that_takes_no_more_stops_it(real, tmp_path):
+    """Nothing that looks finished is left."""
+    qid = next(qid for qid in real.splits["test"] if picture_file(real, qid))
+    (tmp_path / "out/images").mkdir(parents=True)
+    (tmp_path / "out/images" / qid).touch()
+    with pytest.raises(UserError, match=f"--output: cannot write .*images/{qid}/image.png"):
+        prepare(real.folder, tmp_path / "out", "--images", real.images)
+    assert not (tmp_path / "out/scienceqa/problems.json").exists()
+
+
 def test_kill_and_run_again(real, tmp_path):
     """SIGKILL among the images: problems.json is not there yet; the same command finishes, and repeats for free."""
     whole = tmp_path / "whole"
