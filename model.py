@@ -149,7 +149,7 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
         whole T5 or was made for other features.
         """
         folder = _local_folder(pretrained_model_name_or_path, kwargs)
-        info = _read_checkpoint(folder, "from_pretrained")
+        info = read_checkpoint(folder, "from_pretrained")
         if patch_size is not None:
             _check_features(info, tuple(patch_size), None, "from_pretrained")
         fields = {"patch_size": tuple(patch_size or info.patch_size or ()) or None, "tie_word_embeddings": info.tied}
@@ -357,12 +357,13 @@ def check_checkpoint(
     """
     if not Path(folder).expanduser().is_dir() and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(folder)):
         return None
-    info = _read_checkpoint(Path(folder).expanduser(), flag)
+    info = read_checkpoint(Path(folder).expanduser(), flag)
     _check_features(info, None if patch_size is None else tuple(patch_size), img_type, flag)
     return info
 
 
-def _read_checkpoint(folder: Path, flag: str) -> CheckpointInfo:
+def read_checkpoint(folder: Path, flag: str) -> CheckpointInfo:
+    """What `folder` holds, checked to be a whole T5 of whatever features. Raises UserError naming `flag`."""
     if not folder.is_dir():
         raise UserError(f"{flag}: {folder} does not exist; name a model folder or a hub id")
     config = _read_config(folder, flag)
@@ -412,7 +413,7 @@ def _check_features(info: CheckpointInfo, patch_size: PatchSize | None, img_type
         return  # a plain T5: text only, or image layers that start fresh
     recorded, dim = info.patch_size
     held = f"{flag}: encoder.image_dense.weight of {info.folder} takes features of size {dim}"
-    fits = _types_that_fit(info.patch_size)
+    fits = types_that_fit(info.patch_size)
     use = f"use --img_type {' or '.join(fits)}" if fits else "use the features that it was trained with"
     if patch_size is None:
         raise UserError(f"{held}, but no --img_type is given; {use}")
@@ -426,7 +427,8 @@ def _check_features(info: CheckpointInfo, patch_size: PatchSize | None, img_type
         )
 
 
-def _types_that_fit(patch_size: PatchSize) -> list[str]:
+def types_that_fit(patch_size: PatchSize) -> list[str]:
+    """The kinds of features (--img_type) that image layers made for `patch_size` can read."""
     from utils_data import img_shape
 
     return [

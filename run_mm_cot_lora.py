@@ -13,23 +13,20 @@ a kill continues.
 Every Linear is adapted: q, k, v, o, wi (wi_0, wi_1), wo, image_dense, gate_dense, and lm_head where it has weights of
 its own. Left out: lm_head of a tied model (it is the embedding: merging the adapter would change the input too), and
 `mha_layer.out_proj`, which PyTorch's attention reads past its module - an adapter there has no effect and no
-gradient. Released adapters have one; it is dropped on loading, with no change to any output. The work is in sft.py.
+gradient. Released adapters have one; it is dropped on loading, with no change to any output. The work is in
+sft.py, the adapter itself in utils_lora.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import sft
 from ares import cli
-from ares.cli import UserError, print0
+from utils_lora import add_adapter, check_adapter, load_adapter
 
-TARGETS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "image_dense", "gate_dense", "lm_head")
-NO_EFFECT = "out_proj"
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias")
 
 
@@ -63,78 +60,6 @@ def run_name(args: argparse.Namespace) -> str:
         f"mm_cot_lora_r{args.lora_r}_a{args.lora_alpha}_d{args.lora_dropout}_s{args.seed}_lr{args.lr}"
         f"_bs{args.bs * cli.world_size()}_e{args.epoch}_len{args.output_len}"
     )
-
-
-def add_adapter(model, args: argparse.Namespace):
-    """A fresh adapter on every Linear of TARGETS that `model` has; the rest is frozen."""
-    import peft
-    from torch import nn
-
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    tied = model.lm_head.weight is model.shared.weight
-    targets = sorted(names.intersection(TARGETS) - ({"lm_head"} if tied else set()))
-    print0(f"adapter on {' '.join(targets)}{' (lm_head is the tied embedding: left out)' if tied else ''}")
-    config = peft.LoraConfig(
-        task_type="SEQ_2_SEQ_LM",
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        bias=args.lora_bias,
-        target_modules=targets,
-    )
-    return _adapted(model, config)
-
-
-def _adapted(model, config):
-    import peft
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that will go
-        adapted = peft.get_peft_model(model, config)
-    # peft would save the whole lm_head beside an adapter on it: 100 MB of frozen weights
-    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
-    return adapted
-
-
-def load_adapter(model, folder: Path):
-    """`model` with the adapter in `folder`, ours or a released one (declared CAUSAL_LM, with out_proj).
-
-    Raises UserError if the adapter belongs to another model.
-    """
-    import peft
-
-    config = peft.LoraConfig.from_pretrained(str(folder))
-    config.task_type, config.inference_mode = "SEQ_2_SEQ_LM", True
-    config.base_model_name_or_path = model.name_or_path  # not where it was trained
-    if isinstance(config.target_modules, str):
-        config.exclude_modules = [NO_EFFECT]
-    else:
-        config.target_modules = set(config.target_modules) - {NO_EFFECT}
-    weights = peft.load_peft_weights(str(folder), device="cpu")
-    kept = {name: tensor for name, tensor in weights.items() if f".{NO_EFFECT}.lora_" not in name}
-    if len(kept) < len(weights):
-        print0(f"{folder}: {len(weights) - len(kept)} tensors on {NO_EFFECT} dropped (they had no effect)")
-    try:
-        adapted = _adapted(model, config)
-        loaded = peft.set_peft_model_state_dict(adapted, kept)
-    except (ValueError, RuntimeError) as error:  # no such module; a tensor of another shape
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--evaluate_dir: the adapter in {folder} does not fit this --model ({reason})") from error
-    absent = [name for name in loaded.missing_keys if "lora_" in name]
-    if absent or loaded.unexpected_keys:
-        odd = (absent or loaded.unexpected_keys)[0]
-        raise UserError(f"--evaluate_dir: the adapter in {folder} does not fit this --model ({odd})")
-    return adapted
-
-
-def check_adapter(folder: Path) -> None:
-    """Raise UserError unless `folder` holds an adapter."""
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"--evaluate_dir: {folder} holds no adapter_config.json; name the adapter's folder")
-    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
-        raise UserError(
-            f"--evaluate_dir: {folder} holds no adapter_model.safetensors (or .bin); copy the whole folder"
-        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

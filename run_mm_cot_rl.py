@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,11 +89,7 @@ def set_up(args: argparse.Namespace) -> Setup:
             if not (Path(args.base_model_dir) / name).exists():
                 raise UserError(f"--continue_train True: {args.base_model_dir} has no {name}; start without it")
     tokenizer = utils_data.load_tokenizer(args, args.base_model_dir, args.reference)
-    if len(tokenizer) > info.config.vocab_size:
-        raise UserError(
-            f"--tokenizer: it has {len(tokenizer)} pieces, the model's vocabulary only {info.config.vocab_size}; "
-            "name the tokenizer that the model was trained with"
-        )
+    utils_data.check_vocabulary(tokenizer, info)
     le = utils_data.read_le(args.train_le, data.qids["train"], "--train_le") if args.train_le else None
     folder, start = rl_run.run_folder(args), rl_run.first_round(args)
     if cli.rank() == 0:

@@ -227,17 +227,13 @@ def run(
         build: given the patch size and a folder, returns the model saved there, or for None the one to train.
         weights: folders or hub ids, besides `folder`, whose weights the predictions depend on.
     """
-    from utils_data import Collator, check_prompt_flags, load_data, load_tokenizer
+    from utils_data import Collator, check_prompt_flags, check_vocabulary, load_data, load_tokenizer
 
     check_prompt_flags(args)
     data = load_data(args, {"train": args.train_split, "val": args.val_split, "test": args.test_split})
     info = check(data.patch_size)
     tokenizer = load_tokenizer(args, args.evaluate_dir, args.model)
-    if info is not None and len(tokenizer) > info.config.vocab_size:
-        raise UserError(
-            f"--tokenizer: {tokenizer.name_or_path} has {len(tokenizer)} pieces but {info.folder} only "
-            f"{info.config.vocab_size} embeddings; name the model's own tokenizer"
-        )
+    check_vocabulary(tokenizer, info)
     datasets = tokenized_splits(args, data, tokenizer)
     cli.writable_dir(folder, "--evaluate_dir" if args.evaluate_dir else "--run_dir" if args.run_dir else "output")
 

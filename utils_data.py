@@ -27,6 +27,7 @@ from utils_features import VisionFeatures, img_shape
 from utils_prompt import build_train_pair, normalize, option_letters
 
 IGNORE = -100  # label of a pad: torch's cross entropy passes over it
+SAMPLE_ROWS = 32  # feature rows looked at when a run begins: 19 MB of ViT's
 
 # -- a run's data ----------------------------------------------------------------------------------------
 
@@ -53,6 +54,9 @@ def load_data(args: argparse.Namespace, splits: Mapping[str, str]) -> Data:
     dataset = files.find_dataset(args.data_root, args.dataset)
     problems = files.load_problems(args.data_root, dataset)
     all_splits = files.load_splits(args.data_root, dataset, problems)
+    files.check_overlap(
+        all_splits, splits.get("train", ""), [splits[role] for role in ("val", "test") if role in splits]
+    )
     qids = {role: files.split_qids(all_splits, name, f"--{role}_split") for role, name in splits.items()}
     used = list(dict.fromkeys(qid for role in qids.values() for qid in role))
     for qid in used:
@@ -131,12 +135,7 @@ def _fill_captions(args: argparse.Namespace, problems: files.Problems, qids: Seq
     if args.use_caption:
         path = files.find_captions(args)
         captions = files.load_captions(path)
-        pictured = [qid for qid in qids if problems[qid]["image"]]
-        if pictured and not any(qid in captions for qid in pictured):
-            raise UserError(
-                f"--caption_file: {path} has no caption for any of the {len(pictured)} questions with an image; "
-                "it seems to belong to another data set"
-            )
+        files.check_captions(path, captions, problems, qids)
     elif args.caption_file != files.CAPTION_DEFAULT:
         print0("note: --caption_file has no effect without --use_caption")
     for qid, problem in problems.items():
@@ -147,7 +146,10 @@ def _fill_captions(args: argparse.Namespace, problems: files.Problems, qids: Seq
 
 
 def open_features(args: argparse.Namespace) -> VisionFeatures:
-    """Find, map and check the features of --img_type and their name map. Raises UserError."""
+    """Find, map and check the features of --img_type and their name map. Raises UserError.
+
+    Of the numbers a few rows are read: doctor.py reads all of them.
+    """
     path = files.find_feature_file(args)
     name_map = files.find_name_map(args, path.parent)
     features = VisionFeatures(path, files.load_name_map(name_map), args.img_type)
@@ -158,23 +160,20 @@ def open_features(args: argparse.Namespace) -> VisionFeatures:
                 f"--name_map: {name_map} asks for row {row} (question {qid}) but {path} has only {features.rows} "
                 "rows; the two must come from one run of extract_features.py"
             )
+    named = len(set(features.name_map.values()))
+    if named < len(features.name_map):
+        warn0(f"{name_map} gives {len(features.name_map)} questions only {named} different rows")
+    if named < features.rows:
+        print0(f"note: {name_map} names {named} of the {features.rows} rows of {path}")
+    spread = np.linspace(0, features.rows - 1, min(features.rows, SAMPLE_ROWS), dtype=int)
+    features.check_finite(spread.tolist())
     return features
 
 
 def check_coverage(features: VisionFeatures, problems: Mapping[str, Any], qids: Iterable[str]) -> None:
     """Warn of questions that name an image but have no feature row (they get zeros); UserError if that is all."""
-    pictured = [qid for qid in qids if problems[qid]["image"]]
-    absent = [qid for qid in pictured if qid not in features.name_map]
-    if absent and len(absent) == len(pictured):
-        raise UserError(
-            f"--name_map: no feature row for any of the {len(pictured)} questions with an image; "
-            "it seems to belong to another data set"
-        )
-    if absent:
-        warn0(
-            f"{len(absent)} of {len(pictured)} questions with an image have no feature row and get zeros "
-            f"(the first is {absent[0]})"
-        )
+    nothing, some = "--name_map: no feature row", "have no feature row and get zeros"
+    files.check_pictured(features.name_map, problems, qids, nothing, some)
 
 
 # -- rationales of an earlier stage ----------------------------------------------------------------------
@@ -251,6 +250,15 @@ def _read_tokenizer(name: str | Path, flag: str) -> Any:
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None or not tokenizer.is_fast:
         raise UserError(f"{flag}: {name} is no tokenizer of T5's kind (pad, </s> and a fast form are needed)")
     return tokenizer
+
+
+def check_vocabulary(tokenizer: Any, info: Any) -> None:
+    """Raise UserError if the tokenizer has more pieces than the checkpoint (`CheckpointInfo`, or None) embeddings."""
+    if info is not None and len(tokenizer) > info.config.vocab_size:
+        raise UserError(
+            f"--tokenizer: {tokenizer.name_or_path} has {len(tokenizer)} pieces but {info.folder} only "
+            f"{info.config.vocab_size} embeddings; name the model's own tokenizer"
+        )
 
 
 class RationaleDataset(Dataset):

@@ -9,6 +9,7 @@ The published ViT features are 6.6 GB; no process ever holds a copy of them. Lea
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,7 @@ class VisionFeatures:
     def __init__(self, path: str | Path, name_map: Mapping[str, int], img_type: str):
         self.path, self.img_type = Path(path), img_type
         self.name_map = dict(name_map)
-        self.shape = self._expected_shape()
+        self.shape, self._recorded_rows = self._expected_shape()
         try:
             found, floating = self._open_shape()
         except UserError:
@@ -60,11 +61,30 @@ class VisionFeatures:
                 f"--vision_features: {self.path} has shape {found}, but --img_type {img_type} needs {wanted}; "
                 "name the right file or --img_type"
             )
+        if self._recorded_rows not in (None, found[0]):
+            raise UserError(
+                f"--vision_features: {self.path} has {found[0]} rows, but {img_type}.json beside it says "
+                f"{self._recorded_rows}; the file was cut or replaced: make it again with extract_features.py"
+            )
         self.rows = found[0]
         self._repeat = len(found) == 2
 
     def __len__(self) -> int:
         return self.rows
+
+    def check_finite(self, rows: Sequence[int]) -> None:
+        """Raise UserError naming the first of `rows` that holds a NaN or an infinity: it would spoil every weight."""
+        for start in range(0, len(rows), 32):
+            part = list(rows[start : start + 32])
+            sums = self._read(part).flatten(1).sum(1, dtype=torch.float64)
+            spoilt = [row for row, total in zip(part, sums.tolist(), strict=True) if not math.isfinite(total)]
+            if spoilt:
+                qid = next((qid for qid, row in self.name_map.items() if row == spoilt[0]), None)
+                whose = f"question {qid}" if qid else "of no question"
+                raise UserError(
+                    f"--vision_features: row {spoilt[0]} of {self.path} ({whose}) holds NaN or infinity; make the "
+                    "file again with extract_features.py"
+                )
 
     def __getitem__(self, row: int) -> torch.Tensor:
         """One row, float32 (patches, dim)."""
@@ -125,17 +145,18 @@ class VisionFeatures:
             return tuple(array.shape), array.dtype.is_floating_point
         return tuple(array.get_shape()), array.get_dtype() in ("F16", "BF16", "F32", "F64")
 
-    def _expected_shape(self) -> tuple[int, int]:
+    def _expected_shape(self) -> tuple[tuple[int, int], int | None]:
+        """(patches, dim), and the number of rows where the sidecar tells it."""
         sidecar = self.path.with_name(f"{self.img_type}.json")
         if not sidecar.is_file():
-            return img_shape[self.img_type]
+            return img_shape[self.img_type], None
         told = read_json(sidecar, "--vision_features")
         shape = told.get("shape") if isinstance(told, dict) else None
         if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
             raise UserError(f'--vision_features: {sidecar} must hold {{"shape": [patches, dim]}}')
         if told.get("weights") == "random":
             print0(f"note: {self.path} was made by a network with random weights")
-        return shape[0], shape[1]
+        return (shape[0], shape[1]), told.get("rows")
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_mapped"}

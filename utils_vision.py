@@ -11,7 +11,7 @@ ResNet's pooled vector (the model repeats it), DETR's last decoder states. Leave
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,6 +128,27 @@ class Encoder:
     @property
     def shape(self) -> tuple[int, int]:
         return (RESNET_REPEATS, *self.stored) if len(self.stored) == 1 else self.stored
+
+
+class LiveFeatures:
+    """Features of pictures made on the spot, to be gathered like `utils_features.VisionFeatures`.
+
+    Args:
+        pictures: qid -> image file, or None for a question without one: zeros.
+    """
+
+    def __init__(self, encoder: Encoder, pictures: Mapping[str, Path | None]):
+        self.shape = encoder.shape
+        shown = {qid: path for qid, path in pictures.items() if path is not None}
+        rows = encoder([encoder.transform(read_image(path)) for path in shown.values()]) if shown else []
+        self.rows = dict(zip(shown, rows, strict=True))
+
+    def gather(self, qids: Sequence[str]) -> torch.Tensor:
+        """float32 (B, patches, dim); a single vector is repeated over all patches."""
+        import torch
+
+        blank = torch.zeros(self.shape)
+        return torch.stack([self.rows[qid].expand(self.shape) if qid in self.rows else blank for qid in qids])
 
 
 def load_encoder(

@@ -244,6 +244,33 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def place_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Make `target` the same file as `source`, in one step: a hard link where the disk allows, a copy elsewhere.
+
+    Leaves a link or an untouched copy as it is (content is not compared: a second run shall be cheap).
+    """
+    source, target = os.path.realpath(source), Path(target)
+    if _same_file(source, target):
+        return
+    temporary = target.with_name(f".tmp-{os.getpid()}-{time.monotonic_ns()}")
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:  # another disk, or a file of another user
+            shutil.copy2(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _same_file(source: str, target: Path) -> bool:
+    try:
+        theirs, ours = os.stat(source), os.stat(target)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(theirs, ours) or (theirs.st_size, theirs.st_mtime_ns) == (ours.st_size, ours.st_mtime_ns)
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file atomically (UTF-8, newlines as given)."""
     with atomic_path(path) as temporary:

@@ -10,9 +10,11 @@ import io
 import os
 import re
 import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ares.cli import UserError
+from ares.cli import UserError, progress
 
 MAX_EDGE = 8000  # pixels, of the API
 MAX_BYTES = 3_750_000  # an image may have 5 MB as base64
@@ -113,3 +115,19 @@ def file_identity(path: str | os.PathLike) -> tuple[int, int, int, int]:
     """What tells one state of a file from another without reading it; hard links share it."""
     about = os.stat(Path(path))
     return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+
+
+def broken_images(images: Mapping[str, Sequence[Path]]) -> list[str]:
+    """What is wrong with those of the questions' images (qid -> files) that cannot be sent, by `load_image`."""
+
+    def fault(item: tuple[str, Path]) -> str | None:
+        try:
+            load_image(item[1], item[0])
+        except UserError as error:
+            return str(error)
+        return None
+
+    items = [(qid, path) for qid, paths in images.items() for path in paths]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # decoding leaves Python's lock
+        faults = progress(pool.map(fault, items), desc="decode images", total=len(items), unit="img")
+        return [fault for fault in faults if fault]

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares.cli import UserError, print0, read_json
+from ares.cli import UserError, print0, read_json, warn0
 
 KNOWN_DATASETS = ("scienceqa", "aokvqa")
 CAPTION_DEFAULT = "data/captions.json"  # the default of --caption_file
@@ -41,9 +41,7 @@ def find_dataset(data_root: str | Path, dataset: str | None = None) -> str:
         if not (root / dataset).is_dir():
             raise UserError(f"--dataset: {root} has no subfolder {dataset}{_listing(_datasets(root), '; it holds')}")
         return dataset
-    found = _datasets(root)
-    known = [name for name in found if name in KNOWN_DATASETS]
-    chosen = known or found
+    chosen = _chosen(root)
     if len(chosen) > 1:
         raise UserError(f"--data_root: {root} holds {' and '.join(chosen)}; choose one with --dataset")
     if chosen:
@@ -53,6 +51,16 @@ def find_dataset(data_root: str | Path, dataset: str | None = None) -> str:
             f"--data_root: {root} is itself a data set; name the folder above it ({root.resolve().parent})"
         )
     raise UserError(f"--data_root: {root} holds neither scienceqa/problems.json nor aokvqa/problems.json")
+
+
+def data_folders(args: argparse.Namespace) -> list[Path]:
+    """Where captions, images, features and name map of a run lie: the data set's own folder, then --data_root.
+
+    The data set's folder comes first so that two data sets can share a --data_root.
+    """
+    root = Path(args.data_root)
+    names = [args.dataset] if args.dataset else _chosen(root)
+    return [*([root / names[0]] if len(names) == 1 else []), root]
 
 
 def load_problems(data_root: str | Path, dataset: str) -> Problems:
@@ -121,6 +129,14 @@ def load_splits(data_root: str | Path, dataset: str, problems: Mapping[str, Any]
     return splits
 
 
+def check_overlap(splits: Mapping[str, Sequence[str]], train: str = "train", others: Sequence[str] = ("val", "test")):
+    """Warn of questions that the model would be trained on and scored by."""
+    for name in others:
+        both = set(splits.get(train, ())) & set(splits.get(name, ()))
+        if both:
+            warn0(f"splits {train} and {name} share {len(both)} questions (the first is {min(both)})")
+
+
 def split_qids(splits: Mapping[str, Sequence[str]], name: str, flag: str) -> list[str]:
     """The questions of one split, in its order; `trainval`, if absent, is train, then val (and that is said).
 
@@ -141,15 +157,15 @@ def split_qids(splits: Mapping[str, Sequence[str]], name: str, flag: str) -> lis
 
 def find_captions(args: argparse.Namespace) -> Path:
     """The caption file: `--caption_file`, or, if that was left at its default, the first of captions.json and
-    instruct_captions.json under --data_root, then under data/. Says so when it is not the file the flag names.
+    instruct_captions.json in `data_folders`, then under data/. Says so when it is not the file the flag names.
     """
     named = Path(args.caption_file)
     if args.caption_file != CAPTION_DEFAULT:
         if not named.is_file():
             raise UserError(f"--caption_file: {named} does not exist")
         return named
-    # --data_root first: beside another data set, data/captions.json would be the captions of other questions
-    places = [folder / name for folder in (Path(args.data_root), named.parent) for name in CAPTION_NAMES]
+    # the data set's own first: beside another data set, data/captions.json would be the captions of other questions
+    places = [folder / name for folder in (*data_folders(args), named.parent) for name in CAPTION_NAMES]
     path = _first(places)
     if path is None:
         raise UserError(f"--caption_file: none found (tried {_places(places)}); name one, or drop --use_caption")
@@ -171,11 +187,28 @@ def load_captions(path: str | Path) -> dict[str, str]:
     return captions
 
 
+def check_captions(path: str | Path, captions: Mapping[str, str], problems: Problems, qids: Iterable[str]) -> None:
+    """Warn of questions that name an image but have no caption; UserError if that is all of them."""
+    check_pictured(captions, problems, qids, f"--caption_file: {path} has no caption", f"have no caption in {path}")
+
+
+def check_pictured(known: Container[str], problems: Problems, qids: Iterable[str], none: str, some: str) -> None:
+    """Of the questions that name an image, warn that `some` are not `known`; UserError that `none` is."""
+    pictured = [qid for qid in qids if problems[qid]["image"]]
+    absent = [qid for qid in pictured if qid not in known]
+    if absent and len(absent) == len(pictured):
+        raise UserError(
+            f"{none} for any of the {len(pictured)} questions with an image; it seems to belong to another data set"
+        )
+    if absent:
+        warn0(f"{len(absent)} of {len(pictured)} questions with an image {some} (the first is {absent[0]})")
+
+
 # -- images and features ---------------------------------------------------------------------------------
 
 
 def find_images(args: argparse.Namespace, required: bool = False) -> Path | None:
-    """Folder of `{qid}/image.png`: --images, else `{data_root}/images`, else ./images; None if there is none.
+    """Folder of `{qid}/image.png`: --images, else `images` of `data_folders`, else ./images; None if there is none.
 
     Raises UserError if --images is no folder, or if none is found although `required`.
     """
@@ -183,7 +216,7 @@ def find_images(args: argparse.Namespace, required: bool = False) -> Path | None
         if not Path(args.images).is_dir():
             raise UserError(f"--images: {args.images} is no folder")
         return Path(args.images)
-    places = [Path(args.data_root) / "images", Path("images")]
+    places = [*(folder / "images" for folder in data_folders(args)), Path("images")]
     found = _first(places)
     if found is None and required:
         raise UserError(f"--images: none found (tried {_places(places)}); name the folder of {{qid}}/image.png")
@@ -206,7 +239,7 @@ def question_images(images_dir: str | Path, qid: str) -> list[Path]:
 
 
 def find_feature_file(args: argparse.Namespace) -> Path:
-    """The file of `--img_type`'s features under --vision_features, else `{data_root}/`, else ./vision_features.
+    """The file of `--img_type`'s features: under --vision_features, else under that of `data_folders`, else here.
 
     A folder without that file does not end the search. Raises UserError naming the places tried.
     """
@@ -215,7 +248,7 @@ def find_feature_file(args: argparse.Namespace) -> Path:
         if not folders[0].is_dir():
             raise UserError(f"--vision_features: {folders[0]} is no folder")
     else:
-        folders = [Path(args.data_root) / "vision_features", Path("vision_features")]
+        folders = [*(folder / "vision_features" for folder in data_folders(args)), Path("vision_features")]
     for folder in folders:
         found = [path for suffix in FEATURE_SUFFIXES if (path := folder / f"{args.img_type}{suffix}").is_file()]
         if len(found) > 1:
@@ -229,12 +262,13 @@ def find_feature_file(args: argparse.Namespace) -> Path:
 
 
 def find_name_map(args: argparse.Namespace, features_dir: str | Path) -> Path:
-    """--name_map, else name_map.json beside the features, then in --data_root, then above it."""
+    """--name_map, else name_map.json beside the features, then in the data set's folder, --data_root, above it."""
     if args.name_map is not None:
         if not Path(args.name_map).is_file():
             raise UserError(f"--name_map: {args.name_map} does not exist")
         return Path(args.name_map)
-    places = [Path(folder) / "name_map.json" for folder in (features_dir, args.data_root, Path(args.data_root) / "..")]
+    folders = (features_dir, *data_folders(args), Path(args.data_root) / "..")
+    places = [Path(folder) / "name_map.json" for folder in folders]
     found = _first(places)
     if found is None:
         raise UserError(f"--name_map: none found (tried {_places(places)}); it tells each question's feature row")
@@ -300,6 +334,12 @@ def read_correction(path: str | Path, problems: Mapping[str, Any], train_qids: I
 
 def _datasets(root: Path) -> list[str]:
     return sorted(path.parent.name for path in root.glob("*/problems.json"))
+
+
+def _chosen(root: Path) -> list[str]:
+    """The data sets that --data_root may mean: the known ones, else any."""
+    found = _datasets(root)
+    return [name for name in found if name in KNOWN_DATASETS] or found
 
 
 def _first(places: Iterable[Path]) -> Path | None:

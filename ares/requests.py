@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,28 +90,7 @@ def prepare_request(folder: str | os.PathLike, text: str, sentences: Sequence[st
 def place_images(folder: str | os.PathLike, images: Sequence[Path]) -> None:
     """Put the images into the folder under their own names: hard links where the disk allows, copies elsewhere."""
     for image in images:
-        source, target = os.path.realpath(image), Path(folder, image.name)
-        if _same_file(source, target):
-            continue
-        temporary = Path(folder, f".tmp-{os.getpid()}-{image.name}")
-        temporary.unlink(missing_ok=True)
-        try:
-            try:
-                os.link(source, temporary)
-            except OSError:  # another disk, or a file of another user
-                shutil.copy2(source, temporary)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _same_file(source: str, target: Path) -> bool:
-    """Whether target is source's link or its untouched copy: content is not compared, a second run shall be cheap."""
-    try:
-        theirs, ours = os.stat(source), os.stat(target)
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(theirs, ours) or (theirs.st_size, theirs.st_mtime_ns) == (ours.st_size, ours.st_mtime_ns)
+        cli.place_file(image, Path(folder, image.name))
 
 
 def set_reply_aside(folder: str | os.PathLike) -> bool:

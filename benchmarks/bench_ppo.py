@@ -161,7 +161,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         more["mfu"] = f"{share:.0%} of the bf16 peak, FLOPs of real tokens"
         peaks = [peak(side) for side in (bench.ours, bench.released)]
         more["peak_memory"] = (
-            f"{peaks[0] / peaks[1]:.0%} ({peaks[0] / 2**30:.1f} of {peaks[1] / 2**30:.1f} GiB besides weights, optimizer)"
+            f"{peaks[0] / peaks[1]:.0%} ({peaks[0] / 2**30:.1f} of {peaks[1] / 2**30:.1f} GiB "
+            "besides weights, optimizer)"
         )
     common.report(
         args, "PPO updates", result, target=">= 3x" if args.device == "cpu" else ">= 10x", equal=equal,

@@ -223,6 +223,41 @@ def test_captions_of_another_root_come_first_from_that_root(root, tmp_path):
     assert load_data(args, {"train": "train"}).problems["1"]["caption"] == "aokvqa's"
 
 
+def test_two_data_sets_under_one_root(root, capsys):
+    """With --dataset the captions, features, name map and images in the data set's own folder come first."""
+    aokvqa = root / "aokvqa"
+    shutil.copytree(root / "scienceqa", aokvqa)
+    for place, name in ((root, "scienceqa"), (aokvqa, "aokvqa")):
+        put(place / "captions.json", {"captions": {qid: f"{name}'s" for qid in "123456"}})
+        put_features(place)
+        (place / "images").mkdir()
+    put(aokvqa / "vision_features/name_map.json", {"1": 1, "3": 0})
+    for name, place, row in (("scienceqa", root, 0), ("aokvqa", aokvqa, 1)):
+        args = parse("--data_root", root, "--dataset", name, "--use_caption", "--img_type", "vit")
+        data = load_data(args, {"train": "train"})
+        assert data.problems["1"]["caption"] == f"{name}'s"
+        assert data.features.path == place / "vision_features/vit.npy" and data.features.name_map["1"] == row
+        assert files.find_images(args) == place / "images"
+    # alone under its root it needs no flag
+    shutil.rmtree(root / "scienceqa")
+    assert files.find_captions(parse("--data_root", root)) == aokvqa / "captions.json"
+
+
+def test_what_a_run_says_of_gaps(root, capsys):
+    put(root / "captions.json", {"captions": {"1": "one"}})
+    put_features(root)
+    put(root / "vision_features/name_map.json", {"1": 0, "3": 0})
+    splits = json.loads((root / "scienceqa/pid_splits.json").read_text())
+    change(root / "scienceqa/pid_splits.json", "val", to=[splits["train"][1], *splits["val"]])
+    args = parse("--data_root", root, "--use_caption", "--img_type", "vit")
+    load_data(args, {"train": "train", "val": "val"})
+    said = capsys.readouterr()
+    assert "splits train and val share 1 questions (the first is 2)" in said.err
+    assert re.search(r"questions with an image have no caption in .*captions.json \(the first is \d\)", said.err)
+    assert "gives 2 questions only 1 different rows" in said.err
+    assert re.search(r"note: .*name_map.json names 1 of the \d rows", said.out)
+
+
 def test_caption_faults(root):
     fails("--caption_file", "c.json does not exist", argv=["--use_caption", "--caption_file", "c.json"])
     put(root / "captions.json", {"captions": {"1": None}})

@@ -1,0 +1,92 @@
+"""predict.py on folders as they are released, and its refusals. Models that training left: tests/test_aokvqa.py."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import predict
+from ares.cli import UserError
+from tests.conftest import one_line_error, run_script
+from tests.tiny import PATCHES, make_data, make_model, write
+from utils_vision import LiveFeatures, load_encoder, read_image
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, sample, t5_tokenizer):
+    """data/ with stored features, a model with image layers and one without; neither has an args.yaml."""
+    folder = tmp_path_factory.mktemp("predict")
+    make_data(folder / "data", sample)
+    for name, patch_size in (("vision", PATCHES), ("text", None)):
+        t5_tokenizer.save_pretrained(make_model(folder / name, patch_size=patch_size))
+    return folder
+
+
+@pytest.fixture
+def ask(world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+
+    def run(*argv) -> str:
+        capsys.readouterr()
+        predict.main([str(word) for word in argv])
+        return capsys.readouterr().out
+
+    return run
+
+
+TYPED = ("--question", "Which?", "--choices", "a", "b")
+SHORT = ("--output_len", 8, "--use_caption", "False")
+
+
+def test_a_model_as_released(ask, world):
+    """No args.yaml: the paper's format is taken, which is said; stored features of the question are used."""
+    qid = next(iter(json.loads((world / "data/vision_features/name_map.json").read_text())))
+    out = ask("--model", "vision", "--img_type", "vit", "--qid", qid, *SHORT)
+    assert "note: vision has no args.yaml; its prompt format is taken to be QCM-E" in out
+    assert "features: data/vision_features/vit.npy" in out and "\nRationale: " in out and "\nGold: (" in out
+    problem = json.loads((world / "data/scienceqa/problems.json").read_text())[qid]
+    out = ask("--model", "vision", "--img_type", "vit", "--qid", qid, *SHORT, "--prompt_format", "QCM-LEA")
+    assert "Rationale: " in out and "Answer: none; the model wrote " in out
+    out = ask("--model", "text", "--qid", qid, *SHORT, "--prompt_format", "QCM-A")
+    assert "Rationale" not in out and "Answer: none; the model wrote " in out and "features" not in out
+    assert f"Gold: ({'ABCDE'[problem['answer']]}) {problem['choices'][problem['answer']]}" in out
+
+
+def test_refusals(ask, world, tmp_path):
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"no picture")
+    vision, text = ("--model", "vision", *SHORT), ("--model", "text", *SHORT)
+    write(tmp_path / "features/vit.json", {"shape": [101, 64], "model_name": "test_vit", "weights": "random"})
+    (tmp_path / "features/vit.npy").touch()
+    tiny = ("--img_type", "vit", "--vision_features", tmp_path / "features")
+    for argv, words in (
+        ((*vision, *TYPED), "--img_type: vision does not tell which features it takes"),
+        ((*text, *TYPED, "--image", picture), "--image: text reads no picture"),
+        ((*text, *TYPED, *tiny), "--model: text has no image layers; drop --img_type"),
+        ((*vision, *TYPED, *tiny), "takes features of size 8, but --img_type vit gives 64"),
+        ((*vision, *TYPED, *tiny, "--image", picture), "--image: cannot read .*picture.png"),
+        ((*text, *TYPED, "--prompt_format", "QCMG-E"), "trained on given rationales .QCMG-E.*--answer_model"),
+        ((*text, "--prompt_format", "QCM-A", *TYPED, "--answer_model", "text"), "text answers itself .QCM-A"),
+        ((*text, *TYPED, "--caption", "x"), "--caption: the model was trained without captions"),
+        (("--model", "gone", *TYPED), "--model: .*gone"),
+        ((*text, "--qid", "1", "--use_caption", "yes"), "--caption_file: none found .*--use_caption False"),
+    ):
+        with pytest.raises(UserError, match=words):
+            ask(*argv)
+    done = run_script("predict.py", "--model", "x", "--lora", "a", "--answer_model", "b", "--image", "c", check=False)
+    one_line_error(done, "--qid, or --question", "--lora and --answer_model", "--image: c does not exist")
+
+
+def test_live_features_are_those_of_extraction(sample):
+    """resnet's one vector is repeated over all patches; a question without a picture gets zeros."""
+    path = sample / "images/46/image.png"
+    for img_type, name in (("vit", "test_vit"), ("resnet", "test_resnet")):
+        encoder = load_encoder(img_type, name, "random")
+        live = LiveFeatures(encoder, {"46": path, "none": None})
+        batch = live.gather(["none", "46"])
+        assert batch.shape == (2, *encoder.shape) and not batch[0].any()
+        expected = encoder([encoder.transform(read_image(path))])[0]
+        torch.testing.assert_close(batch[1], expected.expand(encoder.shape))
+        assert not LiveFeatures(encoder, {"none": None}).gather(["none"]).any()
