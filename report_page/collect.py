@@ -263,7 +263,9 @@ def score_series(inputs: Inputs, split: str) -> list[dict[str, Any]]:
     ]  # fmt: skip
     for stage in inputs.stages:
         if split in stage.splits and stage.splits[split].has_rationales:
-            series.append((stage.name, ["reference"], [row for row in stage.splits[split].scores if row]))
+            told = stage.splits[split]
+            judges = ["reference"] + ([f"{told.by_teacher} by RL's Teacher"] if told.by_teacher else [])
+            series.append((stage.name, judges, [row for row in told.scores if row]))
     return [_by_position(name, judges, rows) for name, judges, rows in series if rows]
 
 

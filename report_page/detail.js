@@ -131,9 +131,9 @@ function judgePart(row) {
     const [a, b] = told.systems;
     const words = found.map(([order, winner]) => {
       const shownFirst = order === 'ab' ? a : b;
-      return el('li', {}, `${shownFirst} first: `, el('b', {}, winner === 'tie' ? 'tie' : (winner === 'a' ? a : b) + ' preferred'));
+      return el('div', { class: 'text' }, `${shownFirst} first: `, el('b', {}, winner === 'tie' ? 'tie' : (winner === 'a' ? a : b) + ' preferred'));
     });
-    return [stageLine(`${a} / ${b}`, told.judge, el('ul', { class: 'options' }, words), -1)];
+    return [stageLine(`${a} / ${b}`, told.judge, words, -1)];
   });
   return lines.length ? el('section', { class: 'part' }, el('div', { class: 'line' }, el('h2', {}, 'Judge')), lines) : null;
 }

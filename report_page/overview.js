@@ -4,9 +4,9 @@
 const ANSWERS = [['acc_average', 'all', 2, 1], ['acc_natural', 'natural', 2, 1], ['acc_social', 'social', 2, 1],
   ['acc_language', 'language', 2, 1], ['acc_has_text', 'text', 2, 1], ['acc_has_image', 'image', 2, 1], ['acc_no_context', 'no context', 2, 1],
   ['acc_grade_1_6', 'grades 1-6', 2, 1], ['acc_grade_7_12', 'grades 7-12', 2, 1], ['num_fail', 'not read', 0, -1]];
-const RATIONALES = [['score', 'sentence score', 3, 1], ['rouge', 'ROUGE-L', 2, 1], ['bleu1', 'BLEU-1', 2, 1], ['bleu4', 'BLEU-4', 2, 1],
-  ['similarity', 'similarity', 2, 1], ['covered', 'gold covered %', 1, 1], ['repeated', 'repeated %', 1, -1],
-  ['unfinished', 'unfinished %', 1, -1], ['only_option', 'only option %', 1, -1], ['words', 'words', 1, 0]];
+const RATIONALES = [['score', 'sentence score', 3, 1], ['rouge', 'ROUGE‑L', 2, 1], ['bleu1', 'BLEU‑1', 2, 1], ['bleu4', 'BLEU‑4', 2, 1],
+  ['similarity', 'similarity', 2, 1], ['covered', 'gold covered %', 1, 1], ['repeated', 'repeated %', 1, -1],
+  ['unfinished', 'unfinished %', 1, -1], ['only_option', 'only option %', 1, -1], ['words', 'words', 1, 0]];
 
 function drawOverview() {
   const told = main.overview;
@@ -35,14 +35,15 @@ function figuresTable(told, caption, stages, columns) {
   };
   const used = columns.filter(([key]) => stages.some((stage) => valueOf(stage, key) !== undefined));
   if (!used.length) return null;
-  const best = used.map(([key, , , better]) => {
-    const known = stages.map((stage) => valueOf(stage, key)).filter((value) => value !== undefined).map((value) => better * value);
+  const best = used.map(([key, , digits, better]) => { // among the numbers as they are shown
+    const known = stages.map((stage) => valueOf(stage, key)).filter((value) => value !== undefined)
+      .map((value) => better * value.toFixed(digits));
     return better && Math.max(...known) > Math.min(...known) ? Math.max(...known) : null;
   });
   const rows = stages.map((stage) => el('tr', {}, el('th', { scope: 'row', title: main.stages[stage].folder }, main.stages[stage].name),
     el('td', {}, asCount(told.figures[stage].rows)), used.map(([key, , digits, better], i) => {
       const value = valueOf(stage, key);
-      return el('td', { class: value !== undefined && best[i] === better * value ? 'best' : null }, value === undefined ? '–' : value.toFixed(digits));
+      return el('td', { class: value !== undefined && best[i] === better * value.toFixed(digits) ? 'best' : null }, value === undefined ? '–' : value.toFixed(digits));
     })));
   const table = tableOf(['stage', 'questions', ...used.map(([, heading]) => heading)], rows, 1);
   table.prepend(el('caption', {}, caption));
@@ -68,10 +69,10 @@ const tableOf = (heads, rows, texts) => el('table', { class: 'full' }, el('thead
 
 function roundsCard(told) {
   if (!told.rounds.length) return null;
-  const show = (value, digits) => (value === null || value === undefined ? '–' : value.toFixed(digits));
+  const show = (value, digits, times) => (Number.isFinite(value) ? (value * (times || 1)).toFixed(digits) : '–'); // null: no mean
   const rows = told.rounds.map((line) => el('tr', {}, el('th', { scope: 'row' }, String(line.round)),
-    [asCount(line.rationales), show(line.mean_sentence_score, 3), show(line.reward, 3), show(line.length, 1),
-      show(100 * line.share_ended, 1), show(100 * line.share_dropped, 2), show(line.kl_per_rationale, 3)].map((text) => el('td', {}, text))));
+    [asCount(line.rationales || 0), show(line.mean_sentence_score, 3), show(line.reward, 3), show(line.length, 1),
+      show(line.share_ended, 1, 100), show(line.share_dropped, 2, 100), show(line.kl_per_rationale, 3)].map((text) => el('td', {}, text))));
   const heads = ['round', 'rationales', 'mean sentence score', 'reward per rationale', 'tokens', 'ended %', 'dropped %', 'KL per rationale, nats'];
   return card('RL samples by round', 'What each round was trained on.', el('div', { class: 'wide' }, tableOf(heads, rows, 0)));
 }

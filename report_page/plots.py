@@ -154,9 +154,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
 
     figure = Figure((width, height), layout="constrained")
     grid = figure.subplots(rows, columns)
-    figure.patch.set_alpha(0)
     for axes in figure.axes:
-        axes.patch.set_alpha(0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(FAINT)
         axes.tick_params(labelsize=8, colors=INK, color=FAINT, length=3)
@@ -173,7 +171,9 @@ def as_svg(figure, name: str, label: str) -> str:
 
     out = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
-        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        FigureCanvasSVG(figure)
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

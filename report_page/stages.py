@@ -50,6 +50,7 @@ class Predictions:
     has_answers: bool
     has_rationales: bool
     scores: list[list[float] | None] = field(default_factory=list)
+    by_teacher: int = 0  # rationales whose scores are the Teacher's own
 
 
 @dataclass
@@ -167,6 +168,7 @@ def score_stage(stage: Stage, problems: Problems, known: Mapping[tuple[str, tupl
             problems, [predictions.qids[row] for row in open_rows], [predictions.preds[row] for row in open_rows]
         )
         predictions.scores = [known.get(key) for key in keys]
+        predictions.by_teacher = len(keys) - len(open_rows)
         for row, scores in zip(open_rows, fresh, strict=True):
             predictions.scores[row] = scores
 
