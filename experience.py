@@ -75,13 +75,7 @@ def experience(
     for rows in _chunks(rollouts.qids, chunk):
         logprobs, mask = rollouts.pad(rollouts.logprobs, rows)  # (B, T)
         ref_logprobs, values = rollouts.pad(rollouts.ref_logprobs, rows)[0], rollouts.pad(rollouts.values, rows)[0]
-        by_sentence = ppo.sentence_rewards(
-            [rollouts.row_columns(row) for row in rows],
-            [list(scores[row]) for row in rows],
-            length=mask.shape[1],
-            neutral=args.neutral_score,
-        )
-        rewards = by_sentence + ppo.kl_rewards(logprobs, ref_logprobs, mask, kl_coef)
+        by_sentence, rewards = token_rewards(rollouts, scores, rows, args.neutral_score, kl_coef)
         if args.algo == "rloo":
             places = {qid: i for i, qid in enumerate(dict.fromkeys(rollouts.qids[row] for row in rows))}
             group = torch.tensor([places[rollouts.qids[row]] for row in rows])
@@ -105,6 +99,24 @@ def experience(
         ended=final == eos,
         kl_coef=kl_coef,
     )
+
+
+def token_rewards(
+    rollouts: Rollouts, scores: Sequence[Sequence[float]], rows: Sequence[int], neutral: float, kl_coef: float
+) -> tuple[Tensor, Tensor]:
+    """(B, T) sentence rewards of `rows`, and the same with the KL penalty: the reward of each position.
+
+    `scores` are indexed by row, like `rollouts`.
+    """
+    logprobs, mask = rollouts.pad(rollouts.logprobs, rows)
+    ref_logprobs, _ = rollouts.pad(rollouts.ref_logprobs, rows)
+    by_sentence = ppo.sentence_rewards(
+        [rollouts.row_columns(row) for row in rows],
+        [list(scores[row]) for row in rows],
+        length=mask.shape[1],
+        neutral=neutral,
+    )
+    return by_sentence, by_sentence + ppo.kl_rewards(logprobs, ref_logprobs, mask, kl_coef)
 
 
 def _chunks(qids: Sequence[str], size: int) -> list[list[int]]:

@@ -15,13 +15,22 @@ import random
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+from ares import reference
 from ares.cli import UserError, progress, read_json, warn0
 from ares.sentences import is_finished, split_text
 
 SIMILARITY_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 SUBJECTS = {"natural": "natural science", "social": "social science", "language": "language science"}
+FILE_NAMES = {"test": "test", "val": "eval", "train": "train"}  # predictions_ans_{...}.json
+
+
+def prediction_file(folder: str | Path, split: str) -> Path:
+    """Where a stage's predictions of a split lie: `predictions_ans_{test,eval,train}.json`."""
+    return Path(folder) / f"predictions_ans_{FILE_NAMES[split]}.json"
+
 
 # -- answers ---------------------------------------------------------------------------------------------
 
@@ -114,9 +123,9 @@ def rouge_l(target: str, prediction: str) -> float | None:
     if not ours or not theirs:
         return None
     common: set[str] = set()
-    for reference in theirs:
+    for other in theirs:
         for sentence in ours:
-            common |= _lcs_words(reference, sentence)
+            common |= _lcs_words(other, sentence)
     precision = len(common) / len({word for sentence in ours for word in sentence})
     recall = len(common) / len({word for sentence in theirs for word in sentence})
     return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
@@ -202,8 +211,8 @@ def training_rouge(predictions: Sequence[str], references: Sequence[str]) -> flo
         stem = staticmethod(functools.cache(PorterStemmer().stem))  # words come again and again
 
     scores = []
-    for prediction, reference in zip(predictions, references, strict=True):
-        wrote, wanted = (tokenize(text, Stemmer) for text in (prediction, reference))
+    for prediction, target in zip(predictions, references, strict=True):
+        wrote, wanted = (tokenize(text, Stemmer) for text in (prediction, target))
         places, full = _places(wanted), (1 << len(wanted)) - 1
         row = full
         for word in wrote:
@@ -230,6 +239,41 @@ def rationale_stats(rationales: Iterable[str]) -> dict[str, float]:
         "unfinished": sum(not is_finished(text) for text in rationales) / count,
         "sentences": total / count,
         "words": sum(len(sentence.split()) for sentences in split for sentence in sentences) / count,
+    }
+
+
+def reference_scores(
+    problems: Mapping[str, Mapping[str, Any]], qids: Sequence[str], preds: Sequence[str]
+) -> list[list[float]]:
+    """The offline reference Teacher's score of each sentence of each rationale (`ares/reference.py`), 0-1."""
+    rows = progress(zip(qids, preds, strict=True), total=len(preds), desc="sentence scores", unit="rationale")
+    return [reference.score_sentences(problems[qid], split_text(pred)) for qid, pred in rows]
+
+
+def rationale_figures(
+    problems: Mapping[str, Mapping[str, Any]],
+    qids: Sequence[str],
+    preds: Sequence[str],
+    scores: Sequence[Sequence[float]] | None = None,
+) -> dict[str, float]:
+    """Means over the rationales `preds` of questions `qids`; shares in percent.
+
+    `score`: mean over all sentences of all rationales, 0-1 (`scores`, per rationale; None: the reference Teacher's);
+    `repeated`: share of sentences that appeared before in their rationale; `unfinished`: share of rationales whose
+    last sentence does not end; `words`: per rationale; `covered`: mean share of gold sentences a rationale supports;
+    `only_option`: share of rationales that name the gold option and say nothing else.
+    """
+    stats = rationale_stats(preds)
+    scores = reference_scores(problems, qids, preds) if scores is None else scores
+    every = [score for row in scores for score in row]
+    pairs = [(problems[qid], pred) for qid, pred in zip(qids, preds, strict=True)]
+    return {
+        "score": mean(every) if every else 0.0,
+        "repeated": 100 * stats["repeated"],
+        "unfinished": 100 * stats["unfinished"],
+        "words": mean(len(pred.split()) for pred in preds),
+        "covered": 100 * mean(reference.gold_coverage(problem, pred) for problem, pred in pairs),
+        "only_option": 100 * mean(reference.names_only_gold_option(problem, pred) for problem, pred in pairs),
     }
 
 

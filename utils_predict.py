@@ -33,10 +33,9 @@ from ares.cli import UserError, print0
 from decoding import greedy
 from model import choose_attention
 from utils_data import IGNORE
-from utils_evaluate import extract_answer, get_scores, resolve_answer, training_rouge
+from utils_evaluate import FILE_NAMES, extract_answer, get_scores, prediction_file, resolve_answer, training_rouge
 from utils_prompt import answer_letter
 
-FILE_NAMES = {"test": "test", "val": "eval", "train": "train"}  # predictions_ans_{...}.json
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
 
 Rows = dict[int, list[int]]  # row of the split -> predicted ids
@@ -198,7 +197,7 @@ class Predictor:
         made: dict[str, list[list[int]]] = {}
         identity = from_rank0(lambda: weights_digest(weights))
         for split, dataset in datasets.items():
-            path = folder / f"predictions_ans_{FILE_NAMES[split]}.json"
+            path = prediction_file(folder, split)
             settings = self.settings(dataset, identity)
             if not self.args.overwrite and from_rank0(lambda p=path, s=settings: _holds(p, s)):
                 print0(f"{path}: already there, made with these settings (--overwrite makes it anew)")

@@ -3,7 +3,8 @@
     bash run_demo.sh [--output demo_run] [--seed 0]        (or, in an environment that is set up: python demo/run.py)
 
 Steps: demo data, tokenizer and image features -> a starting rationale model (main.py) -> RL with sentence scores
-(run_mm_cot_rl.py, preprocessing, haiku.py) -> generation -> correction -> SFT (main.py) -> LoRA answers -> a table.
+(run_mm_cot_rl.py, preprocessing, haiku.py) -> generation -> correction -> SFT (main.py) -> LoRA answers -> report.html
+(report.py) and a table.
 The Teacher is the offline reference Teacher; nothing here needs a GPU, a key or a hub. Every command is printed as it
 could be typed, its output goes to {output}/logs. Killed and run again, finished stages are skipped and the others
 continue. What this leaves out: anything about real scores - the model is tiny and so are the questions.
@@ -230,6 +231,20 @@ def train_and_align(demo: Demo, seed: int, size: dict) -> dict[str, Path]:
     return {name: demo.output / place for name, place in {**names, "LoRA": "models/lora"}.items()}
 
 
+def show(demo: Demo, folders: dict[str, Path]) -> Path:
+    """Stage 10: the report of the whole run, one file with its images inside."""
+    out = shlex.quote(str(demo.output))
+    stages = " ".join(f"--stage {shlex.quote(f'{name}={folder}')}" for name, folder in folders.items())
+    demo.stage(
+        "report",
+        "what the model learned: report.py",
+        f"python report.py {stages} --splits test train --run {out}/RL_models/demo --correction_dir {out}/correction"
+        f" --times {out}/stages.json --data_root {out}/data --images {out}/images --image_mode embed"
+        f" --title 'ARES demo' --output {out}/report.html",
+    )
+    return demo.output / "report.html"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     output = Path(args.output)
@@ -245,7 +260,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from demo.summary import write_summary
 
+    report = show(demo, folders)
     print(write_summary(output, folders, demo.record), flush=True)
+    print(f"\nReport, to open in a browser: {report}", flush=True)
 
 
 if __name__ == "__main__":

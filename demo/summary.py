@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import mean
 
-from ares import cli, reference
-from ares.sentences import is_finished, split_text
+from ares import cli
+from utils_evaluate import rationale_figures
 
 COLUMNS = {
     "score": "sentence score",
@@ -22,30 +21,6 @@ COLUMNS = {
     "covered": "gold covered %",
     "only_option": "only option %",
 }
-
-
-def rationale_figures(problems: dict, qids: list[str], preds: list[str]) -> dict[str, float]:
-    """Means over the rationales `preds` of questions `qids`; shares in percent.
-
-    `score`: mean over all sentences of all rationales, 0-1; `repeated`: share of sentences that appeared before in
-    their rationale; `unfinished`: share of rationales whose last sentence does not end; `covered`: mean share of gold
-    sentences a rationale supports; `only_option`: share of rationales that name the gold option and say nothing else.
-    """
-    scores, repeated, sentences_seen = [], 0, 0
-    for qid, pred in zip(qids, preds, strict=True):
-        sentences = split_text(pred)
-        scores += reference.score_sentences(problems[qid], sentences)
-        sentences_seen += len(sentences)
-        repeated += len(sentences) - len({sentence.strip() for sentence in sentences})
-    pairs = [(problems[qid], pred) for qid, pred in zip(qids, preds, strict=True)]
-    return {
-        "score": mean(scores) if scores else 0.0,
-        "repeated": 100 * repeated / max(sentences_seen, 1),
-        "unfinished": 100 * mean(not is_finished(pred) for pred in preds),
-        "words": mean(len(pred.split()) for pred in preds),
-        "covered": 100 * mean(reference.gold_coverage(problem, pred) for problem, pred in pairs),
-        "only_option": 100 * mean(reference.names_only_gold_option(problem, pred) for problem, pred in pairs),
-    }
 
 
 def write_summary(output: Path, folders: dict[str, Path], record: dict) -> str:

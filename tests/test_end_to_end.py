@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from ares import cli, feedback
 from demo.make_model import build_t5
 from tests.conftest import ROOT, run_script
+from tests.report_tools import parts_of
 
 pytestmark = pytest.mark.slow
 
@@ -347,20 +348,36 @@ def test_demo_at_its_smallest(tmp_path):
     assert all(set(row) == figures for row in table["rationales"].values())
     assert {"num_fail", "acc_average"} <= set(table["answers"])
     assert set(table["folders"].values()) == {"models/rationale", "RL_models/demo/1", "models/sft", "models/lora"}
-    assert len(table["seconds"]) == 8 and all(seconds > 0 for seconds in table["seconds"].values())
+    assert len(table["seconds"]) == 9 and all(seconds > 0 for seconds in table["seconds"].values())
     for word in ("sentence score", "acc_average", "in all", "RL_models/demo/1"):
         assert word in text
+    check_demo_report(output, table)
+    assert done.stdout.rstrip().endswith(f"{output}/report.html")
 
     def stamps():
         return {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
 
     before = stamps()
     again = run_script("demo/run.py", "--size", "smoke", "--output", output)
-    assert again.stdout.count("done before") == 8 and text.rstrip() in again.stdout
+    assert again.stdout.count("done before") == 9 and text.rstrip() in again.stdout
     changed = {path.name for path, stamp in stamps().items() if before.get(path) != stamp}
     assert changed <= {"table.json", "table.txt"}
     other = run_script("demo/run.py", "--size", "smoke", "--output", output, "--seed", "1", check=False)
     assert other.returncode == 2 and "--fresh" in other.stderr and "seed" in other.stderr
+
+
+def check_demo_report(output, table):
+    """The demo's report holds its table's numbers, every sample with its tokens, and the images."""
+    parts = parts_of((output / "report.html").read_text(encoding="utf-8"))
+    figures = parts["main"]["overview"]["figures"]
+    for told, figure in zip(table["rationales"].values(), figures, strict=False):
+        assert {**figure["rationale"], "rouge_l": figure["scores"]["rouge"]} == pytest.approx(told)
+    assert figures[3]["scores"]["acc_average"] == float(table["answers"]["acc_average"])
+    samples = [each for many in parts["details"]["samples"].values() for each in many]
+    assert len(samples) == 64 and len(parts["details"]["corrections"]) == 32
+    for each in samples:
+        assert sum(each["rewards"]) == pytest.approx(each["reward"], abs=len(each["rewards"]))
+    assert parts["images"]["of"] and parts["main"]["notes"] == []
 
 
 def test_demo_script_explains_itself(tmp_path):

@@ -23,6 +23,7 @@ ROOMS = [
     "prepare_data.py",
     "doctor.py",
     "predict.py",
+    "report.py",
     "preprocessing_after_RL/processing_sentence_level_feedback.py",
     "preprocessing_after_RL/remove_sentence.py",
     "demo/run.py",
@@ -35,6 +36,7 @@ NEEDS_TORCH = {"ppo.py", "checkpoints.py"}
 NO_TORCH = [
     *sorted(f"ares/{file.name}" for file in (ROOT / "ares").glob("*.py") if file.name not in NEEDS_TORCH),
     "utils_prompt.py",
+    "report.py",
     "haiku.py",
     "haiku_for_correction_feedback.py",
     "preprocessing_for_correction_feedback.py",
@@ -44,7 +46,8 @@ NO_TORCH = [
 
 def _modules() -> dict[str, Path]:
     """Every module of the product, by dotted name."""
-    files = [*ROOT.glob("*.py"), *ROOT.glob("ares/*.py"), *ROOT.glob("preprocessing_after_RL/*.py")]
+    folders = ("", "ares/", "preprocessing_after_RL/", "report_page/")
+    files = [file for folder in folders for file in ROOT.glob(f"{folder}*.py")]
     return {str(file.relative_to(ROOT))[:-3].replace("/", "."): file for file in files}
 
 

@@ -1,0 +1,174 @@
+// Search, filters and the list. Only the rows in sight are in the page, however many questions there are.
+
+const ROW_HEIGHT = 57, BEYOND = 6;
+let shown = []; // rows that pass the filters, in order
+let current = -1; // the open row
+
+const filters = []; // {key, label, options: [[value, words]], passes(value, row)}
+const chosen = {};
+
+const distinct = (column) => [...new Set(column)].filter((index) => index >= 0);
+const textOptions = (column) => distinct(column).map((i) => [String(i), T(i)]);
+const gradeNumber = (name) => Number((name.match(/\d+/) || [99])[0]);
+
+function addFilter(key, label, options, passes) {
+  if (options.length) filters.push({ key, label, options, passes });
+}
+
+function defineFilters() {
+  const many = (options) => (options.length > 1 ? options : []);
+  addFilter('split', 'Split', many([...new Set(Q.split)].map((name) => [name, name])), (v, row) => Q.split[row] === v);
+  addFilter('subject', 'Subject', many(textOptions(Q.subject)), (v, row) => Q.subject[row] === Number(v));
+  const grades = textOptions(Q.grade).sort((a, b) => gradeNumber(a[1]) - gradeNumber(b[1]));
+  addFilter('grade', 'Grade', many(grades), (v, row) => Q.grade[row] === Number(v));
+  addFilter('image', 'Image', many([...new Set(Q.image)].sort().reverse().map((has) => [String(has), has ? 'with image' : 'without image'])),
+    (v, row) => Q.image[row] === Number(v));
+  const answers = main.stages.flatMap((stage, i) => (!stage.answers ? [] : ['right', 'wrong', 'unparsed']
+    .map((kind) => [i + kind, `${stage.name}: ${kind}`])));
+  addFilter('answer', 'Answer', answers, (v, row) => verdictOf(parseInt(v, 10), row) === v.replace(/^\d+/, ''));
+  addFilter('change', 'Change', changeOptions(), (v, row) => {
+    const [from, to, sign] = v.split(' ').map(Number);
+    return change(from, to, row) === sign;
+  });
+  const scored = Array.from({ length: rowCount }, (_, row) => lowest(row)).some((low) => low >= 0);
+  addFilter('low', 'Lowest sentence score', scored ? [0, 20, 40, 60, 80].map((v) => [String(v), 'at most ' + asScore(v)]) : [],
+    (v, row) => lowest(row) >= 0 && lowest(row) <= Number(v));
+  const reasons = [...new Set(Q.qid.flatMap((_, row) => droppedReasons(row)))].sort();
+  addFilter('dropped', 'Dropped reply', reasons.length ? [['any', 'any reason'], ...reasons.map((r) => [r, r])] : [],
+    (v, row) => (v === 'any' ? droppedReasons(row).length > 0 : droppedReasons(row).includes(v)));
+  main.verdicts.forEach((told, file) => {
+    const options = [...told.systems.map((name, i) => [String(i), name + ' preferred']), ['tie', 'tie'], ['mixed', 'depends on the order']];
+    addFilter('judged' + file, 'Judge: ' + told.systems.join(' / '), options, (v, row) => String(judged(file, row)) === v);
+  });
+  if (Object.keys(main.sampled).length || Object.keys(main.corrected).length) {
+    addFilter('teacher', 'Teacher', [['s', 'has RL samples'], ['c', 'has a correction']],
+      (v, row) => (v === 's' ? row in main.sampled : row in main.corrected));
+  }
+  if (rowCount > 1) addFilter('sort', 'Order', sortOptions(), () => true);
+}
+
+function changeOptions() {
+  const options = [];
+  for (let from = 0; from < stageCount; from++) {
+    for (let to = from + 1; to < stageCount; to++) {
+      const [a, b] = [main.stages[from], main.stages[to]];
+      if (!((a.answers && b.answers) || (a.rationales && b.rationales))) continue;
+      options.push([`${from} ${to} 1`, `${a.name} → ${b.name}: improved`], [`${from} ${to} -1`, `${a.name} → ${b.name}: worsened`]);
+    }
+  }
+  return options;
+}
+
+function sortOptions() {
+  const options = [['low', 'lowest score first']];
+  const rationales = main.stages.flatMap((stage, i) => (stage.rationales ? [i] : []));
+  if (rationales.length > 1) options.push(['gain', 'largest gain, first to last stage'], ['loss', 'largest loss, first to last stage']);
+  return options;
+}
+
+const allKeys = () => ['search', ...filters.map((filter) => filter.key)];
+
+function buildFilters() {
+  defineFilters();
+  const grid = byId('filter-grid');
+  for (const filter of filters) {
+    const plain = filter.key === 'sort' ? 'as in the files' : 'all';
+    const select = el('select', { id: 'filter-' + filter.key, onchange: () => { chosen[filter.key] = select.value; applyFilters(); } },
+      el('option', { value: 'all' }, plain), filter.options.map(([value, words]) => el('option', { value }, words)));
+    grid.append(el('label', {}, filter.label, select));
+  }
+  if (!filters.length) byId('filters').hidden = true;
+  byId('search').addEventListener('input', (event) => { chosen.search = event.target.value; applyFilters(); });
+  byId('reset').addEventListener('click', resetFilters);
+  const list = byId('list');
+  list.addEventListener('scroll', () => requestAnimationFrame(drawRows), { passive: true });
+  list.addEventListener('click', (event) => {
+    const row = event.target.closest('.row');
+    if (row) openRow(Number(row.dataset.row));
+  });
+  new ResizeObserver(drawRows).observe(list);
+}
+
+function resetFilters() {
+  for (const key of allKeys()) delete chosen[key];
+  byId('search').value = '';
+  for (const filter of filters) byId('filter-' + filter.key).value = 'all';
+  applyFilters();
+}
+
+/** Work out `shown` and draw the list anew; the open question stays open. */
+function applyFilters() {
+  const active = filters.filter((filter) => filter.key !== 'sort' && (chosen[filter.key] || 'all') !== 'all');
+  const words = (chosen.search || '').toLowerCase().split(/\s+/).filter(Boolean);
+  const found = words.length ? searchTexts() : null;
+  shown = [];
+  for (let row = 0; row < rowCount; row++) {
+    if (active.every((filter) => filter.passes(chosen[filter.key], row)) && words.every((word) => found[row].includes(word))) shown.push(row);
+  }
+  sortShown();
+  byId('active').textContent = active.length ? `· ${active.length} on` : '';
+  byId('count').textContent = shown.length === rowCount ? `${asCount(rowCount)} questions` : `${asCount(shown.length)} of ${asCount(rowCount)} questions`;
+  byId('rows').style.height = shown.length * ROW_HEIGHT + 'px';
+  byId('list').scrollTop = 0;
+  const place = shown.indexOf(current);
+  if (place >= 0) scrollToPlace(place);
+  drawRows();
+}
+
+function sortShown() {
+  const how = chosen.sort || 'all';
+  if (how === 'all') return;
+  const rationales = main.stages.flatMap((stage, i) => (stage.rationales ? [i] : []));
+  const [first, last] = [rationales[0], rationales[rationales.length - 1]];
+  const value = (row) => {
+    if (how === 'low') return lowest(row) < 0 ? 1e6 : lowest(row);
+    if (meanOf(first, row) < 0 || meanOf(last, row) < 0) return 1e6;
+    return (meanOf(last, row) - meanOf(first, row)) * (how === 'gain' ? -1 : 1);
+  };
+  const values = new Map(shown.map((row) => [row, value(row)]));
+  shown.sort((a, b) => values.get(a) - values.get(b) || a - b);
+}
+
+function scrollToPlace(place) {
+  const list = byId('list'), top = place * ROW_HEIGHT;
+  if (top < list.scrollTop) list.scrollTop = top;
+  else if (top + ROW_HEIGHT > list.scrollTop + list.clientHeight) list.scrollTop = top + ROW_HEIGHT - list.clientHeight;
+}
+
+function drawRows() {
+  const list = byId('list'), rows = byId('rows');
+  if (!list.clientHeight) return; // not in sight
+  const begin = Math.max(0, Math.floor(list.scrollTop / ROW_HEIGHT) - BEYOND);
+  const end = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW_HEIGHT) + BEYOND);
+  const nodes = [];
+  for (let place = begin; place < end; place++) nodes.push(rowNode(place));
+  if (!shown.length) nodes.push(el('div', { class: 'empty' }, 'No question passes these filters.'));
+  rows.replaceChildren(...nodes);
+  if (current >= 0 && shown.includes(current)) list.setAttribute('aria-activedescendant', 'row-' + current);
+  else list.removeAttribute('aria-activedescendant');
+}
+
+function rowNode(place) {
+  const row = shown[place];
+  const facts = [Q.qid[row], Q.split[row], T(Q.grade[row]).replace('grade', 'grade '), T(Q.subject[row])].filter(Boolean).join(' · ');
+  const node = el('div', {
+    class: 'row', role: 'option', id: 'row-' + row, 'data-row': row, 'aria-selected': String(row === current),
+    'aria-posinset': place + 1, 'aria-setsize': shown.length,
+  }, el('span', { class: 'q' }, T(Q.question[row]) || '(no text)'), el('span', { class: 'm' }, el('span', {}, facts), stageChips(row)));
+  node.style.top = place * ROW_HEIGHT + 'px';
+  return node;
+}
+
+function stageChips(row) {
+  return main.stages.flatMap((stage, i) => {
+    const chips = [];
+    if (stage.rationales && meanOf(i, row) >= 0) {
+      const mean = meanOf(i, row);
+      chips.push(el('span', { class: 'chip ' + step(mean), title: `${stage.name}: mean sentence score` }, (mean / 100).toFixed(2)));
+    }
+    const verdict = verdictOf(i, row);
+    if (verdict) chips.push(el('span', { class: 'chip blank', title: `${stage.name}: answer ${verdict}`, 'aria-label': `answer ${verdict}` },
+      { right: '✓', wrong: '✗', unparsed: '?' }[verdict]));
+    return chips;
+  });
+}

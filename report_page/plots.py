@@ -1,0 +1,210 @@
+"""The report's drawings, by matplotlib: as SVG that takes the page's colours, and as PNG for papers.
+
+Colours are drawn as the light page has them; for the page each is replaced by a CSS variable, so that the same drawing
+fits the dark page. Series are told apart by line style, too.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ares import cli
+
+INK, FAINT = "#1f2430", "#c9ced6"
+SERIES = ("#1f5fa8", "#b45309")  # blue, orange: Okabe and Ito's pair, darkened for text contrast
+# sentence scores 0, 0.1 .. 1: orange - grey - blue, told apart with any colour vision
+SCALE = (
+    "#e08214", "#e99b45", "#f1b370", "#f6ca9b", "#f8e0c6", "#eceef1",
+    "#d3e1f0", "#b3cfea", "#8fb9e0", "#689fd3", "#4185c4",
+)  # fmt: skip
+VARIABLES = {INK: "currentColor", FAINT: "var(--line)"}
+VARIABLES |= {color: f"var(--series{i})" for i, color in enumerate(SERIES)}
+VARIABLES |= {color: f"var(--s{i})" for i, color in enumerate(SCALE)}
+
+# file name, title, (metric, label) of each line
+CURVES = (
+    ("reward", "Reward per rationale", (("reward", "reward"), ("sentence_reward", "without KL penalty"))),
+    ("kl", "KL, nats per token", (("approx_kl", "to the sampling policy"), ("kl_ref", "to the reference"))),
+    ("entropy", "Entropy, nats per token", (("entropy", "entropy"),)),
+    ("clip_fraction", "Clip fraction", (("clipfrac", "share of positions"),)),
+    ("value_fit", "Value fit: explained variance", (("explained_variance", "explained variance"),)),
+    ("value_loss", "Value loss", (("value_loss", "mean squared error"),)),
+)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, but for a last one that a kill cut short. Raises UserError for another file."""
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            cli.warn0(f"{path}: line {number} is not JSON and is left out")
+    return lines
+
+
+def curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Points of every curve that has any: {"name", "title", "lines": [{"label", "x", "y", "epoch_x", "epoch_y"}]}.
+
+    x counts updates over all rounds; `epoch_*` are the means of the epochs, at their last update.
+    """
+    placed = list(_placed(metrics))
+    found = []
+    for name, title, parts in CURVES:
+        lines = []
+        for metric, label in parts:
+            points = {kind: [(x, line[metric]) for x, line in placed if line["kind"] == kind
+                             and line.get(metric) is not None] for kind in ("update", "epoch")}  # fmt: skip
+            if points["update"] or points["epoch"]:
+                (x, y), (epoch_x, epoch_y) = (_columns(points[kind]) for kind in ("update", "epoch"))
+                lines.append({"label": label, "x": x, "y": y, "epoch_x": epoch_x, "epoch_y": epoch_y})
+        if len(lines) == 2 and name == "reward" and lines[0]["y"] == lines[1]["y"]:
+            lines.pop()  # no KL penalty in a first round
+        if lines:
+            found.append({"name": name, "title": title, "lines": lines})
+    return found
+
+
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _placed(metrics: Sequence[Mapping[str, Any]]) -> Any:
+    """(update number over all rounds, line) of each update and epoch."""
+    before, last, current = 0, 0, None
+    for line in metrics:
+        if line["round"] != current:
+            before, last, current = before + last, 0, line["round"]
+        last = max(last, line.get("update", 0))
+        if line["kind"] in ("update", "epoch"):
+            yield before + line["update"], line
+
+
+def draw_curve(curve: Mapping[str, Any]):
+    """One small figure: faint updates, and the epochs' means on top."""
+    figure, axes = _figure(3.9, 2.3)
+    for i, line in enumerate(curve["lines"]):
+        style = {"color": SERIES[i], "linestyle": ("-", "--")[i]}
+        has_epochs = len(line["epoch_x"]) > 1
+        if line["x"]:
+            label = None if has_epochs else line["label"]
+            axes.plot(*_thinned(line["x"], line["y"]), **style, alpha=0.35 if has_epochs else 1, lw=1, label=label)
+        if has_epochs:
+            axes.plot(line["epoch_x"], line["epoch_y"], **style, lw=1.8, marker=("o", "s")[i], ms=3.5,
+                      label=line["label"])  # fmt: skip
+    axes.set_title(curve["title"], loc="left", fontsize=9, color=INK, parse_math=False)
+    axes.set_xlabel("update", fontsize=8, color=INK)
+    axes.margins(x=0.01)
+    if len(curve["lines"]) > 1:
+        axes.legend(fontsize=7, frameon=False, labelcolor=INK)
+    return figure
+
+
+def _thinned(x: Sequence[float], y: Sequence[float], most: int = 500) -> tuple[list[float], list[float]]:
+    """At most `most` points, each the mean of its neighbours: a page needs no thousand points in 300 pixels."""
+    step = -(-len(x) // most)
+    if step == 1:
+        return list(x), list(y)
+    parts = [(x[i : i + step], y[i : i + step]) for i in range(0, len(x), step)]
+    return [sum(a) / len(a) for a, _ in parts], [sum(b) / len(b) for _, b in parts]
+
+
+def draw_scores(series: Sequence[Mapping[str, Any]]):
+    """Sentence scores by position: one panel for each series, a row for each position, its width cut by score."""
+    columns = min(2, len(series))
+    rows = -(-len(series) // columns)
+    figure, grid = _figure(4.6 * columns, 0.25 + 2.0 * rows, rows, columns)
+    panels = [panel for line in grid for panel in line] if rows > 1 else list(grid) if columns > 1 else [grid]
+    for panel in panels[len(series) :]:
+        panel.set_visible(False)
+    for panel, told in zip(panels, series, strict=False):
+        positions = [i for i, counts in enumerate(told["counts"]) if sum(counts)]
+        for place in positions:
+            counts, left = told["counts"][place], 0.0
+            total = sum(counts)
+            for step, count in enumerate(counts):
+                if count:
+                    panel.barh(place, count / total, left=left, height=0.78, color=SCALE[step], lw=0)
+                    left += count / total
+            panel.text(1.015, place, f"{told['means'][place]:.2f}", va="center", fontsize=8, color=INK)
+            panel.text(1.12, place, f"{total:,}", va="center", fontsize=7, color=INK, alpha=0.75)
+        panel.text(1.015, -0.78, "mean", fontsize=7, color=INK, va="center")
+        panel.text(1.12, -0.78, "n", fontsize=7, color=INK, va="center")
+        last = len(told["counts"]) - 1
+        names = [f"{place + 1}+" if place == last else str(place + 1) for place in positions]
+        panel.set_yticks(positions, names)
+        panel.set_ylim(max(positions) + 0.6, -0.6)
+        panel.set_xlim(0, 1)
+        panel.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
+        panel.set_title(told["name"], loc="left", fontsize=9, color=INK, parse_math=False, pad=12)
+        panel.set_ylabel("sentence", fontsize=8, color=INK)
+    return figure
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    import matplotlib
+
+    matplotlib.use("svg")  # no display is needed
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    grid = figure.subplots(rows, columns)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT)
+        axes.tick_params(labelsize=8, colors=INK, color=FAINT, length=3)
+    return figure, grid
+
+
+# -- as SVG and PNG --------------------------------------------------------------------------------------
+
+
+def as_svg(figure, name: str, label: str) -> str:
+    """The figure as an `<svg>` for the page: its colours are CSS variables, its ids begin with `name`."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+        FigureCanvasSVG(figure)
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    for color, variable in VARIABLES.items():
+        svg = svg.replace(color, variable)
+    svg = re.sub(r' id="', f' id="{name}-', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", svg)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would style the whole page
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{_attribute(label)}" ', 1)
+
+
+def _attribute(text: str) -> str:
+    import html
+
+    return html.escape(text, quote=True)
+
+
+def write_png(figure, path: Path) -> None:
+    """The figure on white, 200 dots per inch."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with cli.atomic_path(path) as temporary:
+        FigureCanvasAgg(figure)
+        figure.savefig(temporary, format="png", dpi=200, facecolor="white")
+
+
+def curve_label(curve: Mapping[str, Any]) -> str:
+    """What a curve shows, for those who do not see it: first and last epoch of each line."""
+    parts = []
+    for line in curve["lines"]:
+        y = line["epoch_y"] or line["y"]
+        parts.append(f"{line['label']} from {y[0]:.4g} to {y[-1]:.4g}")
+    return f"{curve['title']}: {'; '.join(parts)}"
