@@ -106,9 +106,7 @@ class Report:
             self.line("FAIL", name, str(error))
             return None
         told = [line.removeprefix("note: ") for line in notes.getvalue().splitlines() if line.startswith("note: ")]
-        self.line("ok", name, "; ".join([text, *told]))
-        for warning in warnings.lines:
-            self.line("warn", name, warning)
+        self.line("warn" if warnings.lines else "ok", name, "; ".join([text, *told, *warnings.lines]))
         return value
 
 
@@ -186,7 +184,7 @@ def api_key() -> tuple[None, str]:
         if os.environ.get(KEY, "").strip():
             raise
         warn0(str(error))
-        return None, "none"
+        return None, "no key"
     return None, f"{KEY} is set"
 
 
@@ -328,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.check("api key", api_key)
     if report.counts["FAIL"]:
         raise Stop(f"{report.counts['FAIL']} checks failed; each FAIL line above names the fix", 1)
-    print0(f"sound: {report.counts['ok']} checks passed, {report.counts['warn']} warnings")
+    print0(f"sound: {report.counts['ok']} checks passed, {report.counts['warn']} with a warning")
 
 
 if __name__ == "__main__":

@@ -165,10 +165,12 @@ def find_captions(args: argparse.Namespace) -> Path:
             raise UserError(f"--caption_file: {named} does not exist")
         return named
     # the data set's own first: beside another data set, data/captions.json would be the captions of other questions
-    places = [folder / name for folder in (*data_folders(args), named.parent) for name in CAPTION_NAMES]
-    path = _first(places)
+    folders = list(dict.fromkeys([*data_folders(args), named.parent]))
+    path = _first(folder / name for folder in folders for name in CAPTION_NAMES)
     if path is None:
-        raise UserError(f"--caption_file: none found (tried {_places(places)}); name one, or drop --use_caption")
+        raise UserError(
+            f"--caption_file: no {' or '.join(CAPTION_NAMES)} in {_places(folders)}; name one, or drop --use_caption"
+        )
     if path != named:
         print0(f"captions: {path} (no {named})" if not named.exists() else f"captions: {path}")
     return path

@@ -202,7 +202,8 @@ def test_dataset_faults(root, tmp_path):
 
 def test_captions_default_falls_back_and_says_so(root, capsys):
     args = parse("--data_root", root, "--use_caption")
-    fails("--caption_file", "none found", "drop --use_caption", argv=["--use_caption"])
+    words = "no captions.json or instruct_captions.json in"
+    fails("--caption_file", words, "drop --use_caption", argv=["--use_caption"])
     put(root / "instruct_captions.json", {"1": "bare"})
     assert load_data(args, {"train": "train"}).problems["1"]["caption"] == "bare"
     assert "instruct_captions.json" in capsys.readouterr().out

@@ -71,7 +71,7 @@ def test_refusals(ask, world, tmp_path):
         ((*text, "--prompt_format", "QCM-A", *TYPED, "--answer_model", "text"), "text answers itself .QCM-A"),
         ((*text, *TYPED, "--caption", "x"), "--caption: the model was trained without captions"),
         (("--model", "gone", *TYPED), "--model: .*gone"),
-        ((*text, "--qid", "1", "--use_caption", "yes"), "--caption_file: none found .*--use_caption False"),
+        ((*text, "--qid", "1", "--use_caption", "yes"), "--caption_file: no captions.json or .*--use_caption False"),
     ):
         with pytest.raises(UserError, match=words):
             ask(*argv)
