@@ -78,7 +78,7 @@ function roundsCard(told) {
 }
 
 function curvesCard(told) {
-  const note = 'Faint: single updates; bold: means of the epochs. Samples are fixed within a round, so its reward moves only with the minibatch.';
+  const note = 'Faint: single updates; bold: means of the epochs; dotted: a new round. Samples are fixed within a round: its reward moves only with the minibatch.';
   if (!told.curves.length) return card('RL training', null, none('metrics.jsonl (--run)'));
   return card('RL training', note, el('div', { class: 'figures' }, told.curves.map((name) => el('figure', {}, drawing(name)))));
 }

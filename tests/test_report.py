@@ -220,7 +220,7 @@ def test_curves_run_on_over_rounds():
     (curve,) = plots.curves(lines)
     (line,) = curve["lines"]
     assert curve["name"] == "entropy" and (line["x"], line["y"]) == ([1, 2, 3, 4], [1, 2, 11, 12])
-    assert (line["epoch_x"], line["epoch_y"]) == ([2, 4], [2, 12])
+    assert (line["epoch_x"], line["epoch_y"]) == ([2, 4], [2, 12]) and curve["rounds"] == [3]
     x, y = plots._thinned(list(range(1001)), [1.0] * 1001)
     assert len(x) <= 500 and set(y) == {1.0}
 
