@@ -22,12 +22,11 @@ function headNode(row) {
   const place = shown.indexOf(row);
   const facts = [Q.split[row], T(Q.subject[row]), T(Q.topic[row]), T(Q.grade[row]).replace('grade', 'grade ')].filter(Boolean);
   return el('div', { class: 'head' },
-    el('strong', {}, 'Question ' + Q.qid[row]), facts.map((fact) => el('span', { class: 'tag' }, fact)),
-    el('span', { class: 'grow' }),
-    el('span', { class: 'num' }, place < 0 ? 'outside the filters' : `${asCount(place + 1)} of ${asCount(shown.length)}`),
+    el('div', {}, el('strong', {}, 'Question ' + Q.qid[row]), facts.map((fact) => el('span', { class: 'tag' }, fact))),
+    el('div', {}, el('span', { class: 'num' }, place < 0 ? 'outside the filters' : `${asCount(place + 1)} of ${asCount(shown.length)}`),
     el('button', { id: 'previous', 'aria-keyshortcuts': 'k', disabled: place === 0, onclick: () => move(-1) }, '← Previous'),
     el('button', { id: 'next', 'aria-keyshortcuts': 'j', disabled: place === shown.length - 1 && place >= 0, onclick: () => move(1) }, 'Next →'),
-    el('a', { href: '#qid=' + encodeURIComponent(Q.qid[row]) }, 'Link'));
+    el('a', { href: '#qid=' + encodeURIComponent(Q.qid[row]) }, 'Link')));
 }
 
 function questionNode(row) {

@@ -259,11 +259,11 @@ def scienceqa_sized() -> collect.Inputs:
 
 def test_4241_questions_and_four_stages_open_in_two_seconds_and_fit_in_40_mb(chromium, tmp_path):
     inputs = scienceqa_sized()
-    qids, asked = collect.choose_questions(inputs, 0)
+    qids, _ = collect.choose_questions(inputs, 0)
     args = report.parse_args(["--stage", "a=b"])
     args.splits = ["test"]
     inputs.problems, problems = None, inputs.problems  # the reference Teacher would score for minutes
-    told = report.overview(args, inputs, [], 0, asked)
+    told = report.overview(args, inputs, [])
     inputs.problems = problems
     parts = collect.page_data(inputs, qids)
     parts["main"] |= {"overview": told, "notes": []}
