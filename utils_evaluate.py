@@ -219,7 +219,9 @@ def reference_scores(
     problems: Mapping[str, Mapping[str, Any]], qids: Sequence[str], preds: Sequence[str]
 ) -> list[list[float]]:
     """The offline reference Teacher's score of each sentence of each rationale (`ares/reference.py`), 0-1."""
-    rows = progress(zip(qids, preds, strict=True), total=len(preds), desc="sentence scores", unit="rationale")
+    rows = zip(qids, preds, strict=True)
+    if len(preds) > 1000:  # some 5 ms each
+        rows = progress(rows, total=len(preds), desc="sentence scores", unit="rationale")
     return [score_sentences(problems[qid], split_text(pred)) for qid, pred in rows]
 
 
