@@ -32,6 +32,9 @@ function asTime(seconds) {
   return (seconds / 3600).toFixed(1) + ' h';
 }
 
+/** A mean score, in hundredths, on its colour. */
+const meanChip = (mean, title) => el('span', { class: 'chip ' + step(mean), title }, (mean / 100).toFixed(2));
+
 const none = (what) => el('p', { class: 'none small' }, what + ': not available');
 
 /** Orange to blue, with its ends named. */

@@ -218,7 +218,7 @@ def test_a_report_of_little_says_what_is_missing(chromium, tmp_path, monkeypatch
     for words in ("metrics.jsonl (--run): not available", "scores: not available", "no data folder"):
         assert words in shown, words
     press(chromium, "i")
-    assert "It is so." in text(chromium, "#detail") and text(chromium, "#count") == "1 questions"
+    assert "It is so." in text(chromium, "#detail") and text(chromium, "#count") == "1 question"
     assert chromium.get_log("browser") == []
 
 
