@@ -83,6 +83,8 @@ def check_flags(args: argparse.Namespace) -> None:
         problems.append("--images has no use with --image_mode none")
     if args.train_questions < 0:
         problems.append("--train_questions must be 0 or more")
+    if "train_questions" in args.given and not (args.run or args.questions_dir or args.correction_dir):
+        problems.append("--train_questions has no use without --run, --questions_dir or --correction_dir")
     names = [stages.name_and_place(text)[0] for text in args.stage or []]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -102,6 +104,8 @@ def read_inputs(args: argparse.Namespace, notes: list[str]) -> collect.Inputs:
     if args.run or args.questions_dir:
         run = Path(args.run) if args.run else None
         inputs.rounds = teacher.read_rounds(run, Path(args.questions_dir) if args.questions_dir else None)
+        if run is not None and not inputs.rounds and not (run / "metrics.jsonl").is_file():
+            raise UserError(f"--run: {run} holds neither metrics.jsonl nor questions; name a run of run_mm_cot_rl.py")
     if args.correction_dir:
         inputs.corrections = teacher.read_corrections(Path(args.correction_dir))
     for path in args.win_rate or []:
@@ -122,7 +126,7 @@ def read_data(args: argparse.Namespace, notes: list[str]) -> tuple[Any, Mapping[
     try:
         dataset = find_dataset(args.data_root, args.dataset)
     except UserError:
-        if args.given & {"data_root", "dataset"}:
+        if args.given & {"data_root", "dataset", "caption_file"}:
             raise
         notes.append("no data folder (--data_root): questions as the prediction files have them, no sentence scores")
         return None, {}, {}
@@ -152,7 +156,7 @@ def read_verdicts(path: Path) -> dict[str, Any]:
 # -- the overview --------------------------------------------------------------------------------------------
 
 
-def overview(args: argparse.Namespace, inputs: collect.Inputs, metrics: list, shown: int, asked: int) -> dict:
+def overview(args: argparse.Namespace, inputs: collect.Inputs, metrics: list) -> dict[str, Any]:
     """Figures per stage, rounds, dropped replies, cost and time: what the first tab shows."""
     split = args.splits[0]
     return {
@@ -172,8 +176,6 @@ def overview(args: argparse.Namespace, inputs: collect.Inputs, metrics: list, sh
         "judged": [
             {key: told.get(key) for key in ("systems", "judge", "protocol", "summary")} for told in inputs.verdicts
         ],
-        "shown": shown,
-        "asked": asked,
     }
 
 
@@ -236,7 +238,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = find_images(args) if args.image_mode != "none" else None
     notes: list[str] = []
     inputs = read_inputs(args, notes)
-    qids, asked = collect.choose_questions(inputs, args.train_questions)
+    qids, left_out = collect.choose_questions(inputs, args.train_questions)
+    if left_out:
+        notes.append(f"{left_out} training questions with samples or corrections are left out (--train_questions)")
     metrics = []
     if args.run:
         file = Path(args.run) / "metrics.jsonl"
@@ -247,8 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             reason = add_tokens(Path(args.run), each, set(qids))
             if reason:
                 notes.append(f"token rewards of round {each.number} are not available: {reason}")
-    shown = len({sample.qid for each in inputs.rounds for sample in each.samples} & set(qids))
-    told = overview(args, inputs, metrics, shown, asked)
+    told = overview(args, inputs, metrics)
     drawings = draw(told, metrics, png)
     parts = collect.page_data(inputs, qids)
     parts["main"]["overview"] = told

@@ -18,8 +18,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ares import reference
 from ares.cli import UserError, progress, read_json, warn0
+from ares.reference import gold_coverage, names_only_gold_option, score_sentences
 from ares.sentences import is_finished, split_text
 
 SIMILARITY_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -123,9 +123,9 @@ def rouge_l(target: str, prediction: str) -> float | None:
     if not ours or not theirs:
         return None
     common: set[str] = set()
-    for other in theirs:
+    for reference in theirs:
         for sentence in ours:
-            common |= _lcs_words(other, sentence)
+            common |= _lcs_words(reference, sentence)
     precision = len(common) / len({word for sentence in ours for word in sentence})
     recall = len(common) / len({word for sentence in theirs for word in sentence})
     return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
@@ -246,8 +246,10 @@ def reference_scores(
     problems: Mapping[str, Mapping[str, Any]], qids: Sequence[str], preds: Sequence[str]
 ) -> list[list[float]]:
     """The offline reference Teacher's score of each sentence of each rationale (`ares/reference.py`), 0-1."""
-    rows = progress(zip(qids, preds, strict=True), total=len(preds), desc="sentence scores", unit="rationale")
-    return [reference.score_sentences(problems[qid], split_text(pred)) for qid, pred in rows]
+    rows = zip(qids, preds, strict=True)
+    if len(preds) > 1000:  # some 5 ms each
+        rows = progress(rows, total=len(preds), desc="sentence scores", unit="rationale")
+    return [score_sentences(problems[qid], split_text(pred)) for qid, pred in rows]
 
 
 def rationale_figures(
@@ -272,8 +274,8 @@ def rationale_figures(
         "repeated": 100 * stats["repeated"],
         "unfinished": 100 * stats["unfinished"],
         "words": mean(len(pred.split()) for pred in preds),
-        "covered": 100 * mean(reference.gold_coverage(problem, pred) for problem, pred in pairs),
-        "only_option": 100 * mean(reference.names_only_gold_option(problem, pred) for problem, pred in pairs),
+        "covered": 100 * mean(gold_coverage(problem, pred) for problem, pred in pairs),
+        "only_option": 100 * mean(names_only_gold_option(problem, pred) for problem, pred in pairs),
     }
 
 

@@ -21,7 +21,10 @@ const parsed = (id) => JSON.parse(byId(id).textContent);
 
 /** A number in hundredths as a score: 0.7, 0.75. */
 const asScore = (hundredths) => (hundredths % 10 ? (hundredths / 100).toFixed(2) : (hundredths / 100).toFixed(1));
-const asSigned = (value, digits) => (value > 0 ? '+' : value < 0 ? '−' : '') + Math.abs(value).toFixed(digits);
+const asSigned = (value, digits) => {
+  const size = Math.abs(value).toFixed(digits);
+  return (Number(size) === 0 ? '' : value > 0 ? '+' : '−') + size;
+};
 const asCount = (value) => value.toLocaleString('en-US');
 /** The step of the colour scale for a score in hundredths. */
 const step = (hundredths) => 's' + Math.max(0, Math.min(10, Math.round(hundredths / 10)));
@@ -31,6 +34,9 @@ function asTime(seconds) {
   if (seconds < 6000) return (seconds / 60).toFixed(1) + ' min';
   return (seconds / 3600).toFixed(1) + ' h';
 }
+
+/** A mean score, in hundredths, on its colour. */
+const meanChip = (mean, title) => el('span', { class: 'chip ' + step(mean), title }, (mean / 100).toFixed(2));
 
 const none = (what) => el('p', { class: 'none small' }, what + ': not available');
 

@@ -58,7 +58,7 @@ class Inputs:
 
 
 def choose_questions(inputs: Inputs, most_train: int) -> tuple[list[str], int]:
-    """(question ids to show, how many have samples or corrections at all).
+    """(question ids to show, number of questions left out).
 
     All questions that a stage predicts; and of those that have samples or corrections besides, at most `most_train`:
     first those with a dropped reply, then evenly spaced ones.
@@ -74,7 +74,7 @@ def choose_questions(inputs: Inputs, most_train: int) -> tuple[list[str], int]:
     dropped |= {correction.qid for correction in inputs.corrections if correction.reason}
     asked = dict.fromkeys(sample.qid for each in inputs.rounds for sample in each.samples)
     asked |= dict.fromkeys(correction.qid for correction in inputs.corrections)
-    others = [qid for qid in asked if qid not in predicted]
+    candidates = others = [qid for qid in asked if qid not in predicted]
     if len(others) > most_train:
         first = [qid for qid in others if qid in dropped][:most_train]
         rest = [qid for qid in others if qid not in dropped]
@@ -82,7 +82,7 @@ def choose_questions(inputs: Inputs, most_train: int) -> tuple[list[str], int]:
         spaced = [rest[i * len(rest) // left] for i in range(left)] if left else []
         chosen = set(first) | set(spaced)
         others = [qid for qid in others if qid in chosen]
-    return [*predicted, *others], len(asked)
+    return [*predicted, *others], len(candidates) - len(others)
 
 
 def page_data(inputs: Inputs, qids: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -19,21 +19,22 @@ function drawMissing(qid) {
 }
 
 function headNode(row) {
-  const place = shown.indexOf(row);
+  const place = shown.indexOf(row), atEnd = place >= 0 && place === shown.length - 1;
+  const where = place < 0 ? 'outside the filters' : `${asCount(place + 1)} of ${asCount(shown.length)}`;
   const facts = [Q.split[row], T(Q.subject[row]), T(Q.topic[row]), T(Q.grade[row]).replace('grade', 'grade ')].filter(Boolean);
   return el('div', { class: 'head' },
-    el('strong', {}, 'Question ' + Q.qid[row]), facts.map((fact) => el('span', { class: 'tag' }, fact)),
-    el('span', { class: 'grow' }),
-    el('span', { class: 'num' }, place < 0 ? 'outside the filters' : `${asCount(place + 1)} of ${asCount(shown.length)}`),
-    el('button', { id: 'previous', 'aria-keyshortcuts': 'k', disabled: place === 0, onclick: () => move(-1) }, '← Previous'),
-    el('button', { id: 'next', 'aria-keyshortcuts': 'j', disabled: place === shown.length - 1 && place >= 0, onclick: () => move(1) }, 'Next →'),
-    el('a', { href: '#qid=' + encodeURIComponent(Q.qid[row]) }, 'Link'));
+    el('div', {}, el('strong', {}, 'Question ' + Q.qid[row]), facts.map((fact) => el('span', { class: 'tag' }, fact))),
+    el('div', {}, el('span', { class: 'num' }, where),
+      el('button', { id: 'previous', 'aria-keyshortcuts': 'k', disabled: place === 0, onclick: () => move(-1) }, '← Previous'),
+      el('button', { id: 'next', 'aria-keyshortcuts': 'j', disabled: atEnd, onclick: () => move(1) }, 'Next →'),
+      el('a', { href: '#qid=' + encodeURIComponent(Q.qid[row]) }, 'Link')));
 }
 
 function questionNode(row) {
   const context = [['Hint', Q.hint], ['Caption', Q.caption]]
     .map(([name, column]) => (column[row] < 0 ? null : el('p', { class: 'context' }, el('b', {}, name), T(column[row]))));
-  return el('div', { class: 'question' }, el('div', {}, el('h2', {}, T(Q.question[row]) || '(no text)'), context), picturesNode(row));
+  const heading = el('h2', {}, T(Q.question[row]) || '(no text)');
+  return el('div', { class: 'question' }, el('div', {}, heading, context), picturesNode(row));
 }
 
 function picturesNode(row) {
@@ -44,7 +45,8 @@ function picturesNode(row) {
       alt: i ? `Image ${i + 1} of the question` : 'Image of the question',
     })));
   }
-  return Q.image[row] ? el('div', { class: 'pictures' }, el('p', { class: 'absent' }, 'This question has an image; it is not in this report.')) : null;
+  if (!Q.image[row]) return null;
+  return el('div', { class: 'pictures' }, el('p', { class: 'absent' }, 'This question has an image; it is not in this report.'));
 }
 
 function optionsNode(row) {
@@ -52,7 +54,8 @@ function optionsNode(row) {
   return el('ul', { class: 'options', 'aria-label': 'Options' }, Q.choices[row].map((choice, i) => {
     const gold = Q.answer[row] === i;
     const by = main.stages.filter((_, stage) => main.preds[stage].a[row] === i).map((stage) => stage.name);
-    return el('li', { class: gold ? 'gold' : null }, el('span', { class: 'letter' }, `(${main.letters[i]})`), el('span', {}, T(choice)),
+    const letter = el('span', { class: 'letter' }, `(${main.letters[i]})`);
+    return el('li', { class: gold ? 'gold' : null }, letter, el('span', {}, T(choice)),
       el('span', { class: 'by' }, gold ? '✓ gold' : null, gold && by.length ? ' · ' : null,
         by.length ? `${gold ? '' : '✗ '}predicted by ${by.join(', ')}` : null));
   }));
@@ -67,8 +70,10 @@ function sentencesNode(sentences, scores, advantages) {
   return el('div', { class: 'text' }, sentences.map((index, i) => {
     const score = scores ? scores[i] : null;
     const number = score === null ? null : el('span', { class: 'n' }, asScore(score));
-    const advantage = advantages && showTokens ? el('span', { class: 'n', title: 'advantage of its last token' }, 'adv ' + asSigned(advantages[i] / 1000, 2)) : null;
-    return [i ? ' ' : null, el('span', { class: 'sent' + (score === null ? '' : ' ' + step(score)) }, marked(T(index), words), number, advantage)];
+    const advantage = !advantages || !showTokens ? null
+      : el('span', { class: 'n', title: 'advantage of its last token' }, 'adv ' + asSigned(advantages[i] / 1000, 2));
+    const colour = score === null ? '' : ' ' + step(score);
+    return [i ? ' ' : null, el('span', { class: 'sent' + colour }, marked(T(index), words), number, advantage)];
   }));
 }
 
@@ -92,14 +97,14 @@ function marked(text, words) {
 
 function stageLine(name, note, body, mean) {
   return el('div', { class: 'stage' }, el('h3', {}, name, note ? el('small', {}, note) : null), el('div', {}, body),
-    el('div', { class: 'mean' }, mean >= 0 ? el('span', { class: 'chip ' + step(mean), title: 'mean sentence score' }, (mean / 100).toFixed(2)) : null));
+    el('div', { class: 'mean' }, mean >= 0 ? meanChip(mean, 'mean sentence score') : null));
 }
 
 function stagesPart(row) {
   if (!stageCount) return null;
   const lines = main.stages.map((stage, i) => {
     const columns = main.preds[i];
-    if (!columns.s[row]) return stageLine(stage.name, null, el('p', { class: 'none small' }, 'no prediction of this question'), -1);
+    if (!columns.s[row]) return stageLine(stage.name, null, el('div', { class: 'text none' }, 'no prediction of this question'), -1);
     const written = columns.w[row];
     const body = [stage.rationales ? sentencesNode(columns.s[row], columns.p[row]) : null, answerNode(i, row)];
     if (!stage.rationales) body.push(el('div', { class: 'text plain muted' }, T(written)));
@@ -114,7 +119,8 @@ function answerNode(stage, row) {
   if (!verdict) return null;
   const answer = main.preds[stage].a[row];
   const words = { right: '✓ right', wrong: '✗ wrong', unparsed: '? no answer could be read' }[verdict];
-  return el('div', { class: 'text' }, verdict === 'unparsed' ? words : `(${main.letters[answer]}) ${T(Q.choices[row][answer])} · ${words}`);
+  const chosenOption = verdict === 'unparsed' ? '' : `(${main.letters[answer]}) ${T(Q.choices[row][answer])} · `;
+  return el('div', { class: 'text' }, chosenOption + words);
 }
 
 function goldPart(row) {
@@ -130,8 +136,8 @@ function judgePart(row) {
     if (!found) return [];
     const [a, b] = told.systems;
     const words = found.map(([order, winner]) => {
-      const shownFirst = order === 'ab' ? a : b;
-      return el('div', { class: 'text' }, `${shownFirst} first: `, el('b', {}, winner === 'tie' ? 'tie' : (winner === 'a' ? a : b) + ' preferred'));
+      const found = winner === 'tie' ? 'tie' : (winner === 'a' ? a : b) + ' preferred';
+      return el('div', { class: 'text' }, `${order === 'ab' ? a : b} first: `, el('b', {}, found));
     });
     return [stageLine(`${a} / ${b}`, told.judge, words, -1)];
   });
@@ -154,8 +160,8 @@ function sampleNode(sample) {
     sample.reward === undefined ? null : 'reward ' + asSigned(sample.reward / 1000, 2)].filter(Boolean).join(' · ');
   const scores = sample.p || null;
   const mean = scores && scores.length ? Math.round(scores.reduce((a, b) => a + b, 0) / scores.length) : -1;
-  return stageLine(`Sample ${sample.k}`, note, [
-    sentencesNode(sample.s, scores, sample.adv), whyNode(sample), showTokens ? tokensNode(sample) : null, replyNode(sample)], mean);
+  const body = [sentencesNode(sample.s, scores, sample.adv), whyNode(sample), showTokens ? tokensNode(sample) : null, replyNode(sample)];
+  return stageLine(`Sample ${sample.k}`, note, body, mean);
 }
 
 const whyNode = (told) => (told.reason ? el('p', { class: 'why' }, el('b', {}, 'dropped: '), T(told.why)) : null);
@@ -172,9 +178,11 @@ function tokensNode(sample) {
   const nodes = sample.tokens.map((piece, t) => {
     const advantage = sample.advantages[t], reward = sample.rewards[t];
     return el('span', { class: 'tok' }, el('span', {}, details().pieces[piece]),
-      el('i', {}, reward ? asSigned(reward / 1000, 2) : '·'), el('i', { class: step(50 + (50 * advantage) / most) }, asSigned(advantage / 1000, 2)));
+      el('i', {}, reward ? asSigned(reward / 1000, 2) : '·'),
+      el('i', { class: step(50 + (50 * advantage) / most) }, asSigned(advantage / 1000, 2)));
   });
-  return el('div', {}, el('p', { class: 'small muted' }, 'token · reward · advantage (before whitening, coloured by size within this sample)'),
+  const legend = 'token · reward · advantage (before whitening, coloured by size within this sample)';
+  return el('div', {}, el('p', { class: 'small muted' }, legend),
     el('div', { class: 'tokens' }, nodes));
 }
 

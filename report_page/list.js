@@ -21,8 +21,8 @@ function defineFilters() {
   addFilter('subject', 'Subject', many(textOptions(Q.subject)), (v, row) => Q.subject[row] === Number(v));
   const grades = textOptions(Q.grade).sort((a, b) => gradeNumber(a[1]) - gradeNumber(b[1]));
   addFilter('grade', 'Grade', many(grades), (v, row) => Q.grade[row] === Number(v));
-  addFilter('image', 'Image', many([...new Set(Q.image)].sort().reverse().map((has) => [String(has), has ? 'with image' : 'without image'])),
-    (v, row) => Q.image[row] === Number(v));
+  const images = [...new Set(Q.image)].sort().reverse();
+  addFilter('image', 'Image', many(images.map((has) => [String(has), has ? 'with image' : 'without image'])), (v, row) => Q.image[row] === Number(v));
   const answers = main.stages.flatMap((stage, i) => (!stage.answers ? [] : ['right', 'wrong', 'unparsed']
     .map((kind) => [i + kind, `${stage.name}: ${kind}`])));
   addFilter('answer', 'Answer', answers, (v, row) => verdictOf(parseInt(v, 10), row) === v.replace(/^\d+/, ''));
@@ -37,7 +37,8 @@ function defineFilters() {
   addFilter('dropped', 'Dropped reply', reasons.length ? [['any', 'any reason'], ...reasons.map((r) => [r, r])] : [],
     (v, row) => (v === 'any' ? droppedReasons(row).length > 0 : droppedReasons(row).includes(v)));
   main.verdicts.forEach((told, file) => {
-    const options = [...told.systems.map((name, i) => [String(i), name + ' preferred']), ['tie', 'tie'], ['mixed', 'depends on the order']];
+    const preferred = told.systems.map((name, i) => [String(i), name + ' preferred']);
+    const options = [...preferred, ['tie', 'tie'], ['mixed', 'depends on the order']];
     addFilter('judged' + file, 'Judge: ' + told.systems.join(' / '), options, (v, row) => String(judged(file, row)) === v);
   });
   if (Object.keys(main.sampled).length || Object.keys(main.corrected).length) {
@@ -53,17 +54,16 @@ function changeOptions() {
     for (let to = from + 1; to < stageCount; to++) {
       const [a, b] = [main.stages[from], main.stages[to]];
       if (!((a.answers && b.answers) || (a.rationales && b.rationales))) continue;
-      options.push([`${from} ${to} 1`, `${a.name} → ${b.name}: improved`], [`${from} ${to} -1`, `${a.name} → ${b.name}: worsened`]);
+      for (const [sign, word] of [[1, 'improved'], [-1, 'worsened']]) options.push([`${from} ${to} ${sign}`, `${a.name} → ${b.name}: ${word}`]);
     }
   }
   return options;
 }
 
 function sortOptions() {
-  const options = [['low', 'lowest score first']];
-  const rationales = main.stages.flatMap((stage, i) => (stage.rationales ? [i] : []));
-  if (rationales.length > 1) options.push(['gain', 'largest gain, first to last stage'], ['loss', 'largest loss, first to last stage']);
-  return options;
+  const low = ['low', 'lowest score first'];
+  if (main.stages.filter((stage) => stage.rationales).length < 2) return [low];
+  return [low, ['gain', 'largest gain, first to last stage'], ['loss', 'largest loss, first to last stage']];
 }
 
 const allKeys = () => ['search', ...filters.map((filter) => filter.key)];
@@ -73,7 +73,8 @@ function buildFilters() {
   const grid = byId('filter-grid');
   for (const filter of filters) {
     const plain = filter.key === 'sort' ? 'as in the files' : 'all';
-    const select = el('select', { id: 'filter-' + filter.key, onchange: () => { chosen[filter.key] = select.value; applyFilters(); } },
+    const change = () => { chosen[filter.key] = select.value; applyFilters(); };
+    const select = el('select', { id: 'filter-' + filter.key, onchange: change },
       el('option', { value: 'all' }, plain), filter.options.map(([value, words]) => el('option', { value }, words)));
     grid.append(el('label', {}, filter.label, select));
   }
@@ -103,11 +104,13 @@ function applyFilters() {
   const found = words.length ? searchTexts() : null;
   shown = [];
   for (let row = 0; row < rowCount; row++) {
-    if (active.every((filter) => filter.passes(chosen[filter.key], row)) && words.every((word) => found[row].includes(word))) shown.push(row);
+    const passes = active.every((filter) => filter.passes(chosen[filter.key], row));
+    if (passes && words.every((word) => found[row].includes(word))) shown.push(row);
   }
   sortShown();
   byId('active').textContent = active.length ? `· ${active.length} on` : '';
-  byId('count').textContent = shown.length === rowCount ? `${asCount(rowCount)} questions` : `${asCount(shown.length)} of ${asCount(rowCount)} questions`;
+  byId('count').textContent = (shown.length === rowCount ? '' : asCount(shown.length) + ' of ') + asCount(rowCount)
+    + (rowCount === 1 ? ' question' : ' questions');
   byId('rows').style.height = shown.length * ROW_HEIGHT + 'px';
   byId('list').scrollTop = 0;
   const place = shown.indexOf(current);
@@ -150,11 +153,12 @@ function drawRows() {
 
 function rowNode(place) {
   const row = shown[place];
-  const facts = [Q.qid[row], Q.split[row], T(Q.grade[row]).replace('grade', 'grade '), T(Q.subject[row])].filter(Boolean).join(' · ');
+  const facts = [Q.qid[row], Q.split[row], T(Q.grade[row]).replace('grade', 'grade '), T(Q.subject[row])];
   const node = el('div', {
     class: 'row', role: 'option', id: 'row-' + row, 'data-row': row, 'aria-selected': String(row === current),
     'aria-posinset': place + 1, 'aria-setsize': shown.length,
-  }, el('span', { class: 'q' }, T(Q.question[row]) || '(no text)'), el('span', { class: 'm' }, el('span', {}, facts), stageChips(row)));
+  }, el('span', { class: 'q' }, T(Q.question[row]) || '(no text)'),
+    el('span', { class: 'm' }, el('span', {}, facts.filter(Boolean).join(' · ')), stageChips(row)));
   node.style.top = place * ROW_HEIGHT + 'px';
   return node;
 }
@@ -163,12 +167,11 @@ function stageChips(row) {
   return main.stages.flatMap((stage, i) => {
     const chips = [];
     if (stage.rationales && meanOf(i, row) >= 0) {
-      const mean = meanOf(i, row);
-      chips.push(el('span', { class: 'chip ' + step(mean), title: `${stage.name}: mean sentence score` }, (mean / 100).toFixed(2)));
+      chips.push(meanChip(meanOf(i, row), `${stage.name}: mean sentence score`));
     }
     const verdict = verdictOf(i, row);
-    if (verdict) chips.push(el('span', { class: 'chip blank', title: `${stage.name}: answer ${verdict}`, 'aria-label': `answer ${verdict}` },
-      { right: '✓', wrong: '✗', unparsed: '?' }[verdict]));
-    return chips;
+    if (!verdict) return chips;
+    const title = `${stage.name}: answer ${verdict}`, sign = { right: '✓', wrong: '✗', unparsed: '?' }[verdict];
+    return [...chips, el('span', { class: 'chip blank', title, 'aria-label': `answer ${verdict}` }, sign)];
   });
 }

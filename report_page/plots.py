@@ -49,11 +49,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Points of every curve that has any: {"name", "title", "lines": [{"label", "x", "y", "epoch_x", "epoch_y"}]}.
+    """Points of every curve: {"name", "title", "rounds", "lines": [{"label", "x", "y", "epoch_x", "epoch_y"}]}.
 
-    x counts updates over all rounds; `epoch_*` are the means of the epochs, at their last update.
+    x counts updates over all rounds; `epoch_*` are the means of the epochs, at their last update; `rounds`: the first
+    update of the second round and of later ones.
     """
     placed = list(_placed(metrics))
+    first = {line["round"]: x for x, line in reversed(placed)}
+    rounds = sorted(first.values())[1:]
     found = []
     for name, title, parts in CURVES:
         lines = []
@@ -66,7 +69,7 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if len(lines) == 2 and name == "reward" and lines[0]["y"] == lines[1]["y"]:
             lines.pop()  # no KL penalty in a first round
         if lines:
-            found.append({"name": name, "title": title, "lines": lines})
+            found.append({"name": name, "title": title, "lines": lines, "rounds": rounds})
     return found
 
 
@@ -97,6 +100,8 @@ def draw_curve(curve: Mapping[str, Any]):
         if has_epochs:
             axes.plot(line["epoch_x"], line["epoch_y"], **style, lw=1.8, marker=("o", "s")[i], ms=3.5,
                       label=line["label"])  # fmt: skip
+    for begin in curve["rounds"]:
+        axes.axvline(begin - 0.5, color=FAINT, lw=0.8, linestyle=":")
     axes.set_title(curve["title"], loc="left", fontsize=9, color=INK, parse_math=False)
     axes.set_xlabel("update", fontsize=8, color=INK)
     axes.margins(x=0.01)

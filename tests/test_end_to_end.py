@@ -374,7 +374,7 @@ def check_demo_report(output, table):
         assert {**figure["rationale"], "rouge_l": figure["scores"]["rouge"]} == pytest.approx(told)
     assert figures[3]["scores"]["acc_average"] == float(table["answers"]["acc_average"])
     samples = [each for many in parts["details"]["samples"].values() for each in many]
-    assert len(samples) == 64 and len(parts["details"]["corrections"]) == 32
+    assert len(samples) == 64 * len(parts["main"]["rounds"]) and len(parts["details"]["corrections"]) == 32
     for each in samples:
         assert sum(each["rewards"]) == pytest.approx(each["reward"], abs=len(each["rewards"]))
     assert parts["images"]["of"] and parts["main"]["notes"] == []

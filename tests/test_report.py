@@ -176,10 +176,32 @@ def test_of_many_train_questions_the_dropped_ones_are_shown_first():
     samples = [teacher.Sample(qid=str(n), action=0, sentences=["A."], scores=[1.0]) for n in range(100)]
     samples[77].reason = samples[99].reason = "no_reply"
     inputs = collect.Inputs([], ["test"], rounds=[teacher.Round(0, samples, ROOT)])
-    qids, asked = collect.choose_questions(inputs, 10)
-    assert len(qids) == 10 and asked == 100 and {"77", "99"} <= set(qids)
+    qids, left_out = collect.choose_questions(inputs, 10)
+    assert len(qids) == 10 and left_out == 90 and {"77", "99"} <= set(qids)
     assert qids == sorted(qids, key=int) and int(qids[0]) < 10 and int(qids[7]) > 60, "evenly spread"
     assert len(collect.choose_questions(inputs, 100)[0]) == 100 and collect.choose_questions(inputs, 0)[0] == []
+
+
+def test_the_spend_log_tells_the_cost_and_late_replies_are_named(tmp_path):
+    log = tmp_path / "teacher/spend.jsonl"
+    log.parent.mkdir()
+    entries = [
+        {"id": "a", "item": "0/p0/1", "most_usd": 1.0}, {"id": "a", "usd": 0.5, "outcome": "reply"},
+        {"id": "b", "item": "0/p0/2", "most_usd": 2.0},
+    ]  # fmt: skip
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    told = teacher.cost("x", [{"model": "m", "cost_usd": 0.1}], tmp_path)
+    assert (told["usd"], told["unknown_usd"], told["models"]) == (0.5, 2.0, ["m"])
+    assert teacher.cost("x", [{"model": "m", "cost_usd": None}], tmp_path / "none")["usd"] is None
+    scored, late = (teacher.Sample(qid=qid, action=0, sentences=["A."], scores=[1.0]) for qid in "12")
+    table = tmp_path / "samples_round_0.jsonl"
+    line = {"qid": "1", "action": 0, "reward": 0.5, "sentences": [{"text": "A.", "score": 1.0, "advantage": 0.2}]}
+    empty = {"qid": "3", "action": 0, "reward": 0.0, "sentences": []}
+    table.write_text(json.dumps(line) + "\n" + json.dumps(empty) + "\n")
+    each = teacher.Round(0, [scored, late], tmp_path)
+    teacher.add_training_view(each, table)
+    assert (scored.reason, scored.advantages, late.reason) == (None, [0.2], "late")
+    assert each.samples[2].qid == "3" and each.samples[2].scores == []
 
 
 def test_images_are_copied_or_embedded_once(world, tmp_path):
@@ -220,7 +242,7 @@ def test_curves_run_on_over_rounds():
     (curve,) = plots.curves(lines)
     (line,) = curve["lines"]
     assert curve["name"] == "entropy" and (line["x"], line["y"]) == ([1, 2, 3, 4], [1, 2, 11, 12])
-    assert (line["epoch_x"], line["epoch_y"]) == ([2, 4], [2, 12])
+    assert (line["epoch_x"], line["epoch_y"]) == ([2, 4], [2, 12]) and curve["rounds"] == [3]
     x, y = plots._thinned(list(range(1001)), [1.0] * 1001)
     assert len(x) <= 500 and set(y) == {1.0}
 
@@ -304,6 +326,9 @@ BAD = {
     "stranger": (["--stage", "a=ok.json", "--data_root", "data"], "question 999"),
     "verdicts": (["--stage", "a=ok.json", "--win_rate", "ok.json"], '"systems"'),
     "times": (["--stage", "a=ok.json", "--times", "list.json"], "--times"),
+    "no_train": (["--stage", "a=ok.json", "--train_questions", "5"], "--train_questions has no use"),
+    "empty_run": (["--run", "empty"], "neither metrics.jsonl nor questions"),
+    "captions": (["--stage", "a=ok.json", "--data_root", "data", "--caption_file", "nowhere"], "--caption_file"),
     "images": (["--stage", "a=ok.json", "--images", "nowhere"], "--images"),
 }
 
@@ -318,7 +343,7 @@ def test_mistakes_end_with_one_line(name, tmp_path, monkeypatch):
     cli.write_json("data/scienceqa/pid_splits.json", splits)
     cli.write_json("ok.json", {"preds": ["Solution: a."], "qids": ["999"]})
     cli.write_json("list.json", ["x"])
-    if name in ("verdicts", "times", "images"):
+    if name in ("verdicts", "times", "images", "captions"):
         cli.write_json("ok.json", {"preds": ["Solution: a."], "qids": ["1"]})
     with pytest.raises(cli.UserError) as error:
         report.main(argv)
