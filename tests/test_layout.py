@@ -18,6 +18,8 @@ ROOMS = [
     "haiku.py",
     "haiku_for_correction_feedback.py",
     "preprocessing_for_correction_feedback.py",
+    "win_rate.py",
+    "results.py",
     "extract_features.py",
     "extract_caption.py",
     "preprocessing_after_RL/processing_sentence_level_feedback.py",
@@ -32,6 +34,9 @@ NEEDS_TORCH = {"ppo.py", "checkpoints.py"}
 NO_TORCH = [
     *sorted(f"ares/{file.name}" for file in (ROOT / "ares").glob("*.py") if file.name not in NEEDS_TORCH),
     "utils_prompt.py",
+    "utils_evaluate.py",
+    "win_rate.py",
+    "results.py",
     "haiku.py",
     "haiku_for_correction_feedback.py",
     "preprocessing_for_correction_feedback.py",
