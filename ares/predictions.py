@@ -28,8 +28,8 @@ def texts_by_qid(told: Any, path: str | Path, flag: str, split_qids: Sequence[st
     if qids is None:
         if len(preds) != len(split_qids):
             raise cli.UserError(
-                f"{flag}: {path} has {len(preds)} rationales without question ids but the split has "
-                f"{len(split_qids)} questions; {fix or 'in its order they must be equal in number'}"
+                f"{flag}: {path} has {len(preds)} rationales but the split has {len(split_qids)} questions; "
+                f"without question ids in the file they must be equal in number{fix}"
             )
         qids = split_qids
     if not isinstance(qids, list) or len(qids) != len(preds):

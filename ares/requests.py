@@ -26,7 +26,7 @@ def read_rationales(path: str | os.PathLike, train_qids: Sequence[str], flag: st
     By its `qids` where it has them (they may be a part of the split), else in split order and of equal length. Raises
     UserError naming `flag` for another form, another length, or a question outside the split.
     """
-    told, fix = cli.read_json(path, flag), "name its own split with --train_split"
+    told, fix = cli.read_json(path, flag), "; name its own split with --train_split"
     rationales = texts_by_qid(told, path, flag, train_qids, fix)
     outside = next(iter(rationales.keys() - set(train_qids)), None)
     if outside is not None:
