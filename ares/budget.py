@@ -83,7 +83,7 @@ class Ledger:
         self._reserved: dict[str, float] = {}
         self._run = secrets.token_hex(4)
         self._count = 0
-        self._waiting: list[asyncio.Future] = []
+        self._waiting: list[tuple[float, asyncio.Future]] = []
         self._file: int | None = None
         self._unwritten: list[str] = []
         if folder is not None:
@@ -98,9 +98,10 @@ class Ledger:
         """Wait until the worst case of a request fits. Returns the id to `settle`."""
         while not self.fits(most_usd):
             if not self._reserved:
+                self._wake(everybody=True)
                 raise self.stop(most_usd)
             turn = asyncio.get_running_loop().create_future()  # of this loop: --watch and --check run several
-            self._waiting.append(turn)
+            self._waiting.append((most_usd or 0.0, turn))
             await turn
         return self.open(item, most_usd)
 
@@ -137,9 +138,21 @@ class Ledger:
         self._unwritten.append(json.dumps({"id": entry, "usd": usd and round(usd, 12), "outcome": outcome}))
         if not self._reserved or len(self._unwritten) > 100:
             self._log()
+        self._wake()
+
+    def _wake(self, everybody: bool = False) -> None:
+        """Whoever fits now; when nobody does and nothing is on its way, everybody: their run ends."""
         waiting, self._waiting = self._waiting, []
-        for turn in waiting:
-            if not turn.done():
+        left = (self.max_usd or 0.0) - self.committed()
+        fitting = [False] * len(waiting)
+        for number, (most, _) in enumerate(waiting):
+            if most <= left:
+                left, fitting[number] = left - most, True
+        everybody = everybody or not (self._reserved or any(fitting))
+        for (most, turn), fits in zip(waiting, fitting, strict=True):
+            if not (fits or everybody):
+                self._waiting.append((most, turn))
+            elif not turn.done():
                 turn.set_result(None)
 
     def stop(self, most_usd: float | None) -> Stop:
