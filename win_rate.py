@@ -251,12 +251,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     a, b = read_systems(args, qids)
     cli.writable_dir(args.output, "--output")
 
-    def session_with(each: teacher.Teacher) -> teacher.Session:
-        return teacher.make_session(args.output, each, teacher.JUDGE, args, wording=JUDGE_WORDING, problems=problems)
-
     with teacher.work_in(args.output, "--output", args) as each:
         items = lay_out(args, problems, a, b)
-        session = session_with(each)
+        # without --with_image no image is missed
+        seen = problems if args.with_image else {qid: {**problems[qid], "image": None} for qid in a}
+        session = teacher.make_session(args.output, each, teacher.JUDGE, args, wording=JUDGE_WORDING, problems=seen)
         if args.show:
             return estimate.show(session, items, args.show)
         if args.estimate:

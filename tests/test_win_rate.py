@@ -131,6 +131,7 @@ def test_paper_protocol_and_what_stops_a_run(server, systems, data_root, tmp_pat
 def test_other_texts_are_judged_anew_and_images_go_by_flag(server, systems, sample, data_root, tmp_path):
     output, few = tmp_path / "out", ("--questions", "40", "--seed", "3")
     compare(systems, data_root, output, server, *few)
+    assert not any("text_only" in path.read_text() for path in output.glob("0/p0/*/reply.json")), "none was wanted"
     assert len(server.log) == 80 and not any(asked.images for asked in server.asked)
     told = json.loads((tmp_path / "a.json").read_text())
     told["preds"] = [text.replace("By the first system", "By the first system, mended") for text in told["preds"]]
