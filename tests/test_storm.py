@@ -176,9 +176,7 @@ def test_each_fault_alone(quick, tmp_path, problems, name):
         harmless = name in ("slow", "prose")
         assert len(server.log) == (3 if harmless else 6)
         firsts = {asked.text: asked for asked in reversed(server.asked)}
-        seconds = [
-            asked for asked in server.asked if asked is not firsts[asked.text]
-        ]  # may come before another's first
+        seconds = [asked for asked in server.asked if asked is not firsts[asked.text]]  # in any order
         assert all(len(asked.notes) == 1 + (name in SPOILT) for asked in seconds)
         paid = (server.billed["input_tokens"] * 0.10 + server.billed["output_tokens"] * 0.50) / 1e6
     assert replies_on_disk(folders) == set(folders)
