@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from ares import problems as files
 from ares.cli import UserError, print0, read_json, refuse, warn0
+from ares.predictions import texts_by_qid
 from utils_features import VisionFeatures, img_shape
 from utils_prompt import build_train_pair, normalize, option_letters
 
@@ -184,23 +185,7 @@ def read_le(path: str | Path, qids: Sequence[str], flag: str) -> dict[str, str]:
 
     Raises UserError naming `flag` if one is missing, or if a file without ids has another length than the split.
     """
-    told = read_json(path, flag)
-    preds = told.get("preds") if isinstance(told, dict) else None
-    if not isinstance(preds, list) or not all(isinstance(text, str) for text in preds):
-        raise UserError(f'{flag}: {path} must hold {{"preds": [texts]}}')
-    ids = told.get("qids")
-    if ids is None:
-        if len(preds) != len(qids):
-            raise UserError(
-                f"{flag}: {path} has {len(preds)} rationales but the split has {len(qids)} questions; "
-                "without question ids in the file they must be equal in number"
-            )
-        return dict(zip(qids, preds, strict=True))
-    if not isinstance(ids, list) or len(ids) != len(preds):
-        raise UserError(f"{flag}: {path} has {len(preds)} preds but its qids do not match them in number")
-    by_qid = {str(qid): text for qid, text in zip(ids, preds, strict=True)}
-    if len(by_qid) != len(ids):
-        raise UserError(f"{flag}: {path} names a question twice in its qids")
+    by_qid = texts_by_qid(read_json(path, flag), path, flag, qids)
     absent = [qid for qid in qids if qid not in by_qid]
     if absent:
         raise UserError(

@@ -70,24 +70,28 @@ def accuracy_table(answers: Mapping[str, int], problems: Mapping[str, Mapping[st
     TXT IMG NO G1-6 G7-12 AVG. A question has text when its hint is not empty.
     """
     right = {qid: answers[qid] == problems[qid]["answer"] for qid in answers}
-
-    def row(belongs: Callable[[Mapping[str, Any]], bool]) -> str | None:
+    rows = {}
+    for name, belongs in CATEGORIES.items():
         chosen = [right[qid] for qid in right if belongs(problems[qid])]
-        return f"{100 * sum(chosen) / len(chosen):.2f}" if chosen else None
-
-    rows = {f"acc_{key}": row(lambda p, name=name: p.get("subject") == name) for key, name in SUBJECTS.items()}
-    rows["acc_has_text"] = row(lambda p: bool(p.get("hint")))
-    rows["acc_has_image"] = row(lambda p: p.get("image") is not None)
-    rows["acc_no_context"] = row(lambda p: not p.get("hint") and p.get("image") is None)
-    rows["acc_grade_1_6"] = row(lambda p: 1 <= _grade(p) <= 6)
-    rows["acc_grade_7_12"] = row(lambda p: 7 <= _grade(p) <= 12)
-    rows["acc_average"] = row(lambda p: True)
-    return {key: value for key, value in rows.items() if value is not None}
+        if chosen:
+            rows[f"acc_{name}"] = f"{100 * sum(chosen) / len(chosen):.2f}"
+    return rows
 
 
 def _grade(problem: Mapping[str, Any]) -> int:
     match = re.fullmatch(r"grade(\d+)", str(problem.get("grade", "")))
     return int(match[1]) if match else 0
+
+
+CATEGORIES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    **{key: lambda problem, name=name: problem.get("subject") == name for key, name in SUBJECTS.items()},
+    "has_text": lambda problem: bool(problem.get("hint")),
+    "has_image": lambda problem: problem.get("image") is not None,
+    "no_context": lambda problem: not problem.get("hint") and problem.get("image") is None,
+    "grade_1_6": lambda problem: 1 <= _grade(problem) <= 6,
+    "grade_7_12": lambda problem: 7 <= _grade(problem) <= 12,
+    "average": lambda problem: True,
+}
 
 
 # -- rationales ------------------------------------------------------------------------------------------

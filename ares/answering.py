@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ares import cli, feedback, images
-from ares.asking import CORRECT, SCORE, Reply, Request, Teacher, Wording, custom_id
+from ares.asking import CORRECT, JUDGE, SCORE, Reply, Request, Teacher, Wording, custom_id
 from ares.feedback import Item, Refused
 from ares.groups import Groups
 from ares.prices import PRICES_DATE
@@ -30,6 +30,7 @@ from ares.reply_files import is_answered, reading, set_cut_reply_aside, write_re
 PREPARE = {
     SCORE: "bash preprocessing_after_RL/processing_sentence_level_feedback.sh --questions_dir",
     CORRECT: "python preprocessing_for_correction_feedback.py --correction_dir",
+    JUDGE: "python win_rate.py ... --output",
 }
 NOTHING_TO_ASK = frozenset(("no_rationale", "no_sentences"))  # no Teacher can answer: RL drops them in any case
 CUT_SHORT = ("max_tokens", "refusal", "model_context_window_exceeded")
@@ -81,7 +82,7 @@ class Session:
     """Items grouped by identical request; a group is one reply to come (ares/groups.py).
 
     Args:
-        kind: SCORE or CORRECT.
+        kind: SCORE, CORRECT or JUDGE.
         problems: qid -> problem; the reference Teacher needs it.
         images_dir: where to look for images when the item's own folder holds none.
         attempts: requests per distinct rationale until a reply can be read; the last one stays beside the reason.

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-SCORE, CORRECT = "score", "correct"
+SCORE, CORRECT, JUDGE = "score", "correct", "judge"
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,13 @@ class Request:
     """One question to a Teacher about one rationale.
 
     `sentences` is the rationale as exported; for a correction it holds the whole text as its one entry. `problem` is
-    None where no problems.json was at hand, which only the reference Teacher minds. `form_note` goes out where the
+    None where no problems.json was at hand, which only the reference Teacher minds. For a judgement `sentences` holds
+    the two rationales, in the order in which they are shown. `form_note` goes out where the
     model's output is structured, `again` after a reply that could not be used; `room` multiplies the length allowed.
     """
 
     custom_id: str
-    kind: str  # SCORE or CORRECT
+    kind: str  # SCORE, CORRECT or JUDGE
     qid: str
     text: str
     sentences: tuple[str, ...]

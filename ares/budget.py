@@ -83,7 +83,7 @@ class Ledger:
         self._reserved: dict[str, float] = {}
         self._run = secrets.token_hex(4)
         self._count = 0
-        self._waiting: list[asyncio.Future] = []
+        self._waiting: list[tuple[str, float | None, asyncio.Future]] = []
         self._file: int | None = None
         self._unwritten: list[str] = []
         if folder is not None:
@@ -96,13 +96,16 @@ class Ledger:
 
     async def reserve(self, item: str, most_usd: float | None) -> str:
         """Wait until the worst case of a request fits. Returns the id to `settle`."""
-        while not self.fits(most_usd):
-            if not self._reserved:
-                raise self.stop(most_usd)
+        if self.fits(most_usd):
+            return self.open(item, most_usd)
+        entry = None
+        if self._reserved:
             turn = asyncio.get_running_loop().create_future()  # of this loop: --watch and --check run several
-            self._waiting.append(turn)
-            await turn
-        return self.open(item, most_usd)
+            self._waiting.append((item, most_usd, turn))
+            entry = await turn
+        if entry is None:
+            raise self.stop(most_usd)
+        return entry
 
     def fits(self, most_usd: float | None) -> bool:
         return self.max_usd is None or self.committed() + (most_usd or 0.0) <= self.max_usd
@@ -137,10 +140,22 @@ class Ledger:
         self._unwritten.append(json.dumps({"id": entry, "usd": usd and round(usd, 12), "outcome": outcome}))
         if not self._reserved or len(self._unwritten) > 100:
             self._log()
+        self._serve_waiting()
+
+    def _serve_waiting(self) -> None:
+        """Reserve for whoever fits now; when nobody does and nothing is on its way, their run ends."""
         waiting, self._waiting = self._waiting, []
-        for turn in waiting:
-            if not turn.done():
+        for item, most_usd, turn in waiting:
+            if turn.done():  # cancelled
+                continue
+            if self.fits(most_usd):
+                turn.set_result(self.open(item, most_usd))
+            else:
+                self._waiting.append((item, most_usd, turn))
+        if not self._reserved:
+            for _, _, turn in self._waiting:
                 turn.set_result(None)
+            self._waiting = []
 
     def stop(self, most_usd: float | None) -> Stop:
         lost = f" and at most ${self.lost_usd:.4f} for {self.lost} lost replies" if self.lost else ""

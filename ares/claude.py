@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ares import images
 from ares.api_errors import DEFAULT_MODEL, KEY, explain, failure_of, said
-from ares.asking import CORRECT, SCORE, Reply, Request, Stopped, Unanswered
+from ares.asking import CORRECT, JUDGE, SCORE, Reply, Request, Stopped, Unanswered
 from ares.budget import LOST, NOT_SENT, Ledger
 from ares.cli import UserError
 from ares.pacing import Pace
@@ -52,8 +52,14 @@ _CORRECTION_SCHEMA = {
     "required": ["Original rationale", "Final rationale"],
     "additionalProperties": False,
 }
+_VERDICT_SCHEMA = {  # the reason first: a verdict that is written before its reason has none
+    "type": "object",
+    "properties": {"reason": {"type": "string"}, "verdict": {"type": "string", "enum": ["1", "2", "tie"]}},
+    "required": ["reason", "verdict"],
+    "additionalProperties": False,
+}
 # one schema per kind, whatever the sentences: a new schema costs the API a compilation
-SCHEMAS = {SCORE: _SCORES_SCHEMA, CORRECT: _CORRECTION_SCHEMA}
+SCHEMAS = {SCORE: _SCORES_SCHEMA, CORRECT: _CORRECTION_SCHEMA, JUDGE: _VERDICT_SCHEMA}
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ def max_tokens(request: Request, family: Family) -> int:
     room = 256 + 16 * len(request.sentences) + characters // 2
     if request.kind == CORRECT:
         room = 512 + characters
+    if request.kind == JUDGE:
+        room = 400  # a sentence and a word, whatever is judged
     return room * request.room + (4096 if family.may_think else 0)
 
 

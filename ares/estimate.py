@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ares import cli, images
 from ares.answering import Session
 from ares.api_errors import KEY, said
-from ares.asking import SCORE, Request
+from ares.asking import CORRECT, JUDGE, SCORE, Request
 from ares.claude import ClaudeTeacher, max_tokens
 from ares.feedback import Item
 from ares.prices import BATCH_FACTOR, PRICES_DATE
@@ -24,6 +24,7 @@ CHARACTERS_PER_TOKEN = 3.5
 AROUND = 20  # tokens of the message's own frame
 SCHEMA_TOKENS = 150  # what a structured request carries besides
 SAMPLE = 20  # requests counted by the API
+_WHAT_RETURNS = {SCORE: "scores only", CORRECT: "the text again", JUDGE: "a sentence and a verdict"}
 
 
 @dataclass
@@ -47,6 +48,8 @@ def input_tokens(request: Request, structured: bool) -> tuple[float, int]:
 
 def output_tokens(request: Request, structured: bool) -> float:
     """Tokens of the reply, by rule."""
+    if request.kind == JUDGE:
+        return 60
     characters = sum(map(len, request.sentences))
     if request.kind == SCORE:
         per_sentence = 4 if structured else 8
@@ -82,7 +85,7 @@ def estimate(session: Session) -> None:
         cli.print0(f"{report.text_only} rationales would go without the image that their question names")
     cli.print0(
         f"tokens: {tokens_in:,.0f} in ({sums.image_tokens:,} of them images), {tokens_out:,.0f} out; input {how}; "
-        f"output by rule ({'scores only' if teacher.structured and session.kind == SCORE else 'the text again'})"
+        f"output by rule ({_WHAT_RETURNS[session.kind if teacher.structured or session.kind == JUDGE else CORRECT]})"
     )
     if teacher.price is None:
         cli.print0(f"dollars: the price of {teacher.model} is not known; name it with --price IN OUT")

@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ares import cli
-from ares.replies import Refused, parse_correction, parse_scores
+from ares.replies import Refused, parse_correction, parse_scores, parse_verdict
 
 __all__ = [
     "DONE", "EXPORTED", "IMAGE", "RATIONALE", "REASON", "REPLY", "REQUEST", "SCORES", "SIDECAR",
     "Item", "Items", "Refused", "exported", "has_reply", "is_done", "iter_items", "mark_done", "mark_exported",
-    "parse_correction", "parse_scores", "progress_counts", "question_dir", "read_rationale", "read_scores",
-    "wait_for_feedback", "write_rationale",
+    "parse_correction", "parse_scores", "parse_verdict", "progress_counts", "question_dir", "read_rationale",
+    "read_scores", "wait_for_feedback", "write_rationale",
 ]  # fmt: skip
 
 RATIONALE = "rationale_from_mm_cot.txt"

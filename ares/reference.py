@@ -103,6 +103,24 @@ def gold_coverage(problem: Mapping[str, Any], rationale: str) -> float:
     return sum(covered) / len(covered)
 
 
+def compare(problem: Mapping[str, Any], first: str, second: str) -> tuple[str, str]:
+    """("1" | "2" | "tie", why): which rationale is worth more, half its mean sentence score, half its gold coverage.
+
+    Within 0.05 it is a tie: less than one sentence of a usual rationale makes up.
+    """
+    worths = []
+    for text in (first, second):
+        scores = score_sentences(problem, split_text(text))
+        worths.append((sum(scores) / len(scores) if scores else 0.0, gold_coverage(problem, text)))
+    ours, theirs = (sum(worth) / 2 for worth in worths)
+    verdict = "tie" if abs(ours - theirs) < 0.05 else "1" if ours > theirs else "2"
+    (score_1, covered_1), (score_2, covered_2) = worths
+    return verdict, (
+        f"mean sentence score {score_1:.2f} and {score_2:.2f}, "
+        f"gold sentences covered {covered_1:.0%} and {covered_2:.0%}"
+    )
+
+
 def names_only_gold_option(problem: Mapping[str, Any], rationale: str) -> bool:
     """Whether the rationale names the gold choice and, besides words of the question, says nothing else.
 

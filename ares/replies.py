@@ -7,6 +7,7 @@ made from positions in the text: a wrong score trains the policy wrongly, a refu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -30,7 +31,8 @@ class Refused(ValueError):
     """A reply that cannot be used. `reason` is one word for counting; the message says what was wrong.
 
     Reasons for scores: no_rationale, no_sentences, no_reply, no_json, wrong_count, placeholder, not_a_number,
-    out_of_range, ambiguous. For corrections: no_reply, no_final, empty, unchanged, placeholder, ambiguous.
+    out_of_range, ambiguous. For corrections: no_reply, no_final, empty, unchanged, placeholder, ambiguous. For
+    verdicts: no_reply, no_verdict, ambiguous.
     """
 
     def __init__(self, reason: str, message: str = ""):
@@ -325,3 +327,29 @@ def _up_to_brace(text: str, start: int) -> str | None:
 
 def _unescape(text: str) -> str:
     return text.replace('\\"', '"').replace("\\n", "\n")
+
+
+# -- verdicts --------------------------------------------------------------------------------------------
+
+_VERDICT = re.compile(r"""["']?\bverdict\b["']?\s*:\s*["']?\s*(1|2|tie)\b(?!["']?\s*(?:\||/|or\b))""", re.IGNORECASE)
+_WHY = re.compile(r'"reason"\s*:\s*("(?:[^"\\]|\\.)*")')
+
+
+def parse_verdict(reply: str | bytes | None) -> tuple[str, str]:
+    """("1" | "2" | "tie", the reason given or "") from a judge's raw reply.
+
+    Raises Refused, and nothing else, for any text or bytes: without a verdict, or with two that differ.
+    """
+    text = _as_text(reply)
+    if not text.strip():
+        raise Refused("no_reply", "the reply is empty")
+    found = {match[1].lower() for match in _VERDICT.finditer(text)}
+    if not found:
+        raise Refused("no_verdict", 'it holds no "verdict": "1", "2" or "tie"')
+    if len(found) > 1:
+        raise Refused("ambiguous", f"it holds the verdicts {' and '.join(sorted(found))}")
+    why, reason = _WHY.search(text), ""
+    if why:
+        with contextlib.suppress(ValueError):
+            reason = json.loads(why[1], strict=False)
+    return found.pop(), reason

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from ares import cli, feedback
-from ares.asking import SCORE
+from ares.asking import JUDGE, SCORE
 from ares.feedback import Refused
 
 REFUSED_REPLY = f"unusable_{feedback.REPLY}"  # reads well, but its stop reason says that it is not the whole reply
 
 
 def read_reply(kind: str, folder: Path) -> list[float] | str:
-    """What an item's reply says: scores (`score.txt` is written) or the corrected rationale.
+    """What an item's reply says: scores (`score.txt` is written), the corrected rationale, or a verdict.
 
     Raises Refused; the reason then stands in `refused.txt`.
     """
@@ -31,7 +31,10 @@ def read_reply(kind: str, folder: Path) -> list[float] | str:
         return feedback.read_scores(folder)
     try:
         reply = (folder / feedback.REPLY).read_bytes() if (folder / feedback.REPLY).exists() else None
-        final = feedback.parse_correction(reply, " ".join(feedback.read_rationale(folder)))
+        if kind == JUDGE:
+            final = feedback.parse_verdict(reply)[0]
+        else:
+            final = feedback.parse_correction(reply, " ".join(feedback.read_rationale(folder)))
     except Refused as refused:
         cli.write_text(folder / feedback.REASON, f"{refused}\n")
         raise
@@ -56,11 +59,14 @@ def is_answered(kind: str, folder: Path) -> bool:
 
 
 def reading(kind: str, text: str, sentences: Sequence[str]) -> list[float] | Refused | None:
-    """The scores in a reply, None for a correction that can be used, or why it cannot."""
+    """The scores in a reply, None for a correction or a verdict that can be used, or why it cannot."""
     try:
         if kind == SCORE:
             return feedback.parse_scores(text, list(sentences))
-        feedback.parse_correction(text, " ".join(sentences))
+        if kind == JUDGE:
+            feedback.parse_verdict(text)
+        else:
+            feedback.parse_correction(text, " ".join(sentences))
     except Refused as refused:
         return None if refused.reason == "unchanged" else refused
     return None

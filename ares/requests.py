@@ -15,6 +15,7 @@ from typing import Any
 
 from ares import cli
 from ares.feedback import REASON, REPLY, REQUEST, SCORES, SIDECAR, write_derived
+from ares.predictions import texts_by_qid
 from ares.problems import find_images, question_images
 
 
@@ -24,23 +25,8 @@ def read_rationales(path: str | os.PathLike, train_qids: Sequence[str], flag: st
     By its `qids` where it has them (they may be a part of the split), else in split order and of equal length. Raises
     UserError naming `flag` for another form, another length, or a question outside the split.
     """
-    told = cli.read_json(path, flag)
-    preds = told.get("preds") if isinstance(told, dict) else None
-    if not isinstance(preds, list) or not all(isinstance(text, str) for text in preds):
-        raise cli.UserError(f'{flag}: {path} must hold {{"preds": [texts]}}; name what remove_sentence.py wrote')
-    qids = told.get("qids")
-    if qids is None:
-        if len(preds) != len(train_qids):
-            raise cli.UserError(
-                f"{flag}: {path} has {len(preds)} rationales without question ids but the split has "
-                f"{len(train_qids)} questions; name its own split with --train_split"
-            )
-        qids = train_qids
-    if not isinstance(qids, list) or len(qids) != len(preds):
-        raise cli.UserError(f"{flag}: {path} has {len(preds)} preds but its qids do not match them in number")
-    rationales = {str(qid): text for qid, text in zip(qids, preds, strict=True)}
-    if len(rationales) != len(qids):
-        raise cli.UserError(f"{flag}: {path} names a question twice in its qids")
+    told, fix = cli.read_json(path, flag), "; name its own split with --train_split"
+    rationales = texts_by_qid(told, path, flag, train_qids, fix)
     outside = next(iter(rationales.keys() - set(train_qids)), None)
     if outside is not None:
         raise cli.UserError(

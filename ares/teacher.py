@@ -1,4 +1,4 @@
-"""One client for every kind of Teacher: what haiku.py and haiku_for_correction_feedback.py have in common.
+"""One client for every kind of Teacher: what haiku.py, haiku_for_correction_feedback.py and win_rate.py share.
 
 Two Teachers: Claude (ares/claude.py; live or, with --batch, through ares/batches.py) and the offline reference
 (ares/reference.py). Every item (`ares.feedback.Item`) without a usable reply is asked, identical requests once
@@ -19,7 +19,7 @@ from typing import Any
 
 from ares import batches, claude, cli, locks, reference
 from ares.answering import OURS, Report, Session
-from ares.asking import CORRECT, SCORE, Reply, Request, Teacher, Wording
+from ares.asking import CORRECT, JUDGE, SCORE, Reply, Request, Teacher, Wording
 from ares.batch_records import Store
 from ares.budget import LOG, Ledger, read_log
 from ares.claude import DEFAULT_MODEL, ClaudeTeacher, api_key
@@ -31,7 +31,7 @@ from ares.reply_cache import ReplyCache, default_folder
 from ares.reply_files import is_answered, read_reply
 
 __all__ = [
-    "CORRECT", "OURS", "SCORE", "ClaudeTeacher", "ReferenceTeacher", "Reply", "Report", "Request", "Session",
+    "CORRECT", "JUDGE", "OURS", "SCORE", "ClaudeTeacher", "ReferenceTeacher", "Reply", "Report", "Request", "Session",
     "Teacher", "Wording", "add_teacher_flags", "answer_items", "check_teacher_flags", "in_words", "is_answered",
     "load_for", "make_cache", "make_session", "make_teacher", "read_reply", "refuse_unusable", "work_in",
 ]  # fmt: skip
@@ -74,6 +74,9 @@ class ReferenceTeacher:
             scores = reference.score_sentences(request.problem, request.sentences)
             lines = (f'"{text}": {score}' for text, score in zip(request.sentences, scores, strict=True))
             text = "{\n" + ",\n".join(lines) + "\n}"
+        elif request.kind == JUDGE:
+            verdict, reason = reference.compare(request.problem, *request.sentences)
+            text = json.dumps({"reason": reason, "verdict": verdict})
         else:
             rationale = " ".join(request.sentences)
             final = reference.correct_rationale(request.problem, rationale)

@@ -175,6 +175,25 @@ def test_concurrency_follows_the_api(server, questions):
     assert len(refused) < 60 and server.most_in_flight <= 12
 
 
+def test_what_fits_goes_before_the_budget_stops_the_run():
+    """A dear request waits for money and a cheap one behind it: the dear one must not end the run before that."""
+
+    async def scene():
+        ledger = Ledger(None, max_usd=1.0)
+        first = await ledger.reserve("first", 0.9)
+        dear = asyncio.ensure_future(ledger.reserve("dear", 0.8))
+        cheap = asyncio.ensure_future(ledger.reserve("cheap", 0.3))
+        await asyncio.sleep(0)
+        ledger.settle(first, 0.5, "reply")
+        entry = await asyncio.wait_for(cheap, 5)
+        assert not dear.done()
+        ledger.settle(entry, 0.1, "reply")
+        with pytest.raises(cli.Stop):
+            await asyncio.wait_for(dear, 5)
+
+    asyncio.run(scene())
+
+
 def test_a_budget_serves_one_run_after_another():
     """--watch and --check ask in several event loops with one budget: each may have to wait for money."""
     ledger = Ledger(None, max_usd=1.0)

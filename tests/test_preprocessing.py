@@ -254,7 +254,7 @@ def test_correction_one_line_errors(tmp_path, sample, data_root, problems):
         return correction(tmp_path, sample, data_root, rationales, *argv, check=False)
 
     test_qid = next(qid for qid, problem in problems.items() if problem["split"] == "test")
-    one_line_error(run({"preds": ["A."]}), "1 rationales without question ids", "--train_split")
+    one_line_error(run({"preds": ["A."]}), "1 rationales but the split", "--train_split")
     one_line_error(run({"preds": ["A."], "qids": [test_qid]}), f"question {test_qid}", "not in the train split")
     one_line_error(run({"preds": ["A."]}, "--train_split", "nope"), "--train_split", "nope")
     assert not (tmp_path / "preprocessing_after_RL").exists()

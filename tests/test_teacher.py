@@ -224,6 +224,7 @@ def test_lasting_faults_stop_at_once_in_one_line(server, questions, fault, words
 
 
 def test_what_is_in_flight_at_a_failure_comes_home(server, questions):
+    server.latency = 0.5  # all three have left before the first is refused
     server.faults.append(Fault(401))
     with pytest.raises(cli.UserError):
         ask(server, questions, "--concurrency", "3")
