@@ -28,7 +28,7 @@ def encode(model: nn.Module, prompt: dict[str, Tensor]) -> Tensor:
     mask = prompt["attention_mask"]
     groups = length_groups(mask.sum(1).tolist()) if mask.device.type == "cpu" else [[]]
     if len(groups) == 1:
-        return model.encode(**prompt).last_hidden_state
+        return model.encode(**prompt | {"attention_mask": for_attention(mask, model)}).last_hidden_state
     parts, order = [], [row for rows in groups for row in rows]
     for rows in groups:
         S = int(mask[rows[0]].sum())
@@ -37,6 +37,14 @@ def encode(model: nn.Module, prompt: dict[str, Tensor]) -> Tensor:
         states = model.encode(**some).last_hidden_state
         parts.append(F.pad(states, (0, 0, 0, mask.size(1) - S)))
     return torch.cat(parts)[torch.argsort(torch.tensor(order))]
+
+
+def for_attention(mask: Tensor, model: nn.Module, on_gpu: bool | None = None) -> Tensor:
+    """A mask (B, S) as `model` takes it: under SDPA on a GPU (B, 1, 1, S). The library would make it so itself, but
+    first look whether anything is masked at all, and wait for the GPU with that in every pass."""
+    on_gpu = mask.device.type == "cuda" if on_gpu is None else on_gpu
+    sdpa = model.config._attn_implementation == "sdpa"  # plain attention would add it to the scores
+    return mask[:, None, None].bool() if on_gpu and sdpa else mask
 
 
 def length_groups(lengths: Sequence[int]) -> list[list[int]]:
@@ -91,7 +99,7 @@ def decode(
         decoded = model.decoder(
             input_ids=ids,
             encoder_hidden_states=some[:, :S],
-            encoder_attention_mask=mask[:, :S],
+            encoder_attention_mask=for_attention(mask[:, :S], model),
             use_cache=False,
         ).last_hidden_state
         parts.append(F.pad(decoded, (0, 0, 0, T - decoded.size(1))))

@@ -160,10 +160,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         share = flops / per_update / limits.peak_flops(torch.device("cuda"), torch.bfloat16)
         more["mfu"] = f"{share:.0%} of the bf16 peak, FLOPs of real tokens"
         peaks = [peak(side) for side in (bench.ours, bench.released)]
-        more["peak_memory"] = (
-            f"{peaks[0] / peaks[1]:.0%} ({peaks[0] / 2**30:.1f} of {peaks[1] / 2**30:.1f} GiB "
-            "besides weights, optimizer)"
-        )
+        gib = [f"{one / 2**30:.1f} GiB" for one in peaks]
+        more["peak_memory"] = f"{peaks[0] / peaks[1]:.0%} ({gib[0]} of {gib[1]}, weights and optimizer left out)"
     common.report(
         args, "PPO updates", result, target=">= 3x" if args.device == "cpu" else ">= 10x", equal=equal,
         slice=f"updates of {args.ga_step} minibatches of {args.rl_batch_size}, output_len {args.output_len}, "

@@ -286,6 +286,25 @@ def test_groups_of_like_length_change_no_number(models, t5_tokenizer, monkeypatc
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
 
 
+def test_masks_as_a_gpu_gets_them_change_no_number(world, t5_tokenizer):
+    """Four-dimensional masks under SDPA, here on the CPU: the same bits at real positions."""
+    model, prompt = load(world), prompt_batch(t5_tokenizer)
+    model.set_attn_implementation("sdpa")
+    mask = prompt["attention_mask"]
+    wide = scoring.for_attention(mask, model, on_gpu=True)
+    assert mask.min() == 0 and wide.shape == (3, 1, 1, mask.size(1)) and scoring.for_attention(mask, model) is mask
+    states = [model.encode(**prompt | {"attention_mask": one})[0] for one in (mask, wide)]
+    assert torch.equal(states[0][mask.bool()], states[1][mask.bool()])
+    ids = torch.arange(10, 31).view(3, 7)
+    found = [
+        model.decoder(input_ids=ids, encoder_hidden_states=states[0], encoder_attention_mask=one, use_cache=False)[0]
+        for one in (mask, wide)
+    ]
+    assert torch.equal(*found)
+    model.set_attn_implementation("eager")
+    assert scoring.for_attention(mask, model, on_gpu=True) is mask
+
+
 def test_columns_and_export_follow_the_given_ids(models, t5_tokenizer, tmp_path):
     sampled = sampling.sample_batch(models, prompt_batch(t5_tokenizer, TEXTS[:2]), SOME, seed=3)
     rows = rollouts.to_rollouts(sampled, ["11", "12"], 3, rank=1, tokenizer=t5_tokenizer)
