@@ -28,7 +28,7 @@ BS, LR = 8, 8e-5
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
-    parser.add_argument("--samples", type=int, default=64, help="questions of our epoch (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=48, help="questions of our epoch (default: %(default)s)")
     return parser.parse_args(argv)
 
 
