@@ -3,7 +3,8 @@
     python benchmarks/bench_sft.py --size tiny --device cpu
 
 Ours is the SFTTrainer that main.py runs, an epoch over `--samples` real questions, its start (about half a second)
-included; the released recipe takes two steps of eight (its cost does not depend on the lengths). Checked first: the same loss and the same gradients, dropout off.
+included; the released recipe takes two steps of eight (its cost does not depend on the lengths). Checked first: the
+same loss and the same gradients, dropout off.
 """
 
 from __future__ import annotations
