@@ -38,6 +38,7 @@ from transformers.utils import logging as transformers_logging
 
 from ares.checkpoints import WEIGHTS, check_shapes, load_state_dict, read_shapes
 from ares.cli import UserError, atomic_path
+from ares.head import label_loss
 
 VALUE_FUNCTION = "value_function.pth"
 FUSION = ("encoder.image_dense.", "encoder.mha_layer.", "encoder.gate_dense.")
@@ -202,9 +203,15 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
         **kwargs,
     ) -> Seq2SeqLMOutput:
         """As T5's forward, with `image_ids`. `num_items_in_batch` (set by the Trainer): real targets of the whole
-        optimizer step; the loss is then their share of its mean, so accumulation steps may differ in length."""
+        optimizer step; the loss is then their share of its mean, so accumulation steps may differ in length. It comes
+        without logits, which never exist all at once then (ares/head.py)."""
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_ids, attention_mask, image_ids, inputs_embeds=inputs_embeds)
+        # a head that wears an adapter is more than its weight
+        if labels is not None and num_items_in_batch is not None and type(self.lm_head) is nn.Linear:
+            ids = self._shift_right(labels) if decoder_input_ids is None else decoder_input_ids
+            loss = self._label_loss(ids, decoder_attention_mask, encoder_outputs[0], attention_mask, labels)
+            return Seq2SeqLMOutput(loss=loss / num_items_in_batch)
         outputs = super().forward(
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
@@ -219,6 +226,22 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
                 return (loss, *outputs[1:])
             outputs.loss = loss
         return outputs
+
+    def _label_loss(self, ids, decoder_attention_mask, states, attention_mask, labels) -> torch.Tensor:
+        """Summed loss of the real labels."""
+        decoded = self.decoder(
+            input_ids=ids,
+            attention_mask=decoder_attention_mask,
+            encoder_hidden_states=states,
+            encoder_attention_mask=attention_mask,
+            use_cache=False,
+        ).last_hidden_state  # (B, L, d)
+        # T5 v1.0 scales before a head that is the embedding; transformers 5 keeps that in a field of its own
+        scaled = getattr(self.config, "scale_decoder_outputs", self.config.tie_word_embeddings)
+        real = labels != -100
+        return label_loss(
+            decoded[real] * (self.config.d_model**-0.5 if scaled else 1.0), self.lm_head.weight, labels[real]
+        )
 
     @torch.no_grad()
     def generate(self, inputs=None, *, input_ids=None, attention_mask=None, image_ids=None, **kwargs):

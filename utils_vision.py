@@ -32,6 +32,7 @@ MODEL_NAMES = {
 }
 SPLITS = ("train", "val", "test")
 RESNET_REPEATS = 512  # patches that the model sees of resnet's one vector
+CPU_IMAGES = 8  # images at once on a CPU: with more, the layers' outputs come from fresh pages every time, 12% slower
 SHORTEST_SIDE = 224  # pixels, of an image for detr, as released
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -105,13 +106,16 @@ class Encoder:
         import torch
 
         device = next(self.network.parameters()).device
+        at_once = CPU_IMAGES if device.type == "cpu" else len(images)
         rows: list[torch.Tensor | None] = [None] * len(images)
         with torch.inference_mode():
             for size in sorted({image.shape for image in images}):  # equal sizes together: no padding enters anything
-                places = [index for index, image in enumerate(images) if image.shape == size]
-                features = self._forward(torch.stack([images[index] for index in places]).to(device)).float().cpu()
-                for index, row in zip(places, features, strict=True):
-                    rows[index] = row
+                alike = [index for index, image in enumerate(images) if image.shape == size]
+                for start in range(0, len(alike), at_once):
+                    places = alike[start : start + at_once]
+                    features = self._forward(torch.stack([images[index] for index in places]).to(device)).float().cpu()
+                    for index, row in zip(places, features, strict=True):
+                        rows[index] = row
         return torch.stack(rows)
 
     def _forward(self, pixels: torch.Tensor) -> torch.Tensor:

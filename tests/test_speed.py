@@ -52,7 +52,11 @@ def test_batches_of_like_length_have_the_loss_and_gradient_of_padding_to_512(par
         total = 0.0
         for start in range(0, len(order), 4):
             items = [dataset[i] for i in order[start : start + 4]]
-            loss = other(**(padded_batch(items, loaded) if plain else collate(items)), num_items_in_batch=targets).loss
+            if plain:
+                real = sum(len(item["labels"]) for item in items)
+                loss = other(**padded_batch(items, loaded)).loss * real / targets  # the library's mean
+            else:
+                loss = other(**collate(items), num_items_in_batch=targets).loss
             loss.backward()
             total += loss.item()
         found.append((total, torch.cat([p.grad.flatten() for p in other.parameters() if p.grad is not None])))
@@ -70,6 +74,38 @@ def test_the_fused_gelu_is_the_librarys_and_the_config_keeps_its_name(parts, tmp
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["feed_forward_proj"], config["dense_act_fn"]) == ("gated-gelu", "gelu_new")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_training_loss_is_the_librarys(tied, tmp_path, monkeypatch):
+    """With num_items_in_batch, as the Trainer calls: same loss and gradients, in blocks too, and the frozen head."""
+    from ares import head
+    from model import T5ForMultimodalGeneration
+
+    monkeypatch.setattr(head, "CACHE", 3 * 32128)  # blocks of three rows, the last one shorter
+    model = T5ForMultimodalGeneration.from_pretrained(make_model(tmp_path / "m", tied=tied)).eval()
+    draw = torch.Generator().manual_seed(0)
+    batch = {"input_ids": torch.randint(2, 99, (2, 7), generator=draw), "attention_mask": torch.ones(2, 7).long()}
+    batch["labels"] = torch.randint(2, 99, (2, 5), generator=draw)
+    batch["labels"][0, 3:] = -100
+    gradients = []
+    for items in (None, 8):  # 8 labels are real: the mean
+        model.zero_grad()
+        outputs = model(**batch, num_items_in_batch=items)
+        outputs.loss.backward()
+        assert (outputs.logits is None) == (items is not None)
+        gradients.append([outputs.loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(gradients[0]) == len(gradients[1])
+    for plain, fast in zip(*gradients, strict=True):
+        assert torch.allclose(plain, fast, atol=1e-6 * float(plain.abs().max()) + 1e-9, rtol=1e-4)
+    model.lm_head.weight.requires_grad_(False)
+    model.zero_grad()
+    model(**batch, num_items_in_batch=8).loss.backward()
+    assert tied or model.lm_head.weight.grad is None
+    assert torch.isfinite(model.shared.weight.grad).all() if not tied else True
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(**batch, num_items_in_batch=8).loss
+    assert low.dtype == torch.float32 and float(low.detach()) == pytest.approx(float(gradients[0][0]), rel=1e-2)
 
 
 def test_two_processes_share_what_they_map(tmp_path):
