@@ -99,7 +99,8 @@ class Predictor:
 
         `store`: folder where rows are kept as they come, and looked up first.
         """
-        done = _read_rows(store) if store else {}
+        # a slow rank must not find rows that a fast one has added by now: their batches would differ
+        done = _gather(_read_rows(store)) if store else {}
         todo = [i for i in range(len(dataset)) if i not in done]
         todo.sort(key=lambda i: (-len(dataset[i]["input_ids"]), -len(dataset[i]["labels"])))  # the largest first
         batches = [todo[start : start + self.args.eval_bs] for start in range(0, len(todo), self.args.eval_bs)]
