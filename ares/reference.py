@@ -17,7 +17,8 @@ A sentence is judged in this order, and the first rule that applies decides:
  2. gold: says word for word what an unused gold sentence says: 1.0 (0.5 if it is only an opening, rule 5, or has no
     content word, as "Yes.").
  3. contradiction: asserts another choice as the answer, denies the gold choice, names several choices as the answer,
-    or puts another choice where a gold sentence has the gold one: 0.0.
+    puts another choice where a gold sentence has the gold one, or calls something the answer that shares no word with
+    the gold choice, the solution or the question ("So, the answer is Augusta.", where that is no choice): 0.0.
  4. unfinished or garbled (breaks off, stutters, bare name of a choice): whatever follows, at most 0.3.
  5. opening ("Let's look at ...", "To find out which ..., we need to ..."): 0.5, if most of its words are from the
     question's material.
@@ -42,7 +43,7 @@ from typing import Any
 from ares.sentences import split_text
 from ares.wording import ANSWER_WORDS, Sentence, containment, f1, lcs, option_patterns, score_of, share, support
 
-VERSION = "reference-1"  # raise it with every change that can change a score
+VERSION = "reference-2"  # raise it with every change that can change a score
 COVERED = 0.7  # a gold sentence is said by a sentence of at least this score
 NO_REASON = 0.7  # a right answer without a reason
 
@@ -56,6 +57,7 @@ _OPENING = re.compile(
     re.I,
 )
 
+_IS_ANSWER = re.compile(r"\banswer (?:is|must be|would be)\b|\bis the (?:correct |right |best )?answer\b", re.I)
 _SETTING_OUT = Counter(dict.fromkeys("think look see start begin go work find solv step first about care".split(), 9))
 
 
@@ -191,8 +193,16 @@ def _contradicts(sentence: Sentence, material: _Material) -> bool:
         denied = sentence.options == {material.answer} and sentence.concludes
         return denied and not any(gold.negated and support(sentence, gold) >= 0.6 for gold in material.gold)
     if not wrong:
-        return False
+        return not sentence.options and _names_no_choice(sentence, material)
     return sentence.concludes or not sentence.content.keys() - {f"<{option}>" for option in sentence.options}
+
+
+def _names_no_choice(sentence: Sentence, material: _Material) -> bool:
+    """Whether something is called the answer that has no word of the gold choice, the solution or the question."""
+    if not _IS_ANSWER.search(sentence.text):
+        return False
+    named = sentence.content.keys() - ANSWER_WORDS
+    return bool(named) and named.isdisjoint(material.answer_words | material.frame)
 
 
 def _is_broken(sentence: Sentence, material: _Material) -> bool:
@@ -217,6 +227,8 @@ class _Material:
         self.answer: int = problem["answer"]
         self.options = option_patterns(problem["choices"])
         solution, lecture = self._read(problem["solution"]), self._read(problem["lecture"])
+        texts = (problem["choices"][self.answer], problem["solution"] or problem["lecture"])
+        self.answer_words = {word for text in texts for word in Sentence(text, ()).content}  # choices as words
         self.question = self._read(problem["question"])
         self.frame = {word for sentence in self.question for word in sentence.content} | ANSWER_WORDS
         hint = self._read(problem["hint"])

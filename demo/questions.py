@@ -232,8 +232,6 @@ CAPITALS = {
     "Iowa": "Des Moines",
     "Utah": "Salt Lake City",
     "Minnesota": "St. Paul",
-    "Georgia": "Atlanta",
-    "Kansas": "Topeka",
 }
 
 

@@ -240,3 +240,20 @@ def test_deterministic_and_total(problems):
         text = "".join(rng.choice("ab<1>(B) .!?\n\"{}0\\n'é") for _ in range(80))
         assert score_sentences(problem, [text, ""]) == score_sentences(problem, [text, ""])
         assert correct_rationale(problem, text) == correct_rationale(problem, text)
+
+
+def test_an_answer_that_is_no_choice_is_wrong_and_corrected():
+    """Seen in the demo: it scored 0.5 and stayed in the corrected rationale beside the right capital."""
+    problem = {
+        "question": "What is the capital of Minnesota?", "choices": ["St. Paul", "Austin", "Columbus"], "answer": 0,
+        "hint": "", "lecture": "", "solution": "The capital of Minnesota is St. Paul. So, the answer is St. Paul.",
+    }  # fmt: skip
+    wrote = ["The capital of Minnesota is St. Paul.", "So, the answer is Augusta."]
+    assert score_sentences(problem, wrote) == [1.0, 0.0]
+    assert correct_rationale(problem, " ".join(wrote)) == problem["solution"]
+    assert score_sentences(problem, [wrote[0], "So, the answer is St. Paul."]) == [1.0, 1.0]
+    thermometer = problem | {
+        "choices": ["5.5°C", "15.5°C"],
+        "solution": "The column ends at 5.5°C. The answer is 5.5°C.",
+    }
+    assert score_sentences(thermometer, ["The column ends at 5.5°C.", "The answer is 5."]) == [1.0, 0.0]
