@@ -231,7 +231,7 @@ CAPITALS = {
     "Maine": "Augusta",
     "Iowa": "Des Moines",
     "Utah": "Salt Lake City",
-    "Minnesota": "St. Paul",
+    "Georgia": "Atlanta",
 }
 
 
