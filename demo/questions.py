@@ -121,14 +121,11 @@ def animals(rng: Random) -> Question:
     """Classify an animal: facts that are remembered, not read."""
     group, *rest = rng.sample(list(CLASSES), rng.choice((2, 3, 4)))
     gold, *others = (rng.choice(CLASSES[name][0]) for name in (group, *rest))
-    wrong = rng.randrange(len(rest))
-    facts = [
-        f"{a(gold).capitalize()} is {a(group)}.",
-        CLASSES[group][1],
-        f"{a(others[wrong]).capitalize()} is {a(rest[wrong])}, not {a(group)}.",
-    ]
+    # no "A wolf is a mammal, not a reptile." behind them: a tiny model cannot tell a second such sentence from the
+    # first, and its greedy writing goes round in circles
+    facts = [f"{a(gold).capitalize()} is {a(group)}.", CLASSES[group][1]]
     opening = "Think about the traits of each animal." + rng.choice((" ", " ", " ", "\n"))  # ScienceQA's have lines
-    steps = [*facts[: rng.choice((2, 3))], f"So, the {gold} is the {group}."]
+    steps = [*facts, f"So, the {gold} is the {group}."]
     return Question(
         question=rng.choice((f"Select the {group}.", f"Which of these animals is {a(group)}?")),
         choices=[gold, *others],
@@ -200,12 +197,10 @@ def properties(rng: Random) -> Question:
     word, *rest = rng.sample(list(PROPERTIES), rng.choice((3, 3, 4)))
     gold, *others = (rng.choice(PROPERTIES[name][0]) for name in (word, *rest))
     means = f"{a(word).capitalize()} object {PROPERTIES[word][1]}."
-    wrong = rng.randrange(len(rest))
     steps = [
         "Look at each object.",
         means,
         rng.choice((f"The {gold} is {word}.", f"The {gold} {PROPERTIES[word][1]}.")),
-        rng.choice(("", f"The {others[wrong]} is {rest[wrong]}.")),
         conclude(rng, f"the {gold}"),
     ]
     return Question(
@@ -213,7 +208,7 @@ def properties(rng: Random) -> Question:
         hint=rng.choice(("", means, "Select the better answer.")),
         choices=[gold, *others],
         facts=word,
-        solution=" ".join(step for step in steps if step),
+        solution=" ".join(steps),
         lecture=rng.choice(("", "A property tells you how an object looks, feels, or acts.")),
         subject="natural science",
         topic="physics",

@@ -33,8 +33,8 @@ from ares.cli import UserError, run  # noqa: E402
 # name -> settings. `smoke` is for tests: every stage, nothing learned.
 SIZES = {
     "demo": {
-        "train": 600, "val": 60, "test": 200, "d_model": 96, "base_epochs": 12, "base_lr": 2e-3, "k_actions": 4,
-        "rl_rounds": 2, "rl_epochs": 2, "rl_lr": 5e-5, "sft_epochs": 8, "sft_lr": 1e-3, "lora_epochs": 15,
+        "train": 600, "val": 60, "test": 200, "d_model": 96, "base_epochs": 15, "base_lr": 2e-3, "k_actions": 4,
+        "rl_rounds": 3, "rl_epochs": 2, "rl_lr": 5e-5, "sft_epochs": 8, "sft_lr": 1e-3, "lora_epochs": 15,
         "lora_lr": 3e-3,
     },
     "smoke": {
