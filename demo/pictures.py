@@ -56,8 +56,6 @@ def larger_shape(rng: Random) -> Question:
         f"The {other} {small} is smaller.",
         rng.choice((f"So, the larger shape is {gold}.", f"So, the answer is {gold}.")),
     ]
-    if rng.random() < 0.4:
-        del steps[2]
     return Question(
         question="What color is the larger shape?",
         choices=[gold, other, *rest[: rng.choice((0, 1, 2))]],
@@ -216,14 +214,14 @@ def thermometer(rng: Random) -> Question:
     steps = [
         "Find the top of the red column.",
         f"The top of the red column is at {gold}.",
-        rng.choice((f"This is a {LEVELS[gold]} temperature.", "")),
+        f"This is a {LEVELS[gold]} temperature.",
         rng.choice((f"So, the temperature is {gold}.", f"So, the answer is {gold}.")),
     ]
     return Question(
         question="What temperature does this thermometer show?",
         hint=rng.choice(("", "The marks on the thermometer stand for 5.5°C, 15.5°C, 25.5°C, and 35.5°C.")),
         **in_order(LEVELS, gold),
-        solution=" ".join(step for step in steps if step),
+        solution=" ".join(steps),
         lecture=rng.choice(("", "A thermometer is a tool that measures temperature.")),
         subject="natural science",
         topic="units-and-measurement",
@@ -253,8 +251,6 @@ def which_picture(rng: Random) -> Question:
         f"{names[1 - answer].capitalize()} shows {a(other)} {shape}.",
         f"So, the answer is {names[answer]}.",
     ]
-    if rng.random() < 0.3:
-        del steps[2]
     return Question(
         question=f"Which picture shows a {gold} {shape}?",
         choices=list(names),

@@ -234,17 +234,16 @@ def capitals(rng: Random) -> Question:
     """Remember a capital."""
     count = rng.choice((3, 4, 4))
     state, *others = rng.sample(list(CAPITALS), count)
-    gold, wrong = CAPITALS[state], CAPITALS[others[0]]
+    gold = CAPITALS[state]
     steps = [
         "Think about the capital of each U.S. state.",
-        rng.choice((f"{wrong} is the capital of {others[0]}, not {state}.", "")),
         f"The capital of {state} is {gold}.",
         rng.choice((f"So, the answer is {gold}.", f"The answer is {gold}.")),
     ]
     return Question(
         question=f"What is the capital of {state}?",
         choices=[gold, *(CAPITALS[other] for other in others)],
-        solution=" ".join(step for step in steps if step),
+        solution=" ".join(steps),
         lecture=rng.choice(("", "Each U.S. state has one capital. The capital is where the government meets.")),
         subject="social science",
         topic="geography",
