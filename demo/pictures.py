@@ -10,7 +10,7 @@ from random import Random
 
 from PIL import Image, ImageDraw
 
-from demo.questions import Question, a, in_order
+from demo.questions import Question, a, conclude, in_order
 
 SIDE = 96  # pixels, width and height of every picture
 COLORS = {
@@ -54,7 +54,7 @@ def larger_shape(rng: Random) -> Question:
         "Look at the size of each shape.",
         f"The larger shape is a {gold} {big}.",
         f"The {other} {small} is smaller.",
-        rng.choice((f"So, the larger shape is {gold}.", f"So, the answer is {gold}.")),
+        conclude(gold),
     ]
     return Question(
         question="What color is the larger shape?",
@@ -92,9 +92,7 @@ def solutions(rng: Random) -> Question:
     steps = [
         "Each flask holds the same volume.",
         f"{gold} has more {color} particles than {other}.",
-        f"{rng.choice(('So', 'This means that'))}, {gold} has a higher concentration of {color} particles."
-        if rng.random() < 0.5
-        else f"So, the answer is {gold}.",
+        f"So, {gold} has a higher concentration of {color} particles.",
     ]
     return Question(
         question=f"Which solution has a higher concentration of {color} particles?",
@@ -139,7 +137,7 @@ def shaded_region(rng: Random) -> Question:
         "Look at the dark part of the map.",
         edges,
         rng.choice((f"The {gold} part of the map is shaded.", f"The shaded part is in the {gold}.")),
-        f"So, the answer is {gold}.",
+        conclude(gold),
     ]
     return Question(
         question="Which part of the map is shaded?",
@@ -179,7 +177,7 @@ def magnets(rng: Random) -> Question:
         "Look at the two facing poles.",
         facing,
         rule,
-        rng.choice((f"So, these magnets will {gold} each other.", f"So, the magnets will {gold}.")),
+        f"So, these magnets will {gold} each other.",
     ]
     return Question(
         question="Will these magnets attract or repel each other?",
@@ -215,7 +213,7 @@ def thermometer(rng: Random) -> Question:
         "Find the top of the red column.",
         f"The top of the red column is at {gold}.",
         f"This is a {LEVELS[gold]} temperature.",
-        rng.choice((f"So, the temperature is {gold}.", f"So, the answer is {gold}.")),
+        conclude(gold),
     ]
     return Question(
         question="What temperature does this thermometer show?",
@@ -249,7 +247,7 @@ def which_picture(rng: Random) -> Question:
         "Look at the color in each picture.",
         f"{names[answer].capitalize()} shows a {gold} {shape}.",
         f"{names[1 - answer].capitalize()} shows {a(other)} {shape}.",
-        f"So, the answer is {names[answer]}.",
+        conclude(names[answer]),
     ]
     return Question(
         question=f"Which picture shows a {gold} {shape}?",

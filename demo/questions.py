@@ -51,9 +51,10 @@ class Question:
     facts: str = ""
 
 
-def conclude(rng: Random, answer: str) -> str:
-    """The last sentence of a rationale: it names the answer."""
-    return rng.choice((f"So, the answer is {answer}.", f"So, {answer} is the answer.", f"The answer is {answer}."))
+def conclude(answer: str) -> str:
+    """The last sentence of a rationale: it names the answer. One form: out of "So, the answer is it." and "So, it is
+    the answer." a tiny model's greedy writing makes "So, the answer is the answer is ..."."""
+    return f"So, the answer is {answer}."
 
 
 def in_order(names: Iterable[str], gold: str) -> dict[str, Any]:
@@ -201,7 +202,7 @@ def properties(rng: Random) -> Question:
         "Look at each object.",
         means,
         rng.choice((f"The {gold} is {word}.", f"The {gold} {PROPERTIES[word][1]}.")),
-        conclude(rng, f"the {gold}"),
+        conclude(f"the {gold}"),
     ]
     return Question(
         question=f"Which object is {word}?",
@@ -238,7 +239,7 @@ def capitals(rng: Random) -> Question:
     steps = [
         "Think about the capital of each U.S. state.",
         f"The capital of {state} is {gold}.",
-        rng.choice((f"So, the answer is {gold}.", f"The answer is {gold}.")),
+        conclude(gold),
     ]
     return Question(
         question=f"What is the capital of {state}?",
@@ -323,7 +324,7 @@ def tense(rng: Random) -> Question:
         "Look at the verb in the sentence.",
         sign,
         f"It tells you about {TENSES[gold]}.",
-        rng.choice((f"So, the sentence is in the {gold}.", f"So, the answer is {gold}.")),
+        conclude(gold),
     ]
     return Question(
         question=f"Which tense does the sentence use?\n{who} {form} {verb[3]}{when}.",
@@ -351,7 +352,7 @@ def sentence_kind(rng: Random) -> Question:
     steps = [
         "Look at how the sentence ends.",
         texts[gold][1],
-        rng.choice((f"So, the sentence is {a(gold)}.", f"So, the answer is {gold}.")),
+        conclude(gold),
     ]
     return Question(
         question=f"What kind of sentence is this?\n{texts[gold][0]}",
