@@ -44,12 +44,13 @@ class Bench:
         self.order = sorted(self.world.dataset.qids, key=lambda qid: -self.world.prompts.lengths[qid])
 
     def batches(self, questions: int):
-        """(prompts, lengths of their texts) of questions spread evenly over all of them, longest first."""
+        """(prompts, lengths of their texts) of questions spread evenly over all of them, each batch a like mixture:
+        batches of like prompts, as the product makes them, would be cheaper the more questions there are."""
         chosen = [self.order[i * self.scale // questions] for i in range(questions)]
-        for begin in range(0, questions, self.args.bs):
-            qids = chosen[begin : begin + self.args.bs]
-            first = begin * self.args.k_actions
-            yield self.world.prompts.batch(qids), self.lengths[first : first + len(qids) * self.args.k_actions]
+        count = -(-questions // self.args.bs)
+        for i in range(count):
+            qids = chosen[i::count]
+            yield self.world.prompts.batch(qids), self.lengths[: len(qids) * self.args.k_actions]
 
     def ours(self, questions: int) -> list[dict]:
         found = []
@@ -83,7 +84,7 @@ class Bench:
         for name, model in (("logprobs", models.policy), ("values", models.value_function)):
             got = sampling.score(model, prompt, actions, k, value=name == "values")
             want = released_rl.score(model, repeated, wide).cpu()[:, : got.size(1)]
-            said.append(common.check(f"{name} of the same ids", got, want, 5e-4))
+            said.append(common.check(f"{name} of the same ids", got.detach(), want.detach(), 5e-4))
         theirs = released_rl.rollouts(
             models, prompt, k, self.how.top_k, self.how.output_len, lengths.view(-1, k).to(self.world.device)
         )
