@@ -19,7 +19,6 @@ alike; pickles are only ever read with `weights_only=True`. A model without `pat
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -28,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 from transformers.activations import NewGELUActivation
@@ -36,47 +34,16 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import logging as transformers_logging
 
-from ares.checkpoints import WEIGHTS, check_shapes, load_state_dict, read_shapes
+from ares.checkpoints import check_shapes, load_state_dict, local_folder, read_shapes
 from ares.cli import UserError, atomic_path
 from ares.head import label_loss
+from ares.t5_config import MultimodalT5Config, PatchSize, as_multimodal, read_config
 
 VALUE_FUNCTION = "value_function.pth"
 FUSION = ("encoder.image_dense.", "encoder.mha_layer.", "encoder.gate_dense.")
 EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # one tensor with shared.weight, always
 
 transformers_logging.disable_progress_bar()  # "Loading weights" and the like: lines in every log, from every rank
-
-PatchSize = tuple[int | None, int]  # patches per image (None: not recorded; nothing depends on it), features per patch
-
-
-# -- configuration ---------------------------------------------------------------------------------------
-
-
-class MultimodalT5Config(T5Config):
-    """T5Config with `patch_size`, and with `tie_word_embeddings` kept as the checkpoint says.
-
-    transformers 5 sets `tie_word_embeddings` to True whatever it was given and remembers a False only as
-    `scale_decoder_outputs = False`. Here False stays False, also in the saved file, where transformers 4 and the
-    released code look for it.
-    """
-
-    patch_size: tuple | list | None = None
-
-    def __post_init__(self, **kwargs):
-        untied = kwargs.get("tie_word_embeddings") is False or kwargs.get("scale_decoder_outputs") is False
-        super().__post_init__(**kwargs)
-        self.tie_word_embeddings = not untied
-        self.patch_size = None if self.patch_size is None else tuple(self.patch_size)
-
-
-def _as_multimodal(config: T5Config, patch_size: PatchSize | None = None) -> MultimodalT5Config:
-    if not isinstance(config, MultimodalT5Config):
-        attention = config._attn_implementation
-        config = MultimodalT5Config.from_dict(config.to_dict())
-        config._attn_implementation = attention
-    if patch_size is not None:
-        config.patch_size = tuple(patch_size)
-    return config
 
 
 # -- policy ----------------------------------------------------------------------------------------------
@@ -136,7 +103,7 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch, and forward divides by it
 
     def __init__(self, config: T5Config, patch_size: PatchSize | None = None):
-        super().__init__(_as_multimodal(config, patch_size))
+        super().__init__(as_multimodal(config, patch_size))
         self.encoder = MultimodalEncoder(self.encoder.config)
         _fuse_gelu(self)
         self.post_init()
@@ -149,13 +116,13 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
         random state. Weights are float32 unless `dtype` says otherwise. Raises UserError when the folder holds no
         whole T5 or was made for other features.
         """
-        folder = _local_folder(pretrained_model_name_or_path, kwargs)
+        folder = local_folder(pretrained_model_name_or_path, kwargs)
         info = read_checkpoint(folder, "from_pretrained")
         if patch_size is not None:
             _check_features(info, tuple(patch_size), None, "from_pretrained")
         fields = {"patch_size": tuple(patch_size or info.patch_size or ()) or None, "tie_word_embeddings": info.tied}
         if (config := kwargs.pop("config", None)) is not None:
-            kwargs["config"] = _as_multimodal(config)
+            kwargs["config"] = as_multimodal(config)
             for name, value in fields.items():
                 setattr(kwargs["config"], name, value)
         else:
@@ -236,12 +203,8 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
             encoder_attention_mask=attention_mask,
             use_cache=False,
         ).last_hidden_state  # (B, L, d)
-        # T5 v1.0 scales before a head that is the embedding; transformers 5 keeps that in a field of its own
-        scaled = getattr(self.config, "scale_decoder_outputs", self.config.tie_word_embeddings)
         real = labels != -100
-        return label_loss(
-            decoded[real] * (self.config.d_model**-0.5 if scaled else 1.0), self.lm_head.weight, labels[real]
-        )
+        return label_loss(decoded[real] * self.config.head_scale, self.lm_head.weight, labels[real])
 
     @torch.no_grad()
     def generate(self, inputs=None, *, input_ids=None, attention_mask=None, image_ids=None, **kwargs):
@@ -297,7 +260,7 @@ class T5ForMultimodalGenerationValueFunction(T5ForMultimodalGeneration):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As the policy's; takes `value_function.pth` where the folder has one, else the policy's weights and a fresh
         `v_head` drawn from `seed`."""
-        folder = _local_folder(pretrained_model_name_or_path, kwargs)
+        folder = local_folder(pretrained_model_name_or_path, kwargs)
         loaded = super().from_pretrained(folder, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if (path := folder / VALUE_FUNCTION).exists():
@@ -389,7 +352,7 @@ def read_checkpoint(folder: Path, flag: str) -> CheckpointInfo:
     """What `folder` holds, checked to be a whole T5 of whatever features. Raises UserError naming `flag`."""
     if not folder.is_dir():
         raise UserError(f"{flag}: {folder} does not exist; name a model folder or a hub id")
-    config = _read_config(folder, flag)
+    config = read_config(folder, flag)
     shapes = read_shapes(folder, flag)
     tied = config.tie_word_embeddings or "lm_head.weight" not in shapes  # transformers 5 saves any T5 as tied
     image_dense = shapes.get("encoder.image_dense.weight")
@@ -409,26 +372,6 @@ def read_checkpoint(folder: Path, flag: str) -> CheckpointInfo:
         optional.add("shared.weight")  # any one of the three will do
     check_shapes(shapes, expected, folder, flag, optional)
     return info
-
-
-def _read_config(folder: Path, flag: str) -> MultimodalT5Config:
-    path = folder / "config.json"
-    if not path.exists():
-        if (folder / "adapter_config.json").exists():
-            raise UserError(f"{flag}: {folder} holds a LoRA adapter, not a model; name the model it was trained on")
-        raise UserError(f"{flag}: {folder} has no config.json; name the folder that save_pretrained wrote")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        model_type = fields.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{flag}: cannot read {path} ({error})") from error
-    if model_type != "t5":
-        raise UserError(f"{flag}: {path} describes a {model_type!r} model; only T5 (model_type 't5') can be used")
-    try:
-        return MultimodalT5Config.from_dict(fields)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{flag}: {path} is no valid T5 configuration ({reason[:160]})") from error
 
 
 def _check_features(info: CheckpointInfo, patch_size: PatchSize | None, img_type: str | None, flag: str) -> None:
@@ -457,29 +400,6 @@ def types_that_fit(patch_size: PatchSize) -> list[str]:
     return [
         name for name, (patches, dim) in img_shape.items() if dim == patch_size[1] and patch_size[0] in (None, patches)
     ]
-
-
-def _local_folder(name: str | os.PathLike, kwargs: dict) -> Path:
-    """`name` itself where it is a folder; else the Hub's snapshot of that id, downloaded or from the cache."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import enable_progress_bars
-
-    enable_progress_bars()  # a gigabyte to come
-
-    options = {key: kwargs.pop(key) for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
-    try:
-        for weights in ("*.safetensors", "*.bin"):
-            found = Path(snapshot_download(str(name), allow_patterns=["*.json", weights], **options))
-            if any((found / file).exists() for file in WEIGHTS):
-                break
-        return found
-    except (OSError, ValueError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name} is neither a folder here nor a model the Hub gives ({reason[:160]})") from error
 
 
 @contextlib.contextmanager

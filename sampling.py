@@ -292,7 +292,7 @@ class StepDecoder:
             x = feed_forward(x)
         self.length += 1
         x = self.policy.decoder.final_layer_norm(x)
-        return self.policy.lm_head(x * scoring.head_scale(self.policy))
+        return self.policy.lm_head(x * self.policy.config.head_scale)
 
     def _look_back(self, attention: Any, x: Tensor, layer: _Layer, bias: Tensor) -> Tensor:
         t = self.length

@@ -60,13 +60,6 @@ def length_groups(lengths: Sequence[int]) -> list[list[int]]:
     return groups[::-1]
 
 
-def head_scale(model: nn.Module) -> float:
-    """What T5 multiplies decoder states with before its head: d ** -0.5 where the head is the embedding, else 1."""
-    config = model.config
-    scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
-    return config.d_model**-0.5 if scaled else 1.0
-
-
 def halve(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """Keep the weights of linear layers in `dtype`, as autocast would make them anew at every call of a frozen model:
     the same numbers for half the memory. Embeddings and norms, which autocast leaves alone, stay."""
@@ -121,7 +114,7 @@ def policy_logprobs(
     actions (B, T + 1); places (N,) are the positions wanted, counted through the flattened (B, T).
     """
     decoded = decode(policy, states, attention_mask, question, actions)  # (B, T, d)
-    wanted = decoded.flatten(0, 1).index_select(0, places) * head_scale(policy)  # (N, d)
+    wanted = decoded.flatten(0, 1).index_select(0, places) * policy.config.head_scale  # (N, d)
     labels = actions[:, 1:].flatten().index_select(0, places)
     return tuple(
         one.new_zeros(actions[:, 1:].numel()).index_copy(0, places, one).view(actions[:, 1:].shape)

@@ -7,6 +7,7 @@ only ever read with `weights_only=True`, so nothing it holds is executed.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import zipfile
 from collections.abc import Set
@@ -62,6 +63,29 @@ def load_state_dict(path: Path, flag: str, device: str) -> dict[str, torch.Tenso
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{flag}: {path} is not a state dict (name -> tensor)")
     return state
+
+
+def local_folder(name: str | os.PathLike, kwargs: dict) -> Path:
+    """`name` itself where it is a folder; else the Hub's snapshot of that id, downloaded or from the cache."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import enable_progress_bars
+
+    enable_progress_bars()  # a gigabyte to come
+
+    options = {key: kwargs.pop(key) for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+    try:
+        for weights in ("*.safetensors", "*.bin"):
+            found = Path(snapshot_download(str(name), allow_patterns=["*.json", weights], **options))
+            if any((found / file).exists() for file in WEIGHTS):
+                break
+        return found
+    except (OSError, ValueError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name} is neither a folder here nor a model the Hub gives ({reason[:160]})") from error
 
 
 def check_shapes(shapes: dict, expected: dict, where: Path, flag: str, optional: Set[str] = frozenset()) -> None:

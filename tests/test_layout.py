@@ -34,7 +34,7 @@ ROOMS = [
     "demo/make_model.py",
 ]
 # the Teacher's machine may have no torch
-NEEDS_TORCH = {"ppo.py", "checkpoints.py", "head.py"}
+NEEDS_TORCH = {"ppo.py", "checkpoints.py", "head.py", "t5_config.py"}
 NO_TORCH = [
     *sorted(f"ares/{file.name}" for file in (ROOT / "ares").glob("*.py") if file.name not in NEEDS_TORCH),
     "utils_prompt.py",

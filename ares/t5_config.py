@@ -1,0 +1,75 @@
+"""T5's configuration with what the image layers were made for.
+
+    config = MultimodalT5Config(patch_size=(145, 1024), ...)     # or as_multimodal(a T5Config)
+    config = read_config(folder, "--model")
+
+Leaves out the model (model.py) and the weights (checkpoints.py).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import T5Config
+
+from ares.cli import UserError
+
+PatchSize = tuple[int | None, int]  # patches per image (None: not recorded; nothing depends on it), features per patch
+
+
+class MultimodalT5Config(T5Config):
+    """T5Config with `patch_size`, and with `tie_word_embeddings` kept as the checkpoint says.
+
+    transformers 5 sets `tie_word_embeddings` to True whatever it was given and remembers a False only as
+    `scale_decoder_outputs = False`. Here False stays False, also in the saved file, where transformers 4 and the
+    released code look for it.
+    """
+
+    patch_size: tuple | list | None = None
+
+    def __post_init__(self, **kwargs):
+        untied = kwargs.get("tie_word_embeddings") is False or kwargs.get("scale_decoder_outputs") is False
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = not untied
+        self.patch_size = None if self.patch_size is None else tuple(self.patch_size)
+
+    @property
+    def head_scale(self) -> float:
+        """What decoder states are multiplied with before the head: d ** -0.5 where that is the embedding (T5 v1.0)."""
+        # transformers 5 keeps that in a field of its own
+        scaled = getattr(self, "scale_decoder_outputs", self.tie_word_embeddings)
+        return self.d_model**-0.5 if scaled else 1.0
+
+
+def as_multimodal(config: T5Config, patch_size: PatchSize | None = None) -> MultimodalT5Config:
+    """`config` with the field `patch_size`, set to what is given."""
+    if not isinstance(config, MultimodalT5Config):
+        attention = config._attn_implementation
+        config = MultimodalT5Config.from_dict(config.to_dict())
+        config._attn_implementation = attention
+    if patch_size is not None:
+        config.patch_size = tuple(patch_size)
+    return config
+
+
+def read_config(folder: Path, flag: str) -> MultimodalT5Config:
+    """The configuration of a model folder. Raises UserError naming `flag` where it has none, or is no T5."""
+    path = folder / "config.json"
+    if not path.exists():
+        if (folder / "adapter_config.json").exists():
+            raise UserError(f"{flag}: {folder} holds a LoRA adapter, not a model; name the model it was trained on")
+        raise UserError(f"{flag}: {folder} has no config.json; name the folder that save_pretrained wrote")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        model_type = fields.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{flag}: cannot read {path} ({error})") from error
+    if model_type != "t5":
+        raise UserError(f"{flag}: {path} describes a {model_type!r} model; only T5 (model_type 't5') can be used")
+    try:
+        return MultimodalT5Config.from_dict(fields)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{flag}: {path} is no valid T5 configuration ({reason[:160]})") from error
