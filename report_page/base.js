@@ -21,9 +21,11 @@ const parsed = (id) => JSON.parse(byId(id).textContent);
 
 /** A number in hundredths as a score: 0.7, 0.75. */
 const asScore = (hundredths) => (hundredths % 10 ? (hundredths / 100).toFixed(2) : (hundredths / 100).toFixed(1));
+/** A number with that many digits; no sign before a zero. */
+const asFixed = (value, digits) => value.toFixed(digits).replace(/^-(?=[0.]+$)/, '');
 const asSigned = (value, digits) => {
-  const size = Math.abs(value).toFixed(digits);
-  return (Number(size) === 0 ? '' : value > 0 ? '+' : '−') + size;
+  const text = asFixed(value, digits);
+  return Number(text) > 0 ? '+' + text : text.replace('-', '−');
 };
 const asCount = (value) => value.toLocaleString('en-US');
 /** The step of the colour scale for a score in hundredths. */

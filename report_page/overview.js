@@ -28,7 +28,7 @@ const lineOf = (name, cells, words) => el('tr', {}, el('th', { scope: 'row' }, n
   cells.map((cell, i) => (typeof cell === 'string' ? el('td', { class: i < (words || 0) ? 'left' : null }, cell) : cell)));
 
 const wide = (table) => el('div', { class: 'wide' }, table);
-const orDash = (value, digits) => (Number.isFinite(value) ? value.toFixed(digits) : '–'); // no mean over nothing
+const orDash = (value, digits) => (Number.isFinite(value) ? asFixed(value, digits) : '–'); // no mean over nothing
 
 function notesCard() {
   return main.notes.length ? el('ul', { class: 'small muted' }, main.notes.map((note) => el('li', {}, note))) : null;

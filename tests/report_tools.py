@@ -114,7 +114,7 @@ def make_rl(run: Path, problems: dict, qids: list[str], tokenizer) -> None:
     tokenizer.save_pretrained(run / "0")
     lines = [{"kind": "rollout", "round": 0, "update": 0, "mean_sentence_score": 0.55, "reward": 0.25,
               "length": 12.0, "share_ended": 1.0, "rationales": len(kept), "share_dropped": 0.125,
-              "kl_per_rationale": 0.5}]  # fmt: skip
+              "kl_per_rationale": -0.0003}]  # fmt: skip
     for update in range(1, 7):
         values = {"approx_kl": 0.01 * update, "kl_ref": 0.02 * update, "entropy": 1.0 / update, "clipfrac": 0.1}
         values |= {"explained_variance": 0.1 * update, "value_loss": 1.0, "reward": 0.25, "sentence_reward": 0.3}

@@ -69,6 +69,7 @@ def test_overview_shows_the_figures(tab, world):
     for words in ("75.00", "55.13", f"{figures[1]['rationale']['score']:.3f}", "$2.00", "placeholder 1", "RL itself"):
         assert words in shown, words
     assert len(css(tab, "#overview .figures svg")) == 6 and len(css(tab, "#overview .scores svg")) == 1
+    assert "-0.0" not in shown and "−0.0" not in shown, "no sign before a zero"
     assert text(tab, "#overview td.best"), "the best stage stands out"
     assert not css(tab, "#overview .none"), "nothing is missing here"
     assert tab.execute_script("return performance.getEntriesByType('resource').length") == 0, "nothing is fetched"
