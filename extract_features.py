@@ -14,9 +14,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,8 +35,13 @@ from ares.cli import (
     writable_dir,
     write_json,
 )
-from utils_vision import MODEL_NAMES, Encoder, list_images, load_encoder, read_image, weights_identity
+from ares.memory import keep_freed_memory
+from utils_vision import MODEL_NAMES, Encoder, by_size, list_images, load_encoder, read_image, weights_identity
 
+if TYPE_CHECKING:
+    import torch
+
+MOST_WORKERS = 16  # by default: a GPU takes no more images than they decode
 FILES = {"vit": "vit.pth", "detr": "detr.npy", "clip": "clip.npy", "resnet": "resnet.npy"}  # the released names
 
 
@@ -57,14 +64,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     network.add_argument("--random_weights", action="store_true", help="no weights at all: for trials only")
     network.add_argument("--seed", type=int, default=0, help="seed of --random_weights")
     running = parser.add_argument_group("running")
-    running.add_argument("--batch_size", type=int, default=32, help="images at a time")
-    running.add_argument("--workers", type=int, default=2, help="processes that decode images (0: this one)")
+    running.add_argument("--batch_size", type=int, default=16, help="images at a time (default: %(default)s)")
+    running.add_argument(
+        "--workers", type=int, help="processes that decode images, 0: this one (default: a GPU: one per core; else 1)"
+    )
     running.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     running.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="type of stored numbers")
     args = parser.parse_args(argv)
     refuse(
         ["--batch_size: at least 1 image at a time"] * (args.batch_size < 1)
-        + ["--workers: a number of processes cannot be negative"] * (args.workers < 0)
+        + ["--workers: a number of processes cannot be negative"] * (args.workers is not None and args.workers < 0)
         + ["--weights and --random_weights contradict each other: drop one"]
         * bool(args.weights and args.random_weights)
     )
@@ -156,9 +165,20 @@ class Rows:
         self.record_file.unlink(missing_ok=True)
 
 
-def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: int, workers: int):
-    """Batches of (qid, transformed image, or None where it is broken, and why), from row `done` on, in order."""
+@dataclass
+class Batch:
+    """Consecutive rows: the images of each size stacked, with their places among the rows; why others are broken."""
+
+    qids: list[str]
+    stacks: list[tuple[list[int], torch.Tensor]]
+    broken: dict[str, str] = field(default_factory=dict)
+
+
+def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: int, workers: int) -> Iterator[Batch]:
+    """From row `done` on, in order, decoded and stacked by `workers` processes."""
     from torch.utils.data import DataLoader
+
+    pool = None if workers else ThreadPoolExecutor(len(os.sched_getaffinity(0)))
 
     class Images:
         def __init__(self):
@@ -167,32 +187,53 @@ def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: in
         def __len__(self):
             return len(self.rows)
 
-        def __getitem__(self, index):
-            qid, path = self.rows[index]
+        def __getitems__(self, places):
+            # a CPU decodes and computes in turns: side by side they would hold each other up
+            return list(pool.map(self.load, places) if pool else map(self.load, places))
+
+        def load(self, place):
+            qid, path = self.rows[place]
             try:
                 return qid, encoder.transform(read_image(path)), ""
             except (OSError, ValueError) as error:
                 return qid, None, f"{path}: {error}"
 
-    return DataLoader(Images(), batch_size=batch_size, num_workers=workers, collate_fn=list)
+    def collate(rows):
+        sound = [place for place, (_, pixels, _) in enumerate(rows) if pixels is not None]
+        stacks = [
+            ([sound[i] for i in places], pixels) for places, pixels in by_size([rows[place][1] for place in sound])
+        ]
+        return Batch([qid for qid, *_ in rows], stacks, {qid: why for qid, pixels, why in rows if pixels is None})
+
+    return iter(DataLoader(Images(), batch_size=batch_size, num_workers=workers, collate_fn=collate))
 
 
 def extract(encoder: Encoder, images: dict[str, Path], rows: Rows, args: argparse.Namespace) -> None:
     """Fill the rows that are not done. Raises UserError at a broken image with --strict."""
     done = rows.record["done"]
-    with progress(desc=encoder.img_type, total=len(images), initial=done, unit="img") as bar:
-        for batch in batches(encoder, images, done, args.batch_size, args.workers):
-            for qid, pixels, reason in batch:
-                if pixels is None and args.strict:
+    on_gpu = next(encoder.network.parameters()).device.type == "cuda"
+    workers = (
+        (min(len(os.sched_getaffinity(0)), MOST_WORKERS) if on_gpu else 1) if args.workers is None else args.workers
+    )
+    with (
+        progress(desc=encoder.img_type, total=len(images), initial=done, unit="img") as bar,
+        ThreadPoolExecutor(1) as writer,  # the disk is waited for while the next batch is computed
+    ):
+        written = None
+        for batch in batches(encoder, images, done, args.batch_size, workers):
+            for qid, reason in batch.broken.items():
+                if args.strict:
                     raise UserError(f"--strict: question {qid}: cannot read {reason}")
-                if pixels is None:
-                    warn0(f"question {qid}: cannot read {reason}; its row is zeros")
-            features = np.zeros((len(batch), *encoder.stored), dtype=args.dtype)
-            sound = [place for place, (_, pixels, _) in enumerate(batch) if pixels is not None]
-            if sound:
-                features[sound] = encoder([batch[place][1] for place in sound]).numpy()
-            rows.append(features, [qid for qid, pixels, _ in batch if pixels is None])
-            bar.update(len(batch))
+                warn0(f"question {qid}: cannot read {reason}; its row is zeros")
+            features = np.zeros((len(batch.qids), *encoder.stored), dtype=args.dtype)
+            for places, pixels in batch.stacks:
+                features[places] = encoder.features(pixels).numpy()
+            if written:
+                written.result()
+            written = writer.submit(rows.append, features, list(batch.broken))
+            bar.update(len(batch.qids))
+        if written:
+            written.result()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -209,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     torch.backends.cudnn.deterministic = True
+    keep_freed_memory()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     weights = "random" if args.random_weights else args.weights or "pretrained"
     encoder = load_encoder(args.img_type, args.model_name, weights, device, args.seed)
