@@ -100,9 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ratios = [slow / fast for slow, fast in zip(times["released"], times["ours"], strict=True)]
     result = {name: common.spread(values) for name, values in (*times.items(), ("ratio", ratios))}
 
-    # from 64 questions on: fewer are not of one length distribution
-    more = {n: sides.data.dataset("test", 4 * n * args.rows) for n in (1, 2, 4)}
-    scaling = common.linear(lambda n: sides.ours(more[n]), argparse.Namespace(**vars(args) | {"repeats": 1}))
+    scaling = growth(sides, 8 * args.rows)
     common.profile(sides.ours, args)
     common.report(
         args, "generate + score", result, target=">= 10x" if args.device == "cpu" else ">= 20x", equal=equal,
@@ -110,6 +108,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         slice=f"{args.rows} test questions; seconds per question",
         projection={"generate_seconds_per_question": result["ours"]["median"]},
     )  # fmt: skip
+
+
+def growth(sides: Sides, questions: int) -> dict[str, float]:
+    """Time of the same questions in one part (4x) and in two (2x) over that in four: 1.0 is linear."""
+    whole = sides.data.dataset("test", questions)
+
+    def seconds(parts: int) -> float:
+        some = [sides.data.of(whole.qids[i::parts]) for i in range(parts)]
+        return sum(common.seconds(lambda one=one: sides.ours(one), sides.device) for one in some)
+
+    quarters = seconds(4)
+    return {"2x": seconds(2) / quarters, "4x": seconds(1) / quarters}
 
 
 def how_close(sides: Sides, device: torch.device, per_row: float) -> str:

@@ -23,7 +23,7 @@ import experience
 import ppo_trainer
 import sampling
 from ares import cli, ppo
-from benchmarks import common, limits, released_rl, rl_common
+from benchmarks import common, limits, released_recipe, released_rl, rl_common
 from metrics import Metrics
 from rollouts import Rollouts
 
@@ -64,14 +64,16 @@ class Bench:
         ]
         plan = experience.plan_epoch(lengths, args.rl_batch_size, 1, args.ga_step, args.seed)
         self.plan = plan[:-1]  # the last update may be short
-        self.optimizer = torch.optim.AdamW(self.trainer.raw.parameters(), lr=1e-12)
+        self.optimizer = released_recipe.optimizer_of(self.trainer.raw, 1e-12)
 
     def ours(self, updates: int = 1) -> None:
         for _ in range(updates):
             self.trainer._update(self.plan[0], 10**6)
 
     def released(self) -> dict[str, float]:
-        return released_rl.update(self.trainer, self.optimizer, self.plan[0], self.args.output_len)
+        raw = self.trainer.raw
+        with released_recipe.plainly(raw.policy), released_recipe.plainly(raw.value_function):
+            return released_rl.update(self.trainer, self.optimizer, self.plan[0], self.args.output_len)
 
     def check(self) -> list[str]:
         """Losses, entropy and gradients of one update, fp32."""

@@ -9,6 +9,7 @@ and both write what was asked. Left out: the Teacher, and the files that rollout
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 import sampling
 from ares import cli, ppo
-from benchmarks import common, limits, released_rl, rl_common
+from benchmarks import common, limits, released_recipe, released_rl, rl_common
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -64,14 +65,15 @@ class Bench:
         return torch.autocast("cuda", torch.bfloat16, enabled=self.args.device == "cuda")
 
     def released(self, questions: int) -> list[dict]:
-        how = self.how
-        return [
-            released_rl.rollouts(
-                self.world.models, prompt, how.k, how.top_k, how.output_len,
-                lengths.view(-1, how.k).to(self.world.device),
-            )
-            for prompt, lengths in self.batches(questions)
-        ]  # fmt: skip
+        return [self.released_batch(prompt, lengths) for prompt, lengths in self.batches(questions)]
+
+    def released_batch(self, prompt: dict, lengths: torch.Tensor) -> dict:
+        how, models = self.how, self.world.models
+        lengths = lengths.view(-1, how.k).to(self.world.device)
+        with contextlib.ExitStack() as stack:
+            for model in (models.policy, models.reference, models.value_function):
+                stack.enter_context(released_recipe.plainly(model))
+            return released_rl.rollouts(models, prompt, how.k, how.top_k, how.output_len, lengths)
 
     def check(self) -> list[str]:
         """Both sides on the same ids (fp32), and the lengths that both write."""
@@ -85,9 +87,7 @@ class Bench:
             got = sampling.score(model, prompt, actions, k, value=name == "values")
             want = released_rl.score(model, repeated, wide).cpu()[:, : got.size(1)]
             said.append(common.check(f"{name} of the same ids", got.detach(), want.detach(), 5e-4))
-        theirs = released_rl.rollouts(
-            models, prompt, k, self.how.top_k, self.how.output_len, lengths.view(-1, k).to(self.world.device)
-        )
+        theirs = self.released_batch(prompt, lengths)
         for side, found in (("ours", ours), ("released", theirs)):
             written = ppo.action_mask(found["actions"]).sum(1)
             said.append(common.check(f"lengths written, {side}", written.tolist(), lengths.tolist()))

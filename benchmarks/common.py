@@ -132,12 +132,15 @@ class BenchData:
 
         `start` shifts the choice, so that two calls give different questions.
         """
-        from utils_data import RationaleDataset
-
         qids = self.qids[split]
         count = len(qids) if count is None else count
-        chosen = [qids[(start + i * len(qids) // count) % len(qids)] for i in range(count)]
-        return RationaleDataset(self.problems, chosen, self.tokenizer, self.args)
+        return self.of([qids[(start + i * len(qids) // count) % len(qids)] for i in range(count)])
+
+    def of(self, qids: Sequence[str]) -> Any:
+        """`RationaleDataset` of these questions."""
+        from utils_data import RationaleDataset
+
+        return RationaleDataset(self.problems, qids, self.tokenizer, self.args)
 
     def collator(self, **kwargs: Any) -> Any:
         from utils_data import Collator

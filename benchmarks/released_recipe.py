@@ -12,7 +12,8 @@ can be checked to compute the same. RL's part is in released_rl.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,22 @@ def plain_model(model: Any) -> Any:
             module.act = ACT2FN["gelu_new"]
     model.set_attn_implementation("eager")
     return model
+
+
+@contextlib.contextmanager
+def plainly(model: Any) -> Iterator[None]:
+    """Within, `plain_model`; then as it was."""
+    acts = {
+        module: module.act for module in model.modules() if isinstance(getattr(module, "act", None), torch.nn.GELU)
+    }
+    attention = model.config._attn_implementation
+    plain_model(model)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+        for module, act in acts.items():
+            module.act = act
 
 
 # -- batches ---------------------------------------------------------------------------------------------
