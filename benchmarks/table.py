@@ -101,7 +101,12 @@ def table(kept: dict[str, Any]) -> str:
             grown = ", ".join(f"{value:.2f}" for value in growth.values()) or result.get("growth", "")
             slice_ = result.get("slice", "")
             lines.append("| " + " | ".join([result["stage"], *times, slice_, shown(result, 0)[1], grown]) + " |")
-        lines += ["", 'Under "2x, 4x": time per unit of work against that of 1x; 1.00 is linear.', ""]
+        lines += [
+            "",
+            'Under "2x, 4x": time per unit of work against that of 1x; 1.00 is linear, less is '
+            "what batches of more alike lengths save.",
+            "",
+        ]
         lines += [f"Projection of one full ScienceQA round at size {run['size']} on this device, Teacher aside:", ""]
         parts = projection(run["stages"])
         lines += [f"- {what}: {hours:.2f} h" for what, hours in parts]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import platform
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from transformers.activations import ACT2FN
 
+from tests.conftest import ROOT
 from tests.tiny import make_data, make_model
 
 
@@ -174,3 +178,23 @@ def test_flops_of_a_row_are_those_that_torch_counts():
     with torch.no_grad():
         seen = products(lambda: model(**batch, use_cache=False))
     assert seen.flops() == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept_where_that_was_asked_for():
+    """Page faults of 20 tensors of 64 MB one after the other: of all of them, or of the first few."""
+    script = """
+import resource, torch
+from ares.memory import keep_freed_memory
+if {keep}: keep_freed_memory()
+torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20): torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {
+        keep: int(subprocess.run([sys.executable, "-c", script.format(keep=keep)], cwd=ROOT, text=True,
+                                 capture_output=True, check=True).stdout)
+        for keep in (True, False)
+    }  # fmt: skip
+    assert faults[True] < faults[False] / 2
