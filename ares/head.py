@@ -8,6 +8,8 @@ out entropies and the single log-probabilities, which RL needs (ares/ppo.py).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -50,10 +52,14 @@ def label_loss(states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     fp32 (fp64 stays fp64), with a gradient. Products run in the states' precision, or autocast's."""
     if len(states) == 0:
         return states.float().sum()
+    return with_head(_LabelLoss, states, weight, labels)
+
+
+def with_head(function: type[torch.autograd.Function], states: Tensor, weight: Tensor, labels: Tensor) -> Any:
+    """`function` of them, its products in the states' precision, or autocast's, which it need not know of."""
     device = states.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         low = torch.get_autocast_dtype(device)
-        states, weight = states.to(low), weight.to(low)
         with torch.autocast(device, enabled=False):
-            return _LabelLoss.apply(states, weight, labels)
-    return _LabelLoss.apply(states, weight, labels)
+            return function.apply(states.to(low), weight.to(low), labels)
+    return function.apply(states, weight, labels)

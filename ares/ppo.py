@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ares.head import with_head
+
 CHUNK = 2**24  # logits in work at a time: 64 MB in fp32
 CACHE = 2**18  # of these, as many as a core's cache holds: passes over them cost no memory traffic on a CPU
 KEEP = 2**25  # probabilities that are kept for the gradient instead of computed again: 128 MB in fp32
@@ -152,13 +154,7 @@ def head_logprobs(states: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tenso
     Logits are products in the states' precision, or autocast's; the softmax is taken in fp32. Of the N x V logits at
     most KEEP numbers live on for the gradient, and no more than CHUNK besides.
     """
-    device = states.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
-        states, weight = states.to(low), weight.to(low)
-        with torch.autocast(device, enabled=False):
-            return _HeadLogprobs.apply(states, weight, labels)
-    return _HeadLogprobs.apply(states, weight, labels)
+    return with_head(_HeadLogprobs, states, weight, labels)
 
 
 # -- rewards ---------------------------------------------------------------------------------------------

@@ -6,12 +6,15 @@ ARES_REQUIRE_SHARED=1 (CI) absence fails.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.api_server import KEY
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("ARES_SHARED", ROOT.parent / "shared"))
@@ -54,6 +57,20 @@ def fixtures(shared) -> Path:
 def sample(shared) -> Path:
     """The sample of real ScienceQA: captions, images, name map; the data root is `sample / "ScienceQA/data"`."""
     return shared / "data" / "scienceqa_sample"
+
+
+@pytest.fixture(scope="module")
+def problems(sample) -> dict:
+    """The sample's problems.json, a copy for every test file."""
+    return json.loads((sample / "ScienceQA/data/scienceqa/problems.json").read_text())
+
+
+@pytest.fixture
+def api_environment(monkeypatch, tmp_path) -> None:
+    """What the real Anthropic client reads from the environment: a key, no gateway, a cache of the test's own."""
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    monkeypatch.delenv("ANTHROPIC_BASE_URL", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
 
 
 @pytest.fixture(scope="session")

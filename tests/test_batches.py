@@ -17,16 +17,8 @@ from tests.teacher_tools import client, lay_out, lines_of, many_items, scores
 QUICK = "from ares import batches; batches.SETTLE_SECONDS = 0.3; batches._BACKOFF = 0.05\n"
 
 
-@pytest.fixture(scope="module")
-def problems(sample):
-    return json.loads((sample / "ScienceQA/data/scienceqa/problems.json").read_text())
-
-
 @pytest.fixture
-def server(monkeypatch, tmp_path):
-    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    monkeypatch.delenv("ANTHROPIC_BASE_URL", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+def server(monkeypatch, api_environment):
     monkeypatch.setattr(batches, "SETTLE_SECONDS", 0.1)
     monkeypatch.setattr(batches, "_BACKOFF", 0.05)
     with ApiServer(score_by_text) as server:

@@ -40,11 +40,6 @@ FAULTS = {
 QUICK = "from ares import claude; claude.BACKOFF, claude.MAX_BACKOFF = 0.05, 0.4"
 
 
-@pytest.fixture(scope="module")
-def problems(sample):
-    return json.loads((sample / "ScienceQA/data/scienceqa/problems.json").read_text())
-
-
 def flags(server, questions, *more):
     return ["--questions_dir", str(questions), "--base_url", server.url, "--data_root", "no-data-here", "--no-cache",
             "--concurrency", str(CONCURRENCY), *more]  # fmt: skip

@@ -29,16 +29,8 @@ from utils_prompt import PROMPT_VERSION, WORDING, correction_request, scoring_re
 PICTURE, CHOICES, TEXT = "952", "363", "155"  # test questions: an image; choice images only; text
 
 
-@pytest.fixture(scope="module")
-def problems(sample):
-    return json.loads((sample / "ScienceQA/data/scienceqa/problems.json").read_text())
-
-
 @pytest.fixture
-def server(monkeypatch, tmp_path):
-    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    monkeypatch.delenv("ANTHROPIC_BASE_URL", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+def server(monkeypatch, api_environment):
     monkeypatch.setattr(claude, "BACKOFF", 0.05)
     with ApiServer() as server:
         yield server
