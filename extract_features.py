@@ -66,7 +66,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     running = parser.add_argument_group("running")
     running.add_argument("--batch_size", type=int, default=16, help="images at a time (default: %(default)s)")
     running.add_argument(
-        "--workers", type=int, help="processes that decode images, 0: this one (default: a GPU: one per core; else 1)"
+        "--workers",
+        type=int,
+        help="processes that decode images, 0: this one (default: with a GPU one per core; else 0)",
     )
     running.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     running.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="type of stored numbers")
@@ -174,8 +176,16 @@ class Batch:
     broken: dict[str, str] = field(default_factory=dict)
 
 
+def decoders(asked: int | None, device: str) -> int:
+    """Processes that decode images: as asked; else one per core beside a GPU, and none on a CPU, where they and the
+    network would hold each other up."""
+    if asked is not None:
+        return asked
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS) if device == "cuda" else 0
+
+
 def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: int, workers: int) -> Iterator[Batch]:
-    """From row `done` on, in order, decoded and stacked by `workers` processes."""
+    """From row `done` on, in order, decoded and stacked by `workers` processes, or by threads of this one."""
     from torch.utils.data import DataLoader
 
     pool = None if workers else ThreadPoolExecutor(len(os.sched_getaffinity(0)))
@@ -188,7 +198,6 @@ def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: in
             return len(self.rows)
 
         def __getitems__(self, places):
-            # a CPU decodes and computes in turns: side by side they would hold each other up
             return list(pool.map(self.load, places) if pool else map(self.load, places))
 
         def load(self, place):
@@ -211,10 +220,7 @@ def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: in
 def extract(encoder: Encoder, images: dict[str, Path], rows: Rows, args: argparse.Namespace) -> None:
     """Fill the rows that are not done. Raises UserError at a broken image with --strict."""
     done = rows.record["done"]
-    on_gpu = next(encoder.network.parameters()).device.type == "cuda"
-    workers = (
-        (min(len(os.sched_getaffinity(0)), MOST_WORKERS) if on_gpu else 1) if args.workers is None else args.workers
-    )
+    workers = decoders(args.workers, next(encoder.network.parameters()).device.type)
     with (
         progress(desc=encoder.img_type, total=len(images), initial=done, unit="img") as bar,
         ThreadPoolExecutor(1) as writer,  # the disk is waited for while the next batch is computed

@@ -127,6 +127,14 @@ def test_kill_and_run_again(images, tmp_path):
     assert not part.exists()
 
 
+def test_on_a_cpu_images_are_decoded_in_this_process_and_on_a_gpu_by_one_per_core(monkeypatch):
+    import extract_features
+
+    monkeypatch.setattr(extract_features.os, "sched_getaffinity", lambda pid: set(range(40)))
+    assert [extract_features.decoders(asked, "cpu") for asked in (None, 0, 3)] == [0, 0, 3]
+    assert [extract_features.decoders(asked, "cuda") for asked in (None, 0, 3)] == [16, 0, 3]
+
+
 def test_other_settings_start_over(images, tmp_path, monkeypatch, capsys):
     """What a stopped run left is not mixed with rows of another network."""
 
