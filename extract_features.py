@@ -188,8 +188,6 @@ def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: in
     """From row `done` on, in order, decoded and stacked by `workers` processes, or by threads of this one."""
     from torch.utils.data import DataLoader
 
-    pool = None if workers else ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-
     class Images:
         def __init__(self):
             self.rows = list(images.items())[done:]
@@ -198,7 +196,7 @@ def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: in
             return len(self.rows)
 
         def __getitems__(self, places):
-            return list(pool.map(self.load, places) if pool else map(self.load, places))
+            return list(map(self.load, places) if workers else threads.map(self.load, places))
 
         def load(self, place):
             qid, path = self.rows[place]
@@ -214,7 +212,9 @@ def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: in
         ]
         return Batch([qid for qid, *_ in rows], stacks, {qid: why for qid, pixels, why in rows if pixels is None})
 
-    return iter(DataLoader(Images(), batch_size=batch_size, num_workers=workers, collate_fn=collate))
+    # threads that stay would slow every other product: OpenMP waits less eagerly where it has more of them than cores
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        yield from DataLoader(Images(), batch_size=batch_size, num_workers=workers, collate_fn=collate)
 
 
 def extract(encoder: Encoder, images: dict[str, Path], rows: Rows, args: argparse.Namespace) -> None:
