@@ -187,9 +187,9 @@ def mark_exported(questions: str | os.PathLike) -> None:
     for action in _names(questions):
         if _is_number(action):
             Path(questions, action, DONE).unlink(missing_ok=True)
-    path = Path(questions) / EXPORTED
-    cli.write_text(path, "")
-    cli.write_json(path, {"exported_ns": path.stat().st_mtime_ns}, indent=None)
+    with cli.atomic_path(Path(questions) / EXPORTED) as temporary:  # once: who waits for it copies the folder at once
+        temporary.touch()
+        temporary.write_text(json.dumps({"exported_ns": temporary.stat().st_mtime_ns}) + "\n")
 
 
 def exported(questions: str | os.PathLike) -> bool:

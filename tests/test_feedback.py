@@ -282,3 +282,17 @@ def test_killed_writer_leaves_no_half_form(tmp_path):
     (folder).mkdir()
     (folder / ".tmp-1-1").write_text("{")
     assert not iter_items(tmp_path)
+
+
+def test_the_export_signal_appears_whole_and_last(tmp_path, monkeypatch):
+    """Whoever waits for it copies the folder at once: nothing may come or go there afterwards, and no time be missing."""
+    seen, replace = [], os.replace
+
+    def watched(source, target):
+        replace(source, target)
+        seen.append(json.loads((tmp_path / feedback.EXPORTED).read_text() or "{}"))
+
+    monkeypatch.setattr(os, "replace", watched)
+    feedback.mark_exported(tmp_path)
+    assert len(seen) == 1 and seen[0]["exported_ns"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == [feedback.EXPORTED]
