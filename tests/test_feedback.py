@@ -285,7 +285,7 @@ def test_killed_writer_leaves_no_half_form(tmp_path):
 
 
 def test_the_export_signal_appears_whole_and_last(tmp_path, monkeypatch):
-    """Whoever waits for it copies the folder at once: nothing may come or go there afterwards, and no time be missing."""
+    """Whoever waits for it copies the folder at once: nothing may come or go there then, and its time be there."""
     seen, replace = [], os.replace
 
     def watched(source, target):
