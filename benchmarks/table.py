@@ -111,9 +111,10 @@ def table(kept: dict[str, Any]) -> str:
         parts = projection(run["stages"])
         lines += [f"- {what}: {hours:.2f} h" for what, hours in parts]
         lines += [f"- together: {sum(hours for _, hours in parts):.2f} h"]
+        lines += ["", "Both sides compute the same, checked before they were timed:", ""]
         for name in STAGES:
             equal = run["stages"][name].get("equal")
-            lines += [f"- equal, {run['stages'][name]['stage']}: {'; '.join(equal)}"] if equal else []
+            lines += [f"- {run['stages'][name]['stage']}: {'; '.join(equal)}"] if equal else []
     return "\n".join(lines) + "\n"
 
 
