@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ares import cli
-from ares.feedback import REASON, REPLY, REQUEST, SCORES, SIDECAR, write_derived
+from ares.feedback import REASON, REPLY, REQUEST, SCORES, SIDECAR, form, write_derived
 from ares.predictions import texts_by_qid
 from ares.problems import find_images, question_images
 
@@ -66,7 +66,7 @@ def prepare_request(folder: str | os.PathLike, text: str, sentences: Sequence[st
     """Lay out one rationale's request; True if the reply to an older rationale had to be set aside."""
     before = Path(folder) / REQUEST
     asked = before.read_bytes().decode("utf-8", errors="replace") if before.exists() else None
-    outdated = asked is not None and not all(f'"{sentence}": ' in asked for sentence in sentences)
+    outdated = asked is not None and form(sentences) not in asked  # the words around the form may be others
     aside = outdated and set_reply_aside(folder)
     place_images(folder, images)
     write_request(folder, text)  # last: its presence says "ready"

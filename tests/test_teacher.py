@@ -370,6 +370,16 @@ def test_requests_that_are_missing_or_of_another_export(server, questions):
         ask(server, questions.parent)
 
 
+def test_a_request_for_more_sentences_than_the_rationale_has_does_not_fit(server, questions):
+    folder = feedback.question_dir(questions, 0, 0, PICTURE)
+    sentences = feedback.read_rationale(folder)
+    for other in (sentences[:-1], sentences[::-1], [*sentences, sentences[0]]):
+        feedback.write_rationale(folder, other)
+        with pytest.raises(cli.UserError, match="1 of 6 rationales have no input_for_llm.txt that fits"):
+            ask(server, questions)
+    assert not server.asked
+
+
 def test_an_unusable_image_is_named(server, questions):
     image = feedback.question_dir(questions, 0, 0, PICTURE) / "image.png"
     image.unlink()
