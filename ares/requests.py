@@ -17,6 +17,7 @@ from ares import cli
 from ares.feedback import REASON, REPLY, REQUEST, SCORES, SIDECAR, form, write_derived
 from ares.predictions import texts_by_qid
 from ares.problems import find_images, question_images
+from ares.reply_files import REFUSED_REPLY
 
 
 def read_rationales(path: str | os.PathLike, train_qids: Sequence[str], flag: str = "--rationales") -> dict[str, str]:
@@ -82,6 +83,7 @@ def place_images(folder: str | os.PathLike, images: Sequence[Path]) -> None:
 def set_reply_aside(folder: str | os.PathLike) -> bool:
     """Rename a reply that belongs to another rationale (`older_...`: it was paid for); False if there was none."""
     folder = Path(folder)
+    (folder / REFUSED_REPLY).unlink(missing_ok=True)
     if not (folder / REPLY).exists():
         return False
     for name in (SIDECAR, REPLY):  # the reply last: it is what counts as answered

@@ -462,7 +462,7 @@ def test_correction_file(server, correction, capsys):
 def test_correction_refuses_to_write_with_missing_replies(server, correction, capsys):
     flags, train, output, chosen = correction
     more = output.parent / "more.json"
-    cli.write_json(more, {"preds": ["One.", "Two."], "qids": [train[0], train[3]]})
+    cli.write_json(more, {"preds": [f"Let's see.  {train[0]} is {{it}}", "Two."], "qids": [train[0], train[3]]})
     argv = [*flags, "--base_url", server.url, "--rationales", str(more)]
     with pytest.raises(cli.UserError, match=f"1 of 4 questions have no reply.*{train[3]}"):
         haiku_for_correction_feedback.main(argv)
@@ -470,6 +470,27 @@ def test_correction_refuses_to_write_with_missing_replies(server, correction, ca
     haiku_for_correction_feedback.main([*argv, "--accept-missing"])
     assert json.loads(output.read_text())[train[3]]["solution"] == "Two."
     assert "fell back: no reply 1" in capsys.readouterr().out
+
+
+def test_correction_of_last_rounds_requests_is_refused(server, correction):
+    flags, train, output, chosen = correction
+    new = output.parent / "new.json"
+    cli.write_json(new, {"preds": ["Quite another.", f"Let's see. {train[1]} is {{it}}"], "qids": train[:2]})
+    with pytest.raises(
+        cli.UserError, match=f"--rationales: 1 requests .*question {train[0]}.*preprocessing_for_correction"
+    ):
+        haiku_for_correction_feedback.main([*flags, "--base_url", server.url, "--rationales", str(new)])
+    assert not server.log and not output.exists()
+
+
+def test_a_correction_cut_by_its_stop_reason_falls_back(server, correction, capsys):
+    """It reads well and is set aside: a reply that cannot be used, not a missing one."""
+    flags, train, output, chosen = correction
+    server.respond = lambda asked: (fill_form(asked)[0].replace("see.", "think."), "max_tokens")
+    haiku_for_correction_feedback.main([*flags, "--base_url", server.url, "--attempts", "1"])
+    found = json.loads(output.read_text())
+    assert [found[qid]["solution"] for qid in train[:3]] == [f"Let's see. {qid} is {{it}}" for qid in train[:3]]
+    assert "fell back: max_tokens 3" in capsys.readouterr().out
 
 
 def test_correction_by_the_reference_teacher(correction, monkeypatch):
