@@ -145,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         other = [qid for qid in rationales if qid in wanted and wanted[qid].split() != rationales[qid].split()]
         if other:
             raise cli.UserError(
-                f"--rationales: {len(other)} requests in {args.correction_dir} are about other rationales than those of "
-                f"{args.rationales} (first: question {other[0]}); run preprocessing_for_correction_feedback.py "
+                f"--rationales: {len(other)} requests in {args.correction_dir} are about other rationales than "
+                f"{args.rationales} holds (first: question {other[0]}); run preprocessing_for_correction_feedback.py "
                 f"--rationales {args.rationales} --correction_dir {args.correction_dir} first"
             )
         rationales = {**wanted, **rationales}
