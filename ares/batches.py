@@ -294,7 +294,9 @@ class _Batches:
                     found.append((line.custom_id, self.outcome(line.result, record)))
                     if not line.custom_id.startswith(f"{record.nonce}-"):
                         return await self.disown(record)
-                return found
+                if len(found) >= record.count or attempt + 1 == CREATE_TRIES:
+                    return found
+                error = EOFError()  # every request has a result, expired ones too: the stream ended early
             except anthropic.APIStatusError as failure:
                 if failure.status_code == 404:
                     return self.gone(record)
