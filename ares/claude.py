@@ -307,8 +307,9 @@ class ClaudeTeacher:
         for name in ("cache_creation_input_tokens", "cache_read_input_tokens"):
             if getattr(used, name, None):
                 usage[name] = getattr(used, name)
+        text = "".join(block.text for block in message.content if block.type == "text")
         return Reply(
-            text="".join(block.text for block in message.content if block.type == "text"),
+            text=text.encode(errors="replace").decode(),  # half a surrogate pair: JSON can carry it, no file can
             teacher=self.name,
             model=message.model,
             stop_reason=message.stop_reason,

@@ -480,6 +480,18 @@ def test_check_compares_two_teachers(server, questions, capsys, sample):
         ask(server, questions, "--check", "10", "--against", "claude-haiku-5-5", *data)
 
 
+def test_check_knows_each_teachers_own_price(server, questions, sample):
+    data = ["--data_root", str(sample / "ScienceQA/data")]
+    with pytest.raises(cli.UserError, match="--max_usd: the price of somebody-else is not known"):
+        ask(server, questions, "--check", "10", "--against", "somebody-else", "--max_usd", "1", *data)
+    assert not server.log
+    haiku45 = "claude-haiku-4-5-20251001"
+    ask(server, questions, "--check", "4", "--against", haiku45, "--price", "0", "0", *data)
+    answers = [asked for asked in server.asked if asked.body["model"] == haiku45]
+    totals = read_log(questions / "teacher/spend.jsonl")
+    assert len(answers) == 4 and totals.usd > 0, "--price is the price of --teacher_model"
+
+
 def test_agreement_by_position():
     lines = agreement.report([[0.1, 0.5], [0.9], None], [[0.2, 0.9], [0.9], [1.0]])
     assert lines[0] == "2 of 3 rationales scored by both, 3 sentences"

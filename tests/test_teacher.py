@@ -17,6 +17,7 @@ import haiku
 import haiku_for_correction_feedback
 import preprocessing_for_correction_feedback
 from ares import claude, cli, feedback, live, teacher
+from ares.api_errors import said
 from ares.asking import CORRECT, SCORE, Request, custom_id
 from ares.images import media_type
 from ares.prices import cost_usd, price_of
@@ -357,6 +358,29 @@ def test_flags_that_would_be_ignored_are_refused(tmp_path):
     with pytest.raises(cli.UserError) as error:
         haiku.parse_args(["--teacher", "reference", "--teacher_model", "x", "--attempts", "0"])
     assert all(flag in str(error.value) for flag in ("--teacher_model", "--attempts must be"))
+
+
+@pytest.mark.parametrize("flag", ["--max_usd", "--timeout", "--poll_seconds", "--watch"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_that_are_none(flag, value, monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    with pytest.raises(cli.UserError, match=f"{flag} must be"):
+        haiku.parse_args([flag, value])
+    with pytest.raises(cli.UserError, match="--price"):
+        haiku.parse_args(["--price", "1", value])
+
+
+def test_a_reply_that_utf8_cannot_spell_is_kept(server, questions):
+    """Half of a surrogate pair: JSON can carry it."""
+    server.respond = lambda asked: (f"\ud83d Here: {fill_form(asked)[0]}", "end_turn")
+    ask(server, questions)
+    assert all((folder / feedback.SCORES).exists() for folder in folders(questions))
+
+
+def test_no_part_of_the_key_is_said():
+    echo = {"error": {"message": "x" * 290 + KEY}}
+    error = type("Error", (Exception,), {"body": echo})()
+    assert KEY[:6] not in said(error, KEY)
 
 
 def test_requests_that_are_missing_or_of_another_export(server, questions):
