@@ -140,6 +140,15 @@ def test_submit_now_collect_later(server, questions, capsys):
     assert len(scores(questions)) == 12 and len(server.batches) == 1
 
 
+def test_collecting_some_actions_does_not_throw_away_the_others(server, questions):
+    ask(server, questions, "--submit-only")
+    with pytest.raises(cli.UserError, match="--actions: the batches that are out hold action 1"):
+        ask(server, questions, "--actions", "0")
+    ask(server, questions)
+    assert len(scores(questions)) == 12 and len(server.batches) == 1
+    ask(server, questions, "--actions", "0")  # nothing is out
+
+
 def test_a_changed_rationale_does_not_get_an_old_reply(server, questions, problems):
     ask(server, questions, "--submit-only")
     item = feedback.iter_items(questions)[0]
