@@ -238,6 +238,20 @@ def test_retry_after_holds_everybody_back(server, questions):
     assert api_errors.retry_after({"retry-after": "nan"}) is None
 
 
+def test_retry_after_nothing_still_pauses(server, questions, monkeypatch):
+    """Else the tries are used up within milliseconds, and the run ends."""
+    pauses, sleep = [], pacing.Pace.sleep
+
+    async def counted(self, seconds):
+        pauses.append(seconds)
+        await sleep(self, 0)
+
+    monkeypatch.setattr(pacing.Pace, "sleep", counted)
+    server.faults.extend([Fault(429, headers={"retry-after": "0"})] * 3)
+    ask(server, questions, "--concurrency", "1")
+    assert len(pauses) == 3 and pauses == sorted(pauses) and pauses[0] > 0
+
+
 def test_one_bad_request_does_not_stop_the_others(server, questions):
     poor = (feedback.iter_items(questions)[7].folder / feedback.REQUEST).read_text()
     server.plan = lambda asked: Fault(400, "this one is odd") if asked.text == poor else None
