@@ -160,6 +160,8 @@ def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
         wrong.append(f"{' and '.join(map(_flag, modes))} do not go together; give one")
     if args.submit_only and not args.batch:
         wrong.append("--submit-only needs --batch")
+    if args.base_url is not None and not args.base_url.startswith(("http://", "https://")):
+        wrong.append(f"--base_url: {args.base_url} is no address; it begins with http:// or https://")
     if args.cache and args.no_cache:
         wrong.append("--cache and --no-cache contradict each other; give one")
     if args.price and not all(0 <= price < math.inf for price in args.price):
@@ -196,8 +198,9 @@ def make_teacher(args: argparse.Namespace, ledger: Ledger | None = None) -> Teac
 
 def make_cache(args: argparse.Namespace) -> ReplyCache:
     """Where replies of earlier runs lie. The reference Teacher is cheaper than a look."""
-    unwanted = args.no_cache or args.teacher == "reference"
-    return ReplyCache(None if unwanted else Path(args.cache or default_folder()))
+    if args.no_cache or args.teacher == "reference":
+        return ReplyCache(None)
+    return ReplyCache(cli.writable_dir(args.cache, "--cache") if args.cache else default_folder())
 
 
 def load_for(args: argparse.Namespace, items: Sequence[Item]) -> Problems | None:

@@ -370,6 +370,16 @@ def test_numbers_that_are_none(flag, value, monkeypatch):
         haiku.parse_args(["--price", "1", value])
 
 
+def test_an_address_or_a_cache_that_is_none(server, questions, tmp_path):
+    with pytest.raises(cli.UserError, match="--base_url: localhost:8000 is no address; it begins with http"):
+        haiku.parse_args(["--base_url", "localhost:8000", "--estimate"])
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(cli.UserError, match="--cache: cannot write to"):
+        ask(server, questions, "--cache", str(file))
+    assert not server.log
+
+
 def test_a_reply_that_utf8_cannot_spell_is_kept(server, questions):
     """Half of a surrogate pair: JSON can carry it."""
     server.respond = lambda asked: (f"\ud83d Here: {fill_form(asked)[0]}", "end_turn")
