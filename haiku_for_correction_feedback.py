@@ -62,7 +62,8 @@ def final_rationales(
         if qid not in folders or not (folders[qid] / feedback.REPLY).exists():
             final[qid] = rationale
             if qid in folders and (folders[qid] / REFUSED_REPLY).exists():  # cut off, though it reads well
-                counts[f"fell back: {(folders[qid] / feedback.REASON).read_text().strip()}"] += 1
+                reason = folders[qid] / feedback.REASON
+                counts[f"fell back: {reason.read_text().strip() if reason.exists() else 'cut off'}"] += 1
             else:
                 missing.append(qid)
             continue

@@ -21,7 +21,8 @@ from ares.api_errors import said
 from ares.asking import CORRECT, SCORE, Request, custom_id
 from ares.images import media_type
 from ares.prices import cost_usd, price_of
-from ares.requests import place_images
+from ares.reply_files import REFUSED_REPLY
+from ares.requests import place_images, set_reply_aside
 from ares.sentences import split_text
 from tests.api_server import KEY, ApiServer, Fault, fill_form
 from tests.conftest import one_line_error, run_script
@@ -525,6 +526,10 @@ def test_a_correction_cut_by_its_stop_reason_falls_back(server, correction, caps
     found = json.loads(output.read_text())
     assert [found[qid]["solution"] for qid in train[:3]] == [f"Let's see. {qid} is {{it}}" for qid in train[:3]]
     assert "fell back: max_tokens 3" in capsys.readouterr().out
+    folder = feedback.question_dir(flags[-1], 0, 0, train[0])
+    assert (folder / REFUSED_REPLY).exists()
+    set_reply_aside(folder)  # another rationale is to be asked about
+    assert not (folder / REFUSED_REPLY).exists()
 
 
 def test_correction_by_the_reference_teacher(correction, monkeypatch):
