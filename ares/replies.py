@@ -217,15 +217,34 @@ def _from_groups(groups: list[list[tuple[str, str]]], sentences: Sequence[str]) 
 
 def _in_order(group: list[tuple[str, str]], sentences: Sequence[str]) -> list[str]:
     """Value tokens by text where the keys are the sentences in another order, else by position."""
-    plain = [" ".join(sentence.split()) for sentence in sentences]
-    keys = [" ".join(key.replace('\\"', '"').split()) for key, _ in group]
-    tokens = [token for _, token in group]
-    if Counter(keys) == Counter(plain) and keys != plain:
-        return _map_by_text(list(zip(keys, tokens, strict=True)), plain)
-    moved = [key for key, own in zip(keys, plain, strict=True) if key != own and key in plain]
-    if moved and keys != plain:
-        raise Refused("ambiguous", f"{moved[0][:60]!r} stands at another sentence's place")
+    written, tokens = [key.replace('\\"', '"') for key, _ in group], [token for _, token in group]
+    for form in (_on_one_line, _words):
+        keys, own = [form(key) for key in written], [form(sentence) for sentence in sentences]
+        if keys == own:
+            return tokens
+        if Counter(keys) == Counter(own):
+            return _map_by_text(list(zip(keys, tokens, strict=True)), own)
+    numbers = [str(number + 1) for number in range(len(sentences))]
+    if sorted(keys) == sorted(numbers):  # {"2": 0.5, "1": 0.8}
+        return _map_by_text(list(zip(keys, tokens, strict=True)), numbers)
+    for form in (_on_one_line, _words):
+        keys, own = [form(key) for key in written], [form(sentence) for sentence in sentences]
+        moved = [key for key, sentence in zip(keys, own, strict=True) if key != sentence and key in own]
+        if moved:
+            raise Refused("ambiguous", f"{moved[0][:60]!r} stands at another sentence's place")
+    if any(re.fullmatch(r"(?:overall|total|average|mean|confidence)(?: score)?", key) for key in set(keys) - set(own)):
+        raise Refused("wrong_count", "a score of the whole stands in the place of a sentence's")
     return tokens
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _words(text: str) -> str:
+    """The words alone, without case and without a number that was put before them."""
+    words = " ".join(re.findall(r"\w+", re.sub(r"^\s*\d+[.):]\s+", "", text).lower()))
+    return words or _on_one_line(text)
 
 
 def _from_arrays(text: str, count: int) -> list[float]:

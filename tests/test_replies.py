@@ -109,6 +109,13 @@ def test_reason_and_scores_replace_each_other(tmp_path):
         # reworded sentences go by position, unless one stands at another's place
         ('{"The A!": 0.7, "The B!": 0.1}', ["A.", "B."], [0.7, 0.1]),
         ('{"B.": 0.7, "The A!": 0.1}', ["A.", "B."], "ambiguous"),
+        # another order is seen through lost full stops, other case and added numbers
+        ('{"the b": 0.7, "The A!": 0.1, "E.": 0.3}', ["The A.", "The B.", "E."], [0.1, 0.7, 0.3]),
+        ('{"1. The B.": 0.7, "2. The A.": 0.1}', ["The A.", "The B."], [0.1, 0.7]),
+        ('{"the b": 0.7, "Reworded.": 0.1}', ["The A.", "The B."], "ambiguous"),
+        ('{"2": 0.7, "1": 0.1}', ["The A.", "The B."], [0.1, 0.7]),
+        ('{"1": 0.7, "2": 0.1}', ["The A.", "The B."], [0.7, 0.1]),
+        ('{"The A.": 0.7, "Overall": 0.1}', ["The A.", "The B."], "wrong_count"),
         ('{"S.": 0.1, "x": high, "y": 0.2}', ["S.", "y"], "not_a_number"),
         ('{"reworded": 0.1, "b": high, "c": 0.2, "d": 0.3}', ["S.", "T.", "U."], "not_a_number"),
         ('{"A.": {"score": 0.5}}', ["A."], [0.5]),
