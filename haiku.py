@@ -15,6 +15,7 @@ writes the requests itself. Leaves out the corrections before SFT: haiku_for_cor
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -52,7 +53,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     given = cli.given_flags(parser, argv)
     wrong = ["--against needs --check"] if args.against and args.check is None else []
     wrong += ["--check must be at least 1"] if args.check is not None and args.check < 1 else []
-    wrong += ["--watch must be above 0 hours"] if args.watch is not None and args.watch <= 0 else []
+    hours = args.watch is None or 0 < args.watch < math.inf
+    wrong += [] if hours else ["--watch must be a number of hours above 0"]
     wrong += ["--watch waits for all actions; leave out --actions"] if args.watch and args.actions else []
     cli.refuse(wrong)
     teacher.check_teacher_flags(args, given)
@@ -138,7 +140,7 @@ def check(args: argparse.Namespace, items: Sequence[feedback.Item], first: teach
     other = args.against or "reference"
     second_args = argparse.Namespace(**vars(args))
     second_args.teacher = "reference" if other == "reference" else "claude"
-    second_args.teacher_model = other
+    second_args.teacher_model, second_args.price = other, None  # --price is the first one's
     if (second_args.teacher, other) == (args.teacher, args.teacher_model if args.teacher == "claude" else "reference"):
         raise cli.UserError(f"--against: {other} is the Teacher itself; name another")
     ledger = getattr(first.teacher, "ledger", None) or Ledger(Path(args.questions_dir) / teacher.OURS, args.max_usd)

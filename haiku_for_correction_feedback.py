@@ -21,6 +21,7 @@ from typing import Any
 
 from ares import cli, estimate, feedback, teacher
 from ares.problems import find_dataset, find_images, load_problems, load_splits, split_qids
+from ares.reply_files import REFUSED_REPLY
 from ares.requests import read_rationales
 from utils_prompt import WORDING
 
@@ -59,8 +60,12 @@ def final_rationales(
     missing = []
     for qid, rationale in rationales.items():
         if qid not in folders or not (folders[qid] / feedback.REPLY).exists():
-            missing.append(qid)
             final[qid] = rationale
+            if qid in folders and (folders[qid] / REFUSED_REPLY).exists():  # cut off, though it reads well
+                reason = folders[qid] / feedback.REASON
+                counts[f"fell back: {reason.read_text().strip() if reason.exists() else 'cut off'}"] += 1
+            else:
+                missing.append(qid)
             continue
         try:
             final[qid] = teacher.read_reply(teacher.CORRECT, folders[qid])
@@ -137,7 +142,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--correction_dir: {refused}; run preprocessing_for_correction_feedback.py again"
         ) from None
     if args.rationales:
-        rationales = {**read_rationales(args.rationales, train_qids), **rationales}
+        wanted = read_rationales(args.rationales, train_qids)
+        other = [qid for qid in rationales if qid in wanted and wanted[qid].split() != rationales[qid].split()]
+        if other:
+            raise cli.UserError(
+                f"--rationales: {len(other)} requests in {args.correction_dir} are about other rationales than "
+                f"{args.rationales} holds (first: question {other[0]}); run preprocessing_for_correction_feedback.py "
+                f"--rationales {args.rationales} --correction_dir {args.correction_dir} first"
+            )
+        rationales = {**wanted, **rationales}
     output = Path(args.output or Path(args.data_root) / dataset / "correction.json")
 
     def session_with(each: teacher.Teacher) -> teacher.Session:

@@ -20,6 +20,7 @@ from typing import Any
 
 from ares.asking import Wording
 from ares.cli import PROMPT_FORMATS, UserError
+from ares.feedback import form
 
 # == the student ========================================================================================
 
@@ -167,7 +168,7 @@ def scoring_request(problem: Mapping[str, Any], sentences: Sequence[str]) -> str
 
     The image, where there is one, travels beside the text and is only named here.
     """
-    return f"{_question_text(problem)}\n{_rules(_SCORING_RULES, problem)}\n{_form(sentences)}"
+    return f"{_question_text(problem)}\n{_rules(_SCORING_RULES, problem)}\n{form(sentences)}"
 
 
 def correction_request(problem: Mapping[str, Any], rationale: str) -> str:
@@ -215,9 +216,3 @@ def _question_text(problem: Mapping[str, Any]) -> str:
 
 def _rules(rules: str, problem: Mapping[str, Any]) -> str:
     return rules.format(image=", the image" if problem.get("image") else "")
-
-
-def _form(sentences: Sequence[str]) -> str:
-    """The JSON to fill in, one sentence a line, as in rationale_from_mm_cot.txt."""
-    lines = ",\n".join(f'"{sentence}": xxx' for sentence in sentences)
-    return f"{{\n{lines}\n}}"

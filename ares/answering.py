@@ -164,7 +164,8 @@ class Session:
         if not sentences:
             raise Refused("no_sentences")
         text = self._text(item)
-        if text is None or not all(sentence in text for sentence in sentences):
+        shown = [feedback.form(sentences)] if self.kind == SCORE else sentences
+        if text is None or not all(part in text for part in shown):
             return None  # not there, or of an earlier export
         return Request(
             custom_id=custom_id(self.kind, item.action, item.rank, item.qid),

@@ -105,5 +105,5 @@ def said(error: Exception, key: str) -> str:
     body = getattr(error, "body", None)
     inner = body.get("error") if isinstance(body, Mapping) else None
     message = inner.get("message") if isinstance(inner, Mapping) else None
-    text = " ".join(str(message or body or type(error).__name__).split())[:300]
-    return text.replace(key, "***") if key else text  # whatever a gateway may echo
+    text = " ".join(str(message or body or type(error).__name__).split())
+    return (text.replace(key, "***") if key else text)[:300]  # whatever a gateway may echo; before the cut

@@ -63,6 +63,13 @@ def ask_in_batches(session: Session, store: Store, submit_only: bool, poll_secon
     other = next((record.model for record in pending if record.model != session.teacher.model), None)
     if other:
         raise UserError(f"--teacher_model: the batches that are out were asked of {other}; name it to collect them")
+    asked = {int(asked["item"].partition("/")[0]) for record in pending for asked in record.asked.values()}
+    lost = sorted(action for action in asked - set(session.waiting) if (session.root / str(action)).is_dir())
+    if lost:
+        raise UserError(
+            f"--actions: the batches that are out hold action {lost[0]}, too, whose replies would be lost; leave "
+            "--actions out to collect them"
+        )
     if session.groups or pending:
         asyncio.run(_Batches(session, store, submit_only, poll_seconds).run())
 
@@ -294,7 +301,9 @@ class _Batches:
                     found.append((line.custom_id, self.outcome(line.result, record)))
                     if not line.custom_id.startswith(f"{record.nonce}-"):
                         return await self.disown(record)
-                return found
+                if len(found) >= record.count or attempt + 1 == CREATE_TRIES:
+                    return found
+                error = EOFError()  # every request has a result, expired ones too: the stream ended early
             except anthropic.APIStatusError as failure:
                 if failure.status_code == 404:
                     return self.gone(record)

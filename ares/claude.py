@@ -255,7 +255,7 @@ class ClaudeTeacher:
                 self.pace.pause(failure.retry_after)
             if attempt >= MAX_RETRIES and self.pace.successes == successes:
                 raise UserError(explain(error, self, request, self._key, attempt)) from None
-            if failure.retry_after is None:
+            if not failure.retry_after:  # 0 is no pause: the tries would be used up at once
                 await self.pace.sleep(min(MAX_BACKOFF, BACKOFF * 2 ** min(attempt, 10)) * random.uniform(0.75, 1.0))
         raise Unanswered(failure.reason, said(error, self._key))
 
@@ -307,8 +307,9 @@ class ClaudeTeacher:
         for name in ("cache_creation_input_tokens", "cache_read_input_tokens"):
             if getattr(used, name, None):
                 usage[name] = getattr(used, name)
+        text = "".join(block.text for block in message.content if block.type == "text")
         return Reply(
-            text="".join(block.text for block in message.content if block.type == "text"),
+            text=text.encode(errors="replace").decode(),  # half a surrogate pair: JSON can carry it, no file can
             teacher=self.name,
             model=message.model,
             stop_reason=message.stop_reason,

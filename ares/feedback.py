@@ -29,7 +29,7 @@ from ares.replies import Refused, parse_correction, parse_scores, parse_verdict
 
 __all__ = [
     "DONE", "EXPORTED", "IMAGE", "RATIONALE", "REASON", "REPLY", "REQUEST", "SCORES", "SIDECAR",
-    "Item", "Items", "Refused", "exported", "has_reply", "is_done", "iter_items", "mark_done", "mark_exported",
+    "Item", "Items", "Refused", "exported", "form", "has_reply", "is_done", "iter_items", "mark_done", "mark_exported",
     "parse_correction", "parse_scores", "parse_verdict", "progress_counts", "question_dir", "read_rationale",
     "read_scores", "wait_for_feedback", "write_rationale",
 ]  # fmt: skip
@@ -137,14 +137,19 @@ def _natural(qid: str) -> tuple:
 # -- rationale files -------------------------------------------------------------------------------------
 
 
-def write_rationale(folder: str | os.PathLike, sentences: Sequence[str]) -> None:
-    """Write the sentences as the form that the Teacher fills: `{`, `"sentence": xxx,` one per line, `}`.
+def form(sentences: Sequence[str]) -> str:
+    """The sentences as the form that the Teacher fills: `{`, `"sentence": xxx,` one per line, `}`.
 
     Nothing is escaped, as released. A line break inside a sentence becomes a blank: the form is read by lines.
     """
     lines = [f'"{_one_line(sentence)}": xxx' for sentence in sentences]
     body = ",\n".join(lines) + "\n" if lines else ""
-    cli.write_text(Path(folder) / RATIONALE, "{\n" + body + "}\n")
+    return "{\n" + body + "}"
+
+
+def write_rationale(folder: str | os.PathLike, sentences: Sequence[str]) -> None:
+    """Write the sentences as `form` shows them."""
+    cli.write_text(Path(folder) / RATIONALE, form(sentences) + "\n")
 
 
 def _one_line(sentence: str) -> str:

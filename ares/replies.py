@@ -217,15 +217,34 @@ def _from_groups(groups: list[list[tuple[str, str]]], sentences: Sequence[str]) 
 
 def _in_order(group: list[tuple[str, str]], sentences: Sequence[str]) -> list[str]:
     """Value tokens by text where the keys are the sentences in another order, else by position."""
-    plain = [" ".join(sentence.split()) for sentence in sentences]
-    keys = [" ".join(key.replace('\\"', '"').split()) for key, _ in group]
-    tokens = [token for _, token in group]
-    if Counter(keys) == Counter(plain) and keys != plain:
-        return _map_by_text(list(zip(keys, tokens, strict=True)), plain)
-    moved = [key for key, own in zip(keys, plain, strict=True) if key != own and key in plain]
-    if moved and keys != plain:
-        raise Refused("ambiguous", f"{moved[0][:60]!r} stands at another sentence's place")
+    written, tokens = [key.replace('\\"', '"') for key, _ in group], [token for _, token in group]
+    for form in (_on_one_line, _words):
+        keys, own = [form(key) for key in written], [form(sentence) for sentence in sentences]
+        if keys == own:
+            return tokens
+        if Counter(keys) == Counter(own):
+            return _map_by_text(list(zip(keys, tokens, strict=True)), own)
+    numbers = [str(number + 1) for number in range(len(sentences))]
+    if sorted(keys) == sorted(numbers):  # {"2": 0.5, "1": 0.8}
+        return _map_by_text(list(zip(keys, tokens, strict=True)), numbers)
+    for form in (_on_one_line, _words):
+        keys, own = [form(key) for key in written], [form(sentence) for sentence in sentences]
+        moved = [key for key, sentence in zip(keys, own, strict=True) if key != sentence and key in own]
+        if moved:
+            raise Refused("ambiguous", f"{moved[0][:60]!r} stands at another sentence's place")
+    if any(re.fullmatch(r"(?:overall|total|average|mean|confidence)(?: score)?", key) for key in set(keys) - set(own)):
+        raise Refused("wrong_count", "a score of the whole stands in the place of a sentence's")
     return tokens
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _words(text: str) -> str:
+    """The words alone, without case and without a number that was put before them."""
+    words = " ".join(re.findall(r"\w+", re.sub(r"^\s*\d+[.):]\s+", "", text).lower()))
+    return words or _on_one_line(text)
 
 
 def _from_arrays(text: str, count: int) -> list[float]:
@@ -252,11 +271,17 @@ _FINAL_KEY = re.compile(
         \s*:\s*[*]{0,2}\s*""",
     re.IGNORECASE | re.VERBOSE,
 )
+# a remark in the place of a text: these words and no other, one that says "the same" or "no" or "right" among them
 _UNCHANGED = re.compile(
-    r"(?:the |final |rationale |it |is |remains |same as |the |original )*"
-    r"(?:unchanged|no changes?(?: (?:needed|required|made|necessary))?|same|original)",
+    r"(?=.*\b(?:unchanged|no|not|none|n/a|same|original|identical|correct)\b)"
+    r"(?:\b(?:unchanged|no|not|none|n/a|same|original|identical|correct|corrections?|changes?|changed|edits?|edited|"
+    r"modifications?|modified|adjustments?|needs?|needed|required?|requires|necessary|made|was|were|be|has|have|been|"
+    r"the|student's|student|final|rationale|explanation|version|text|one|it|is|are|remains?|stays?|to|as|already|and|"
+    r"so|above|before|given|written)\b[\s,;:.()-]*)+",
     re.IGNORECASE,
 )
+# what our request shows in the place of a text, or what a model puts there
+_FORM_WORDS = frozenset((_PLACEHOLDER, "final rationale", "final solution", "the corrected explanation"))
 
 
 def parse_correction(reply: str | bytes | None, rationale: str) -> str:
@@ -277,33 +302,42 @@ def parse_correction(reply: str | bytes | None, rationale: str) -> str:
     finals = _finals(text, after_echo) or (_finals(text, 0) if after_echo else [])
     if not finals:
         raise Refused("no_final", "no final rationale that is closed by its brace")
+    finals = [final for final in finals if _bare(final).lower() not in _FORM_WORDS] or finals[
+        :1
+    ]  # an echo of the form
     if any(other != finals[0] for other in finals[1:]):
         raise Refused("ambiguous", f"{len(finals)} final rationales that differ")
     final = finals[0]
-    bare = final.strip(" .!*'\"<>[]()_")
+    bare = _bare(final)
     if not bare:
         raise Refused("empty", "the final rationale is empty")
-    if bare.lower() in (_PLACEHOLDER, "final rationale", "final solution"):
+    if bare.lower() in _FORM_WORDS:
         raise Refused("placeholder", f"the final rationale is {bare!r}")
     if _UNCHANGED.fullmatch(bare) and bare.lower() != rationale.strip(" .").lower():
         raise Refused("unchanged", "the final rationale only says so")
     return final
 
 
+def _bare(text: str) -> str:
+    return text.strip(" .!*'\"<>[]()_")
+
+
 def _finals(text: str, start: int) -> list[str]:
-    values = [_final_value(text, match.end()) for match in _FINAL_KEY.finditer(text, start)]
-    return [" ".join(value.split()) for value in values if value is not None]
+    values = [_final_value(text, match.end(), match[0]) for match in _FINAL_KEY.finditer(text, start)]
+    # half of a surrogate pair, which JSON can spell and UTF-8 cannot, goes
+    whole = (value.encode(errors="ignore").decode() for value in values if value is not None)
+    return [" ".join(value.split()) for value in whole]
 
 
-def _final_value(text: str, start: int) -> str | None:
+def _final_value(text: str, start: int, key: str) -> str | None:
     """The value that begins at `start`: a string up to its object's end, `{...}`, or bare text up to the brace."""
+    with contextlib.suppress(ValueError, RecursionError):  # takes escapes; strict=False takes line breaks
+        value, end = json.JSONDecoder(strict=False).raw_decode(text, start)
+        if re.match(r"\s*,?\s*[}\"]", text[end:]):
+            if isinstance(value, list) and all(isinstance(part, str) for part in value):
+                value = " ".join(value)
+            return "" if value is None else value if isinstance(value, str) else None
     if text.startswith('"', start):
-        try:  # json.loads takes escapes; strict=False takes line breaks
-            value, end = json.JSONDecoder(strict=False).raw_decode(text, start)
-            if re.match(r"\s*,?\s*[}\"]", text[end:]):
-                return value
-        except (ValueError, RecursionError):
-            pass
         closed = re.compile(r'(.*?)"\s*,?\s*\}', re.DOTALL).match(text, start + 1)  # with quotes not escaped
         return _unescape(closed[1]) if closed else None
     own_braces = text.startswith("{", start)
@@ -311,6 +345,9 @@ def _final_value(text: str, start: int) -> str | None:
     if body is None:
         return None
     body = body.strip().removesuffix(",").strip()
+    if "'" in key and body.startswith("'"):  # as Python writes it; nothing may follow
+        quoted = re.fullmatch(r"'((?:[^'\\]|\\.|'(?!\s*[,:]))*)'", body, re.DOTALL)
+        return _unescape(quoted[1].replace("\\'", "'")) if quoted else None
     quoted = re.fullmatch(r'"(.*)"', body, re.DOTALL) if own_braces else None
     return _unescape(quoted[1]) if quoted else body
 

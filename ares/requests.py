@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ares import cli
-from ares.feedback import REASON, REPLY, REQUEST, SCORES, SIDECAR, write_derived
+from ares.feedback import REASON, REPLY, REQUEST, SCORES, SIDECAR, form, write_derived
 from ares.predictions import texts_by_qid
 from ares.problems import find_images, question_images
+from ares.reply_files import REFUSED_REPLY
 
 
 def read_rationales(path: str | os.PathLike, train_qids: Sequence[str], flag: str = "--rationales") -> dict[str, str]:
@@ -66,7 +67,7 @@ def prepare_request(folder: str | os.PathLike, text: str, sentences: Sequence[st
     """Lay out one rationale's request; True if the reply to an older rationale had to be set aside."""
     before = Path(folder) / REQUEST
     asked = before.read_bytes().decode("utf-8", errors="replace") if before.exists() else None
-    outdated = asked is not None and not all(f'"{sentence}": ' in asked for sentence in sentences)
+    outdated = asked is not None and form(sentences) not in asked  # the words around the form may be others
     aside = outdated and set_reply_aside(folder)
     place_images(folder, images)
     write_request(folder, text)  # last: its presence says "ready"
@@ -82,6 +83,7 @@ def place_images(folder: str | os.PathLike, images: Sequence[Path]) -> None:
 def set_reply_aside(folder: str | os.PathLike) -> bool:
     """Rename a reply that belongs to another rationale (`older_...`: it was paid for); False if there was none."""
     folder = Path(folder)
+    (folder / REFUSED_REPLY).unlink(missing_ok=True)
     if not (folder / REPLY).exists():
         return False
     for name in (SIDECAR, REPLY):  # the reply last: it is what counts as answered

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -149,25 +150,28 @@ def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
         if args.estimate:
             wrong.append("--estimate: the reference Teacher costs nothing; leave it out")
     wrong += [f"--{name} must be at least 1" for name in ("concurrency", "attempts") if getattr(args, name) < 1]
-    wrong += [f"--{name} must be above 0" for name in ("timeout", "poll_seconds") if getattr(args, name) <= 0]
+    wrong += [
+        f"--{name} must be a number above 0"
+        for name in ("timeout", "poll_seconds", "max_usd")
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf  # nan neither
+    ]
     modes = [name for name in ("batch", "estimate", "show", "watch", "check") if getattr(args, name, None)]
     if len(modes) > 1:
         wrong.append(f"{' and '.join(map(_flag, modes))} do not go together; give one")
     if args.submit_only and not args.batch:
         wrong.append("--submit-only needs --batch")
+    if args.base_url is not None and not args.base_url.startswith(("http://", "https://")):
+        wrong.append(f"--base_url: {args.base_url} is no address; it begins with http:// or https://")
     if args.cache and args.no_cache:
         wrong.append("--cache and --no-cache contradict each other; give one")
-    if args.max_usd is not None and args.max_usd <= 0:
-        wrong.append("--max_usd must be above 0")
-    if args.price and min(args.price) < 0:
-        wrong.append("--price: a price is not negative")
-    if (
-        args.max_usd is not None
-        and args.teacher == "claude"
-        and not args.price
-        and price_of(args.teacher_model) is None
-    ):
-        wrong.append(f"--max_usd: the price of {args.teacher_model} is not known; name it with --price IN OUT")
+    if args.price and not all(0 <= price < math.inf for price in args.price):
+        wrong.append("--price: two numbers of 0 or more")
+    if args.teacher == "claude" and args.max_usd is not None:
+        if not args.price and price_of(args.teacher_model) is None:
+            wrong.append(f"--max_usd: the price of {args.teacher_model} is not known; name it with --price IN OUT")
+        other = getattr(args, "against", None) or "reference"
+        if other != "reference" and price_of(other) is None:
+            wrong.append(f"--max_usd: the price of {other} is not known; make it --teacher_model, with --price IN OUT")
     cli.refuse(wrong)
     if args.teacher == "claude" and not args.estimate and not args.show:
         api_key()
@@ -194,8 +198,9 @@ def make_teacher(args: argparse.Namespace, ledger: Ledger | None = None) -> Teac
 
 def make_cache(args: argparse.Namespace) -> ReplyCache:
     """Where replies of earlier runs lie. The reference Teacher is cheaper than a look."""
-    unwanted = args.no_cache or args.teacher == "reference"
-    return ReplyCache(None if unwanted else Path(args.cache or default_folder()))
+    if args.no_cache or args.teacher == "reference":
+        return ReplyCache(None)
+    return ReplyCache(cli.writable_dir(args.cache, "--cache") if args.cache else default_folder())
 
 
 def load_for(args: argparse.Namespace, items: Sequence[Item]) -> Problems | None:

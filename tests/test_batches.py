@@ -11,7 +11,7 @@ import pytest
 import haiku
 from ares import batches, claude, cli, feedback
 from ares.budget import read_log
-from tests.api_server import KEY, ApiServer, Batch, Fault, fill_form, score_by_text
+from tests.api_server import KEY, ApiServer, Batch, Fault, _Handler, fill_form, score_by_text
 from tests.teacher_tools import client, lay_out, lines_of, many_items, scores
 
 QUICK = "from ares import batches; batches.SETTLE_SECONDS = 0.3; batches._BACKOFF = 0.05\n"
@@ -140,6 +140,15 @@ def test_submit_now_collect_later(server, questions, capsys):
     assert len(scores(questions)) == 12 and len(server.batches) == 1
 
 
+def test_collecting_some_actions_does_not_throw_away_the_others(server, questions):
+    ask(server, questions, "--submit-only")
+    with pytest.raises(cli.UserError, match="--actions: the batches that are out hold action 1"):
+        ask(server, questions, "--actions", "0")
+    ask(server, questions)
+    assert len(scores(questions)) == 12 and len(server.batches) == 1
+    ask(server, questions, "--actions", "0")  # nothing is out
+
+
 def test_a_changed_rationale_does_not_get_an_old_reply(server, questions, problems):
     ask(server, questions, "--submit-only")
     item = feedback.iter_items(questions)[0]
@@ -154,6 +163,21 @@ def test_results_that_break_off_and_errors_that_pass(server, questions):
     server.result_faults.extend([Fault(0, kind="reset"), Fault(529)])
     ask(server, questions)
     assert len(scores(questions)) == 12 and len(server.batches) == 1
+
+
+def test_results_that_end_early_are_fetched_again_and_not_paid_again(server, questions, monkeypatch):
+    """A stream may end between two lines without an error; what it lacks has not expired."""
+    ask(server, questions, "--submit-only")
+    whole = server.results_of
+    cuts = [whole(server.batches[0])[:5], whole(server.batches[0])[:7]]
+
+    def short(handler, batch):
+        lines = cuts.pop() if cuts else whole(batch)
+        handler.send_bytes(200, "".join(f"{line}\n" for line in lines).encode(), {}, "application/x-jsonl")
+
+    monkeypatch.setattr(_Handler, "batch_results", short)
+    ask(server, questions)
+    assert not cuts and len(scores(questions)) == 12 and len(server.batches) == 1
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,20 @@ def test_retry_after_holds_everybody_back(server, questions):
     assert api_errors.retry_after({"retry-after": "nan"}) is None
 
 
+def test_retry_after_nothing_still_pauses(server, questions, monkeypatch):
+    """Else the tries are used up within milliseconds, and the run ends."""
+    pauses, sleep = [], pacing.Pace.sleep
+
+    async def counted(self, seconds):
+        pauses.append(seconds)
+        await sleep(self, 0)
+
+    monkeypatch.setattr(pacing.Pace, "sleep", counted)
+    server.faults.extend([Fault(429, headers={"retry-after": "0"})] * 3)
+    ask(server, questions, "--concurrency", "1")
+    assert len(pauses) == 3 and pauses == sorted(pauses) and pauses[0] > 0
+
+
 def test_one_bad_request_does_not_stop_the_others(server, questions):
     poor = (feedback.iter_items(questions)[7].folder / feedback.REQUEST).read_text()
     server.plan = lambda asked: Fault(400, "this one is odd") if asked.text == poor else None
@@ -478,6 +492,18 @@ def test_check_compares_two_teachers(server, questions, capsys, sample):
     assert everything.split()[2:] == ["0.000", "1.000", "100.0%"], "the server scores by the sentence alone"
     with pytest.raises(cli.UserError, match="is the Teacher itself"):
         ask(server, questions, "--check", "10", "--against", "claude-haiku-5-5", *data)
+
+
+def test_check_knows_each_teachers_own_price(server, questions, sample):
+    data = ["--data_root", str(sample / "ScienceQA/data")]
+    with pytest.raises(cli.UserError, match="--max_usd: the price of somebody-else is not known"):
+        ask(server, questions, "--check", "10", "--against", "somebody-else", "--max_usd", "1", *data)
+    assert not server.log
+    haiku45 = "claude-haiku-4-5-20251001"
+    ask(server, questions, "--check", "4", "--against", haiku45, "--price", "0", "0", *data)
+    answers = [asked for asked in server.asked if asked.body["model"] == haiku45]
+    totals = read_log(questions / "teacher/spend.jsonl")
+    assert len(answers) == 4 and totals.usd > 0, "--price is the price of --teacher_model"
 
 
 def test_agreement_by_position():

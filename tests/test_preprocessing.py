@@ -25,7 +25,7 @@ from ares.feedback import (
     read_rationale,
     write_rationale,
 )
-from ares.requests import place_images, read_rationales
+from ares.requests import place_images, prepare_request, read_rationales
 from tests.conftest import ROOT, one_line_error, run_script
 from utils_prompt import correction_request, scoring_request
 
@@ -142,6 +142,17 @@ def test_the_manual_copy_and_a_second_round(tmp_path, sample, data_root, problem
     (folder / REQUEST).write_text((folder / REQUEST).read_text().replace("You grade", "You rate"))
     done = shell(*flags(sample, data_root), cwd=tmp_path)
     assert (folder / REPLY).read_text() == "new" and "set aside" not in done.stdout
+
+
+@pytest.mark.parametrize("sentences", [SENTENCES[:1], SENTENCES[::-1], [*SENTENCES, SENTENCES[0]]])
+def test_a_reply_to_the_same_sentences_in_another_number_or_order_is_outdated(tmp_path, sentences):
+    """The next round's rationale is often a part of the last one: the old scores are not its scores."""
+    problem = {"question": "Q?", "choices": ["a", "b"], "answer": 0, "hint": "", "image": None}
+    assert not prepare_request(tmp_path, scoring_request(problem, SENTENCES), SENTENCES, [])
+    (tmp_path / REPLY).write_text('{"scores": [0.1, 0.9]}')
+    assert not prepare_request(tmp_path, scoring_request(problem, SENTENCES), SENTENCES, [])
+    assert prepare_request(tmp_path, scoring_request(problem, sentences), sentences, [])
+    assert not (tmp_path / REPLY).exists() and (tmp_path / f"older_{REPLY}").exists()
 
 
 def test_absent_images_and_bad_forms(tmp_path, sample, data_root, problems):

@@ -109,6 +109,13 @@ def test_reason_and_scores_replace_each_other(tmp_path):
         # reworded sentences go by position, unless one stands at another's place
         ('{"The A!": 0.7, "The B!": 0.1}', ["A.", "B."], [0.7, 0.1]),
         ('{"B.": 0.7, "The A!": 0.1}', ["A.", "B."], "ambiguous"),
+        # another order is seen through lost full stops, other case and added numbers
+        ('{"the b": 0.7, "The A!": 0.1, "E.": 0.3}', ["The A.", "The B.", "E."], [0.1, 0.7, 0.3]),
+        ('{"1. The B.": 0.7, "2. The A.": 0.1}', ["The A.", "The B."], [0.1, 0.7]),
+        ('{"the b": 0.7, "Reworded.": 0.1}', ["The A.", "The B."], "ambiguous"),
+        ('{"2": 0.7, "1": 0.1}', ["The A.", "The B."], [0.1, 0.7]),
+        ('{"1": 0.7, "2": 0.1}', ["The A.", "The B."], [0.7, 0.1]),
+        ('{"The A.": 0.7, "Overall": 0.1}', ["The A.", "The B."], "wrong_count"),
         ('{"S.": 0.1, "x": high, "y": 0.2}', ["S.", "y"], "not_a_number"),
         ('{"reworded": 0.1, "b": high, "c": 0.2, "d": 0.3}', ["S.", "T.", "U."], "not_a_number"),
         ('{"A.": {"score": 0.5}}', ["A."], [0.5]),
@@ -246,6 +253,21 @@ def test_final_rationale_with_escapes():
     assert parse_correction(reply, BEFORE) == 'A "big" change. {x}'
     assert parse_correction(json.dumps({"Final rationale": BEFORE}), BEFORE) == BEFORE  # nothing to mend: a good reply
     assert parse_correction(reply.encode(), BEFORE) == 'A "big" change. {x}'
+    assert parse_correction('{"Final rationale": "A \\ud83d big\\ud83d\\ude00 change."}', BEFORE) == "A big😀 change."
+
+
+def test_final_rationale_in_other_values():
+    """A list of sentences, Python's quotes, and the form of the request repeated before the answer."""
+    assert (
+        parse_correction('{"Original rationale": ["x."], "Final rationale": ["A b.", "C d."]}', BEFORE) == "A b. C d."
+    )
+    assert parse_correction(f"{{'Original rationale': '{BEFORE}', 'Final rationale': '{AFTER}'}}", BEFORE) == AFTER
+    echoed = '{"Original rationale": "the student\'s explanation", "Final rationale": "the corrected explanation"}'
+    assert parse_correction(f'{echoed}\n{{"Final rationale": "{AFTER}"}}', BEFORE) == AFTER
+    # words that also stand in such remarks are a rationale's as long as it says more
+    for text in ("No change is needed to make 1.0 mole.", "The answer is the same as the original color, red."):
+        assert parse_correction(json.dumps({"Final rationale": text}), BEFORE) == text
+    assert parse_correction('{"Final rationale": "None."}', "None.") == "None."
 
 
 @pytest.mark.parametrize(
@@ -264,6 +286,21 @@ def test_final_rationale_with_escapes():
         ('{"Final rationale": "Unchanged."}', "unchanged"),
         ('{"Final rationale": "No changes needed"}', "unchanged"),
         ("{final rationale: same as the original}", "unchanged"),
+        ('{"Final rationale": "[Same as the original rationale]"}', "unchanged"),
+        ('{"Final rationale": "The original rationale is correct and needs no changes."}', "unchanged"),
+        ('{"Final rationale": "No corrections are needed; the explanation is already correct."}', "unchanged"),
+        ('{"Final rationale": "Identical to the one above."}', "unchanged"),
+        ('{"Final rationale": "N/A"}', "unchanged"),
+        ('{"Final rationale": "None"}', "unchanged"),
+        ('{"Final rationale": null}', "empty"),
+        ('{"Final rationale": []}', "empty"),
+        ('{"Final rationale": {"text": "A."}}', "no_final"),
+        ('{"Final rationale": [1, "A."]}', "no_final"),
+        ('{"Final rationale": true}', "no_final"),
+        (
+            '{"Original rationale": "the student\'s explanation", "Final rationale": "the corrected explanation"}',
+            "placeholder",
+        ),
         ('{"Final rationale": "xxx"}', "placeholder"),
         ('{"Final rationale": "A."}\n{"Final rationale": "B."}', "ambiguous"),
     ],

@@ -17,10 +17,12 @@ import haiku
 import haiku_for_correction_feedback
 import preprocessing_for_correction_feedback
 from ares import claude, cli, feedback, live, teacher
+from ares.api_errors import said
 from ares.asking import CORRECT, SCORE, Request, custom_id
 from ares.images import media_type
 from ares.prices import cost_usd, price_of
-from ares.requests import place_images
+from ares.reply_files import REFUSED_REPLY
+from ares.requests import place_images, set_reply_aside
 from ares.sentences import split_text
 from tests.api_server import KEY, ApiServer, Fault, fill_form
 from tests.conftest import one_line_error, run_script
@@ -359,6 +361,39 @@ def test_flags_that_would_be_ignored_are_refused(tmp_path):
     assert all(flag in str(error.value) for flag in ("--teacher_model", "--attempts must be"))
 
 
+@pytest.mark.parametrize("flag", ["--max_usd", "--timeout", "--poll_seconds", "--watch"])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_numbers_that_are_none(flag, value, monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    with pytest.raises(cli.UserError, match=f"{flag} must be"):
+        haiku.parse_args([flag, value])
+    with pytest.raises(cli.UserError, match="--price"):
+        haiku.parse_args(["--price", "1", value])
+
+
+def test_an_address_or_a_cache_that_is_none(server, questions, tmp_path):
+    with pytest.raises(cli.UserError, match="--base_url: localhost:8000 is no address; it begins with http"):
+        haiku.parse_args(["--base_url", "localhost:8000", "--estimate"])
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(cli.UserError, match="--cache: cannot write to"):
+        ask(server, questions, "--cache", str(file))
+    assert not server.log
+
+
+def test_a_reply_that_utf8_cannot_spell_is_kept(server, questions):
+    """Half of a surrogate pair: JSON can carry it."""
+    server.respond = lambda asked: (f"\ud83d Here: {fill_form(asked)[0]}", "end_turn")
+    ask(server, questions)
+    assert all((folder / feedback.SCORES).exists() for folder in folders(questions))
+
+
+def test_no_part_of_the_key_is_said():
+    echo = {"error": {"message": "x" * 290 + KEY}}
+    error = type("Error", (Exception,), {"body": echo})()
+    assert KEY[:6] not in said(error, KEY)
+
+
 def test_requests_that_are_missing_or_of_another_export(server, questions):
     folder = feedback.question_dir(questions, 1, 0, TEXT)
     feedback.write_rationale(folder, ["Quite another rationale."])
@@ -368,6 +403,16 @@ def test_requests_that_are_missing_or_of_another_export(server, questions):
     assert not server.asked
     with pytest.raises(cli.UserError, match="--questions_dir.*did you mean"):
         ask(server, questions.parent)
+
+
+def test_a_request_for_more_sentences_than_the_rationale_has_does_not_fit(server, questions):
+    folder = feedback.question_dir(questions, 0, 0, PICTURE)
+    sentences = feedback.read_rationale(folder)
+    for other in (sentences[:-1], sentences[::-1], [*sentences, sentences[0]]):
+        feedback.write_rationale(folder, other)
+        with pytest.raises(cli.UserError, match="1 of 6 rationales have no input_for_llm.txt that fits"):
+            ask(server, questions)
+    assert not server.asked
 
 
 def test_an_unusable_image_is_named(server, questions):
@@ -452,7 +497,7 @@ def test_correction_file(server, correction, capsys):
 def test_correction_refuses_to_write_with_missing_replies(server, correction, capsys):
     flags, train, output, chosen = correction
     more = output.parent / "more.json"
-    cli.write_json(more, {"preds": ["One.", "Two."], "qids": [train[0], train[3]]})
+    cli.write_json(more, {"preds": [f"Let's see.  {train[0]} is {{it}}", "Two."], "qids": [train[0], train[3]]})
     argv = [*flags, "--base_url", server.url, "--rationales", str(more)]
     with pytest.raises(cli.UserError, match=f"1 of 4 questions have no reply.*{train[3]}"):
         haiku_for_correction_feedback.main(argv)
@@ -460,6 +505,31 @@ def test_correction_refuses_to_write_with_missing_replies(server, correction, ca
     haiku_for_correction_feedback.main([*argv, "--accept-missing"])
     assert json.loads(output.read_text())[train[3]]["solution"] == "Two."
     assert "fell back: no reply 1" in capsys.readouterr().out
+
+
+def test_correction_of_last_rounds_requests_is_refused(server, correction):
+    flags, train, output, chosen = correction
+    new = output.parent / "new.json"
+    cli.write_json(new, {"preds": ["Quite another.", f"Let's see. {train[1]} is {{it}}"], "qids": train[:2]})
+    with pytest.raises(
+        cli.UserError, match=f"--rationales: 1 requests .*question {train[0]}.*preprocessing_for_correction"
+    ):
+        haiku_for_correction_feedback.main([*flags, "--base_url", server.url, "--rationales", str(new)])
+    assert not server.log and not output.exists()
+
+
+def test_a_correction_cut_by_its_stop_reason_falls_back(server, correction, capsys):
+    """It reads well and is set aside: a reply that cannot be used, not a missing one."""
+    flags, train, output, chosen = correction
+    server.respond = lambda asked: (fill_form(asked)[0].replace("see.", "think."), "max_tokens")
+    haiku_for_correction_feedback.main([*flags, "--base_url", server.url, "--attempts", "1"])
+    found = json.loads(output.read_text())
+    assert [found[qid]["solution"] for qid in train[:3]] == [f"Let's see. {qid} is {{it}}" for qid in train[:3]]
+    assert "fell back: max_tokens 3" in capsys.readouterr().out
+    folder = feedback.question_dir(flags[-1], 0, 0, train[0])
+    assert (folder / REFUSED_REPLY).exists()
+    set_reply_aside(folder)  # another rationale is to be asked about
+    assert not (folder / REFUSED_REPLY).exists()
 
 
 def test_correction_by_the_reference_teacher(correction, monkeypatch):
