@@ -336,6 +336,29 @@ def test_train_alone_says_what_is_missing(world, tmp_path, capsys):
         launch(world, run, phase="train", img_type=None, base_model_dir=plain(world), ref_model=None)
 
 
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_an_optimizer_that_fits_no_model_is_refused_before_anyone_is_paid(world, fixtures, tmp_path, kind):
+    """PPO's for `--algo rloo`, and the released code's, which holds no names; its own is taken."""
+    import model
+    from ppo_trainer import ActorCritic, make_optimizer, optimizer_state
+
+    folder = tmp_path / "run/0"
+    shutil.copytree(world.base if kind == "untied" else fixtures / "model/vit_tied", folder)
+    policy = model.T5ForMultimodalGeneration.from_pretrained(folder)
+    value = model.T5ForMultimodalGenerationValueFunction.from_pretrained(folder)
+    model.save_value_function(value, folder)
+    torch.save(optimizer_state(*make_optimizer(ActorCritic(policy, value), lr=1e-3)), folder / "optimizer_state.pth")
+    info = model.check_checkpoint(folder, policy.config.patch_size)
+    run_mm_cot_rl.check_optimizer(SimpleNamespace(base_model_dir=folder, algo="ppo"), info)
+    with pytest.raises(UserError, match="--algo"):
+        run_mm_cot_rl.check_optimizer(SimpleNamespace(base_model_dir=folder, algo="rloo"), info)
+    if kind == "untied":
+        torch.save({"state": {}, "param_groups": []}, folder / "optimizer_state.pth")
+        with pytest.raises(UserError, match="optimizer_state.pth was not written by this version"):
+            launch(world, tmp_path / "run", base_model_dir=folder, continue_train=True, phase="collect")
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {"0"}
+
+
 # -- other kinds of run ----------------------------------------------------------------------------------
 
 
