@@ -326,6 +326,41 @@ def test_overwrite_starts_anew_and_keeps_paid_replies(world, collected, tmp_path
     assert not list(run.glob("questions/*/p0/*/output_from_llm.txt"))
 
 
+def test_a_round_that_others_wrote_and_the_model_to_start_from_are_never_in_the_way(world, tmp_path):
+    """The released code gives its runs the same names; --overwrite must not move the new run's own model."""
+    run = tmp_path / "run"
+    shutil.copytree(world.base, run / "0")
+    with pytest.raises(UserError, match="run/0 was not written by this version.*--overwrite"):
+        launch(world, run, phase="collect")
+    with pytest.raises(UserError, match="--overwrite would move --base_model_dir"):
+        launch(world, run, phase="collect", overwrite="", base_model_dir=run / "0")
+    assert weights_of_base(run / "0") and not (run / "rollouts").exists()
+
+
+def test_a_batch_that_is_deleted_as_told_is_sampled_again(world, collected, tmp_path, capsys):
+    run = copy(collected, tmp_path / "run")
+    shard = rollouts.Store(run, 0).shard(1)
+    before = rollouts.Rollouts.load(shard).tokens.clone()  # mapped
+    shard.write_text("torn")
+    with pytest.raises(UserError, match="delete it and run again"):
+        launch(world, run)
+    shard.unlink()
+    launch(world, run, rl_epochs=1)
+    assert "sampled again" in capsys.readouterr().err
+    assert torch.equal(rollouts.Rollouts.load(shard).tokens, before) and (run / "0").exists()
+
+
+def test_a_kill_at_the_end_of_a_round_leaves_no_state_behind(tmp_path, monkeypatch):
+    for name in ("0/args.yaml", "questions/0/llm_done.txt", "state/slot_0.pth"):
+        cli.write_text(tmp_path / name, "x")
+    monkeypatch.setattr(rl_run.shutil, "rmtree", lambda *args, **how: 1 / 0)  # killed in it
+    with pytest.raises(ZeroDivisionError):
+        rl_run.tidy(tmp_path, 1)
+    monkeypatch.undo()
+    rl_run.tidy(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "questions_round0"}
+
+
 def test_train_alone_says_what_is_missing(world, tmp_path, capsys):
     run = tmp_path / "run"
     launch(world, run, phase="collect", img_type=None, base_model_dir=plain(world), ref_model=None)
