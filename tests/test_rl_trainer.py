@@ -313,6 +313,18 @@ def test_precision_follows_flag_then_configuration_then_gpu(monkeypatch, configu
     assert cli.mixed_precision(flag) == expected
 
 
+@pytest.mark.parametrize(("major", "expected"), [(9, "bf16"), (7, "no")])
+def test_bf16_is_chosen_where_the_gpu_computes_in_it(monkeypatch, major, expected):
+    """torch says of any GPU that bf16 is supported: older ones emulate it, slower than fp32."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or major >= 8
+    )
+    assert cli.mixed_precision("auto") == expected
+
+
 def test_warnings_say_what_is_wrong_and_what_to_do():
     fine = {"approx_kl": 0.01, "kl_ref": 0.1, "entropy": 1.0, "explained_variance": 0.3}
     assert metrics.epoch_warnings(fine, 1.2) == []
