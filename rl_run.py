@@ -239,7 +239,8 @@ def finished(folder: Path, number: int) -> bool:
 def next_commands(args: argparse.Namespace, folder: Path, argv: Sequence[str]) -> str:
     """What to type after --phase collect."""
     questions = folder / "questions"
-    data = ["--data_root", args.data_root] + (["--images", args.images] if args.images else [])
+    names = [name for name in ("data_root", "dataset", "images") if getattr(args, name)]
+    data = [word for name in names for word in (f"--{name}", getattr(args, name))]
     again = [word for i, word in enumerate(argv) if word != "--phase" and (i == 0 or argv[i - 1] != "--phase")]
     again = [word for word in again if not word.startswith("--phase=") and word != "--overwrite"]
     commands = [

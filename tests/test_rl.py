@@ -138,9 +138,10 @@ def test_bad_flags_are_refused_together(tmp_path):
     with pytest.raises(UserError) as refusal:
         run_mm_cot_rl.parse_args(
             "--base_model_dir nowhere --ref_model nowhere2 --final_eval --eval_le x.json --k_actions 0 --lr nan "
-            "--gamma 2 --top_p 0 --overwrite --phase train --train_le x.json".split()
+            "--gamma 2 --top_p 0 --overwrite --phase train --train_le x.json --seed 9223372036854775808".split()
         )
-    for word in "base_model_dir nowhere2 final_eval eval_le k_actions lr gamma top_p overwrite train_le QCMG".split():
+    words = "base_model_dir nowhere2 final_eval eval_le k_actions lr gamma top_p overwrite train_le QCMG seed"
+    for word in words.split():
         assert word in str(refusal.value), word
     with pytest.raises(UserError, match="no folder {run}"):
         run_mm_cot_rl.parse_args(["--base_model_dir", str(tmp_path), "--continue_train", "yes"])
@@ -324,6 +325,14 @@ def test_overwrite_starts_anew_and_keeps_paid_replies(world, collected, tmp_path
     (aside,) = run.glob("overwritten_*")
     assert len(list(aside.glob("questions/*/p0/*/output_from_llm.txt"))) > 5
     assert not list(run.glob("questions/*/p0/*/output_from_llm.txt"))
+
+
+def test_the_commands_after_collecting_name_the_data(tmp_path):
+    argv = f"--base_model_dir {tmp_path} --data_root data --dataset aokvqa --images pictures --phase collect".split()
+    first, second, third = rl_run.next_commands(run_mm_cot_rl.parse_args(argv), tmp_path, argv).splitlines()
+    for command in (first, second):
+        assert command.endswith(" --data_root data --dataset aokvqa --images pictures")
+    assert third.endswith("--images pictures --phase train")
 
 
 def test_a_round_that_others_wrote_and_the_model_to_start_from_are_never_in_the_way(world, tmp_path):
