@@ -274,8 +274,9 @@ class PpoTrainer:
             last = i == len(step) - 1
             with contextlib.nullcontext() if last else sharding.no_sync(self.model, self.accelerator, self.sharded):
                 loss = self._loss(mine, advantages[[place[row] for row in mine]], total, idle, sums)
-                # the wrapper averages gradients over processes, but the loss is already a share of the whole step
-                self.accelerator.backward(loss * self.accelerator.num_processes)
+                # the wrapper averages gradients over processes, but the loss is already a share of the whole step; not
+                # accelerator.backward, which divides by ACCELERATE_GRADIENT_ACCUMULATION_STEPS where that is set
+                (loss * self.accelerator.num_processes).backward()
         if rank == 0 and time.monotonic() - self.saved_at > 60 * args.save_minutes:
             sums[-1] = 1.0  # rank 0's clock decides for all
         norm = self._clip()

@@ -187,6 +187,16 @@ def test_max_grad_norm_scales_the_gradient_and_logs_it_unscaled(tmp_path):
     assert first_update(make_trainer(tmp_path, max_grad_norm=0.05))["grad_norm"] > 0.1
 
 
+def test_accumulation_steps_of_accelerates_environment_change_no_gradient(tmp_path, monkeypatch):
+    norms = []
+    for steps in ("1", "8"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)  # left over from another project
+        trainer = make_trainer(tmp_path)
+        monkeypatch.setitem(trainer.accelerator.gradient_state.plugin_kwargs, "num_steps", int(steps))
+        norms.append(first_update(trainer)["grad_norm"])
+    assert norms[0] == norms[1]
+
+
 def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
     trainer = make_trainer(tmp_path)
     before = {name: tensor.clone() for name, tensor in trainer.raw.state_dict().items()}
