@@ -154,6 +154,7 @@ def reopen(place: Path) -> None:
         missing = cli.read_json(collected, "rollouts")["batches"] - len(list(place.glob("batch_*.safetensors")))
         if missing > 0:
             cli.warn0(f"{place}: {missing} of its batches are gone and sampled again")
+            (place / "scores.json").unlink(missing_ok=True)  # read anew: nothing promises the same tokens on a GPU
             collected.unlink()
 
 
