@@ -80,11 +80,16 @@ def scheduled_lr(schedule: str, lr: float, done: int, total: int) -> float:
     return lr * {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}[schedule]
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.01) -> tuple[torch.optim.AdamW, list[str]]:
-    """AdamW with weight decay on everything but biases and norms, and the parameters' names in its order."""
+def parameter_groups(model: nn.Module) -> list[list[tuple[str, nn.Parameter]]]:
+    """The trained parameters by name: those that decay, then biases and norms, which do not."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = {name for name, p in named if p.ndim < 2 or "bias" in name}  # norms of T5 are vectors
-    groups = [[(n, p) for n, p in named if n not in plain], [(n, p) for n, p in named if n in plain]]
+    return [[(n, p) for n, p in named if n not in plain], [(n, p) for n, p in named if n in plain]]
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.01) -> tuple[torch.optim.AdamW, list[str]]:
+    """AdamW with weight decay on everything but biases and norms, and the parameters' names in its order."""
+    groups = parameter_groups(model)
     optimizer = torch.optim.AdamW(
         [
             {"params": [p for _, p in groups[0]], "weight_decay": weight_decay},
@@ -104,23 +109,37 @@ def optimizer_state(optimizer, names: list[str], keep: bool = True) -> dict[str,
     return {"state": sharding.whole(optimizer.state_dict()["state"], keep), "names": names}
 
 
-def restore_optimizer(optimizer, names: list[str], path: Path) -> None:
-    """Load moments that `optimizer_state` gave; learning rate and decay stay those of the flags.
+def read_optimizer(path: Path, names: list[str]) -> dict[str, Any]:
+    """What `optimizer_state` gave, mapped: nothing but its names is read yet.
 
     Raises UserError if the file is absent, unreadable or belongs to another model.
     """
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"--continue_train: {path} does not exist; name a round folder that RL wrote") from None
     except Exception as error:
         raise UserError(f"--continue_train: cannot read {path} ({' '.join(str(error).split())[:160]})") from error
     if not isinstance(saved, dict) or saved.get("names") != names:
         raise UserError(
-            f"--continue_train: {path} was not written by this version for this model (its parameters differ); "
-            "start from the same weights with --continue_train False"
+            f"--continue_train: {path} was not written by this version for this model and --algo (its parameters "
+            "differ); start from the same weights with --continue_train False"
         )
-    _load_moments(optimizer, saved["state"])
+    return saved
+
+
+def check_optimizer(path: Path, policy: nn.Module, value_function: nn.Module | None) -> None:
+    """`read_optimizer` before there are models: these may be on the meta device."""
+    groups = parameter_groups(ActorCritic(policy, value_function))
+    read_optimizer(path, [name for group in groups for name, _ in group])
+
+
+def restore_optimizer(optimizer, names: list[str], path: Path) -> None:
+    """Load moments that `optimizer_state` gave; learning rate and decay stay those of the flags.
+
+    Raises UserError as `read_optimizer`.
+    """
+    _load_moments(optimizer, read_optimizer(path, names)["state"])
 
 
 def _load_moments(optimizer, state: dict) -> None:
@@ -255,8 +274,9 @@ class PpoTrainer:
             last = i == len(step) - 1
             with contextlib.nullcontext() if last else sharding.no_sync(self.model, self.accelerator, self.sharded):
                 loss = self._loss(mine, advantages[[place[row] for row in mine]], total, idle, sums)
-                # the wrapper averages gradients over processes, but the loss is already a share of the whole step
-                self.accelerator.backward(loss * self.accelerator.num_processes)
+                # the wrapper averages gradients over processes, but the loss is already a share of the whole step; not
+                # accelerator.backward, which divides by ACCELERATE_GRADIENT_ACCUMULATION_STEPS where that is set
+                (loss * self.accelerator.num_processes).backward()
         if rank == 0 and time.monotonic() - self.saved_at > 60 * args.save_minutes:
             sums[-1] = 1.0  # rank 0's clock decides for all
         norm = self._clip()

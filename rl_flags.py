@@ -119,6 +119,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     faults += [f"--{name} must be above 0" for name in positive if not 0 < getattr(args, name) < math.inf]
     if args.top_p > 1:
         faults.append("--top_p must be at most 1")
+    if not -(2**63) <= args.seed < 2**63:
+        faults.append("--seed must fit into 64 bits")
     if args.output_len < 2:
         faults.append("--output_len must be at least 2")
     if args.train_le and args.prompt_format.startswith("QCM-"):

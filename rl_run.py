@@ -98,10 +98,17 @@ def claim(args: argparse.Namespace, folder: Path, start: int) -> None:
     if not feedback.exported(folder / "questions"):  # later the Teacher's tools may be writing there
         sweep(folder / "questions", "**/")
     if args.overwrite:
-        move_aside(folder, start)
+        move_aside(args, folder, start)
     begun = any((folder / "state").glob("slot_*"))
     for number in range(start, start + args.epochs):
         place = folder / "rollouts" / f"round_{number}"
+        if not finished(folder, number):
+            if (folder / str(number)).exists():
+                raise UserError(
+                    f"--run_dir: {folder / str(number)} was not written by this version (it has no args.yaml) and "
+                    "would be replaced; name another --run_dir, or have it moved aside with --overwrite"
+                )
+            reopen(place)
         refuse_changes(place / SAMPLING_FILE, sampling_identity(args, folder, number))
         if begun or finished(folder, number):
             refuse_changes(place / PPO_FILE, ppo_identity(args))
@@ -140,13 +147,30 @@ def refuse_changes(known: Path, now: dict[str, Any]) -> None:
         )
 
 
-def move_aside(folder: Path, start: int) -> None:
-    """--overwrite: what rounds `start` and later left goes to a subfolder. Replies cost money: nothing is deleted."""
+def reopen(place: Path) -> None:
+    """Forget that a round was collected where batches of it are gone, so that they are sampled again."""
+    collected = place / "collected.json"
+    if collected.exists():
+        missing = cli.read_json(collected, "rollouts")["batches"] - len(list(place.glob("batch_*.safetensors")))
+        if missing > 0:
+            cli.warn0(f"{place}: {missing} of its batches are gone and sampled again")
+            (place / "scores.json").unlink(missing_ok=True)  # read anew: nothing promises the same tokens on a GPU
+            collected.unlink()
+
+
+def move_aside(args: argparse.Namespace, folder: Path, start: int) -> None:
+    """--overwrite: what rounds `start` and later left goes to a subfolder. Replies cost money: nothing is deleted.
+
+    Raises UserError where a model that the new run needs lies among it.
+    """
     patterns = ("[0-9]*", "questions_round[0-9]*", "rollouts/round_[0-9]*", "samples_round_[0-9]*.jsonl")
     of_rounds = [path for pattern in patterns for path in folder.glob(pattern)]
     found = [path for path in of_rounds if int(re.sub(r"\D", "", path.name)) >= start]
     names = ("questions", "state") if start else ("questions", "state", "tensorboard", "wandb", "metrics.jsonl")
     found += [folder / name for name in names if (folder / name).exists()]
+    for flag, model in (("base_model_dir", args.base_model_dir), ("ref_model", args.reference)):
+        if any(Path(model).resolve().is_relative_to(path.resolve()) for path in found):
+            raise UserError(f"--overwrite would move --{flag} {model} aside; name another --run_dir for the new run")
     if found:
         aside = folder / time.strftime("overwritten_%Y%m%d_%H%M%S")
         for path in found:
@@ -161,10 +185,10 @@ def tidy(folder: Path, end: int) -> None:
     for number in range(end):
         kept, following = folder / f"questions_round{number}", folder / "rollouts" / f"round_{number + 1}"
         if finished(folder, number) and not following.exists() and not kept.exists():
+            shutil.rmtree(folder / "state", ignore_errors=True)  # first: a kill in between is seen by `kept`
             if (folder / "questions").exists():
                 sweep(folder / "questions", "**/")
                 os.replace(folder / "questions", kept)
-            shutil.rmtree(folder / "state", ignore_errors=True)
 
 
 def kl_coefficient(args: argparse.Namespace, start: Path, first: bool, kl: float) -> float:
@@ -216,7 +240,8 @@ def finished(folder: Path, number: int) -> bool:
 def next_commands(args: argparse.Namespace, folder: Path, argv: Sequence[str]) -> str:
     """What to type after --phase collect."""
     questions = folder / "questions"
-    data = ["--data_root", args.data_root] + (["--images", args.images] if args.images else [])
+    names = [name for name in ("data_root", "dataset", "images") if getattr(args, name)]
+    data = [word for name in names for word in (f"--{name}", getattr(args, name))]
     again = [word for i, word in enumerate(argv) if word != "--phase" and (i == 0 or argv[i - 1] != "--phase")]
     again = [word for word in again if not word.startswith("--phase=") and word != "--overwrite"]
     commands = [

@@ -242,7 +242,7 @@ class Store:
         shards = sorted(self.folder.glob("batch_*.safetensors"))
         expected = cli.read_json(self.collected_file, "rollouts")["batches"]
         if len(shards) != expected:
-            raise UserError(f"{self.folder} holds {len(shards)} of {expected} batches; run --phase collect again")
+            raise UserError(f"{self.folder} holds {len(shards)} of {expected} batches; run the same command again")
         return Rollouts.concatenate([Rollouts.load(shard) for shard in shards])
 
 

@@ -88,6 +88,7 @@ def set_up(args: argparse.Namespace) -> Setup:
         for name in ("value_function.pth", "optimizer_state.pth")[args.algo == "rloo" :]:
             if not (Path(args.base_model_dir) / name).exists():
                 raise UserError(f"--continue_train True: {args.base_model_dir} has no {name}; start without it")
+        check_optimizer(args, info)
     tokenizer = utils_data.load_tokenizer(args, args.base_model_dir, args.reference)
     utils_data.check_vocabulary(tokenizer, info)
     le = utils_data.read_le(args.train_le, data.qids["train"], "--train_le") if args.train_le else None
@@ -117,6 +118,20 @@ def set_up(args: argparse.Namespace) -> Setup:
         f"on {accelerator.device.type}, {'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'}"
     )
     return Setup(args, folder, accelerator, tokenizer, prompts, data.patch_size, start)
+
+
+def check_optimizer(args: argparse.Namespace, info: Any) -> None:
+    """Refuse, before a Teacher is paid, an optimizer state that training could not go on with."""
+    import torch
+
+    import model
+    import ppo_trainer
+
+    info.config.tie_word_embeddings = info.tied
+    with torch.device("meta"):
+        policy = model.T5ForMultimodalGeneration(info.config)
+        value = None if args.algo == "rloo" else model.T5ForMultimodalGenerationValueFunction(info.config)
+    ppo_trainer.check_optimizer(Path(args.base_model_dir) / "optimizer_state.pth", policy, value)
 
 
 def check_processes(accelerator: Any) -> None:

@@ -199,7 +199,9 @@ def mixed_precision(precision: str) -> str:
     if precision == "auto":
         configured = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
         on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-        precision = "bf16" if configured or (on_gpu and torch.cuda.is_bf16_supported()) else "fp32"
+        # torch says yes of a V100 or T4, too, which only emulate it
+        fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if configured or fast else "fp32"
     return "bf16" if precision == "bf16" else "no"
 
 

@@ -28,7 +28,7 @@ from ares.head import with_head
 
 CHUNK = 2**24  # logits in work at a time: 64 MB in fp32
 CACHE = 2**18  # of these, as many as a core's cache holds: passes over them cost no memory traffic on a CPU
-KEEP = 2**25  # probabilities that are kept for the gradient instead of computed again: 128 MB in fp32
+KEEP = 2**25  # slopes that are kept for the gradient instead of computed again: 128 MB in fp32
 
 
 # -- masks and means -------------------------------------------------------------------------------------
@@ -79,7 +79,8 @@ def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
 class _HeadLogprobs(torch.autograd.Function):
     """log softmax(states @ weight.T)[label] and its entropy, the logits made block by block and never all at once.
 
-    For the gradient the probabilities are kept where they are few (KEEP), else the logits are computed once more.
+    For the gradient the slopes (probability - 1 at the label) are kept where they are few (KEEP), else the logits are
+    computed once more. Not the probabilities: of a sure one half precision would keep 1.0, and no gradient.
     """
 
     @staticmethod
@@ -100,7 +101,7 @@ class _HeadLogprobs(torch.autograd.Function):
                 logprobs[rows] = (chosen - top - z.log())[:, 0]
                 entropy[rows] = (z.log() - (e * x).sum(1, keepdim=True) / z)[:, 0]
                 if keep:
-                    logits[block] = e.div_(z)  # from here on they are probabilities
+                    logits[block] = _slopes(e.div_(z), labels[rows])  # from here on they are slopes
             if keep:
                 ctx.kept.append(logits)
         ctx.save_for_backward(states, weight, labels, log_z, entropy)
@@ -122,23 +123,28 @@ class _HeadLogprobs(torch.autograd.Function):
                 torch.mm(states[chunk], weight.T, out=out)
             for block in _chunks(len(out), len(weight), CACHE if out.device.type == "cpu" else CHUNK):
                 rows = slice(chunk.start + block.start, chunk.start + block.stop)
-                g, p = grad[rows, None], out[block].to(log_z.dtype)
+                g, x = grad[rows, None], out[block].to(log_z.dtype)
                 if not kept:
-                    p = p.sub_(log_z[rows, None]).exp_()
+                    x = _slopes(x.sub_(log_z[rows, None]).exp_(), labels[rows])
                 if grad_entropy is None:
-                    p = p.mul_(-g)  # d logp / d logits = onehot - p
+                    x = x.mul_(-g)  # d logp / d logits = onehot - p
                 else:  # d entropy / d logits = -p (log p + entropy)
+                    p = x.scatter_add(1, labels[rows, None], torch.ones_like(g))
                     log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log()
-                    p = -p * (g + grad_entropy[rows, None] * (log_p + entropy[rows, None]))
-                p.scatter_add_(1, labels[rows, None], g)
-                if p.data_ptr() != out[block].data_ptr():
-                    out[block] = p
+                    x = -g * x - grad_entropy[rows, None] * p * (log_p + entropy[rows, None])
+                if x.data_ptr() != out[block].data_ptr():
+                    out[block] = x
             torch.mm(out, weight, out=grad_states[chunk])
             if grad_weight is None:
                 grad_weight = out.T @ states[chunk]
             else:
                 grad_weight.addmm_(out.T, states[chunk])
         return grad_states, grad_weight, None
+
+
+def _slopes(p: Tensor, labels: Tensor) -> Tensor:
+    """Probabilities (n, V) - 1 at the labels (n,), in place: d(-log p[label]) / d logits."""
+    return p.scatter_add_(1, labels[:, None], p.new_full((len(p), 1), -1.0))
 
 
 def _chunks(rows: int, columns: int, numbers: int) -> list[slice]:

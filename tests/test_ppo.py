@@ -351,6 +351,24 @@ def test_logprobs_of_half_precision_states_are_fp32():
     assert logits.grad.dtype == torch.bfloat16 and logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("keep", [0, 10**6], ids=["computed-again", "kept"])
+def test_sure_tokens_keep_their_gradient_in_half_precision(monkeypatch, keep):
+    """bf16, labels of probability 0.999 and the like, as a trained model has them: 1 - p would be 0 or 0.004 of a
+    probability that was rounded. Within the rounding of the gradient itself, as in float64 from the same logits."""
+    monkeypatch.setattr(ppo, "KEEP", keep)
+    states = torch.eye(16).bfloat16()  # the logits are the weights
+    weight = torch.zeros(40, 16)
+    weight[range(16), range(16)] = torch.linspace(8.5, 12, 16)
+    weight, labels = weight.bfloat16(), torch.arange(16)
+    plain = weight.double().requires_grad_()
+    log_p = (states.double() @ plain.T).log_softmax(-1)
+    assert 0.992 < log_p.exp().diag().min() and log_p.exp().diag().max() < 0.9999
+    log_p.diag().sum().backward()
+    weight.requires_grad_()
+    ppo.head_logprobs(states, weight, labels)[0].sum().backward()
+    torch.testing.assert_close(weight.grad.double(), plain.grad, rtol=2**-8, atol=0)
+
+
 def test_head_logprobs_under_autocast_are_those_of_a_linear_layer_under_it():
     g = torch.Generator().manual_seed(0)
     states, labels = torch.randn(6, 16, generator=g), torch.randint(0, 50, (6,), generator=g)

@@ -138,9 +138,10 @@ def test_bad_flags_are_refused_together(tmp_path):
     with pytest.raises(UserError) as refusal:
         run_mm_cot_rl.parse_args(
             "--base_model_dir nowhere --ref_model nowhere2 --final_eval --eval_le x.json --k_actions 0 --lr nan "
-            "--gamma 2 --top_p 0 --overwrite --phase train --train_le x.json".split()
+            "--gamma 2 --top_p 0 --overwrite --phase train --train_le x.json --seed 9223372036854775808".split()
         )
-    for word in "base_model_dir nowhere2 final_eval eval_le k_actions lr gamma top_p overwrite train_le QCMG".split():
+    words = "base_model_dir nowhere2 final_eval eval_le k_actions lr gamma top_p overwrite train_le QCMG seed"
+    for word in words.split():
         assert word in str(refusal.value), word
     with pytest.raises(UserError, match="no folder {run}"):
         run_mm_cot_rl.parse_args(["--base_model_dir", str(tmp_path), "--continue_train", "yes"])
@@ -326,6 +327,49 @@ def test_overwrite_starts_anew_and_keeps_paid_replies(world, collected, tmp_path
     assert not list(run.glob("questions/*/p0/*/output_from_llm.txt"))
 
 
+def test_the_commands_after_collecting_name_the_data(tmp_path):
+    argv = f"--base_model_dir {tmp_path} --data_root data --dataset aokvqa --images pictures --phase collect".split()
+    first, second, third = rl_run.next_commands(run_mm_cot_rl.parse_args(argv), tmp_path, argv).splitlines()
+    for command in (first, second):
+        assert command.endswith(" --data_root data --dataset aokvqa --images pictures")
+    assert third.endswith("--images pictures --phase train")
+
+
+def test_a_round_that_others_wrote_and_the_model_to_start_from_are_never_in_the_way(world, tmp_path):
+    """The released code gives its runs the same names; --overwrite must not move the new run's own model."""
+    run = tmp_path / "run"
+    shutil.copytree(world.base, run / "0")
+    with pytest.raises(UserError, match="run/0 was not written by this version.*--overwrite"):
+        launch(world, run, phase="collect")
+    with pytest.raises(UserError, match="--overwrite would move --base_model_dir"):
+        launch(world, run, phase="collect", overwrite="", base_model_dir=run / "0")
+    assert weights_of_base(run / "0") and not (run / "rollouts").exists()
+
+
+def test_a_batch_that_is_deleted_as_told_is_sampled_again(world, collected, tmp_path, capsys):
+    run = copy(collected, tmp_path / "run")
+    shard = rollouts.Store(run, 0).shard(1)
+    before = rollouts.Rollouts.load(shard).tokens.clone()  # mapped
+    shard.write_text("torn")
+    with pytest.raises(UserError, match="delete it and run again"):
+        launch(world, run)
+    shard.unlink()
+    launch(world, run, rl_epochs=1)
+    assert "sampled again" in capsys.readouterr().err
+    assert torch.equal(rollouts.Rollouts.load(shard).tokens, before) and (run / "0").exists()
+
+
+def test_a_kill_at_the_end_of_a_round_leaves_no_state_behind(tmp_path, monkeypatch):
+    for name in ("0/args.yaml", "questions/0/llm_done.txt", "state/slot_0.pth"):
+        cli.write_text(tmp_path / name, "x")
+    monkeypatch.setattr(rl_run.shutil, "rmtree", lambda *args, **how: 1 / 0)  # killed in it
+    with pytest.raises(ZeroDivisionError):
+        rl_run.tidy(tmp_path, 1)
+    monkeypatch.undo()
+    rl_run.tidy(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "questions_round0"}
+
+
 def test_train_alone_says_what_is_missing(world, tmp_path, capsys):
     run = tmp_path / "run"
     launch(world, run, phase="collect", img_type=None, base_model_dir=plain(world), ref_model=None)
@@ -334,6 +378,29 @@ def test_train_alone_says_what_is_missing(world, tmp_path, capsys):
         assert word in said
     with pytest.raises(UserError, match="llm_done.txt for action 0, 1 .0 of"):
         launch(world, run, phase="train", img_type=None, base_model_dir=plain(world), ref_model=None)
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_an_optimizer_that_fits_no_model_is_refused_before_anyone_is_paid(world, fixtures, tmp_path, kind):
+    """PPO's for `--algo rloo`, and the released code's, which holds no names; its own is taken."""
+    import model
+    from ppo_trainer import ActorCritic, make_optimizer, optimizer_state
+
+    folder = tmp_path / "run/0"
+    shutil.copytree(world.base if kind == "untied" else fixtures / "model/vit_tied", folder)
+    policy = model.T5ForMultimodalGeneration.from_pretrained(folder)
+    value = model.T5ForMultimodalGenerationValueFunction.from_pretrained(folder)
+    model.save_value_function(value, folder)
+    torch.save(optimizer_state(*make_optimizer(ActorCritic(policy, value), lr=1e-3)), folder / "optimizer_state.pth")
+    info = model.check_checkpoint(folder, policy.config.patch_size)
+    run_mm_cot_rl.check_optimizer(SimpleNamespace(base_model_dir=folder, algo="ppo"), info)
+    with pytest.raises(UserError, match="--algo"):
+        run_mm_cot_rl.check_optimizer(SimpleNamespace(base_model_dir=folder, algo="rloo"), info)
+    if kind == "untied":
+        torch.save({"state": {}, "param_groups": []}, folder / "optimizer_state.pth")
+        with pytest.raises(UserError, match="optimizer_state.pth was not written by this version"):
+            launch(world, tmp_path / "run", base_model_dir=folder, continue_train=True, phase="collect")
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {"0"}
 
 
 # -- other kinds of run ----------------------------------------------------------------------------------

@@ -187,6 +187,16 @@ def test_max_grad_norm_scales_the_gradient_and_logs_it_unscaled(tmp_path):
     assert first_update(make_trainer(tmp_path, max_grad_norm=0.05))["grad_norm"] > 0.1
 
 
+def test_accumulation_steps_of_accelerates_environment_change_no_gradient(tmp_path, monkeypatch):
+    norms = []
+    for steps in ("1", "8"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)  # left over from another project
+        trainer = make_trainer(tmp_path)
+        monkeypatch.setitem(trainer.accelerator.gradient_state.plugin_kwargs, "num_steps", int(steps))
+        norms.append(first_update(trainer)["grad_norm"])
+    assert norms[0] == norms[1]
+
+
 def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
     trainer = make_trainer(tmp_path)
     before = {name: tensor.clone() for name, tensor in trainer.raw.state_dict().items()}
@@ -311,6 +321,18 @@ def test_precision_follows_flag_then_configuration_then_gpu(monkeypatch, configu
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", configured)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert cli.mixed_precision(flag) == expected
+
+
+@pytest.mark.parametrize(("major", "expected"), [(9, "bf16"), (7, "no")])
+def test_bf16_is_chosen_where_the_gpu_computes_in_it(monkeypatch, major, expected):
+    """torch says of any GPU that bf16 is supported: older ones emulate it, slower than fp32."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or major >= 8
+    )
+    assert cli.mixed_precision("auto") == expected
 
 
 def test_warnings_say_what_is_wrong_and_what_to_do():
