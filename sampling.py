@@ -264,7 +264,8 @@ class StepDecoder:
                 new[:, :, : old.size(2)] = old
                 setattr(layer, name, new)
         first = self.layers[0].block.layer[0].SelfAttention
-        self.bias = first.compute_bias(room, room).to(self.layers[0].keys.dtype)  # (1, H, room, room)
+        bias = first.compute_bias(room, room).to(self.layers[0].keys.dtype)
+        self.bias = bias.contiguous()  # (1, H, room, room); as the library strides it, fused attention does not take it
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows (n,) of the present ones alone."""
