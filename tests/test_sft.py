@@ -178,6 +178,17 @@ def test_order_is_the_same_with_any_workers(root, t5_tokenizer):
         assert all(torch.equal(batch[name], other[name]) for name in ("input_ids", "labels", "image_ids"))
 
 
+def test_batches_are_not_pinned(flags, tmp_path, monkeypatch):
+    """Those without an image hold an expanded view, at which torch's pinning ends the run - on a GPU only."""
+    import sft_trainer
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(sft_trainer, "Seq2SeqTrainingArguments", lambda **fields: SimpleNamespace(n_gpu=1, **fields))
+    fields = sft_trainer.set_up(script.parse_args(flags), tmp_path, 24)
+    assert fields.bf16 and fields.dataloader_num_workers == 2 and not fields.dataloader_pin_memory
+
+
 # -- predictions -----------------------------------------------------------------------------------------
 
 
