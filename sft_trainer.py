@@ -132,29 +132,26 @@ class SFTTrainer(Seq2SeqTrainer):
         self, *args: Any, evaluate_with: Callable, save_minutes: float, max_tokens: int | None = None, **kwargs: Any
     ):
         super().__init__(*args, **kwargs)
-        self.evaluate_with, self.max_tokens = evaluate_with, max_tokens
-        world = self.args.world_size
+        self.evaluate_with = evaluate_with
+        rank, world = self.args.process_index, self.args.world_size
         if max_tokens is None:
             step = self.args.per_device_train_batch_size * world
             self.sampler = LengthGroupedOrder(lengths(self.train_dataset), step, self.args.seed)
+            self.batches = Shares(self.sampler, rank, world)
         else:
-            rank = self.args.process_index
             self.sampler = TokenBudgetBatches(lengths(self.train_dataset), max_tokens, self.args.seed, rank, world)
+            self.batches = self.sampler
         self.remove_callback(PrinterCallback)
         self.add_callback(Log())
         self.add_callback(EpochOrder(self.sampler))
         self.add_callback(SaveEvery(save_minutes, self.sampler.steps))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedOrder:
-        return self.sampler
-
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        if self.max_tokens is None:
-            return super().get_train_dataloader()
-        # not prepared by accelerate, which would deal the batches out once more; the Trainer moves them to the device
+        # not prepared by accelerate, which would deal the batches out once more and fill a short last step up with
+        # samples of the first one; the Trainer moves them to the device
         return torch.utils.data.DataLoader(
             self.train_dataset,
-            batch_sampler=self.sampler,
+            batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -304,6 +301,26 @@ class LengthGroupedOrder(torch.utils.data.Sampler):
             for start in range(0, len(by_target), size)
             for i in sorted(by_target[start : start + size], key=lambda i: self.lengths[i][0])
         ]
+
+
+class Shares(torch.utils.data.Sampler):
+    """This process's share of every step of `order`: as many samples as the others have, or one more or less.
+
+    A last step with fewer samples than processes gives the rest of them one that another has too: none may be idle.
+    """
+
+    def __init__(self, order: LengthGroupedOrder, rank: int, world: int):
+        self.order, self.rank, self.world = order, rank, world
+
+    def __len__(self) -> int:
+        return self.order.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        samples = list(self.order)
+        for start in range(0, len(samples), self.order.step):
+            step = samples[start : start + self.order.step]
+            first, end = (len(step) * r // self.world for r in (self.rank, self.rank + 1))
+            yield step[first:end] or [step[self.rank % len(step)]]
 
 
 class TokenBudgetBatches(torch.utils.data.Sampler):

@@ -137,6 +137,17 @@ def test_order_is_a_seeded_permutation_in_steps_of_like_length():
     assert heads != sorted(heads) and heads != sorted(heads, reverse=True)
 
 
+def test_shares_of_a_step_are_of_one_size_and_double_nothing():
+    from sft_trainer import LengthGroupedOrder, Shares
+
+    order = LengthGroupedOrder([(5 + i, 3) for i in range(19)], step=8, seed=1)
+    shares = [list(Shares(order, rank, 2)) for rank in (0, 1)]
+    assert [[len(batch) for batch in share] for share in shares] == [[4, 4, 1], [4, 4, 2]]
+    assert [a + b for a, b in zip(*shares, strict=True)] == [list(order)[i : i + 8] for i in (0, 8, 16)]
+    few = [list(Shares(LengthGroupedOrder([(5, 3)] * 9, 8, 1), rank, 4)) for rank in range(4)]
+    assert [len(share) for share in few] == [2] * 4 and len({share[1][0] for share in few}) == 1  # one sample for all
+
+
 def test_token_budget_batches_are_whole_small_and_shared():
     from sft_trainer import TokenBudgetBatches
 
@@ -408,12 +419,13 @@ def test_released_checkpoint_is_evaluated(name, fixtures, sample, t5_tokenizer_d
 
 
 def test_two_processes_train_like_one(flags, root, tmp_path):
-    """2 x 2 and 1 x 4, without dropout: the same batches, losses over all real targets, so the same weights."""
+    """2 x 4 and 1 x 8, without dropout: the same batches, losses over all real targets, so the same weights. The last
+    step of an epoch has 4 samples, none of them twice."""
     argv = [*flags, "--train_split", "minitrain", "--final_eval", "--use_generate"]
     argv += ["--model", str(make_model(tmp_path / "m", dropout=0.0))]
-    done = run_script("main.py", *argv, "--bs", "2", "--run_dir", tmp_path / "two", nproc=2)
+    done = run_script("main.py", *argv, "--bs", "4", "--run_dir", tmp_path / "two", nproc=2)
     assert "error" not in done.stderr
-    script.main([*argv, "--run_dir", str(tmp_path / "one")])
+    script.main([*argv, "--bs", "8", "--run_dir", str(tmp_path / "one")])
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     start = load_file(tmp_path / "m" / "model.safetensors")
     for name, tensor in one.items():
