@@ -175,12 +175,9 @@ class SFTTrainer(Seq2SeqTrainer):
         if self.is_world_process_zero():
             cli.write_text(folder / COMPLETE, "")
             # only now: until the new one is whole, the old ones are all there is
-            best = self.state.best_global_step
-            names = [path.name for path in checkpoint_folders(folder.parent)]
-            kept = {folder.name, f"checkpoint-{best}"} if best else set(names[-KEPT:])
-            for name in names:
-                if name not in kept:
-                    shutil.rmtree(folder.parent / name)
+            found = checkpoint_folders(folder.parent)
+            for path in set(found) - kept_checkpoints(found, folder, self.state.best_global_step):
+                shutil.rmtree(path)
 
     def load_best(self) -> None:
         """Load the weights of the epoch with the best metric, where epochs were evaluated."""
@@ -240,6 +237,12 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     """`checkpoint-*` in `folder`, by step."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def kept_checkpoints(found: Sequence[Path], newest: Path, best_step: int | None) -> set[Path]:
+    """KEPT of the checkpoints `found`, by step: the one just written, the best epoch's, then the latest."""
+    best = [newest.with_name(f"checkpoint-{best_step}")] if best_step else []
+    return set(list(dict.fromkeys([newest, *best, *reversed(found)]))[:KEPT])
 
 
 def warn_about_device(device: torch.device, parameters: int) -> None:
