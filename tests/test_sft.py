@@ -89,6 +89,20 @@ def test_contradictions_come_together(tmp_path):
         script.parse_args(["--correction_file", "x.json"])
 
 
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ("--seed -1", "--seed must be in 0"),
+        ("--lr inf", "--lr must be a number"),
+        ("--save_minutes nan", "--save_minutes"),
+        ("--options A B A", "--options: A B A names a letter twice"),
+    ],
+)
+def test_values_out_of_range(extra, words):
+    with pytest.raises(UserError, match=words):
+        script.parse_args(extra.split())
+
+
 def test_evaluate_dir_names_the_flags_that_do_nothing(tmp_path, capsys):
     script.parse_args(f"--evaluate_dir {tmp_path} --epoch 20 --lr 8e-5 --bs 8 --use_generate --final_eval".split())
     assert capsys.readouterr().out == "note: no effect under --evaluate_dir: --bs --epoch --final_eval --lr\n"
