@@ -229,9 +229,9 @@ def _fuse_gelu(model: nn.Module) -> None:
 
 
 def choose_attention(model: Any, device: torch.device) -> None:
-    """SDPA on a GPU; plain attention on a CPU: SDPA has no fused kernel there for T5's learnt position bias, and an
-    update takes 8% less without it."""
-    model.set_attn_implementation("eager" if device.type == "cpu" else "sdpa")
+    """SDPA on a GPU, where this transformers has it for T5 (5.0 has not); plain attention on a CPU: SDPA has no fused
+    kernel there for T5's learnt position bias, and an update takes 8% less without it."""
+    model.set_attn_implementation("sdpa" if device.type != "cpu" and model._supports_sdpa else "eager")
 
 
 # -- value function --------------------------------------------------------------------------------------

@@ -135,7 +135,9 @@ def places_of(mask: Tensor, device: Any = None) -> Tensor:
 
 
 def to_device(tensor: Tensor, device: Any) -> Tensor:
-    """Without waiting for the copy where there is a GPU."""
-    if torch.device(device or "cpu").type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    """Without waiting for the copy where there is a GPU. An expanded view (`VisionFeatures.gather`), which torch
+    cannot pin, travels as the part that it repeats and is expanded there."""
+    if torch.device(device or "cpu").type != "cuda":
+        return tensor.to(device)
+    part = tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())]
+    return part.pin_memory().to(device, non_blocking=True).expand(tensor.shape)

@@ -12,6 +12,7 @@ Weights and optimizer are float32 always; --precision says what the products run
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -98,9 +99,11 @@ def check_flags(
         )
     if args.max_tokens is not None and "bs" in given and not args.evaluate_dir:
         problems.append("--bs and --max_tokens both set the batch: drop one")
-    if not args.lr > 0:
-        problems.append(f"--lr must be above 0, not {args.lr}")
-    if args.save_minutes < 0:
+    if not 0 < args.lr < math.inf:
+        problems.append(f"--lr must be a number above 0, not {args.lr}")
+    if not 0 <= args.seed < 2**32:
+        problems.append(f"--seed must be in 0 to 2**32 - 1, not {args.seed}")
+    if not args.save_minutes >= 0:
         problems.append(f"--save_minutes must not be negative, not {args.save_minutes}")
     if args.correction_file and not args.correction:
         problems.append("--correction_file is used with --correction True only; add it or drop the file")
@@ -235,7 +238,8 @@ def run(
     tokenizer = load_tokenizer(args, args.evaluate_dir, args.model)
     check_vocabulary(tokenizer, info)
     datasets = tokenized_splits(args, data, tokenizer)
-    cli.writable_dir(folder, "--evaluate_dir" if args.evaluate_dir else "--run_dir" if args.run_dir else "output")
+    place = "--output_dir" if hasattr(args, "output_dir") else "--model"
+    cli.writable_dir(folder, "--evaluate_dir" if args.evaluate_dir else "--run_dir" if args.run_dir else place)
 
     from sft_trainer import set_up, train
     from utils_predict import Predictor, digest, from_rank0

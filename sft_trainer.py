@@ -68,7 +68,7 @@ def set_up(args: argparse.Namespace, folder: Path, examples: int) -> Seq2SeqTrai
         optim="adamw_torch_fused",  # one kernel for all weights, on CPU too
         dataloader_num_workers=workers,
         dataloader_persistent_workers=workers > 0,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=False,  # torch cannot pin the expanded views that stand for absent images and for ResNet
         ddp_find_unused_parameters=False,
         ddp_timeout=6 * 3600,  # ranks wait for each other's share of a split, and for rank 0's scores
     )
@@ -132,29 +132,26 @@ class SFTTrainer(Seq2SeqTrainer):
         self, *args: Any, evaluate_with: Callable, save_minutes: float, max_tokens: int | None = None, **kwargs: Any
     ):
         super().__init__(*args, **kwargs)
-        self.evaluate_with, self.max_tokens = evaluate_with, max_tokens
-        world = self.args.world_size
+        self.evaluate_with = evaluate_with
+        rank, world = self.args.process_index, self.args.world_size
         if max_tokens is None:
             step = self.args.per_device_train_batch_size * world
             self.sampler = LengthGroupedOrder(lengths(self.train_dataset), step, self.args.seed)
+            self.batches = Shares(self.sampler, rank, world)
         else:
-            rank = self.args.process_index
             self.sampler = TokenBudgetBatches(lengths(self.train_dataset), max_tokens, self.args.seed, rank, world)
+            self.batches = self.sampler
         self.remove_callback(PrinterCallback)
         self.add_callback(Log())
         self.add_callback(EpochOrder(self.sampler))
         self.add_callback(SaveEvery(save_minutes, self.sampler.steps))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedOrder:
-        return self.sampler
-
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        if self.max_tokens is None:
-            return super().get_train_dataloader()
-        # not prepared by accelerate, which would deal the batches out once more; the Trainer moves them to the device
+        # not prepared by accelerate, which would deal the batches out once more and fill a short last step up with
+        # samples of the first one; the Trainer moves them to the device
         return torch.utils.data.DataLoader(
             self.train_dataset,
-            batch_sampler=self.sampler,
+            batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -178,12 +175,9 @@ class SFTTrainer(Seq2SeqTrainer):
         if self.is_world_process_zero():
             cli.write_text(folder / COMPLETE, "")
             # only now: until the new one is whole, the old ones are all there is
-            best = self.state.best_global_step
-            names = [path.name for path in checkpoint_folders(folder.parent)]
-            kept = {folder.name, f"checkpoint-{best}"} if best else set(names[-KEPT:])
-            for name in names:
-                if name not in kept:
-                    shutil.rmtree(folder.parent / name)
+            found = checkpoint_folders(folder.parent)
+            for path in set(found) - kept_checkpoints(found, folder, self.state.best_global_step):
+                shutil.rmtree(path)
 
     def load_best(self) -> None:
         """Load the weights of the epoch with the best metric, where epochs were evaluated."""
@@ -245,6 +239,12 @@ def checkpoint_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
+def kept_checkpoints(found: Sequence[Path], newest: Path, best_step: int | None) -> set[Path]:
+    """KEPT of the checkpoints `found`, by step: the one just written, the best epoch's, then the latest."""
+    best = [newest.with_name(f"checkpoint-{best_step}")] if best_step else []
+    return set(list(dict.fromkeys([newest, *best, *reversed(found)]))[:KEPT])
+
+
 def warn_about_device(device: torch.device, parameters: int) -> None:
     """Say plainly when a model of real size is about to be trained on the CPU."""
     if device.type != "cpu":
@@ -304,6 +304,26 @@ class LengthGroupedOrder(torch.utils.data.Sampler):
             for start in range(0, len(by_target), size)
             for i in sorted(by_target[start : start + size], key=lambda i: self.lengths[i][0])
         ]
+
+
+class Shares(torch.utils.data.Sampler):
+    """This process's share of every step of `order`: as many samples as the others have, or one more or less.
+
+    A last step with fewer samples than processes gives the rest of them one that another has too: none may be idle.
+    """
+
+    def __init__(self, order: LengthGroupedOrder, rank: int, world: int):
+        self.order, self.rank, self.world = order, rank, world
+
+    def __len__(self) -> int:
+        return self.order.steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        samples = list(self.order)
+        for start in range(0, len(samples), self.order.step):
+            step = samples[start : start + self.order.step]
+            first, end = (len(step) * r // self.world for r in (self.rank, self.rank + 1))
+            yield step[first:end] or [step[self.rank % len(step)]]
 
 
 class TokenBudgetBatches(torch.utils.data.Sampler):

@@ -110,6 +110,9 @@ def data_flag_faults(args: argparse.Namespace) -> list[str]:
             faults.append(f"{' and '.join(idle)}: no effect without --img_type; add it or drop them")
     if getattr(args, "correction", False) and not args.correction_file:
         faults.append("--correction True needs --correction_file")
+    letters = "".join(getattr(args, "options", ""))  # doctor.py has none
+    if len(set(letters)) < len(letters):
+        faults.append(f"--options: {' '.join(args.options)} names a letter twice; answers could not be told apart")
     return faults
 
 

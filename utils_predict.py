@@ -218,7 +218,8 @@ class Predictor:
         """What the predictions of a split depend on; kept in its file under "settings"."""
         sha = hashlib.sha256(digest(dataset).encode())
         if self.collator.features is not None:
-            sha.update(self.collator.features.gather(dataset.qids[:8]).contiguous().numpy().tobytes())
+            pictured = [qid for qid in dataset.qids if qid in self.collator.features.name_map]
+            sha.update(self.collator.features.gather(pictured[:8]).contiguous().numpy().tobytes())
         return {
             "weights": identity,
             "data": sha.hexdigest()[:16],

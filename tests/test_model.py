@@ -22,6 +22,7 @@ from model import (
     T5ForMultimodalGeneration,
     T5ForMultimodalGenerationValueFunction,
     check_checkpoint,
+    choose_attention,
     save_value_function,
 )
 
@@ -409,6 +410,16 @@ def test_images_are_not_forgotten():
         shuffled = model(**{**inputs, "image_ids": inputs["image_ids"].flip(1)}).logits
     assert not torch.allclose(full[0], other[0], atol=1e-3)
     assert_near(shuffled, full, 1e-5)  # the patches are a set
+
+
+@pytest.mark.parametrize(
+    ("supported", "device", "chosen"), [(True, "cuda", "sdpa"), (False, "cuda", "eager"), (True, "cpu", "eager")]
+)
+def test_attention_is_one_that_this_transformers_has(supported, device, chosen, monkeypatch):
+    model = small()
+    monkeypatch.setattr(type(model), "_supports_sdpa", supported)  # transformers 5.0 has none for T5
+    choose_attention(model, torch.device(device))
+    assert model.config._attn_implementation == model.decoder.config._attn_implementation == chosen
 
 
 # -- generation ------------------------------------------------------------------------------------------

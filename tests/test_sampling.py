@@ -305,6 +305,27 @@ def test_masks_as_a_gpu_gets_them_change_no_number(world, t5_tokenizer):
     assert scoring.for_attention(mask, model, on_gpu=True) is mask
 
 
+def test_an_expanded_view_reaches_a_gpu_although_torch_cannot_pin_it(monkeypatch):
+    """Here without a GPU: what torch does to pin a tensor (the same strides, then a copy), and no move."""
+
+    def pinned(tensor):
+        storage = torch.UntypedStorage(
+            4 * (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)))
+        )
+        return torch.empty(0).set_(storage, 0, tensor.shape, tensor.stride()).copy_(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: tensor)
+    absent, repeated, plain = (
+        torch.zeros(1, 1, 1).expand(3, 5, 8),
+        torch.randn(3, 8)[:, None].expand(-1, 5, -1),
+        torch.randn(3, 8),
+    )
+    for tensor in (absent, repeated, plain):
+        there = scoring.to_device(tensor, "cuda")
+        assert torch.equal(there, tensor) and there.stride() == tensor.stride()
+
+
 def test_columns_and_export_follow_the_given_ids(models, t5_tokenizer, tmp_path):
     sampled = sampling.sample_batch(models, prompt_batch(t5_tokenizer, TEXTS[:2]), SOME, seed=3)
     rows = rollouts.to_rollouts(sampled, ["11", "12"], 3, rank=1, tokenizer=t5_tokenizer)
