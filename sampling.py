@@ -265,7 +265,9 @@ class StepDecoder:
                 setattr(layer, name, new)
         first = self.layers[0].block.layer[0].SelfAttention
         bias = first.compute_bias(room, room).to(self.layers[0].keys.dtype)
-        self.bias = bias.contiguous()  # (1, H, room, room); as the library strides it, fused attention does not take it
+        self.bias = (
+            bias.contiguous()
+        )  # (1, H, room, room); as the library strides it, fused attention does not take it
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows (n,) of the present ones alone."""

@@ -68,7 +68,7 @@ def set_up(args: argparse.Namespace, folder: Path, examples: int) -> Seq2SeqTrai
         optim="adamw_torch_fused",  # one kernel for all weights, on CPU too
         dataloader_num_workers=workers,
         dataloader_persistent_workers=workers > 0,
-        dataloader_pin_memory=False,  # torch cannot pin the expanded views that stand for absent images and for ResNet
+        dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         ddp_timeout=6 * 3600,  # ranks wait for each other's share of a split, and for rank 0's scores
     )

@@ -289,6 +289,17 @@ def _tokenise(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
     return tokenizer(texts, truncation=True, max_length=length, return_attention_mask=False)["input_ids"]
 
 
+class Batch(dict):
+    """Tensors by name. A DataLoader that pins calls `pin_memory`: torch cannot pin an expanded view, as absent images
+    and ResNet's repeated vector are (`VisionFeatures.gather`); these stay as they are."""
+
+    def pin_memory(self) -> Batch:
+        def pinned(value: Any) -> Any:
+            return value.pin_memory() if isinstance(value, torch.Tensor) and 0 not in value.stride() else value
+
+        return Batch({name: pinned(value) for name, value in self.items()})
+
+
 class Collator:
     """Items -> one batch of tensors, padded on the right to its longest row (T5's positions break with left pads).
 
@@ -299,9 +310,9 @@ class Collator:
     def __init__(self, pad_token_id: int, features: VisionFeatures | None = None, with_qids: bool = False):
         self.pad_token_id, self.features, self.with_qids = pad_token_id, features, with_qids
 
-    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> Batch:
         input_ids, attention_mask = _pad([item["input_ids"] for item in items], self.pad_token_id)
-        batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+        batch = Batch(input_ids=input_ids, attention_mask=attention_mask)
         if "labels" in items[0]:
             batch["labels"], _ = _pad([item["labels"] for item in items], IGNORE)
         if self.features is not None:

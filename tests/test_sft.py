@@ -213,15 +213,30 @@ def test_order_is_the_same_with_any_workers(root, t5_tokenizer):
         assert all(torch.equal(batch[name], other[name]) for name in ("input_ids", "labels", "image_ids"))
 
 
-def test_batches_are_not_pinned(flags, tmp_path, monkeypatch):
-    """Those without an image hold an expanded view, at which torch's pinning ends the run - on a GPU only."""
-    import sft_trainer
+@pytest.mark.parametrize("kind", ["vit", "absent", "resnet"])
+def test_a_batch_is_pinned_as_far_as_torch_can(kind, monkeypatch):
+    """An expanded view ends the run when it is pinned - on a GPU only; here torch's refusal without one."""
+    from torch.utils.data._utils.pin_memory import pin_memory
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    monkeypatch.setattr(sft_trainer, "Seq2SeqTrainingArguments", lambda **fields: SimpleNamespace(n_gpu=1, **fields))
-    fields = sft_trainer.set_up(script.parse_args(flags), tmp_path, 24)
-    assert fields.bf16 and fields.dataloader_num_workers == 2 and not fields.dataloader_pin_memory
+    from utils_data import Collator
+
+    def pinned(tensor):
+        done.append(tensor.shape)
+        return torch.empty_strided(tensor.shape, tensor.stride()).copy_(tensor)  # as torch does it
+
+    done, image = [], torch.randn(3, 5, 8)
+    views = {"vit": image, "absent": torch.zeros(1, 1, 1).expand(3, 5, 8), "resnet": image[:, :1].expand(3, 5, 8)}
+    features = SimpleNamespace(gather=lambda qids: views[kind])
+    items = [{"qid": str(i), "input_ids": [5] * (i + 1), "labels": [6]} for i in range(3)]
+    batch = Collator(0, features, with_qids=True)(items)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    if kind != "vit":
+        with pytest.raises(RuntimeError, match="single memory location"):
+            pin_memory(dict(batch))
+        done.clear()
+    there = pin_memory(batch)
+    assert len(done) == 3 + (kind == "vit") and list(there) == list(batch) and there["qids"] == ["0", "1", "2"]
+    assert all(torch.equal(there[name], batch[name]) for name in there if name != "qids")
 
 
 # -- predictions -----------------------------------------------------------------------------------------
