@@ -152,6 +152,11 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
                 "embeddings are not tied as the checkpoint says; is this version of transformers known?"
             )
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As the library's, for encoder and decoder too: before transformers 5.24 or so it passes these by."""
+        for part in (super(), self.encoder, self.decoder):
+            part.set_attn_implementation(attn_implementation, *args, **kwargs)
+
     def encode(self, input_ids, attention_mask=None, image_ids=None, **kwargs) -> BaseModelOutput:
         """Encoder states after fusion, (B, S, d), for `forward(encoder_outputs=...)` of the same model."""
         return self.encoder(input_ids=input_ids, attention_mask=attention_mask, image_ids=image_ids, **kwargs)

@@ -308,7 +308,7 @@ def test_masks_as_a_gpu_gets_them_change_no_number(world, t5_tokenizer):
 def test_an_expanded_view_reaches_a_gpu_although_torch_cannot_pin_it(monkeypatch):
     """Here without a GPU: what torch does to pin a tensor (the same strides, then a copy), and no move."""
 
-    def pinned(tensor):
+    def pinned(tensor, *device):
         storage = torch.UntypedStorage(
             4 * (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)))
         )

@@ -220,7 +220,7 @@ def test_a_batch_is_pinned_as_far_as_torch_can(kind, monkeypatch):
 
     from utils_data import Collator
 
-    def pinned(tensor):
+    def pinned(tensor, *device):
         done.append(tensor.shape)
         return torch.empty_strided(tensor.shape, tensor.stride()).copy_(tensor)  # as torch does it
 
