@@ -127,7 +127,7 @@ def test_corrections_and_verdicts(world):
     assert world.texts[first["final"]] == f"The capital is Town{qid}."
     assert third["reason"] == "no_final" and "final" not in third and world.texts[third["reply"]] == "I cannot help."
     (file,) = world.main["verdicts"]
-    assert file["rows"][str(world.row["2"])] == [["ab", "a"], ["ba", "b"]] and len(file["rows"]) == 3
+    assert file["rows"][str(world.row["2"])] == [["ab", "a"], ["ba", "b"]] and len(file["rows"]) == 4
 
 
 def test_what_is_read_stays_as_it_is(world):
