@@ -6,6 +6,7 @@ Percentile bootstrap (Efron 1979) over questions. Needs numpy, imported where it
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 DRAWS = 10_000
@@ -36,10 +37,27 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]
     return float(low), float(high)
 
 
+def ratio_interval(parts: Sequence[tuple[int, int]], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the sum of `parts[i][0]` over that of `parts[i][1]`, question i being drawn as a whole.
+
+    What one question adds belongs together: two verdicts on one pair are not two draws. (nan, nan) over nothing.
+    """
+    import numpy as np
+
+    alike = Counter(parts)
+    if not any(whole for _, whole in alike):
+        return math.nan, math.nan
+    counts = np.array([*alike.values()])
+    draws = np.random.default_rng(seed).multinomial(len(parts), counts / len(parts), size=DRAWS)
+    of, whole = (draws @ np.array([*alike], dtype=float)).T
+    low, high = np.percentile(of[whole > 0] / whole[whole > 0], [2.5, 97.5])
+    return float(low), float(high)
+
+
 def paired_difference(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> dict[str, float]:
     """Mean of ours - theirs over the same questions: {"difference", "low", "high", "p"}.
 
-    p: twice the smaller share of resampled means on one side of 0 (two-sided), at least 1 / (draws + 1).
+    p: twice the smaller share of resampled means on one side of 0 (two-sided), at least 2 / (draws + 1).
     """
     import numpy as np
 

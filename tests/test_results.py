@@ -13,7 +13,7 @@ import pytest
 
 import results
 from ares import cli
-from ares.intervals import mcnemar, mean_interval, paired_difference, shares_interval
+from ares.intervals import mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
 from tests.conftest import ROOT
 
 SEEDS = [ROOT / f"demo/results/seed{seed}.json" for seed in range(3)]
@@ -134,6 +134,9 @@ def test_intervals_and_tests_have_their_known_values():
     assert shares_interval([30, 70], (1, 0), seed=1) == shares_interval([30, 70], (1, 0), seed=1)
     assert all(map(math.isnan, shares_interval([0, 0], (1, 0))))
     dice = random.Random(0)
+    assert all(map(math.isnan, ratio_interval([(0, 0)] * 3)))
+    assert ratio_interval([(1, 2)] * 30 + [(0, 0)] * 30) == (0.5, 0.5)
+    assert ratio_interval([(1, 1)] * 30 + [(0, 1)] * 70, seed=1) == shares_interval([30, 70], (1, 0), seed=1)
     covered = 0
     for trial in range(100):  # a 95 % interval holds the true mean in about 95 of 100 trials
         low, high = mean_interval([dice.gauss(0, 1) for _ in range(60)], seed=trial)

@@ -155,6 +155,8 @@ def test_offline_judge_prefers_the_gold_text(data_root, problems, tmp_path, caps
     row = json.loads((tmp_path / "out/win_rate.json").read_text())["summary"]
     assert row["rows"]["average"]["loss"] == 0 and row["rows"]["average"]["win"] > 85
     assert row["position"]["same_in_both_orders"] == 100 and row["position"]["first"] == 50
+    # both verdicts of a question are drawn together: no resample of such a judge leaves 50
+    assert row["position"]["first_interval"] == [50, 50]
     argv[1] = f"same={files['gold']}"
     win_rate.main([*argv, "--output", str(tmp_path / "same")])
     summary = json.loads((tmp_path / "same/win_rate.json").read_text())["summary"]
