@@ -55,6 +55,13 @@ def test_numbers_of_the_committed_demo_results_equal_the_files(capsys):
     assert shown.replace("±", r"$\pm$") in latex and r"accuracy \%" in latex and latex.count(r"\begin{table}") == 2
 
 
+def test_any_label_stands_in_latex_as_it_is_written(capsys):
+    r"""`<`, `>` and `|` are other letters in LaTeX's own fonts; `[` behind a row's `\\` would be its argument."""
+    latex = table(capsys, "--system", f"[a|b] 5% <x>_{{y}} \\ & #1={SEEDS[0]}", "--format", "latex")
+    written = r"{}[a\textbar{}b] 5\% \textless{}x\textgreater{}\_\{y\} \textbackslash{} \& \#1: LoRA & "
+    assert "\n" + written in latex
+
+
 @pytest.fixture
 def systems(tmp_path, sample):
     """Answers of two systems on the sample's test questions, right with 80 and 60 %, and what is known of each."""
