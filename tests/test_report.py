@@ -324,6 +324,8 @@ BAD = {
     "no_questions": (["--questions_dir", "empty"], "holds no"),
     "bad_root": (["--stage", "a=ok.json", "--data_root", "empty"], "--data_root"),
     "stranger": (["--stage", "a=ok.json", "--data_root", "data"], "question 999"),
+    "scores": (["--stage", "a=scores.json"], "scores.json: scores are not"),
+    "labels": (["--stage", "a=labels.json"], "labels.json: labels is no list of one text for each of its 1 rows"),
     "verdicts": (["--stage", "a=ok.json", "--win_rate", "ok.json"], '"systems"'),
     "times": (["--stage", "a=ok.json", "--times", "list.json"], "--times"),
     "no_train": (["--stage", "a=ok.json", "--train_questions", "5"], "--train_questions has no use"),
@@ -343,6 +345,10 @@ def test_mistakes_end_with_one_line(name, tmp_path, monkeypatch):
     cli.write_json("data/scienceqa/pid_splits.json", splits)
     cli.write_json("ok.json", {"preds": ["Solution: a."], "qids": ["999"]})
     cli.write_json("list.json", ["x"])
+    cli.write_json(
+        "scores.json", {"preds": ["Solution: a."], "qids": ["1"], "scores": {"rationale": {"rouge": "high"}}}
+    )
+    cli.write_json("labels.json", {"preds": ["Solution: a."], "qids": ["1"], "labels": ["x", "y"]})
     if name in ("verdicts", "times", "images", "captions"):
         cli.write_json("ok.json", {"preds": ["Solution: a."], "qids": ["1"]})
     with pytest.raises(cli.UserError) as error:

@@ -166,3 +166,29 @@ def test_intervals_and_tests_have_their_known_values():
 def test_mistakes_end_in_one_line(argv, words):
     with pytest.raises(cli.UserError, match=words):
         results.main(argv)
+
+
+@pytest.mark.parametrize(
+    "told, words",
+    [
+        ({"preds": ["So."]}, "no scores; give its --data_root"),
+        ({"preds": ["So."], "scores": {"answer": {"acc_average": "n/a"}}}, "scores are not"),
+        ({"preds": ["So."], "scores": 3}, "scores are not"),
+        ({"rationales": {"RL": 3}}, "scores are not"),
+    ],
+)
+def test_a_file_without_figures_is_named(told, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.write_json("told.json", told)
+    with pytest.raises(cli.UserError, match=f"--system x: told.json.*{words}"):
+        results.main(["--system", "x=told.json"])
+
+
+def test_a_data_folder_that_nobody_asked_for_stops_no_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    argv = ["--system", f"demo={SEEDS[0]}", "--published", "none"]
+    assert "demo: LoRA" in table(capsys, *argv)
+    for more in (["--data_root", "data"], ["--dataset", "aokvqa"]):
+        with pytest.raises(cli.UserError, match="--data"):
+            results.main([*argv, *more])
