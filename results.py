@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ares import cli, reference
-from ares.intervals import mcnemar, mean_interval, paired_difference, shares_interval
+from ares.intervals import mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
 from ares.predictions import predictions_file, scores_of, split_label, texts_by_qid
 from ares.problems import Problems, find_dataset, load_problems, load_splits, split_qids
 from ares.published import ANSWER_COLUMNS, NOTE, PUBLISHED
@@ -51,6 +51,7 @@ class Run:
     rationales: dict[str, float] = field(default_factory=dict)
     right: dict[str, bool] = field(default_factory=dict)  # qid -> whether its answer is right
     values: dict[str, dict[str, float]] = field(default_factory=dict)  # rouge, score -> qid -> value
+    sentences: list[tuple[float, int]] = field(default_factory=list)  # of each question: sum of the scores, how many
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -162,6 +163,7 @@ def per_question(run: Run, told: Mapping[str, Any], path: Path, problems: Proble
         run.values["rouge"] = {qid: 100 * value for qid, value in rouges.items() if value is not None}
         scores = {qid: reference.score_sentences(problems[qid], split_text(text)) for qid, text in texts.items()}
         run.values["score"] = {qid: statistics.fmean(each) for qid, each in scores.items() if each}
+        run.sentences = [(sum(each), len(each)) for each in scores.values()]
         run.rationales |= shape_of(list(texts.values()))
         if run.values["rouge"]:
             run.rationales.setdefault("rouge", statistics.fmean(run.values["rouge"].values()))
@@ -191,6 +193,8 @@ def interval_of(run: Run, name: str, problems: Problems | None, seed: int) -> tu
         right = [value for qid, value in run.right.items() if CATEGORIES[name](problems[qid])]
         low, high = shares_interval([sum(right), len(right) - sum(right)], (100, 0), seed)
         return low, high
+    if name == "score" and run.sentences:  # a mean over sentences, as the table's
+        return ratio_interval(run.sentences, seed)
     if name in run.values and run.values[name]:
         return mean_interval(list(run.values[name].values()), seed)
     return ()

@@ -37,7 +37,7 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]
     return float(low), float(high)
 
 
-def ratio_interval(parts: Sequence[tuple[int, int]], seed: int = 0) -> tuple[float, float]:
+def ratio_interval(parts: Sequence[tuple[float, int]], seed: int = 0) -> tuple[float, float]:
     """95 % interval of the sum of `parts[i][0]` over that of `parts[i][1]`, question i being drawn as a whole.
 
     What one question adds belongs together: two verdicts on one pair are not two draws. (nan, nan) over nothing.
@@ -47,9 +47,11 @@ def ratio_interval(parts: Sequence[tuple[int, int]], seed: int = 0) -> tuple[flo
     alike = Counter(parts)
     if not any(whole for _, whole in alike):
         return math.nan, math.nan
-    counts = np.array([*alike.values()])
-    draws = np.random.default_rng(seed).multinomial(len(parts), counts / len(parts), size=DRAWS)
-    of, whole = (draws @ np.array([*alike], dtype=float)).T
+    shares, values = np.array([*alike.values()]) / len(parts), np.array([*alike], dtype=float)
+    random, sums = np.random.default_rng(seed), []
+    for rows in _blocks(len(alike)):
+        sums.append(random.multinomial(len(parts), shares, size=rows) @ values)
+    of, whole = np.concatenate(sums).T
     low, high = np.percentile(of[whole > 0] / whole[whole > 0], [2.5, 97.5])
     return float(low), float(high)
 
@@ -77,13 +79,17 @@ def mcnemar(only_ours: int, only_theirs: int) -> float:
 
 
 def _resampled_means(values: Sequence[float], seed: int):
-    """DRAWS means of resamples, a block at a time: 10,000 x 4,241 indices at once would take 340 MB."""
+    """DRAWS means of resamples."""
     import numpy as np
 
     values, random = np.asarray(values, dtype=float), np.random.default_rng(seed)
-    block = max(1, 2_000_000 // len(values))
     means = []
-    for start in range(0, DRAWS, block):
-        rows = min(block, DRAWS - start)
+    for rows in _blocks(len(values)):
         means.append(values[random.integers(0, len(values), (rows, len(values)))].mean(axis=1))
     return np.concatenate(means)
+
+
+def _blocks(width: int) -> list[int]:
+    """DRAWS in parts: 10,000 x 4,241 indices at once would take 340 MB."""
+    block = max(1, 2_000_000 // width)
+    return [min(block, DRAWS - start) for start in range(0, DRAWS, block)]

@@ -119,6 +119,14 @@ def test_rationales_are_compared_question_by_question(tmp_path, sample, capsys):
         assert float(found[row, "p"]["value"]) < 0.01
     assert float(found["whole", "rouge"]["value"]) == pytest.approx(100, abs=0.01)
     assert float(found["half", "unfinished"]["value"]) > 80
+    # short ones good, long ones poor: the figure is a mean over sentences, and so is its interval
+    preds = [gold if i % 2 else "It is so. " * 30 for i, gold in enumerate(golds)]
+    (tmp_path / "odd.json").write_text(json.dumps({"preds": preds, "labels": golds, "qids": qids}))
+    found = figures(
+        table(capsys, "--system", f"odd={tmp_path / 'odd.json'}", "--data_root", data_root, "--format", "csv")
+    )
+    score = {name: float(found["odd", "score"][name]) for name in ("low", "value", "high")}
+    assert 0 < score["low"] < score["value"] < score["high"] < 0.3
 
 
 def test_a_win_rate_stands_in_the_table(tmp_path, capsys):
