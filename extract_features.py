@@ -219,9 +219,12 @@ def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: in
         ]
         return Batch([qid for qid, *_ in rows], stacks, {qid: why for qid, pixels, why in rows if pixels is None})
 
+    context = "fork" if workers else None  # what is above cannot be pickled, as Python 3.14's own way would
     # threads that stay would slow every other product: OpenMP waits less eagerly where it has more of them than cores
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        yield from DataLoader(Images(), batch_size=batch_size, num_workers=workers, collate_fn=collate)
+        yield from DataLoader(
+            Images(), batch_size=batch_size, num_workers=workers, collate_fn=collate, multiprocessing_context=context
+        )
 
 
 def extract(encoder: Encoder, images: dict[str, Path], rows: Rows, args: argparse.Namespace) -> None:

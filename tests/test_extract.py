@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -144,6 +145,17 @@ def test_on_a_cpu_images_are_decoded_in_this_process_and_on_a_gpu_by_one_per_cor
     monkeypatch.setattr(extract_features.os, "sched_getaffinity", lambda pid: set(range(40)))
     assert [extract_features.decoders(asked, "cpu") for asked in (None, 0, 3)] == [0, 0, 3]
     assert [extract_features.decoders(asked, "cuda") for asked in (None, 0, 3)] == [16, 0, 3]
+
+
+def test_decoding_processes_on_any_python(images, tmp_path, monkeypatch):
+    """Python 3.14 starts processes by forkserver."""
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", None)
+    monkeypatch.setattr(
+        multiprocessing.context._default_context, "_default_context", multiprocessing.get_context("forkserver")
+    )
+    for workers in ("0", "2"):
+        extract(images, tmp_path / workers, *TRIAL[:3], "--workers", workers, "--batch_size", "4")
+    assert (tmp_path / "0/vit.pth").read_bytes() == (tmp_path / "2/vit.pth").read_bytes()
 
 
 def test_other_settings_start_over(images, tmp_path, monkeypatch, capsys):
