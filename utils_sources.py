@@ -117,6 +117,8 @@ def _aokvqa_folder(folder: Path, files: Mapping[str, Path | None], images: str |
 
 def _coco_image(root: Path, image_id: Any) -> Path | None:
     """COCO's file of an image id: `{id:012d}.jpg` in train2017/, val2017/, test2017/ or right in `root`."""
+    if image_id is None:
+        return None
     for name in (f"{image_id:0>12}.jpg", f"{image_id}.jpg", f"{image_id:0>12}.png", f"{image_id}.png"):
         for part in ("train2017", "val2017", "test2017", ""):
             if (path := root / part / name).is_file():

@@ -308,3 +308,12 @@ def test_a_bad_entry_is_named(change, words, tmp_path):
         (tmp_path / f"aokvqa_v1p0_{split}.json").write_text(json.dumps(entries))
     with pytest.raises(UserError, match=words):
         prepare(tmp_path, tmp_path / "out", dataset="aokvqa")
+
+
+def test_an_entry_without_image_id_has_no_picture(tmp_path, capsys):
+    entry = {"question": "What?", "choices": ["x", "y"], "correct_choice_idx": 0, "rationales": ["So."]}
+    for split in ("train", "val"):
+        (tmp_path / f"aokvqa_v1p0_{split}.json").write_text(json.dumps([{**entry, "question_id": split}]))
+    (tmp_path / "coco").mkdir()
+    prepare(tmp_path, tmp_path / "out", "--images", tmp_path / "coco", dataset="aokvqa")
+    assert "2 questions name an image that is not there (the first is train)" in capsys.readouterr().err
