@@ -127,6 +127,8 @@ def lay_out(
             set_reply_aside(folder)
         write_request(folder, text)
         feedback.write_derived(folder / feedback.RATIONALE, f"{{\n{lines}\n}}\n")
+        for stale in {path.name for path in question_images(folder.parent, qid)} - {path.name for path in images}:
+            (folder / stale).unlink()  # of a run --with_image: what lies here is sent
         place_images(folder, images)
         items.append(feedback.Item(folder, action, 0, qid))
     return items

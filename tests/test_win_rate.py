@@ -142,6 +142,11 @@ def test_other_texts_are_judged_anew_and_images_go_by_flag(server, systems, samp
     pictured = [asked for asked in server.asked[160:] if asked.images]
     assert pictured and len(server.log) == 160 + len(pictured), "only requests that changed are asked again"
     assert all(asked.content_types[0] == "image" and "the image and the correct" in asked.text for asked in pictured)
+    before = len(server.log)
+    told["preds"] = [text.replace("mended", "mended once more") for text in told["preds"]]
+    (tmp_path / "a.json").write_text(json.dumps(told))
+    compare(systems, data_root, output, server, *few)
+    assert len(server.log) == before + 80 and not any(asked.images for asked in server.asked[before:])
 
 
 def test_offline_judge_prefers_the_gold_text(data_root, problems, tmp_path, capsys):
