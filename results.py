@@ -142,7 +142,8 @@ def demo_runs(label: str, path: str, told: Mapping[str, Any]) -> list[Run]:
 
 def shape_of(texts: Sequence[str]) -> dict[str, float]:
     stats = rationale_stats(texts)
-    return {"repeated": 100 * stats["repeated"], "unfinished": 100 * stats["unfinished"], "words": stats["words"]}
+    words = statistics.fmean(len(text.split()) for text in texts) if texts else 0.0  # as in the report and the demo
+    return {"repeated": 100 * stats["repeated"], "unfinished": 100 * stats["unfinished"], "words": words}
 
 
 def per_question(run: Run, told: Mapping[str, Any], path: Path, problems: Problems, qids: Sequence[str]) -> None:
@@ -250,7 +251,8 @@ def significance(args: argparse.Namespace, runs: Sequence[Run]) -> Table:
             f"--compare: {len(first)} and {len(second)} files; compared are the first {min(len(first), len(second))}"
         )
     columns = {"difference": "difference", "p": "p", "test": "test", "questions": "questions"}
-    table = Table(f"{args.compare[0]} minus {args.compare[1]}", columns, digits={"p": 4, "questions": 0})
+    digits = {"difference": 3, "p": 4, "questions": 0}  # a sentence score lies between 0 and 1
+    table = Table(f"{args.compare[0]} minus {args.compare[1]}", columns, digits=digits)
     for number, (a, b) in enumerate(zip(first, second, strict=False), start=1):
         pair = f" (pair {number})" if min(len(first), len(second)) > 1 else ""
         both = [qid for qid in a.right if qid in b.right]

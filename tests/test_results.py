@@ -15,6 +15,7 @@ import results
 from ares import cli
 from ares.intervals import mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
 from tests.conftest import ROOT
+from utils_evaluate import rationale_figures
 
 SEEDS = [ROOT / f"demo/results/seed{seed}.json" for seed in range(3)]
 
@@ -107,6 +108,7 @@ def test_rationales_are_compared_question_by_question(tmp_path, sample, capsys):
     qids = [qid for qid in json.loads((data_root / "scienceqa/pid_splits.json").read_text())["test"]
             if problems[qid]["solution"].strip()][:60]  # fmt: skip
     golds = [problems[qid]["solution"] for qid in qids]
+    golds = [f"Solution: {gold}" for gold in golds]  # as a stage writes them
     for name, preds in (("whole", golds), ("half", [text[: len(text) // 2] for text in golds])):
         content = {"preds": preds, "labels": golds, "qids": qids}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -119,6 +121,7 @@ def test_rationales_are_compared_question_by_question(tmp_path, sample, capsys):
         assert float(found[row, "p"]["value"]) < 0.01
     assert float(found["whole", "rouge"]["value"]) == pytest.approx(100, abs=0.01)
     assert float(found["half", "unfinished"]["value"]) > 80
+    assert float(found["whole", "words"]["value"]) == pytest.approx(rationale_figures(problems, qids, golds)["words"])
     # short ones good, long ones poor: the figure is a mean over sentences, and so is its interval
     preds = [gold if i % 2 else "It is so. " * 30 for i, gold in enumerate(golds)]
     (tmp_path / "odd.json").write_text(json.dumps({"preds": preds, "labels": golds, "qids": qids}))
