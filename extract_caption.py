@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ares.cli import UserError, print0, progress, read_json, refuse, run, warn0, writable_dir, write_json
-from utils_vision import hub_failure, list_images, offline_unless_reachable, read_image
+from utils_vision import hub_failure, list_images, offline_unless_reachable, pick_device, read_image
 
 PROMPT = "Write a short description for the image."
 
@@ -97,7 +97,7 @@ class Captioner:
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = pick_device(device)
         self.dtype = getattr(torch, dtype or ("bfloat16" if self.device.startswith("cuda") else "float32"))
         self.max_new_tokens = max_new_tokens
         if not os.path.isdir(model):

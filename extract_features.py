@@ -36,7 +36,16 @@ from ares.cli import (
     write_json,
 )
 from ares.memory import keep_freed_memory
-from utils_vision import MODEL_NAMES, Encoder, by_size, list_images, load_encoder, read_image, weights_identity
+from utils_vision import (
+    MODEL_NAMES,
+    Encoder,
+    by_size,
+    list_images,
+    load_encoder,
+    pick_device,
+    read_image,
+    weights_identity,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -113,14 +122,13 @@ def check_output(out: Path, settings: dict[str, Any], name_map: dict[str, int], 
                 f"--output_dir: {file} is there, made with another {', '.join(other)}; add --overwrite to replace it, "
                 "or name another folder"
             )
-        return True
     map_file = out / "name_map.json"
     if map_file.exists() and not overwrite and read_json(map_file, "--output_dir") != name_map:
         raise UserError(
             f"--output_dir: {map_file} numbers other images, so other features in {out} would no longer fit; "
             "add --overwrite to replace it, or name another folder"
         )
-    return False
+    return file.exists() and not overwrite
 
 
 class Rows:
@@ -155,8 +163,7 @@ class Rows:
     def finish(self, path: Path) -> None:
         """Move the rows to `path`: a .npy as it is, a .pth as one tensor."""
         if path.suffix == ".npy":
-            with atomic_path(path) as temporary:
-                os.replace(self.array_file, temporary)
+            os.replace(self.array_file, path)  # each batch of it was flushed
         else:
             import torch
 
@@ -212,9 +219,12 @@ def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: in
         ]
         return Batch([qid for qid, *_ in rows], stacks, {qid: why for qid, pixels, why in rows if pixels is None})
 
+    context = "fork" if workers else None  # what is above cannot be pickled, as Python 3.14's own way would
     # threads that stay would slow every other product: OpenMP waits less eagerly where it has more of them than cores
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        yield from DataLoader(Images(), batch_size=batch_size, num_workers=workers, collate_fn=collate)
+        yield from DataLoader(
+            Images(), batch_size=batch_size, num_workers=workers, collate_fn=collate, multiprocessing_context=context
+        )
 
 
 def extract(encoder: Encoder, images: dict[str, Path], rows: Rows, args: argparse.Namespace) -> None:
@@ -250,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     name_map = {qid: row for row, qid in enumerate(images)}
     file = out / FILES[args.img_type]
     if check_output(out, settings, name_map, args.overwrite):
+        if not (out / "name_map.json").exists():
+            write_json(out / "name_map.json", name_map)
         print0(f"{file}: {len(images)} rows, there already")
         return
 
@@ -257,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     torch.backends.cudnn.deterministic = True
     keep_freed_memory()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device(args.device)
     weights = "random" if args.random_weights else args.weights or "pretrained"
     encoder = load_encoder(args.img_type, args.model_name, weights, device, args.seed)
     print0(f"{settings['model_name']} ({encoder.weights} weights) on {device}: {encoder.shape} per image")

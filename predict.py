@@ -227,7 +227,7 @@ def features_for(args: argparse.Namespace, question: Question, settings: argpars
     name, weights, seed = network_of(args, file)
     from utils_vision import LiveFeatures, load_encoder
 
-    encoder = load_encoder(args.img_type, name, weights, device_of(args), seed)
+    encoder = load_encoder(args.img_type, name, weights, args.device, seed)
     print0(f"features: {encoder.model_name} ({encoder.weights} weights), {question.image or 'no picture: zeros'}")
     try:
         return LiveFeatures(encoder, {question.qid: question.image})
@@ -250,12 +250,6 @@ def network_of(args: argparse.Namespace, file: Path | None) -> tuple[str | None,
         )
     seed = re.fullmatch(r"seed (\d+)", str(told.get("weights_file")))
     return args.vision_model or told.get("model_name"), weights, int(seed[1]) if seed else 0
-
-
-def device_of(args: argparse.Namespace) -> str:
-    import torch
-
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # -- asking ----------------------------------------------------------------------------------------------
@@ -310,7 +304,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from model import T5ForMultimodalGeneration, check_checkpoint
     from utils_data import check_vocabulary, load_tokenizer
+    from utils_vision import pick_device
 
+    args.device = pick_device(args.device)
     args.img_type = kind_of_features(args, settings.img_type)
     if args.img_type is None and args.image:
         raise UserError(f"--image: {args.model} reads no picture (it has no image layers); drop it, or name another")
@@ -324,16 +320,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         sft.refuse_fresh_layers(info, shape, flag)
         check_vocabulary(load_tokenizer(args, place), info)
 
-    model = T5ForMultimodalGeneration.from_pretrained(args.model, patch_size=shape).to(device_of(args))
+    model = T5ForMultimodalGeneration.from_pretrained(args.model, patch_size=shape).to(args.device)
     if model.config.patch_size is not None and features is None:
         raise UserError(f"--img_type: {args.model} reads pictures; name the kind of features it was trained with")
     written = ask(model, load_tokenizer(args, args.model), question, features, settings)
     if not settings.prompt_format.endswith("-A"):
         print0(f"Rationale: {written}")
     if args.lora:
-        model = load_adapter(model, Path(args.lora), "--lora").to(device_of(args))
+        model = load_adapter(model, Path(args.lora), "--lora").to(args.device)
     elif args.answer_model:
-        model = T5ForMultimodalGeneration.from_pretrained(args.answer_model, patch_size=shape).to(device_of(args))
+        model = T5ForMultimodalGeneration.from_pretrained(args.answer_model, patch_size=shape).to(args.device)
     if answering:
         tokenizer = load_tokenizer(args, args.answer_model, args.model)
         written = ask(model, tokenizer, question, features, answer_settings, written)

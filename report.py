@@ -13,7 +13,6 @@ Teacher, RL's samples by the Teacher that scored them. Writes nothing into the f
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -208,7 +207,7 @@ def times(args: argparse.Namespace, inputs: collect.Inputs) -> list[dict[str, An
     for stage in inputs.stages:
         path = Path(stage.folder) / "trainer_state.json"
         if path.is_file():
-            log = json.loads(path.read_text(encoding="utf-8")).get("log_history", [])
+            log = cli.read_json(path, "--stage").get("log_history", [])
             seconds = next((line["train_runtime"] for line in reversed(log) if "train_runtime" in line), None)
             if seconds is not None:
                 found.append({"name": f"training of {stage.name}", "seconds": seconds})

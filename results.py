@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from ares import cli, reference
-from ares.intervals import mcnemar, mean_interval, paired_difference, shares_interval
-from ares.predictions import predictions_file, split_label, texts_by_qid
+from ares.intervals import mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
+from ares.predictions import predictions_file, scores_of, split_label, texts_by_qid
 from ares.problems import Problems, find_dataset, load_problems, load_splits, split_qids
 from ares.published import ANSWER_COLUMNS, NOTE, PUBLISHED
 from ares.sentences import split_text
@@ -51,6 +51,7 @@ class Run:
     rationales: dict[str, float] = field(default_factory=dict)
     right: dict[str, bool] = field(default_factory=dict)  # qid -> whether its answer is right
     values: dict[str, dict[str, float]] = field(default_factory=dict)  # rouge, score -> qid -> value
+    sentences: list[tuple[float, int]] = field(default_factory=list)  # of each question: sum of the scores, how many
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -77,7 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     wrong = [] if args.system or args.win_rate else ["give at least one --system or --win_rate"]
     if args.images:
         wrong.append("--images: the tables hold no images; leave it out")
-    args.needs_data = bool(args.compare) or "data_root" in cli.given_flags(parser, argv)
+    args.needs_data = bool(args.compare or cli.given_flags(parser, argv) & {"data_root", "dataset"})
     args.system = [split_label(named) for named in args.system]
     wrong += [f"--compare: no --system is called {label}" for label in args.compare or []
               if label not in {name for name, _ in args.system}]  # fmt: skip
@@ -89,10 +90,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def find_problems(args: argparse.Namespace, needed: bool) -> tuple[Problems | None, list[str]]:
-    """(problems, questions of the split); (None, []) without data, unless --compare or --data_root asks for them."""
+    """(problems, questions of the split); (None, []) without data, unless --compare, --data_root or --dataset asks."""
     if not Path(args.data_root).is_dir() and not needed:
         return None, []
-    dataset = find_dataset(args.data_root, args.dataset)
+    try:
+        dataset = find_dataset(args.data_root, args.dataset)
+    except cli.UserError as error:
+        if needed:
+            raise
+        cli.warn0(f"{error}; without it there are no intervals")  # nobody asked for ./data
+        return None, []
     problems = load_problems(args.data_root, dataset)
     return problems, split_qids(load_splits(args.data_root, dataset, problems), args.split, "--split")
 
@@ -108,31 +115,35 @@ def read_system(
     if not isinstance(told, dict) or "preds" not in told:
         raise cli.UserError(f"--system {label}: {path} holds neither preds nor a demo's table; name a stage's folder")
     run = Run(label, str(path))
-    scores = told.get("scores") or {}
-    run.answers = {name.removeprefix("acc_"): float(value) for name, value in scores.get("answer", {}).items()}
-    if run.answers and told.get("num_fail") is not None:
+    scores = scores_of(told, path, f"--system {label}")
+    run.answers = {name.removeprefix("acc_"): value for name, value in scores.get("answer", {}).items()}
+    if run.answers and isinstance(told.get("num_fail"), int):
         run.answers["num_fail"] = float(told["num_fail"])
-    run.rationales = {name: float(value) for name, value in scores.get("rationale", {}).items()}
+    run.rationales = scores.get("rationale", {})
     if problems is not None:
         per_question(run, told, path, problems, qids)
     elif run.rationales:
         run.rationales |= shape_of(told["preds"])
+    if not run.answers and not run.rationales:
+        raise cli.UserError(f"--system {label}: {path} holds no scores; give its --data_root, by which some are made")
     return [run]
 
 
 def demo_runs(label: str, path: str, told: Mapping[str, Any]) -> list[Run]:
     """The demo's table: a row for each rationale model, and one for the answers."""
     runs = []
-    for stage, figures in told["rationales"].items():
-        named = {DEMO_NAMES.get(name, name): float(value) for name, value in figures.items()}
+    found = scores_of({"scores": {**told["rationales"], "": told.get("answers", {})}}, path, f"--system {label}")
+    answers = {name.removeprefix("acc_"): value for name, value in found.pop("").items()}
+    for stage, figures in found.items():
+        named = {DEMO_NAMES.get(name, name): value for name, value in figures.items()}
         runs.append(Run(f"{label}: {stage}", path, rationales=named))
-    answers = {name.removeprefix("acc_"): float(value) for name, value in told.get("answers", {}).items()}
     return [*runs, Run(f"{label}: LoRA", path, answers=answers)] if answers else runs
 
 
 def shape_of(texts: Sequence[str]) -> dict[str, float]:
     stats = rationale_stats(texts)
-    return {"repeated": 100 * stats["repeated"], "unfinished": 100 * stats["unfinished"], "words": stats["words"]}
+    words = statistics.fmean(len(text.split()) for text in texts) if texts else 0.0  # as in the report and the demo
+    return {"repeated": 100 * stats["repeated"], "unfinished": 100 * stats["unfinished"], "words": words}
 
 
 def per_question(run: Run, told: Mapping[str, Any], path: Path, problems: Problems, qids: Sequence[str]) -> None:
@@ -153,6 +164,7 @@ def per_question(run: Run, told: Mapping[str, Any], path: Path, problems: Proble
         run.values["rouge"] = {qid: 100 * value for qid, value in rouges.items() if value is not None}
         scores = {qid: reference.score_sentences(problems[qid], split_text(text)) for qid, text in texts.items()}
         run.values["score"] = {qid: statistics.fmean(each) for qid, each in scores.items() if each}
+        run.sentences = [(sum(each), len(each)) for each in scores.values()]
         run.rationales |= shape_of(list(texts.values()))
         if run.values["rouge"]:
             run.rationales.setdefault("rouge", statistics.fmean(run.values["rouge"].values()))
@@ -182,6 +194,8 @@ def interval_of(run: Run, name: str, problems: Problems | None, seed: int) -> tu
         right = [value for qid, value in run.right.items() if CATEGORIES[name](problems[qid])]
         low, high = shares_interval([sum(right), len(right) - sum(right)], (100, 0), seed)
         return low, high
+    if name == "score" and run.sentences:  # a mean over sentences, as the table's
+        return ratio_interval(run.sentences, seed)
     if name in run.values and run.values[name]:
         return mean_interval(list(run.values[name].values()), seed)
     return ()
@@ -237,7 +251,8 @@ def significance(args: argparse.Namespace, runs: Sequence[Run]) -> Table:
             f"--compare: {len(first)} and {len(second)} files; compared are the first {min(len(first), len(second))}"
         )
     columns = {"difference": "difference", "p": "p", "test": "test", "questions": "questions"}
-    table = Table(f"{args.compare[0]} minus {args.compare[1]}", columns, digits={"p": 4, "questions": 0})
+    digits = {"difference": 3, "p": 4, "questions": 0}  # a sentence score lies between 0 and 1
+    table = Table(f"{args.compare[0]} minus {args.compare[1]}", columns, digits=digits)
     for number, (a, b) in enumerate(zip(first, second, strict=False), start=1):
         pair = f" (pair {number})" if min(len(first), len(second)) > 1 else ""
         both = [qid for qid in a.right if qid in b.right]

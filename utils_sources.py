@@ -117,6 +117,8 @@ def _aokvqa_folder(folder: Path, files: Mapping[str, Path | None], images: str |
 
 def _coco_image(root: Path, image_id: Any) -> Path | None:
     """COCO's file of an image id: `{id:012d}.jpg` in train2017/, val2017/, test2017/ or right in `root`."""
+    if image_id is None:
+        return None
     for name in (f"{image_id:0>12}.jpg", f"{image_id}.jpg", f"{image_id:0>12}.png", f"{image_id}.png"):
         for part in ("train2017", "val2017", "test2017", ""):
             if (path := root / part / name).is_file():
@@ -259,12 +261,14 @@ def _aokvqa_problem(row: Mapping[str, Any], split: str) -> dict[str, Any]:
     rationales = row["rationales"]
     if not isinstance(rationales, list) or not all(isinstance(text, str) for text in rationales):
         raise ValueError("rationales is not a list of texts")
-    problem = {"question": row["question"], "choices": list(row["choices"]), "answer": row["correct_choice_idx"]}
+    problem = {"question": row["question"], "choices": row["choices"], "answer": row["correct_choice_idx"]}
     problem |= {"hint": "", "image": "image.png"} | dict.fromkeys(TEXTS, "")
     problem["solution"] = " ".join(_sentence(text) for text in rationales if text.strip())
     problem |= {"split": split, "difficult_direct_answer": row.get("difficult_direct_answer")}
-    # the hub's copy holds this list as text
-    problem["direct_answers"] = ast.literal_eval(direct) if isinstance(direct, str) else list(direct)
+    try:  # the hub's copy holds this list as text
+        problem["direct_answers"] = ast.literal_eval(direct) if isinstance(direct, str) else list(direct)
+    except SyntaxError as error:
+        raise ValueError(f"direct_answers is not a list: {error.msg}") from error
     return problem
 
 

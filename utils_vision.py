@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ares.cli import UserError, warn0
+from ares.images import eight_bit
 from ares.problems import question_images
 
 if TYPE_CHECKING:
@@ -77,9 +78,11 @@ def read_image(path: str | Path) -> Image.Image:
 
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's word for some broken PNGs
-        raise ValueError(str(error)) from error
+            return eight_bit(image).convert("RGB")
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # Pillow's readers raise whatever they meet in a damaged file
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 # -- networks --------------------------------------------------------------------------------------------
@@ -160,6 +163,20 @@ class LiveFeatures:
 
         blank = torch.zeros(self.shape)
         return torch.stack([self.rows[qid].expand(self.shape) if qid in self.rows else blank for qid in qids])
+
+
+def pick_device(asked: str | None) -> str:
+    """--device, else cuda if there is one. Raises UserError where nothing can be computed on it."""
+    import torch
+
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=asked).cpu()
+    except Exception as error:  # torch's words for an unknown name, an absent driver and a number too high differ
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"--device: {asked} cannot be used here ({reason}); name another, such as cpu") from error
+    return asked
 
 
 def load_encoder(

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ares import cli, estimate, feedback, teacher
-from ares.intervals import shares_interval
+from ares.intervals import ratio_interval, shares_interval
 from ares.predictions import predictions_file, split_label, texts_by_qid
 from ares.problems import find_dataset, find_images, load_problems, load_splits, question_images, split_qids
 from ares.requests import place_images, set_reply_aside, write_request
@@ -127,6 +127,8 @@ def lay_out(
             set_reply_aside(folder)
         write_request(folder, text)
         feedback.write_derived(folder / feedback.RATIONALE, f"{{\n{lines}\n}}\n")
+        for stale in {path.name for path in question_images(folder.parent, qid)} - {path.name for path in images}:
+            (folder / stale).unlink()  # of a run --with_image: what lies here is sent
         place_images(folder, images)
         items.append(feedback.Item(folder, action, 0, qid))
     return items
@@ -185,15 +187,17 @@ def row(outcomes: Sequence[str], seed: int) -> dict[str, Any]:
 def position_bias(verdicts: Sequence[Mapping[str, str]], seed: int) -> dict[str, Any]:
     """How often the rationale shown first wins where one wins (50 % without bias; over both orders of a pair, whoever
     is better), and how many pairs get the same verdict in both orders."""
-    first = sum(verdict["winner"] == verdict["order"][0] for verdict in verdicts)
-    second = sum(verdict["winner"] == verdict["order"][1] for verdict in verdicts)
-    by_qid: dict[str, list[str]] = {}
+    by_qid: dict[str, list[Mapping[str, str]]] = {}
     for verdict in verdicts:
-        by_qid.setdefault(verdict["qid"], []).append(verdict["winner"])
-    twice = [winners for winners in by_qid.values() if len(winners) == 2]
+        by_qid.setdefault(verdict["qid"], []).append(verdict)
+    # of each question: verdicts for the one shown first, verdicts for either
+    parts = [(sum(one["winner"] == one["order"][0] for one in each), sum(one["winner"] != "tie" for one in each))
+             for each in by_qid.values()]  # fmt: skip
+    first, either = sum(part[0] for part in parts), sum(part[1] for part in parts)
+    twice = [[one["winner"] for one in each] for each in by_qid.values() if len(each) == 2]
     return {
-        "first": 100 * first / (first + second) if first + second else None,
-        "first_interval": _per_cent(shares_interval([first, second], (1, 0), seed)),
+        "first": 100 * first / either if either else None,
+        "first_interval": _per_cent(ratio_interval(parts, seed)),
         "same_in_both_orders": 100 * sum(a == b for a, b in twice) / len(twice) if twice else None,
     }
 

@@ -70,7 +70,7 @@ def load_image(path: str | os.PathLike, qid: str) -> tuple[str, bytes]:
                     _checked[identity] = kind
                     return kind, data
                 return _fitting(image)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise whatever they meet in a damaged file
         reason = "is no PNG, JPEG, GIF or WebP" if kind is None else f"does not decode ({error})"
         raise UserError(f"--images: {path} of question {qid} {reason}; replace or remove it") from None
 
@@ -93,6 +93,17 @@ def estimated_tokens(path: str | os.PathLike) -> int:
     return min(1600, int(width * scale * height * scale * TOKENS_PER_PIXEL) + 1)
 
 
+def eight_bit(image):
+    """16-bit grey scaled to 8 bits; any other picture as it is. Pillow's conversion would cut it off at 255: white."""
+    return image.convert("I").point(lambda value: value / 256).convert("L") if image.mode.startswith("I") else image
+
+
+def as_rgb(image):
+    """RGB, or RGBA where something is transparent."""
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    return eight_bit(image).convert("RGBA" if transparent else "RGB")
+
+
 def inside(path: str | os.PathLike, root: str | os.PathLike) -> bool:
     """Whether a path, links followed, lies under `root`."""
     return os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), ""))
@@ -100,7 +111,7 @@ def inside(path: str | os.PathLike, root: str | os.PathLike) -> bool:
 
 def _fitting(image) -> tuple[str, bytes]:
     """Shrunk to what the API shows a model anyway; as JPEG if PNG is still too large."""
-    image = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
+    image = as_rgb(image)
     image.thumbnail((SHRINK_TO, SHRINK_TO))
     out = io.BytesIO()
     image.save(out, format="PNG")

@@ -6,6 +6,7 @@ Percentile bootstrap (Efron 1979) over questions. Needs numpy, imported where it
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 DRAWS = 10_000
@@ -36,10 +37,29 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]
     return float(low), float(high)
 
 
+def ratio_interval(parts: Sequence[tuple[float, int]], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the sum of `parts[i][0]` over that of `parts[i][1]`, question i being drawn as a whole.
+
+    What one question adds belongs together: two verdicts on one pair are not two draws. (nan, nan) over nothing.
+    """
+    import numpy as np
+
+    alike = Counter(parts)
+    if not any(whole for _, whole in alike):
+        return math.nan, math.nan
+    shares, values = np.array([*alike.values()]) / len(parts), np.array([*alike], dtype=float)
+    random, sums = np.random.default_rng(seed), []
+    for rows in _blocks(len(alike)):
+        sums.append(random.multinomial(len(parts), shares, size=rows) @ values)
+    of, whole = np.concatenate(sums).T
+    low, high = np.percentile(of[whole > 0] / whole[whole > 0], [2.5, 97.5])
+    return float(low), float(high)
+
+
 def paired_difference(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> dict[str, float]:
     """Mean of ours - theirs over the same questions: {"difference", "low", "high", "p"}.
 
-    p: twice the smaller share of resampled means on one side of 0 (two-sided), at least 1 / (draws + 1).
+    p: twice the smaller share of resampled means on one side of 0 (two-sided), at least 2 / (draws + 1).
     """
     import numpy as np
 
@@ -59,13 +79,17 @@ def mcnemar(only_ours: int, only_theirs: int) -> float:
 
 
 def _resampled_means(values: Sequence[float], seed: int):
-    """DRAWS means of resamples, a block at a time: 10,000 x 4,241 indices at once would take 340 MB."""
+    """DRAWS means of resamples."""
     import numpy as np
 
     values, random = np.asarray(values, dtype=float), np.random.default_rng(seed)
-    block = max(1, 2_000_000 // len(values))
     means = []
-    for start in range(0, DRAWS, block):
-        rows = min(block, DRAWS - start)
+    for rows in _blocks(len(values)):
         means.append(values[random.integers(0, len(values), (rows, len(values)))].mean(axis=1))
     return np.concatenate(means)
+
+
+def _blocks(width: int) -> list[int]:
+    """DRAWS in parts: 10,000 x 4,241 indices at once would take 340 MB."""
+    block = max(1, 2_000_000 // width)
+    return [min(block, DRAWS - start) for start in range(0, DRAWS, block)]

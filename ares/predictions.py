@@ -5,7 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,21 @@ def texts_by_qid(told: Any, path: str | Path, flag: str, split_qids: Sequence[st
     if len(texts) != len(qids):
         raise cli.UserError(f"{flag}: {path} names a question twice in its qids")
     return texts
+
+
+def scores_of(told: Mapping[str, Any], path: str | Path, flag: str) -> dict[str, dict[str, float]]:
+    """The `scores` of a predictions file's content, {"answer": {name: figure}, "rationale": {...}}, as numbers.
+
+    {} where it has none. Raises UserError naming `flag` for another form.
+    """
+    try:
+        return {part: {name: float(figure) for name, figure in figures.items()}
+                for part, figures in (told.get("scores") or {}).items()}  # fmt: skip
+    except (AttributeError, TypeError, ValueError) as error:
+        raise cli.UserError(
+            f'{flag}: {path}: scores are not {{"answer": {{name: number}}, "rationale": {{...}}}} ({error}); make the '
+            "file again with its stage"
+        ) from None
 
 
 def predictions_file(place: str | Path, flag: str, split: str = "test") -> Path:

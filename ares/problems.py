@@ -94,6 +94,9 @@ def problem_fault(qid: str, problem: Any) -> str | None:
     choices, answer = problem["choices"], problem["answer"]
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         return "choices is not a list of texts"
+    for text in (*(problem[name] for name in ("question", "hint", "lecture", "solution")), *choices):
+        if half := re.search("[\ud800-\udfff]", text):
+            return f"holds half of a character ({ascii(half[0])}), which no file takes; write it whole or drop it"
     if not MIN_CHOICES <= len(choices) <= MAX_CHOICES:
         return f"has {len(choices)} choices; {MIN_CHOICES} to {MAX_CHOICES} are possible"
     if not isinstance(answer, int) or isinstance(answer, bool):

@@ -64,6 +64,6 @@ PUBLISHED = (
               "GPT-4o judges, one random order a pair"),
 )  # fmt: skip
 NOTE = (
-    "ARES reports +2.5 points of answer accuracy on average (abstract; per-set tables not at hand). Its Teacher, "
+    "ARES reports +2.5 % of answer accuracy on average (abstract; per-set tables not at hand). Its Teacher, "
     "claude-3-haiku-20240307, was retired in April 2026."
 )

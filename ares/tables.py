@@ -60,7 +60,8 @@ def _row(cells: Sequence[str]) -> str:
 
 
 _LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
-          "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}  # fmt: skip
+          "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+          ">": r"\textgreater{}", "|": r"\textbar{}"}  # fmt: skip
 
 
 def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
@@ -79,7 +80,9 @@ def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text).replace("\0", r"$\pm$")
+    # behind the \\ of the row before it "[" or "*" would be that command's argument
+    guard = "{}" if text.startswith(("[", "*")) else ""
+    return guard + "".join(_LATEX.get(letter, letter) for letter in text).replace("\0", r"$\pm$")
 
 
 def as_csv(tables: Sequence[Table], notes: Sequence[str]) -> str:

@@ -245,7 +245,9 @@ def _verdicts(told: Mapping[str, Any], row_of: Mapping[str, int]) -> dict[str, A
         row = row_of.get(str(verdict["qid"]))
         if row is not None:
             rows.setdefault(row, []).append([verdict["order"], verdict["winner"]])
-    return {"systems": told["systems"], "judge": told.get("judge"), "rows": rows}
+    judge = told.get("judge") or {}
+    name = judge.get("model") if isinstance(judge, dict) else str(judge)
+    return {"systems": told["systems"], "judge": name, "rows": rows}
 
 
 # -- overview --------------------------------------------------------------------------------------------

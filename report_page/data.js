@@ -74,12 +74,14 @@ function droppedReasons(row) {
   return reasons;
 }
 
-/** What the judge found in one file: a system's index (0, 1), "tie", "mixed" (orders differ), or null. */
+/** What the judge found in one file: a system's index (0, 1), "tie", "mixed" (each order another winner), or null. As
+ * in win_rate.py a win and a tie are a win. */
 function judged(file, row) {
   const found = main.verdicts[file].rows[row];
   if (!found) return null;
-  const winners = new Set(found.map(([, winner]) => winner));
-  return winners.size > 1 ? 'mixed' : winners.has('a') ? 0 : winners.has('b') ? 1 : 'tie';
+  const wins = (side) => found.filter(([, winner]) => winner === side).length;
+  const lead = wins('a') - wins('b');
+  return lead > 0 ? 0 : lead < 0 ? 1 : wins('a') ? 'mixed' : 'tie';
 }
 
 let searchable = null;

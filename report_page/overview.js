@@ -72,9 +72,10 @@ function judgedCard(told) {
     const counts = { 0: 0, 1: 0, tie: 0, mixed: 0 };
     for (const row of Object.keys(file.rows)) counts[judged(i, row)]++;
     const words = [file.systems[1], file.judge || '–', told.judged[i].protocol || '–'].map(String);
-    return lineOf(file.systems[0], [...words, ...[counts[0], counts[1], counts.tie, counts.mixed].map(asCount)], 3);
+    const numbers = [counts[0], counts[1], counts.tie, counts.mixed].map(asCount);
+    return lineOf(file.systems[0], [...words, ...numbers, orDash((told.judged[i].summary || {}).identical, 0)], 3);
   });
-  const heads = ['A', 'B', 'judge', 'protocol', 'A preferred', 'B preferred', 'tie', 'depends on the order'];
+  const heads = ['A', 'B', 'judge', 'protocol', 'A preferred', 'B preferred', 'tie', 'depends on the order', 'equal texts, not asked'];
   return card('Pairwise judge', 'Questions of this report by verdict; filter for them in the inspector.', wide(tableOf(heads, rows, 4)));
 }
 

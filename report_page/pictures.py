@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ares import cli
-from ares.images import media_type, pixels
+from ares.images import as_rgb, media_type, pixels
 from ares.problems import question_images
 
 THUMBNAIL = 480  # pixels of the longer edge
@@ -55,11 +55,11 @@ def _embedded(path: Path) -> str | None:
 
         try:
             with Image.open(io.BytesIO(data)) as image:
-                image = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
+                image = as_rgb(image)
                 image.thumbnail((THUMBNAIL, THUMBNAIL))
                 out = io.BytesIO()
                 image.save(out, format="WEBP", quality=75)
-        except (OSError, ValueError, SyntaxError):
+        except Exception:  # a damaged file: Pillow's readers raise whatever they meet in it
             return None
         data, kind = out.getvalue(), "image/webp"
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

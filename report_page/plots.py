@@ -42,9 +42,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     lines = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            lines.append(json.loads(line))
+            told = json.loads(line)
         except json.JSONDecodeError:
             cli.warn0(f"{path}: line {number} is not JSON and is left out")
+            continue
+        if not isinstance(told, dict) or not {"kind", "round", "update"} <= told.keys():
+            raise cli.UserError(f"--run: {path}: line {number} has no kind, round and update; name a run folder of RL")
+        lines.append(told)
     return lines
 
 

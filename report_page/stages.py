@@ -13,6 +13,7 @@ from typing import Any
 
 from ares import cli
 from ares.cli import UserError
+from ares.predictions import scores_of
 from ares.sentences import split_text
 from utils_evaluate import (
     FILE_NAMES,
@@ -46,7 +47,7 @@ class Predictions:
     prompts: list[str] | None
     answers: list[int]
     sentences: list[list[str]]
-    told: dict[str, Any]  # num_fail, scores and settings of the file, where it has them
+    told: dict[str, Any]  # scores and settings of the file, {} where it has none
     has_answers: bool
     has_rationales: bool
     scores: list[list[float] | None] = field(default_factory=list)
@@ -122,20 +123,29 @@ def read_predictions(path: Path, order: list[str] | None, problems: Problems | N
             f"--stage: {path} holds question {unknown[0]}, which problems.json does not; name the --data_root that "
             "the predictions were made from"
         )
+    for name, kinds in (("labels", str), ("prompts", str), ("answers", (str, type(None)))):
+        column = told.get(name) or []
+        if (
+            not isinstance(column, list)
+            or len(column) not in (0, len(preds))
+            or not all(isinstance(one, kinds) for one in column)
+        ):
+            raise UserError(f"--stage: {path}: {name} is no list of one text for each of its {len(preds)} rows")
     labels = told.get("labels") or [""] * len(preds)
     # the targets say what was asked: an answer, a rationale, or both
     asked = labels if any(labels) else preds
     has_answers = sum(bool(ANSWER.search(text)) for text in asked) > len(asked) / 2
     has_rationales = sum(bool(re.search(r"\w", ANSWER.sub("", text))) for text in asked) > len(asked) / 2
+    letters = told.get("answers") or None
     return Predictions(
         path=path,
         qids=qids,
         preds=preds,
         labels=labels,
         prompts=told.get("prompts"),
-        answers=_answers(qids, preds, told.get("answers"), problems) if has_answers else [NO_ANSWER] * len(preds),
+        answers=_answers(qids, preds, letters, problems) if has_answers else [NO_ANSWER] * len(preds),
         sentences=[split_text(text) if has_rationales else [] for text in preds],
-        told={key: told[key] for key in ("num_fail", "scores", "settings") if told.get(key) is not None},
+        told={"scores": scores_of(told, path, "--stage"), "settings": told.get("settings") or {}},
         has_answers=has_answers,
         has_rationales=has_rationales,
         scores=[None] * len(preds),
@@ -181,7 +191,7 @@ def stage_figures(predictions: Predictions, problems: Problems | None) -> dict[s
     figures: dict[str, Any] = {"rows": len(predictions.preds)}
     if predictions.has_answers:
         figures["num_fail"] = predictions.answers.count(UNPARSED)
-    told = predictions.told.get("scores") or (_computed(predictions, problems) if problems else {})
+    told = predictions.told["scores"] or (_computed(predictions, problems) if problems else {})
     parts = ("answer",) * predictions.has_answers + ("rationale",) * predictions.has_rationales
     figures["scores"] = {key: float(value) for part in parts for key, value in told.get(part, {}).items()}
     if problems and predictions.has_rationales:
@@ -191,7 +201,7 @@ def stage_figures(predictions: Predictions, problems: Problems | None) -> dict[s
 
 
 def _computed(predictions: Predictions, problems: Problems) -> dict[str, Any]:
-    seed = predictions.told.get("settings", {}).get("seed", 42)
+    seed = predictions.told["settings"].get("seed", 42)
     answers, rationales = {}, {}
     if predictions.has_answers:
         for qid, text in zip(predictions.qids, predictions.preds, strict=True):

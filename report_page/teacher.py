@@ -134,9 +134,12 @@ def add_training_view(each: Round, table: Path) -> None:
         return
     by_key = {(sample.action, sample.qid): sample for sample in each.samples}
     with open(table, encoding="utf-8") as file:
-        for line in file:
-            told = json.loads(line)
-            key = (told["action"], str(told["qid"]))
+        for number, line in enumerate(file, 1):
+            try:
+                told = json.loads(line)
+                key = (told["action"], str(told["qid"]))
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"--run: {table}: line {number} is no sample of RL; move the file away") from None
             sample = by_key.get(key)
             if sample is None:
                 sample = by_key[key] = Sample(

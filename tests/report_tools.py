@@ -73,8 +73,11 @@ def make_world(root: Path, tokenizer) -> SimpleNamespace:
         {"qid": "1", "order": "ab", "winner": "b"}, {"qid": "1", "order": "ba", "winner": "b"},
         {"qid": "2", "order": "ab", "winner": "a"}, {"qid": "2", "order": "ba", "winner": "b"},
         {"qid": "3", "order": "ab", "winner": "tie"},
+        {"qid": "4", "order": "ab", "winner": "tie"}, {"qid": "4", "order": "ba", "winner": "b"},
     ]  # fmt: skip
-    told = {"systems": ["base", "sft"], "judge": "judge-1", "protocol": "both", "summary": {}, "verdicts": verdicts}
+    judge = {"teacher": "api", "model": "judge-1", "prompt_version": "judge-3", "with_image": False}
+    told = {"systems": ["base", "sft"], "judge": judge, "protocol": "both", "summary": {"identical": 17}}
+    told["verdicts"] = verdicts
     cli.write_json(root / "win_rate.json", told)
     cli.write_json(root / "stages.json", {"stages": {"rl": {"title": "RL itself", "seconds": 12.5}}})
     return SimpleNamespace(root=root, problems=problems, splits=splits)

@@ -1,6 +1,8 @@
 """Features and captions of real sample images: shapes, order, the same bytes after a kill, broken images, mistakes."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -11,10 +13,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import extract_caption
 import extract_features
 from ares.cli import UserError
+from ares.images import load_image
 from ares.problems import load_captions, load_name_map
 from tests.conftest import ROOT, one_line_error, run_script
 from utils_features import VisionFeatures
@@ -84,6 +88,14 @@ def test_again_is_quick_and_other_settings_are_refused(images, tmp_path, capsys)
     before = (tmp_path / "vit.pth").read_bytes()
     extract(images, tmp_path, *TRIAL)
     assert "there already" in capsys.readouterr().out
+    name_map = (tmp_path / "name_map.json").read_text()
+    (tmp_path / "name_map.json").unlink()
+    extract(images, tmp_path, *TRIAL)
+    assert (tmp_path / "name_map.json").read_text() == name_map, "features are of no use without it"
+    (tmp_path / "name_map.json").write_text('{"1": 0}')
+    with pytest.raises(UserError, match="name_map.json numbers other images"):
+        extract(images, tmp_path, *TRIAL)
+    (tmp_path / "name_map.json").write_text(name_map)
     with pytest.raises(UserError, match="vit.pth is there, made with another weights_file"):
         extract(images, tmp_path, *TRIAL, "--seed", "1")
     assert (tmp_path / "vit.pth").read_bytes() == before
@@ -135,6 +147,17 @@ def test_on_a_cpu_images_are_decoded_in_this_process_and_on_a_gpu_by_one_per_cor
     assert [extract_features.decoders(asked, "cuda") for asked in (None, 0, 3)] == [16, 0, 3]
 
 
+def test_decoding_processes_on_any_python(images, tmp_path, monkeypatch):
+    """Python 3.14 starts processes by forkserver."""
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", None)
+    monkeypatch.setattr(
+        multiprocessing.context._default_context, "_default_context", multiprocessing.get_context("forkserver")
+    )
+    for workers in ("0", "2"):
+        extract(images, tmp_path / workers, *TRIAL[:3], "--workers", workers, "--batch_size", "4")
+    assert (tmp_path / "0/vit.pth").read_bytes() == (tmp_path / "2/vit.pth").read_bytes()
+
+
 def test_other_settings_start_over(images, tmp_path, monkeypatch, capsys):
     """What a stopped run left is not mixed with rows of another network."""
 
@@ -162,6 +185,66 @@ def test_broken_images(small, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "vit.json").read_text())["broken"] == ["198", "1014"]
     rows = features(tmp_path / "out").gather(["62", "133", "198", "1014"])
     assert [bool(row.any()) for row in rows] == [True, True, False, False]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged TIFFs
+def test_pictures_of_every_kind_are_read_or_refused(tmp_path, monkeypatch):
+    """16-bit grey keeps its shades; what Pillow's readers trip over counts as broken, whatever they raise."""
+    path = tmp_path / "image.png"
+    Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)).save(path)
+    grey = np.asarray(read_image(path))
+    assert grey.shape == (16, 16, 3) and np.array_equal(grey[..., 0].ravel(), np.arange(256)), "not white from 255 on"
+    random = np.random.default_rng(0)
+    picture = Image.fromarray(random.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    kinds = [("CMYK", "JPEG"), ("P", "PNG"), ("LA", "PNG"), ("1", "TIFF"), ("F", "TIFF"), ("P", "GIF")]
+    for mode, kind in kinds:
+        picture.convert(mode).save(path, format=kind)
+        assert read_image(path).mode == "RGB" and read_image(path).size == (40, 30), (mode, kind)
+        whole = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+        for _ in range(30):
+            spoilt = whole.copy()
+            spoilt[random.integers(0, min(len(whole), 400), 6)] = random.integers(0, 256, 6)
+            path.write_bytes(spoilt.tobytes())
+            with contextlib.suppress(OSError, ValueError):
+                read_image(path)
+
+    def decoder(*_):  # as Pillow's AVIF reader says it
+        raise RuntimeError("Failed to decode frame 0")
+
+    monkeypatch.setattr(Image, "open", decoder)
+    with pytest.raises(ValueError, match="frame 0"):
+        read_image(path)
+    with pytest.raises(UserError, match="image.png of question 7 does not decode .Failed to decode frame 0"):
+        load_image(path, "7")
+
+
+def test_stopped_at_the_very_end_nothing_is_lost(images, tmp_path, monkeypatch, capsys):
+    """The finished rows of a .npy are the file itself, moved in one step."""
+    flags = ["--img_type", "resnet", "--model_name", "test_resnet", "--random_weights", "--workers", "0"]
+    finish = extract_features.Rows.finish
+
+    def stop(rows, path):
+        def no_disk(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", no_disk)
+            patched.setattr(os, "unlink", no_disk)
+            finish(rows, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(extract_features.Rows, "finish", stop)
+        with contextlib.suppress(KeyboardInterrupt):
+            extract(images, tmp_path, *flags)
+    extract(images, tmp_path, *flags)
+    assert "there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["extract_features", "extract_caption"])
+def test_a_device_that_is_not_there_is_named(script, images, tmp_path):
+    out = ["--output_dir", tmp_path] if script == "extract_features" else ["--output", tmp_path / "captions.json"]
+    done = run_script(f"{script}.py", "--data_root", images, *out, "--device", "warp", check=False)
+    one_line_error(done, "--device", "warp")
 
 
 def test_split_folders(images, tmp_path):

@@ -146,17 +146,19 @@ def test_minis_are_made_where_absent_and_only_there(real, tmp_path):
 def test_pictures_of_other_formats(real, tmp_path):
     """JPEG stays as it is, byte by byte; what the Teacher's API does not take becomes PNG; rubbish is told."""
     image = Image.new("RGB", (20, 10), (200, 30, 30))
-    forms = {name: io.BytesIO() for name in ("JPEG", "BMP")}
+    forms = {name: io.BytesIO() for name in ("JPEG", "BMP", "TIFF")}
     for name, out in forms.items():
-        image.save(out, format=name)
-    first, second, third = real.splits["train"][:3]
+        image.convert("CMYK" if name == "TIFF" else "RGB").save(out, format=name)
+    first, second, third, fourth = real.splits["train"][:4]
     pictures = {first: forms["JPEG"].getvalue(), second: forms["BMP"].getvalue(), third: b"rubbish"}
+    pictures[fourth] = forms["TIFF"].getvalue()
     public_tables(real, pictures, ids=True).save_to_disk(str(tmp_path / "source"))
     prepare(tmp_path / "source", tmp_path / "out")
     written = {qid: tmp_path / "out/images" / qid / "image.png" for qid in pictures}
     assert written[first].read_bytes() == pictures[first]
     assert media_type(written[second].read_bytes()[:12]) == "image/png"
     assert list(Image.open(written[second]).getdata()) == list(image.getdata())
+    assert media_type(written[fourth].read_bytes()[:12]) == "image/png", "PNG has no CMYK"
     assert not written[third].exists()
     with pytest.raises(UserError, match=f"--strict: question {third}: image.png: cannot identify"):
         prepare(tmp_path / "source", tmp_path / "out", "--strict")
@@ -295,6 +297,8 @@ def test_mistakes(real, tmp_path):
         ({"rationales": "one"}, "entry 1: rationales is not a list of texts"),
         ({"question_id": "a"}, "entry 1 .*its id comes twice"),
         ({"choices": ...}, "entry 1: no field 'choices'"),
+        ({"choices": "xy"}, "entry 1 .*choices is not a list of texts"),
+        ({"direct_answers": "['one"}, "entry 1: direct_answers is not a list: unterminated"),
     ],
 )
 def test_a_bad_entry_is_named(change, words, tmp_path):
@@ -304,3 +308,12 @@ def test_a_bad_entry_is_named(change, words, tmp_path):
         (tmp_path / f"aokvqa_v1p0_{split}.json").write_text(json.dumps(entries))
     with pytest.raises(UserError, match=words):
         prepare(tmp_path, tmp_path / "out", dataset="aokvqa")
+
+
+def test_an_entry_without_image_id_has_no_picture(tmp_path, capsys):
+    entry = {"question": "What?", "choices": ["x", "y"], "correct_choice_idx": 0, "rationales": ["So."]}
+    for split in ("train", "val"):
+        (tmp_path / f"aokvqa_v1p0_{split}.json").write_text(json.dumps([{**entry, "question_id": split}]))
+    (tmp_path / "coco").mkdir()
+    prepare(tmp_path, tmp_path / "out", "--images", tmp_path / "coco", dataset="aokvqa")
+    assert "2 questions name an image that is not there (the first is train)" in capsys.readouterr().err

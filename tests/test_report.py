@@ -127,7 +127,7 @@ def test_corrections_and_verdicts(world):
     assert world.texts[first["final"]] == f"The capital is Town{qid}."
     assert third["reason"] == "no_final" and "final" not in third and world.texts[third["reply"]] == "I cannot help."
     (file,) = world.main["verdicts"]
-    assert file["rows"][str(world.row["2"])] == [["ab", "a"], ["ba", "b"]] and len(file["rows"]) == 3
+    assert file["rows"][str(world.row["2"])] == [["ab", "a"], ["ba", "b"]] and len(file["rows"]) == 4
 
 
 def test_what_is_read_stays_as_it_is(world):
@@ -324,6 +324,10 @@ BAD = {
     "no_questions": (["--questions_dir", "empty"], "holds no"),
     "bad_root": (["--stage", "a=ok.json", "--data_root", "empty"], "--data_root"),
     "stranger": (["--stage", "a=ok.json", "--data_root", "data"], "question 999"),
+    "scores": (["--stage", "a=scores.json"], "scores.json: scores are not"),
+    "labels": (["--stage", "a=labels.json"], "labels.json: labels is no list of one text for each of its 1 rows"),
+    "metrics": (["--run", "run"], "metrics.jsonl: line 1 has no kind, round and update"),
+    "samples": (["--run", "cut"], "samples_round_0.jsonl: line 1 is no sample of RL"),
     "verdicts": (["--stage", "a=ok.json", "--win_rate", "ok.json"], '"systems"'),
     "times": (["--stage", "a=ok.json", "--times", "list.json"], "--times"),
     "no_train": (["--stage", "a=ok.json", "--train_questions", "5"], "--train_questions has no use"),
@@ -343,6 +347,13 @@ def test_mistakes_end_with_one_line(name, tmp_path, monkeypatch):
     cli.write_json("data/scienceqa/pid_splits.json", splits)
     cli.write_json("ok.json", {"preds": ["Solution: a."], "qids": ["999"]})
     cli.write_json("list.json", ["x"])
+    cli.write_json(
+        "scores.json", {"preds": ["Solution: a."], "qids": ["1"], "scores": {"rationale": {"rouge": "high"}}}
+    )
+    cli.write_json("labels.json", {"preds": ["Solution: a."], "qids": ["1"], "labels": ["x", "y"]})
+    cli.write_text("run/metrics.jsonl", '{"loss": 1}\n')
+    feedback.write_rationale(feedback.question_dir("cut/questions", 0, 0, "1"), ["So."])
+    cli.write_text("cut/samples_round_0.jsonl", '{"qid": "1", "acti')
     if name in ("verdicts", "times", "images", "captions"):
         cli.write_json("ok.json", {"preds": ["Solution: a."], "qids": ["1"]})
     with pytest.raises(cli.UserError) as error:

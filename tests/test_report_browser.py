@@ -72,6 +72,7 @@ def test_overview_shows_the_figures(tab, world):
     assert "-0.0" not in shown and "−0.0" not in shown, "no sign before a zero"
     assert text(tab, "#overview td.best"), "the best stage stands out"
     assert not css(tab, "#overview .none"), "nothing is missing here"
+    assert "sft judge-1 both 0 2 1 1 17" in shown, "judge, protocol, verdicts, equal texts"
     assert tab.execute_script("return performance.getEntriesByType('resource').length") == 0, "nothing is fetched"
 
 
@@ -85,7 +86,8 @@ def test_filters_search_and_keys(tab, world):
     tab.find_element("id", "reset").click()
     for name, words, qids in (
         ("answer", "lora: wrong", ["2"]), ("answer", "lora: unparsed", ["3"]), ("image", "with image", ["1"]),
-        ("judged0", "sft preferred", ["1"]), ("judged0", "depends on the order", ["2"]), ("judged0", "tie", ["3"]),
+        ("judged0", "sft preferred", ["1", "4"]), ("judged0", "depends on the order", ["2"]),
+        ("judged0", "tie", ["3"]),
         ("dropped", "correction: no_final", world.splits["train"][2:3]),
         ("dropped", "any reason", world.splits["train"][2:]),
         ("change", f"{NAME} → sft: improved", world.splits["test"][:-1]),
@@ -143,7 +145,7 @@ def test_one_question_shows_everything(tab, world):
     assert until(lambda: '"It is far away."' in text(tab, "#samples .raw")) and "teacher-1" in text(tab, "#samples")
     tab.get(f"{world.output.as_uri()}#qid=2")
     shown = text(tab, "#detail")
-    assert "predicted by lora" in shown and "base first: base preferred" in shown
+    assert "predicted by lora" in shown and "base first: base preferred" in shown and "judge-1" in shown
     numbers = [each.text for each in css(tab, "#detail .sent .n")]
     columns = world.main["preds"]
     wanted = [score for stage in (0, 1) for score in columns[stage]["p"][world.row["2"]]]
@@ -203,6 +205,16 @@ def test_light_dark_and_layout(tab, world):
     wide = """const box = document.getElementById('detail');
         return [document.documentElement.scrollWidth - innerWidth, box.scrollWidth - box.clientWidth]"""
     assert max(tab.execute_script(wide)) <= 0, "nothing sticks out"
+    for width in (1366, 360):
+        tab.set_window_size(width, 800)
+        for view in ("tab-overview", "tab-inspector"):
+            tab.find_element("id", view).click()
+            out = """return [...document.querySelectorAll('html, #overview, .side, #detail, .card')].filter((box) =>
+                box.scrollWidth > box.clientWidth).map((box) => box.id || box.className || box.tagName)"""
+            assert until(lambda out=out: not tab.execute_script(out), 2), (width, view, tab.execute_script(out))
+        places = [tab.find_element("id", name).rect for name in ("list", "detail")]
+        assert places[0]["y"] + places[0]["height"] < places[1]["y"] + 1 or width > 900, "one below the other"
+    tab.set_window_size(1366, 800)
     unnamed = """return [...document.querySelectorAll('input, select, button, img, [role=listbox], svg')].filter((e) =>
         !(e.labels && e.labels.length) && !e.textContent.trim() && !e.getAttribute('aria-label') && !e.alt).length"""
     assert tab.execute_script(unnamed) == 0

@@ -13,8 +13,9 @@ import pytest
 
 import results
 from ares import cli
-from ares.intervals import mcnemar, mean_interval, paired_difference, shares_interval
+from ares.intervals import mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
 from tests.conftest import ROOT
+from utils_evaluate import rationale_figures
 
 SEEDS = [ROOT / f"demo/results/seed{seed}.json" for seed in range(3)]
 
@@ -53,6 +54,13 @@ def test_numbers_of_the_committed_demo_results_equal_the_files(capsys):
     assert "| 85.31 |" in text and "arXiv 2302.00923v5" in text and "| demo: LoRA (seed1) |" in text
     latex = table(capsys, *systems, "--format", "latex", "--published", "none")
     assert shown.replace("±", r"$\pm$") in latex and r"accuracy \%" in latex and latex.count(r"\begin{table}") == 2
+
+
+def test_any_label_stands_in_latex_as_it_is_written(capsys):
+    r"""`<`, `>` and `|` are other letters in LaTeX's own fonts; `[` behind a row's `\\` would be its argument."""
+    latex = table(capsys, "--system", f"[a|b] 5% <x>_{{y}} \\ & #1={SEEDS[0]}", "--format", "latex")
+    written = r"{}[a\textbar{}b] 5\% \textless{}x\textgreater{}\_\{y\} \textbackslash{} \& \#1: LoRA & "
+    assert "\n" + written in latex
 
 
 @pytest.fixture
@@ -100,6 +108,7 @@ def test_rationales_are_compared_question_by_question(tmp_path, sample, capsys):
     qids = [qid for qid in json.loads((data_root / "scienceqa/pid_splits.json").read_text())["test"]
             if problems[qid]["solution"].strip()][:60]  # fmt: skip
     golds = [problems[qid]["solution"] for qid in qids]
+    golds = [f"Solution: {gold}" for gold in golds]  # as a stage writes them
     for name, preds in (("whole", golds), ("half", [text[: len(text) // 2] for text in golds])):
         content = {"preds": preds, "labels": golds, "qids": qids}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -112,6 +121,15 @@ def test_rationales_are_compared_question_by_question(tmp_path, sample, capsys):
         assert float(found[row, "p"]["value"]) < 0.01
     assert float(found["whole", "rouge"]["value"]) == pytest.approx(100, abs=0.01)
     assert float(found["half", "unfinished"]["value"]) > 80
+    assert float(found["whole", "words"]["value"]) == pytest.approx(rationale_figures(problems, qids, golds)["words"])
+    # short ones good, long ones poor: the figure is a mean over sentences, and so is its interval
+    preds = [gold if i % 2 else "It is so. " * 30 for i, gold in enumerate(golds)]
+    (tmp_path / "odd.json").write_text(json.dumps({"preds": preds, "labels": golds, "qids": qids}))
+    found = figures(
+        table(capsys, "--system", f"odd={tmp_path / 'odd.json'}", "--data_root", data_root, "--format", "csv")
+    )
+    score = {name: float(found["odd", "score"][name]) for name in ("low", "value", "high")}
+    assert 0 < score["low"] < score["value"] < score["high"] < 0.3
 
 
 def test_a_win_rate_stands_in_the_table(tmp_path, capsys):
@@ -134,6 +152,9 @@ def test_intervals_and_tests_have_their_known_values():
     assert shares_interval([30, 70], (1, 0), seed=1) == shares_interval([30, 70], (1, 0), seed=1)
     assert all(map(math.isnan, shares_interval([0, 0], (1, 0))))
     dice = random.Random(0)
+    assert all(map(math.isnan, ratio_interval([(0, 0)] * 3)))
+    assert ratio_interval([(1, 2)] * 30 + [(0, 0)] * 30) == (0.5, 0.5)
+    assert ratio_interval([(1, 1)] * 30 + [(0, 1)] * 70, seed=1) == shares_interval([30, 70], (1, 0), seed=1)
     covered = 0
     for trial in range(100):  # a 95 % interval holds the true mean in about 95 of 100 trials
         low, high = mean_interval([dice.gauss(0, 1) for _ in range(60)], seed=trial)
@@ -156,3 +177,29 @@ def test_intervals_and_tests_have_their_known_values():
 def test_mistakes_end_in_one_line(argv, words):
     with pytest.raises(cli.UserError, match=words):
         results.main(argv)
+
+
+@pytest.mark.parametrize(
+    "told, words",
+    [
+        ({"preds": ["So."]}, "no scores; give its --data_root"),
+        ({"preds": ["So."], "scores": {"answer": {"acc_average": "n/a"}}}, "scores are not"),
+        ({"preds": ["So."], "scores": 3}, "scores are not"),
+        ({"rationales": {"RL": 3}}, "scores are not"),
+    ],
+)
+def test_a_file_without_figures_is_named(told, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cli.write_json("told.json", told)
+    with pytest.raises(cli.UserError, match=f"--system x: told.json.*{words}"):
+        results.main(["--system", "x=told.json"])
+
+
+def test_a_data_folder_that_nobody_asked_for_stops_no_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    argv = ["--system", f"demo={SEEDS[0]}", "--published", "none"]
+    assert "demo: LoRA" in table(capsys, *argv)
+    for more in (["--data_root", "data"], ["--dataset", "aokvqa"]):
+        with pytest.raises(cli.UserError, match="--data"):
+            results.main([*argv, *more])

@@ -142,6 +142,11 @@ def test_other_texts_are_judged_anew_and_images_go_by_flag(server, systems, samp
     pictured = [asked for asked in server.asked[160:] if asked.images]
     assert pictured and len(server.log) == 160 + len(pictured), "only requests that changed are asked again"
     assert all(asked.content_types[0] == "image" and "the image and the correct" in asked.text for asked in pictured)
+    before = len(server.log)
+    told["preds"] = [text.replace("mended", "mended once more") for text in told["preds"]]
+    (tmp_path / "a.json").write_text(json.dumps(told))
+    compare(systems, data_root, output, server, *few)
+    assert len(server.log) == before + 80 and not any(asked.images for asked in server.asked[before:])
 
 
 def test_offline_judge_prefers_the_gold_text(data_root, problems, tmp_path, capsys):
@@ -155,6 +160,8 @@ def test_offline_judge_prefers_the_gold_text(data_root, problems, tmp_path, caps
     row = json.loads((tmp_path / "out/win_rate.json").read_text())["summary"]
     assert row["rows"]["average"]["loss"] == 0 and row["rows"]["average"]["win"] > 85
     assert row["position"]["same_in_both_orders"] == 100 and row["position"]["first"] == 50
+    # both verdicts of a question are drawn together: no resample of such a judge leaves 50
+    assert row["position"]["first_interval"] == [50, 50]
     argv[1] = f"same={files['gold']}"
     win_rate.main([*argv, "--output", str(tmp_path / "same")])
     summary = json.loads((tmp_path / "same/win_rate.json").read_text())["summary"]
