@@ -149,6 +149,27 @@ def plan_epoch(
     return plan
 
 
+def passes(step: list, lengths: Sequence[tuple[int, int]], tokens: int) -> list:
+    """An update of `plan_epoch` with its minibatches joined where they are small: `passes[i][process]` are the rows of
+    the i-th forward and backward pass, of at most `tokens` tokens of prompt and rationale with their padding.
+
+    A minibatch alone may exceed that. The gradient is the same sum; each pass less saves its launches and a round of
+    adding gradients up. Every process has equally many passes, as sharding needs it.
+    """
+
+    def padded(rows: Sequence[int]) -> int:
+        return len(rows) * sum(max(lengths[row][i] for row in rows) for i in (0, 1)) if rows else 0
+
+    joined: list = []
+    for group in step:
+        both = [[*before, *rows] for before, rows in zip(joined[-1], group, strict=True)] if joined else []
+        if both and max(map(padded, both)) <= tokens:
+            joined[-1] = both
+        else:
+            joined.append(group)
+    return joined
+
+
 def _bucket(rows: Sequence[int], lengths: Sequence[tuple[int, int]], size: int) -> list[list[int]]:
     """Rows in minibatches with little padding: by falling rationale, or in strips of that order by falling prompt,
     whichever way costs least. Stable sorts: the order of `rows` breaks ties."""

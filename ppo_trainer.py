@@ -26,7 +26,7 @@ import scoring
 import sharding
 from ares import cli, ppo
 from ares.cli import UserError
-from experience import Experience, plan_epoch
+from experience import Experience, passes, plan_epoch
 from metrics import Metrics, epoch_warnings
 from rollouts import Prompts, seed_for
 
@@ -34,7 +34,7 @@ from rollouts import Prompts, seed_for
 
 
 class ActorCritic(nn.Module):
-    """Policy and value function as one module, so that a wrapper (DDP) sees one forward per minibatch."""
+    """Policy and value function as one module, so that a wrapper (DDP) sees one forward per pass."""
 
     def __init__(self, policy: nn.Module, value_function: nn.Module | None):
         super().__init__()
@@ -220,6 +220,8 @@ class PpoTrainer:
         self.model.eval()  # no dropout: the ratio to the sampling policy would be noise
         if args.gradient_checkpointing:
             checkpoint_gradients(self.raw)
+        roll = data.rollouts
+        self.lengths = list(zip(roll.lengths.tolist(), (prompts.lengths[qid] for qid in roll.qids), strict=True))
         self.stop_epoch = False
         self.position, self.saved_at, self.saves = Position(), time.monotonic(), 0
 
@@ -230,11 +232,9 @@ class PpoTrainer:
 
     def train(self) -> None:
         """Run the PPO epochs that are left. Every process takes part in every update."""
-        roll = self.data.rollouts
-        lengths = list(zip(roll.lengths.tolist(), (self.prompts.lengths[qid] for qid in roll.qids), strict=True))
         for epoch in range(self.position.epoch, self.args.rl_epochs):
             plan = plan_epoch(
-                lengths,
+                self.lengths,
                 self.args.rl_batch_size,
                 self.accelerator.num_processes,
                 self.args.ga_step,
@@ -258,7 +258,7 @@ class PpoTrainer:
             self._end_epoch()
 
     def _update(self, step: list[list[list[int]]], total_updates: int) -> bool:
-        """One optimizer step over all its minibatches and processes. Returns, alike everywhere, if saving is due."""
+        """One optimizer step over all its passes and processes. Returns, alike everywhere, if saving is due."""
         args, data, rank = self.args, self.data, self.accelerator.process_index
         rows = [row for minibatches in step for minibatch in minibatches for row in minibatch]
         total = int(data.rollouts.lengths[torch.as_tensor(rows)].sum())  # real positions of the whole step
@@ -267,11 +267,12 @@ class PpoTrainer:
             advantages = ppo.masked_whiten(advantages, mask)
         place = {row: i for i, row in enumerate(rows)}
         sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=self.accelerator.device)
-        for i, minibatches in enumerate(step):
-            mine = minibatches[rank]
+        work = passes(step, self.lengths, args.pass_tokens or 0)
+        for i, shares in enumerate(work):
+            mine = shares[rank]
             idle = not mine  # a process without work runs one row that weighs nothing: gradients meet at its backward
             mine = rows[:1] if idle else mine
-            last = i == len(step) - 1
+            last = i == len(work) - 1
             with contextlib.nullcontext() if last else sharding.no_sync(self.model, self.accelerator, self.sharded):
                 loss = self._loss(mine, advantages[[place[row] for row in mine]], total, idle, sums)
                 # the wrapper averages gradients over processes, but the loss is already a share of the whole step; not
@@ -304,7 +305,7 @@ class PpoTrainer:
         return norm
 
     def _loss(self, rows: list[int], advantages: Tensor, total: int, idle: bool, sums: Tensor) -> Tensor:
-        """This minibatch's share of the step's loss, a sum over its positions divided by `total`; adds to `sums`."""
+        """This pass's share of the step's loss, a sum over its positions divided by `total`; adds to `sums`."""
         device, roll, args = self.accelerator.device, self.data.rollouts, self.args
         actions, mask = roll.actions(rows)  # (B, T + 1), (B, T)
         T = mask.shape[1]

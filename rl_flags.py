@@ -72,6 +72,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
     memory = parser.add_argument_group("memory")
     cli.add_precision_flag(memory)
+    memory.add_argument(
+        "--pass_tokens",
+        type=int,
+        help="tokens (prompts, rationales and padding) that one forward and backward pass may have: neighbouring "
+        "minibatches of an update are joined up to it, which fills a GPU; the update stays what it is (default: a "
+        "minibatch a pass)",
+    )
     memory.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     memory.add_argument(
         "--offload",
@@ -101,6 +108,7 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     """Refuse, in one message, flags out of range, contradictory, or without effect. Warn of odd ones."""
     faults = [f"--{name} has no effect in RL; drop it" for name in EVALUATION_ONLY if name in given]
     at_least_one = ("epochs", "k_actions", "bs", "rl_batch_size", "rl_epochs", "ga_step", "log_term", "input_len")
+    at_least_one += ("pass_tokens",) if args.pass_tokens is not None else ()
     faults += [f"--{name} must be at least 1" for name in at_least_one if getattr(args, name) < 1]
     faults += [
         f"--{name} must lie between 0 and 1"

@@ -41,7 +41,7 @@ PPO_FLAGS = tuple(
 FREE_FLAGS = tuple(
     "data_root dataset caption_file images vision_features name_map model tokenizer user_msg model_type feedback "
     "base_model_dir ref_model continue_train epochs run_dir phase poll_seconds settle_seconds max_dropped "
-    "save_minutes overwrite log_term report_to gradient_checkpointing offload".split()
+    "save_minutes overwrite log_term report_to gradient_checkpointing offload pass_tokens".split()
 )
 
 

@@ -138,9 +138,11 @@ def test_bad_flags_are_refused_together(tmp_path):
     with pytest.raises(UserError) as refusal:
         run_mm_cot_rl.parse_args(
             "--base_model_dir nowhere --ref_model nowhere2 --final_eval --eval_le x.json --k_actions 0 --lr nan "
-            "--gamma 2 --top_p 0 --overwrite --phase train --train_le x.json --seed 9223372036854775808".split()
+            "--gamma 2 --top_p 0 --overwrite --phase train --train_le x.json --seed 9223372036854775808 "
+            "--pass_tokens 0".split()
         )
-    words = "base_model_dir nowhere2 final_eval eval_le k_actions lr gamma top_p overwrite train_le QCMG seed"
+    words = "base_model_dir nowhere2 final_eval eval_le k_actions lr gamma top_p overwrite train_le QCMG seed "
+    words += "pass_tokens"
     for word in words.split():
         assert word in str(refusal.value), word
     with pytest.raises(UserError, match="no folder {run}"):
@@ -249,9 +251,10 @@ def optimizer(folder: Path) -> dict:
     return torch.load(folder / "optimizer_state.pth", weights_only=True)
 
 
-def test_one_process_and_two_make_the_same_update(world, collected, tmp_path):
+@pytest.mark.parametrize("passes", [{}, {"pass_tokens": 10**6}], ids=["minibatches", "joined"])
+def test_one_process_and_two_make_the_same_update(world, collected, tmp_path, passes):
     """1 process x 4 accumulation steps = 2 x 2, on 14 rationales in minibatches of 5, 5 and 4: the second process has
-    one real minibatch and one that weighs nothing.
+    one real minibatch and one that weighs nothing, or, joined, 5 rows where the first has 9.
 
     float32 sums taken in another order: gradients agree to 1e-5 of their norm (1e-7 was seen), weights to 2e-6, where
     lr 1e-3 moves them by up to 1e-3.
@@ -259,7 +262,7 @@ def test_one_process_and_two_make_the_same_update(world, collected, tmp_path):
     one, two = copy(collected, tmp_path / "one"), copy(collected, tmp_path / "two")
     how = {"phase": "train", "rl_epochs": 1, "rl_batch_size": 5}
     launch(world, one, ga_step=4, **how)
-    run_script("run_mm_cot_rl.py", *flags(world, two, ga_step=2, **how), nproc=2, env=ONE_THREAD)
+    run_script("run_mm_cot_rl.py", *flags(world, two, ga_step=2, **how, **passes), nproc=2, env=ONE_THREAD)
     a, b, start = weights(one / "0"), weights(two / "0"), weights_of_base(world.base)
     assert max(float((a[name] - start[name]).abs().max()) for name in start) > 9e-4
     assert a.keys() == b.keys()
@@ -505,6 +508,25 @@ def test_plan_covers_every_row_once_and_keeps_processes_in_step(rows, processes,
     if rows > size:
         other = experience.plan_epoch(lengths, 2, processes, accumulation, seed=6)
         assert sets[0] != [{r for g in step for m in g for r in m} for step in other]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [0, 100, 1000, 10**6])
+def test_passes_hold_the_rows_of_their_update_within_the_tokens_given(processes, tokens):
+    lengths = [((7 * i) % 53 + 1, (5 * i) % 41 + 1) for i in range(43)]
+
+    def padded(rows) -> int:
+        return len(rows) * (max(lengths[r][0] for r in rows) + max(lengths[r][1] for r in rows)) if rows else 0
+
+    for step in experience.plan_epoch(lengths, 3, processes, 4, seed=5):
+        found = experience.passes(step, lengths, tokens)
+        for process in range(processes):
+            assert [r for group in found for r in group[process]] == [r for group in step for r in group[process]]
+        for group in found:
+            assert group in step or max(map(padded, group)) <= tokens
+        for group, following in zip(found, found[1:], strict=False):  # no room was left
+            assert max(padded(group[p] + following[p]) for p in range(processes)) > tokens or tokens == 0
+        assert len(found) == (len(step) if tokens == 0 else 1 if tokens == 10**6 else len(found))
 
 
 def test_rows_of_like_length_share_a_minibatch():

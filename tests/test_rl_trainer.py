@@ -147,6 +147,7 @@ def plain_loss(trainer, rows) -> torch.Tensor:
         {"entropy_coef": 0.1, "vf_clip_range": 0.2, "rl_batch_size": 3, "clip_range": 0.1},
         {"algo": "rloo", "entropy_coef": 0.01, "ga_step": 3},
         {"rl_batch_size": 1, "ga_step": 8, "gradient_checkpointing": True},
+        {"rl_batch_size": 1, "ga_step": 8, "pass_tokens": 60},
     ],
     ids=lambda changes: "-".join(changes) or "default",
 )
