@@ -30,6 +30,7 @@ from transformers.trainer_callback import PrinterCallback
 from ares import cli
 from ares.cli import UserError, print0, warn0
 from model import choose_attention
+from utils_data import batches_pin_themselves
 from utils_predict import Predictor, asked_for, from_rank0
 
 COMPLETE = "complete"  # written last into a checkpoint's folder: without it the folder does not count
@@ -68,7 +69,7 @@ def set_up(args: argparse.Namespace, folder: Path, examples: int) -> Seq2SeqTrai
         optim="adamw_torch_fused",  # one kernel for all weights, on CPU too
         dataloader_num_workers=workers,
         dataloader_persistent_workers=workers > 0,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available() and batches_pin_themselves(),
         ddp_find_unused_parameters=False,
         ddp_timeout=6 * 3600,  # ranks wait for each other's share of a split, and for rank 0's scores
     )

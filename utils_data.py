@@ -300,6 +300,17 @@ class Batch(dict):
         return Batch({name: pinned(value) for name, value in self.items()})
 
 
+def batches_pin_themselves() -> bool:
+    """Whether this torch's DataLoader calls `Batch.pin_memory`; older ones (2.6) pin every tensor of a dict."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    class Probe(dict):
+        def pin_memory(self) -> str:
+            return "asked"
+
+    return pin_memory(Probe()) == "asked"
+
+
 class Collator:
     """Items -> one batch of tensors, padded on the right to its longest row (T5's positions break with left pads).
 

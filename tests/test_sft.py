@@ -218,7 +218,10 @@ def test_a_batch_is_pinned_as_far_as_torch_can(kind, monkeypatch):
     """An expanded view ends the run when it is pinned - on a GPU only; here torch's refusal without one."""
     from torch.utils.data._utils.pin_memory import pin_memory
 
-    from utils_data import Collator
+    from utils_data import Collator, batches_pin_themselves
+
+    if not batches_pin_themselves():
+        pytest.skip("this torch does not ask a batch; SFT's loader does not pin then")
 
     def pinned(tensor, *device):
         done.append(tensor.shape)
