@@ -232,7 +232,7 @@ class ClaudeTeacher:
         text = len(f"{request.text}{self.note(request)}{request.again}".encode())
         form = 600 if self.structured else 100  # the API's own words around a request and its schema
         tokens = text + form + images.MAX_TOKENS * len(request.images)
-        return self.price.usd(tokens, max_tokens(request, self.family), batch)
+        return self.price.most_usd(tokens, max_tokens(request, self.family), batch)
 
     async def answer(self, request: Request) -> Reply:
         """Ask the model until it replies (class Teacher says what is raised)."""
@@ -307,6 +307,9 @@ class ClaudeTeacher:
         for name in ("cache_creation_input_tokens", "cache_read_input_tokens"):
             if getattr(used, name, None):
                 usage[name] = getattr(used, name)
+        hour = getattr(getattr(used, "cache_creation", None), "ephemeral_1h_input_tokens", None)
+        if hour:
+            usage["ephemeral_1h_input_tokens"] = hour
         text = "".join(block.text for block in message.content if block.type == "text")
         return Reply(
             text=text.encode(errors="replace").decode(),  # half a surrogate pair: JSON can carry it, no file can
