@@ -25,7 +25,7 @@ from ares.groups import Groups
 from ares.prices import PRICES_DATE
 from ares.problems import question_images
 from ares.reply_cache import ReplyCache
-from ares.reply_files import is_answered, reading, set_cut_reply_aside, write_reply
+from ares.reply_files import is_answered, reading, set_cut_reply_aside, write_reply, write_whole
 
 PREPARE = {
     SCORE: "bash preprocessing_after_RL/processing_sentence_level_feedback.sh --questions_dir",
@@ -290,14 +290,16 @@ class Session:
         self._copy(first, copies)
         return None
 
-    def finish(self, group: int, reason: str | None) -> None:
-        """A group is answered (reason None) or given up."""
+    def finish(self, group: int, reason: str | None, said: str = "") -> None:
+        """A group is answered (reason None) or given up; with `said`, both are written to `refused.txt`."""
         items = self.groups.waiting(group)
         self.groups.close(group, answered=reason is None)
         if reason is None:
             self.report.answered += len(items)
         else:
             self.report.unusable |= dict.fromkeys(items, reason)
+            for item in items if said else ():
+                write_whole(item.folder / feedback.REASON, f"{Refused(reason, said)}\n")
         for item in items:
             self._settle(item.action)
 

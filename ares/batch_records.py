@@ -24,10 +24,11 @@ INTENT, SUBMITTED, COLLECTED = "intent", "submitted", "collected"
 class Record:
     """One batch on disk.
 
-    `asked`: custom_id -> {"item", "text" (hash of the request), "attempt" (1 for the item's first request)}; once
-    collected also "failed" or "refused" (why there is no usable reply) and "permanent" (key of a request that the API
-    called invalid). `from_list`: the id was found in the API's list of batches, so it may be somebody else's batch;
-    those that were are in `not_ours`.
+    `asked`: custom_id -> {"item", "text" (hash of the request's text), "key" (of the whole request), "attempt" (from
+    1)}; once collected, where there is no usable reply, also "reason", "said" (a sentence), "replied" (an unusable
+    reply came) and "permanent" (the API called the request invalid). `from_list`: the id was found in the API's list
+    of batches, so it may be somebody else's batch; those that were are in `not_ours`. Without any batch it counts as
+    collected.
     """
 
     nonce: str
@@ -110,7 +111,7 @@ def _is_sound(record: Record) -> bool:
         and isinstance(record.most_usd, int | float | None)
         and record.state in (INTENT, SUBMITTED, COLLECTED)
         and isinstance(record.batch, str | None)
-        and (record.state == INTENT or bool(record.batch))
+        and (record.state != SUBMITTED or bool(record.batch))
         and isinstance(record.not_ours, list)
         and isinstance(record.asked, dict)
         and all(
@@ -118,6 +119,7 @@ def _is_sound(record: Record) -> bool:
             and isinstance(asked.get("item"), str)
             and asked["item"].partition("/")[0].isdecimal()
             and isinstance(asked.get("text"), str)
+            and isinstance(asked.get("key"), str)
             and isinstance(asked.get("attempt"), int)
             for asked in record.asked.values()
         )

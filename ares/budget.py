@@ -176,7 +176,7 @@ class Ledger:
             self._waiting = []
 
     def stop(self, most_usd: float | None) -> Stop:
-        lost = f" and at most ${self.lost_usd:.4f} for {self.lost} replies lost or of unknown cost" if self.lost else ""
+        lost = f" and at most ${self.lost_usd:.4f} for {self.lost} lost replies" if self.lost else ""
         return Stop(
             f"--max_usd {self.max_usd:g}: ${self.spent_usd:.4f} spent{lost}, and the next request may cost "
             f"${most_usd or 0.0:.4f}; what is answered is kept, run this again with a budget to go on",

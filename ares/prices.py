@@ -24,10 +24,6 @@ class Price:
         dollars = (input_tokens * self.input + output_tokens * self.output) / 1e6
         return dollars * BATCH_FACTOR if batch else dollars
 
-    def most_usd(self, input_tokens: float, output_tokens: float, batch: bool = False) -> float:
-        """Upper bound: each input token may be written to a cache at the dearest rate."""
-        return self.usd(CACHE_WRITE_1_HOUR * input_tokens, output_tokens, batch)
-
 
 def price_of(model: str) -> Price | None:
     """From the table; None if the model is not in it."""
