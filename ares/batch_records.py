@@ -95,10 +95,10 @@ class Store:
         """Raise UserError if batches are out: asking live would pay for the same items again."""
         pending = self.pending()
         if pending:
-            models = ", ".join(sorted({record.model for record in pending}))
+            model = ", ".join(sorted({record.model for record in pending}))
             raise UserError(
-                f"{len(pending)} batches with {sum(record.count for record in pending)} requests to {models} are out "
-                f"({self.folder}); collect them with --batch, or remove that folder to give them up"
+                f"{len(pending)} batches with {sum(record.count for record in pending)} requests are out ({self.folder}, "
+                f"asked of {model}); collect them with --batch, or remove that folder to give them up"
             )
 
 
