@@ -97,8 +97,8 @@ class Store:
         if pending:
             model = ", ".join(sorted({record.model for record in pending}))
             raise UserError(
-                f"{len(pending)} batches with {sum(record.count for record in pending)} requests are out ({self.folder}, "
-                f"asked of {model}); collect them with --batch, or remove that folder to give them up"
+                f"{len(pending)} batches with {sum(record.count for record in pending)} requests are out "
+                f"({self.folder}, asked of {model}); collect them with --batch, or remove that folder to give them up"
             )
 
 

@@ -42,6 +42,7 @@ from ares.api_errors import (
 )
 from ares.asking import Reply, Request
 from ares.batch_records import COLLECTED, INTENT, SUBMITTED, Record, Store
+from ares.budget import LOST
 from ares.claude import LONGEST_PAUSE
 from ares.cli import Stop, UserError
 from ares.feedback import Item, Refused
@@ -390,7 +391,8 @@ class _Batches:
         record.state = COLLECTED
         self.store.save(record)
         self.out.remove(record)
-        self.ledger.settle(_entry(record), _cost(outcomes.values()), "reply")
+        usd = _cost(outcomes.values())
+        self.ledger.settle(_entry(record), usd, LOST if usd is None and self.teacher.price else "reply")
         self.end_if_refused(record, outcomes)
 
     def end_if_refused(self, record: Record, outcomes: dict[str, Reply | Failed]) -> None:
@@ -481,7 +483,9 @@ class _Batches:
         try:
             return self.teacher.reply(result.message, batch=record.batch)
         except (AttributeError, TypeError, ValueError) as error:
-            return Failed("broken_reply", said(error, self.teacher._key), charged=True)
+            return Failed(
+                "broken_reply", said(error, self.teacher._key), account=is_account_refusal(error), charged=True
+            )
 
     async def disown(self, record: Record) -> None:
         """The batch that was found in the list is somebody else's: look for another, or ask anew."""

@@ -23,7 +23,7 @@ from typing import Any
 from ares.cli import Stop
 
 LOG = "spend.jsonl"
-LOST = "lost"  # sent, but no whole reply arrived: perhaps charged
+LOST = "lost"  # sent, and perhaps charged, but the cost is not known
 NOT_SENT = "not_sent"  # the run ended before it left
 
 
@@ -59,11 +59,11 @@ def read_log(path: str | os.PathLike) -> Totals:
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
             totals.outcomes[outcome] = totals.outcomes.get(outcome, 0) + 1
-            totals.replies += outcome == "reply"
-            if _of_unknown_cost(outcome, usd, most):
+            if outcome == LOST:
                 totals.unknown += 1
                 totals.unknown_usd += most
             else:
+                totals.replies += outcome == "reply"
                 totals.usd += usd or 0.0
     totals.unknown += len(sent)
     totals.unknown_usd += sum(sent.values())
@@ -76,11 +76,6 @@ def _dollars(value: Any) -> float:
     if not 0 <= dollars < math.inf:  # NaN neither: it would blank every sum
         raise ValueError
     return dollars
-
-
-def _of_unknown_cost(outcome: str, usd: float | None, most_usd: float) -> bool:
-    """`most_usd` is 0 where the model's price is not known: then nothing can be said of any reply."""
-    return outcome == LOST or (outcome == "reply" and usd is None and most_usd > 0)
 
 
 class Ledger:
@@ -144,12 +139,9 @@ class Ledger:
         self._reserved[entry] = most_usd
 
     def settle(self, entry: str, usd: float | None, outcome: str) -> None:
-        """Book what a request cost: `reply`, LOST, or the error that it met (which costs nothing).
-
-        A reply with `usd` None counts with its worst case, like a lost one.
-        """
+        """Book what a request cost: `reply`, LOST, or the error that it met (which costs nothing)."""
         most = self._reserved.pop(entry, 0.0)
-        if _of_unknown_cost(outcome, usd, most):
+        if outcome == LOST:
             self.lost += 1
             self.lost_usd += most
         else:

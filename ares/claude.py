@@ -1,8 +1,8 @@
 """Claude as a Teacher: the official SDK, asked asynchronously, with images; typed errors become one line each.
 
-The key comes from ANTHROPIC_API_KEY alone and is never written or shown. What passes (429, 529, 5xx, lost
-connections) is asked again here and not in the SDK, so that every request is paced (ares/pacing.py) and booked
-(ares/budget.py). Leaves out Message Batches (ares/batches.py). Used through `python haiku.py --teacher claude`.
+The key comes from ANTHROPIC_API_KEY alone and is never written or shown. Retryable errors (429, 529, 5xx, lost
+connections) are retried here and not in the SDK, so that every request is paced (ares/pacing.py) and booked
+(ares/budget.py). Used through `python haiku.py --teacher claude`; ares/batches.py asks in Message Batches.
 """
 
 from __future__ import annotations
@@ -15,18 +15,22 @@ import inspect
 import json
 import os
 import random
+import re
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from ares import images
-from ares.api_errors import DEFAULT_MODEL, KEY, explain, failure_of, said
+from ares.api_errors import DEFAULT_MODEL, KEY, Failure, as_user_error, failure_of, is_account_refusal, redact, said
 from ares.asking import CORRECT, JUDGE, SCORE, Reply, Request, Stopped, Unanswered
 from ares.budget import LOST, NOT_SENT, Ledger
 from ares.cli import UserError
-from ares.pacing import Pace
+from ares.pacing import START, Pace, Repeats
 from ares.prices import CACHE_WRITE_1_HOUR, Price, cost_usd, price_of
+from ares.reply_bodies import ErrorAsReply, read_body, read_message
 
 if TYPE_CHECKING:
     import anthropic
@@ -34,10 +38,13 @@ if TYPE_CHECKING:
 MAX_REQUEST_BYTES = 32_000_000
 MAX_RETRIES = 8  # pauses of 0.5, 1, 2, 4, 8, 8 ... s: about 40 s without any reply, then the run stops
 MAX_TRIES = 30  # of one request while others are answered
+MAX_SAME = 6  # of one request that meets the same error, with the same text, each time
 BACKOFF, MAX_BACKOFF = 0.5, 8.0  # seconds
 LONGEST_PAUSE = 3600.0  # seconds: a `retry-after` beyond it ends the run
 MAX_REJECTED = 20  # requests that the API calls invalid while it answers others
-POOL_SIZE = 16  # connections
+MAX_REJECTED_ALIKE = 5  # of one sort (with images, say), in the same words, before any request of the sort has a reply
+# rate limits, overload, and what a proxy answers while its server restarts
+PASSING = frozenset((408, 409, 429, 502, 503, 504, 520, 521, 522, 523, 524, 529))
 TIMEOUT = 180.0  # seconds for one request; an answer takes a few
 
 _SCORES_SCHEMA = {
@@ -81,15 +88,6 @@ FAMILIES = (
 )
 
 
-@dataclass
-class _Pool:
-    """An SDK client with its connections. A pool looks at each idle connection at each request: many small ones,
-    filled from the first on, halve the CPU time at 64 requests in flight."""
-
-    client: anthropic.AsyncAnthropic
-    busy: int = 0
-
-
 def family_of(model: str) -> Family:
     """The preset for a model id; the last one fits any."""
     return next(family for family in FAMILIES if model.startswith(family.beginnings))
@@ -116,6 +114,23 @@ def api_key() -> str:
     return key
 
 
+def server_address(url: str | None, flag: str = "--base_url") -> str | None:
+    """The server's root, as the SDK wants it: without `/v1` or a path of the API, if one is appended.
+
+    Raises UserError naming `flag` for what is no address or holds a user name or a password, without showing those.
+    """
+    if url is None:
+        return None
+    url = url.strip()
+    if "@" in url:
+        raise UserError(f"{flag}: the address holds a user name or a password; leave them out, the key is {KEY}")
+    if not url.startswith(("http://", "https://")) or not urlsplit(url).hostname:
+        shown = redact(url, os.environ.get(KEY, "").strip())
+        raise UserError(f"{flag}: {shown} is no address; it begins with http:// or https://")
+    path = r"/+v1(/+(messages(/(batches|count_tokens))?|complete|chat/completions|models))?/*(\?.*)?$"
+    return re.sub(path, "", url).rstrip("/")
+
+
 class ClaudeTeacher:
     """Asks one model through the Messages API. Needs ANTHROPIC_API_KEY once it is entered.
 
@@ -139,50 +154,48 @@ class ClaudeTeacher:
         ledger: Ledger | None = None,
     ):
         self.model = model
-        self.base_url = base_url
+        self.base_url = server_address(base_url)
         self.concurrency = concurrency
         self.price = price or price_of(model)
         self.family = family_of(model)
         self.structured = structured and self.family.structured
         self.timeout = timeout
         self.ledger = ledger or Ledger()
-        self.retried: dict[str, int] = {}  # failures that were sat out, by reason
+        self.retried: dict[str, int] = {}  # retried errors, by reason
         self.client: anthropic.AsyncAnthropic | None = None
         self._key = ""
         self._rejected = 0
+        self._repeats = Repeats()
+        self._replies: Counter[int] = Counter()  # by the sort of request
+        self._in_flight: Counter[int] = Counter()
         self._image_digests: dict[tuple, str] = {}
 
     async def __aenter__(self) -> ClaudeTeacher:
         import anthropic  # a second to import: not for --help, nor for the reference Teacher
 
         self._key = api_key()
-        self.pace = Pace(self.concurrency)
-        # httpx under the name by which this version of the SDK knows it; reading the certificates takes 0.1 s
+        self.pace = Pace(self.concurrency, START)
+        address = self.base_url or server_address(os.environ.get("ANTHROPIC_BASE_URL") or None, "ANTHROPIC_BASE_URL")
+        # httpx under the name by which this version of the SDK knows it
         base = next(each for each in anthropic.DefaultAsyncHttpxClient.__mro__ if each.__name__ == "AsyncClient")
-        self._tls = importlib.import_module(base.__module__.partition(".")[0]).create_ssl_context()
-        self._pools = [_Pool(self._new_client())]
-        self.client = self._pools[0].client
+        httpx = importlib.import_module(base.__module__.partition(".")[0])
+        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        # an explicit api_key keeps the SDK from looking for other credentials in the environment and on disk
+        self.client = anthropic.AsyncAnthropic(
+            api_key=self._key,
+            base_url=address,
+            max_retries=0,
+            timeout=self.timeout,
+            http_client=anthropic.DefaultAsyncHttpxClient(limits=limits),
+        )
         self._arguments = frozenset(inspect.signature(self.client.messages.create).parameters)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for pool in self._pools:
-            await pool.client.close()
-
-    def _new_client(self) -> anthropic.AsyncAnthropic:
-        import anthropic
-
-        # an explicit api_key keeps the SDK from looking for other credentials in the environment and on disk
-        return anthropic.AsyncAnthropic(
-            api_key=self._key,
-            base_url=self.base_url,
-            max_retries=0,
-            timeout=self.timeout,
-            http_client=anthropic.DefaultAsyncHttpxClient(verify=self._tls),
-        )
+        await self.client.close()
 
     def stop(self) -> None:
-        """Nothing new is sent; what waits for its turn raises Stopped."""
+        """Send nothing new; requests that wait for their turn raise Stopped."""
         self.pace.stop()
 
     # -- one request -----------------------------------------------------------------------------------------
@@ -204,7 +217,7 @@ class ClaudeTeacher:
         return request.form_note if self.structured else ""
 
     def content(self, request: Request) -> list[dict[str, Any]]:
-        """Images first, then the text, then what must be said besides. Raises UserError for an unusable image."""
+        """Images first, then the text, then the notes. Raises UserError for an unusable image."""
         blocks = [_image_block(path, request.qid) for path in request.images]
         texts = [text for text in (request.text, self.note(request), request.again) if text]
         size = sum(len(block["source"]["data"]) for block in blocks) + sum(map(len, texts))
@@ -243,6 +256,7 @@ class ClaudeTeacher:
         parameters = await asyncio.to_thread(self.parameters, request) if request.images else self.parameters(request)
         most_usd = self.most_usd(request)
         successes = self.pace.successes
+        errors: list[tuple] = []
         for attempt in range(MAX_TRIES):
             outcome = await self._try(request, parameters, most_usd)
             if isinstance(outcome, Reply):
@@ -251,23 +265,31 @@ class ClaudeTeacher:
             if not failure.passing:
                 await self._refused(failure, error, request)
             self.retried[failure.reason] = self.retried.get(failure.reason, 0) + 1
+            errors.append((failure.reason, said(error, self._key)))
+            if self._lasts(failure, errors[-1], request):
+                raise self._hopeless(error, request, attempt) from None
             if failure.status in (429, 529):
                 self.pace.overloaded(began)
             if failure.retry_after is not None:
                 if failure.retry_after > LONGEST_PAUSE:
-                    raise UserError(explain(error, self, request, self._key, attempt)) from None
+                    raise as_user_error(error, self, request, self._key, attempt) from None
                 self.pace.pause(failure.retry_after)
             if attempt >= MAX_RETRIES and self.pace.successes == successes:
-                raise UserError(explain(error, self, request, self._key, attempt)) from None
+                raise as_user_error(error, self, request, self._key, attempt) from None
+            if len(errors) >= MAX_SAME and len(set(errors)) == 1 and failure.status not in PASSING:
+                if self.pace.successes > successes:  # else it may be the server
+                    break
             if not failure.retry_after:  # 0 is no pause: the tries would be used up at once
                 await self.pace.sleep(min(MAX_BACKOFF, BACKOFF * 2 ** min(attempt, 10)) * random.uniform(0.75, 1.0))
-        raise Unanswered(failure.reason, said(error, self._key))
+        raise Unanswered(failure.reason, errors[-1][1])
 
     async def _try(self, request: Request, parameters: dict[str, Any], most_usd: float | None) -> Reply | tuple:
         """One HTTP request: the Reply, or (failure, error, when it began)."""
         import anthropic
 
+        sort = _sort(request)
         await self.pace.enter()
+        self._in_flight[sort] += 1
         try:
             entry = await self.ledger.reserve(request.custom_id, most_usd)
             if self.pace.stopping:  # while it waited for the budget
@@ -276,7 +298,8 @@ class ClaudeTeacher:
             began = time.monotonic()
             try:
                 async with asyncio.timeout(self.timeout):  # the SDK's own limit holds for each piece of a reply
-                    reply = self.reply(await self._create(parameters), round(time.monotonic() - began, 3))
+                    received = await self._create(parameters)
+                reply = self.reply(received[0], round(time.monotonic() - began, 3), request_id=received[1])
             except (anthropic.AnthropicError, ValueError, TypeError, AttributeError, TimeoutError) as error:
                 failure = failure_of(error)
                 self.ledger.settle(entry, None, LOST if failure.charged else failure.reason)
@@ -284,59 +307,95 @@ class ClaudeTeacher:
             except BaseException:  # cancelled, or a defect: whoever waits for the budget must not wait for this one
                 self.ledger.settle(entry, None, LOST)
                 raise
-            self.ledger.settle(entry, reply.cost_usd, "reply")
+            unknown = reply.cost_usd is None and self.price is not None  # no `usage`: at most `most_usd`
+            self.ledger.settle(entry, reply.cost_usd, LOST if unknown else "reply")
             self.pace.succeeded()
+            self._replies[sort] += 1
+            self._repeats.replied(sort)
             return reply
         finally:
+            self._in_flight[sort] -= 1
             self.pace.leave()
 
-    async def _create(self, parameters: dict[str, Any]) -> anthropic.types.Message:
-        pool = next((pool for pool in self._pools if pool.busy < POOL_SIZE), None)
-        if pool is None:
-            pool = _Pool(self._new_client())
-            self._pools.append(pool)
-        pool.busy += 1
-        try:
-            # as extra_body what this SDK has no argument for: `temperature` in new ones, `output_config` in old ones
-            extra = {name: value for name, value in parameters.items() if name not in self._arguments}
-            known = {name: value for name, value in parameters.items() if name in self._arguments}
-            return await pool.client.messages.create(**known, extra_body=extra or None)
-        finally:
-            pool.busy -= 1
+    async def _create(self, parameters: dict[str, Any]) -> tuple[Any, str | None]:
+        """(the reply's parts, the request's id). Raises what the SDK raises, and what `read_body` does."""
+        import anthropic
 
-    def reply(self, message: anthropic.types.Message, seconds: float = 0.0, batch: str | None = None) -> Reply:
-        """A Message as a Reply. Raises AttributeError or TypeError if it is not what the API documents."""
-        used = message.usage
-        usage = {"input_tokens": int(used.input_tokens), "output_tokens": int(used.output_tokens)}
-        for name in ("cache_creation_input_tokens", "cache_read_input_tokens"):
-            if getattr(used, name, None):
-                usage[name] = getattr(used, name)
-        hour = getattr(getattr(used, "cache_creation", None), "ephemeral_1h_input_tokens", None)
-        if hour:
-            usage["ephemeral_1h_input_tokens"] = hour
-        text = "".join(block.text for block in message.content if block.type == "text")
+        # as extra_body what this SDK has no argument for: `temperature` in new ones, `output_config` in old ones
+        extra = {name: value for name, value in parameters.items() if name not in self._arguments}
+        known = {name: value for name, value in parameters.items() if name in self._arguments}
+        # raw: the SDK takes only its own form of a reply, and a body without `usage` was paid for all the same
+        raw = await self.client.messages.with_raw_response.create(**known, extra_body=extra or None)
+        response = raw.http_response
+        data = await response.aread()
+        try:
+            return read_body(data), response.headers.get("request-id")
+        except ErrorAsReply as error:
+            headers = {name: response.headers[name] for name in ("retry-after",) if name in response.headers}
+            as_sent = type(response)(error.status, headers=headers, request=response.request)
+            raised = anthropic.APIStatusError(str(error), response=as_sent, body=error.body)
+            raised.came_as_reply = True
+            raise raised from None
+
+    def reply(
+        self, message: Any, seconds: float = 0.0, batch: str | None = None, request_id: str | None = None
+    ) -> Reply:
+        """A reply's parts (`reply_bodies.Received`) or a batch result's Message as a Reply, without the key.
+
+        Raises ValueError if there is no reply in it.
+        """
+        if hasattr(message, "to_dict"):
+            message = read_message(message.to_dict(warnings=False))
+
+        def clean(text: str | None) -> str | None:
+            # half a surrogate pair: JSON can carry it, no file can
+            return text and redact(text, self._key).encode(errors="replace").decode()
+
         return Reply(
-            text=text.encode(errors="replace").decode(),  # half a surrogate pair: JSON can carry it, no file can
+            text=clean(message.text),
             teacher=self.name,
-            model=message.model,
-            stop_reason=message.stop_reason,
-            request_id=getattr(message, "_request_id", None),
-            usage=usage,
-            cost_usd=cost_usd(self.price, usage, batch is not None),
+            model=clean(message.model) or self.model,
+            stop_reason=clean(message.stop_reason),
+            request_id=clean(request_id),
+            usage=message.usage,
+            cost_usd=cost_usd(self.price, message.usage, batch is not None) if message.usage else None,
             seconds=seconds,
             batch=batch,
         )
 
-    async def _refused(self, failure, error: Exception, request: Request) -> None:
+    # -- errors ----------------------------------------------------------------------------------------------
+
+    def _lasts(self, failure: Failure, error: tuple[str, str], request: Request) -> bool:
+        """Whether retrying is useless: requests of this sort meet the same error again and again."""
+        if failure.status in PASSING or failure.reason in ("timeout", "connection"):
+            return False
+        if failure.reason == "not_a_reply" and not self.pace.successes:  # not the API at all
+            return self._repeats.lasts(error, _sort(request), "any", 1, requests=1)
+        return self._repeats.lasts(error, _sort(request), request.custom_id, self.pace.successes)
+
+    def _hopeless(self, error: Exception, request: Request, retries: int) -> UserError:
+        """What to raise when every request of a sort fails in the same way."""
+        if self.pace.successes and not self._replies[_sort(request)] and request.images:
+            return UserError(
+                f"--teacher_model: {self.model} answers every request with images by {said(error, self._key)!r} "
+                f"({failure_of(error).reason}; question {request.qid}); name a model or server that takes images"
+            )
+        return as_user_error(error, self, request, self._key, retries)
+
+    async def _refused(self, failure: Failure, error: Exception, request: Request) -> None:
         """An error that no repetition mends: of this one request if others are answered, else of the run."""
-        if failure.status in (400, 413, 422):
+        sort, why = _sort(request), said(error, self._key)
+        if failure.status in (400, 413, 422) and not is_account_refusal(error):
             deadline = time.monotonic() + self.timeout
-            while not self.pace.successes and self.pace.in_flight and time.monotonic() < deadline:
-                await self.pace.sleep(0.05)  # those on their way tell whether it is this request or all
+            while not self._replies[sort] and self._in_flight[sort] and time.monotonic() < deadline:
+                await self.pace.sleep(0.05)  # those in flight show whether it is this request or all
             self._rejected += 1
             if self.pace.successes and self._rejected <= MAX_REJECTED:
-                raise Unanswered(failure.reason, said(error, self._key)) from None
-        raise UserError(explain(error, self, request, self._key, 0)) from None
+                alike = (failure.reason, why), sort, request.custom_id, self.pace.successes
+                if self._replies[sort] or not self._repeats.lasts(*alike, requests=MAX_REJECTED_ALIKE, tries=1):
+                    raise Unanswered(failure.reason, why) from None
+                raise self._hopeless(error, request, 0) from None
+        raise as_user_error(error, self, request, self._key, 0) from None
 
     async def count_tokens(self, request: Request) -> int:
         """Input tokens of a request, by the API's free counting endpoint. Raises what the SDK raises."""
@@ -353,6 +412,11 @@ class ClaudeTeacher:
             with open(path, "rb") as file:
                 self._image_digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
         return self._image_digests[identity]
+
+
+def _sort(request: Request) -> int:
+    """Requests without an image, with one, with several: a server may be able to do one and not the other."""
+    return min(2, len(request.images))
 
 
 def _image_block(path: os.PathLike, qid: str) -> dict[str, Any]:

@@ -1,23 +1,32 @@
-"""How many requests are on their way: additive increase, multiplicative decrease (Chiu and Jain 1989), as TCP does.
+"""How many requests are in flight: additive increase, multiplicative decrease (Chiu and Jain 1989), as TCP does.
 
-A rate limit or an overload halves the number, once for all requests that were under way when it came; every reply
-adds 1/limit, so about one more per round. `retry-after` holds back everybody: the limit belongs to the key.
+It starts with a few, so that a fault of the whole run costs only a few requests, and each reply adds one more. The
+first rate limit or overload ends this start and halves the number, once for all requests in flight; from then on a
+reply adds 1/limit, about one more per round. `retry-after` holds back all requests: the limit belongs to the key.
+
+`Repeats` finds errors that retrying does not mend.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
+from collections import Counter
+from dataclasses import dataclass, field
 
 from ares.asking import Stopped
 
+START = 4  # requests in flight before the first reply
+
 
 class Pace:
-    """Admits at most `limit` requests; `limit` moves between 1 and `most`. For one event loop."""
+    """Admits at most `limit` requests; `limit` moves between 1 and `most`, from `start` on. For one event loop."""
 
-    def __init__(self, most: int):
+    def __init__(self, most: int, start: int | None = None):
         self.most = most
-        self.limit = float(most)
+        self.limit = float(min(most, start or most))
+        self._starting = self.limit < most
         self.in_flight = 0
         self.successes = 0
         self._last_cut = float("-inf")
@@ -50,18 +59,21 @@ class Pace:
         self._wake(max(1, int(self.limit) - self.in_flight))
 
     def succeeded(self) -> None:
-        """A reply came: a little more may be under way."""
+        """A reply came: a little more may be in flight."""
         self.successes += 1
-        self.limit = min(self.most, self.limit + 1 / self.limit)
+        self.limit = min(self.most, self.limit + (1.0 if self._starting else 1 / self.limit))
+        if self._starting:
+            self._wake(1)
 
     def overloaded(self, began: float) -> None:
         """A request that began at `began` (monotonic) met a limit: halve, unless that was done since it began."""
+        self._starting = False
         if began > self._last_cut:
             self.limit = max(1.0, self.limit / 2)
             self._last_cut = time.monotonic()
 
     def pause(self, seconds: float) -> None:
-        """Nobody goes before `seconds` have passed."""
+        """No request is sent before `seconds` have passed."""
         self._resume_at = max(self._resume_at, time.monotonic() + seconds)
 
     async def sleep(self, seconds: float) -> None:
@@ -82,3 +94,43 @@ class Pace:
             if not turn.done():
                 turn.set_result(None)
                 count -= 1
+
+
+# what servers also say when they fail for a while; a web page comes from a proxy
+_GENERAL = re.compile(
+    r"<.*|(an? )?((internal|unexpected|unknown) ?)?(server ?)?error\b.{0,12}|overloaded.{0,12}|api_error|", re.I | re.S
+)
+
+
+@dataclass
+class _Seen:
+    tries: Counter[str] = field(default_factory=Counter)  # request -> times that it met the error
+    replies: int = 0  # of other requests, when the error came first
+
+
+class Repeats:
+    """Tells an error that retrying does not mend: the same status and text for several requests of one sort, while no
+    request of that sort gets a reply. A server without image support fails so at every request with images."""
+
+    REQUESTS, TRIES = 3, 3
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple, _Seen] = {}
+
+    def lasts(self, error: tuple, sort: int, request: str, replies: int, requests: int = REQUESTS, tries: int = TRIES):
+        """Note an error; whether `requests` requests of the sort have met it `tries` times each.
+
+        `error`: its status and text. `replies`: to all requests so far. Where the text is one that passing failures
+        have too, other sorts of requests must have got replies since.
+        """
+        status, text = error
+        text = re.sub(r"\w*\d\w*", "#", text)  # ids of requests, times
+        seen = self._seen.setdefault((status, text, sort), _Seen(replies=replies))
+        seen.tries[request] += 1
+        enough = sum(count >= tries for count in seen.tries.values()) >= requests
+        return enough and (not _GENERAL.fullmatch(text.strip()) or replies > seen.replies)
+
+    def replied(self, sort: int) -> None:
+        """A request of the sort got a reply."""
+        if self._seen:
+            self._seen = {key: seen for key, seen in self._seen.items() if key[2] != sort}

@@ -131,8 +131,8 @@ class ApiServer:
         # batches
         self.batches: list[Batch] = []
         self.batch_seconds = 0.0  # until a batch ends
-        # for creation; kind "lost": created, but the answer breaks off; "created": created, but the answer is an error;
-        # "dropped", "html": not created
+        # for creation; kind "lost": created, but the answer breaks off; "created": created, but the answer is an
+        # error; "dropped", "html": not created
         self.batch_faults: deque[Fault] = deque()
         self.result_faults: deque[Fault] = deque()
         # kind of result, or the error (type and message) of an errored one

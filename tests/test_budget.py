@@ -262,7 +262,9 @@ def test_one_bad_request_does_not_stop_the_others(server, questions):
 
 def test_ctrl_c_lets_replies_come_home(server, questions):
     server.latency = 0.4
-    running = client(*flags(server, questions, "--concurrency", "6"))
+    running = client(
+        *flags(server, questions, "--concurrency", "6"), patch="from ares import claude; claude.START = 6"
+    )
     deadline = time.monotonic() + 60
     while not server.in_flight and time.monotonic() < deadline:
         time.sleep(0.02)

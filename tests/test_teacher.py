@@ -328,6 +328,7 @@ def test_a_clerk_that_cannot_work_says_so():
 def test_a_defect_lets_the_others_come_home(server, questions, monkeypatch):
     """Six requests on their way, the first of which meets a defect of ours: the other five were paid for."""
     server.latency = 0.3
+    monkeypatch.setattr(claude, "START", 6)
     taken = []
     real = claude.ClaudeTeacher.reply
 
