@@ -447,7 +447,7 @@ class _Batches:
             # every request has a result, expired ones too: a stream without an error may have ended early, too
             await asyncio.sleep(min(60.0, _BACKOFF * 2**attempt))
         if found:
-            return found, error
+            return found, error if len(found) < record.count else None
         if foreign and record.from_list:
             await self.disown(record)
         else:

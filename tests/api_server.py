@@ -134,6 +134,7 @@ class ApiServer:
         # for creation; kind "lost": created, but the answer breaks off; "created": created, but the answer is an
         # error; "dropped", "html": not created
         self.batch_faults: deque[Fault] = deque()
+        self.create_plan: Callable[[], Fault | None] = lambda: None
         self.result_faults: deque[Fault] = deque()
         # kind of result, or the error (type and message) of an errored one
         self.outcome: Callable[[str, Asked], str | dict[str, str]] = lambda custom_id, asked: "succeeded"
@@ -141,6 +142,7 @@ class ApiServer:
         self.retrieve_plan: Callable[[Batch], Fault | None] = lambda batch: None
         self.results_plan: Callable[[Batch], Fault | None] = lambda batch: None
         self.paid: Counter[str] = Counter()  # digest of the text -> replies made in batches
+        self.most_batches = 1000  # a client that buys without bound fails its test instead of running for ever
         self.usage_extra: dict[str, Any] = {}  # further fields of `usage`
         self.retrieved = 0
         self.lock = threading.Lock()
@@ -360,7 +362,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self.error(400, "requests: between 1 and 100000 are required")
         if len(set(ids)) != len(ids) or not all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name or "") for name in ids):
             return self.error(400, "requests: custom_id must be unique and match ^[a-zA-Z0-9_-]{1,64}$")
-        fault = self.api.batch_faults.popleft() if self.api.batch_faults else None
+        if len(self.api.batches) >= self.api.most_batches:
+            return self.error(403, "more batches than the test allows")
+        fault = self.api.batch_faults.popleft() if self.api.batch_faults else self.api.create_plan()
         if fault is not None and not fault.kind:
             return self.error(fault.status, fault.message, fault.headers, fault.error_code)
         if fault is not None and fault.kind == "dropped":
