@@ -72,7 +72,7 @@ def read_log(path: str | os.PathLike) -> Totals:
 
 def _dollars(value: Any) -> float:
     """0 for None (the price is not known). Raises ValueError or TypeError for what is no amount."""
-    dollars = float(value or 0.0)
+    dollars = 0.0 if value is None else float(value)
     if not 0 <= dollars < math.inf:  # NaN neither: it would blank every sum
         raise ValueError
     return dollars
