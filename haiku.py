@@ -8,8 +8,8 @@
 Reads `{questions_dir}/{k}/p{rank}/{qid}/input_for_llm.txt` and the images beside it (made by
 preprocessing_after_RL/processing_sentence_level_feedback.sh), writes `output_from_llm.txt`, `reply.json` and
 `score.txt`, and `{k}/llm_done.txt` once an action is answered, which lets RL go on. Run it again to go on after a
-kill, a spend limit or unusable replies: only what has no usable reply is asked. `--watch` works while RL exports, and
-writes the requests itself. Leaves out the corrections before SFT: haiku_for_correction_feedback.py.
+kill, a spend limit or unusable replies: only what has no usable reply is asked. `--watch` works beside RL, round after
+round of its `--epochs`, and writes the requests itself; it may be started before RL.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ import argparse
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ares import agreement, cli, estimate, feedback, teacher
 from ares.budget import Ledger
 from ares.problems import find_images, question_images
 from ares.requests import prepare_request
 from utils_prompt import WORDING, scoring_request
+
+HEARTBEAT = 60.0  # seconds between lines while --watch waits
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -35,14 +38,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--questions_dir", default="preprocessing_after_RL", help="folder of {k}/p{rank}/{qid}/ (default: %(default)s)"
     )
     parser.add_argument("--actions", type=int, nargs="+", metavar="K", help="only these actions (default: all found)")
-    parser.add_argument("--no-done", action="store_true", help=f"write no {feedback.DONE}: RL is told by hand")
+    parser.add_argument("--no-done", action="store_true", help=f"write no {feedback.DONE}; write it by hand")
     parser.add_argument(
         "--watch",
         type=float,
         nargs="?",
         const=72.0,
         metavar="HOURS",
-        help="score while RL exports, until all of it is answered (at most this long; default 72)",
+        help="score while RL exports, in all rounds of its --epochs (at most this long; default: 72 hours)",
     )
     parser.add_argument("--check", type=int, metavar="N", help="print how far two Teachers agree on N rationales")
     parser.add_argument(
@@ -101,36 +104,109 @@ class Signals:
         self.waiting.clear()
 
 
-def watch(args: argparse.Namespace, session: teacher.Session, signals: Signals) -> None:
-    """Answer what RL has exported so far, again and again, until the export is complete and answered."""
-    deadline = time.monotonic() + 3600 * args.watch
-    known: dict[Path, set[str]] = {}  # {k}/p{rank} -> its questions
-    while True:
-        exported = feedback.exported(args.questions_dir)  # before the listing: what is listed is then complete
-        exports = feedback.iter_items(args.questions_dir)
-        items = feedback.Items(item for item in exports if item.qid not in known.get(item.folder.parent, ()))
-        for item in items:
-            known.setdefault(item.folder.parent, set()).add(item.qid)
-        if items:
-            unknown = next((item for item in items if item.qid not in session.problems), None)
-            if unknown:
-                raise cli.UserError(f"--data_root: question {unknown.qid} ({unknown.folder}) is not in problems.json")
+class Watch:
+    """Answers what RL exports, round after round, until the last one of its `--epochs` is answered.
+
+    RL renames `questions/` once a round is trained and makes a new one, and refuses to start a run where it finds one:
+    nothing is created there before RL has. `start(teacher, signals)` makes the Session of a round.
+    """
+
+    def __init__(self, args: argparse.Namespace, start: Callable[[teacher.Teacher, Signals], teacher.Session]):
+        self.args, self.start = args, start
+        self.folder = Path(args.questions_dir)
+        self.deadline = time.monotonic() + 3600 * args.watch
+        self.next_line = 0.0
+
+    def run(self) -> None:
+        """Raises UserError for what stops the Teacher, for unusable replies at a round's end, and after the hours."""
+        answered, ledger = None, None
+        while True:
+            while (folder := _identity(self.folder)) in (None, answered):
+                self.wait("waiting for RL to make it" if folder is None else "answered; waiting for RL's next round")
+            with teacher.work_in(self.folder, "--questions_dir", self.args, ledger) as each:
+                signals = Signals(self.args, exported=False)
+                session = self.start(each, signals)
+                whole = self.round(session, signals, folder)
+                ledger = getattr(each, "ledger", None)
+            cli.print0(f"{self.args.teacher}: {session.report.summary()}")
+            if not whole:
+                continue
+            teacher.refuse_unusable(session.report, self.args.accept_missing)
+            answered = folder
+            if not rounds_to_come(self.folder):
+                return
+
+    def round(self, session: teacher.Session, signals: Signals, folder: Any) -> bool:
+        """Answer one round's rationales as they come; False if RL has moved the folder away before its end."""
+        known: dict[Path, set[str]] = {}  # {k}/p{rank} -> its questions
+        while True:
+            exported = feedback.exported(self.folder)  # before the listing: what is listed is then complete
+            exports = feedback.iter_items(self.folder)
+            if _identity(self.folder) != folder:
+                return False
+            items = feedback.Items(item for item in exports if item.qid not in known.get(item.folder.parent, ()))
             for item in items:
-                sentences = _sentences(item)
-                if sentences:
-                    images = question_images(session.images_dir, item.qid) if session.images_dir else []
-                    prepare_request(
-                        item.folder, scoring_request(session.problems[item.qid], sentences), sentences, images
-                    )
-            teacher.answer_items(session, items, args)
-        if exported:
-            signals.export_complete()
-            return
-        if time.monotonic() > deadline:
+                known.setdefault(item.folder.parent, set()).add(item.qid)
+            if items:
+                self.prepare(session, items)
+                teacher.answer_items(session, items, self.args)
+            if exported:
+                signals.export_complete()
+                return True
+            report = session.report
+            have = report.kept + report.answered
+            self.wait(f"{have} of {report.total} rationales so far are answered; waiting for RL to export more")
+
+    def prepare(self, session: teacher.Session, items: Sequence[feedback.Item]) -> None:
+        """Write the requests."""
+        for item in items:
+            if item.qid not in session.problems:
+                raise cli.UserError(f"--data_root: question {item.qid} ({item.folder}) is not in problems.json")
+        for item in items:
+            sentences = _sentences(item)
+            if sentences:
+                images = question_images(session.images_dir, item.qid) if session.images_dir else []
+                request = scoring_request(session.problems[item.qid], sentences)
+                prepare_request(item.folder, request, sentences, images)
+
+    def wait(self, state: str) -> None:
+        """Sleep for --poll_seconds, with a line now and then. Raises UserError when the hours are over."""
+        now = time.monotonic()
+        if now > self.deadline:
             raise cli.UserError(
-                f"--watch: no {feedback.EXPORTED} within {args.watch:g} hours; run this again to go on"
+                f"--watch: no {feedback.EXPORTED} within {self.args.watch:g} hours ({self.folder}: {state}); "
+                "run this again to go on"
             )
-        time.sleep(args.poll_seconds)
+        if now >= self.next_line:
+            self.next_line = now + HEARTBEAT
+            cli.print0(f"{time.strftime('%H:%M:%S')} watching {self.folder}: {state}")
+        time.sleep(self.args.poll_seconds)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Tells a folder from a later one of its name; None if it is not there."""
+    try:
+        about = folder.stat()
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino
+
+
+def rounds_to_come(questions: Path) -> bool:
+    """Whether the RL run that `questions` belongs to has another round after the one it is at.
+
+    By the run's args.yaml and its rollouts; False where there are none, as in a folder that was copied.
+    """
+    run = questions.absolute().parent
+    import yaml
+
+    try:
+        flags = yaml.safe_load((run / "args.yaml").read_text(encoding="utf-8"))
+        first = int(Path(flags["base_model_dir"]).resolve().name) + 1 if flags.get("continue_train") else 0
+        at = max(int(place.name.removeprefix("round_")) for place in (run / "rollouts").glob("round_*"))
+        return at + 1 < first + int(flags["epochs"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return False
 
 
 def check(args: argparse.Namespace, items: Sequence[feedback.Item], first: teacher.Session) -> None:
@@ -176,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise cli.UserError(f"{what} needs problems.json; name its folder with --data_root")
     signals = Signals(args, exported)
 
-    def session_with(each: teacher.Teacher) -> teacher.Session:
+    def session_with(each: teacher.Teacher, signals: Signals | None) -> teacher.Session:
         return teacher.make_session(
             args.questions_dir,
             each,
@@ -185,27 +261,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             wording=WORDING,
             problems=problems,
             images_dir=find_images(args),
-            action_settled=signals.settled if not (args.estimate or args.show) else None,
+            action_settled=signals.settled if signals else None,
         )
 
     if args.estimate or args.show:
-        session = session_with(teacher.make_teacher(args))
+        session = session_with(teacher.make_teacher(args), None)
         if args.show:
             return estimate.show(session, items, args.show)
         session.add(items, serve=False)
         return estimate.estimate(session)
+    if args.watch:
+        return Watch(args, session_with).run()
     with teacher.work_in(args.questions_dir, "--questions_dir", args) as each:
-        session = session_with(each)
+        session = session_with(each, signals)
         if args.check:
             return check(args, items, session)
-        if args.watch:
-            watch(args, session, signals)
-        else:
-            teacher.answer_items(session, items, args)
+        teacher.answer_items(session, items, args)
     cli.print0(f"{args.teacher}: {session.report.summary()}")
     if args.submit_only:
         return None
-    if not signals.exported and not args.no_done:
+    if not exported and not args.no_done:
         cli.print0(
             f"no {feedback.EXPORTED} in {args.questions_dir}: the export may go on, so no {feedback.DONE} is written; "
             f"run this again after it, or touch {{run}}/questions/{{k}}/{feedback.DONE} when all is copied back"

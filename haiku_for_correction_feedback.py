@@ -8,7 +8,7 @@
 Reads `{correction_dir}/0/p0/{qid}/` (made by preprocessing_for_correction_feedback.py), writes the replies beside the
 requests, and then `{data_root}/{dataset}/correction.json`: all problems, the solutions of the train questions replaced
 by the corrected rationales. A reply that is empty, unusable or only says "unchanged" falls back to the rationale
-itself. Run it again to go on: only what has no usable reply is asked. Leaves out sentence scores: haiku.py.
+itself. Run it again to go on: only what has no usable reply is asked.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def final_rationales(
             final[qid] = rationale
             if qid in folders and (folders[qid] / REFUSED_REPLY).exists():  # cut off, though it reads well
                 reason = folders[qid] / feedback.REASON
-                counts[f"fell back: {reason.read_text().strip() if reason.exists() else 'cut off'}"] += 1
+                word = reason.read_text().partition(":")[0].strip() if reason.exists() else "cut off"
+                counts[f"fell back: {word}"] += 1
             else:
                 missing.append(qid)
             continue

@@ -8,7 +8,7 @@
 Reads two stage folders or prediction files, writes a request for each question and order into `{output}/{k}/p0/{qid}/`
 (k = 0: the first system's rationale is shown first), the judge's replies beside them, and `{output}/win_rate.json`.
 Killed or stopped, the same command goes on; a second run asks nothing. What is in win_rate.json and how the figures
-are made: docs/results.md. Leaves out sentence scores (haiku.py) and tables of several systems (results.py).
+are made: docs/results.md.
 """
 
 from __future__ import annotations
@@ -275,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels = [label for label, _ in args.systems]
     summary = summarise(problems, list(a), asked, verdicts, args.seed)
     judge = {"teacher": each.name, "model": each.model, "prompt_version": JUDGE_WORDING.version,
-             "with_image": args.with_image}  # fmt: skip
+             "with_image": args.with_image, "replies_by": dict(report.written_by)}  # fmt: skip
     cli.write_json(
         Path(args.output) / OUTPUT,
         {"systems": labels, "judge": judge, "protocol": args.protocol, "seed": args.seed, "split": args.split,

@@ -1,7 +1,7 @@
-"""The items of one questions folder: which are answered, which requests are open, and how a reply is laid down.
+"""The items of one questions folder: which are answered, which requests are open, and how a reply is saved.
 
 A reply is on disk (ares/reply_files.py) before the next thing happens, then in the cache. So a killed run loses the
-requests in flight, and the same command goes on with the rest. Asks nobody: ares/live.py and ares/batches.py do.
+requests in flight, and the same command goes on with the rest. ares/live.py and ares/batches.py send the requests.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import re
+import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ares import cli, feedback, images
-from ares.asking import CORRECT, JUDGE, SCORE, Reply, Request, Teacher, Wording, custom_id
+from ares.asking import CORRECT, JUDGE, SCORE, Reply, Request, Teacher, Wording, custom_id, same_model
 from ares.feedback import Item, Refused
 from ares.groups import Groups
 from ares.prices import PRICES_DATE
@@ -34,6 +35,7 @@ PREPARE = {
 }
 NOTHING_TO_ASK = frozenset(("no_rationale", "no_sentences"))  # no Teacher can answer: RL drops them in any case
 CUT_SHORT = ("max_tokens", "refusal", "model_context_window_exceeded")
+UNKNOWN = "unknown origin"  # a reply without reply.json: of the released code, or copied in by hand
 OURS = "teacher"  # {questions_dir}/teacher/: lock, spend log, batch records
 
 
@@ -50,7 +52,10 @@ class Report:
     text_only: int = 0  # items whose question names an image that is not there
     unusable: dict[Item, str] = field(default_factory=dict)
     usage: Counter[str] = field(default_factory=Counter)
-    cost_usd: float | None = 0.0
+    cost_usd: float = 0.0  # of the replies whose cost is known
+    cost_unknown: int = 0  # replies
+    written_by: Counter[str] = field(default_factory=Counter)  # Teacher and model -> items with its usable reply
+    first: dict[str, tuple[Item, str]] = field(default_factory=dict)  # reason -> first item and what was said
 
     def blocking(self) -> dict[Item, str]:
         """The unusable ones that asking again might mend."""
@@ -59,8 +64,8 @@ class Report:
     def add(self, reply: Reply) -> None:
         self.asked += 1
         self.usage.update(reply.usage)
-        known = self.cost_usd is not None and reply.cost_usd is not None
-        self.cost_usd = self.cost_usd + reply.cost_usd if known else None
+        self.cost_usd += reply.cost_usd or 0.0
+        self.cost_unknown += reply.cost_usd is None
 
     def summary(self) -> str:
         """One line: counts, tokens, dollars."""
@@ -69,13 +74,23 @@ class Report:
             f"{self.total} rationales: {self.kept} had a reply, {self.answered} answered now "
             f"({self.asked} requests, {self.copied} copies{cached}), {len(self.unusable)} unusable"
         )
-        if self.usage:
-            dollars = "price unknown" if self.cost_usd is None else f"${self.cost_usd:.4f} at {PRICES_DATE} prices"
+        if self.usage or self.cost_unknown:
+            dollars = f"${self.cost_usd:.4f} at {PRICES_DATE} prices"
+            if self.cost_unknown:
+                unknown = f"the cost of {self.cost_unknown} replies is unknown"
+                dollars = f"{dollars}, {unknown}" if self.cost_usd else unknown
             tokens_in, tokens_out = self.usage["input_tokens"], self.usage["output_tokens"]
             line += f"; {tokens_in:,} tokens in, {tokens_out:,} out, {dollars}"
         if self.text_only:
             line += f"; {self.text_only} asked without the image that the question names"
-        return line
+        if self.written_by:
+            line += "; replies by " + ", ".join(f"{name} {count}" for name, count in self.written_by.most_common())
+        return line + self.examples()
+
+    def examples(self) -> str:
+        """`; first api_400: question 12: what the API said`, for each reason that came with a sentence."""
+        told = ((reason, item, said) for reason, (item, said) in self.first.items() if said)
+        return "".join(f"; first {reason}: question {item.qid}: {said[:300]}" for reason, item, said in told)
 
 
 class Session:
@@ -86,6 +101,7 @@ class Session:
         problems: qid -> problem; the reference Teacher needs it.
         images_dir: where to look for images when the item's own folder holds none.
         attempts: requests per distinct rationale until a reply can be read; the last one stays beside the reason.
+        keep_replies: accept usable replies that another Teacher or model wrote (else `add` refuses them).
         action_settled: called as soon as no item of an action is waiting any more.
     """
 
@@ -100,6 +116,7 @@ class Session:
         images_dir: Path | None = None,
         attempts: int = 3,
         cache: ReplyCache | None = None,
+        keep_replies: bool = False,
         action_settled: Callable[[int, Report], None] | None = None,
     ):
         self.root, self.real_root = Path(root), os.path.join(os.path.realpath(root), "")
@@ -107,23 +124,28 @@ class Session:
         self.problems, self.images_dir = problems or {}, images_dir
         self.attempts = attempts if teacher.name == "claude" else 1  # the reference would say the same again
         self.cache = cache or ReplyCache(None)
+        self.keep_replies = keep_replies
         self.action_settled = action_settled or (lambda action, report: None)
         self.report = Report()
         self.groups = Groups()
         self.waiting: Counter[int] = Counter()  # action -> items without a reply
         self._cached: set[int] = set()  # groups whose reply is in the cache
         self._inside: dict[Path, bool] = {}
+        self._author: dict[int, str] = {}  # group -> who wrote its reply
 
     # -- what is open ----------------------------------------------------------------------------------------
 
     def add(self, items: Sequence[Item], serve: bool = True) -> None:
-        """Tell answered from open items, and group the open ones. Raises UserError if one has no request.
+        """Tell answered from open items, and group the open ones.
 
-        With `serve`, replies that are known already (`known`) are laid down at once.
+        With `serve`, replies that are known already (`known`) are saved at once. Raises UserError if an item has no
+        request, or if another Teacher wrote usable replies, unless `keep_replies`.
         """
         self.report.total += len(items)
         unprepared, missing = 0, None
         settled: Counter[int] = Counter()
+        others: Counter[str] = Counter()
+        foreign = None
         for item in cli.progress(items, desc="reading", unit="rationale"):
             self.waiting[item.action] += 1
             try:
@@ -135,7 +157,17 @@ class Session:
             if request is None:
                 unprepared, missing = unprepared + 1, missing or item
                 continue
-            answered, key = is_answered(self.kind, item.folder), self.teacher.key(request)
+            answered = is_answered(self.kind, item.folder)
+            if answered:
+                author, ours = self._written_by(item.folder)
+                self.report.written_by[author] += 1
+                if not ours:  # no reply of this Teacher, so none to copy either
+                    others[author] += 1
+                    foreign = foreign or item
+                    self.report.kept += 1
+                    settled[item.action] += 1
+                    continue
+            key = self.teacher.key(request)
             group = self.groups.add(item, key, answered)
             if not answered:
                 self.report.text_only += _lacks_image(request)
@@ -147,6 +179,12 @@ class Session:
             raise cli.UserError(
                 f"{unprepared} of {len(items)} rationales have no {feedback.REQUEST} that fits them (first: "
                 f"{missing.folder}); run `{PREPARE[self.kind]} {self.root}` first"
+            )
+        if others and not self.keep_replies:
+            who = ", ".join(f"{name} ({count} of {len(items)})" for name, count in others.most_common())
+            raise cli.UserError(
+                f"{self.root} holds replies by {who}, not by {self.teacher.name} {self.teacher.model}; name another "
+                f"folder, add --keep_replies to use them, or delete their {feedback.REPLY} (first: {foreign.folder})"
             )
         if serve:
             self._serve_known()
@@ -200,21 +238,23 @@ class Session:
             raise cli.UserError(f"{folder} is a link that leads out of {self.root}; put the folder itself there")
 
     def _text(self, item: Item) -> str | None:
-        path = os.path.join(item.folder, feedback.REQUEST)
-        try:  # no link is followed: it could send any file of this machine
-            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise cli.UserError(f"cannot read {path} ({error.strerror})") from None
+        data = _read(os.path.join(item.folder, feedback.REQUEST))
         try:
-            data = b"".join(iter(lambda: os.read(file, 1 << 20), b""))
-        finally:
-            os.close(file)
-        try:
-            return data.decode("utf-8")
+            return data and data.decode("utf-8")
         except UnicodeDecodeError:
             return None
+
+    def _written_by(self, folder: Path) -> tuple[str, bool]:
+        """(Teacher and model that wrote a folder's reply, whether that is this Teacher or unknown)."""
+        try:
+            about = json.loads(_read(os.path.join(folder, feedback.SIDECAR)) or b"{}")
+            name, model = about["teacher"], about["model"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return UNKNOWN, True
+        if not isinstance(name, str) or not isinstance(model, str):
+            return UNKNOWN, True
+        asked = about.get("asked_model") == self.teacher.model  # a gateway may answer under another name
+        return f"{name} {model}", name == self.teacher.name and (asked or same_model(model, self.teacher.model))
 
     def known(self, group: int) -> bool:
         """Whether a reply lies in the folder or in the cache: nothing to pay."""
@@ -226,6 +266,7 @@ class Session:
             if self.groups.is_answered(group):
                 copies = self.groups.waiting(group)
                 self._copy(self.groups.items[group], copies)
+                self._author[group] = self._written_by(self.groups.items[group].folder)[0]
                 self.report.copied += len(copies)
                 self.finish(group, None)
         cached = [group for group in sorted(self._cached) if group in self.groups]
@@ -249,6 +290,7 @@ class Session:
         if isinstance(read, Refused):  # the rules of reading have changed since
             return group, 0
         entry.pop("key")
+        self._author[group] = f"{entry.get('teacher')} {entry.get('model')}" if "teacher" in entry else UNKNOWN
         write_reply(first.folder, text, entry | {"from_cache": key[:16], "cost_usd": 0.0}, read)
         self._copy(first, copies)
         return group, 1 + len(copies)
@@ -277,7 +319,11 @@ class Session:
         """
         first, *copies = self.groups.waiting(group)
         about = {name: getattr(reply, name) for name in _SIDECAR_FIELDS}
-        about |= {"prices": PRICES_DATE, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | sidecar
+        about |= {
+            "asked_model": self.teacher.model,
+            "prices": PRICES_DATE,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        } | sidecar
         read = reading(self.kind, reply.text, request.sentences)
         incomplete = reply.stop_reason == "refusal" or (reply.stop_reason in CUT_SHORT and self.kind == CORRECT)
         if not isinstance(read, Refused) and incomplete:
@@ -286,20 +332,26 @@ class Session:
         write_reply(first.folder, reply.text, about, read)
         if isinstance(read, Refused):
             return Refused(reply.stop_reason, str(read)) if reply.stop_reason in CUT_SHORT else read
+        self._author[group] = f"{reply.teacher} {reply.model}"
         self.cache.put(self.teacher.key(request), reply.text, about)
         self._copy(first, copies)
         return None
 
     def finish(self, group: int, reason: str | None, said: str = "") -> None:
-        """A group is answered (reason None) or given up; with `said`, both are written to `refused.txt`."""
+        """A group is answered (reason None) or given up.
+
+        `said`: the API's sentence, or what is wrong with the reply, without the key; saved to `refused.txt`.
+        """
         items = self.groups.waiting(group)
         self.groups.close(group, answered=reason is None)
         if reason is None:
             self.report.answered += len(items)
+            self.report.written_by[self._author.pop(group, UNKNOWN)] += len(items)
         else:
             self.report.unusable |= dict.fromkeys(items, reason)
-            for item in items if said else ():
-                write_whole(item.folder / feedback.REASON, f"{Refused(reason, said)}\n")
+            self.report.first.setdefault(reason, (items[0], said))
+            for item in items:
+                write_whole(item.folder / feedback.REASON, f"{reason}: {said}\n" if said else f"{reason}\n")
         for item in items:
             self._settle(item.action)
 
@@ -325,6 +377,23 @@ class Session:
 
 _IMAGE_NAME = re.compile(r"image\.png|choice_\d+\.png")
 _SIDECAR_FIELDS = tuple(each.name for each in dataclasses.fields(Reply) if each.name != "text")
+
+
+def _read(path: str) -> bytes | None:
+    """A file's content, None if it is not there. Raises UserError for a link, which could show any file of this
+    machine, and for what is no file."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise cli.UserError(f"cannot read {path} ({error.strerror})") from None
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise cli.UserError(f"{path} is no file; remove it")
+        return b"".join(iter(lambda: os.read(file, 1 << 20), b""))
+    finally:
+        os.close(file)
 
 
 def _lacks_image(request: Request) -> bool:

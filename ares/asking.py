@@ -1,4 +1,4 @@
-"""What every kind of Teacher shares: a request, a reply, and how one is asked. Asks nobody itself (ares/teacher.py).
+"""What every kind of Teacher shares: a request, a reply, and how a Teacher is asked (ares/teacher.py asks them).
 
 Standard library only.
 """
@@ -29,7 +29,7 @@ class Request:
     """One question to a Teacher about one rationale.
 
     `sentences` is the rationale as exported; for a correction it holds the whole text as its one entry. `problem` is
-    None where no problems.json was at hand, which only the reference Teacher minds. For a judgement `sentences` holds
+    None without problems.json, which only the reference Teacher needs. For a judgement `sentences` holds
     the two rationales, in the order in which they are shown. `form_note` goes out where the
     model's output is structured, `again` after a reply that could not be used; `room` multiplies the length allowed.
     """
@@ -48,7 +48,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """A Teacher's raw reply and what is known about it. `cost_usd` is None where the model's price is not known."""
+    """A Teacher's raw reply and what is known about it. `cost_usd` is None where the model's price or the number
+    of tokens is not known."""
 
     text: str
     teacher: str
@@ -62,11 +63,11 @@ class Reply:
 
 
 class Unanswered(Exception):
-    """A request that got no reply though others do; `reason` is one word for counting."""
+    """A request that got no reply though others do; `reason`: one word for counting, `message`: the API's sentence."""
 
     def __init__(self, reason: str, message: str = ""):
         super().__init__(f"{reason}: {message}" if message else reason)
-        self.reason = reason
+        self.reason, self.message = reason, message
 
 
 class Stopped(Exception):
@@ -97,8 +98,23 @@ class Teacher(Protocol):
         ...
 
     def stop(self) -> None:
-        """Let requests that wait for their turn raise Stopped; those on their way come home."""
+        """Let requests that wait for their turn raise Stopped; those in flight get their replies."""
         ...
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two model ids may name one model: an alias and a dated id (`claude-haiku-4-5-20251001`), or the same id
+    as other providers write it (`anthropic/claude-haiku-4-5`, `us.anthropic.claude-haiku-4-5-20251001-v1:0`)."""
+    (name, date), (other_name, other_date) = _model_parts(one), _model_parts(other)
+    return name == other_name and (date == other_date or not date or not other_date)
+
+
+def _model_parts(model: str) -> tuple[str, str]:
+    """(name, date or "")."""
+    name = re.sub(r"^(.*/)?((\w+\.)?anthropic\.)?", "", model.strip().lower())
+    match = re.fullmatch(r"(.+?)(?:[-@](\d{8}|\d{4}-\d\d-\d\d|latest|default))?(-v\d+(:\d+)?)?", name)
+    date = (match[2] or "").replace("-", "") if match else ""
+    return (match[1] if match else name), date if date.isdigit() else ""
 
 
 def custom_id(kind: str, action: int, rank: int, qid: str) -> str:

@@ -187,8 +187,7 @@ class _Batches:
         used_up = last["attempt"] >= self.session.attempts
         if used_up or last.get("permanent"):
             self.used_up += used_up
-            said = "" if last.get("replied") else last.get("said", "")  # what was wrong with a reply is beside it
-            self.session.finish(group, last.get("reason", "no_reply"), said)
+            self.session.finish(group, last.get("reason", "no_reply"), last.get("said", ""))
             return
         refused = Refused(last["reason"], last["said"]) if last.get("replied") else None
         self.todo.append(Ask(group, last["attempt"] + 1, refused))

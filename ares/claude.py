@@ -28,7 +28,7 @@ from ares.api_errors import DEFAULT_MODEL, KEY, Failure, as_user_error, failure_
 from ares.asking import CORRECT, JUDGE, SCORE, Reply, Request, Stopped, Unanswered
 from ares.budget import LOST, NOT_SENT, Ledger
 from ares.cli import UserError
-from ares.pacing import START, Pace, Repeats
+from ares.pacing import START, Pace, Trials
 from ares.prices import CACHE_WRITE_1_HOUR, Price, cost_usd, price_of
 from ares.reply_bodies import ErrorAsReply, read_body, read_message
 
@@ -165,16 +165,14 @@ class ClaudeTeacher:
         self.client: anthropic.AsyncAnthropic | None = None
         self._key = ""
         self._rejected = 0
-        self._repeats = Repeats()
-        self._replies: Counter[int] = Counter()  # by the sort of request
-        self._in_flight: Counter[int] = Counter()
+        self._in_flight: Counter[int] = Counter()  # by the sort of request
         self._image_digests: dict[tuple, str] = {}
 
     async def __aenter__(self) -> ClaudeTeacher:
         import anthropic  # a second to import: not for --help, nor for the reference Teacher
 
         self._key = api_key()
-        self.pace = Pace(self.concurrency, START)
+        self.pace, self.trials = Pace(self.concurrency, START), Trials(START)
         address = self.base_url or server_address(os.environ.get("ANTHROPIC_BASE_URL") or None, "ANTHROPIC_BASE_URL")
         # httpx under the name by which this version of the SDK knows it
         base = next(each for each in anthropic.DefaultAsyncHttpxClient.__mro__ if each.__name__ == "AsyncClient")
@@ -197,6 +195,7 @@ class ClaudeTeacher:
     def stop(self) -> None:
         """Send nothing new; requests that wait for their turn raise Stopped."""
         self.pace.stop()
+        self.trials.stop()
 
     # -- one request -----------------------------------------------------------------------------------------
 
@@ -253,6 +252,13 @@ class ClaudeTeacher:
 
     async def answer(self, request: Request) -> Reply:
         """Ask the model until it replies (class Teacher says what is raised)."""
+        await self.trials.begin(_sort(request))
+        try:
+            return await self._answer(request)
+        finally:
+            self.trials.end(_sort(request))
+
+    async def _answer(self, request: Request) -> Reply:
         parameters = await asyncio.to_thread(self.parameters, request) if request.images else self.parameters(request)
         most_usd = self.most_usd(request)
         successes = self.pace.successes
@@ -310,8 +316,7 @@ class ClaudeTeacher:
             unknown = reply.cost_usd is None and self.price is not None  # no `usage`: at most `most_usd`
             self.ledger.settle(entry, reply.cost_usd, LOST if unknown else "reply")
             self.pace.succeeded()
-            self._replies[sort] += 1
-            self._repeats.replied(sort)
+            self.trials.replied(sort)
             return reply
         finally:
             self._in_flight[sort] -= 1
@@ -370,12 +375,12 @@ class ClaudeTeacher:
         if failure.status in PASSING or failure.reason in ("timeout", "connection"):
             return False
         if failure.reason == "not_a_reply" and not self.pace.successes:  # not the API at all
-            return self._repeats.lasts(error, _sort(request), "any", 1, requests=1)
-        return self._repeats.lasts(error, _sort(request), request.custom_id, self.pace.successes)
+            return self.trials.lasts(error, _sort(request), "any", requests=1)
+        return self.trials.lasts(error, _sort(request), request.custom_id)
 
     def _hopeless(self, error: Exception, request: Request, retries: int) -> UserError:
         """What to raise when every request of a sort fails in the same way."""
-        if self.pace.successes and not self._replies[_sort(request)] and request.images:
+        if self.pace.successes and not self.trials.replies[_sort(request)] and request.images:
             return UserError(
                 f"--teacher_model: {self.model} answers every request with images by {said(error, self._key)!r} "
                 f"({failure_of(error).reason}; question {request.qid}); name a model or server that takes images"
@@ -387,12 +392,12 @@ class ClaudeTeacher:
         sort, why = _sort(request), said(error, self._key)
         if failure.status in (400, 413, 422) and not is_account_refusal(error):
             deadline = time.monotonic() + self.timeout
-            while not self._replies[sort] and self._in_flight[sort] and time.monotonic() < deadline:
+            while not self.trials.replies[sort] and self._in_flight[sort] and time.monotonic() < deadline:
                 await self.pace.sleep(0.05)  # those in flight show whether it is this request or all
             self._rejected += 1
             if self.pace.successes and self._rejected <= MAX_REJECTED:
-                alike = (failure.reason, why), sort, request.custom_id, self.pace.successes
-                if self._replies[sort] or not self._repeats.lasts(*alike, requests=MAX_REJECTED_ALIKE, tries=1):
+                alike = self.trials.lasts((failure.reason, why), sort, request.custom_id, MAX_REJECTED_ALIKE, tries=1)
+                if self.trials.replies[sort] or not alike:
                     raise Unanswered(failure.reason, why) from None
                 raise self._hopeless(error, request, 0) from None
         raise as_user_error(error, self, request, self._key, 0) from None

@@ -257,6 +257,8 @@ def read_scores(folder: str | os.PathLike) -> list[float]:
     except Refused as refused:
         if folder.is_dir():
             (folder / SCORES).unlink(missing_ok=True)
+            if not (folder / REPLY).exists() and (folder / REASON).exists():
+                raise  # the Teacher's client says there why no reply came
             write_derived(folder / REASON, f"{refused}\n")
         raise
     (folder / REASON).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Asking live: every open request of a session, `teacher.concurrency` at a time.
 
-At a failure, a budget stop or the first Ctrl-C nothing new is sent, and what is on its way comes home.
+At a failure, a budget stop or the first Ctrl-C nothing new is sent; replies to requests in flight are saved.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ import asyncio
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ares import cli
 from ares.answering import Session
 from ares.asking import Stopped, Unanswered
-from ares.feedback import Refused
+
+WRITERS = 4  # threads that save replies: their flushes to disk overlap
 
 
 def ask_live(session: Session) -> None:
@@ -28,7 +30,7 @@ class _Live:
         self.session = session
         self.teacher = session.teacher
         self.failure: cli.UserError | None = None
-        self.desk = _Desk(self.session)
+        self.writers = ThreadPoolExecutor(WRITERS)
 
     async def run(self) -> None:
         report = self.session.report
@@ -39,13 +41,14 @@ class _Live:
                 self.catch_signals()
                 workers = min(self.teacher.concurrency, total)
                 ends = await asyncio.gather(*(self.work(todo, bar) for _ in range(workers)), return_exceptions=True)
+        self.writers.shutdown()
         defect = next((end for end in ends if isinstance(end, BaseException)), None)
         if defect or self.failure:
             cli.print0(f"stopped; {report.summary()}")
             raise defect or self.failure
 
     def catch_signals(self) -> None:
-        """The first Ctrl-C, or a scheduler's SIGTERM, ends the run in good order; the second ends it at once."""
+        """The first Ctrl-C, or a scheduler's SIGTERM, lets requests in flight finish; the second does not."""
         if threading.current_thread() is not threading.main_thread():
             return
         loop = asyncio.get_running_loop()
@@ -53,8 +56,7 @@ class _Live:
         def end(name: str) -> None:
             loop.remove_signal_handler(signal.SIGINT)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            flight = "requests on their way come home; Ctrl-C again to drop them"
-            cli.print0(f"{name}: {flight}")
+            cli.print0(f"{name}: waiting for the requests in flight; Ctrl-C again to drop them")
             self.stop(cli.Stop(f"ended by {name}; run the same command again to go on", status=130))
 
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -80,7 +82,7 @@ class _Live:
                 self.stop(cli.UserError(f"{what}; make room, then run the same command again to go on"))
                 return
             except BaseException:
-                self.teacher.stop()  # nothing new is paid for after a defect of ours; what is on its way comes home
+                self.teacher.stop()  # nothing new is paid for after a defect of ours
                 raise
             bar.update()
             bar.set_postfix_str(self.state(), refresh=False)
@@ -106,72 +108,16 @@ class _Live:
             try:
                 reply = await self.teacher.answer(request)
             except Unanswered as failure:
-                reason = failure.reason
+                reason, said = failure.reason, failure.message
                 break
             report.add(reply)
-            refused = await self.desk.lay_down(group, request, reply, sidecar | {"attempt": attempt})
+            about = sidecar | {"attempt": attempt}
+            refused = await asyncio.get_running_loop().run_in_executor(
+                self.writers, session.lay_down, group, request, reply, about
+            )
             if refused is None:
                 report.copied += copies
-                reason = None
-                break
-            reason = refused.reason
+                return session.finish(group, None)
+            reason, said = refused.reason, str(refused).partition(": ")[2]
             request = session.ask_again(request, refused)
-        session.finish(group, reason)
-
-
-class _Desk:
-    """Lays replies down in threads, so that their flushes to disk overlap: all that have come in go along at once.
-
-    A thread for each reply would cost more CPU time in handing over than the writing itself.
-    """
-
-    THREADS = 2
-
-    def __init__(self, session: Session):
-        self.session = session
-        self.waiting: list[tuple[tuple, asyncio.Future]] = []
-        self.tasks: set[asyncio.Task] = set()  # held here, or the loop may drop them
-        self.at_work = 0
-
-    async def lay_down(self, *about: Any) -> Any:
-        """`Session.lay_down`, when its turn comes."""
-        done = asyncio.get_running_loop().create_future()
-        self.waiting.append((about, done))
-        if self.at_work < self.THREADS:
-            self.at_work += 1
-            task = asyncio.create_task(self.work())
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
-        return await done
-
-    async def work(self) -> None:
-        try:
-            await self.clear()
-        finally:
-            # in the same step as the last look at `waiting`: a done callback runs later, and a reply that came in
-            # between would find every clerk taken and nobody to lay it down
-            self.at_work -= 1
-
-    async def clear(self) -> None:
-        while self.waiting:
-            batch, self.waiting = self.waiting, []
-            try:
-                outcomes = await asyncio.to_thread(self.lay_all_down, [about for about, _ in batch])
-            except Exception as error:  # the machine gives no more threads: whoever waits must hear of it
-                outcomes = [error] * len(batch)
-            for (_, done), outcome in zip(batch, outcomes, strict=True):
-                if done.cancelled():
-                    continue
-                if isinstance(outcome, Exception) and not isinstance(outcome, Refused):
-                    done.set_exception(outcome)
-                else:
-                    done.set_result(outcome)
-
-    def lay_all_down(self, batch: list[tuple]) -> list[Any]:
-        outcomes = []
-        for about in batch:
-            try:
-                outcomes.append(self.session.lay_down(*about))
-            except Exception as error:  # a full disk ends the run, not the other replies of this batch
-                outcomes.append(error)
-        return outcomes
+        return session.finish(group, reason, said)

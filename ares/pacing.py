@@ -4,7 +4,7 @@ It starts with a few, so that a fault of the whole run costs only a few requests
 first rate limit or overload ends this start and halves the number, once for all requests in flight; from then on a
 reply adds 1/limit, about one more per round. `retry-after` holds back all requests: the limit belongs to the key.
 
-`Repeats` finds errors that retrying does not mend.
+`Trials` finds errors that retrying does not mend.
 """
 
 from __future__ import annotations
@@ -105,32 +105,70 @@ _GENERAL = re.compile(
 @dataclass
 class _Seen:
     tries: Counter[str] = field(default_factory=Counter)  # request -> times that it met the error
-    replies: int = 0  # of other requests, when the error came first
+    replies: int = 0  # to all requests, when the error came first
 
 
-class Repeats:
-    """Tells an error that retrying does not mend: the same status and text for several requests of one sort, while no
-    request of that sort gets a reply. A server without image support fails so at every request with images."""
+class Trials:
+    """What is known of each sort of request (with images, without): whether any got a reply, which errors they meet.
+
+    Until a sort has its first reply, only `start` of its requests are tried, retries included. So a server that can
+    answer none of a sort, one without image support for example, is found by a few requests.
+    """
 
     REQUESTS, TRIES = 3, 3
 
-    def __init__(self) -> None:
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self.replies: Counter[int] = Counter()  # by sort
+        self._begun: Counter[int] = Counter()
+        self._waiting: list[tuple[int, asyncio.Future]] = []
+        self._stopping = False
         self._seen: dict[tuple, _Seen] = {}
 
-    def lasts(self, error: tuple, sort: int, request: str, replies: int, requests: int = REQUESTS, tries: int = TRIES):
-        """Note an error; whether `requests` requests of the sort have met it `tries` times each.
+    async def begin(self, sort: int) -> None:
+        """Wait until a request of the sort may be tried. Raises Stopped after `stop`; else needs an `end`."""
+        while not self._stopping and not self.replies[sort] and self._begun[sort] >= self.start:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append((sort, turn))
+            await turn
+        if self._stopping:
+            raise Stopped
+        self._begun[sort] += 1
 
-        `error`: its status and text. `replies`: to all requests so far. Where the text is one that passing failures
-        have too, other sorts of requests must have got replies since.
-        """
-        status, text = error
-        text = re.sub(r"\w*\d\w*", "#", text)  # ids of requests, times
-        seen = self._seen.setdefault((status, text, sort), _Seen(replies=replies))
-        seen.tries[request] += 1
-        enough = sum(count >= tries for count in seen.tries.values()) >= requests
-        return enough and (not _GENERAL.fullmatch(text.strip()) or replies > seen.replies)
+    def end(self, sort: int) -> None:
+        self._begun[sort] -= 1
+        self._wake(sort, 1)
 
     def replied(self, sort: int) -> None:
         """A request of the sort got a reply."""
+        self.replies[sort] += 1
         if self._seen:
             self._seen = {key: seen for key, seen in self._seen.items() if key[2] != sort}
+        self._wake(sort, len(self._waiting))
+
+    def stop(self) -> None:
+        self._stopping = True
+        for sort in {sort for sort, _ in self._waiting}:
+            self._wake(sort, len(self._waiting))
+
+    def _wake(self, sort: int, count: int) -> None:
+        for each in [each for each in self._waiting if each[0] == sort][:count]:
+            self._waiting.remove(each)
+            if not each[1].done():
+                each[1].set_result(None)
+
+    def lasts(
+        self, error: tuple[str, str], sort: int, request: str, requests: int = REQUESTS, tries: int = TRIES
+    ) -> bool:
+        """Note an error, (reason, text); whether retrying cannot mend it: `requests` requests of the sort have met it
+        `tries` times each, and none has got a reply meanwhile.
+
+        Where the text says nothing in particular, other sorts of requests must have got replies meanwhile.
+        """
+        reason, text = error
+        text = re.sub(r"\w*\d\w*", "#", text)  # ids of requests, times
+        replies = self.replies.total()
+        seen = self._seen.setdefault((reason, text, sort), _Seen(replies=replies))
+        seen.tries[request] += 1
+        enough = sum(count >= tries for count in seen.tries.values()) >= requests
+        return enough and (not _GENERAL.fullmatch(text.strip()) or replies > seen.replies)

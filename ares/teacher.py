@@ -23,7 +23,7 @@ from ares.answering import OURS, Report, Session
 from ares.asking import CORRECT, JUDGE, SCORE, Reply, Request, Teacher, Wording
 from ares.batch_records import Store
 from ares.budget import LOG, Ledger, read_log
-from ares.claude import DEFAULT_MODEL, ClaudeTeacher, api_key
+from ares.claude import DEFAULT_MODEL, ClaudeTeacher, api_key, server_address
 from ares.feedback import Item
 from ares.live import ask_live
 from ares.prices import Price, price_of
@@ -116,6 +116,9 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
         "--no-structured", action="store_true", help="ask for JSON in words only, where a gateway knows no schema"
     )
     group.add_argument(
+        "--keep_replies", action="store_true", help="use replies that another Teacher or model wrote before"
+    )
+    group.add_argument(
         "--accept-missing", action="store_true", help="go on although some replies are missing or unusable"
     )
     ways = parser.add_argument_group("batches, money, looking before asking")
@@ -160,8 +163,10 @@ def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
         wrong.append(f"{' and '.join(map(_flag, modes))} do not go together; give one")
     if args.submit_only and not args.batch:
         wrong.append("--submit-only needs --batch")
-    if args.base_url is not None and not args.base_url.startswith(("http://", "https://")):
-        wrong.append(f"--base_url: {args.base_url} is no address; it begins with http:// or https://")
+    try:
+        args.base_url = server_address(args.base_url)
+    except cli.UserError as error:
+        wrong.append(str(error))
     if args.cache and args.no_cache:
         wrong.append("--cache and --no-cache contradict each other; give one")
     if args.price and not all(0 <= price < math.inf for price in args.price):
@@ -224,14 +229,17 @@ def load_for(args: argparse.Namespace, items: Sequence[Item]) -> Problems | None
 
 
 @contextlib.contextmanager
-def work_in(root: str | Path, flag: str, args: argparse.Namespace) -> Iterator[Teacher]:
+def work_in(root: str | Path, flag: str, args: argparse.Namespace, before: Ledger | None = None) -> Iterator[Teacher]:
     """The Teacher, with the folder's lock held and its spend log open. Raises UserError if another client is there.
 
-    On the way out it says what the folder has cost, if requests were lost on the way.
+    At the end it says what the folder has cost, if requests were lost. `before`: the ledger of a folder that this run
+    worked in, whose spend counts towards --max_usd.
     """
     ours = cli.writable_dir(Path(root) / OURS, flag)
     with locks.only_client(ours / "lock", f"{flag} {root}"):
         ledger = Ledger(ours if args.teacher == "claude" else None, args.max_usd)
+        if before is not None:
+            ledger.spent_usd, ledger.lost, ledger.lost_usd = before.spent_usd, before.lost, before.lost_usd
         teacher = make_teacher(args, ledger)
         try:
             yield teacher
@@ -243,18 +251,20 @@ def work_in(root: str | Path, flag: str, args: argparse.Namespace) -> Iterator[T
 def _tell_of_losses(ours: Path, teacher: Teacher) -> None:
     retried = Counter(getattr(teacher, "retried", {}))
     if retried:
-        cli.print0(f"asked again after errors that pass: {in_words(retried)}")
+        cli.print0(f"retried errors: {in_words(retried)}")
     totals = read_log(ours / LOG)
     if totals.unknown:
         cli.print0(
             f"{ours / LOG}: ${totals.usd:.4f} for {totals.replies} replies so far, and at most "
-            f"${totals.unknown_usd:.4f} for {totals.unknown} requests that were killed or lost on their way"
+            f"${totals.unknown_usd:.4f} for {totals.unknown} requests of unknown cost (killed, lost, or answered "
+            "without their usage)"
         )
 
 
 def make_session(root: str | Path, teacher: Teacher, kind: str, args: argparse.Namespace, **more: Any) -> Session:
     """A Session as the flags want it; `more` as in its class."""
-    return Session(root, teacher, kind, attempts=args.attempts, cache=make_cache(args), **more)
+    more |= {"attempts": args.attempts, "cache": make_cache(args), "keep_replies": args.keep_replies}
+    return Session(root, teacher, kind, **more)
 
 
 def answer_items(session: Session, items: Sequence[Item], args: argparse.Namespace) -> Report:
@@ -279,10 +289,11 @@ def in_words(reasons: Mapping[str, int]) -> str:
 
 
 def refuse_unusable(report: Report, accept_missing: bool) -> None:
-    """Raise UserError, by reason, if asking again might mend replies and the user has not said to go on."""
+    """Raise UserError with the reasons if replies are unusable, unless the user has said to go on without them."""
     lost = Counter(report.blocking().values())
     if lost and not accept_missing:
         raise cli.UserError(
-            f"{lost.total()} of {report.total} replies are unusable ({in_words(lost)}); run the same command again to "
-            "ask for them anew (with --batch: and a larger --attempts), or add --accept-missing to go on without them"
+            f"{lost.total()} of {report.total} replies are unusable ({in_words(lost)}){report.examples()}; run the "
+            "same command again to ask for them anew (with --batch: and a larger --attempts), or add --accept-missing "
+            "to go on without them"
         )

@@ -49,6 +49,8 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     error_code: str | None = None
     kind: str = ""
+    body: bytes | None = None  # instead of the API's error body
+    content_type: str = "application/json"
 
     @property
     def name(self) -> str:
@@ -306,6 +308,8 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             if api.latency:
                 time.sleep(api.latency)
+            if fault is not None and fault.body is not None:
+                return self.send_bytes(fault.status, fault.body, fault.headers, fault.content_type)
             if fault is not None and not fault.kind:
                 return self.error(fault.status, fault.message, fault.headers, fault.error_code)
             return self.reply(asked, fault.kind if fault else "")

@@ -327,7 +327,7 @@ def test_a_reply_serves_other_runs_and_errors_are_not_kept(server, questions, tm
     assert len(server.log) == before + 2, "26 items, 24 known"
     mark = json.loads((feedback.iter_items(other)[0].folder / feedback.SIDECAR).read_text())
     assert mark["from_cache"] and mark["cost_usd"] == 0 and mark["request_id"].startswith("req_")
-    ask(server, tmp_path / "another_run/questions", "--teacher_model", "claude-haiku-4-5-20251001")
+    ask(server, other, "--teacher_model", "claude-haiku-4-5-20251001", "--keep_replies")
     assert len(server.log) == before + 2, "what has a reply keeps it, whoever gave it"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text(lines[0][:-9] + "\n" + "".join(lines[1:-1]) + lines[-1][:-9])

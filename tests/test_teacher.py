@@ -5,10 +5,8 @@ Real questions, images and sentences; the server checks what arrives (tests/api_
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ import pytest
 import haiku
 import haiku_for_correction_feedback
 import preprocessing_for_correction_feedback
-from ares import claude, cli, feedback, live, teacher
+from ares import claude, cli, feedback, teacher
 from ares.api_errors import said
 from ares.asking import CORRECT, SCORE, Request, custom_id
 from ares.images import media_type
@@ -268,61 +266,6 @@ def test_unusable_replies_are_asked_again_then_reported(server, questions, probl
     server.respond = fill_form
     ask(server, questions)
     assert feedback.read_scores(feedback.question_dir(questions, 0, 0, PICTURE))
-
-
-def test_a_reply_that_comes_as_the_clerks_end_is_laid_down(monkeypatch):
-    """Both clerks end in one step of the loop, and a reply comes in the same step: once it waited for ever."""
-    gate = None
-
-    async def together(function, *args):
-        await gate.wait()
-        return function(*args)
-
-    class Folder:
-        def lay_down(self, reply):
-            return None
-
-    async def scene():
-        nonlocal gate
-        gate = asyncio.Event()
-        monkeypatch.setattr(live.asyncio, "to_thread", together)
-        desk = live._Desk(Folder())
-        first = asyncio.create_task(desk.lay_down("first"))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)  # a clerk has taken it
-        second = asyncio.create_task(desk.lay_down("second"))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-
-        async def late():
-            await gate.wait()
-            await desk.lay_down("late")
-
-        third = asyncio.create_task(late())
-        await asyncio.sleep(0)
-        gate.set()
-        await asyncio.wait_for(asyncio.gather(first, second, third), 5)
-
-    asyncio.run(scene())
-
-
-def test_a_clerk_that_cannot_work_says_so():
-    """No thread to write in: whoever waits for the reply to be laid down hears of it (once it waited for ever)."""
-
-    class Folder:
-        def lay_down(self, reply):
-            return None
-
-    async def scene():
-        nobody = ThreadPoolExecutor(1)
-        nobody.shutdown()
-        asyncio.get_running_loop().set_default_executor(nobody)
-        desk = live._Desk(Folder())
-        replies = [desk.lay_down("first"), desk.lay_down("second")]
-        ends = await asyncio.wait_for(asyncio.gather(*replies, return_exceptions=True), 5)
-        assert all(isinstance(end, RuntimeError) for end in ends)
-
-    asyncio.run(scene())
 
 
 def test_a_defect_lets_the_others_come_home(server, questions, monkeypatch):
