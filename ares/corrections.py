@@ -30,7 +30,8 @@ _OBJECT_GOES_ON = re.compile(r'\s?,?\s?[}"]')
 _SAYS_UNCHANGED = frozenset(
     "unchanged unmodified unaltered unedited unrevised uncorrected untouched same identical original final no not "
     "none na nil nothing nan correct right accurate valid perfect fine good ok okay above see refer copy copied "
-    "copies repeat repeated keep kept equal equals match matches ditto idem verbatim applicable".split()
+    "copies repeat repeated keep kept equal equals match matches ditto idem verbatim applicable "
+    "don't doesn't didn't isn't".split()
 )
 _LABELS = frozenset(
     "xxx corrected improved revised updated edited fixed new rationale explanation solution version text response "
@@ -40,7 +41,7 @@ _GLUE = frozenset(
     "a an the it its it's is are was were be been being has have had this that these those there here which all every "
     "each everything anything any one in of for to as at from with by and or so but already still just exactly "
     "completely fully entirely entire whole totally identically correctly accurately well i we you my our do does did "
-    "don't doesn't didn't isn't need needs needed require requires required necessary warranted called make makes "
+    "need needs needed require requires required necessary warranted called make makes "
     "made making change changes changed changing alter altered edit edits editing correction corrections correcting "
     "modification modifications modified modify adjustment adjustments adjusted revision revisions improvement "
     "improvements fix fixes fixing update updates amendment amendments amended error errors mistake mistakes issue "
@@ -69,9 +70,8 @@ def parse_correction(reply: str | bytes | None, rationale: str) -> str:
     if not finals:
         raise Refused("no_final", "no final rationale that is closed by its brace")
     original = one_line(rationale)
-    # the form of the request may be repeated before the answer
-    filled = [final for final in finals if _remark(final, original) != "placeholder"]
-    final, *others = dict.fromkeys(filled or finals)
+    # the form of the request, or a remark, may stand beside the answer
+    final, *others = dict.fromkeys([final for final in finals if not _remark(final, original)] or finals[:1])
     if others:
         raise Refused("ambiguous", f"{len(others) + 1} final rationales that differ")
     reason = _remark(final, original)
@@ -95,7 +95,8 @@ def _remark(final: str, original: str) -> str | None:
 
 
 def _remark_words(text: str) -> set[str]:
-    text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).lower().replace("n/a", "na").replace("’", "'")
+    text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).lower().replace("’", "'")
+    text = re.sub(r"\bn[./]a\b", "na", text)
     return set(_REMARK_WORD.findall(text))
 
 
@@ -118,7 +119,7 @@ def _final_value(text: str, start: int, key: str) -> str | None:
     with contextlib.suppress(ValueError, RecursionError):  # null means empty; an object or a number is no text
         value, end = json.JSONDecoder(strict=False).raw_decode(text, start)
         if _OBJECT_GOES_ON.match(text, end):
-            return "" if value is None else None
+            return "" if value in (None, {}) else None
     own_braces = text.startswith("{", start)
     body = _up_to_brace(text, start + own_braces)
     if body is None:

@@ -272,7 +272,7 @@ _NUMBERED = re.compile(r"(?:(?:sentence|sent|score|s|no)[ ._#-]{0,2}|#)?\(?([0-9
 _NUMBERING = re.compile(r"\A\s?(?:(?:sentence|sent|s)[ _-]?)?(?:\([0-9]{1,3}\)|[0-9]{1,3}[.):])\s", re.IGNORECASE)
 _ELLIPSIS = re.compile(r"\.{3,}|…")
 _SPELLING = str.maketrans(
-    "\u2010\u2011\u2012\u2013\u2014\u2212", "------", "\"'`\\*\u2018\u2019\u201c\u201d\u00ab\u00bb"
+    "\u2010\u2011\u2012\u2013\u2014\u2212", "------", ",;:\"'`\\*\u2018\u2019\u201c\u201d\u00ab\u00bb"
 )
 
 
@@ -333,9 +333,9 @@ def _unique(sentences: Iterable[str], form: Callable[[str], str]) -> dict[str, s
 
 
 def plain(text: str) -> str:
-    """The text without case, quotes, markdown, punctuation at its ends, and special dashes."""
+    """The text without case, quotes, markdown, commas, special dashes, and punctuation at its ends."""
     text = unicodedata.normalize("NFKC", text).translate(_SPELLING)
-    return one_line(text).casefold().strip(" .,;:!?_")
+    return one_line(text).casefold().strip(" .!?_")
 
 
 # Arrays: `{"scores": [...]}`, or `[...]` on lines of its own.

@@ -141,6 +141,7 @@ def test_score_verdicts(reply, sentences, expected):
 
 THREE = ["The ice melts.", "It is a change of state.", "So, the answer is B."]
 T1, T2, T3 = THREE
+SCORED = [0.1, 0.2, 0.3]
 ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
 
 
@@ -158,13 +159,13 @@ ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
         ('{"score": 0.9}', ["A."], "ambiguous"),
         ('{"temperature": 0.9, "top_p": 0.8}', ["A.", "B."], "ambiguous"),
         # numbers name sentences, in any order; other sets of numbers do not
-        ('{"3": 0.3, "1": 0.1, "2": 0.2}', THREE, [0.1, 0.2, 0.3]),
-        ('{"3.": 0.3, "1.": 0.1, "2.": 0.2}', THREE, [0.1, 0.2, 0.3]),
-        ('{"Sentence 2": 0.2, "Sentence 1": 0.1, "Sentence 3": 0.3}', THREE, [0.1, 0.2, 0.3]),
-        ('{"sentence_2": 0.2, "sentence_3": 0.3, "sentence_1": 0.1}', THREE, [0.1, 0.2, 0.3]),
-        ('{"s3": 0.3, "S2": 0.2, "s1": 0.1}', THREE, [0.1, 0.2, 0.3]),
-        ('{"#3": 0.3, "(2)": 0.2, "no. 1": 0.1}', THREE, [0.1, 0.2, 0.3]),
-        ('{"2": 0.3, "0": 0.1, "1": 0.2}', THREE, [0.1, 0.2, 0.3]),  # from 0
+        ('{"3": 0.3, "1": 0.1, "2": 0.2}', THREE, SCORED),
+        ('{"3.": 0.3, "1.": 0.1, "2.": 0.2}', THREE, SCORED),
+        ('{"Sentence 2": 0.2, "Sentence 1": 0.1, "Sentence 3": 0.3}', THREE, SCORED),
+        ('{"sentence_2": 0.2, "sentence_3": 0.3, "sentence_1": 0.1}', THREE, SCORED),
+        ('{"s3": 0.3, "S2": 0.2, "s1": 0.1}', THREE, SCORED),
+        ('{"#3": 0.3, "(2)": 0.2, "no. 1": 0.1}', THREE, SCORED),
+        ('{"2": 0.3, "0": 0.1, "1": 0.2}', THREE, SCORED),  # from 0
         ('{"1": 0.3, "2": 0.1, "4": 0.2}', THREE, "ambiguous"),
         ('{"1": 0.3, "2": 0.1, "2": 0.2}', THREE, "ambiguous"),
         ('{"-1": 0.3, "2": 0.1, "3": 0.2}', THREE, "ambiguous"),
@@ -174,16 +175,16 @@ ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
         ('{"2": 0.7, "1": 0.1}', ["2.", "1."], "ambiguous"),  # by text or by number?
         ('{"A": 0.3, "B": 0.1, "C": 0.2}', THREE, "ambiguous"),  # the options' letters
         # case, blanks, quotes, ends, numbering, an ellipsis
-        ('{"so the answer is b": 0.3, "THE ICE MELTS": 0.1, "It is a change of state": 0.2}', THREE, "ambiguous"),
-        ('{"so, the answer is b": 0.3, "THE ICE MELTS": 0.1, "It  is a change of state!": 0.2}', THREE, [0.1, 0.2, 0.3]),
+        ('{"so is b": 0.3, "THE ICE MELTS": 0.1, "It is a change of state": 0.2}', THREE, "ambiguous"),
+        ('{"so the answer is b": 0.3, "THE ICE MELTS": 0.1, "It  is a change of state!": 0.2}', THREE, SCORED),
         ('{"\\"So, the answer is B.\\"": 0.3, "`The ice melts.`": 0.1, "**It is a change of state**": 0.2}', THREE,
-         [0.1, 0.2, 0.3]),
-        ('{"So, the...": 0.3, "The ice ...": 0.1, "It is a ch…": 0.2}', THREE, [0.1, 0.2, 0.3]),
-        ('{"So, ... is B.": 0.3, "The ice melts.": 0.1, "It is … of state.": 0.2}', THREE, [0.1, 0.2, 0.3]),
+         SCORED),
+        ('{"So, the...": 0.3, "The ice ...": 0.1, "It is a ch…": 0.2}', THREE, SCORED),
+        ('{"So, ... is B.": 0.3, "The ice melts.": 0.1, "It is … of state.": 0.2}', THREE, SCORED),
         ('{"The ...": 0.3, "Water...": 0.1}', ["The ice melts.", "The water is hot."], "ambiguous"),
         ('{"...": 0.3, "It ...": 0.1}', ["The ice melts.", "It is hot."], "ambiguous"),
-        ('{"Sentence 2: It is a change of state.": 0.2, "(3) So, the answer is B.": 0.3, "1) The ice melts.": 0.1}', THREE,
-         [0.1, 0.2, 0.3]),
+        ('{"Sentence 2: It is a change of state.": 0.2, "(3) So, the answer is B.": 0.3, "1) The ice melts.": 0.1}',
+         THREE, SCORED),
         ('{"Walk.": 0.1, "Ride a bus.": 0.2}', ["1. Walk.", "2. Ride a bus."], [0.1, 0.2]),
         ('{"2. walk": 0.2, "1. walk": 0.1}', ["1. Walk.", "2. Walk."], [0.1, 0.2]),
         ('{"x is < 2": 0.2, "X is > 2": 0.1}', ["x is > 2.", "x is < 2."], [0.1, 0.2]),
@@ -191,11 +192,11 @@ ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
         ('{"It is hot.": 0.2, "Is it hot!": 0.1}', ["Is it hot?", "Is it hot."], "ambiguous"),
         # JSON's escapes in keys, LaTeX raw and escaped
         ('{"He said \\"no\\".": 0.2, "The \\u00e9t\\u00e9 is hot": 0.1, "It is \\\\frac{1}{2} of x.": 0.3}', ESCAPED,
-         [0.1, 0.2, 0.3]),
-        ('{"He said \u201cno\u201d.": 0.2, "the été is hot": 0.1, "It is \\frac{1}{2} of x": 0.3}', ESCAPED, [0.1, 0.2, 0.3]),
+         SCORED),
+        ('{"He said \u201cno\u201d.": 0.2, "the été is hot": 0.1, "It is \\frac{1}{2} of x": 0.3}', ESCAPED, SCORED),
         # one object per sentence
-        (f'{{"{T2}": {{"score": 0.2}}, "{T1}": {{"score": 0.1}}, "{T3}": {{"score": "0.3"}}}}', THREE, [0.1, 0.2, 0.3]),
-        (f'{{"{T1[:-1]}": {{"score": 0.1}}, "{T2}": {{"score": 0.2}}, "{T3}": {{"rating": 0.3}}}}', THREE, [0.1, 0.2, 0.3]),
+        (f'{{"{T2}": {{"score": 0.2}}, "{T1}": {{"score": 0.1}}, "{T3}": {{"score": "0.3"}}}}', THREE, SCORED),
+        (f'{{"{T1[:-1]}": {{"score": 0.1}}, "{T2}": {{"score": 0.2}}, "{T3}": {{"rating": 0.3}}}}', THREE, SCORED),
         # an array that is quoted, not the reply's own
         ("I cannot score these sentences on the scale [0.0, 1.0].", ["A.", "B."], "no_json"),
         ("I can't rate these. The scale is:\n[0.0, 1.0]\n", ["A.", "B."], "no_json"),
@@ -459,3 +460,99 @@ def test_correction_refusals(reply, reason):
 def test_any_correction_in_json(before, after):
     reply = json.dumps({"Original rationale": before, "Final rationale": after})
     assert parse_correction(reply, before) == " ".join(after.split())
+
+
+REMARKS = """
+original_rationale / {original_rationale} / [original_rationale] / <original_rationale> / "original_rationale"
+${original_rationale} / {{original_rationale}} / `original_rationale` / **original rationale** / ORIGINAL_RATIONALE
+originalRationale / original rationale / Original. / (original) / _original rationale_ / *original*
+{Final rationale} / <final rationale> / [final_rationale] / "Final Rationale" / finalRationale / final_rationale
+same as original_rationale / Same as {original_rationale}. / same as the original / [same as original] / SAME
+(same as above) / Same. / the same / Same text as the original rationale. / identical to original_rationale
+It is identical to the student's explanation. / See above. / (see above) / see original_rationale
+See original rationale above / As above. / Refer to the original rationale. / copy of the original
+[Copy original rationale here] / Original kept. / unchanged / Unchanged. / (unchanged) / **Unchanged** / UNCHANGED
+<unchanged/> / [unchanged from original] / ~unchanged~ / Remains unchanged. / Left as is, unchanged.
+The explanation is unchanged. / No change / No changes. / (no changes needed) / No changes were made.
+no_changes_needed / No corrections necessary / No correction is necessary. / No edits / No edits required.
+No modifications needed; the original is correct. / Nothing to correct. / Nothing to change. / I made no changes.
+No revision is needed - the text is accurate. / There are no errors. / No errors found.
+No mistakes found; no changes made. / The original rationale is correct. / The original is correct as written.
+Correct as is. / Already correct. / It is already correct. / All sentences are correct.
+All sentences are correct, so no changes were made. / The rationale is accurate. / Correct. / N/A / n/a / n.a. / NA
+(N/A) / None / none. / Nil / not applicable / No / Ditto / The student's explanation doesn't need corrections.
+""".replace("\n", " / ").strip(" /").split(" / ")  # fmt: skip
+FORM_WORDS = """
+xxx / {xxx} / the corrected explanation / {corrected_rationale} / <corrected rationale>
+[Insert corrected rationale here] / {your corrected explanation} / corrected / [TODO] / <text> / revised_rationale
+"The improved explanation."
+""".replace("\n", " / ").strip(" /").split(" / ")  # fmt: skip
+TEXTS = """
+The original rationale of the experiment was to test heat. / The original is a copy of the Mona Lisa.
+See above the map. / No change of state occurs. / No corrections were made to the map of Ohio.
+The same number of particles is in both. / Original thirteen colonies wrote it. / The final answer is (A).
+Final velocity is not the original velocity. / The ice stays unchanged while it floats.
+None of the animals is a mammal. / It is not applicable to fish. / N/A is a label here.
+It is correct that ice melts. / The student's ice melts. / Nothing melts. / All sentences have a verb.
+No, ice is cold. / The text is written in Spanish. / 2 + 2 = 4, so no. / The corrected sentence has a comma.
+An identical magnet repels.
+""".replace("\n", " / ").strip(" /").split(" / ")  # fmt: skip
+FORMS = [
+    lambda text: json.dumps({"Original rationale": BEFORE, "Final rationale": text}),
+    lambda text: f'{{\n"original_rationale": "{BEFORE}",\n"final_rationale": "{text}"\n}}',
+    lambda text: f"{{original rationale: {BEFORE}\nfinal_rationale: {text}}}",
+    lambda text: f"**Original rationale**: {{{BEFORE}}}\n**Final rationale**: {{{text}}}",
+]
+
+
+def outcome(reply, rationale=BEFORE):
+    try:
+        return parse_correction(reply, rationale)
+    except Refused as refused:
+        return refused.reason
+
+
+@pytest.mark.parametrize("remark", REMARKS)
+def test_a_remark_means_unchanged(remark):
+    assert {outcome(form(remark)) for form in FORMS} == {"unchanged"}
+
+
+@pytest.mark.parametrize("words", FORM_WORDS)
+def test_a_word_of_the_form_is_no_rationale(words):
+    assert {outcome(form(words)) for form in FORMS} == {"placeholder"}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_rationale_may_hold_such_words(text):
+    assert {outcome(form(text)) for form in FORMS} == {text}
+
+
+def test_remarks_and_texts():
+    assert len(REMARKS) > 90 and len(FORM_WORDS) == 12 and len(TEXTS) > 18
+    assert outcome("final_rationale: {original_rationale}") == "unchanged"
+    for empty in ("", "...", "---", "—", "{}", "()", '\\"\\"'):
+        assert {outcome(form(empty)) for form in FORMS[1:3]} == {"empty"}, empty
+    beside = '{"Final rationale": "<final rationale>"}\n{"Final rationale": "A b."}\n{"Final rationale": "xxx"}'
+    assert outcome(beside) == "A b."
+    # a remark around the text that was sent; the text itself is one even if it is such words
+    for around in ("Same as the original: %s", "%s (no changes needed)", "[unchanged] %s"):
+        assert outcome(FORMS[0](around % BEFORE)) == "unchanged"
+    assert outcome(json.dumps({"Final rationale": "It is the same."}), "it is the same") == "It is the same."
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (r"It is \frac{1}{2} of 4.", r"It is \frac{1}{2} of 4."),
+        (r"It is \\frac{1}{2} of 4.", r"It is \frac{1}{2} of 4."),
+        (r"2 \times 3 \neq 7, \beta \rightarrow \theta.", r"2 \times 3 \neq 7, \beta \rightarrow \theta."),
+        (r"\text{ice} is \nu, \(x\) and 5\%.", r"\text{ice} is \nu, \(x\) and 5\%."),
+        (r"A.\nNow B.\tThen C.\r\nNext \"D\".", 'A. Now B. Then C. Next "D".'),
+        (r"\nnot all, \nor one, \nneon.", "not all, or one, neon."),
+        (r"caf\u00e9 a\/b \ud83d\ude00 \ud83d. \u12 \x", "café a/b 😀 . \\u12 \\x"),
+    ],
+)
+def test_escapes_are_decoded_where_they_are_ones(written, read):
+    assert outcome(f'{{"Original rationale": "x", "Final rationale": "{written}"}}') == read
+    assert outcome(f'{{"Final rationale": ["{written}"]}}') == read
+    assert outcome(f'{{"Final rationale": "He said "so". {written}"}}') == f'He said "so". {read}'
