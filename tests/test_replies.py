@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import time
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +14,10 @@ from hypothesis import strategies as st
 
 from ares.corrections import parse_correction
 from ares.feedback import RATIONALE, REASON, REPLY, SCORES, Refused, parse_scores, read_scores
-from ares.replies import LONGEST
+from ares.reference import correct_rationale, score_sentences
+from ares.replies import LONGEST, parse_verdict
+from ares.sentences import is_finished, remove_repeats, sentence_columns, split_text
+from utils_evaluate import extract_answer
 
 # Cases of fixtures/scores_parse.json where the released parser is no guide, with the right verdict and why.
 ACCEPT = {
@@ -556,3 +562,83 @@ def test_escapes_are_decoded_where_they_are_ones(written, read):
     assert outcome(f'{{"Original rationale": "x", "Final rationale": "{written}"}}') == read
     assert outcome(f'{{"Final rationale": ["{written}"]}}') == read
     assert outcome(f'{{"Final rationale": "He said "so". {written}"}}') == f'He said "so". {read}'
+
+
+# -- work: any text, in time and memory that grow with its length --------------------------------------------
+
+PROBLEM = {
+    "question": "Which boat is faster?", "choices": ["boat a a", "boat b 2"], "answer": 1, "hint": "", "image": None,
+    "lecture": "Speed is distance by time.", "solution": "One boat moved 240 miles. Boat b 2 is faster.",
+}  # fmt: skip
+UNITS = [
+    " ", "\n", " \n", '"', "\\", "{", "}", "[", "]", "{[", "1", "1.", ". ", ".", ",", ":", '"a": ', '"a": 1, ',
+    "'", "a", "A. ", "a ", "a.na", ".n", "\\n", "! ", '? "', "(", "*", "-", "final ", '"final rationale": ', '{"',
+    '{"a": {', "[0.1]\n", "Solution: ", '"verdict": "1"', '"reason": "', "option a ", "The ice melts. ",
+    '{"The ice melts.": 0.5, ', "0.5\n", "\\u00e9", '\\"', '{"a": "', '": "', "}{", "U.S. ", "...", '1, a {"',
+    "The answer is (A) ", "```\n", "'a': '", "\x03",
+]  # fmt: skip
+ICE = ["The ice melts.", "It is hot.", "a"]
+PARSERS = {
+    "scores": lambda text: parse_scores(text, ICE),
+    "scores of such sentences": lambda text: parse_scores(text, [text[:9], text[3:7], *[text[:6]] * 20]),
+    "a key": lambda text: parse_scores(f'{{"The ice melts.": 0.5, "{text}": 0.5}}', ICE),
+    "correction": lambda text: parse_correction(text, "The ice."),
+    "a quoted correction": lambda text: parse_correction('{"Final rationale": "' + text, "The ice."),
+    "a bare correction": lambda text: parse_correction("{final rationale: " + text + "}", "The ice."),
+    "a correction's key": lambda text: parse_correction('{"Final' + text, "The ice."),
+    "a correction as Python": lambda text: parse_correction("{'final rationale': '" + text + "'}", "The ice."),
+    "verdict": lambda text: parse_verdict('"verdict":' + text + '"verdict": 1, "reason": "' + text),
+    "sentences": lambda text: remove_repeats(split_text("So it is a" + text)),
+    "finished": is_finished,
+    "reference scores": lambda text: score_sentences(PROBLEM, split_text(text)),
+    "reference score of one": lambda text: score_sentences(PROBLEM, [text]),
+    "reference correction": lambda text: correct_rationale(PROBLEM, text),
+    "answer": lambda text: extract_answer("The answer is (" + text),
+}
+
+
+def work(parse, text, repeats=1):
+    """CPU seconds; the least of some repeats, since other processes only add."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.process_time()
+        with contextlib.suppress(Refused):
+            parse(text)
+        seconds.append(time.process_time() - started)
+    return min(seconds)
+
+
+def assert_linear(parse, make, name):
+    """Four times the length takes about four times as long; a square would take sixteen times."""
+    short, long = make(4000), make(16000)
+    for repeats in (1, 3, 10):
+        once, fourfold = work(parse, short, repeats), work(parse, long, repeats)
+        if fourfold < 8 * once + 0.004:
+            return
+    pytest.fail(f"{name}: {once * 1000:.1f} ms for 4,000 characters, {fourfold * 1000:.1f} ms for 16,000")
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_work_grows_with_the_length(parser):
+    for unit in UNITS:
+        assert_linear(PARSERS[parser], lambda length, unit=unit: (unit * length)[:length], f"{parser} of {unit!r}")
+
+
+def test_work_on_ids_grows_with_their_number(t5_tokenizer):
+    for unit in UNITS:
+        some = t5_tokenizer(unit * 50, add_special_tokens=False).input_ids or [2]
+        assert_linear(
+            lambda ids: sentence_columns(ids, t5_tokenizer),
+            lambda length, some=some: (some * length)[: length // 4],
+            f"ids of {unit!r}",
+        )
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_memory_is_bounded(parser):
+    for unit in ("{", '"a": 1, ', '{"a": {', ". ", "a ", '"final rationale": ', '{"The ice melts.": 0.5, '):
+        tracemalloc.start()
+        work(PARSERS[parser], (unit * 40_000)[:40_000])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 40 * 2**20, (unit, peak)
