@@ -8,7 +8,8 @@
     {questions}/{k}/llm_done.txt            action k is answered
 
 Knows folders, signals and waiting; what is asked is laid out by ares/requests.py, how a reply is read is in
-ares/replies.py. Corrections use the same files under `{correction}/0/p0/{qid}/`, without signals.
+ares/replies.py and ares/corrections.py. Corrections use the same files under `{correction}/0/p0/{qid}/`, without
+signals.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ares import cli
-from ares.replies import Refused, parse_correction, parse_scores, parse_verdict
+from ares.corrections import parse_correction
+from ares.replies import Refused, parse_scores, parse_verdict
 
 __all__ = [
     "DONE", "EXPORTED", "IMAGE", "RATIONALE", "REASON", "REPLY", "REQUEST", "SCORES", "SIDECAR",

@@ -1,8 +1,11 @@
-"""Reading the Teacher's replies: sentence scores and corrected rationales.
+"""Reading the Teacher's replies: sentence scores and a judge's verdicts (ares/corrections.py: corrected rationales).
 
 A model asked for JSON does not always send JSON: fences, prose, unescaped quotes, one line or many. What is clear to a
-careful reader is read; everything else raises `Refused` with a reason, and nothing else is ever raised. No guess is
-made from positions in the text: a wrong score trains the policy wrongly, a refused one only loses a sample.
+careful reader is read; everything else raises `Refused` with a reason, and nothing else is ever raised. A score counts
+only for the sentence that its key names: a wrong score trains the policy wrongly, a refused one only loses a sample.
+
+Replies are untrusted: `read_text` collapses blanks and caps the length first, so `\\s?` is any white space in the
+patterns below, and every pattern and loop takes time linear in the reply.
 """
 
 from __future__ import annotations
@@ -11,28 +14,22 @@ import contextlib
 import json
 import math
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
-# a value as written: quoted on one line, or a bare word
-_VALUE = r'(?:"(?P<quoted>[^"\n]{0,40})"|(?P<bare>[^\s",{}\[\]]{1,40}))'
-# after a key's closing quote: colon, value
-_AFTER_KEY = re.compile(rf"\s*:\s*{_VALUE}")
-# where an entry ends when the sentences are not quoted verbatim: a comma, brace or line end must follow the value
-_ENTRY_END = re.compile(rf'(?<!\\)"\s*:\s*{_VALUE}(?=[^\S\n]*(?:[,}}\n]|\Z))')
-_SEPARATOR = re.compile(r"[\s,]*")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-# `[0.8, 0.5]` on lines of its own or as a key's value; `[1]` within a sentence is a citation
-_ARRAY = re.compile(r"(?:^|[:`\n])[^\S\n]*\[([^\[\]]*)\]\s*(?=[,}`\n]|\Z)")
+STRING = r'"(?:[^"\\]|\\.)*+"'  # JSON's, in re.DOTALL
+LONGEST = 200_000  # characters, blanks collapsed; the longest possible reply to one request has about 50,000
 _PLACEHOLDER = "xxx"
 
 
 class Refused(ValueError):
     """A reply that cannot be used. `reason` is one word for counting; the message says what was wrong.
 
-    Reasons for scores: no_rationale, no_sentences, no_reply, no_json, wrong_count, placeholder, not_a_number,
-    out_of_range, ambiguous. For corrections: no_reply, no_final, empty, unchanged, placeholder, ambiguous. For
-    verdicts: no_reply, no_verdict, ambiguous.
+    Reasons for all replies: no_reply, too_long, ambiguous. For scores: no_rationale, no_sentences, no_json,
+    wrong_count, placeholder, not_a_number, out_of_range. For corrections: no_final, empty, unchanged, placeholder.
+    For verdicts: no_verdict.
     """
 
     def __init__(self, reason: str, message: str = ""):
@@ -40,38 +37,89 @@ class Refused(ValueError):
         self.reason = reason
 
 
-# -- scores ----------------------------------------------------------------------------------------------
-
-
-def parse_scores(reply: str | bytes | None, sentences: Sequence[str]) -> list[float]:
-    """Scores of `sentences`, in their order, from the Teacher's raw reply (SPEC 7).
-
-    Read in this order: a complete object that quotes the sentences verbatim (whatever quotes, colons or braces they
-    hold); objects whose keys differ from the sentences, by position or, when the keys are the sentences in another
-    order, by text; a bare array or `{"scores": [...]}`. Two complete objects that differ are refused.
-
-    Raises Refused, and nothing else, for any text or bytes.
-    """
-    text = _as_text(reply)
-    if not sentences:
-        raise Refused("no_sentences", "the rationale holds no sentence")
-    if not text.strip():
-        raise Refused("no_reply", "the reply is empty")
-    verbatim = _verbatim_objects(text, sentences)
-    if verbatim:
-        return _only_one(verbatim)
-    groups = _entry_groups(text)
-    if groups:
-        return _from_groups(groups, sentences)
-    return _from_arrays(text, len(sentences))
-
-
-def _as_text(reply: str | bytes | None) -> str:
+def read_text(reply: str | bytes | None) -> str:
+    """The reply as text with its blanks collapsed. Raises Refused for none, an empty or an over-long one."""
     if reply is None:
         raise Refused("no_reply", "there is no reply")
     if isinstance(reply, bytes):
         reply = reply.decode("utf-8", errors="replace")
-    return reply.removeprefix("\ufeff")
+    text = collapse(reply.removeprefix("\ufeff"))
+    if not text.strip():
+        raise Refused("no_reply", "the reply is empty")
+    if len(text) > LONGEST:
+        raise Refused("too_long", f"the reply has {len(text):,} characters")
+    return text
+
+
+def collapse(text: str) -> str:
+    """Every run of white space as one character: a newline if it holds one, else a blank."""
+    return re.sub(r"\s{2,}", lambda run: "\n" if "\n" in run[0] else " ", text)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+# LaTeX commands that begin like a JSON escape: in `\frac` the backslash is not half of a form feed
+_LATEX = (
+    "(?:bar|because|begin|beta|bf|big|binom|bmod|boldsymbol|bot|boxed|bullet|flat|forall|frac|frown|nabla|ne|nearrow|"
+    "neg|neq|newline|nexists|nmid|not|notin|nu|rangle|rbrace|rceil|rfloor|rho|right|rightarrow|rm|tan|tau|tanh|"
+    "text[a-z]*|tfrac|therefore|theta|tilde|times|to|top|triangle|triangleq)(?![A-Za-z])"
+)
+_ESCAPE = re.compile(rf'\\(?:u(?P<code>[0-9a-fA-F]{{4}})|(?!{_LATEX})(?P<blank>[bfnrt])|(?P<itself>["\\/]))')
+
+
+def unescape(text: str) -> str:
+    """Decode JSON's escapes, and leave a backslash that begins none. Halves of surrogate pairs are dropped."""
+    decoded = _ESCAPE.sub(
+        lambda found: chr(int(found["code"], 16)) if found["code"] else "\n" if found["blank"] else found["itself"],
+        text,
+    )
+    return decoded.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "ignore")
+
+
+# -- scores ----------------------------------------------------------------------------------------------
+
+# a value as written: quoted on one line or a bare word, as it is or as {"score": value}
+_VALUE = (
+    r'(?P<nested>\{\s?"(?:score|rating|value)"\s?:\s?)?'
+    r'(?:"(?P<quoted>[^"\n]{0,40})"|(?P<bare>[^\s",{}\[\]]{1,40}))(?(nested)\s?\})'
+)
+_AFTER_KEY = re.compile(rf"\s?:\s?{_VALUE}")
+# the end of an entry whose key is not known: a comma, brace or line end must follow the value
+_ENTRY_END = re.compile(rf'(?<!\\)"\s?:\s?{_VALUE}(?=[^\S\n]?(?:[,}}\n]|\Z))')
+_SEPARATOR = re.compile(r"[\s,]*+")
+_FIRST_KEY = re.compile(r'\{\s?(?:"[^"\n]*+"\s?:\s?\{\s?)?"')  # `{"rationale": {"` too
+_NUMBER = re.compile(r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """`"key": value` as written in the reply."""
+
+    key: str
+    value: str
+
+
+def parse_scores(reply: str | bytes | None, sentences: Sequence[str]) -> list[float]:
+    """Scores of `sentences`, in their order, from the Teacher's raw reply.
+
+    Accepted: objects that quote the sentences verbatim (whatever quotes, colons or braces they hold); objects whose
+    keys name every sentence once, by its text (`_Names`) or its number; `{"scores": [...]}` or an array that is the
+    reply's own answer. Complete answers that differ are refused.
+
+    Raises Refused, and nothing else, for any text or bytes.
+    """
+    if not sentences:
+        raise Refused("no_sentences", "the rationale holds no sentence")
+    text = read_text(reply)
+    answers, rest = _verbatim_answers(text, sentences)
+    try:
+        answers += _named_answers(rest, sentences)
+    except Refused:
+        if not answers:
+            raise
+    return _agreed(answers or _array_answers(text, len(sentences)))
 
 
 def _number(token: str) -> float:
@@ -87,289 +135,261 @@ def _number(token: str) -> float:
     return abs(value)  # -0.0 is 0
 
 
-def _token(match: re.Match) -> str:
-    return match["bare"] if match["quoted"] is None else match["quoted"]
-
-
-def _only_one(objects: list[list[str]]) -> list[float]:
-    """The scores that every copy agrees on; an echo of the unfilled form beside a filled one is no copy."""
-    filled = [tokens for tokens in objects if any(token.strip().lower() != _PLACEHOLDER for token in tokens)]
-    scores = [[_number(token) for token in tokens] for tokens in filled or objects]
+def _agreed(answers: list[list[str]]) -> list[float]:
+    """The scores that every answer agrees on; an echo of the unfilled form beside a filled one does not count."""
+    filled = [tokens for tokens in answers if any(token.strip().lower() != _PLACEHOLDER for token in tokens)]
+    scores = [[_number(token) for token in tokens] for tokens in filled or answers]
     if any(other != scores[0] for other in scores[1:]):
         raise Refused("ambiguous", f"{len(scores)} complete answers that differ")
     return scores[0]
 
 
-def _verbatim_objects(text: str, sentences: Sequence[str]) -> list[list[str]]:
-    """Value tokens of every `{...}` in `text` that quotes exactly the sentences, mapped to the sentences' order."""
-    keys = [_key_forms(sentence) for sentence in sentences]
-    found: list[list[str]] = []
-    position = text.find("{")
-    while position >= 0:
-        match = _ordered_object(text, position + 1, keys) or _shuffled_object(text, position + 1, sentences, keys)
-        if match:
-            found.append(match[0])
-        position = text.find("{", match[1] if match else position + 1)
-    return found
+def _token(match: re.Match) -> str:
+    return match["bare"] if match["quoted"] is None else match["quoted"]
+
+
+# Verbatim: the sentences themselves tell where a key ends, so nothing inside one can mislead.
+
+
+def _verbatim_answers(text: str, sentences: Sequence[str]) -> tuple[list[list[str]], str]:
+    """Values of every object that quotes exactly the sentences, in the sentences' order; and the text around them."""
+    by_length = sorted(set(sentences), key=len, reverse=True)  # a sentence may begin like another
+    forms = {sentence: _key_forms(sentence) for sentence in by_length}
+    any_form = tuple(form for each in forms.values() for form in each)
+    answers, rest, position = [], [], 0
+    for brace in re.finditer(r"\{", text):
+        start = _skip(text, brace.end())
+        if brace.start() < position or not text.startswith(any_form, start):
+            continue
+        entries, end = _verbatim_entries(text, start, sentences, forms)
+        if entries:
+            answers.append(_by_text(entries, sentences))
+            rest.append(text[position : brace.start()])
+            position = end
+    return answers, "\n".join((*rest, text[position:]))
 
 
 def _key_forms(sentence: str) -> tuple[str, ...]:
     """The sentence between quotes as our form shows it and as a JSON writer escapes it."""
     forms = (f'"{sentence}"', json.dumps(sentence, ensure_ascii=False), json.dumps(sentence))
-    return tuple(dict.fromkeys(forms))
+    return tuple(dict.fromkeys(map(collapse, forms)))
 
 
 def _skip(text: str, position: int) -> int:
     return _SEPARATOR.match(text, position).end()
 
 
-def _entry_at(text: str, position: int, forms: tuple[str, ...]) -> tuple[str, int] | None:
-    """(value token, end) of the entry `"sentence": value` that begins at `position`, if it is this sentence's."""
+def _verbatim_entries(
+    text: str, position: int, sentences: Sequence[str], forms: dict[str, tuple[str, ...]]
+) -> tuple[list[_Entry], int]:
+    """Entries of the object whose first key is at `position`, and its end; none unless it names every sentence."""
+    left = Counter(sentences)
+    entries = []
+    for own in sentences:
+        for sentence in (own, *forms):
+            value = _value_after(text, _skip(text, position), forms[sentence]) if left[sentence] else None
+            if value:
+                break
+        else:
+            return [], 0
+        left[sentence] -= 1
+        entries.append(_Entry(sentence, _token(value)))
+        position = value.end()
+    end = _skip(text, position)
+    return (entries, end + 1) if text.startswith("}", end) else ([], 0)
+
+
+def _value_after(text: str, position: int, forms: Iterable[str]) -> re.Match | None:
     for form in forms:
         if text.startswith(form, position):
-            match = _AFTER_KEY.match(text, position + len(form))
-            if match:
-                return _token(match), match.end()
+            value = _AFTER_KEY.match(text, position + len(form))
+            if value:
+                return value
     return None
 
 
-def _ordered_object(text: str, position: int, keys: list[tuple[str, ...]]) -> tuple[list[str], int] | None:
-    tokens = []
-    for forms in keys:
-        entry = _entry_at(text, _skip(text, position), forms)
-        if entry is None:
-            return None
-        tokens.append(entry[0])
-        position = entry[1]
-    end = _skip(text, position)
-    return (tokens, end + 1) if text.startswith("}", end) else None
+def _by_text(entries: Sequence[_Entry], sentences: Sequence[str]) -> list[str]:
+    """Values in the order of the sentences; the entries' keys are the sentences. Repeats keep their order.
 
-
-def _shuffled_object(
-    text: str, position: int, sentences: Sequence[str], keys: list[tuple[str, ...]]
-) -> tuple[list[str], int] | None:
-    left = Counter(sentences)
-    forms = dict(zip(sentences, keys, strict=True))
-    by_length = sorted(left, key=len, reverse=True)  # a sentence may begin like another
-    entries: list[tuple[str, str]] = []
-    for _ in sentences:
-        start = _skip(text, position)
-        for sentence in by_length:
-            entry = _entry_at(text, start, forms[sentence]) if left[sentence] else None
-            if entry:
-                break
-        else:
-            return None
-        left[sentence] -= 1
-        entries.append((sentence, entry[0]))
-        position = entry[1]
-    end = _skip(text, position)
-    if not text.startswith("}", end):
-        return None
-    return _map_by_text(entries, sentences), end + 1
-
-
-def _map_by_text(entries: list[tuple[str, str]], sentences: Sequence[str]) -> list[str]:
-    """Tokens in the order of the sentences. Refused when a repeated sentence has several values: whose is which?"""
+    Refused when a repeated sentence stands out of order with several values: whose is which?
+    """
+    if [entry.key for entry in entries] == list(sentences):
+        return [entry.value for entry in entries]
     values: dict[str, str] = {}
-    for sentence, token in entries:
-        if values.setdefault(sentence, token) != token:
-            raise Refused("ambiguous", f"another order, and {sentence[:60]!r} repeats with different scores")
+    for entry in entries:
+        if values.setdefault(entry.key, entry.value) != entry.value:
+            raise Refused("ambiguous", f"another order, and {entry.key[:60]!r} repeats with different scores")
     return [values[sentence] for sentence in sentences]
 
 
-def _entry_groups(text: str) -> list[list[tuple[str, str]]]:
-    """(key, value token) pairs of each closed `{...}`, the keys as written. Empty when there is no entry at all.
-
-    Linear in the text: the places where an entry ends are found first, a key is what lies between two of them.
-    """
-    ends = list(_ENTRY_END.finditer(text))
-    groups: list[list[tuple[str, str]]] = []
-    after_last = 0
-    for match in ends:
-        between = text[after_last : match.start()]
-        key = re.fullmatch(r'[\s,]*"([^\n]*)', between) if groups else None
-        if key is None:
-            closed = not groups or re.match(r"[\s,]*\}", between)
-            key = re.search(r'\{\s*(?:"[^"\n]*"\s*:\s*\{\s*)?"([^\n]*)\Z', between)  # `{"rationale": {` too
-            if not closed or key is None:
-                raise Refused("no_json", f"something stands between the entries: {between.strip()[:60]!r}")
-            groups.append([])
-        groups[-1].append((key[1], _token(match)))
-        after_last = match.end()
-    if groups and not re.match(r"[\s,]*\}", text[after_last:]):
-        raise Refused("no_json", "the object is not closed")
-    return groups
+# Named: keys differ from the sentences in what models change when they copy.
 
 
-def _from_groups(groups: list[list[tuple[str, str]]], sentences: Sequence[str]) -> list[float]:
-    count = len(sentences)
-    complete = [group for group in groups if len(group) == count]
-    if not complete:
-        joined = [entry for group in groups for entry in group]  # one answer cut into several objects
-        for _, token in joined:
-            _number(token)  # `nan` or `xxx` is the better reason than the count
-        if len(joined) != count:
-            raise Refused("wrong_count", f"{len(joined)} scores for {count} sentences")
+def _named_answers(text: str, sentences: Sequence[str]) -> list[list[str]]:
+    objects = _objects(text)
+    complete = [entries for entries in objects if len(entries) == len(sentences)]
+    if objects and not complete:
+        joined = [entry for entries in objects for entry in entries]  # one answer cut into several objects
+        for entry in joined:
+            _number(entry.value)  # `nan` or `xxx` is the better reason than the count
+        if len(joined) != len(sentences):
+            raise Refused("wrong_count", f"{len(joined)} scores for {len(sentences)} sentences")
         complete = [joined]
-    return _only_one([_in_order(group, sentences) for group in complete])
+    names = _Names(sentences)
+    return [names.in_order(entries) for entries in complete]
 
 
-def _in_order(group: list[tuple[str, str]], sentences: Sequence[str]) -> list[str]:
-    """Value tokens by text where the keys are the sentences in another order, else by position."""
-    written, tokens = [key.replace('\\"', '"') for key, _ in group], [token for _, token in group]
-    for form in (_on_one_line, _words):
-        keys, own = [form(key) for key in written], [form(sentence) for sentence in sentences]
-        if keys == own:
-            return tokens
-        if Counter(keys) == Counter(own):
-            return _map_by_text(list(zip(keys, tokens, strict=True)), own)
-    numbers = [str(number + 1) for number in range(len(sentences))]
-    if sorted(keys) == sorted(numbers):  # {"2": 0.5, "1": 0.8}
-        return _map_by_text(list(zip(keys, tokens, strict=True)), numbers)
-    for form in (_on_one_line, _words):
-        keys, own = [form(key) for key in written], [form(sentence) for sentence in sentences]
-        moved = [key for key, sentence in zip(keys, own, strict=True) if key != sentence and key in own]
-        if moved:
-            raise Refused("ambiguous", f"{moved[0][:60]!r} stands at another sentence's place")
-    if any(re.fullmatch(r"(?:overall|total|average|mean|confidence)(?: score)?", key) for key in set(keys) - set(own)):
-        raise Refused("wrong_count", "a score of the whole stands in the place of a sentence's")
-    return tokens
+def _objects(text: str) -> list[list[_Entry]]:
+    """The entries of each closed `{...}`. Empty when there is no entry at all.
+
+    The places where an entry ends are found first; a key is what stands between two of them.
+    """
+    objects: list[list[_Entry]] = []
+    position = 0
+    for match in _ENTRY_END.finditer(text):
+        between = text[position : match.start()]
+        after = _skip(between, 0)
+        if objects and between.startswith('"', after) and "\n" not in between[after:]:
+            key = between[after + 1 :]
+        else:
+            line = max(between.rfind("\n") - 1, 0)  # a key is on one line, its brace may end the line before
+            opening = _FIRST_KEY.search(between, line)
+            if opening is None or (objects and not between.startswith("}", after)):
+                raise Refused("no_json", f"something stands between the entries: {between.strip()[:60]!r}")
+            key = between[opening.end() :]
+            objects.append([])
+        objects[-1].append(_Entry(key, _token(match)))
+        position = match.end()
+    if objects and not text.startswith("}", _skip(text, position)):
+        raise Refused("no_json", "the object is not closed")
+    return objects
 
 
-def _on_one_line(text: str) -> str:
-    return " ".join(text.split())
+_WHOLE = re.compile(r"(?:overall|total|average|mean|confidence)[ _-]?(?:score)?")
+# "1", "(1)", "Sentence 1", "sentence_1:", "s1"
+_NUMBERED = re.compile(r"(?:(?:sentence|sent|score|s|no)[ ._#-]{0,2}|#)?\(?([0-9]{1,3})[.):]{0,2}")
+# before a text: "1. ", "(1) ", "Sentence 1: "
+_NUMBERING = re.compile(r"\A\s?(?:(?:sentence|sent|s)[ _-]?)?(?:\([0-9]{1,3}\)|[0-9]{1,3}[.):])\s", re.IGNORECASE)
+_ELLIPSIS = re.compile(r"\.{3,}|…")
+_SPELLING = str.maketrans(
+    "\u2010\u2011\u2012\u2013\u2014\u2212", "------", ",;:\"'`\\*\u2018\u2019\u201c\u201d\u00ab\u00bb"
+)
 
 
-def _words(text: str) -> str:
-    """The words alone, without case and without a number that was put before them."""
-    words = " ".join(re.findall(r"\w+", re.sub(r"^\s*\d+[.):]\s+", "", text).lower()))
-    return words or _on_one_line(text)
+class _Names:
+    """Which sentence a key names."""
+
+    def __init__(self, sentences: Sequence[str]):
+        self.sentences = [one_line(sentence) for sentence in sentences]
+        self.plain = _unique(self.sentences, plain)
+        self.unnumbered = _unique(self.sentences, lambda sentence: plain(_NUMBERING.sub("", sentence)))
+
+    def in_order(self, entries: Sequence[_Entry]) -> list[str]:
+        """The entries' values in the order of the sentences. Refused unless every sentence is named once."""
+        named = [_Entry(self.of(entry.key), entry.value) for entry in entries]
+        answers = []
+        if Counter(entry.key for entry in named) == Counter(self.sentences):
+            answers.append(_by_text(named, self.sentences))
+        numbers = [_NUMBERED.fullmatch(one_line(entry.key).lower()) for entry in entries]
+        if all(numbers):
+            by_number = {int(number[1]): entry.value for number, entry in zip(numbers, entries, strict=True)}
+            if sorted(by_number) in (list(range(len(entries))), list(range(1, len(entries) + 1))):
+                answers.append([by_number[number] for number in sorted(by_number)])
+        if answers and all(answer == answers[0] for answer in answers):
+            return answers[0]
+        unnamed = [entry.key for entry, name in zip(entries, named, strict=True) if name.key is None]
+        if any(_WHOLE.fullmatch(key.strip().lower()) for key in unnamed):
+            raise Refused("wrong_count", "a score of the whole stands in the place of a sentence's")
+        key = unnamed[0] if unnamed else Counter(entry.key for entry in named).most_common(1)[0][0]
+        raise Refused("ambiguous", f"{key[:60]!r} names {'no' if unnamed else 'more than one'} sentence")
+
+    def of(self, key: str) -> str | None:
+        """The one sentence that `key` is the text of, up to case, quotes, punctuation, numbering or an ellipsis."""
+        forms = list(dict.fromkeys((key, unescape(key))))
+        for form in map(one_line, forms):
+            if form in self.sentences:
+                return form
+        forms += [_NUMBERING.sub("", form) for form in forms]
+        found = (table.get(plain(form)) for table in (self.plain, self.unnumbered) for form in forms)
+        return next(filter(None, found), None) or next(filter(None, map(self._shortened, forms)), None)
+
+    def _shortened(self, key: str) -> str | None:
+        """The one sentence of which an ellipsis stands for the end or the middle."""
+        head, *tail = _ELLIPSIS.split(key, maxsplit=1)
+        head, end = plain(head), plain("".join(tail))
+        if not tail or not head:
+            return None
+        fits = [plain for plain in self.plain if plain.startswith(head) and plain.endswith(end)]
+        return self.plain[fits[0]] if len(fits) == 1 else None
 
 
-def _from_arrays(text: str, count: int) -> list[float]:
-    arrays = []
-    for body in _ARRAY.findall(text):
-        items = [item.strip() for item in body.strip().removesuffix(",").split(",")]
-        arrays.append([item[1:-1] if re.fullmatch(r'"[^"]*"', item) else item for item in items if item])
-    if not arrays:
-        braces = re.search(r"\{.*\}", text, re.DOTALL)
-        raise Refused("wrong_count" if braces else "no_json", "no sentence with a score was found")
-    whole = [array for array in arrays if len(array) == count]
-    if not whole:
-        raise Refused("wrong_count", f"{len(arrays[0])} scores for {count} sentences")
-    return _only_one(whole)
+def _unique(sentences: Iterable[str], form: Callable[[str], str]) -> dict[str, str | None]:
+    """form(sentence) -> sentence; None where different sentences share a form."""
+    table: dict[str, str | None] = {}
+    for sentence in sentences:
+        if form(sentence):
+            table[form(sentence)] = sentence if table.get(form(sentence), sentence) == sentence else None
+    return table
 
 
-# -- corrections -----------------------------------------------------------------------------------------
+def plain(text: str) -> str:
+    """The text without case, quotes, markdown, commas, special dashes, and punctuation at its ends."""
+    text = unicodedata.normalize("NFKC", text).translate(_SPELLING)
+    return one_line(text).casefold().strip(" .!?_")
 
-# `"final rationale":`, `final rationale:`, `**Final Rationale**:`; a bare `final:` only as a quoted key
-_FINAL_KEY = re.compile(
-    r"""(?:\A|[{},\n])[^\S\n]*                                    # where a key may begin
-        (?:"\s*final(?:[\s_-]*[a-z]+){0,3}\s*"                     # quoted
-          |[*'_]{0,3}final[\s_-]+(?:rationale|solution|version)[*'_]{0,3})
-        \s*:\s*[*]{0,2}\s*""",
+
+# Arrays: `{"scores": [...]}`, or `[...]` on lines of its own.
+
+_ARRAY = re.compile(
+    r"""(?P<key>(?:\A|[\n{,])\s?["*]{0,3}(?:(?:sentence[ _]?)?scores?|ratings?|values?|answers?|results?|rationale)
+                ["*]{0,3}\s?:[*]{0,2}
+              | \A | \n)                                # a key, or the line begins here
+        [^\S\n]?\[(?P<items>[^\[\]]*+)\]
+        (?=[^\S\n]?,?\s?(?:[}`\n]|\Z))""",
     re.IGNORECASE | re.VERBOSE,
 )
-# a remark in the place of a text: these words and no other, one that says "the same" or "no" or "right" among them
-_UNCHANGED = re.compile(
-    r"(?=.*\b(?:unchanged|no|not|none|n/a|same|original|identical|correct)\b)"
-    r"(?:\b(?:unchanged|no|not|none|n/a|same|original|identical|correct|corrections?|changes?|changed|edits?|edited|"
-    r"modifications?|modified|adjustments?|needs?|needed|required?|requires|necessary|made|was|were|be|has|have|been|"
-    r"the|student's|student|final|rationale|explanation|version|text|one|it|is|are|remains?|stays?|to|as|already|and|"
-    r"so|above|before|given|written)\b[\s,;:.()-]*)+",
-    re.IGNORECASE,
-)
-# what our request shows in the place of a text, or what a model puts there
-_FORM_WORDS = frozenset((_PLACEHOLDER, "final rationale", "final solution", "the corrected explanation"))
+_FENCE = re.compile(r"```\w*")
+# what precedes an array that is quoted and not the answer
+_NO_ANSWER = re.compile(
+    r"\b(?:sorry|apolog\w+|cannot|can't|could not|couldn't|unable|won't|not able|scale|range|between|example|e\.g|"
+    r"format)\b", re.IGNORECASE
+)  # fmt: skip
 
 
-def parse_correction(reply: str | bytes | None, rationale: str) -> str:
-    """The corrected rationale, white space collapsed, from the Teacher's raw reply (SPEC 7).
-
-    The final part is found by its key - quoted or not, on one line or many - and ends where its string or its braces
-    end. `rationale` is the text that was sent: its echo is stepped over, so nothing in it is taken for a key.
-    A final part equal to the rationale is returned as it is.
-
-    Raises Refused, and nothing else: no_reply; no_final (no key, or a part cut before its end); empty; unchanged (the
-    word instead of a text); placeholder; ambiguous (two final parts that differ).
-    """
-    text = _as_text(reply)
-    if not text.strip():
-        raise Refused("no_reply", "the reply is empty")
-    echo = text.find(rationale) if rationale.strip() else -1
-    after_echo = echo + len(rationale) if echo >= 0 else 0
-    finals = _finals(text, after_echo) or (_finals(text, 0) if after_echo else [])
-    if not finals:
-        raise Refused("no_final", "no final rationale that is closed by its brace")
-    finals = [final for final in finals if _bare(final).lower() not in _FORM_WORDS] or finals[
-        :1
-    ]  # an echo of the form
-    if any(other != finals[0] for other in finals[1:]):
-        raise Refused("ambiguous", f"{len(finals)} final rationales that differ")
-    final = finals[0]
-    bare = _bare(final)
-    if not bare:
-        raise Refused("empty", "the final rationale is empty")
-    if bare.lower() in _FORM_WORDS:
-        raise Refused("placeholder", f"the final rationale is {bare!r}")
-    if _UNCHANGED.fullmatch(bare) and bare.lower() != rationale.strip(" .").lower():
-        raise Refused("unchanged", "the final rationale only says so")
-    return final
+def _array_answers(text: str, count: int) -> list[list[str]]:
+    found = list(_ARRAY.finditer(text))
+    outside = _FENCE.sub("", _ARRAY.sub("", text))
+    if re.search(r"[^\W_]", outside):  # with prose around, an array may be a quoted scale
+        refusal = found and _NO_ANSWER.search(text, 0, found[0].start())
+        found = [] if refusal else [match for match in found if '"' in match["key"] or not _is_scale(_items(match))]
+    arrays = [_items(match) for match in found]
+    if not arrays:
+        braces = 0 <= text.find("{") < text.rfind("}")
+        raise Refused("wrong_count" if braces else "no_json", "no sentence with a score was found")
+    whole = [items for items in arrays if len(items) == count]
+    if not whole:
+        raise Refused("wrong_count", f"{len(arrays[0])} scores for {count} sentences")
+    return whole
 
 
-def _bare(text: str) -> str:
-    return text.strip(" .!*'\"<>[]()_")
+def _items(array: re.Match) -> list[str]:
+    items = [item.strip() for item in array["items"].strip().removesuffix(",").split(",")]
+    return [item[1:-1] if re.fullmatch(r'"[^"]*"', item) else item for item in items if item]
 
 
-def _finals(text: str, start: int) -> list[str]:
-    values = [_final_value(text, match.end(), match[0]) for match in _FINAL_KEY.finditer(text, start)]
-    # half of a surrogate pair, which JSON can spell and UTF-8 cannot, goes
-    whole = (value.encode(errors="ignore").decode() for value in values if value is not None)
-    return [" ".join(value.split()) for value in whole]
-
-
-def _final_value(text: str, start: int, key: str) -> str | None:
-    """The value that begins at `start`: a string up to its object's end, `{...}`, or bare text up to the brace."""
-    with contextlib.suppress(ValueError, RecursionError):  # takes escapes; strict=False takes line breaks
-        value, end = json.JSONDecoder(strict=False).raw_decode(text, start)
-        if re.match(r"\s*,?\s*[}\"]", text[end:]):
-            if isinstance(value, list) and all(isinstance(part, str) for part in value):
-                value = " ".join(value)
-            return "" if value is None else value if isinstance(value, str) else None
-    if text.startswith('"', start):
-        closed = re.compile(r'(.*?)"\s*,?\s*\}', re.DOTALL).match(text, start + 1)  # with quotes not escaped
-        return _unescape(closed[1]) if closed else None
-    own_braces = text.startswith("{", start)
-    body = _up_to_brace(text, start + own_braces)
-    if body is None:
-        return None
-    body = body.strip().removesuffix(",").strip()
-    if "'" in key and body.startswith("'"):  # as Python writes it; nothing may follow
-        quoted = re.fullmatch(r"'((?:[^'\\]|\\.|'(?!\s*[,:]))*)'", body, re.DOTALL)
-        return _unescape(quoted[1].replace("\\'", "'")) if quoted else None
-    quoted = re.fullmatch(r'"(.*)"', body, re.DOTALL) if own_braces else None
-    return _unescape(quoted[1]) if quoted else body
-
-
-def _up_to_brace(text: str, start: int) -> str | None:
-    """Text from `start` to the brace that closes the object it stands in; braces of its own are counted."""
-    depth = 0
-    for match in re.compile(r"[{}]").finditer(text, start):
-        depth += 1 if match[0] == "{" else -1
-        if depth < 0:
-            return text[start : match.start()]
-    return None
-
-
-def _unescape(text: str) -> str:
-    return text.replace('\\"', '"').replace("\\n", "\n")
+def _is_scale(items: Sequence[str]) -> bool:
+    """Whether the numbers rise from 0 to 1 in equal steps, as a scale does; a lone integer is a citation."""
+    if len(items) == 1:
+        return items[0].isdigit()
+    with contextlib.suppress(ValueError):
+        return all(abs(float(item) - place / (len(items) - 1)) < 0.01 for place, item in enumerate(items))
+    return False
 
 
 # -- verdicts --------------------------------------------------------------------------------------------
 
-_VERDICT = re.compile(r"""["']?\bverdict\b["']?\s*:\s*["']?\s*(1|2|tie)\b(?!["']?\s*(?:\||/|or\b))""", re.IGNORECASE)
-_WHY = re.compile(r'"reason"\s*:\s*("(?:[^"\\]|\\.)*")')
+_VERDICT = re.compile(r"""["']?\bverdict\b["']?\s?:\s?["']?\s?(1|2|tie)\b(?!["']?\s?(?:\||/|or\b))""", re.IGNORECASE)
+_WHY = re.compile(rf'"reason"\s?:\s?({STRING})', re.DOTALL)
 
 
 def parse_verdict(reply: str | bytes | None) -> tuple[str, str]:
@@ -377,16 +397,11 @@ def parse_verdict(reply: str | bytes | None) -> tuple[str, str]:
 
     Raises Refused, and nothing else, for any text or bytes: without a verdict, or with two that differ.
     """
-    text = _as_text(reply)
-    if not text.strip():
-        raise Refused("no_reply", "the reply is empty")
+    text = read_text(reply)
     found = {match[1].lower() for match in _VERDICT.finditer(text)}
     if not found:
         raise Refused("no_verdict", 'it holds no "verdict": "1", "2" or "tie"')
     if len(found) > 1:
         raise Refused("ambiguous", f"it holds the verdicts {' and '.join(sorted(found))}")
-    why, reason = _WHY.search(text), ""
-    if why:
-        with contextlib.suppress(ValueError):
-            reason = json.loads(why[1], strict=False)
-    return found.pop(), reason
+    why = _WHY.search(text)
+    return found.pop(), unescape(why[1][1:-1]) if why else ""

@@ -26,11 +26,12 @@ from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary, proxy
 
+LOOK_BACK = 200  # characters: more than the words that decide on a full stop; without a limit, time grows as a square
 BREAK = "\x03"  # stands for </s>, or for the cut at output_len: what is still open ends here
 
 OPENERS = "([{\"'“‘«*—–"
 CLOSERS = ")]}\"'”’»*"
-TERMINATOR = re.compile(r"""(?:\.(?:\ \.){2,}|[.!?…]+)(?:[)\]}"'”’»*]+[.!?…]*)*|\x03""")
+TERMINATOR = re.compile(r"""(?:\.(?:\ \.){2,}+|[.!?…]++)(?:[)\]}"'”’»*]++[.!?…]*+)*+|\x03""")
 PREFIX = re.compile(r"\s*(?:Solution\s*:\s*)*")
 WORD = re.compile(r"[^\W_]")
 # "1.", "(2).", "B.", "IV." at the beginning of a sentence or line, or the first of a list: "these steps: 1. Look"
@@ -112,14 +113,18 @@ def _finished(text: str) -> bool:
 def _spans(text: str) -> list[tuple[int, int]]:
     """[start, end) of every sentence of a text whose newlines are real ones, without the blanks around it."""
     spans: list[tuple[int, int]] = []
-    start = PREFIX.match(text).end()
+    words = text.replace("Solution:", " " * len("Solution:"))
+    start, word = PREFIX.match(text).end(), -1  # word: where the first word at or after `start` begins
     for match in TERMINATOR.finditer(text, start):
         end, is_break = match.end(), match[0] == BREAK
         if not is_break and not _ends_sentence(text, start, match):
             continue
-        if _has_word(text[start:end]):
+        if word < start:
+            found = WORD.search(words, start)
+            word = found.start() if found else len(text)
+        if word < end:
             spans.append((start, end))
-        elif spans and _belongs_to_last(text[spans[-1][1] - 1 : start], text[start : match.start()], match[0]):
+        elif spans and _belongs_to_last(text[spans[-1][1] - 1 : start], text, start, match):
             spans[-1] = (spans[-1][0], end)
         elif not is_break:
             continue  # no word yet: it opens the next sentence
@@ -138,13 +143,13 @@ def _has_word(text: str) -> bool:
     return WORD.search(text.replace("Solution:", "")) is not None
 
 
-def _belongs_to_last(gap: str, before: str, run: str) -> bool:
+def _belongs_to_last(gap: str, text: str, start: int, match: re.Match) -> bool:
     """Of a stretch without a word: does it go with the sentence before it? (`The end. . .`, or a dash before </s>)"""
     if BREAK in gap:
         return False
-    if run == BREAK:
-        return not PREFIX.fullmatch(before)
-    return not before.strip() and not any(char in CLOSERS for char in run)
+    if match[0] == BREAK:
+        return not PREFIX.fullmatch(text, start, match.start())
+    return start == match.start() and not any(char in CLOSERS for char in match[0])
 
 
 def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
@@ -156,14 +161,14 @@ def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
     following = text[after : after + 1]
     if following in ("", BREAK):
         return True
-    before = text[start : match.start()]
+    before = text[max(start, match.start() - LOOK_BACK) : match.start()]
     word = "" if before[-1:].isspace() else (["", *before.rsplit(maxsplit=1)])[-1]
     if after == end:
         return _ends_glued(text, end, word, run)
-    fragment = text[start:end].strip()
+    fragment = text[max(start, end - LOOK_BACK) : end]
     if following in ",;:" or MARKER.fullmatch(fragment):
         return False
-    if fragment[0] in OPENERS and run[-1] in "\"”'’" and SPEECH.match(text, after):
+    if text[start] in OPENERS and run[-1] in "\"”'’" and SPEECH.match(text, after):
         return False
     if following.islower() and "\n" not in text[end:after]:
         if run[-1] in CLOSERS:  # "Stop!" he said. (why?) and so on
@@ -238,8 +243,9 @@ def _separate(text: str) -> str:
 
 def _stray(match: re.Match) -> str:
     text, begin, end = match.string, match.start(match.lastindex), match.end()
-    token_start = max(text.rfind(blank, 0, begin) for blank in " \n\t") + 1
-    domain = DOMAIN.match(text, token_start)
+    nearest = max(begin - LOOK_BACK, 0)
+    token_start = max(text.rfind(blank, nearest, begin) for blank in " \n\t") + 1
+    domain = DOMAIN.match(text, max(token_start, nearest), end + LOOK_BACK)
     if domain and domain.end() > begin:  # science.nasa.gov
         return match[0]
     # water.nneon holds neon: before a small letter the last n of several begins the word

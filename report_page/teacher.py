@@ -18,7 +18,8 @@ from typing import Any
 from ares import budget, cli, feedback
 from ares.answering import OURS
 from ares.cli import UserError
-from ares.replies import Refused, parse_correction, parse_scores
+from ares.corrections import parse_correction
+from ares.replies import Refused, parse_scores
 
 
 @dataclass
