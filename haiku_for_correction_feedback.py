@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli, estimate, feedback, teacher
+from ares import cli, estimate, feedback, files, teacher
 from ares.problems import find_dataset, find_images, load_problems, load_splits, split_qids
 from ares.reply_files import REFUSED_REPLY
 from ares.requests import read_rationales
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return estimate.show(session, items, args.show)
         session.add(items, serve=False)
         return estimate.estimate(session)
-    cli.writable_dir(output.parent, "--output")
+    files.writable_dir(output.parent, "--output")
     with teacher.work_in(args.correction_dir, "--correction_dir", args) as each:
         report = teacher.answer_items(session_with(each), items, args)
     cli.print0(f"{args.teacher}: {report.summary()}")
@@ -187,7 +187,7 @@ def write_correction(
             "written; prepare and ask for them, or add --accept-missing to keep their rationales as they are"
         )
     counts["fell back: no reply"] += len(missing)
-    cli.write_json(output, corrected(problems, final))
+    files.write_json(output, corrected(problems, final))
     cli.print0(f"{output}: {told(final, rationales, counts)}")
     left = len(train_qids) - len(rationales)
     if left:

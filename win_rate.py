@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli, estimate, feedback, teacher
+from ares import cli, estimate, feedback, files, teacher
 from ares.intervals import ratio_interval, shares_interval
 from ares.predictions import predictions_file, split_label, texts_by_qid
 from ares.problems import find_dataset, find_images, load_problems, load_splits, question_images, split_qids
@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.refuse(wrong)
     teacher.check_teacher_flags(args, given)
     plain = "_vs_".join("".join(c if c.isalnum() or c in "-.+" else "-" for c in label) for label, _ in args.systems)
-    args.output = args.output or str(Path("win_rate") / cli.short_name(plain))
+    args.output = args.output or str(Path("win_rate") / files.short_name(plain))
     return args
 
 
@@ -81,7 +81,7 @@ def read_systems(args: argparse.Namespace, qids: Sequence[str]) -> list[dict[str
     found = []
     for label, place in args.systems:
         path = predictions_file(place, label, args.split)
-        texts = texts_by_qid(cli.read_json(path, label), path, label, qids)
+        texts = texts_by_qid(files.read_json(path, label), path, label, qids)
         found.append({qid: normalize(text).removeprefix("Solution:").strip() for qid, text in texts.items()})
     a, b = found
     wanted = [qid for qid in qids if qid in a and qid in b]
@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     problems = load_problems(args.data_root, dataset)
     qids = split_qids(load_splits(args.data_root, dataset, problems), args.split, "--split")
     a, b = read_systems(args, qids)
-    cli.writable_dir(args.output, "--output")
+    files.writable_dir(args.output, "--output")
 
     with teacher.work_in(args.output, "--output", args) as each:
         items = lay_out(args, problems, a, b)
@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = summarise(problems, list(a), asked, verdicts, args.seed)
     judge = {"teacher": each.name, "model": each.model, "prompt_version": JUDGE_WORDING.version,
              "with_image": args.with_image}  # fmt: skip
-    cli.write_json(
+    files.write_json(
         Path(args.output) / OUTPUT,
         {"systems": labels, "judge": judge, "protocol": args.protocol, "seed": args.seed, "split": args.split,
          "dataset": dataset, "summary": summary, "verdicts": verdicts},

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ares import cli
+from ares import files
 from ares.cli import UserError
 
 
@@ -53,7 +53,7 @@ class Store:
         return {json.loads(path.read_bytes()).get("batch") for path in self.folder.glob("*.json")} - {None}
 
     def save(self, record: Record) -> None:
-        cli.write_json(self.folder / f"{record.nonce}.json", asdict(record), indent=None)
+        files.write_json(self.folder / f"{record.nonce}.json", asdict(record), indent=None)
 
     def drop(self, record: Record) -> None:
         (self.folder / f"{record.nonce}.json").unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ares import cli
+from ares import cli, files
 from ares.replies import Refused, parse_correction, parse_scores, parse_verdict
 
 __all__ = [
@@ -149,7 +149,7 @@ def form(sentences: Sequence[str]) -> str:
 
 def write_rationale(folder: str | os.PathLike, sentences: Sequence[str]) -> None:
     """Write the sentences as `form` shows them."""
-    cli.write_text(Path(folder) / RATIONALE, form(sentences) + "\n")
+    files.write_text(Path(folder) / RATIONALE, form(sentences) + "\n")
 
 
 def _one_line(sentence: str) -> str:
@@ -192,7 +192,7 @@ def mark_exported(questions: str | os.PathLike) -> None:
     for action in _names(questions):
         if _is_number(action):
             Path(questions, action, DONE).unlink(missing_ok=True)
-    with cli.atomic_path(Path(questions) / EXPORTED) as temporary:  # once: who waits for it copies the folder at once
+    with files.atomic_path(Path(questions) / EXPORTED) as temporary:
         temporary.touch()
         temporary.write_text(json.dumps({"exported_ns": temporary.stat().st_mtime_ns}) + "\n")
 

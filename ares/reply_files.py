@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli, feedback
+from ares import feedback, files
 from ares.asking import JUDGE, SCORE
 from ares.feedback import Refused
 
@@ -36,7 +36,7 @@ def read_reply(kind: str, folder: Path) -> list[float] | str:
         else:
             final = feedback.parse_correction(reply, " ".join(feedback.read_rationale(folder)))
     except Refused as refused:
-        cli.write_text(folder / feedback.REASON, f"{refused}\n")
+        files.write_text(folder / feedback.REASON, f"{refused}\n")
         raise
     (folder / feedback.REASON).unlink(missing_ok=True)
     return final
@@ -108,7 +108,7 @@ def write_reply(folder: Path, text: str, about: Mapping[str, Any], read: list[fl
 
 def set_cut_reply_aside(folder: Path, text: str, stop_reason: str) -> None:
     """Keep a reply that reads well but is not whole where nobody takes it for one."""
-    cli.write_text(folder / REFUSED_REPLY, text)
+    files.write_text(folder / REFUSED_REPLY, text)
     (folder / feedback.REPLY).unlink(missing_ok=True)
     (folder / feedback.SCORES).unlink(missing_ok=True)
     write_whole(folder / feedback.REASON, f"{stop_reason}\n")

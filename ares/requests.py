@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli
+from ares import cli, files
 from ares.feedback import REASON, REPLY, REQUEST, SCORES, SIDECAR, form, write_derived
 from ares.predictions import texts_by_qid
 from ares.problems import find_images, question_images
@@ -26,7 +26,7 @@ def read_rationales(path: str | os.PathLike, train_qids: Sequence[str], flag: st
     By its `qids` where it has them (they may be a part of the split), else in split order and of equal length. Raises
     UserError naming `flag` for another form, another length, or a question outside the split.
     """
-    told, fix = cli.read_json(path, flag), "; name its own split with --train_split"
+    told, fix = files.read_json(path, flag), "; name its own split with --train_split"
     rationales = texts_by_qid(told, path, flag, train_qids, fix)
     outside = next(iter(rationales.keys() - set(train_qids)), None)
     if outside is not None:
@@ -77,7 +77,7 @@ def prepare_request(folder: str | os.PathLike, text: str, sentences: Sequence[st
 def place_images(folder: str | os.PathLike, images: Sequence[Path]) -> None:
     """Put the images into the folder under their own names: hard links where the disk allows, copies elsewhere."""
     for image in images:
-        cli.place_file(image, Path(folder, image.name))
+        files.place_file(image, Path(folder, image.name))
 
 
 def set_reply_aside(folder: str | os.PathLike) -> bool:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import batches, claude, cli, locks, reference
+from ares import batches, claude, cli, files, reference
 from ares.answering import OURS, Report, Session
 from ares.asking import CORRECT, JUDGE, SCORE, Reply, Request, Teacher, Wording
 from ares.batch_records import Store
@@ -200,7 +200,7 @@ def make_cache(args: argparse.Namespace) -> ReplyCache:
     """Where replies of earlier runs lie. The reference Teacher is cheaper than a look."""
     if args.no_cache or args.teacher == "reference":
         return ReplyCache(None)
-    return ReplyCache(cli.writable_dir(args.cache, "--cache") if args.cache else default_folder())
+    return ReplyCache(files.writable_dir(args.cache, "--cache") if args.cache else default_folder())
 
 
 def load_for(args: argparse.Namespace, items: Sequence[Item]) -> Problems | None:
@@ -229,8 +229,8 @@ def work_in(root: str | Path, flag: str, args: argparse.Namespace) -> Iterator[T
 
     On the way out it says what the folder has cost, if requests were lost on the way.
     """
-    ours = cli.writable_dir(Path(root) / OURS, flag)
-    with locks.only_client(ours / "lock", f"{flag} {root}"):
+    ours = files.writable_dir(Path(root) / OURS, flag)
+    with files.only_one(ours / "lock", f"{flag} {root}"):
         ledger = Ledger(ours if args.teacher == "claude" else None, args.max_usd)
         teacher = make_teacher(args, ledger)
         try:

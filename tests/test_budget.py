@@ -14,7 +14,7 @@ import time
 import pytest
 
 import haiku
-from ares import agreement, api_errors, budget, claude, cli, feedback, images, locks, pacing, prices
+from ares import agreement, api_errors, budget, claude, cli, feedback, files, images, pacing, prices
 from ares.asking import SCORE, Reply, Request, Stopped
 from ares.budget import Ledger, read_log
 from ares.reply_cache import ReplyCache
@@ -299,7 +299,7 @@ def test_two_clients_do_not_share_a_folder(server, questions):
     deadline = time.monotonic() + 60
     while not server.in_flight and time.monotonic() < deadline:
         time.sleep(0.05)
-    with pytest.raises(cli.UserError, match=f"another client .process {first.pid} on"):
+    with pytest.raises(cli.UserError, match=f"another process . {first.pid} on"):
         ask(server, questions)
     first.kill()  # its lock file stays, and locks nobody out
     first.communicate()
@@ -307,7 +307,7 @@ def test_two_clients_do_not_share_a_folder(server, questions):
     server.latency = 0.0
     ask(server, questions)
     assert len(scores(questions)) == 24
-    with locks.only_client(questions / "teacher/lock", "test"):
+    with files.only_one(questions / "teacher/lock", "test"):
         pass
 
 
