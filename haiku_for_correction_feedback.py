@@ -14,6 +14,7 @@ itself. Run it again to go on: only what has no usable reply is asked. Leaves ou
 from __future__ import annotations
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 from ares import cli, estimate, feedback, files, teacher
 from ares.problems import find_dataset, find_images, load_problems, load_splits, split_qids
-from ares.reply_files import REFUSED_REPLY
+from ares.reply_files import REFUSED_REPLY, reason_of
 from ares.requests import read_rationales
 from utils_prompt import WORDING
 
@@ -59,11 +60,10 @@ def final_rationales(
     counts: Counter[str] = Counter()
     missing = []
     for qid, rationale in rationales.items():
-        if qid not in folders or not (folders[qid] / feedback.REPLY).exists():
+        if qid not in folders or not os.path.lexists(folders[qid] / feedback.REPLY):
             final[qid] = rationale
             if qid in folders and (folders[qid] / REFUSED_REPLY).exists():  # cut off, though it reads well
-                reason = folders[qid] / feedback.REASON
-                counts[f"fell back: {reason.read_text().strip() if reason.exists() else 'cut off'}"] += 1
+                counts[f"fell back: {reason_of(folders[qid]) or 'cut off'}"] += 1
             else:
                 missing.append(qid)
             continue

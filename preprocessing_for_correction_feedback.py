@@ -40,6 +40,7 @@ def prepare(folder: Path, problem: Mapping[str, Any], rationale: str, images: Se
 
     The rationale file holds the whole rationale as its one entry: nothing of it may get lost in cutting.
     """
+    feedback.refuse_links(folder)
     try:
         known = feedback.read_rationale(folder) == [rationale]
     except feedback.Refused:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from ares import cli, estimate, feedback, files, teacher
 from ares.intervals import ratio_interval, shares_interval
 from ares.predictions import predictions_file, split_label, texts_by_qid
 from ares.problems import find_dataset, find_images, load_problems, load_splits, question_images, split_qids
-from ares.requests import place_images, set_reply_aside, write_request
+from ares.requests import place_images, request_text, set_reply_aside, write_request
 from utils_evaluate import CATEGORIES
 from utils_prompt import JUDGE_WORDING, judge_request, normalize
 
@@ -117,16 +118,16 @@ def lay_out(
              if a[qid] != b[qid] and order in orders_of(args, qid)]  # fmt: skip
     for action, order, qid in cli.progress(asked, desc="requests", unit="pair"):
         folder = feedback.question_dir(args.output, action, 0, qid)
+        feedback.refuse_links(folder)
         folder.mkdir(parents=True, exist_ok=True)
         shown = (a[qid], b[qid]) if order == "ab" else (b[qid], a[qid])
         images = question_images(images_dir, qid) if images_dir else []
         text = judge_request(problems[qid], *shown, image=bool(images))
         lines = ",\n".join(f'"{each}": xxx' for each in shown)
-        request = folder / feedback.REQUEST
-        if request.exists() and request.read_bytes() != text.encode():
+        if os.path.lexists(folder / feedback.REQUEST) and request_text(folder) != text:
             set_reply_aside(folder)
         write_request(folder, text)
-        feedback.write_derived(folder / feedback.RATIONALE, f"{{\n{lines}\n}}\n")
+        files.write_text(folder / feedback.RATIONALE, f"{{\n{lines}\n}}\n", flush=False)
         for stale in {path.name for path in question_images(folder.parent, qid)} - {path.name for path in images}:
             (folder / stale).unlink()  # of a run --with_image: what lies here is sent
         place_images(folder, images)
@@ -141,9 +142,9 @@ def read_verdicts(items: Sequence[feedback.Item]) -> list[dict[str, str]]:
     """One {"qid", "order", "winner", "reason"} for each usable reply, in the order of the items."""
     verdicts = []
     for item in items:
-        path = item.folder / feedback.REPLY
         try:
-            shown, reason = feedback.parse_verdict(path.read_bytes() if path.exists() else None)
+            reply = files.read_shared(item.folder / feedback.REPLY) if feedback.has_reply(item.folder) else None
+            shown, reason = feedback.parse_verdict(reply)
         except feedback.Refused:
             continue
         order = ORDERS[item.action]

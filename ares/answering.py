@@ -7,7 +7,6 @@ requests in flight, and the same command goes on with the rest. Asks nobody: are
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import time
@@ -18,14 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ares import cli, feedback, images
+from ares import cli, feedback, files
 from ares.asking import CORRECT, JUDGE, SCORE, Reply, Request, Teacher, Wording, custom_id
 from ares.feedback import Item, Refused
 from ares.groups import Groups
 from ares.prices import PRICES_DATE
 from ares.problems import question_images
 from ares.reply_cache import ReplyCache
-from ares.reply_files import is_answered, reading, set_cut_reply_aside, write_reply
+from ares.reply_files import is_answered, read_sidecar, reading, set_cut_reply_aside, write_reply
+from ares.requests import request_text
 
 PREPARE = {
     SCORE: "bash preprocessing_after_RL/processing_sentence_level_feedback.sh --questions_dir",
@@ -102,7 +102,7 @@ class Session:
         cache: ReplyCache | None = None,
         action_settled: Callable[[int, Report], None] | None = None,
     ):
-        self.root, self.real_root = Path(root), os.path.join(os.path.realpath(root), "")
+        self.root = Path(root)
         self.teacher, self.kind, self.wording = teacher, kind, wording
         self.problems, self.images_dir = problems or {}, images_dir
         self.attempts = attempts if teacher.name == "claude" else 1  # the reference would say the same again
@@ -112,7 +112,6 @@ class Session:
         self.groups = Groups()
         self.waiting: Counter[int] = Counter()  # action -> items without a reply
         self._cached: set[int] = set()  # groups whose reply is in the cache
-        self._inside: dict[Path, bool] = {}
 
     # -- what is open ----------------------------------------------------------------------------------------
 
@@ -159,11 +158,11 @@ class Session:
 
         Raises Refused if the rationale holds nothing to ask about, UserError if a link leads out of the folder.
         """
-        self._contained(item.folder)
+        files.refuse_links(item.folder, self.root)
         sentences = feedback.read_rationale(item.folder)
         if not sentences:
             raise Refused("no_sentences")
-        text = self._text(item)
+        text = request_text(item.folder)
         shown = [feedback.form(sentences)] if self.kind == SCORE else sentences
         if text is None or not all(part in text for part in shown):
             return None  # not there, or of an earlier export
@@ -181,40 +180,15 @@ class Session:
     def images(self, item: Item) -> list[Path]:
         """Image files beside the request, else those of --images. Raises UserError for a link that leads out."""
         names = [name for name in os.listdir(item.folder) if _IMAGE_NAME.fullmatch(name)]
+        for name in names:
+            path = item.folder / name
+            files.refuse_links(path, self.root)
+            if not path.is_file():
+                raise cli.UserError(f"{path} is no regular file; put the image there")
         if not names:
             return question_images(self.images_dir, item.qid) if self.images_dir else []
         names.sort(key=lambda name: (name != feedback.IMAGE, len(name), name))  # image.png, choice_0.png, choice_1.png
-        for name in names:
-            if os.path.islink(item.folder / name) and not images.inside(item.folder / name, self.real_root):
-                raise cli.UserError(
-                    f"{item.folder / name} is a link that leads out of {self.root}; put the image there"
-                )
         return [item.folder / name for name in names]
-
-    def _contained(self, folder: Path) -> None:
-        """Raises UserError if a link on the way to an item's folder leads out of the questions folder."""
-        parent = folder.parent
-        if parent not in self._inside:
-            self._inside[parent] = os.path.realpath(parent).startswith(self.real_root)
-        if not self._inside[parent] or os.path.islink(folder) and not images.inside(folder, self.real_root):
-            raise cli.UserError(f"{folder} is a link that leads out of {self.root}; put the folder itself there")
-
-    def _text(self, item: Item) -> str | None:
-        path = os.path.join(item.folder, feedback.REQUEST)
-        try:  # no link is followed: it could send any file of this machine
-            file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise cli.UserError(f"cannot read {path} ({error.strerror})") from None
-        try:
-            data = b"".join(iter(lambda: os.read(file, 1 << 20), b""))
-        finally:
-            os.close(file)
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError:
-            return None
 
     def known(self, group: int) -> bool:
         """Whether a reply lies in the folder or in the cache: nothing to pay."""
@@ -305,11 +279,8 @@ class Session:
         """Give identical rationales the reply that is there."""
         if not targets:
             return
-        reply = (source.folder / feedback.REPLY).read_bytes().decode("utf-8", errors="replace")
-        try:
-            sidecar = json.loads((source.folder / feedback.SIDECAR).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            sidecar = {}
+        reply = files.read_shared(source.folder / feedback.REPLY).decode("utf-8", errors="replace")
+        sidecar = read_sidecar(source.folder)
         sidecar |= {"copied_from": f"{source.action}/p{source.rank}/{source.qid}", "cost_usd": 0.0}
         for item in targets:
             read = reading(self.kind, reply, feedback.read_rationale(item.folder))

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ares import files
-from ares.cli import UserError
+from ares.cli import UserError, in_one_line
 
 
 @dataclass
@@ -31,6 +30,12 @@ class Record:
     not_ours: list[str] = field(default_factory=list)
 
 
+_KINDS = {
+    "nonce": str, "hash": str, "count": int, "model": str, "time": (int, float), "most_usd": (int, float, type(None)),
+    "asked": dict, "state": str, "batch": (str, type(None)), "not_ours": list,
+}  # fmt: skip
+
+
 class Store:
     """The records of a questions folder."""
 
@@ -39,18 +44,14 @@ class Store:
 
     def pending(self) -> list[Record]:
         """Batches that are out, oldest first. Raises UserError for a record that cannot be read."""
-        records = []
-        for path in sorted(self.folder.glob("*.json")):
-            try:
-                record = Record(**json.loads(path.read_bytes()))
-            except (OSError, ValueError, TypeError) as error:
-                raise UserError(f"{path} is damaged ({error}); it names a batch that was paid for, mend it") from None
-            if record.state != "collected":
-                records.append(record)
+        records = [record for record in self._all() if record.state != "collected"]
         return sorted(records, key=lambda record: record.time)
 
     def known_ids(self) -> set[str]:
-        return {json.loads(path.read_bytes()).get("batch") for path in self.folder.glob("*.json")} - {None}
+        return {record.batch for record in self._all()} - {None}
+
+    def _all(self) -> list[Record]:
+        return [_read(path) for path in sorted(self.folder.glob("*.json"))]
 
     def save(self, record: Record) -> None:
         files.write_json(self.folder / f"{record.nonce}.json", asdict(record), indent=None)
@@ -66,3 +67,22 @@ class Store:
                 f"{len(pending)} batches with {sum(record.count for record in pending)} requests are out "
                 f"({self.folder}); collect them with --batch, or remove that folder to give them up"
             )
+
+
+def _read(path: Path) -> Record:
+    try:
+        record = Record(**files.parse_json(files.read_shared(path).decode("utf-8-sig")))
+        for name, kinds in _KINDS.items():
+            if not isinstance(getattr(record, name), kinds):
+                raise TypeError(f"{name} is {getattr(record, name)!r}")
+        if record.nonce != path.stem:  # it names the file that is written next
+            raise ValueError(f"nonce is {record.nonce!r}")
+        for custom_id, asked in record.asked.items():
+            kinds = {"item": str, "text": str, "attempt": int, "failures": int}
+            if not isinstance(asked, dict) or not all(isinstance(asked.get(name), kinds[name]) for name in kinds):
+                raise TypeError(f"asked of {custom_id} is {asked!r}")
+            int(asked["item"].partition("/")[0])
+    except (OSError, ValueError, TypeError) as error:
+        why = in_one_line(error, 160)
+        raise UserError(f"{path} is damaged ({why}); it names a batch that was paid for, mend it") from None
+    return record

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ares.cli import FULL, UserError, disk_error, in_one_line, shortened
+from ares.cli import FULL, DiskError, UserError, disk_error, in_one_line, shortened
 
 NAME_MAX = 255  # bytes in one file name, on every common file system
 MAX_BYTES = 1 << 32  # of a file that a user names
@@ -224,12 +224,11 @@ def read_yaml(path: str | os.PathLike, flag: str) -> dict[str, Any]:
 
 def refuse_links(path: str | os.PathLike, root: str | os.PathLike) -> None:
     """Raise UserError if a folder on the way from `root` to `path`, or `path` itself, is a link that leads out."""
-    path, root = os.fspath(path), os.fspath(root)
-    step = path
-    while len(step) > len(root):
-        if os.path.islink(step) and not os.path.realpath(step).startswith(os.path.join(os.path.realpath(root), "")):
+    step, root = Path(root), Path(root)
+    for part in Path(path).relative_to(root).parts:
+        step /= part
+        if step.is_symlink() and not os.path.realpath(step).startswith(os.path.join(os.path.realpath(root), "")):
             raise UserError(f"{step} is a link that leads out of {root}; put the folder or file itself there")
-        step = os.path.dirname(step)
 
 
 # -- writing ---------------------------------------------------------------------------------------------
@@ -373,12 +372,12 @@ def place_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
     UserError if `source` is no regular file, DiskError.
     """
     source, target = os.path.realpath(source), Path(target)
-    if _same_file(source, target):
-        return
     if not os.path.isfile(source):
         raise UserError(f"{source} is no regular file; replace or remove it")
     temporary = target.with_name(_temporary_name())
     with writing(target):
+        if _same_file(source, target):
+            return
         try:
             try:
                 os.link(source, temporary)
@@ -386,7 +385,8 @@ def place_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
                 shutil.copy2(source, temporary)
             os.replace(temporary, target)
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def _same_file(source: str, target: Path) -> bool:
@@ -441,6 +441,8 @@ class Lines:
             if not size and mode != 0o644:
                 os.fchmod(self._file, mode)
             self._torn = bool(size) and os.pread(self._file, 1, size - 1) != b"\n"
+            if self._torn:
+                self._write(b"")
 
     def add(self, text: str, *, reserved: bool = False) -> int:
         """Append `text` and a line break; returns the position of its end. `reserved`: may use `reserve`'s room."""
@@ -514,6 +516,13 @@ def reserve(path: str | os.PathLike, size: int) -> Iterator[Reserve]:
     finally:
         _reserve.path.unlink(missing_ok=True)
         _reserve = None
+
+
+def out_of_room() -> DiskError | None:
+    """What to end with once a full disk has taken the reserve: nothing new may be begun."""
+    if _reserve is None or not _reserve.used:
+        return None
+    return disk_error(OSError(errno.ENOSPC, ""), _reserve.path.parent)
 
 
 def _with_reserve(write: Callable[[], None], path: str | os.PathLike) -> None:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from ares import cli
+from ares import cli, files
 from ares.answering import Session
 from ares.asking import Stopped, Unanswered
 from ares.feedback import Refused
@@ -110,6 +110,8 @@ class _Live:
                 break
             report.add(reply)
             refused = await self.desk.lay_down(group, request, reply, sidecar | {"attempt": attempt})
+            if full := files.out_of_room():
+                self.stop(full)
             if refused is None:
                 report.copied += copies
                 reason = None

@@ -134,6 +134,8 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     ways.add_argument("--no-cache", action="store_true", help="neither read nor keep replies there")
 
 
+ROOM, ROOM_PER_REPLY = 1 << 20, 1 << 16  # bytes kept free: four files of some blocks each, and what comes besides
+
 FOR_CLAUDE = frozenset(
     "teacher_model base_url concurrency attempts timeout no_structured batch submit_only poll_seconds max_usd price "
     "estimate cache no_cache".split()
@@ -229,8 +231,14 @@ def work_in(root: str | Path, flag: str, args: argparse.Namespace) -> Iterator[T
 
     On the way out it says what the folder has cost, if requests were lost on the way.
     """
-    ours = files.writable_dir(Path(root) / OURS, flag)
-    with files.only_one(ours / "lock", f"{flag} {root}"):
+    ours = Path(root) / OURS
+    for place in (ours, ours / "batches"):
+        files.refuse_links(place, root)
+    files.writable_dir(ours, flag)
+    with contextlib.ExitStack() as held:
+        held.enter_context(files.only_one(ours / "lock", f"{flag} {root}"))
+        if args.teacher == "claude":  # a full disk must not lose the replies that are paid for and on their way
+            held.enter_context(files.reserve(ours / "reserve", ROOM + args.concurrency * ROOM_PER_REPLY))
         ledger = Ledger(ours if args.teacher == "claude" else None, args.max_usd)
         teacher = make_teacher(args, ledger)
         try:
