@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ares import cli, ppo
+from ares import files, ppo
 from ares.sentences import sentences_from_ids
 from rollouts import Rollouts
 
@@ -199,7 +199,7 @@ def write_samples(path: Path, data: Experience, scores: Sequence[Sequence[float]
     A sentence's advantage is that of its last token, before whitening. `texts` are the prompts by question id.
     """
     rows = data.rollouts
-    with cli.atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with files.atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row, qid in enumerate(rows.qids):
             ids, begin = rows.ids(row), int(rows.offsets[row])
             sentences = [

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ares.cli import UserError, print0, progress, read_json, refuse, run, warn0, writable_dir, write_json
+from ares.cli import UserError, print0, progress, refuse, run, warn0
+from ares.files import read_json, writable_dir, write_json
 from utils_vision import hub_failure, list_images, offline_unless_reachable, pick_device, read_image
 
 PROMPT = "Write a short description for the image."

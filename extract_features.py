@@ -22,19 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ares.cli import (
-    IMG_TYPES,
-    UserError,
-    atomic_path,
-    print0,
-    progress,
-    read_json,
-    refuse,
-    run,
-    warn0,
-    writable_dir,
-    write_json,
-)
+from ares.cli import IMG_TYPES, UserError, print0, progress, refuse, run, warn0
+from ares.files import atomic_path, read_json, writable_dir, write_json
 from ares.memory import keep_freed_memory
 from utils_vision import (
     MODEL_NAMES,

@@ -14,14 +14,15 @@ itself. Run it again to go on: only what has no usable reply is asked.
 from __future__ import annotations
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli, estimate, feedback, teacher
+from ares import cli, estimate, feedback, files, teacher
 from ares.problems import find_dataset, find_images, load_problems, load_splits, split_qids
-from ares.reply_files import REFUSED_REPLY
+from ares.reply_files import REFUSED_REPLY, reason_of
 from ares.requests import read_rationales
 from utils_prompt import WORDING
 
@@ -59,11 +60,10 @@ def final_rationales(
     counts: Counter[str] = Counter()
     missing = []
     for qid, rationale in rationales.items():
-        if qid not in folders or not (folders[qid] / feedback.REPLY).exists():
+        if qid not in folders or not os.path.lexists(folders[qid] / feedback.REPLY):
             final[qid] = rationale
             if qid in folders and (folders[qid] / REFUSED_REPLY).exists():  # cut off, though it reads well
-                reason = folders[qid] / feedback.REASON
-                word = reason.read_text().partition(":")[0].strip() if reason.exists() else "cut off"
+                word = reason_of(folders[qid]).partition(":")[0].strip() or "cut off"
                 counts[f"fell back: {word}"] += 1
             else:
                 missing.append(qid)
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return estimate.show(session, items, args.show)
         session.add(items, serve=False)
         return estimate.estimate(session)
-    cli.writable_dir(output.parent, "--output")
+    files.writable_dir(output.parent, "--output")
     with teacher.work_in(args.correction_dir, "--correction_dir", args) as each:
         report = teacher.answer_items(session_with(each), items, args)
     cli.print0(f"{args.teacher}: {report.summary()}")
@@ -188,7 +188,7 @@ def write_correction(
             "written; prepare and ask for them, or add --accept-missing to keep their rationales as they are"
         )
     counts["fell back: no reply"] += len(missing)
-    cli.write_json(output, corrected(problems, final))
+    files.write_json(output, corrected(problems, final))
     cli.print0(f"{output}: {told(final, rationales, counts)}")
     left = len(train_qids) - len(rationales)
     if left:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sft
-from ares import cli
+from ares import cli, files
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -47,7 +47,7 @@ def run_name(args: argparse.Namespace) -> str:
     name += f"_seed{args.seed}"
     name += f"_{args.w_train_le}" if args.w_train_le else ""
     name += f"_{sft.flat(args.correction_file).removesuffix('.json')}" if args.correction_file else ""
-    return cli.short_name(name)
+    return files.short_name(name)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

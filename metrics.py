@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ares import cli
+from ares import cli, files
 
 
 class Metrics:
@@ -46,7 +46,7 @@ class Metrics:
             return updates_done is not None and entry.get("update", 0) <= updates_done
 
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        cli.write_text(self.path, "".join(line for line in lines if keep(line)))
+        files.write_text(self.path, "".join(line for line in lines if keep(line)))
 
     def log(self, kind: str, number: int, update: int, values: dict[str, float], **place: int) -> None:
         """Append one line; `update` counts a round's finished updates."""
@@ -78,7 +78,7 @@ def _wandb_run(run: Path, config: dict[str, Any]):
 
     id_file = run / "wandb" / "id"
     if not id_file.exists():
-        cli.write_text(id_file, uuid.uuid4().hex)
+        files.write_text(id_file, uuid.uuid4().hex)
     try:
         return wandb.init(
             project="ares", id=id_file.read_text(), name=run.name, dir=str(run), config=config, resume="allow"

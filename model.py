@@ -35,7 +35,8 @@ from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import logging as transformers_logging
 
 from ares.checkpoints import check_shapes, load_state_dict, local_folder, read_shapes
-from ares.cli import UserError, atomic_path
+from ares.cli import UserError
+from ares.files import atomic_path
 from ares.head import label_loss
 from ares.t5_config import MultimodalT5Config, PatchSize, as_multimodal, read_config
 

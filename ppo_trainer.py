@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import scoring
 import sharding
-from ares import cli, ppo
+from ares import cli, files, ppo
 from ares.cli import UserError
 from experience import Experience, passes, plan_epoch
 from metrics import Metrics, epoch_warnings
@@ -400,7 +400,7 @@ class PpoTrainer:
             "optimizer": optimizer_state(self.optimizer, self.names, keep),
         }
         if keep:
-            with cli.atomic_path(self.slots[self.saves % 2]) as temporary, open(temporary, "wb") as file:
+            with files.atomic_path(self.slots[self.saves % 2]) as temporary, open(temporary, "wb") as file:
                 torch.save(state, file)  # a file: torch cannot name an archive after `.tmp-1`
         self.saves += 1
 

@@ -23,7 +23,8 @@ from typing import Any
 
 import sft
 from ares import cli
-from ares.cli import IMG_TYPES, PROMPT_FORMATS, UserError, print0, read_json, run
+from ares.cli import IMG_TYPES, PROMPT_FORMATS, UserError, print0, run
+from ares.files import read_json
 from ares.problems import (
     CAPTION_DEFAULT,
     find_captions,

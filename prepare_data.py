@@ -25,18 +25,8 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ares.cli import (
-    UserError,
-    atomic_path,
-    place_file,
-    print0,
-    progress,
-    read_json,
-    run,
-    warn0,
-    writable_dir,
-    write_json,
-)
+from ares.cli import UserError, print0, progress, run, warn0
+from ares.files import atomic_path, place_file, read_json, writable_dir, write_json
 from ares.images import as_rgb, media_type
 from utils_sources import Pictures, Source, open_source
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli, feedback
+from ares import cli, feedback, files
 from ares.problems import find_dataset, load_problems, load_splits, split_qids
 from ares.requests import images_of_questions, place_images, read_rationales, set_reply_aside, write_request
 from utils_prompt import correction_request
@@ -40,6 +40,7 @@ def prepare(folder: Path, problem: Mapping[str, Any], rationale: str, images: Se
 
     The rationale file holds the whole rationale as its one entry: nothing of it may get lost in cutting.
     """
+    feedback.refuse_links(folder)
     try:
         known = feedback.read_rationale(folder) == [rationale]
     except feedback.Refused:
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rationales = read_rationales(args.rationales, train_qids)
     # one line per rationale file entry: the collator collapses white space anyway
     rationales = {qid: " ".join(text.split()) for qid, text in rationales.items()}
-    cli.writable_dir(args.correction_dir, "--correction_dir")
+    files.writable_dir(args.correction_dir, "--correction_dir")
     if len(rationales) < len(train_qids):
         cli.print0(f"note: {args.rationales} covers {len(rationales)} of {len(train_qids)} train questions")
     images = images_of_questions(args, problems, list(rationales))

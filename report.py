@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli
+from ares import cli, files
 from ares.cli import UserError, print0
 from ares.problems import (
     CAPTION_DEFAULT,
@@ -142,7 +142,7 @@ def read_data(args: argparse.Namespace, notes: list[str]) -> tuple[Any, Mapping[
 
 def read_verdicts(path: Path) -> dict[str, Any]:
     """A file of win_rate.py. Raises UserError if it holds no verdicts."""
-    told = cli.read_json(path, "--win_rate")
+    told = files.read_json(path, "--win_rate")
     verdicts = told.get("verdicts") if isinstance(told, dict) else None
     fits = isinstance(verdicts, list) and all(
         isinstance(one, dict) and {"qid", "order", "winner"} <= one.keys() for one in verdicts
@@ -192,7 +192,7 @@ def costs(args: argparse.Namespace, inputs: collect.Inputs) -> list[dict[str, An
 def times(args: argparse.Namespace, inputs: collect.Inputs) -> list[dict[str, Any]]:
     """Wall time: what `--times` says, else what the trainers of the stages' folders recorded."""
     if args.times:
-        told = cli.read_json(args.times, "--times")
+        told = files.read_json(args.times, "--times")
         told = told.get("stages", told) if isinstance(told, dict) else None
         if not isinstance(told, dict):
             raise UserError(f"--times: {args.times} must hold {{title: seconds}}")
@@ -207,7 +207,7 @@ def times(args: argparse.Namespace, inputs: collect.Inputs) -> list[dict[str, An
     for stage in inputs.stages:
         path = Path(stage.folder) / "trainer_state.json"
         if path.is_file():
-            log = cli.read_json(path, "--stage").get("log_history", [])
+            log = files.read_json(path, "--stage").get("log_history", [])
             seconds = next((line["train_runtime"] for line in reversed(log) if "train_runtime" in line), None)
             if seconds is not None:
                 found.append({"name": f"training of {stage.name}", "seconds": seconds})
@@ -232,8 +232,8 @@ def draw(told: dict[str, Any], metrics: list, png: Path | None) -> dict[str, str
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     output = Path(args.output)
-    cli.writable_dir(output.parent, "--output")
-    png = cli.writable_dir(args.png, "--png") if args.png else None
+    files.writable_dir(output.parent, "--output")
+    png = files.writable_dir(args.png, "--png") if args.png else None
     images = find_images(args) if args.image_mode != "none" else None
     notes: list[str] = []
     inputs = read_inputs(args, notes)
@@ -257,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts["main"]["notes"] = notes
     parts["images"] = collect_images(images, qids, args.image_mode, output) if images else {"list": [], "of": {}}
     page = build_page(args.title, parts, drawings)
-    cli.write_text(output, page)
+    files.write_text(output, page)
     for note in notes:
         print0(f"note: {note}")
     print0(f"{output}: {len(qids)} questions, {len(inputs.stages)} stages, {len(page.encode()) / 1e6:.1f} MB")

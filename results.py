@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ares import cli, reference
+from ares import cli, files, reference
 from ares.intervals import mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
 from ares.predictions import predictions_file, scores_of, split_label, texts_by_qid
 from ares.problems import Problems, find_dataset, load_problems, load_splits, split_qids
@@ -109,7 +109,7 @@ def read_system(
 ) -> list[Run]:
     """The rows of one --system. Raises UserError if the file is none of the known forms."""
     path = predictions_file(place, f"--system {label}", args.split)
-    told = cli.read_json(path, f"--system {label}")
+    told = files.read_json(path, f"--system {label}")
     if isinstance(told, dict) and isinstance(told.get("rationales"), dict):
         return demo_runs(label, str(path), told)
     if not isinstance(told, dict) or "preds" not in told:
@@ -221,7 +221,7 @@ def system_tables(args: argparse.Namespace, runs: Sequence[Run], problems: Probl
 def win_table(paths: Sequence[str]) -> Table:
     table = Table("Win rates of the first system's rationales", WINS | {"source": "source"})
     for path in paths:
-        told = cli.read_json(path, "--win_rate")
+        told = files.read_json(path, "--win_rate")
         try:
             row, judge = told["summary"]["rows"]["average"], told["judge"]
             cells: dict[str, Cell | str] = {name: Cell(row[name]) for name in ("win", "tie", "loss")}
@@ -294,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         notes.append(NOTE)
     text = FORMATS[args.format](tables, notes)
     if args.output:
-        cli.write_text(args.output, text)
+        files.write_text(args.output, text)
         cli.print0(args.output)
     else:
         cli.print0(text, end="")

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli, feedback
+from ares import cli, feedback, files
 from ares.cli import UserError, print0
 
 SAMPLING_FILE, PPO_FILE = "flags_sampling.json", "flags_ppo.json"  # what made a round, beside its rollouts
@@ -48,7 +48,7 @@ FREE_FLAGS = tuple(
 def run_name(args: argparse.Namespace) -> str:
     """The run folder's name, as the released code builds it (SPEC 2); shortened with a hash where it is too long."""
     reference = ("ref" if args.ref_model else "no_ref") + ("" if args.algo == "ppo" else f"_{args.algo}")
-    return cli.short_name(
+    return files.short_name(
         f"{args.model_type}_neutral{args.neutral_score}_k{args.k_actions}_rlb{args.rl_batch_size}"
         f"_cl{args.clip_range}_rle{args.rl_epochs}_lr{args.lr}_vlr{args.vf_coef}_g{args.gamma}_l{args.gae_lambda}"
         f"_f{args.feedback}_seed{args.seed}_kl{args.init_kl_coef}_ga{args.ga_step}_dosample{args.do_sample}"
@@ -92,7 +92,7 @@ def claim(args: argparse.Namespace, folder: Path, start: int) -> None:
 
     Raises UserError naming each flag that would mix two experiments in one folder.
     """
-    cli.writable_dir(folder, "--run_dir")
+    files.writable_dir(folder, "--run_dir")
     for place in (folder, folder / "state", *folder.glob("rollouts/round_*")):
         sweep(place)
     if not feedback.exported(folder / "questions"):  # later the Teacher's tools may be writing there
@@ -113,7 +113,7 @@ def claim(args: argparse.Namespace, folder: Path, start: int) -> None:
         if begun or finished(folder, number):
             refuse_changes(place / PPO_FILE, ppo_identity(args))
     tidy(folder, start + args.epochs)
-    cli.write_args(folder, args)
+    files.write_args(folder, args)
 
 
 def sweep(place: Path, below: str = "") -> None:
@@ -138,7 +138,7 @@ def refuse_changes(known: Path, now: dict[str, Any]) -> None:
     """Raise UserError naming the flags that differ from those in the file `known`, if it is there."""
     if not known.exists():
         return
-    before = cli.read_json(known, "--run_dir")
+    before = files.read_json(known, "--run_dir")
     changed = [f"--{key} was {before[key]}, is {now[key]}" for key in now if key in before and before[key] != now[key]]
     if changed:
         raise UserError(
@@ -151,7 +151,7 @@ def reopen(place: Path) -> None:
     """Forget that a round was collected where batches of it are gone, so that they are sampled again."""
     collected = place / "collected.json"
     if collected.exists():
-        missing = cli.read_json(collected, "rollouts")["batches"] - len(list(place.glob("batch_*.safetensors")))
+        missing = files.read_json(collected, "rollouts")["batches"] - len(list(place.glob("batch_*.safetensors")))
         if missing > 0:
             cli.warn0(f"{place}: {missing} of its batches are gone and sampled again")
             (place / "scores.json").unlink(missing_ok=True)  # read anew: nothing promises the same tokens on a GPU

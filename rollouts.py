@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import scoring
-from ares import cli, feedback, ppo
+from ares import cli, feedback, files, ppo
 from ares.cli import UserError
 from ares.sentences import sentences_from_ids
 
@@ -118,7 +118,7 @@ class Rollouts:
         tensors = {"lengths": self.lengths, "sentence_counts": self.sentence_counts, "columns": self.columns}
         tensors |= {name: getattr(self, name).contiguous() for name in FIELDS}
         rows = {"qids": self.qids, "action": self.action, "rank": self.rank}
-        with cli.atomic_path(path) as temporary:
+        with files.atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in rows.items()})
 
     @classmethod
@@ -224,7 +224,7 @@ class Store:
         """
         known = {"k": k, "prompts": prompts.fingerprint()}
         if self.plan_file.exists():
-            plan = cli.read_json(self.plan_file, "rollouts")
+            plan = files.read_json(self.plan_file, "rollouts")
             if any(plan.get(key) != value for key, value in known.items()):
                 raise UserError(
                     f"{self.plan_file}: questions, captions or prompts are not those of the rollouts beside it; "
@@ -234,13 +234,13 @@ class Store:
         share = math.ceil(len(prompts.lengths) / cli.world_size())  # a small split keeps every process busy, too
         plan = {**known, "batches": plan_batches(prompts.lengths, min(batch_size, share))}
         if cli.rank() == 0:
-            cli.write_json(self.plan_file, plan, indent=None)
+            files.write_json(self.plan_file, plan, indent=None)
         return plan["batches"]
 
     def load(self) -> Rollouts:
         """Every row of the round, in sampling order (needs no models and no data set)."""
         shards = sorted(self.folder.glob("batch_*.safetensors"))
-        expected = cli.read_json(self.collected_file, "rollouts")["batches"]
+        expected = files.read_json(self.collected_file, "rollouts")["batches"]
         if len(shards) != expected:
             raise UserError(f"{self.folder} holds {len(shards)} of {expected} batches; run the same command again")
         return Rollouts.concatenate([Rollouts.load(shard) for shard in shards])
@@ -276,7 +276,7 @@ def collect(
         samples, sentences = samples + len(rows), sentences + int(rows.sentence_counts.sum())
     if not feedback.exported(store.questions):  # a re-run must not make answers older than the export
         feedback.mark_exported(store.questions)
-    cli.write_json(store.collected_file, {"batches": len(batches), "samples": samples, "sentences": sentences})
+    files.write_json(store.collected_file, {"batches": len(batches), "samples": samples, "sentences": sentences})
 
 
 def exported_folders(rollouts: Rollouts, questions: Path) -> list[Path]:
@@ -342,7 +342,7 @@ def read_feedback(store: Store, rollouts: Rollouts, max_dropped: float) -> dict:
     if lost:
         cli.warn0(f"{lost} of {asked} samples dropped ({counts})")
     decision = {"scores": scores, "dropped": dropped}
-    cli.write_json(store.scores_file, decision, indent=None)
+    files.write_json(store.scores_file, decision, indent=None)
     return decision
 
 

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sft
-from ares import cli
+from ares import cli, files
 from utils_lora import add_adapter, check_adapter, load_adapter
 
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias")
@@ -56,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run_name(args: argparse.Namespace) -> str:
     """The released name of an adapter's folder."""
-    return cli.short_name(
+    return files.short_name(
         f"mm_cot_lora_r{args.lora_r}_a{args.lora_alpha}_d{args.lora_dropout}_s{args.seed}_lr{args.lr}"
         f"_bs{args.bs * cli.world_size()}_e{args.epoch}_len{args.output_len}"
     )

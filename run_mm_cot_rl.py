@@ -36,7 +36,7 @@ from typing import Any
 
 import rl_flags
 import rl_run
-from ares import cli, feedback
+from ares import cli, feedback, files
 from ares.cli import UserError, print0, run
 
 # -- flags -----------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def collect_round(setup: Setup, store, number: int, k: int) -> None:
     if cli.rank() == 0:
         if not store.plan_file.exists() and store.questions.exists():
             raise UserError(f"{store.questions} is there without its rollouts; move it away or use --overwrite")
-        cli.write_json(store.folder / rl_run.SAMPLING_FILE, rl_run.sampling_identity(args, setup.run, number))
+        files.write_json(store.folder / rl_run.SAMPLING_FILE, rl_run.sampling_identity(args, setup.run, number))
     batches = store.plan(setup.prompts, args.bs, k)
     print0(f"round {number}: {sum(map(len, batches))} questions x {k} rationales in {len(batches)} batches")
     if all(store.shard(i).exists() for i in range(cli.rank(), len(batches), cli.world_size())):
@@ -238,7 +238,7 @@ def await_feedback(setup: Setup, store) -> dict:
         feedback.wait_for_feedback(store.questions, actions, args.poll_seconds, args.settle_seconds)
         rollouts.read_feedback(store, rows, args.max_dropped)
     rollouts.wait_for_file(store.scores_file, args.poll_seconds)
-    return cli.read_json(store.scores_file, "rollouts")
+    return files.read_json(store.scores_file, "rollouts")
 
 
 def train_round(setup: Setup, store, number: int, decision: dict) -> None:
@@ -279,7 +279,7 @@ def train_round(setup: Setup, store, number: int, decision: dict) -> None:
         if number > 0 and (number > setup.start or args.continue_train):
             ppo_trainer.restore_optimizer(trainer.optimizer, trainer.names, start / "optimizer_state.pth")
         if cli.rank() == 0:
-            cli.write_json(store.folder / rl_run.PPO_FILE, rl_run.ppo_identity(args))
+            files.write_json(store.folder / rl_run.PPO_FILE, rl_run.ppo_identity(args))
             table = setup.run / f"samples_round_{number}.jsonl"
             experience.write_samples(table, data, scores, setup.prompts.texts, setup.tokenizer)
         metrics.rewind(number, None)
@@ -310,13 +310,13 @@ def save_round(setup: Setup, trainer, number: int) -> None:
     value = None if value_function is None else sharding.whole_state(value_function, writes)
     optimizer = ppo_trainer.optimizer_state(trainer.optimizer, trainer.names, writes)
     if writes:
-        with cli.atomic_dir(setup.run / str(number)) as folder:
+        with files.atomic_dir(setup.run / str(number)) as folder:
             trainer.raw.policy.save_pretrained(folder, state_dict=policy)
             setup.tokenizer.save_pretrained(folder)
             if value_function is not None:
                 save_value_function(value_function, folder, value)
             torch.save(optimizer, folder / "optimizer_state.pth")
-            cli.write_args(folder, setup.args)
+            files.write_args(folder, setup.args)
         rl_run.tidy(setup.run, number + 1)
     setup.accelerator.wait_for_everyone()
     print0(f"round {number} saved to {setup.run / str(number)}")

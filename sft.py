@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli
+from ares import cli, files
 from ares.cli import UserError, print0
 
 # Flags that a second launch of the same run may change: they only name folders, or do not touch the weights.
@@ -168,7 +168,7 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool) -> str | N
         raise UserError(f"--run_dir: {folder} holds a model that this command did not write; name another folder")
     if (folder / METRICS).exists():
         return "done"
-    cli.write_args(folder, argparse.Namespace(**settings))
+    files.write_args(folder, argparse.Namespace(**settings))
     checkpoints = checkpoint_folders(folder)
     for half in [path for path in checkpoints if not (path / COMPLETE).exists()]:
         shutil.rmtree(half)
@@ -239,7 +239,7 @@ def run(
     check_vocabulary(tokenizer, info)
     datasets = tokenized_splits(args, data, tokenizer)
     place = "--output_dir" if hasattr(args, "output_dir") else "--model"
-    cli.writable_dir(folder, "--evaluate_dir" if args.evaluate_dir else "--run_dir" if args.run_dir else place)
+    files.writable_dir(folder, "--evaluate_dir" if args.evaluate_dir else "--run_dir" if args.run_dir else place)
 
     from sft_trainer import set_up, train
     from utils_predict import Predictor, digest, from_rank0

@@ -27,7 +27,7 @@ import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from ares import cli
+from ares import cli, files
 from ares.cli import UserError, print0, warn0
 from model import choose_attention
 from utils_data import batches_pin_themselves
@@ -174,7 +174,7 @@ class SFTTrainer(Seq2SeqTrainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each rank writes its own random state
         if self.is_world_process_zero():
-            cli.write_text(folder / COMPLETE, "")
+            files.write_text(folder / COMPLETE, "")
             # only now: until the new one is whole, the old ones are all there is
             found = checkpoint_folders(folder.parent)
             for path in set(found) - kept_checkpoints(found, folder, self.state.best_global_step):
@@ -215,7 +215,7 @@ class SFTTrainer(Seq2SeqTrainer):
                 file.chmod(0o644)  # safetensors writes 0600, which hides a model from the group that shares the box
                 os.replace(file, folder / file.name)
             staging.rmdir()
-            cli.write_json(folder / METRICS, self._summary())
+            files.write_json(folder / METRICS, self._summary())
             print0(f"trained model: {folder}")
         self.accelerator.wait_for_everyone()
 

@@ -22,7 +22,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ares import problems as files
-from ares.cli import UserError, print0, read_json, refuse, warn0
+from ares.cli import UserError, print0, refuse, warn0
+from ares.files import read_json
 from ares.predictions import texts_by_qid
 from utils_features import VisionFeatures, img_shape
 from utils_prompt import build_train_pair, normalize, option_letters

@@ -18,7 +18,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from ares.cli import UserError, progress, read_json, warn0
+from ares.cli import UserError, progress, warn0
+from ares.files import read_json
 from ares.reference import gold_coverage, names_only_gold_option, score_sentences
 from ares.sentences import is_finished, split_text
 

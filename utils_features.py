@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ares.cli import UserError, atomic_path, print0, read_json
-from ares.locks import one_at_a_time
+from ares.cli import UserError, print0
+from ares.files import atomic_path, one_at_a_time, read_json
 
 # what the model sees of one image: (patches, dim). resnet's one pooled vector is repeated 512 times
 img_shape = {"resnet": (512, 2048), "clip": (49, 2048), "detr": (100, 256), "vit": (145, 1024)}

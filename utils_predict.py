@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from ares import cli
+from ares import cli, files
 from ares.cli import UserError, print0
 from decoding import greedy
 from model import choose_attention
@@ -236,7 +236,7 @@ class Predictor:
         content = self.scores(dataset.qids, preds, labels) if split == "test" else {}
         content |= {"preds": preds, "labels": labels, "qids": dataset.qids, "prompts": dataset.prompts}
         content |= {"answers": self.letters(dataset.qids, preds), "settings": settings}
-        cli.write_json(path, content)
+        files.write_json(path, content)
         print0(f"predictions: {path} ({len(preds)} rows)")
         if split == "test":
             failed = "" if content["num_fail"] is None else f"num_fail {content['num_fail']}, "
@@ -271,7 +271,7 @@ def _open_store(store: Path, settings: Mapping[str, Any], overwrite: bool) -> No
     """Make `store` hold rows of these settings only."""
     if overwrite or not _holds(store / "settings.json", {**settings}):
         shutil.rmtree(store, ignore_errors=True)
-        cli.write_json(store / "settings.json", {"settings": settings})
+        files.write_json(store / "settings.json", {"settings": settings})
 
 
 def _read_rows(store: Path) -> Rows:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ares.cli import UserError, progress, read_json
+from ares.cli import UserError, progress
+from ares.files import read_json
 from ares.problems import Problems, load_problems, load_splits, problem_fault, question_images
 from ares.sentences import is_finished
 

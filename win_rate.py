@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli, estimate, feedback, teacher
+from ares import cli, estimate, feedback, files, teacher
 from ares.intervals import ratio_interval, shares_interval
 from ares.predictions import predictions_file, split_label, texts_by_qid
 from ares.problems import find_dataset, find_images, load_problems, load_splits, question_images, split_qids
-from ares.requests import place_images, set_reply_aside, write_request
+from ares.requests import place_images, request_text, set_reply_aside, write_request
 from utils_evaluate import CATEGORIES
 from utils_prompt import JUDGE_WORDING, judge_request, normalize
 
@@ -69,7 +70,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.refuse(wrong)
     teacher.check_teacher_flags(args, given)
     plain = "_vs_".join("".join(c if c.isalnum() or c in "-.+" else "-" for c in label) for label, _ in args.systems)
-    args.output = args.output or str(Path("win_rate") / cli.short_name(plain))
+    args.output = args.output or str(Path("win_rate") / files.short_name(plain))
     return args
 
 
@@ -81,7 +82,7 @@ def read_systems(args: argparse.Namespace, qids: Sequence[str]) -> list[dict[str
     found = []
     for label, place in args.systems:
         path = predictions_file(place, label, args.split)
-        texts = texts_by_qid(cli.read_json(path, label), path, label, qids)
+        texts = texts_by_qid(files.read_json(path, label), path, label, qids)
         found.append({qid: normalize(text).removeprefix("Solution:").strip() for qid, text in texts.items()})
     a, b = found
     wanted = [qid for qid in qids if qid in a and qid in b]
@@ -117,16 +118,16 @@ def lay_out(
              if a[qid] != b[qid] and order in orders_of(args, qid)]  # fmt: skip
     for action, order, qid in cli.progress(asked, desc="requests", unit="pair"):
         folder = feedback.question_dir(args.output, action, 0, qid)
+        feedback.refuse_links(folder)
         folder.mkdir(parents=True, exist_ok=True)
         shown = (a[qid], b[qid]) if order == "ab" else (b[qid], a[qid])
         images = question_images(images_dir, qid) if images_dir else []
         text = judge_request(problems[qid], *shown, image=bool(images))
         lines = ",\n".join(f'"{each}": xxx' for each in shown)
-        request = folder / feedback.REQUEST
-        if request.exists() and request.read_bytes() != text.encode():
+        if os.path.lexists(folder / feedback.REQUEST) and request_text(folder) != text:
             set_reply_aside(folder)
         write_request(folder, text)
-        feedback.write_derived(folder / feedback.RATIONALE, f"{{\n{lines}\n}}\n")
+        files.write_text(folder / feedback.RATIONALE, f"{{\n{lines}\n}}\n", flush=False)
         for stale in {path.name for path in question_images(folder.parent, qid)} - {path.name for path in images}:
             (folder / stale).unlink()  # of a run --with_image: what lies here is sent
         place_images(folder, images)
@@ -141,9 +142,9 @@ def read_verdicts(items: Sequence[feedback.Item]) -> list[dict[str, str]]:
     """One {"qid", "order", "winner", "reason"} for each usable reply, in the order of the items."""
     verdicts = []
     for item in items:
-        path = item.folder / feedback.REPLY
         try:
-            shown, reason = feedback.parse_verdict(path.read_bytes() if path.exists() else None)
+            reply = files.read_shared(item.folder / feedback.REPLY) if feedback.has_reply(item.folder) else None
+            shown, reason = feedback.parse_verdict(reply)
         except feedback.Refused:
             continue
         order = ORDERS[item.action]
@@ -253,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     problems = load_problems(args.data_root, dataset)
     qids = split_qids(load_splits(args.data_root, dataset, problems), args.split, "--split")
     a, b = read_systems(args, qids)
-    cli.writable_dir(args.output, "--output")
+    files.writable_dir(args.output, "--output")
 
     with teacher.work_in(args.output, "--output", args) as each:
         items = lay_out(args, problems, a, b)
@@ -276,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = summarise(problems, list(a), asked, verdicts, args.seed)
     judge = {"teacher": each.name, "model": each.model, "prompt_version": JUDGE_WORDING.version,
              "with_image": args.with_image, "replies_by": dict(report.written_by)}  # fmt: skip
-    cli.write_json(
+    files.write_json(
         Path(args.output) / OUTPUT,
         {"systems": labels, "judge": judge, "protocol": args.protocol, "seed": args.seed, "split": args.split,
          "dataset": dataset, "summary": summary, "verdicts": verdicts},

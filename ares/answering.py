@@ -7,10 +7,8 @@ requests in flight, and the same command goes on with the rest. ares/live.py and
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
-import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ares import cli, feedback, images
+from ares import cli, feedback, files
 from ares.asking import CORRECT, JUDGE, SCORE, Reply, Request, Teacher, Wording, custom_id, same_model
 from ares.feedback import Item, Refused
 from ares.groups import Groups
 from ares.prices import PRICES_DATE
 from ares.problems import question_images
 from ares.reply_cache import ReplyCache
-from ares.reply_files import is_answered, reading, set_cut_reply_aside, write_reply, write_whole
+from ares.reply_files import is_answered, read_sidecar, reading, set_cut_reply_aside, write_reply
+from ares.requests import request_text
 
 PREPARE = {
     SCORE: "bash preprocessing_after_RL/processing_sentence_level_feedback.sh --questions_dir",
@@ -119,7 +118,7 @@ class Session:
         keep_replies: bool = False,
         action_settled: Callable[[int, Report], None] | None = None,
     ):
-        self.root, self.real_root = Path(root), os.path.join(os.path.realpath(root), "")
+        self.root = Path(root)
         self.teacher, self.kind, self.wording = teacher, kind, wording
         self.problems, self.images_dir = problems or {}, images_dir
         self.attempts = attempts if teacher.name == "claude" else 1  # the reference would say the same again
@@ -130,7 +129,6 @@ class Session:
         self.groups = Groups()
         self.waiting: Counter[int] = Counter()  # action -> items without a reply
         self._cached: set[int] = set()  # groups whose reply is in the cache
-        self._inside: dict[Path, bool] = {}
         self._author: dict[int, str] = {}  # group -> who wrote its reply
 
     # -- what is open ----------------------------------------------------------------------------------------
@@ -197,11 +195,11 @@ class Session:
 
         Raises Refused if the rationale holds nothing to ask about, UserError if a link leads out of the folder.
         """
-        self._contained(item.folder)
+        files.refuse_links(item.folder, self.root)
         sentences = feedback.read_rationale(item.folder)
         if not sentences:
             raise Refused("no_sentences")
-        text = self._text(item)
+        text = request_text(item.folder)
         shown = [feedback.form(sentences)] if self.kind == SCORE else sentences
         if text is None or not all(part in text for part in shown):
             return None  # not there, or of an earlier export
@@ -219,38 +217,20 @@ class Session:
     def images(self, item: Item) -> list[Path]:
         """Image files beside the request, else those of --images. Raises UserError for a link that leads out."""
         names = [name for name in os.listdir(item.folder) if _IMAGE_NAME.fullmatch(name)]
+        for name in names:
+            path = item.folder / name
+            files.refuse_links(path, self.root)
+            if not path.is_file():
+                raise cli.UserError(f"{path} is no regular file; put the image there")
         if not names:
             return question_images(self.images_dir, item.qid) if self.images_dir else []
         names.sort(key=lambda name: (name != feedback.IMAGE, len(name), name))  # image.png, choice_0.png, choice_1.png
-        for name in names:
-            if os.path.islink(item.folder / name) and not images.inside(item.folder / name, self.real_root):
-                raise cli.UserError(
-                    f"{item.folder / name} is a link that leads out of {self.root}; put the image there"
-                )
         return [item.folder / name for name in names]
-
-    def _contained(self, folder: Path) -> None:
-        """Raises UserError if a link on the way to an item's folder leads out of the questions folder."""
-        parent = folder.parent
-        if parent not in self._inside:
-            self._inside[parent] = os.path.realpath(parent).startswith(self.real_root)
-        if not self._inside[parent] or os.path.islink(folder) and not images.inside(folder, self.real_root):
-            raise cli.UserError(f"{folder} is a link that leads out of {self.root}; put the folder itself there")
-
-    def _text(self, item: Item) -> str | None:
-        data = _read(os.path.join(item.folder, feedback.REQUEST))
-        try:
-            return data and data.decode("utf-8")
-        except UnicodeDecodeError:
-            return None
 
     def _written_by(self, folder: Path) -> tuple[str, bool]:
         """(Teacher and model that wrote a folder's reply, whether that is this Teacher or unknown)."""
-        try:
-            about = json.loads(_read(os.path.join(folder, feedback.SIDECAR)) or b"{}")
-            name, model = about["teacher"], about["model"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return UNKNOWN, True
+        about = read_sidecar(folder)
+        name, model = about.get("teacher"), about.get("model")
         if not isinstance(name, str) or not isinstance(model, str):
             return UNKNOWN, True
         asked = about.get("asked_model") == self.teacher.model  # a gateway may answer under another name
@@ -351,7 +331,9 @@ class Session:
             self.report.unusable |= dict.fromkeys(items, reason)
             self.report.first.setdefault(reason, (items[0], said))
             for item in items:
-                write_whole(item.folder / feedback.REASON, f"{reason}: {said}\n" if said else f"{reason}\n")
+                files.write_text(
+                    item.folder / feedback.REASON, f"{reason}: {said}\n" if said else f"{reason}\n", flush=False
+                )
         for item in items:
             self._settle(item.action)
 
@@ -359,11 +341,8 @@ class Session:
         """Give identical rationales the reply that is there."""
         if not targets:
             return
-        reply = (source.folder / feedback.REPLY).read_bytes().decode("utf-8", errors="replace")
-        try:
-            sidecar = json.loads((source.folder / feedback.SIDECAR).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            sidecar = {}
+        reply = files.read_shared(source.folder / feedback.REPLY).decode("utf-8", errors="replace")
+        sidecar = read_sidecar(source.folder)
         sidecar |= {"copied_from": f"{source.action}/p{source.rank}/{source.qid}", "cost_usd": 0.0}
         for item in targets:
             read = reading(self.kind, reply, feedback.read_rationale(item.folder))
@@ -377,23 +356,6 @@ class Session:
 
 _IMAGE_NAME = re.compile(r"image\.png|choice_\d+\.png")
 _SIDECAR_FIELDS = tuple(each.name for each in dataclasses.fields(Reply) if each.name != "text")
-
-
-def _read(path: str) -> bytes | None:
-    """A file's content, None if it is not there. Raises UserError for a link, which could show any file of this
-    machine, and for what is no file."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise cli.UserError(f"cannot read {path} ({error.strerror})") from None
-    try:
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise cli.UserError(f"{path} is no file; remove it")
-        return b"".join(iter(lambda: os.read(file, 1 << 20), b""))
-    finally:
-        os.close(file)
 
 
 def _lacks_image(request: Request) -> bool:

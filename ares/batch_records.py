@@ -7,15 +7,14 @@ No record with a batch id is ever deleted here. Collected ones stay too: they co
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ares import cli
-from ares.cli import UserError
+from ares import files
+from ares.cli import UserError, in_one_line
 
 INTENT, SUBMITTED, COLLECTED = "intent", "submitted", "collected"
 
@@ -44,6 +43,12 @@ class Record:
     not_ours: list[str] = field(default_factory=list)
 
 
+_KINDS = {
+    "nonce": str, "hash": str, "count": int, "model": str, "time": (int, float), "most_usd": (int, float, type(None)),
+    "asked": dict, "state": str, "batch": (str, type(None)), "not_ours": list,
+}  # fmt: skip
+
+
 class Store:
     """The records of a questions folder."""
 
@@ -57,13 +62,13 @@ class Store:
         """All records, in no order. Raises UserError for one that cannot be read."""
         for path in sorted(self.folder.glob("*.json")):
             try:
-                record = Record(**json.loads(path.read_bytes()))
-                if record.nonce != path.stem or not _is_sound(record):
+                record = Record(**files.parse_json(files.read_shared(path).decode("utf-8-sig")))
+                if record.nonce != path.stem or not _is_sound(record):  # the nonce names the file that is written next
                     raise ValueError("not a batch record")
-            except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            except (OSError, ValueError, TypeError, AttributeError) as error:
                 raise UserError(
-                    f"{path} is damaged ({error}); it names a batch that was paid for: mend it, or delete it to have "
-                    "its requests asked again"
+                    f"{path} is damaged ({in_one_line(error, 160)}); it names a batch that was paid for: mend it, or "
+                    "delete it to have its requests asked again"
                 ) from None
             yield record
 
@@ -77,13 +82,7 @@ class Store:
 
     def save(self, record: Record) -> None:
         """Raises UserError if the file cannot be written."""
-        try:
-            cli.write_json(self.path(record), asdict(record), indent=None)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.path(record)} ({error.strerror or error}); make room, then run the same command "
-                "again to go on"
-            ) from None
+        files.write_json(self.path(record), asdict(record), indent=None)
 
     def drop_intent(self, record: Record) -> None:
         """Delete the record of a batch that was not created."""

@@ -11,6 +11,7 @@ kill, not a power cut.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ares.cli import Stop
+from ares import files
+from ares.cli import DiskError, Stop
 
 LOG = "spend.jsonl"
 LOST = "lost"  # sent, and perhaps charged, but the cost is not known
@@ -43,13 +45,13 @@ def read_log(path: str | os.PathLike) -> Totals:
     """Add up a spend log; a line that a kill cut short, or that is no entry, is passed over."""
     totals, sent = Totals(), {}
     try:
-        file = open(path, encoding="utf-8", errors="replace")
+        file = open(files.open_regular(path, follow_links=False), "rb")
     except OSError:
         return totals
     with file:
         for line in file:
             try:
-                entry = json.loads(line)
+                entry = files.parse_json(line.decode("utf-8"))
                 if "most_usd" in entry:
                     sent[entry["id"]] = _dollars(entry["most_usd"])
                     totals.requests += 1
@@ -94,15 +96,10 @@ class Ledger:
         self._run = secrets.token_hex(4)
         self._count = 0
         self._waiting: list[tuple[str, float | None, asyncio.Future]] = []
-        self._file: int | None = None
+        self._file: files.Lines | None = None
         self._unwritten: list[str] = []
         if folder is not None:
-            path = Path(folder, LOG)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-            size = os.fstat(self._file).st_size
-            if size and os.pread(self._file, 1, size - 1) != b"\n":
-                os.write(self._file, b"\n")  # a line that a kill cut short
+            self._file = files.Lines(Path(folder, LOG))
 
     async def reserve(self, item: str, most_usd: float | None) -> str:
         """Wait until the worst case of a request fits. Returns the id to `settle`."""
@@ -128,10 +125,10 @@ class Ledger:
         """Log a request that leaves now, whether it fits or not. `entry`: its id, if it must outlive this process."""
         self._count += 1
         entry = entry or f"{self._run}-{self._count}"
-        self._reserved[entry] = most_usd or 0.0
         self._log(
             {"id": entry, "item": item, "most_usd": most_usd and round(most_usd, 12), "at": round(time.time(), 1)}
         )
+        self._reserved[entry] = most_usd or 0.0
         return entry
 
     def adopt(self, entry: str, most_usd: float) -> None:
@@ -149,7 +146,8 @@ class Ledger:
         # goes out with the next request's line: until then the log overstates what is unknown, never what is spent
         self._unwritten.append(json.dumps({"id": entry, "usd": usd and round(usd, 12), "outcome": outcome}))
         if not self._reserved or len(self._unwritten) > 100:
-            self._log()
+            with contextlib.suppress(DiskError):  # the reply comes first; the next request meets the full disk
+                self._log()
         self._serve_waiting()
 
     def _serve_waiting(self) -> None:
@@ -159,7 +157,10 @@ class Ledger:
             if turn.done():  # cancelled
                 continue
             if self.fits(most_usd):
-                turn.set_result(self.open(item, most_usd))
+                try:
+                    turn.set_result(self.open(item, most_usd))
+                except DiskError as error:  # theirs, not of the request that is settled here
+                    turn.set_exception(error)
             else:
                 self._waiting.append((item, most_usd, turn))
         if not self._reserved:
@@ -176,13 +177,14 @@ class Ledger:
         )
 
     def close(self) -> None:
-        self._log()
+        with contextlib.suppress(DiskError):
+            self._log()
         if self._file is not None:
-            os.close(self._file)
+            self._file.close()
             self._file = None
 
     def _log(self, entry: dict | None = None) -> None:
         lines = [*self._unwritten, *([json.dumps(entry)] if entry else [])]
-        self._unwritten.clear()
         if self._file is not None and lines:
-            os.write(self._file, ("\n".join(lines) + "\n").encode())  # one write: lines of two processes do not mix
+            self._file.add("\n".join(lines), reserved=entry is None)  # nothing new is sent with the last room
+        self._unwritten.clear()

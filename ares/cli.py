@@ -1,4 +1,4 @@
-"""What every script shares: one-line errors, flag groups, rank-aware logging and progress, atomic writes.
+"""What every script shares: one-line errors, flag groups, rank-aware logging and progress.
 
 Imports neither torch nor transformers: the Teacher's machine may have neither.
 """
@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import json
+import errno
 import os
+import re
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 IMG_TYPES = ("detr", "clip", "resnet", "vit")
 PROMPT_FORMATS = tuple(f"{given}-{asked}" for given in ("QCM", "QCMG") for asked in ("A", "E", "LE", "LEA", "ALE"))
-NAME_MAX = 255  # bytes in one file name, on every common file system
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk answers
+# what a disk answers where a file cannot be
+DISK = (
+    *FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ELOOP, errno.EIO,
+)  # fmt: skip
 
 
 class UserError(Exception):
@@ -35,18 +41,82 @@ class Stop(UserError):
         self.status = status
 
 
+class DiskError(UserError):
+    """A file cannot be written. `full`: because the disk is full."""
+
+    def __init__(self, message: str, full: bool = False):
+        super().__init__(message)
+        self.full = full
+
+
+def disk_error(error: BaseException, path: str | os.PathLike | None = None) -> DiskError | None:
+    """`error` as one line if it says that the disk is full or that the file cannot be there; else None.
+
+    `path`: what was being written, where that is known. Libraries wrap such errors: torch's RuntimeError and
+    safetensors' SafetensorError hold no errno.
+    """
+    number, text = None, in_one_line(error, 160)
+    if isinstance(error, OSError):
+        if error.errno is not None and error.errno not in DISK:
+            return None
+        number = error.errno
+    else:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, OSError) and cause.errno in (*FULL, errno.EROFS):
+            number = cause.errno
+        elif found := re.search(r"os error (\d+)", text):
+            number = int(found[1])
+        elif not re.search(r"PytorchStreamWriter|inline_container|I/O error|IoError|No space left", text):
+            return None
+    path = path or getattr(error, "filename", None)
+    if number is None:
+        if path is None:
+            return None
+        number = errno.ENOSPC if _free_bytes(path) < 1 << 20 else None
+    reason = os.strerror(number) if number else text
+    fix = "make room" if number in FULL else "make it writable or name another place"
+    fix = "name a shorter path" if number == errno.ENAMETOOLONG else fix
+    where = f" {shortened(path)}" if path else ""
+    again = f"what was saved before is kept: {fix}, then run the same command again"
+    return DiskError(f"cannot write{where} ({reason}); {again}", number in FULL)
+
+
+def _free_bytes(path: str | os.PathLike | None) -> int:
+    """What is free on the disk of `path`, or of its nearest folder that is there."""
+    place = Path(path or ".").absolute()
+    for folder in (place, *place.parents):
+        with contextlib.suppress(OSError, ValueError):
+            return shutil.disk_usage(folder).free
+    return 0
+
+
+def shortened(path: str | os.PathLike) -> str:
+    """A path for a message: of an over-long one, both ends."""
+    text = os.fspath(path)
+    text = text.decode(errors="replace") if isinstance(text, bytes) else text
+    return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
+
+
 def run(main: Callable[[], Any]) -> None:
     """Entry point of every script: `if __name__ == "__main__": run(main)`."""
     try:
         main()
-    except UserError as error:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        fault = error if isinstance(error, UserError) else disk_error(error)
+        if fault is None:
+            raise
         if rank() > 0:
             time.sleep(10)  # every rank found the same fault: the launcher ends this one once rank 0 has told it
         where = f" (rank {rank()})" if rank() > 0 else ""
-        print(f"{Path(sys.argv[0]).name}: error{where}: {error}", file=sys.stderr, flush=True)
-        sys.exit(getattr(error, "status", 2))
-    except KeyboardInterrupt:
-        sys.exit(130)
+        print(f"{Path(sys.argv[0]).name}: error{where}: {fault}", file=sys.stderr, flush=True)
+        sys.exit(getattr(fault, "status", 2))
+
+
+def in_one_line(error: object, limit: int) -> str:
+    """An error's text, or, without any, its kind, with white space collapsed, cut at `limit` characters."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def refuse(problems: Sequence[str]) -> None:
@@ -203,128 +273,3 @@ def mixed_precision(precision: str) -> str:
         fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if configured or fast else "fp32"
     return "bf16" if precision == "bf16" else "no"
-
-
-# -- files -----------------------------------------------------------------------------------------------
-
-
-def short_name(name: str) -> str:
-    """`name`, or, if it is longer than a file name may be, its beginning and a hash of the whole."""
-    raw = name.encode()
-    if len(raw) <= NAME_MAX:
-        return name
-    digest = hashlib.sha256(raw).hexdigest()[:12]
-    return raw[: NAME_MAX - 13].decode(errors="ignore") + "-" + digest
-
-
-def writable_dir(path: str | os.PathLike, flag: str) -> Path:
-    """Make `path` and prove that a file can be written there. Raises UserError naming `flag`."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path, prefix=".writable-"):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{flag}: cannot write to {path} ({reason}); name a folder you may write to") from error
-    return path
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed to disk and replaces `path` in one step."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # short, whatever the target's name: a 255-byte name has no room for a suffix
-    temporary = path.parent / f".tmp-{os.getpid()}-{time.monotonic_ns()}"
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def place_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Make `target` the same file as `source`, in one step: a hard link where the disk allows, a copy elsewhere.
-
-    Leaves a link or an untouched copy as it is (content is not compared: a second run shall be cheap).
-    """
-    source, target = os.path.realpath(source), Path(target)
-    if _same_file(source, target):
-        return
-    temporary = target.with_name(f".tmp-{os.getpid()}-{time.monotonic_ns()}")
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:  # another disk, or a file of another user
-            shutil.copy2(source, temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _same_file(source: str, target: Path) -> bool:
-    try:
-        theirs, ours = os.stat(source), os.stat(target)
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(theirs, ours) or (theirs.st_size, theirs.st_mtime_ns) == (ours.st_size, ours.st_mtime_ns)
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file atomically (UTF-8, newlines as given)."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
-
-
-def write_json(path: str | os.PathLike, value: Any, indent: int | None = 4) -> None:
-    """Write a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
-
-
-def read_json(path: str | os.PathLike, flag: str) -> Any:
-    """Read a JSON file. Raises UserError naming `flag`, the file, and where the JSON breaks."""
-    path = Path(path)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{flag}: {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag}: cannot read {path} ({error})") from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{flag}: {path} is not JSON (line {error.lineno}, column {error.colno}: {error.msg})"
-        ) from error
-
-
-@contextlib.contextmanager
-def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a new folder beside `path`; on success it takes the place of `path`. A kill leaves no half folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
-    temporary.chmod(0o755)  # mkdtemp's 0700 would hide a model from the group that shares the box
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # so would safetensors' 0600
-        old = None
-        if path.exists():
-            old = path.parent / f".old-{os.getpid()}-{time.monotonic_ns()}"
-            os.replace(path, old)
-        os.replace(temporary, path)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_args(folder: str | os.PathLike, args: argparse.Namespace) -> None:
-    """Write the resolved flags to `folder`/args.yaml, so that a run can be read back and repeated."""
-    import yaml
-
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())}
-    write_text(Path(folder) / "args.yaml", yaml.safe_dump(plain, sort_keys=False))

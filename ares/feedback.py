@@ -21,11 +21,11 @@ import re
 import sys
 import time
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ares import cli
+from ares import cli, files
 from ares.corrections import parse_correction
 from ares.replies import Refused, parse_scores, parse_verdict
 
@@ -106,26 +106,38 @@ def iter_items(questions: str | os.PathLike, action: int | None = None) -> Items
     """Every folder with a rationale, by action, rank and question (numbers as numbers).
 
     Anything else beside them - scripts, `correction/`, a folder whose rationale is not there yet - is passed over:
-    `preprocessing_after_RL/` holds its own scripts, and RL may still be exporting.
+    `preprocessing_after_RL/` holds its own scripts, and RL may still be exporting. Raises UserError for a folder that
+    is a link out of `questions`.
     """
     items = Items()
-    actions = [int(name) for name in _names(questions) if _is_number(name)]
+    actions = _actions(questions)
     for number in sorted(actions) if action is None else [action] * (action in actions):
         folder = Path(questions, str(number))
         # exact: p1 is not p10
-        ranks = [int(name[1:]) for name in _names(folder) if name[:1] == "p" and _is_number(name[1:])]
-        for rank in sorted(ranks):
+        ranks = _names(folder, questions, lambda name: name[:1] == "p" and _is_number(name[1:]))
+        for rank in sorted(int(name[1:]) for name in ranks):
             parent = folder / f"p{rank}"
-            qids = [qid for qid in _names(parent) if os.path.exists(os.path.join(parent, qid, RATIONALE))]
+            names = _names(parent, questions, lambda name: True)
+            qids = [qid for qid in names if os.path.lexists(os.path.join(parent, qid, RATIONALE))]
             items.extend(parent, number, rank, sorted(qids, key=_natural))
     return items
 
 
-def _names(folder: str | os.PathLike) -> list[str]:
+def _actions(questions: str | os.PathLike) -> list[int]:
+    return [int(name) for name in _names(questions, questions, _is_number)]
+
+
+def _names(folder: str | os.PathLike, root: str | os.PathLike, wanted: Callable[[str], bool]) -> list[str]:
+    """The wanted names in a folder. Raises UserError if one of them is a link that leads out of `root`."""
     try:
-        return os.listdir(folder)
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if wanted(entry.name)]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    for entry in found:
+        if entry.is_symlink():
+            files.refuse_links(entry.path, root)
+    return [entry.name for entry in found]
 
 
 def _is_number(name: str) -> bool:
@@ -134,6 +146,11 @@ def _is_number(name: str) -> bool:
 
 def _natural(qid: str) -> tuple:
     return (0, int(qid), qid) if qid.isascii() and qid.isdigit() else (1, 0, qid)
+
+
+def refuse_links(folder: str | os.PathLike) -> None:
+    """Raise UserError if a question's folder, or its p{rank} or {k}, is a link out of the questions folder."""
+    files.refuse_links(folder, Path(folder).parents[2])
 
 
 # -- rationale files -------------------------------------------------------------------------------------
@@ -150,8 +167,9 @@ def form(sentences: Sequence[str]) -> str:
 
 
 def write_rationale(folder: str | os.PathLike, sentences: Sequence[str]) -> None:
-    """Write the sentences as `form` shows them."""
-    cli.write_text(Path(folder) / RATIONALE, form(sentences) + "\n")
+    """Write the sentences as `form` shows them. Raises UserError for a `folder` behind a link."""
+    refuse_links(folder)
+    files.write_text(Path(folder) / RATIONALE, form(sentences) + "\n")
 
 
 def _one_line(sentence: str) -> str:
@@ -166,7 +184,7 @@ def read_rationale(folder: str | os.PathLike) -> list[str]:
     path = Path(folder) / RATIONALE
     try:
         # bytes, split at \n only: a sentence may hold \r or U+2028, which str.splitlines would break at
-        text = path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        text = files.read_shared(path).decode("utf-8").removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:
         raise Refused("no_rationale", f"cannot read {path} ({error})") from None
     lines = [line for line in text.split("\n") if line.strip()]
@@ -191,10 +209,9 @@ def mark_exported(questions: str | os.PathLike) -> None:
     a new mtime, in the order of copying) keeps the true time of the export. `llm_done.txt` files that lie there
     already belong to something older and are removed.
     """
-    for action in _names(questions):
-        if _is_number(action):
-            Path(questions, action, DONE).unlink(missing_ok=True)
-    with cli.atomic_path(Path(questions) / EXPORTED) as temporary:  # once: who waits for it copies the folder at once
+    for action in _actions(questions):
+        Path(questions, str(action), DONE).unlink(missing_ok=True)
+    with files.atomic_path(Path(questions) / EXPORTED) as temporary:
         temporary.touch()
         temporary.write_text(json.dumps({"exported_ns": temporary.stat().st_mtime_ns}) + "\n")
 
@@ -207,8 +224,8 @@ def exported(questions: str | os.PathLike) -> bool:
 def mark_done(questions: str | os.PathLike, action: int) -> None:
     """Say that an action is answered, as the user does with `touch`."""
     path = Path(questions, str(action), DONE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
+    files.refuse_links(path.parent, questions)
+    files.touch(path)
 
 
 def is_done(questions: str | os.PathLike, action: int) -> bool:
@@ -235,8 +252,8 @@ def export_time_ns(questions: str | os.PathLike) -> int:
         modified_ns = path.stat().st_mtime_ns
     except OSError:
         return 0
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return min(int(json.loads(path.read_bytes())["exported_ns"]), modified_ns)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, cli.UserError):
+        return min(int(files.parse_json(files.read_shared(path).decode())["exported_ns"]), modified_ns)
     return modified_ns
 
 
@@ -252,30 +269,20 @@ def read_scores(folder: str | os.PathLike) -> list[float]:
     try:
         sentences = read_rationale(folder)
         try:
-            reply = (folder / REPLY).read_bytes()
+            reply = files.read_shared(folder / REPLY)
         except OSError as error:
             raise Refused("no_reply", f"no {REPLY} ({error.strerror})") from None
         scores = parse_scores(reply, sentences)
     except Refused as refused:
         if folder.is_dir():
             (folder / SCORES).unlink(missing_ok=True)
-            if not (folder / REPLY).exists() and (folder / REASON).exists():
+            if not has_reply(folder) and os.path.lexists(folder / REASON):
                 raise  # the Teacher's client says there why no reply came
-            write_derived(folder / REASON, f"{refused}\n")
+            files.write_text(folder / REASON, f"{refused}\n", flush=False)
         raise
     (folder / REASON).unlink(missing_ok=True)
-    write_derived(folder / SCORES, "".join(f"{score}\n" for score in scores))
+    files.write_text(folder / SCORES, "".join(f"{score}\n" for score in scores), flush=False)
     return scores
-
-
-def write_derived(path: Path, text: str) -> None:
-    """Write in one step what a second run writes again: not flushed, which costs 5 ms a file, 4 minutes a data set."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{time.monotonic_ns()}")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def has_reply(folder: str | os.PathLike) -> bool:

@@ -104,11 +104,6 @@ def as_rgb(image):
     return eight_bit(image).convert("RGBA" if transparent else "RGB")
 
 
-def inside(path: str | os.PathLike, root: str | os.PathLike) -> bool:
-    """Whether a path, links followed, lies under `root`."""
-    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(root), ""))
-
-
 def _fitting(image) -> tuple[str, bytes]:
     """Shrunk to what the API shows a model anyway; as JPEG if PNG is still too large."""
     image = as_rgb(image)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ares import cli
+from ares import cli, files
 from ares.answering import Session
 from ares.asking import Stopped, Unanswered
 
@@ -115,6 +115,8 @@ class _Live:
             refused = await asyncio.get_running_loop().run_in_executor(
                 self.writers, session.lay_down, group, request, reply, about
             )
+            if full := files.out_of_room():
+                self.stop(full)
             if refused is None:
                 report.copied += copies
                 return session.finish(group, None)

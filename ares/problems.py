@@ -16,7 +16,8 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares.cli import UserError, print0, read_json, warn0
+from ares.cli import UserError, print0, warn0
+from ares.files import read_json
 
 KNOWN_DATASETS = ("scienceqa", "aokvqa")
 CAPTION_DEFAULT = "data/captions.json"  # the default of --caption_file

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ares import files
+from ares.cli import UserError
 from ares.groups import Numbers
 
 FILE = "replies.jsonl"
@@ -35,7 +37,7 @@ class ReplyCache:
     def __init__(self, folder: str | os.PathLike | None):
         self.path = Path(folder, FILE) if folder is not None else None
         self._lock = threading.Lock()
-        self._file: int | None = None
+        self._file: files.Lines | None = None
         self._entries = Numbers()  # digest -> number of its last line
         self._offsets = array("Q")
         if self.path is not None:
@@ -50,10 +52,10 @@ class ReplyCache:
         if number is None:
             return None
         try:
-            with open(self.path, "rb") as file:
+            with open(files.open_regular(self.path), "rb") as file:
                 file.seek(self._offsets[number])
-                entry = json.loads(file.readline())
-        except (OSError, ValueError):
+                entry = files.parse_json(file.readline().decode("utf-8"), nan=True)
+        except (OSError, ValueError, UserError):
             return None
         good = isinstance(entry, dict) and entry.get("key") == key and isinstance(entry.get("text"), str)
         return entry if good else None
@@ -62,42 +64,32 @@ class ReplyCache:
         """Keep a reply; a full disk or a folder that is not ours costs only the cache."""
         if self.path is None:
             return
-        line = (json.dumps({"key": key, "text": text, **about}) + "\n").encode()
+        line = json.dumps({"key": key, "text": text, **about})
         with self._lock:
             try:
                 if self._file is None:
-                    self._file = self._open()
-                written = os.write(self._file, line)
-                end = os.lseek(self._file, 0, os.SEEK_CUR)
-            except OSError:
+                    self._file = files.Lines(self.path, mode=0o600)
+                end = self._file.add(line)
+            except UserError:
                 self.path, self._entries = None, Numbers()
                 return
-            if written == len(line):
-                self._note(key, end - len(line))
+            self._note(key, end - len(line) - 1)
 
     def close(self) -> None:
         if self._file is not None:
-            os.close(self._file)
+            self._file.close()
             self._file = None
-
-    def _open(self) -> int:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-        size = os.fstat(file).st_size
-        if size and os.pread(file, 1, size - 1) != b"\n":
-            os.write(file, b"\n")  # a line that a kill cut short
-        return file
 
     def _index(self) -> None:
         try:
-            with open(self.path, "rb") as file:
+            with open(files.open_regular(self.path), "rb") as file:
                 offset = 0
                 for line in file:
                     if line.startswith(_START.encode()) and line.endswith(b"\n"):
                         with contextlib.suppress(ValueError):  # damaged
                             self._note(line[_KEY].decode(), offset)
                     offset += len(line)
-        except OSError:
+        except (OSError, UserError):
             pass
 
     def _note(self, key: str, offset: int) -> None:

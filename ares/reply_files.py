@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import threading
-import time
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli, feedback
+from ares import feedback, files
 from ares.asking import JUDGE, SCORE
 from ares.feedback import Refused
 
@@ -30,16 +29,33 @@ def read_reply(kind: str, folder: Path) -> list[float] | str:
     if kind == SCORE:
         return feedback.read_scores(folder)
     try:
-        reply = (folder / feedback.REPLY).read_bytes() if (folder / feedback.REPLY).exists() else None
+        reply = files.read_shared(folder / feedback.REPLY) if feedback.has_reply(folder) else None
         if kind == JUDGE:
             final = feedback.parse_verdict(reply)[0]
         else:
             final = feedback.parse_correction(reply, " ".join(feedback.read_rationale(folder)))
     except Refused as refused:
-        cli.write_text(folder / feedback.REASON, f"{refused}\n")
+        files.write_text(folder / feedback.REASON, f"{refused}\n", flush=False)
         raise
     (folder / feedback.REASON).unlink(missing_ok=True)
     return final
+
+
+def reason_of(folder: Path) -> str:
+    """`refused.txt`: why the reply cannot be used; "" where nothing says so. Raises UserError for a link or a FIFO."""
+    try:
+        return files.read_shared(folder / feedback.REASON).decode("utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def read_sidecar(folder: Path) -> dict[str, Any]:
+    """`reply.json`: who wrote the reply; {} where it is absent or damaged. Raises UserError for a link or a FIFO."""
+    try:
+        about = files.parse_json(files.read_shared(folder / feedback.SIDECAR).decode("utf-8"), nan=True)
+    except (OSError, ValueError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def is_answered(kind: str, folder: Path) -> bool:
@@ -48,8 +64,8 @@ def is_answered(kind: str, folder: Path) -> bool:
         return False
     if kind == SCORE:
         with contextlib.suppress(FileNotFoundError):
-            scores = os.stat(folder / feedback.SCORES)
-            if scores.st_size and scores.st_mtime_ns >= os.stat(folder / feedback.REPLY).st_mtime_ns:
+            scores, reply = (os.lstat(folder / name) for name in (feedback.SCORES, feedback.REPLY))
+            if stat.S_ISREG(scores.st_mode) and scores.st_size and scores.st_mtime_ns >= reply.st_mtime_ns:
                 return True  # read before, with success
     try:
         read_reply(kind, folder)
@@ -72,58 +88,26 @@ def reading(kind: str, text: str, sentences: Sequence[str]) -> list[float] | Ref
     return None
 
 
-def write_whole(path: str | os.PathLike, text: str, flush: bool = False) -> None:
-    """Write a file in one step, in as few system calls as that takes: 50,000 items have four files each."""
-    path = os.fspath(path)
-    temporary = f"{os.path.dirname(path)}/.tmp-{os.getpid()}-{threading.get_ident()}-{time.monotonic_ns()}"
-    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        try:
-            _write_all(file, text)
-            if flush:
-                os.fsync(file)
-        finally:
-            os.close(file)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def write_reply(folder: Path, text: str, about: Mapping[str, Any], read: list[float] | Refused | None) -> None:
     """`about`: the sidecar's content; `read`: what `reading` says of the text."""
     # one field a line; `indent` would be slow Python
     lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in about.items())
-    overwrite(f"{folder}/{feedback.SIDECAR}", "{\n" + ",\n".join(lines) + "\n}\n")  # counts only with its reply
-    write_whole(f"{folder}/{feedback.REPLY}", text, flush=True)
+    # counts only with its reply, so only the reply is flushed
+    files.write_text(f"{folder}/{feedback.SIDECAR}", "{\n" + ",\n".join(lines) + "\n}\n", flush=False)
+    files.write_text(f"{folder}/{feedback.REPLY}", text)
     if isinstance(read, Refused):
         (folder / feedback.SCORES).unlink(missing_ok=True)
-        write_whole(folder / feedback.REASON, f"{read}\n")
+        files.write_text(folder / feedback.REASON, f"{read}\n", flush=False)
         return
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{folder}/{feedback.REASON}")
-    if read is not None:  # read again if a kill leaves it empty
-        overwrite(f"{folder}/{feedback.SCORES}", "".join(f"{score}\n" for score in read))
+    if read is not None:
+        files.write_text(f"{folder}/{feedback.SCORES}", "".join(f"{score}\n" for score in read), flush=False)
 
 
 def set_cut_reply_aside(folder: Path, text: str, stop_reason: str) -> None:
     """Keep a reply that reads well but is not whole where nobody takes it for one."""
-    cli.write_text(folder / REFUSED_REPLY, text)
+    files.write_text(folder / REFUSED_REPLY, text)
     (folder / feedback.REPLY).unlink(missing_ok=True)
     (folder / feedback.SCORES).unlink(missing_ok=True)
-    write_whole(folder / feedback.REASON, f"{stop_reason}\n")
-
-
-def overwrite(path: str, text: str) -> None:
-    """Write a file that may be found cut."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        _write_all(file, text)
-    finally:
-        os.close(file)
-
-
-def _write_all(file: int, text: str) -> None:
-    data = memoryview(text.encode("utf-8", errors="surrogateescape"))
-    while data:
-        data = data[os.write(file, data) :]
+    files.write_text(folder / feedback.REASON, f"{stop_reason}\n", flush=False)

@@ -7,14 +7,13 @@ request are in utils_prompt.py. Standard library only.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli
-from ares.feedback import REASON, REPLY, REQUEST, SCORES, SIDECAR, form, write_derived
+from ares import cli, feedback, files
+from ares.feedback import REASON, REPLY, REQUEST, SCORES, SIDECAR, form
 from ares.predictions import texts_by_qid
 from ares.problems import find_images, question_images
 from ares.reply_files import REFUSED_REPLY
@@ -26,7 +25,7 @@ def read_rationales(path: str | os.PathLike, train_qids: Sequence[str], flag: st
     By its `qids` where it has them (they may be a part of the split), else in split order and of equal length. Raises
     UserError naming `flag` for another form, another length, or a question outside the split.
     """
-    told, fix = cli.read_json(path, flag), "; name its own split with --train_split"
+    told, fix = files.read_json(path, flag), "; name its own split with --train_split"
     rationales = texts_by_qid(told, path, flag, train_qids, fix)
     outside = next(iter(rationales.keys() - set(train_qids)), None)
     if outside is not None:
@@ -56,18 +55,31 @@ def images_of_questions(
 def write_request(folder: str | os.PathLike, text: str) -> bool:
     """Write the request's text; False if it was there already."""
     path = Path(folder) / REQUEST
-    with contextlib.suppress(OSError):
-        if path.read_bytes() == text.encode():
-            return False
-    write_derived(path, text)
+    if request_text(folder) == text:
+        return False
+    files.write_text(path, text, flush=False)
     return True
+
+
+def request_text(folder: str | os.PathLike) -> str | None:
+    """The request's text as it lies there, None if there is none or it is not UTF-8.
+
+    No link is followed: it could send any file of this machine. Raises UserError for a link, a FIFO or the like.
+    """
+    path = os.path.join(folder, REQUEST)
+    try:
+        return files.read_shared(path).decode("utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+    except OSError as error:
+        raise cli.UserError(f"cannot read {path} ({error.strerror})") from None
 
 
 def prepare_request(folder: str | os.PathLike, text: str, sentences: Sequence[str], images: Sequence[Path]) -> bool:
     """Lay out one rationale's request; True if the reply to an older rationale had to be set aside."""
-    before = Path(folder) / REQUEST
-    asked = before.read_bytes().decode("utf-8", errors="replace") if before.exists() else None
-    outdated = asked is not None and form(sentences) not in asked  # the words around the form may be others
+    feedback.refuse_links(folder)
+    before = (request_text(folder) or "") if os.path.lexists(Path(folder, REQUEST)) else None
+    outdated = before is not None and form(sentences) not in before  # the words around the form may be others
     aside = outdated and set_reply_aside(folder)
     place_images(folder, images)
     write_request(folder, text)  # last: its presence says "ready"
@@ -77,7 +89,7 @@ def prepare_request(folder: str | os.PathLike, text: str, sentences: Sequence[st
 def place_images(folder: str | os.PathLike, images: Sequence[Path]) -> None:
     """Put the images into the folder under their own names: hard links where the disk allows, copies elsewhere."""
     for image in images:
-        cli.place_file(image, Path(folder, image.name))
+        files.place_file(image, Path(folder, image.name))
 
 
 def set_reply_aside(folder: str | os.PathLike) -> bool:
@@ -87,7 +99,7 @@ def set_reply_aside(folder: str | os.PathLike) -> bool:
     if not (folder / REPLY).exists():
         return False
     for name in (SIDECAR, REPLY):  # the reply last: it is what counts as answered
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):
             os.replace(folder / name, folder / f"older_{name}")
     for name in (SCORES, REASON):
         (folder / name).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import batches, claude, cli, locks, reference
+from ares import batches, claude, cli, files, reference
 from ares.answering import OURS, Report, Session
 from ares.asking import CORRECT, JUDGE, SCORE, Reply, Request, Teacher, Wording
 from ares.batch_records import Store
@@ -137,6 +137,8 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     ways.add_argument("--no-cache", action="store_true", help="neither read nor keep replies there")
 
 
+ROOM, ROOM_PER_REPLY = 1 << 20, 1 << 16  # bytes kept free: four files of some blocks each, and what comes besides
+
 FOR_CLAUDE = frozenset(
     "teacher_model base_url concurrency attempts timeout no_structured batch submit_only poll_seconds max_usd price "
     "estimate cache no_cache".split()
@@ -205,7 +207,7 @@ def make_cache(args: argparse.Namespace) -> ReplyCache:
     """Where replies of earlier runs lie. The reference Teacher is cheaper than a look."""
     if args.no_cache or args.teacher == "reference":
         return ReplyCache(None)
-    return ReplyCache(cli.writable_dir(args.cache, "--cache") if args.cache else default_folder())
+    return ReplyCache(files.writable_dir(args.cache, "--cache") if args.cache else default_folder())
 
 
 def load_for(args: argparse.Namespace, items: Sequence[Item]) -> Problems | None:
@@ -235,8 +237,14 @@ def work_in(root: str | Path, flag: str, args: argparse.Namespace, before: Ledge
     At the end it says what the folder has cost, if requests were lost. `before`: the ledger of a folder that this run
     worked in, whose spend counts towards --max_usd.
     """
-    ours = cli.writable_dir(Path(root) / OURS, flag)
-    with locks.only_client(ours / "lock", f"{flag} {root}"):
+    ours = Path(root) / OURS
+    for place in (ours, ours / "batches"):
+        files.refuse_links(place, root)
+    files.writable_dir(ours, flag)
+    with contextlib.ExitStack() as held:
+        held.enter_context(files.only_one(ours / "lock", f"{flag} {root}"))
+        if args.teacher == "claude":  # a full disk must not lose the replies that are paid for and on their way
+            held.enter_context(files.reserve(ours / "reserve", ROOM + args.concurrency * ROOM_PER_REPLY))
         ledger = Ledger(ours if args.teacher == "claude" else None, args.max_usd)
         if before is not None:
             ledger.spent_usd, ledger.lost, ledger.lost_usd = before.spent_usd, before.lost, before.lost_usd

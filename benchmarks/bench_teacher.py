@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ares import cli, feedback  # noqa: E402
+from ares import cli, feedback, files  # noqa: E402
 from tests.api_server import KEY  # noqa: E402
 from utils_prompt import scoring_request  # noqa: E402
 
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, (sign, bound) in wanted.items():
         holds = results[name] >= bound if sign == ">=" else results[name] <= bound
         cli.print0(f"{name}: {results[name]}, wanted {sign} {bound}: {'yes' if holds else 'NO'}")
-    cli.write_json(args.output, results, indent=1)
+    files.write_json(args.output, results, indent=1)
     return None
 
 

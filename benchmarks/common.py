@@ -38,7 +38,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from ares import cli  # noqa: E402
+from ares import cli, files  # noqa: E402
 from ares.cli import UserError, print0  # noqa: E402
 from benchmarks.limits import synchronize  # noqa: E402
 
@@ -177,7 +177,7 @@ def load(
 
 def cache_dir(args: argparse.Namespace) -> Path:
     """Where models and features of the benchmarks stay between runs, on this machine."""
-    return cli.writable_dir(Path(tempfile.gettempdir()) / f"ares_benchmarks_{os.getuid()}", "temporary folder")
+    return files.writable_dir(Path(tempfile.gettempdir()) / f"ares_benchmarks_{os.getuid()}", "temporary folder")
 
 
 def _make_features(folder: Path, sample: Path) -> None:
@@ -187,10 +187,10 @@ def _make_features(folder: Path, sample: Path) -> None:
     problems = json.loads((sample / "ScienceQA/data/scienceqa/problems.json").read_text())
     folder.mkdir(exist_ok=True)
     rows = np.random.default_rng(0).standard_normal((FEATURE_ROWS, *VIT), dtype=np.float32)
-    with cli.atomic_path(folder / "vit.npy") as temporary, open(temporary, "wb") as file:
+    with files.atomic_path(folder / "vit.npy") as temporary, open(temporary, "wb") as file:
         np.save(file, rows)
     pictured = [qid for qid, problem in problems.items() if problem["image"]]
-    cli.write_json(folder / "name_map.json", {qid: i % FEATURE_ROWS for i, qid in enumerate(pictured)})
+    files.write_json(folder / "name_map.json", {qid: i % FEATURE_ROWS for i, qid in enumerate(pictured)})
 
 
 def lengths(dataset: Any) -> list[tuple[int, int]]:
@@ -226,7 +226,7 @@ def model_folder(args: argparse.Namespace, data: BenchData) -> Path:
     patch_size = data.features.shape if data.features is not None else None
     folder = cache_dir(args) / f"{args.size}_{'text' if patch_size is None else 'vit'}_seed{args.seed}"
     if not (folder / "config.json").exists():
-        with cli.atomic_dir(folder) as temporary:
+        with files.atomic_dir(folder) as temporary:
             build_model(args.size, args.seed, patch_size).save_pretrained(temporary)
             data.tokenizer.save_pretrained(temporary)
     return folder
@@ -333,7 +333,7 @@ def report(args: argparse.Namespace, stage: str, result: dict[str, Any], **more:
         if name not in ("equal", "target"):
             print0(f"  {name}: {value}")
     if args.json:
-        cli.write_json(args.json, told, indent=1)
+        files.write_json(args.json, told, indent=1)
 
 
 def _range(values: dict[str, float], unit: str) -> str:

@@ -37,7 +37,7 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OF
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from ares import cli, feedback  # noqa: E402
+from ares import cli, feedback, files  # noqa: E402
 from ares.cli import UserError, print0  # noqa: E402
 from tests import rl_tools  # noqa: E402
 
@@ -104,7 +104,7 @@ def watched(world: Path, run: Path, record: Path | None = None, kill_at: int | N
 
     run_mm_cot_rl.main(command(world, run))
     if record is not None:
-        cli.write_json(record, operations)
+        files.write_json(record, operations)
 
 
 def kill_self(delay: float) -> None:
@@ -316,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         result = fault_test(work, sample, args.kills, args.seed)
     if args.output:
-        cli.write_json(args.output, result)
+        files.write_json(args.output, result)
     print0(f"{result['ok']} of {result['kills']} kills: the re-run ends as the undisturbed run does, bit by bit")
     if result["ok"] < result["kills"]:
         raise UserError(f"{result['kills'] - result['ok']} kills left another result; --work DIR keeps their folders")

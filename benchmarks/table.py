@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":  # run as a file, the project is not on the path
     sys.path.insert(0, str(ROOT))
 
-from ares import cli  # noqa: E402
+from ares import cli, files  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/RESULTS.md"
 KEPT = ROOT / "benchmarks/results/speed.json"  # device -> stage -> result
@@ -120,15 +120,15 @@ def table(kept: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    stages = {name: cli.read_json(Path(args.folder) / f"{name}.json", "folder") for name in STAGES}
+    stages = {name: files.read_json(Path(args.folder) / f"{name}.json", "folder") for name in STAGES}
     first = stages["sft"]
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     kept[first["device"]] = {
         "size": first["size"], "machine": first["machine"], "seconds": args.seconds, "stages": stages,
     }  # fmt: skip
-    cli.write_json(KEPT, kept, indent=1)
+    files.write_json(KEPT, kept, indent=1)
     text = table(kept)
-    cli.write_text(RESULTS, text)
+    files.write_text(RESULTS, text)
     cli.print0(text)
 
 

@@ -20,7 +20,8 @@ from random import Random
 if __name__ == "__main__":  # run as a file, the project is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ares.cli import UserError, atomic_dir, print0, run, writable_dir, write_json
+from ares.cli import UserError, print0, run
+from ares.files import atomic_dir, writable_dir, write_json
 from demo.pictures import PICTURE_KINDS
 from demo.questions import TEXT_KINDS, Question
 

@@ -16,7 +16,8 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file, the project is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ares.cli import UserError, atomic_dir, print0, run, write_json
+from ares.cli import UserError, print0, run
+from ares.files import atomic_dir, write_json
 
 
 def build_t5(

@@ -22,7 +22,8 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file, the project is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ares.cli import UserError, atomic_dir, print0, read_json, run
+from ares.cli import UserError, print0, run
+from ares.files import atomic_dir, read_json
 
 SPECIALS = ("<pad>", "</s>", "<unk>")
 SENTINELS = 100

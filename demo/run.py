@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ares import cli, feedback  # noqa: E402
+from ares import feedback, files  # noqa: E402
 from ares.cli import UserError, run  # noqa: E402
 
 # name -> settings. `smoke` is for tests: every stage, nothing learned.
@@ -92,7 +92,7 @@ class Demo:
             action()
         seconds = time.monotonic() - began
         self.record["stages"][name] = {"title": title, "seconds": round(seconds, 1)}
-        cli.write_json(self.record_file, self.record)
+        files.write_json(self.record_file, self.record)
         print(f"   {seconds:.0f} s", flush=True)
 
     def start(self, name: str, command: str) -> subprocess.Popen:
@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         import shutil
 
         shutil.rmtree(output)
-    output = cli.writable_dir(output, "--output").resolve()
+    output = files.writable_dir(output, "--output").resolve()
     size = SIZES[args.size]
     demo = Demo(output, {"seed": args.seed, **size})
     prepare(demo, args.seed, size)

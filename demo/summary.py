@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ares import cli
+from ares import files
 from utils_evaluate import rationale_figures
 
 COLUMNS = {
@@ -25,7 +25,7 @@ COLUMNS = {
 
 def write_summary(output: Path, folders: dict[str, Path], record: dict) -> str:
     """Write {output}/table.txt and table.json; return the text. `record` holds the stages and their seconds."""
-    problems = cli.read_json(output / "data/scienceqa/problems.json", "--output")
+    problems = files.read_json(output / "data/scienceqa/problems.json", "--output")
     rationales, answers = {}, {}
     for name, folder in folders.items():
         predictions = json.loads((folder / "predictions_ans_test.json").read_text())
@@ -43,9 +43,9 @@ def write_summary(output: Path, folders: dict[str, Path], record: dict) -> str:
         "seconds": seconds,
         "folders": places,
     }
-    cli.write_json(output / "table.json", result)
+    files.write_json(output / "table.json", result)
     text = _text(result, output)
-    cli.write_text(output / "table.txt", text + "\n")
+    files.write_text(output / "table.txt", text + "\n")
     return text
 
 

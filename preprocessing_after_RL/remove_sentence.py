@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from ares import cli  # noqa: E402
+from ares import cli, files  # noqa: E402
 from ares.cli import UserError, print0  # noqa: E402
 from ares.problems import find_dataset, load_problems, load_splits, split_qids  # noqa: E402
 from ares.sentences import remove_repeats, split_text  # noqa: E402
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     preds, qids = read_predictions(source)
     if args.data_root:
         qids = qids_of_split(args, len(preds), qids)
-    cli.writable_dir(source.parent, "--file_path")
+    files.writable_dir(source.parent, "--file_path")
     if args.tokenizer:
         print0("note: --tokenizer is not needed and was not read: sentences are found in the text")
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         changed += len(first) < len(sentences)
 
     output = {"preds": kept} if qids is None else {"preds": kept, "qids": qids}
-    cli.write_json(source.parent / OUTPUT, output)
+    files.write_json(source.parent / OUTPUT, output)
     empty = sum(not pred for pred in kept)
     print0(
         f"{len(kept)} rationales, {found} sentences; removed {removed} repeated sentences from {changed} rationales"
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read_predictions(path: Path) -> tuple[list[str], list[str] | None]:
     """`preds` and, where present, `qids` of a predictions file. Raises UserError naming the row that is wrong."""
-    data = cli.read_json(path, "--file_path")
+    data = files.read_json(path, "--file_path")
     if not isinstance(data, dict) or not isinstance(data.get("preds"), list):
         raise UserError(f'--file_path: {path} holds no list "preds"; name a predictions_ans_*.json')
     preds, qids = data["preds"], data.get("qids")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ares import cli
+from ares import cli, files
 from ares.images import as_rgb, media_type, pixels
 from ares.problems import question_images
 
@@ -68,7 +68,7 @@ def _embedded(path: Path) -> str | None:
 def _copied(path: Path, folder: Path) -> str:
     target = folder / path.name
     if not (target.is_file() and _same(path, target)):
-        with cli.atomic_path(target) as temporary:
+        with files.atomic_path(target) as temporary:
             shutil.copyfile(path, temporary)
     return "/".join(quote(part) for part in (folder.parent.name, folder.name, path.name))
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli
+from ares import cli, files
 
 INK, FAINT = "#1f2430", "#c9ced6"
 SERIES = ("#1f5fa8", "#b45309")  # blue, orange: Okabe and Ito's pair, darkened for text contrast
@@ -205,7 +205,7 @@ def write_png(figure, path: Path) -> None:
     """The figure on white, 200 dots per inch."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with cli.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         FigureCanvasAgg(figure)
         figure.savefig(temporary, format="png", dpi=200, facecolor="white")
 

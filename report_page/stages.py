@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ares import cli
+from ares import files
 from ares.cli import UserError
 from ares.predictions import scores_of
 from ares.sentences import split_text
@@ -73,17 +73,17 @@ def read_stage(text: str, wanted: Sequence[str], orders: Mapping[str, list[str]]
     path = Path(place)
     if path.is_file():
         split = next((split for split, word in FILE_NAMES.items() if f"_{word}" in path.stem), wanted[0])
-        files = {split: path}
+        paths = {split: path}
     elif path.is_dir():
-        files = {split: file for split in FILE_NAMES if (file := prediction_file(path, split)).is_file()}
+        paths = {split: file for split in FILE_NAMES if (file := prediction_file(path, split)).is_file()}
     else:
         raise UserError(f"--stage: {path} does not exist")
     splits = {}
-    for split, file in files.items():
+    for split, file in paths.items():
         if split in wanted:
             splits[split] = read_predictions(file, orders.get(split), problems)
     if not splits:
-        found = ", ".join(file.name for file in files.values()) or "no predictions_ans_*.json"
+        found = ", ".join(file.name for file in paths.values()) or "no predictions_ans_*.json"
         raise UserError(
             f"--stage: {path} holds {found}; write predictions with main.py --evaluate_dir, or name --splits"
         )
@@ -102,7 +102,7 @@ def name_and_place(text: str) -> tuple[str, str]:
 
 def read_predictions(path: Path, order: list[str] | None, problems: Problems | None) -> Predictions:
     """Read and check one `predictions_ans_*.json`. Raises UserError naming the file and what is wrong in it."""
-    told = cli.read_json(path, "--stage")
+    told = files.read_json(path, "--stage")
     preds = told.get("preds") if isinstance(told, dict) else None
     if not isinstance(preds, list) or not all(isinstance(text, str) for text in preds):
         raise UserError(f'--stage: {path} must hold {{"preds": [texts]}}')

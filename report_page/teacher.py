@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ares import budget, cli, feedback
+from ares import budget, cli, feedback, files
 from ares.answering import OURS
 from ares.cli import UserError
 from ares.corrections import parse_correction
 from ares.replies import Refused, parse_scores
+from ares.reply_files import read_sidecar
 
 
 @dataclass
@@ -33,10 +34,9 @@ class Replied:
 
     def read(self, folder: Path, parse: Callable[[], None]) -> None:
         """Read sidecar and reply, then `parse()`; a Refused of it becomes the reason."""
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            self.about = dict(json.loads((folder / feedback.SIDECAR).read_bytes()))
+        self.about = read_sidecar(folder)
         with contextlib.suppress(OSError):
-            self.reply = (folder / feedback.REPLY).read_bytes().decode("utf-8", errors="replace")
+            self.reply = files.read_shared(folder / feedback.REPLY).decode("utf-8", errors="replace")
         try:
             parse()
         except Refused as refused:

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ares import cli
+from ares import files
 from report_page.teacher import Round
 
 
@@ -32,7 +32,7 @@ def add_tokens(run: Path, each: Round, shown: Collection[str]) -> str | None:
         return f"{error.name} is not installed"
     args = argparse.Namespace(**yaml.safe_load(settings.read_text(encoding="utf-8")))
     store = Store(run, each.number)
-    rows, scores = scored(store.load(), cli.read_json(store.scores_file, "--run"))
+    rows, scores = scored(store.load(), files.read_json(store.scores_file, "--run"))
     wanted = [row for row, qid in enumerate(rows.qids) if qid in shown]
     if not wanted:
         return None

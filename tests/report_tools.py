@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-from ares import cli, feedback
+from ares import feedback, files
 from tests import rl_tools
 
 EVIL = '<script>window.pwned=1</script><img src=x onerror="window.pwned=2"></script><!-- <b id=evil>bold</b> {{data}}'
@@ -40,15 +40,17 @@ def make_problems(test: int = 8, train: int = 4) -> tuple[dict, dict]:
 
 def write_predictions(folder: Path, split: str, problems: dict, qids: list[str], texts: list[str], **more) -> None:
     labels = [f"Solution: {problems[qid]['solution']}" for qid in qids]
-    cli.write_json(folder / f"predictions_ans_{split}.json", {"preds": texts, "labels": labels, "qids": qids, **more})
+    files.write_json(
+        folder / f"predictions_ans_{split}.json", {"preds": texts, "labels": labels, "qids": qids, **more}
+    )
 
 
 def make_world(root: Path, tokenizer) -> SimpleNamespace:
     """Write everything under `root`; the result names the places and what was planted."""
     problems, splits = make_problems()
-    cli.write_json(root / "data/scienceqa/problems.json", problems)
-    cli.write_json(root / "data/scienceqa/pid_splits.json", splits)
-    cli.write_json(root / "data/captions.json", {"captions": {"1": f"A map. {EVIL}"}})
+    files.write_json(root / "data/scienceqa/problems.json", problems)
+    files.write_json(root / "data/scienceqa/pid_splits.json", splits)
+    files.write_json(root / "data/captions.json", {"captions": {"1": f"A map. {EVIL}"}})
     picture(root / "images/1/image.png")
     test = splits["test"]
     good = [f"Solution: {problems[qid]['solution']}" for qid in test]
@@ -59,7 +61,7 @@ def make_world(root: Path, tokenizer) -> SimpleNamespace:
     write_predictions(root / "sft", "test", problems, test, [*good[:-1], poor[-1]], num_fail=None)
     letters = ["B", "A", None, *"BBBBB"]
     accuracy = {"answer": {"acc_average": "75.00", "acc_natural": "50.00"}}
-    cli.write_json(
+    files.write_json(
         root / "lora/predictions_ans_test.json",
         {
             "num_fail": 1, "scores": accuracy, "qids": test, "answers": letters,
@@ -78,8 +80,8 @@ def make_world(root: Path, tokenizer) -> SimpleNamespace:
     judge = {"teacher": "api", "model": "judge-1", "prompt_version": "judge-3", "with_image": False}
     told = {"systems": ["base", "sft"], "judge": judge, "protocol": "both", "summary": {"identical": 17}}
     told["verdicts"] = verdicts
-    cli.write_json(root / "win_rate.json", told)
-    cli.write_json(root / "stages.json", {"stages": {"rl": {"title": "RL itself", "seconds": 12.5}}})
+    files.write_json(root / "win_rate.json", told)
+    files.write_json(root / "stages.json", {"stages": {"rl": {"title": "RL itself", "seconds": 12.5}}})
     return SimpleNamespace(root=root, problems=problems, splits=splits)
 
 
@@ -103,17 +105,17 @@ def make_rl(run: Path, problems: dict, qids: list[str], tokenizer) -> None:
     store = rollouts.Store(run, 0)
     made.save(store.shard(0))
     rollouts.export(made, store.questions, tokenizer)
-    cli.write_json(store.collected_file, {"batches": 1, "samples": len(made)})
+    files.write_json(store.collected_file, {"batches": 1, "samples": len(made)})
     rl_tools.answer(store.questions, spoil=lambda item: item.action == 0 and item.qid == qids[-1])
     for item in feedback.iter_items(store.questions):
         sidecar = {"model": "teacher-1", "usage": {"input_tokens": 100, "output_tokens": 20}, "cost_usd": 0.25}
-        cli.write_json(item.folder / feedback.SIDECAR, {**sidecar, "time": f"2026-11-25T10:00:0{item.action}Z"})
+        files.write_json(item.folder / feedback.SIDECAR, {**sidecar, "time": f"2026-11-25T10:00:0{item.action}Z"})
     decision = rollouts.read_feedback(store, made, max_dropped=0.5)
     kept, scores = rollouts.scored(made, decision)
     data = experience.experience(kept, scores, SimpleNamespace(**RUN_FLAGS), RUN_FLAGS["kl_coef"])
     experience.write_samples(run / "samples_round_0.jsonl", data, scores, dict.fromkeys(qids, "prompt"), tokenizer)
     store.questions.rename(run / "questions_round0")
-    cli.write_args(run / "0", SimpleNamespace(**RUN_FLAGS))
+    files.write_args(run / "0", SimpleNamespace(**RUN_FLAGS))
     tokenizer.save_pretrained(run / "0")
     lines = [{"kind": "rollout", "round": 0, "update": 0, "mean_sentence_score": 0.55, "reward": 0.25,
               "length": 12.0, "share_ended": 1.0, "rationales": len(kept), "share_dropped": 0.125,
@@ -135,7 +137,7 @@ def make_corrections(folder: Path, problems: dict, qids: list[str]) -> None:
         final = f"The capital is Town{qid}." + (f" {EVIL}" if number == 1 else "")
         feedback.write_rationale(place, [original])
         text = json.dumps({"Original rationale": original, "Final rationale": final})
-        cli.write_text(place / feedback.REPLY, "I cannot help." if number == 2 else text)
+        files.write_text(place / feedback.REPLY, "I cannot help." if number == 2 else text)
 
 
 def picture(path: Path, size: tuple[int, int] = (60, 40)) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ares import cli, feedback
+from ares import feedback, files
 
 PATCHES = (4, 16)  # the shape of the tiny vision features, told by the sidecar beside them
 
@@ -24,17 +24,17 @@ def make_data(root: Path, sample: Path, questions: int) -> Path:
     chosen = {"train": pictured + plain, "val": splits["val"][:2], "test": splits["test"][:2]}
     used = [qid for qids in chosen.values() for qid in qids]
     data = root / "data"
-    cli.write_json(data / "scienceqa/problems.json", {qid: problems[qid] for qid in used})
-    cli.write_json(data / "scienceqa/pid_splits.json", chosen)
+    files.write_json(data / "scienceqa/problems.json", {qid: problems[qid] for qid in used})
+    files.write_json(data / "scienceqa/pid_splits.json", chosen)
     captions = json.loads((sample / "instruct_captions.json").read_text())["captions"]
-    cli.write_json(data / "captions.json", {"captions": {q: text for q, text in captions.items() if q in used}})
+    files.write_json(data / "captions.json", {"captions": {q: text for q, text in captions.items() if q in used}})
     with_image = [qid for qid in used if problems[qid]["image"]]
     features = np.random.default_rng(0).standard_normal((len(with_image), *PATCHES)).astype(np.float32)
     folder = data / "vision_features"
     folder.mkdir()
     np.save(folder / "vit.npy", features)
-    cli.write_json(folder / "vit.json", {"shape": list(PATCHES), "model_name": "test", "weights": "local"})
-    cli.write_json(folder / "name_map.json", {qid: row for row, qid in enumerate(with_image)})
+    files.write_json(folder / "vit.json", {"shape": list(PATCHES), "model_name": "test", "weights": "local"})
+    files.write_json(folder / "name_map.json", {qid: row for row, qid in enumerate(with_image)})
     return data
 
 
@@ -94,7 +94,7 @@ def answer(questions: Path, skip=lambda item: False, spoil=lambda item: False, s
         if skip(item):
             continue
         text = (item.folder / feedback.RATIONALE).read_text() if spoil(item) else reply(sentences, scorer)
-        cli.write_text(item.folder / feedback.REPLY, text)
+        files.write_text(item.folder / feedback.REPLY, text)
         count += 0 if spoil(item) else len(sentences)
     for action in sorted({item.action for item in items}) if done else ():
         feedback.mark_done(questions, action)

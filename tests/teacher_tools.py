@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import haiku
-from ares import batches, cli, feedback
+from ares import batches, cli, feedback, files
 from ares.requests import place_images
 from ares.sentences import split_text
 from tests.api_server import KEY
@@ -22,10 +22,9 @@ def lay_out(root, action, qid, sentences, problems, sample=None):
     """One prepared item, as RL and preprocessing leave it."""
     folder = feedback.question_dir(root, action, 0, qid)
     folder.mkdir(parents=True, exist_ok=True)
-    feedback.write_derived(
-        folder / feedback.RATIONALE, "{\n" + form(sentences) + "}\n"
-    )  # unflushed: thousands of them
-    feedback.write_derived(folder / feedback.REQUEST, scoring_request(problems[qid], sentences))
+    rationale = "{\n" + form(sentences) + "}\n"
+    files.write_text(folder / feedback.RATIONALE, rationale, flush=False)  # thousands of them
+    files.write_text(folder / feedback.REQUEST, scoring_request(problems[qid], sentences), flush=False)
     if sample is not None:
         place_images(folder, sorted((sample / "images" / qid).glob("*.png")))
     return folder

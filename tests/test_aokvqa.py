@@ -26,7 +26,7 @@ import prepare_data
 import preprocessing_for_correction_feedback
 import run_mm_cot_lora
 import run_mm_cot_rl
-from ares import cli, feedback
+from ares import feedback, files
 from ares.cli import UserError
 from demo.make_model import build_t5
 from demo.pictures import COLORS, SHAPES, canvas, draw_shape
@@ -72,9 +72,9 @@ def write_official(folder: Path) -> dict[str, list[dict]]:
         target.parent.mkdir(parents=True, exist_ok=True)
         image.save(target, quality=95)
     for split, told in entries.items():
-        cli.write_json(folder / f"aokvqa_v1p0/aokvqa_v1p0_{split}.json", told, indent=None)
+        files.write_json(folder / f"aokvqa_v1p0/aokvqa_v1p0_{split}.json", told, indent=None)
     hidden = [{key: value for key, value in entries["val"][0].items() if key != "correct_choice_idx"}]
-    cli.write_json(folder / "aokvqa_v1p0/aokvqa_v1p0_test.json", hidden)
+    files.write_json(folder / "aokvqa_v1p0/aokvqa_v1p0_test.json", hidden)
     return entries
 
 
@@ -121,7 +121,7 @@ def test_from_the_official_files_to_scores(place, t5_tokenizer_dir, capsys):
     )  # fmt: skip
     assert set(read("aokvqa_data/vision_features/name_map.json")) == set(problems)
     captions = {qid: "A drawing of two shapes." for qid in problems}
-    cli.write_json("aokvqa_data/captions.json", {"captions": captions})
+    files.write_json("aokvqa_data/captions.json", {"captions": captions})
 
     # a starting rationale model
     build_t5(t5_tokenizer_dir, "t5", d_model=32, heads=4, vocab_size=32128, dropout=0.0)

@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ares import cli, feedback
+from ares import feedback, files
 from demo.make_model import build_t5
 from tests.conftest import ROOT, run_script
 from tests.report_tools import parts_of
@@ -53,7 +53,7 @@ def user(tmp_path_factory, sample, t5_tokenizer_dir):
     problems, splits = (read(data / f"scienceqa/{name}.json") for name in ("problems", "pid_splits"))
     known = read(sample / "name_map.json")
     rows = [qid for split in SPLITS.values() for qid in splits[split] if qid in known]
-    cli.write_json(data / "vision_features/name_map.json", {qid: row for row, qid in enumerate(rows)})
+    files.write_json(data / "vision_features/name_map.json", {qid: row for row, qid in enumerate(rows)})
     features = np.random.default_rng(0).standard_normal((len(rows), 145, 1024), np.float32)
     np.save(data / "vision_features/vit.npy", features.astype(np.float16))
 
@@ -64,7 +64,7 @@ def user(tmp_path_factory, sample, t5_tokenizer_dir):
         return f"This is a question of {problem['subject']}. The answer is {answer}."
 
     plain_problems = {qid: {**problems[qid], "solution": plain(problems[qid])} for qid in splits["minitrain"]}
-    cli.write_json(data / "scienceqa/plain.json", plain_problems)
+    files.write_json(data / "scienceqa/plain.json", plain_problems)
     build_t5(t5_tokenizer_dir, folder / "t5", d_model=32, layers=2, heads=4, vocab_size=32128)
 
     common = ["--data_root", "data", "--caption_file", str(sample / "instruct_captions.json"), "--use_caption"]
@@ -332,8 +332,8 @@ DEMO_FILES = {
 def test_demo_at_its_smallest(tmp_path):
     output = tmp_path / "demo run"  # a blank in the path: users have them
     done = run_script("demo/run.py", "--size", "smoke", "--output", output)
-    for place, files in DEMO_FILES.items():
-        for name in files:
+    for place, names in DEMO_FILES.items():
+        for name in names:
             assert (output / place / name).is_file(), f"{place}/{name}"
     for number in (0, 1):
         items = feedback.iter_items(output / f"RL_models/demo/questions_round{number}")

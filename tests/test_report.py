@@ -8,7 +8,7 @@ import re
 import pytest
 
 import report
-from ares import cli, feedback, reference
+from ares import cli, feedback, files, reference
 from ares.sentences import split_text
 from report_page import collect, page, plots, stages, teacher
 from tests.conftest import ROOT, one_line_error, run_script
@@ -150,7 +150,7 @@ def test_released_files_without_ids_follow_the_split(tmp_path):
     path = tmp_path / "predictions_ans_test.json"
     told = json.loads(path.read_text())
     del told["qids"]
-    cli.write_json(path, told | {"labels": ["The answer is (B)."] * 8})
+    files.write_json(path, told | {"labels": ["The answer is (B)."] * 8})
     made = stages.read_predictions(path, splits["test"], problems)
     assert made.qids == splits["test"] and made.answers == [1] * 8 and not made.has_rationales
     with pytest.raises(cli.UserError, match="8 rows.*7"):
@@ -161,7 +161,7 @@ def test_prediction_files_alone_make_a_report(tmp_path, monkeypatch, capsys):
     """Neither data nor images nor RL: what the files say is shown, and what is missing is named."""
     monkeypatch.chdir(tmp_path)
     told = {"num_fail": 4, "scores": {}, "preds": ["Solution: It is so."], "labels": ["Solution: It is."]}
-    cli.write_json("predictions_ans_test.json", told | {"prompts": ["Question: Is it so?"]})
+    files.write_json("predictions_ans_test.json", told | {"prompts": ["Question: Is it so?"]})
     report.main(["--stage", "mine=predictions_ans_test.json"])
     parts = parts_of((tmp_path / "report.html").read_text())
     texts = parts["texts"]["texts"]
@@ -343,19 +343,19 @@ def test_mistakes_end_with_one_line(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     problems, splits = make_problems()
-    cli.write_json("data/scienceqa/problems.json", problems)
-    cli.write_json("data/scienceqa/pid_splits.json", splits)
-    cli.write_json("ok.json", {"preds": ["Solution: a."], "qids": ["999"]})
-    cli.write_json("list.json", ["x"])
-    cli.write_json(
+    files.write_json("data/scienceqa/problems.json", problems)
+    files.write_json("data/scienceqa/pid_splits.json", splits)
+    files.write_json("ok.json", {"preds": ["Solution: a."], "qids": ["999"]})
+    files.write_json("list.json", ["x"])
+    files.write_json(
         "scores.json", {"preds": ["Solution: a."], "qids": ["1"], "scores": {"rationale": {"rouge": "high"}}}
     )
-    cli.write_json("labels.json", {"preds": ["Solution: a."], "qids": ["1"], "labels": ["x", "y"]})
-    cli.write_text("run/metrics.jsonl", '{"loss": 1}\n')
+    files.write_json("labels.json", {"preds": ["Solution: a."], "qids": ["1"], "labels": ["x", "y"]})
+    files.write_text("run/metrics.jsonl", '{"loss": 1}\n')
     feedback.write_rationale(feedback.question_dir("cut/questions", 0, 0, "1"), ["So."])
-    cli.write_text("cut/samples_round_0.jsonl", '{"qid": "1", "acti')
+    files.write_text("cut/samples_round_0.jsonl", '{"qid": "1", "acti')
     if name in ("verdicts", "times", "images", "captions"):
-        cli.write_json("ok.json", {"preds": ["Solution: a."], "qids": ["1"]})
+        files.write_json("ok.json", {"preds": ["Solution: a."], "qids": ["1"]})
     with pytest.raises(cli.UserError) as error:
         report.main(argv)
     assert words in str(error.value) and "\n" not in str(error.value)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 import report
-from ares import cli
+from ares import files
 from ares.sentences import split_text
 from report_page import collect, page, stages
 from tests import browser as browsers
@@ -223,7 +223,7 @@ def test_light_dark_and_layout(tab, world):
 
 def test_a_report_of_little_says_what_is_missing(chromium, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cli.write_json("predictions_ans_test.json", {"preds": ["Solution: It is so."], "labels": ["Solution: It is."]})
+    files.write_json("predictions_ans_test.json", {"preds": ["Solution: It is so."], "labels": ["Solution: It is."]})
     report.main(["--stage", "mine=predictions_ans_test.json"])
     chromium.get_log("browser")
     chromium.get((tmp_path / "report.html").as_uri())
@@ -282,7 +282,7 @@ def test_4241_questions_and_four_stages_open_in_two_seconds_and_fit_in_40_mb(chr
     parts["main"] |= {"overview": told, "notes": []}
     parts["images"] = {"list": [], "of": {}}
     path = tmp_path / "large.html"
-    cli.write_text(path, page.build_page("large", parts, report.draw(told, [], None)))
+    files.write_text(path, page.build_page("large", parts, report.draw(told, [], None)))
     assert path.stat().st_size < 40e6
     times, searches = [], []
     for _ in range(3):  # the cores are shared: the best of three

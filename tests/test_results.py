@@ -12,7 +12,7 @@ import statistics
 import pytest
 
 import results
-from ares import cli
+from ares import cli, files
 from ares.intervals import mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
 from tests.conftest import ROOT
 from utils_evaluate import rationale_figures
@@ -190,7 +190,7 @@ def test_mistakes_end_in_one_line(argv, words):
 )
 def test_a_file_without_figures_is_named(told, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    cli.write_json("told.json", told)
+    files.write_json("told.json", told)
     with pytest.raises(cli.UserError, match=f"--system x: told.json.*{words}"):
         results.main(["--system", "x=told.json"])
 

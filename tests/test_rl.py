@@ -23,7 +23,7 @@ import rl_flags
 import rl_run
 import rollouts
 import run_mm_cot_rl
-from ares import cli, feedback
+from ares import feedback, files
 from ares.cli import UserError
 from tests import rl_tools
 from tests.conftest import ROOT, one_line_error, run_script
@@ -313,11 +313,11 @@ def test_another_experiment_in_the_same_folder_is_refused(world, collected, tmp_
     run = copy(collected, tmp_path / "run")
     with pytest.raises(UserError, match="--top_k was 50, is 20"):
         launch(world, run, top_k=20, phase="train")
-    problems = cli.read_json(world.data / "scienceqa/problems.json", "test")
+    problems = files.read_json(world.data / "scienceqa/problems.json", "test")
     problems[next(iter(problems))]["question"] += " Really?"
     data = tmp_path / "data"
     shutil.copytree(world.data, data)
-    cli.write_json(data / "scienceqa/problems.json", problems)
+    files.write_json(data / "scienceqa/problems.json", problems)
     with pytest.raises(UserError, match="prompts are not those of the rollouts"):
         launch(world, run, data_root=data, phase="train")
 
@@ -364,7 +364,7 @@ def test_a_batch_that_is_deleted_as_told_is_sampled_again(world, collected, tmp_
 
 def test_a_kill_at_the_end_of_a_round_leaves_no_state_behind(tmp_path, monkeypatch):
     for name in ("0/args.yaml", "questions/0/llm_done.txt", "state/slot_0.pth"):
-        cli.write_text(tmp_path / name, "x")
+        files.write_text(tmp_path / name, "x")
     monkeypatch.setattr(rl_run.shutil, "rmtree", lambda *args, **how: 1 / 0)  # killed in it
     with pytest.raises(ZeroDivisionError):
         rl_run.tidy(tmp_path, 1)
@@ -451,7 +451,7 @@ def test_released_checkpoint_is_accepted(world, fixtures, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(world.data, data)
     (data / "vision_features/vit.json").unlink()
-    rows = len(cli.read_json(data / "vision_features/name_map.json", "test"))
+    rows = len(files.read_json(data / "vision_features/name_map.json", "test"))
     np.save(data / "vision_features/vit.npy", np.random.default_rng(0).standard_normal((rows, 145, 1024), np.float32))
     checkpoint = fixtures / "model/vit"
     run = tmp_path / "run"

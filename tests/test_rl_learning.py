@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import run_mm_cot_rl
-from ares import cli, feedback
+from ares import feedback, files
 from tests import rl_tools
 
 COLOURS = ("red", "blue", "green", "black", "white")
@@ -42,8 +42,8 @@ def world(tmp_path_factory):
     qids = list(problems)
     splits = {"train": qids[:QUESTIONS], "val": qids[QUESTIONS:], "test": qids[QUESTIONS:]}
     data = tmp / "data"
-    cli.write_json(data / "scienceqa/problems.json", problems)
-    cli.write_json(data / "scienceqa/pid_splits.json", splits)
+    files.write_json(data / "scienceqa/problems.json", problems)
+    files.write_json(data / "scienceqa/pid_splits.json", splits)
     texts = [f"The {colour} one is right." for colour in COLOURS] * 20
     texts += [problem["question"] for problem in problems.values()]
     texts.append("Question: Context: N/A Options: (A) this (B) that Solution:")

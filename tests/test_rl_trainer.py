@@ -15,7 +15,7 @@ import rl_flags
 import rl_run
 import rollouts
 import run_mm_cot_rl
-from ares import cli
+from ares import cli, files
 from ares.cli import UserError
 from tests.test_rollouts import random_rollouts
 
@@ -282,7 +282,7 @@ def test_rloo_advantages_are_those_of_a_plain_loop():
 
 
 def test_target_kl_doubles_and_halves_the_recorded_coefficient(tmp_path):
-    cli.write_text(tmp_path / "args.yaml", "kl_coef: 0.4\n")
+    files.write_text(tmp_path / "args.yaml", "kl_coef: 0.4\n")
     args = SimpleNamespace(init_kl_coef=0.1, target_kl=2.0)
     near = [rl_run.kl_coefficient(args, tmp_path, False, kl) for kl in (0.5, 1.9, 2.9, 3.1)]
     assert near == [0.2, 0.4, 0.4, 0.8]

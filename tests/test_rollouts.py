@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rollouts
-from ares import cli, feedback, ppo
+from ares import feedback, files, ppo
 from ares.cli import UserError
 from tests import rl_tools
 
@@ -131,7 +131,7 @@ def test_collect_goes_on_where_it_was_killed(tmp_path, t5_tokenizer):
     rollouts.collect(store, batches, sample, t5_tokenizer)
     assert made == [0, 1, 1, 2] and lost.exists()
     assert feedback.exported(store.questions) and len(store.load()) == 5
-    assert cli.read_json(store.collected_file, "test") == {"batches": 3, "samples": 5, "sentences": 10}
+    assert files.read_json(store.collected_file, "test") == {"batches": 3, "samples": 5, "sentences": 10}
 
 
 # -- replies ---------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def test_scores_are_read_and_published_once(exported):
     store, rows = exported
     rl_tools.answer(store.questions, scorer=lambda sentence: 0.3)
     decision = rollouts.read_feedback(store, rows, max_dropped=0.0)
-    assert decision == cli.read_json(store.scores_file, "test") and decision["dropped"] == {}
+    assert decision == files.read_json(store.scores_file, "test") and decision["dropped"] == {}
     kept, scores = rollouts.scored(rows, decision)
     assert len(kept) == 10 and [len(row) for row in scores] == rows.sentence_counts.tolist()
     assert {value for row in scores for value in row} == {0.3}

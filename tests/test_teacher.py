@@ -14,7 +14,7 @@ import pytest
 import haiku
 import haiku_for_correction_feedback
 import preprocessing_for_correction_feedback
-from ares import claude, cli, feedback, teacher
+from ares import claude, cli, feedback, files, teacher
 from ares.api_errors import said
 from ares.asking import CORRECT, SCORE, Request, custom_id
 from ares.images import media_type
@@ -402,10 +402,10 @@ def correction(tmp_path, sample, problems):
     train = [qid for qid, problem in problems.items() if problem["split"] == "train" and problem["solution"]][:4]
     chosen = {qid: problems[qid] for qid in [*train, TEXT]}
     data = tmp_path / "data"
-    cli.write_json(data / "scienceqa/problems.json", chosen)
-    cli.write_json(data / "scienceqa/pid_splits.json", {"train": train, "test": [TEXT]})
+    files.write_json(data / "scienceqa/problems.json", chosen)
+    files.write_json(data / "scienceqa/pid_splits.json", {"train": train, "test": [TEXT]})
     rationales = tmp_path / "remove_repetitive_sentences.json"
-    cli.write_json(rationales, {"preds": [f"Let's see. {qid} is {{it}}" for qid in train[:3]], "qids": train[:3]})
+    files.write_json(rationales, {"preds": [f"Let's see. {qid} is {{it}}" for qid in train[:3]], "qids": train[:3]})
     flags = ["--data_root", str(data), "--correction_dir", str(tmp_path / "correction")]
     preprocessing_for_correction_feedback.main([*flags, "--rationales", str(rationales)])
     return flags, train, data / "scienceqa/correction.json", chosen
@@ -441,7 +441,7 @@ def test_correction_file(server, correction, capsys):
 def test_correction_refuses_to_write_with_missing_replies(server, correction, capsys):
     flags, train, output, chosen = correction
     more = output.parent / "more.json"
-    cli.write_json(more, {"preds": [f"Let's see.  {train[0]} is {{it}}", "Two."], "qids": [train[0], train[3]]})
+    files.write_json(more, {"preds": [f"Let's see.  {train[0]} is {{it}}", "Two."], "qids": [train[0], train[3]]})
     argv = [*flags, "--base_url", server.url, "--rationales", str(more)]
     with pytest.raises(cli.UserError, match=f"1 of 4 questions have no reply.*{train[3]}"):
         haiku_for_correction_feedback.main(argv)
@@ -454,7 +454,7 @@ def test_correction_refuses_to_write_with_missing_replies(server, correction, ca
 def test_correction_of_last_rounds_requests_is_refused(server, correction):
     flags, train, output, chosen = correction
     new = output.parent / "new.json"
-    cli.write_json(new, {"preds": ["Quite another.", f"Let's see. {train[1]} is {{it}}"], "qids": train[:2]})
+    files.write_json(new, {"preds": ["Quite another.", f"Let's see. {train[1]} is {{it}}"], "qids": train[:2]})
     with pytest.raises(
         cli.UserError, match=f"--rationales: 1 requests .*question {train[0]}.*preprocessing_for_correction"
     ):
@@ -488,7 +488,7 @@ def test_correction_by_the_reference_teacher(correction, monkeypatch):
 def test_correction_of_other_data_is_refused(server, correction, sample):
     flags, train, output, chosen = correction
     splits = output.parent / "pid_splits.json"
-    cli.write_json(splits, {"train": train[1:], "test": [TEXT]})
+    files.write_json(splits, {"train": train[1:], "test": [TEXT]})
     with pytest.raises(cli.UserError, match=f"question {train[0]}.*--train_split"):
         haiku_for_correction_feedback.main([*flags, "--base_url", server.url])
     with pytest.raises(cli.UserError, match="preprocessing_for_correction_feedback.py"):

@@ -16,7 +16,7 @@ import haiku
 import haiku_for_correction_feedback
 import preprocessing_for_correction_feedback
 import win_rate
-from ares import claude, cli, feedback
+from ares import claude, cli, feedback, files
 from ares.api_errors import is_account_refusal, redact
 from ares.asking import same_model
 from ares.budget import read_log
@@ -474,7 +474,7 @@ def test_same_models(one, other, same):
 def test_corrections_and_judgements_of_another_teacher_are_refused(server, tmp_path, sample, problems, capsys):
     data = ["--data_root", str(sample / "ScienceQA/data")]
     train = [qid for qid, problem in problems.items() if problem["split"] == "train" and problem["solution"]][:3]
-    cli.write_json(tmp_path / "r.json", {"preds": ["Look. It is so."] * 3, "qids": train})
+    files.write_json(tmp_path / "r.json", {"preds": ["Look. It is so."] * 3, "qids": train})
     folder = ["--correction_dir", str(tmp_path / "correction")]
     preprocessing_for_correction_feedback.main([*data, *folder, "--rationales", str(tmp_path / "r.json")])
     output = ["--output", str(tmp_path / "correction.json")]
@@ -489,7 +489,7 @@ def test_corrections_and_judgements_of_another_teacher_are_refused(server, tmp_p
 
     test = [qid for qid in problems if problems[qid]["split"] == "test"][:3]
     for name in "ab":
-        cli.write_json(tmp_path / f"{name}.json", {"preds": [f"{name} says so."] * 3, "qids": test})
+        files.write_json(tmp_path / f"{name}.json", {"preds": [f"{name} says so."] * 3, "qids": test})
     argv = [f"A={tmp_path}/a.json", f"B={tmp_path}/b.json", *data, "--output", str(tmp_path / "judged")]
     win_rate.main([*argv, "--teacher", "reference"])
     with pytest.raises(cli.UserError, match=r"\(6 of 6\), not by claude"):
@@ -515,8 +515,8 @@ def test_watch_is_started_first_and_goes_on_through_all_rounds(
             for number in range(rounds):
                 time.sleep(0.5)
                 assert not (run / "questions").exists(), "the watcher made it"
-                cli.write_json(run / "rollouts" / f"round_{number}/plan.json", {})
-                cli.write_text(
+                files.write_json(run / "rollouts" / f"round_{number}/plan.json", {})
+                files.write_text(
                     run / "args.yaml", f"epochs: {rounds}\nbase_model_dir: some/model\ncontinue_train: false\n"
                 )
                 for action in range(2):
@@ -551,11 +551,11 @@ def test_watch_is_started_first_and_goes_on_through_all_rounds(
 
 def test_watch_counts_all_rounds_towards_the_budget(server, tmp_path, sample, problems):
     run = tmp_path / "run"
-    cli.write_text(run / "args.yaml", "epochs: 2\nbase_model_dir: m\n")
+    files.write_text(run / "args.yaml", "epochs: 2\nbase_model_dir: m\n")
 
     def rl():
         for number in range(2):
-            cli.write_json(run / "rollouts" / f"round_{number}/plan.json", {})
+            files.write_json(run / "rollouts" / f"round_{number}/plan.json", {})
             for qid in (CHOICES, TEXT):
                 feedback.write_rationale(feedback.question_dir(run / "questions", 0, 0, qid), [f"Round {number}."])
             feedback.mark_exported(run / "questions")

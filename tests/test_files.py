@@ -1,0 +1,455 @@
+"""ares/files.py: what reading, writing and locking do where a file is a link, a FIFO, damaged, or the disk is full."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import haiku
+import haiku_for_correction_feedback
+import preprocessing_for_correction_feedback
+from ares import cli, feedback, files
+from ares.cli import UserError
+from tests.api_server import ApiServer
+from tests.conftest import ROOT
+from tests.teacher_tools import client, lay_out, many_items
+
+SENTINEL = b"nothing may touch this\n"
+QID = "155"
+
+
+# -- links, FIFOs and devices in a questions folder --------------------------------------------------------
+
+ITEM_FILES = (
+    feedback.SCORES, feedback.SIDECAR, feedback.REASON, feedback.REPLY, feedback.RATIONALE, feedback.REQUEST,
+    feedback.IMAGE, "choice_0.png", "unusable_output_from_llm.txt",
+)  # fmt: skip
+FOLDER_FILES = (
+    "teacher/lock", "teacher/spend.jsonl", "teacher/reserve", "teacher/batches/0a.json", "0/llm_done.txt",
+    "mmcot_finished_signal.txt",
+)  # fmt: skip
+FOLDERS = ("teacher", "teacher/batches", "0", "0/p0", f"0/p0/{QID}")
+PLACES = (*(f"0/p0/{QID}/{name}" for name in ITEM_FILES), *FOLDER_FILES, *FOLDERS)
+KINDS = ("link to a file", "link to nothing", "link to /dev/zero", "FIFO", "folder")
+
+
+def put(place: Path, kind: str, outside: Path) -> None:
+    """Replace what lies at `place` by something that it must not be."""
+    is_folder = place.is_dir()
+    if is_folder:
+        shutil.move(place, outside / "moved")
+    else:
+        place.unlink(missing_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "FIFO":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        targets = {"link to nothing": outside / "new", "link to /dev/zero": Path("/dev/zero")}
+        place.symlink_to(targets.get(kind, outside / ("moved" if is_folder else "file")))
+
+
+def state(folder: Path) -> dict:
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def launch(main, *argv) -> int:
+    """A script in this process, from its entry point; its exit status."""
+    try:
+        cli.run(lambda: main([str(arg) for arg in argv]))
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+@pytest.fixture
+def desk(tmp_path, problems, sample, monkeypatch, api_environment):
+    """A prepared and answered questions folder, a data root, and a folder outside of them."""
+    tmp_path = tmp_path / "desk"
+    questions, outside, data = tmp_path / "questions", tmp_path / "outside", tmp_path / "data"
+    lay_out(questions, 0, QID, ["It is so.", "So it is."], problems, sample)
+    feedback.mark_exported(questions)
+    outside.mkdir()
+    (outside / "file").write_bytes(SENTINEL)
+    files.write_json(data / "scienceqa/problems.json", {QID: problems[QID]})
+    files.write_json(data / "scienceqa/pid_splits.json", {"train": [QID], "val": [], "test": [QID]})
+    files.write_json(data / "rationales.json", {"preds": ["It is so. So it is."], "qids": [QID]})
+    (questions / "teacher/batches").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def api():
+    with ApiServer() as server:
+        yield server
+
+
+def launches(desk: Path, api) -> list:
+    """Every script that reads and writes a questions folder, on `desk`."""
+    questions, correction, data = desk / "questions", desk / "questions", ["--data_root", desk / "data"]
+    rationales = ["--correction_dir", correction, "--rationales", desk / "data/rationales.json"]
+    preprocess = _module("processing_sentence_level_feedback")
+    return [
+        lambda: launch(preprocess.main, "--questions_dir", questions, *data),
+        lambda: launch(preprocessing_for_correction_feedback.main, *rationales, *data),
+        lambda: launch(haiku.main, "--teacher", "reference", "--questions_dir", questions, *data),
+        lambda: launch(haiku.main, "--questions_dir", questions, "--base_url", api.url, "--no-cache", *data),
+        lambda: launch(haiku.main, "--questions_dir", questions, "--base_url", api.url, "--estimate", *data),
+        lambda: launch(haiku_for_correction_feedback.main, "--teacher", "reference", *rationales, *data,
+                      "--output", desk / "correction.json"),
+        lambda: launch(lambda argv: _scores(questions)),
+        lambda: launch(lambda argv: feedback.write_rationale(questions / "0/p0" / QID, ["It is so.", "So it is."])),
+        lambda: launch(lambda argv: feedback.mark_exported(questions)),
+        lambda: launch(lambda argv: feedback.mark_done(questions, 0)),
+    ]  # fmt: skip
+
+
+def _module(name: str):
+    sys.path.insert(0, str(ROOT / "preprocessing_after_RL"))
+    try:
+        return __import__(name)
+    finally:
+        sys.path.pop(0)
+
+
+def _scores(questions: Path) -> None:
+    for item in feedback.iter_items(questions):
+        with contextlib.suppress(feedback.Refused):
+            feedback.read_scores(item.folder)
+    assert feedback.is_done(questions, 0) in (True, False) and feedback.exported(questions) in (True, False)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", PLACES)
+def test_nothing_leads_out_of_a_questions_folder_or_hangs(place, kind, desk, api, capsys):
+    """Whatever lies where a file or folder of ours should: nothing elsewhere is written, emptied, removed or made."""
+    shutil.copytree(desk, desk.parent / "pristine")
+    for number in range(len(launches(desk, api))):
+        for folder in ("questions", "outside"):
+            shutil.rmtree(desk / folder)
+            shutil.copytree(desk.parent / "pristine" / folder, desk / folder)
+        put(desk / "questions" / place, kind, desk / "outside")
+        before = state(desk / "outside")
+        capsys.readouterr()
+        assert launches(desk, api)[number]() in (0, 2), f"launch {number}"
+        assert state(desk / "outside") == before, f"launch {number}"
+        assert capsys.readouterr().err.count("error:") <= 1
+
+
+def test_a_reply_that_is_a_link_stops_the_reader(desk, problems):
+    """A user may have linked replies there: they are neither read nor bought again without a word."""
+    reply = desk / "questions/0/p0" / QID / feedback.REPLY
+    reply.symlink_to(desk / "outside/file")
+    with pytest.raises(UserError, match=f"{reply} is a symbolic link; put the file itself there"):
+        haiku.main(["--teacher", "reference", "--questions_dir", str(desk / "questions"), "--data_root", "data"])
+
+
+def test_a_questions_folder_behind_a_link_is_fine(desk, api):
+    shutil.move(desk / "questions", desk / "outside/real")
+    (desk / "questions").symlink_to(desk / "outside/real")
+    assert launch(haiku.main, "--teacher", "reference", "--questions_dir", "questions", "--data_root", "data") == 0
+    assert (desk / "outside/real/0/p0" / QID / feedback.SCORES).read_text().split()
+
+
+@pytest.mark.parametrize("root", [".", "./questions", "questions/", "../{name}/questions"])
+def test_links_are_found_however_the_folder_is_named(desk, root):
+    root = root.format(name=desk.name)
+    shutil.move(desk / "questions/0", desk / "outside/0")
+    (desk / "questions/0").symlink_to(desk / "outside/0")
+    os.chdir(desk / "questions" if root == "." else desk)
+    with pytest.raises(UserError, match="is a link that leads out of"):
+        feedback.iter_items(root)
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+
+TEXTS = {
+    "UTF-16": ('{"a": 1}'.encode("utf-16"), "is UTF-16; save it as UTF-8"),
+    "Latin-1": (b'{"a":\n "\xe9"}', "is not UTF-8 (line 2"),
+    "cut": (b'{"a": [1, 2', "is not JSON (line 1, column 12"),
+    "deep": (b"[" * 200_000, "nested too deeply"),
+    "deep and closed": (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
+    "5000 digits": (b'{"a": ' + b"9" * 5000 + b"}", "of 5000 digits"),
+    "30 digits": (b'{"a": ' + b"9" * 30 + b"}", "of 30 digits"),
+    "1e999": (b'{"a": 1e999}', "holds the number 1e999"),
+    "NaN": (b'{"a": NaN}', "holds NaN"),
+    "-Infinity": (b'{"a": [-Infinity]}', "holds -Infinity"),
+    "half a pair": (b'{"q": {"b": ["x\\ud83d"]}}', "half of a character (\\ud83d) at q.b[0]"),
+    "half a pair as key": (b'{"\\udc00": 1}', "half of a character (\\udc00)"),
+    "empty": (b"", "is not JSON (line 1"),
+    "zeros": (b"\0" * 100, "is not JSON"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_damaged_json_is_one_line_that_names_flag_and_file(name, tmp_path):
+    data, words = TEXTS[name]
+    path = tmp_path / "x.json"
+    path.write_bytes(data)
+    with pytest.raises(UserError) as error:
+        files.read_json(path, "--flag")
+    said = str(error.value)
+    assert said.startswith(f"--flag: {path} ") and words in said and "\n" not in said and len(said) < 500
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a": "\\ud83d\\ude00"}', '{"a": "\\\\ud83d"}', '\ufeff{"a": "b"}', '{"a": 1, "a": 2}']
+)
+def test_sound_json_is_read(text, tmp_path):
+    (tmp_path / "x.json").write_text(text, encoding="utf-8")
+    assert files.read_json(tmp_path / "x.json", "--flag", dict) == json.loads(text.removeprefix("\ufeff"))
+    with pytest.raises(UserError, match="must hold a list .* not an object"):
+        files.read_json(tmp_path / "x.json", "--flag", list)
+
+
+def test_nan_counts_as_null_where_asked(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": NaN}\n\n{"b": [1e999, 1.5]}\n{"cut\n\xff\n')
+    bad = []
+    found = list(files.read_jsonl(tmp_path / "x.jsonl", "--run", bad.append))
+    assert found == [(1, {"a": None}), (3, {"b": [None, 1.5]})] and bad == [4, 5]
+    with pytest.raises(UserError, match="x.jsonl: line 4 is not JSON"):
+        list(files.read_jsonl(tmp_path / "x.jsonl", "--run"))
+
+
+@pytest.mark.parametrize(
+    "data", [b"a: [1", b"a: 2020-99-99", b"[1]: 2\n", b"- 1", b"a: b: c", b"\xff\xfea",
+             b"a: !!python/name:os.system x", b"? {a: 1}\n: 2", b"[" * 5000, b"\0"]
+)  # fmt: skip
+def test_damaged_yaml_is_one_line(data, tmp_path):
+    (tmp_path / "args.yaml").write_bytes(data)
+    with pytest.raises(UserError, match=f"^--model: {tmp_path}/args.yaml [^\n]*$"):
+        files.read_yaml(tmp_path / "args.yaml", "--model")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", [*KINDS, "socket", "no rights to the folder", "a name that is too long", "zero byte"])
+def test_what_is_no_file_is_refused_at_once(kind, tmp_path):
+    path = tmp_path / "x.json"
+    if kind == "socket":
+        import socket
+
+        os.chdir(tmp_path)  # the name of a socket is short
+        socket.socket(socket.AF_UNIX).bind("x.json")
+    elif kind == "a name that is too long":
+        path = tmp_path / ("x" * 300)
+    elif kind == "zero byte":
+        path = tmp_path / "a\0b"
+    elif kind == "no rights to the folder":
+        path = tmp_path / "none/x.json"
+    else:
+        put(path, kind, tmp_path / "outside") if kind != "link to a file" else path.symlink_to("/etc")
+    for read in (files.read_json, files.read_yaml, files.read_text):
+        with pytest.raises(UserError, match="^--flag: ") as error:
+            read(path, "--flag")
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_file_that_is_far_too_large_is_refused(tmp_path):
+    with open(tmp_path / "x.json", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="--flag: .*x.json is larger than"):
+        files.read_json(tmp_path / "x.json", "--flag")
+
+
+# -- writing to a full, read-only or unfit place ---------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: str = "4m"):
+    """A file system of its own in memory, that can be filled."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk") as folder:
+        yield folder
+
+
+def fill(disk: Path, leave: int = 0) -> Path:
+    """Take all room of a disk but `leave` bytes."""
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    with open(disk / "filler", "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free - leave)
+    return disk / "filler"
+
+
+def _torch(path):
+    with open(path, "wb") as file:
+        torch.save({"a": torch.randn(300_000)}, file)
+
+
+WRITERS = {
+    "bytes": lambda path: path.write_bytes(b"x" * 2_000_000),
+    "torch.save": lambda path: (
+        torch.save({"a": torch.randn(300_000)}, str(path) + "x") or os.replace(f"{path}x", path)
+    ),
+    "torch.save to a file": _torch,
+    "safetensors": lambda path: save_file({"a": torch.randn(300_000)}, path),
+    "numpy": lambda path: np.save(open(path, "wb"), np.random.randn(300_000)),
+    "text, closed later": lambda path: open(path, "w").write("x" * 2_000_000),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("way", ["path", "folder"])
+def test_a_full_disk_is_one_line_whatever_library_writes(name, way, disk):
+    target = disk / "target"
+    (files.write_text(target, "old") if way == "path" else files.write_text(target / "old", "old"))
+    fill(disk, 500_000)
+    with pytest.raises(
+        files.DiskError, match=f"cannot write {target} .No space left on device.; .* is kept: make room"
+    ):
+        with (files.atomic_path if way == "path" else files.atomic_dir)(target) as temporary:
+            WRITERS[name](temporary if way == "path" else temporary / "file")
+    assert (target if way == "path" else target / "old").read_text() == "old"
+    assert {path.name for path in disk.iterdir()} == {"target", "filler"}, "no half file stays"
+
+
+@pytest.mark.parametrize("fault", ["read-only disk", "a file instead of the folder", "a folder instead of the file",
+                                   "an over-long name"])  # fmt: skip
+@pytest.mark.parametrize("write", [lambda path: files.write_text(path, "x"), lambda path: files.write_json(path, [1]),
+                                   lambda path: files.append_line(path, "x"),
+                                   lambda path: files.place_file(__file__, path), files.touch])  # fmt: skip
+def test_what_cannot_be_written_is_one_line(fault, write, disk):
+    path = disk / "folder/x"
+    path.parent.mkdir()
+    if fault == "read-only disk":
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    elif fault == "a file instead of the folder":
+        path.parent.rmdir()
+        path.parent.write_text("")
+    elif fault == "a folder instead of the file":
+        (path / "inner").mkdir(parents=True)
+    else:
+        path = path.with_name("x" * 300)
+    with pytest.raises(UserError) as error:
+        write(path)
+    assert "\n" not in str(error.value) and str(path)[:140] in str(error.value)
+
+
+def test_a_line_that_the_disk_cut_is_ended_before_the_next(disk):
+    log = files.Lines(disk / "log")
+    log.add("first")
+    filler = fill(disk)
+    with pytest.raises(files.DiskError):
+        for _ in range(100):
+            log.add("x" * 1000)
+    filler.unlink()
+    log.add("last")
+    log.close()
+    lines = (disk / "log").read_text().split("\n")
+    assert lines[0] == "first" and lines[-2:] == ["last", ""] and {len(line) for line in lines[1:-3]} <= {1000}
+
+
+def test_the_scripts_own_end_turns_a_full_disk_into_one_line(disk, capsys):
+    fill(disk)
+
+    def main():
+        (disk / "somewhere").write_bytes(b"x" * 10_000)
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "No space left on device" in said
+
+    def defect():
+        raise OSError(errno.ENOENT, "No such file", "x")
+
+    with pytest.raises(FileNotFoundError):
+        cli.run(defect)
+
+
+# -- replies on their way when the disk gets full --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", ["the start", "the middle"])
+def test_no_paid_reply_is_lost_when_the_disk_gets_full(at, tmp_path, problems, monkeypatch, api_environment):
+    """30 requests are on their way when the last byte is gone: every reply that the server gave is on disk after."""
+    with small_disk(tmp_path / "disk", "24m") as disk, ApiServer() as server:
+        many_items(disk / "questions", 200, problems)
+        server.latency = 1.0
+        haiku_run = client(
+            "--questions_dir", disk / "questions", "--base_url", server.url, "--data_root", "none",
+            "--concurrency", 30,
+            env={"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        )  # fmt: skip
+        count = 1 if at == "the start" else 70
+        while len(server.asked) < count and haiku_run.poll() is None:
+            pass
+        fill(disk)
+        out, err = haiku_run.communicate(timeout=120)
+        assert haiku_run.returncode == 2, (out[-2000:], err[-2000:])
+        told = [line for line in err.splitlines() if "error:" in line]
+        assert len(told) == 1 and "No space left on device" in told[0] and "Traceback" not in err
+        replies = [item for item in feedback.iter_items(disk / "questions") if feedback.has_reply(item.folder)]
+        assert len(replies) == len(server.asked) >= 30, "every reply that was paid for"
+        assert len(server.asked) <= count + 30 + 30, "nothing new was asked"
+        for item in replies:
+            assert json.loads((item.folder / feedback.SIDECAR).read_bytes())["model"]
+        (disk / "filler").unlink()
+        asked = len(server.asked)
+        server.latency = 0.0
+        again = client(
+            "--questions_dir", disk / "questions", "--base_url", server.url, "--data_root", "none",
+            env={"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        )  # fmt: skip
+        assert again.wait(120) == 0, again.communicate()
+        assert len(server.asked) - asked == 200 - len(replies)
+
+
+def test_a_disk_without_room_for_the_replies_is_refused_before_money_is_spent(disk, problems, monkeypatch,
+                                                                               api_environment):  # fmt: skip
+    many_items(disk / "questions", 4, problems)
+    fill(disk, 300_000)
+    with ApiServer() as server:
+        with pytest.raises(UserError, match="cannot write .*teacher/reserve .No space left on device"):
+            haiku.main(["--questions_dir", str(disk / "questions"), "--base_url", server.url, "--data_root", "none"])
+        assert not server.asked
+
+
+# -- one process at a time -----------------------------------------------------------------------------------
+
+
+def test_only_one_says_who_holds_the_lock_and_ends_with_the_process(tmp_path):
+    lock = tmp_path / "run/lock"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ares import files\n"
+    code += f"with files.only_one({str(lock)!r}, 'x'): print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    for _ in range(2):  # a refused one leaves the holder's name there
+        with pytest.raises(UserError, match=f"--run_dir r: another process .{holder.pid} on .*, since .*"):
+            with files.only_one(lock, "--run_dir r"):
+                pass
+    holder.kill()
+    holder.wait()
+    with files.only_one(lock, "--run_dir r"):
+        worker = multiprocessing.get_context("fork").Process(target=__import__("time").sleep, args=(30,))
+        worker.start()  # inherits the file
+    with files.only_one(lock, "--run_dir r"):
+        pass
+    worker.kill()
