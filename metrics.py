@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class Metrics:
                 cli.print0("note: tensorboard is not installed; metrics.jsonl holds the same numbers")
             else:
                 self.board = Path(run) / "tensorboard"
+                threading.excepthook = _quiet_about_the_disk
                 with files.writing(self.board):
                     self.writer = SummaryWriter(str(self.board))
         elif self.active and report_to == "wandb":
@@ -69,6 +71,12 @@ class Metrics:
                 self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _quiet_about_the_disk(args: Any) -> None:
+    """TensorBoard writes in a thread, and raises again in ours what the disk answers: once is enough."""
+    if args.exc_value is None or cli.disk_error(args.exc_value) is None:
+        threading.__excepthook__(args)
 
 
 def read_metrics(path: Path, flag: str) -> list[dict[str, Any]]:
