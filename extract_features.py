@@ -12,6 +12,7 @@ again it continues, and gives the same bytes. Left out: several GPUs - one does 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ares import files
 from ares.cli import IMG_TYPES, UserError, print0, progress, refuse, run, warn0
 from ares.files import atomic_path, read_json, writable_dir, write_json
 from ares.memory import keep_freed_memory
@@ -133,18 +135,22 @@ class Rows:
                 self.record = earlier
                 print0(f"continuing after {self.record['done']} of {settings['rows']} images")
         if self.record["done"]:
-            self.array = np.load(self.array_file, mmap_mode="r+")
+            self.array = _load_rows(self.array_file, settings, stored)
         else:
             self.record_file.unlink(missing_ok=True)
-            self.array = np.lib.format.open_memmap(
-                self.array_file, mode="w+", dtype=settings["dtype"], shape=(settings["rows"], *stored)
-            )
+            with files.writing(self.array_file):
+                self.array = np.lib.format.open_memmap(
+                    self.array_file, mode="w+", dtype=settings["dtype"], shape=(settings["rows"], *stored)
+                )
+                with open(self.array_file, "rb+") as file:  # a full disk would end a process that writes to the map
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
 
     def append(self, features: np.ndarray, broken: Sequence[str]) -> None:
         """Add a batch; it counts once it is on disk."""
         done = self.record["done"]
         self.array[done : done + len(features)] = features
-        self.array.flush()
+        with files.writing(self.array_file):
+            self.array.flush()
         self.record["done"] = done + len(features)
         self.record["broken"] += broken
         write_json(self.record_file, self.record)
@@ -161,6 +167,17 @@ class Rows:
                 torch.save(torch.from_numpy(self.array), file)
         self.array_file.unlink(missing_ok=True)
         self.record_file.unlink(missing_ok=True)
+
+
+def _load_rows(path: Path, settings: dict[str, Any], stored: tuple[int, ...]) -> np.ndarray:
+    """The half-made array, mapped for writing. Raises UserError if it is not what its record says."""
+    fits = False
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        array = np.load(path, mmap_mode="r+", allow_pickle=False)
+        fits = array.shape == (settings["rows"], *stored) and array.dtype == settings["dtype"]
+    if not fits:
+        raise UserError(f"--output_dir: {path} is damaged; remove it, then run the same command again")
+    return array
 
 
 @dataclass

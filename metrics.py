@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import uuid
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ class Metrics:
             except ImportError:
                 cli.print0("note: tensorboard is not installed; metrics.jsonl holds the same numbers")
             else:
-                self.writer = SummaryWriter(str(Path(run) / "tensorboard"))
+                self.board = Path(run) / "tensorboard"
+                threading.excepthook = _quiet_about_the_disk
+                with files.writing(self.board):
+                    self.writer = SummaryWriter(str(self.board))
         elif self.active and report_to == "wandb":
             self.wandb = _wandb_run(Path(run), config)
 
@@ -36,17 +40,13 @@ class Metrics:
         if not self.active or not self.path.exists():
             return
 
-        def keep(line: str) -> bool:
-            try:
-                entry = json.loads(line)
-            except json.JSONDecodeError:
-                return False
+        def keep(entry: dict[str, Any]) -> bool:
             if entry["round"] != number:
                 return entry["round"] < number
-            return updates_done is not None and entry.get("update", 0) <= updates_done
+            return updates_done is not None and entry["update"] <= updates_done
 
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        files.write_text(self.path, "".join(line for line in lines if keep(line)))
+        kept = [json.dumps(entry) + "\n" for entry in read_metrics(self.path, "--run_dir") if keep(entry)]
+        files.write_text(self.path, "".join(kept))
 
     def log(self, kind: str, number: int, update: int, values: dict[str, float], **place: int) -> None:
         """Append one line; `update` counts a round's finished updates."""
@@ -55,21 +55,50 @@ class Metrics:
         # NaN is not JSON: a mean over nothing is null
         finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
         line = json.dumps({"kind": kind, "round": number, "update": update, **place, **finite})
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        files.append_line(self.path, line)
         scalars = {f"{kind}/{key}": value for key, value in finite.items() if value is not None}
         if self.writer is not None:
-            for key, value in scalars.items():
-                self.writer.add_scalar(f"round_{number}/{key}", value, update)
-            self.writer.flush()
+            with files.writing(self.board):
+                for key, value in scalars.items():
+                    self.writer.add_scalar(f"round_{number}/{key}", value, update)
+                self.writer.flush()
         if self.wandb is not None:
             self.wandb.log({**scalars, "round": number, "update": update})
 
     def close(self) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with files.writing(self.board):
+                self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _quiet_about_the_disk(args: Any) -> None:
+    """TensorBoard writes in a thread, and raises again in ours what the disk answers: once is enough."""
+    if args.exc_value is None or cli.disk_error(args.exc_value) is None:
+        threading.__excepthook__(args)
+
+
+def read_metrics(path: Path, flag: str) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; what is no finite number counts as null.
+
+    Warns of lines that are no JSON (a kill cut the last one short). Raises UserError for another file.
+    """
+    lines = []
+    damaged: list[int] = []
+    for number, entry in files.read_jsonl(path, flag, damaged.append):
+        fits = isinstance(entry, dict) and isinstance(entry.get("kind"), str)
+        if not fits or not all(type(entry.get(name)) is int for name in ("round", "update")):
+            raise cli.UserError(
+                f"{flag}: {path}: line {number} has no kind, round and update; name a run folder of RL"
+            )
+        odd = [name for name, value in entry.items() if not isinstance(value, (str, int, float, type(None)))]
+        if odd:
+            raise cli.UserError(f"{flag}: {path}: line {number}: {odd[0][:40]} is no number; move the file away")
+        lines.append(entry)
+    for number in damaged:
+        cli.warn0(f"{path}: line {number} is not JSON and is left out")
+    return lines
 
 
 def _wandb_run(run: Path, config: dict[str, Any]):
@@ -81,7 +110,12 @@ def _wandb_run(run: Path, config: dict[str, Any]):
         files.write_text(id_file, uuid.uuid4().hex)
     try:
         return wandb.init(
-            project="ares", id=id_file.read_text(), name=run.name, dir=str(run), config=config, resume="allow"
+            project="ares",
+            id=files.read_text(id_file, "--run_dir"),
+            name=run.name,
+            dir=str(run),
+            config=config,
+            resume="allow",
         )
     except wandb.errors.Error as error:
         raise cli.UserError(

@@ -29,6 +29,7 @@ from ares.problems import (
     load_problems,
     load_splits,
 )
+from metrics import read_metrics
 from report_page import collect, plots, stages, teacher
 from report_page.page import build_page
 from report_page.pictures import MODES, collect_images
@@ -243,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = []
     if args.run:
         file = Path(args.run) / "metrics.jsonl"
-        metrics = plots.read_metrics(file) if file.is_file() else []
+        metrics = read_metrics(file, "--run") if file.is_file() else []
         from report_page.tokens import add_tokens
 
         for each in inputs.rounds:

@@ -171,7 +171,8 @@ class SFTTrainer(Seq2SeqTrainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             (folder / COMPLETE).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        with files.writing(folder):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each rank writes its own random state
         if self.is_world_process_zero():
             files.write_text(folder / COMPLETE, "")
@@ -206,15 +207,17 @@ class SFTTrainer(Seq2SeqTrainer):
         if self.is_world_process_zero():
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.save_model(str(staging))  # on every rank: FSDP and DeepSpeed gather here
+        with files.writing(folder):
+            self.save_model(str(staging))  # on every rank: FSDP and DeepSpeed gather here
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
-            self.state.save_to_json(str(staging / "trainer_state.json"))
-            (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; args.yaml says more
-            for file in staging.iterdir():
-                file.chmod(0o644)  # safetensors writes 0600, which hides a model from the group that shares the box
-                os.replace(file, folder / file.name)
-            staging.rmdir()
+            with files.writing(folder):
+                self.state.save_to_json(str(staging / "trainer_state.json"))
+                (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; args.yaml says more
+                for file in staging.iterdir():
+                    file.chmod(0o644)  # safetensors writes 0600, which hides a model from a group that shares the box
+                    os.replace(file, folder / file.name)
+                staging.rmdir()
             files.write_json(folder / METRICS, self._summary())
             print0(f"trained model: {folder}")
         self.accelerator.wait_for_everyone()

@@ -259,8 +259,8 @@ def weights_digest(places: Sequence[str | os.PathLike]) -> str:
 def _holds(path: Path, settings: Mapping[str, Any]) -> bool:
     """Whether `path` was made with these settings. Files are written in one step: one that is there is whole."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("settings") == settings
-    except (FileNotFoundError, json.JSONDecodeError, AttributeError):
+        return files.read_json(path, "predictions", dict).get("settings") == settings
+    except UserError:  # absent, or damaged: it is made anew
         return False
 
 
@@ -278,12 +278,10 @@ def _read_rows(store: Path) -> Rows:
     """Rows that an earlier launch finished, on however many processes."""
     rows: Rows = {}
     for file in sorted(store.glob("rows_*.jsonl")):
-        for line in file.read_text().splitlines():
-            try:
-                index, ids = json.loads(line)
-            except ValueError:  # the line that a kill cut short
-                continue
-            rows[index] = ids
+        for _, entry in files.read_jsonl(file, "rows", lambda number: None):  # a kill cuts a line short
+            whole = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)
+            if whole and all(type(each) is int for each in (entry[0], *entry[1])):
+                rows[entry[0]] = entry[1]
     return rows
 
 
@@ -293,13 +291,16 @@ def _appender(store: Path | None) -> Iterator[Callable[[Rows], None]]:
     if store is None:
         yield lambda rows: None
         return
-    with open(store / f"rows_{cli.rank()}_{os.getpid()}.jsonl", "a") as file:
+    lines = files.Lines(store / f"rows_{cli.rank()}_{os.getpid()}.jsonl")
 
-        def append(rows: Rows) -> None:
-            file.writelines(json.dumps([index, ids]) + "\n" for index, ids in rows.items())
-            file.flush()
+    def append(rows: Rows) -> None:
+        if rows:
+            lines.add("\n".join(json.dumps([index, ids]) for index, ids in rows.items()))
 
+    try:
         yield append
+    finally:
+        lines.close()
 
 
 def _gather(rows: Rows) -> Rows:

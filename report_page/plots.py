@@ -7,13 +7,12 @@ fits the dark page. Series are told apart by line style, too.
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli, files
+from ares import files
 
 INK, FAINT = "#1f2430", "#c9ced6"
 SERIES = ("#1f5fa8", "#b45309")  # blue, orange: Okabe and Ito's pair, darkened for text contrast
@@ -35,21 +34,6 @@ CURVES = (
     ("value_fit", "Value fit: explained variance", (("explained_variance", "explained variance"),)),
     ("value_loss", "Value loss", (("value_loss", "mean squared error"),)),
 )
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, but for a last one that a kill cut short. Raises UserError for another file."""
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            told = json.loads(line)
-        except json.JSONDecodeError:
-            cli.warn0(f"{path}: line {number} is not JSON and is left out")
-            continue
-        if not isinstance(told, dict) or not {"kind", "round", "update"} <= told.keys():
-            raise cli.UserError(f"--run: {path}: line {number} has no kind, round and update; name a run folder of RL")
-        lines.append(told)
-    return lines
 
 
 def curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -24,7 +24,8 @@ from ares import cli, feedback, files
 from ares.cli import UserError
 from tests.api_server import ApiServer
 from tests.conftest import ROOT
-from tests.teacher_tools import client, lay_out, many_items
+from tests.disk import fill, small_disk
+from tests.teacher_tools import lay_out
 
 SENTINEL = b"nothing may touch this\n"
 QID = "155"
@@ -266,36 +267,13 @@ def test_a_file_that_is_far_too_large_is_refused(tmp_path):
         files.read_json(tmp_path / "x.json", "--flag")
 
 
-# -- writing to a full, read-only or unfit place ---------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str = "4m"):
-    """A file system of its own in memory, that can be filled."""
-    folder.mkdir(exist_ok=True)
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, text=True
-    )
-    if done.returncode:
-        pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
 @pytest.fixture
 def disk(tmp_path):
     with small_disk(tmp_path / "disk") as folder:
         yield folder
 
 
-def fill(disk: Path, leave: int = 0) -> Path:
-    """Take all room of a disk but `leave` bytes."""
-    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-    with open(disk / "filler", "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free - leave)
-    return disk / "filler"
+# -- writing to a full, read-only or unfit place ---------------------------------------------------------------
 
 
 def _torch(path):
@@ -382,54 +360,6 @@ def test_the_scripts_own_end_turns_a_full_disk_into_one_line(disk, capsys):
 
     with pytest.raises(FileNotFoundError):
         cli.run(defect)
-
-
-# -- replies on their way when the disk gets full --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("at", ["the start", "the middle"])
-def test_no_paid_reply_is_lost_when_the_disk_gets_full(at, tmp_path, problems, monkeypatch, api_environment):
-    """30 requests are on their way when the last byte is gone: every reply that the server gave is on disk after."""
-    with small_disk(tmp_path / "disk", "24m") as disk, ApiServer() as server:
-        many_items(disk / "questions", 200, problems)
-        server.latency = 1.0
-        haiku_run = client(
-            "--questions_dir", disk / "questions", "--base_url", server.url, "--data_root", "none",
-            "--concurrency", 30,
-            env={"XDG_CACHE_HOME": str(tmp_path / "cache")},
-        )  # fmt: skip
-        count = 1 if at == "the start" else 70
-        while len(server.asked) < count and haiku_run.poll() is None:
-            pass
-        fill(disk)
-        out, err = haiku_run.communicate(timeout=120)
-        assert haiku_run.returncode == 2, (out[-2000:], err[-2000:])
-        told = [line for line in err.splitlines() if "error:" in line]
-        assert len(told) == 1 and "No space left on device" in told[0] and "Traceback" not in err
-        replies = [item for item in feedback.iter_items(disk / "questions") if feedback.has_reply(item.folder)]
-        assert len(replies) == len(server.asked) >= 30, "every reply that was paid for"
-        assert len(server.asked) <= count + 30 + 30, "nothing new was asked"
-        for item in replies:
-            assert json.loads((item.folder / feedback.SIDECAR).read_bytes())["model"]
-        (disk / "filler").unlink()
-        asked = len(server.asked)
-        server.latency = 0.0
-        again = client(
-            "--questions_dir", disk / "questions", "--base_url", server.url, "--data_root", "none",
-            env={"XDG_CACHE_HOME": str(tmp_path / "cache")},
-        )  # fmt: skip
-        assert again.wait(120) == 0, again.communicate()
-        assert len(server.asked) - asked == 200 - len(replies)
-
-
-def test_a_disk_without_room_for_the_replies_is_refused_before_money_is_spent(disk, problems, monkeypatch,
-                                                                               api_environment):  # fmt: skip
-    many_items(disk / "questions", 4, problems)
-    fill(disk, 300_000)
-    with ApiServer() as server:
-        with pytest.raises(UserError, match="cannot write .*teacher/reserve .No space left on device"):
-            haiku.main(["--questions_dir", str(disk / "questions"), "--base_url", server.url, "--data_root", "none"])
-        assert not server.asked
 
 
 # -- one process at a time -----------------------------------------------------------------------------------

@@ -1,0 +1,213 @@
+"""A disk that gets full or is read-only, in every stage: one line that names the file, and no paid reply is lost."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+import extract_features
+import haiku
+import main as sft_main
+import metrics
+import prepare_data
+import report
+import run_mm_cot_lora
+import run_mm_cot_rl
+from ares import cli, feedback
+from ares.cli import UserError
+from tests import rl_tools
+from tests.api_server import ApiServer
+from tests.disk import fill, small_disk
+from tests.teacher_tools import client, many_items
+from tests.test_sft import one_thread  # noqa: F401
+
+# -- replies on their way when the disk gets full --------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk") as folder:
+        yield folder
+
+
+@pytest.mark.parametrize("at", ["the start", "the middle"])
+def test_no_paid_reply_is_lost_when_the_disk_gets_full(at, tmp_path, problems, monkeypatch, api_environment):
+    """30 requests are on their way when the last byte is gone: every reply that the server gave is on disk after."""
+    with small_disk(tmp_path / "disk", "24m") as disk, ApiServer() as server:
+        many_items(disk / "questions", 200, problems)
+        server.latency = 1.0
+        haiku_run = client(
+            "--questions_dir", disk / "questions", "--base_url", server.url, "--data_root", "none",
+            "--concurrency", 30,
+            env={"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        )  # fmt: skip
+        count = 1 if at == "the start" else 70
+        while len(server.asked) < count and haiku_run.poll() is None:
+            pass
+        fill(disk)
+        out, err = haiku_run.communicate(timeout=120)
+        assert haiku_run.returncode == 2, (out[-2000:], err[-2000:])
+        told = [line for line in err.splitlines() if "error:" in line]
+        assert len(told) == 1 and "No space left on device" in told[0] and "Traceback" not in err
+        replies = [item for item in feedback.iter_items(disk / "questions") if feedback.has_reply(item.folder)]
+        assert len(replies) == len(server.asked) >= 30, "every reply that was paid for"
+        assert len(server.asked) <= count + 30 + 30, "nothing new was asked"
+        for item in replies:
+            assert json.loads((item.folder / feedback.SIDECAR).read_bytes())["model"]
+        (disk / "filler").unlink()
+        asked = len(server.asked)
+        server.latency = 0.0
+        again = client(
+            "--questions_dir", disk / "questions", "--base_url", server.url, "--data_root", "none",
+            env={"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        )  # fmt: skip
+        assert again.wait(120) == 0, again.communicate()
+        assert len(server.asked) - asked == 200 - len(replies)
+
+
+def test_a_disk_without_room_for_the_replies_is_refused_before_money_is_spent(disk, problems, monkeypatch,
+                                                                               api_environment):  # fmt: skip
+    many_items(disk / "questions", 4, problems)
+    fill(disk, 300_000)
+    with ApiServer() as server:
+        with pytest.raises(UserError, match="cannot write .*teacher/reserve .No space left on device"):
+            haiku.main(["--questions_dir", str(disk / "questions"), "--base_url", server.url, "--data_root", "none"])
+        assert not server.asked
+
+
+# -- stages ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, sample, t5_tokenizer, t5_tokenizer_dir):
+    tmp = tmp_path_factory.mktemp("world")
+    data = rl_tools.make_data(tmp, sample, 4)
+    base = rl_tools.make_model(tmp / "base", data, t5_tokenizer)
+    return SimpleNamespace(tmp=tmp, data=data, base=base, tokenizer=t5_tokenizer_dir, sample=sample)
+
+
+def training(world, *more) -> list[str]:
+    return [
+        *(
+            "--data_root",
+            str(world.data),
+            "--img_type",
+            "vit",
+            "--model",
+            str(world.base),
+            "--bs",
+            "4",
+            "--lr",
+            "0.01",
+        ),
+        *(
+            "--epoch",
+            "1",
+            "--output_len",
+            "12",
+            "--input_len",
+            "64",
+            "--final_eval",
+            "--use_generate",
+            *map(str, more),
+        ),
+    ]
+
+
+def lora(world, folder) -> None:
+    run_mm_cot_lora.main([*training(world, "--run_dir", folder), "--lora_r", "4"])
+
+
+def sft(world, folder) -> None:
+    sft_main.main(training(world, "--run_dir", folder))
+
+
+def predictions(world, folder) -> None:
+    sft_main.main(training(world, "--evaluate_dir", folder))
+
+
+def rl(world, folder, save_minutes: int = 0) -> None:
+    rl_tools.Teacher(folder / "questions")
+    run_mm_cot_rl.main([
+        *("--data_root", str(world.data), "--img_type", "vit", "--prompt_format", "QCM-E", "--poll_seconds", "0.2"),
+        *("--base_model_dir", str(world.base), "--ref_model", str(world.base), "--k_actions", "2", "--bs", "4"),
+        *("--output_len", "16", "--rl_batch_size", "2", "--ga_step", "1", "--rl_epochs", "1", "--epochs", "1"),
+        *("--run_dir", str(folder), "--settle_seconds", "0.2", "--max_dropped", "1", "--do_sample", "True"),
+        *("--save_minutes", str(save_minutes)),
+    ])  # fmt: skip
+
+
+def features(world, folder) -> None:
+    extract_features.main(["--data_root", str(world.sample / "images"), "--output_dir", str(folder), "--workers", "0",
+                           "--img_type", "vit", "--model_name", "test_vit", "--random_weights"])  # fmt: skip
+
+
+def prepare(world, folder) -> None:
+    prepare_data.main(["scienceqa", "--source", str(world.sample / "ScienceQA/data/scienceqa"), "--images",
+                       str(world.sample / "images"), "--output", str(folder)])  # fmt: skip
+
+
+def page(world, folder) -> None:
+    files = {"preds": ["Solution: It is."], "labels": ["Solution: It is so."]}
+    (world.tmp / "predictions_ans_test.json").write_text(json.dumps(files))
+    stage = f"a={world.tmp}/predictions_ans_test.json"
+    report.main(["--stage", stage, "--output", str(folder / "report.html")])
+
+
+CASES = {  # stage, room in kB, a file of which the line names a part
+    "SFT settings": (sft, 0, "args.yaml"),
+    "SFT checkpoint": (sft, 6_000, "checkpoint-1"),
+    "SFT model": (sft, 30_000, ""),
+    "LoRA checkpoint": (lora, 300, "checkpoint-1"),
+    "predictions": (predictions, 4, "predict"),
+    "RL settings": (rl, 0, "args.yaml"),
+    "RL rollouts": (rl, 12, ""),
+    "RL state": (rl, 3_000, "state/slot"),
+    "RL round": (functools.partial(rl, save_minutes=60), 10_000, "run/0"),
+    "features": (features, 200, "vit"),
+    "pictures": (prepare, 200, "images/"),
+    "report": (page, 20, "report.html"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_disk_that_gets_full_is_one_line_in_every_stage(case, world, tmp_path, capfd):
+    stage, room, words = CASES[case]
+    with small_disk(tmp_path / "disk", "200m") as disk:
+        folder = disk / "run"
+        folder.mkdir()
+        if stage is predictions:
+            shutil.copytree(world.base, folder, dirs_exist_ok=True)
+        fill(disk, room * 1000)
+        with pytest.raises(SystemExit) as end:
+            cli.run(lambda: stage(world, folder))
+    said = capfd.readouterr().err
+    assert end.value.code == 2
+    (line,) = [line for line in said.splitlines() if "error:" in line]
+    assert "No space left on device" in line and str(folder) in line and words in line and "Traceback" not in said
+
+
+@pytest.mark.parametrize("stage", [sft, lora, rl, features, prepare, page])
+def test_a_read_only_disk_is_one_line_in_every_stage(stage, world, disk, capfd):
+    (disk / "run").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: stage(world, disk / "run"))
+    said = capfd.readouterr().err
+    assert end.value.code == 2 and said.count("error:") == 1
+    assert "Read-only file system" in said and str(disk / "run") in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("room", [0, 1, 4096, 8192])
+def test_metrics_and_tensorboard(room, disk, capfd):
+    log = metrics.Metrics(disk / "run", "tensorboard", {})
+    log.log("update", 0, 1, {"loss": 1.0})
+    fill(disk, room)
+    with pytest.raises(UserError, match="cannot write .*(metrics.jsonl|tensorboard) .No space left"):
+        for update in range(2, 3000):
+            log.log("update", 0, update, {f"loss_{name}": 1.0 for name in range(20)})
