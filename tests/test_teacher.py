@@ -270,6 +270,14 @@ def test_unusable_replies_are_asked_again_then_reported(server, questions, probl
     assert feedback.read_scores(feedback.question_dir(questions, 0, 0, PICTURE))
 
 
+def test_complete_scores_count_though_the_reply_stopped_at_max_tokens(server, questions):
+    """The object is closed; what was cut is the remark behind it."""
+    server.respond = lambda asked: (fill_form(asked)[0] + "\n\nNote: the second sen", "max_tokens")
+    ask(server, questions, "--attempts", "1")
+    assert feedback.is_done(questions, 0)
+    assert all(feedback.read_scores(folder) for folder in folders(questions))
+
+
 def test_a_reply_that_comes_as_the_clerks_end_is_laid_down(monkeypatch):
     """Both clerks end in one step of the loop, and a reply comes in the same step: once it waited for ever."""
     gate = None
