@@ -240,7 +240,7 @@ KEY_NOISE = {
 }
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_noisy_keys_give_the_intended_scores_or_none(data):
     """Every value names its own sentence (0.1, 0.2, ...); keys are noisy, shuffled, doubled or dropped."""
