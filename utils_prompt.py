@@ -1,8 +1,8 @@
 """All text shown to a model: the student's prompts and targets, then the Teacher's requests.
 
 The student's strings are exact: the released MM-CoT and ARES checkpoints were trained on them, so even their
-oddities (`BECAUSE:`, one pass over double spaces) stay. Leaves out tokenisation (utils_data.py) and parsing of
-replies (ares/feedback.py). Imports neither torch nor transformers. Try it:
+oddities (`BECAUSE:`, one pass over double spaces) stay. Tokenisation is in utils_data.py, parsing of replies in
+ares/replies.py and ares/corrections.py. Imports neither torch nor transformers. Try it:
 
     python -c "import argparse, utils_prompt as u; from ares.problems import load_problems; \\
     args = argparse.Namespace(prompt_format='QCM-E', use_caption=False, options='ABCDE'); \\
@@ -164,7 +164,7 @@ The student's explanation:
 
 
 def scoring_request(problem: Mapping[str, Any], sentences: Sequence[str]) -> str:
-    """What the Teacher is asked about one sampled rationale; ends with the JSON it fills in (SPEC 7).
+    """What the Teacher is asked about one sampled rationale; ends with the JSON it fills in.
 
     The image, where there is one, travels beside the text and is only named here.
     """
@@ -172,7 +172,7 @@ def scoring_request(problem: Mapping[str, Any], sentences: Sequence[str]) -> str
 
 
 def correction_request(problem: Mapping[str, Any], rationale: str) -> str:
-    """What the Teacher is asked about one generated rationale that becomes a training target (SPEC 7)."""
+    """What the Teacher is asked about one generated rationale that becomes a training target."""
     return f"{_question_text(problem)}\n{_rules(_CORRECTION_RULES, problem)}{normalize(rationale)}\n"
 
 

@@ -105,7 +105,8 @@ def _finals(text: str, start: int) -> list[str]:
     if len(keys) > _MOST_FINALS:
         raise Refused("ambiguous", f"more than {_MOST_FINALS} final rationales")
     values = (_final_value(text, key.end(), key[0]) for key in keys)
-    return [one_line(value) for value in values if value is not None]
+    # half of a surrogate pair, which UTF-8 cannot spell, is dropped
+    return [one_line(value.encode(errors="ignore").decode()) for value in values if value is not None]
 
 
 def _final_value(text: str, start: int, key: str) -> str | None:

@@ -2,8 +2,8 @@
 
 It stands in for Claude where there is no key (demo, tests, a first try). It knows nothing of the world and sees no
 image: it compares words with the gold solution, the lecture, the hint, the question and the choices. Deterministic;
-scores are steps of 0.1. Leaves out paraphrase: a right sentence in quite other words than gold's gets less than it
-deserves. It is called by ares/teacher.py: `python haiku.py --teacher reference`.
+scores are steps of 0.1. A paraphrase, a right sentence in quite other words than gold's, gets less than it deserves.
+It is called by ares/teacher.py: `python haiku.py --teacher reference`.
 
 How two sentences are compared (`support`, 0-1): the mean of three F1 - over content words, over all words in order
 (longest common subsequence), over pairs of neighbouring words - after light stemming; a choice counts as one word, and

@@ -2,7 +2,7 @@ r"""Where a sentence ends, in characters and in token columns: the unit that the
 
 One rule, `_spans`, reads text. The id version writes the pieces of the *given* ids one after the other, applies the
 same rule, and maps the last character of each sentence back to the column that holds it; nothing is ever tokenised
-again. The rule follows a careful reader of school-book English (SPEC 6):
+again. The rule follows a careful reader of school-book English:
 
 - `.`, `!`, `?` and runs of them end a sentence, closing quotes and brackets included, if white space follows;
 - they do not inside numbers, versions, domains, initials and abbreviations, nor after a list marker (`2. Compare`);
@@ -12,7 +12,7 @@ again. The rule follows a careful reader of school-book English (SPEC 6):
 A newline of the training texts is the two characters backslash-n. T5's vocabulary has no backslash, so a model
 writes `<unk>` and a stray `n` glued to the next word. The stray n counts as white space and is shown to nobody.
 
-Left out: languages other than English, and line layout (a newline is white space; it ends no sentence by itself).
+Only English is read; a newline is white space and ends no sentence by itself.
 Needs neither torch nor transformers: a tokenizer, where one is needed, is handed in.
 """
 

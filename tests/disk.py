@@ -26,8 +26,14 @@ def small_disk(folder: Path, size: str = "4m"):
 
 
 def fill(disk: Path, leave: int = 0) -> Path:
-    """Take all room of a disk but `leave` bytes."""
-    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    """Take all room of a disk but `leave` bytes, also while others write to it."""
     with open(disk / "filler", "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free - leave)
+        size, step = 0, 1 << 20
+        while step >= 512:
+            free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+            try:
+                os.posix_fallocate(file.fileno(), size, min(step, free - leave))
+                size += min(step, free - leave)
+            except (OSError, OverflowError, ValueError):  # nothing free: EINVAL
+                step //= 2
     return disk / "filler"

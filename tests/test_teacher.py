@@ -268,6 +268,14 @@ def test_unusable_replies_are_asked_again_then_reported(server, questions, probl
     assert feedback.read_scores(feedback.question_dir(questions, 0, 0, PICTURE))
 
 
+def test_complete_scores_count_though_the_reply_stopped_at_max_tokens(server, questions):
+    """The object is closed; what was cut is the remark behind it."""
+    server.respond = lambda asked: (fill_form(asked)[0] + "\n\nNote: the second sen", "max_tokens")
+    ask(server, questions, "--attempts", "1")
+    assert feedback.is_done(questions, 0)
+    assert all(feedback.read_scores(folder) for folder in folders(questions))
+
+
 def test_a_defect_lets_the_others_come_home(server, questions, monkeypatch):
     """Six requests on their way, the first of which meets a defect of ours: the other five were paid for."""
     server.latency = 0.3
