@@ -1,12 +1,15 @@
-"""The records of batches that are out, one file each: what must outlive the client (ares/batches.py says when).
+"""The records of Message Batches, one file each: what must outlive the client (ares/batches.py says when).
 
-{questions_dir}/teacher/batches/{nonce}.json   intent -> submitted -> collected
+    {questions_dir}/teacher/batches/{nonce}.json   intent -> submitted -> collected
+
+No record with a batch id is ever deleted here. Collected ones stay too: they count how often an item was asked.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,19 @@ from typing import Any
 from ares import cli
 from ares.cli import UserError
 
+INTENT, SUBMITTED, COLLECTED = "intent", "submitted", "collected"
+
 
 @dataclass
 class Record:
-    """One batch on disk. `asked`: custom_id -> item, hash of its text, unusable replies and failures before."""
+    """One batch on disk.
+
+    `asked`: custom_id -> {"item", "text" (hash of the request's text), "key" (of the whole request), "attempt" (from
+    1)}; once collected, where there is no usable reply, also "reason", "said" (a sentence), "replied" (an unusable
+    reply came) and "permanent" (the API called the request invalid). `from_list`: the id was found in the API's list
+    of batches, so it may be somebody else's batch; those that were are in `not_ours`. Without any batch it counts as
+    collected.
+    """
 
     nonce: str
     hash: str
@@ -26,8 +38,9 @@ class Record:
     time: float
     most_usd: float | None
     asked: dict[str, dict[str, Any]]
-    state: str = "intent"
+    state: str = INTENT
     batch: str | None = None
+    from_list: bool = False
     not_ours: list[str] = field(default_factory=list)
 
 
@@ -37,32 +50,77 @@ class Store:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
 
-    def pending(self) -> list[Record]:
-        """Batches that are out, oldest first. Raises UserError for a record that cannot be read."""
-        records = []
+    def path(self, record: Record) -> Path:
+        return self.folder / f"{record.nonce}.json"
+
+    def records(self) -> Iterator[Record]:
+        """All records, in no order. Raises UserError for one that cannot be read."""
         for path in sorted(self.folder.glob("*.json")):
             try:
                 record = Record(**json.loads(path.read_bytes()))
-            except (OSError, ValueError, TypeError) as error:
-                raise UserError(f"{path} is damaged ({error}); it names a batch that was paid for, mend it") from None
-            if record.state != "collected":
-                records.append(record)
-        return sorted(records, key=lambda record: record.time)
+                if record.nonce != path.stem or not _is_sound(record):
+                    raise ValueError("not a batch record")
+            except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise UserError(
+                    f"{path} is damaged ({error}); it names a batch that was paid for: mend it, or delete it to have "
+                    "its requests asked again"
+                ) from None
+            yield record
+
+    def pending(self) -> list[Record]:
+        """Batches whose results are not collected, oldest first. Raises UserError for a damaged record."""
+        pending = [record for record in self.records() if record.state != COLLECTED]
+        return sorted(pending, key=lambda record: record.time)
 
     def known_ids(self) -> set[str]:
-        return {json.loads(path.read_bytes()).get("batch") for path in self.folder.glob("*.json")} - {None}
+        return {record.batch for record in self.records() if record.batch}
 
     def save(self, record: Record) -> None:
-        cli.write_json(self.folder / f"{record.nonce}.json", asdict(record), indent=None)
+        """Raises UserError if the file cannot be written."""
+        try:
+            cli.write_json(self.path(record), asdict(record), indent=None)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path(record)} ({error.strerror or error}); make room, then run the same command "
+                "again to go on"
+            ) from None
 
-    def drop(self, record: Record) -> None:
-        (self.folder / f"{record.nonce}.json").unlink(missing_ok=True)
+    def drop_intent(self, record: Record) -> None:
+        """Delete the record of a batch that was not created."""
+        if record.batch is not None:
+            raise ValueError(f"{record.batch} exists")
+        self.path(record).unlink(missing_ok=True)
 
     def refuse_pending(self) -> None:
         """Raise UserError if batches are out: asking live would pay for the same items again."""
         pending = self.pending()
         if pending:
+            model = ", ".join(sorted({record.model for record in pending}))
             raise UserError(
                 f"{len(pending)} batches with {sum(record.count for record in pending)} requests are out "
-                f"({self.folder}); collect them with --batch, or remove that folder to give them up"
+                f"({self.folder}, asked of {model}); collect them with --batch, or remove that folder to give them up"
             )
+
+
+def _is_sound(record: Record) -> bool:
+    """Whether the fields have the types that the client relies on."""
+    return (
+        isinstance(record.count, int)
+        and isinstance(record.model, str)
+        and isinstance(record.time, int | float)
+        and isinstance(record.most_usd, int | float | None)
+        and record.state in (INTENT, SUBMITTED, COLLECTED)
+        and isinstance(record.batch, str | None)
+        and (record.state != SUBMITTED or bool(record.batch))
+        and isinstance(record.not_ours, list)
+        and isinstance(record.asked, dict)
+        and all(
+            isinstance(asked, dict)
+            and isinstance(asked.get("item"), str)
+            and asked["item"].partition("/")[0].isdecimal()
+            and isinstance(asked.get("text"), str)
+            and isinstance(asked.get("key"), str)
+            and isinstance(asked.get("attempt"), int)
+            for asked in record.asked.values()
+        )
+    )

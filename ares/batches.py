@@ -7,9 +7,11 @@
 3. After a restart an intent without an id is searched for in the API's list of batches, by count and time, before
    anything is submitted again. The list shows no more; each custom_id begins with the record's nonce, so the results
    prove whose batch it is.
-4. Results come in any order and are matched by custom_id; what expired or failed is asked again.
+4. Results come in any order and are matched by custom_id.
 
-Leaves out live asking (ares/live.py).
+Each record is one request of its items, whatever came of it, and no record of a created batch is ever deleted. So an
+item is asked at most `--attempts` times in all, over restarts and later runs. What the API cannot give back (unknown
+batch, results of others) and a cancelled batch end the run: only the user decides to pay again.
 """
 
 from __future__ import annotations
@@ -19,39 +21,61 @@ import hashlib
 import json
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from ares import cli
 from ares.answering import Session
-from ares.api_errors import explain, failure_of
+from ares.api_errors import (
+    KEY,
+    STOP_STATUS,
+    NotAReply,
+    as_user_error,
+    error_body,
+    failure_of,
+    is_account_refusal,
+    redact,
+    said,
+)
 from ares.asking import Reply, Request
-from ares.batch_records import Record, Store
+from ares.batch_records import COLLECTED, INTENT, SUBMITTED, Record, Store
 from ares.budget import LOST
 from ares.claude import LONGEST_PAUSE
-from ares.cli import UserError
+from ares.cli import Stop, UserError
 from ares.feedback import Item, Refused
 
 MAX_COUNT = 100_000  # requests per batch, of the API
 MAX_BYTES = 100_000_000  # of 256 MB: a body is held in memory and sent in one piece; images bind before the count
-MAX_FAILURES = 3  # times that a request may expire or fail, besides --attempts for unusable replies
 CREATE_TRIES = 8
-SETTLE_SECONDS = 30.0  # a batch whose creation was cut off shows in the list by then
+SETTLE_SECONDS = 30.0  # a batch whose creation was cut off is in the list by then
 CLOCKS_DIFFER = 3600.0  # seconds by which our clock may be ahead of the API's
 LONGEST = 26 * 3600.0  # seconds; batches expire after 24 h
 LIST_PAGES = 100
+PASSING = ("api_error", "overloaded_error", "rate_limit_error", "timeout_error")  # of single requests in a batch
 _BACKOFF = 1.0  # seconds, doubled up to 60
 
 
 @dataclass
 class Ask:
-    """A group's request in the making."""
+    """A group's next request: its number, from 1, and why the reply before could not be used."""
 
     group: int
     attempt: int = 1
-    failures: int = 0
     refused: Refused | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a batch has instead of a reply to a request. `said`: the API's sentence."""
+
+    reason: str
+    said: str = ""
+    permanent: bool = False  # the same request would fail again
+    account: bool = False  # every request would fail until the user acts
+    charged: bool = False  # perhaps
 
 
 def ask_in_batches(session: Session, store: Store, submit_only: bool, poll_seconds: float) -> None:
@@ -79,53 +103,98 @@ class _Batches:
         self.session, self.store = session, store
         self.submit_only, self.poll_seconds = submit_only, poll_seconds
         self.teacher, self.ledger = session.teacher, session.teacher.ledger
+        self.out: list[Record] = []  # created, not collected
         self.todo: list[Ask] = []
         self.group_of: dict[str, int] = {}  # 0/p0/12 -> its open group
+        self.history: dict[str, dict[str, Any]] = {}  # key of a request -> its last entry in a record
+        self.used_up = 0  # groups given up after --attempts requests
+        self.ends: list[UserError] = []  # what ends the run once everything that has ended is collected
 
     async def run(self) -> None:
         groups = self.session.groups
         self.group_of = {_name(item): group for group in groups for item in groups.waiting(group)}
         async with self.teacher:
             self.client = self.teacher.client.with_options(max_retries=6)
-            for record in self.store.pending():
-                self.ledger.adopt(_entry(record), record.most_usd or 0.0)
-                if record.batch is None:
-                    await self.reattach(record)
-            pending = self.store.pending()
-            out = {self.group_of.get(asked["item"]) for record in pending for asked in record.asked.values()}
-            self.todo = [Ask(group) for group in groups if group not in out]
-            with cli.progress(desc="batches", total=len(groups), unit="request") as bar:
-                await self.work(bar)
+            try:
+                await self.resume()
+                with cli.progress(desc="batches", total=len(groups), unit="request") as bar:
+                    await self.work(bar)
+            except UserError:
+                cli.print0(f"stopped; {self.session.report.summary()}")
+                raise
+            finally:
+                if self.used_up:
+                    cli.print0(
+                        f"{self.used_up} requests were made --attempts {self.session.attempts} times in all without "
+                        "a usable reply; a larger --attempts makes them again"
+                    )
+
+    async def resume(self) -> None:
+        """Attach to what earlier runs have submitted; the rest goes to `todo`."""
+        for record in self.store.pending():
+            self.ledger.adopt(_entry(record), record.most_usd or 0.0)
+            if record.batch is None:
+                await self.reattach(record)
+        for record in sorted(self.store.records(), key=lambda record: record.time):
+            self.remember(record)
+            if record.state != COLLECTED:
+                self.out.append(record)
+        out = {self.group_of.get(asked["item"]) for record in self.out for asked in record.asked.values()}
+        for group in self.session.groups:
+            if group not in out:
+                self.ask(group)
+
+    def remember(self, record: Record) -> None:
+        for asked in record.asked.values():
+            last = self.history.get(asked["key"])
+            if last is None or asked["attempt"] >= last["attempt"]:
+                self.history[asked["key"]] = asked
 
     async def work(self, bar: Any) -> None:
         """Submit, wait, collect, until nothing is left. Each round uses up attempts, so the rounds are bounded."""
         if self.submit_only:
             await self.submit()
-            pending = self.store.pending()
-            count = sum(record.count for record in pending)
-            cli.print0(f"{len(pending)} batches with {count} requests are out; collect them with --batch")
+            count = sum(record.count for record in self.out)
+            cli.print0(f"{len(self.out)} batches with {count} requests are out; collect them with --batch")
             if self.todo:
-                raise self.ledger.stop(self.worst(self.todo[0])[1])
+                raise self.over_budget()
             return
-        while True:
-            pending = self.store.pending()
-            if not pending:
-                if not self.todo:
-                    return
+        while self.out or self.todo:
+            if not self.out:
                 await self.submit()
-                if not self.store.pending():
-                    raise self.ledger.stop(self.worst(self.todo[0])[1])
+                if not self.out:
+                    raise self.over_budget()
                 continue
-            ended = [record for record in pending if await self.ended(record)]
+            ended = [record for record in self.out if await self.ended(record)]
             for record in ended:
                 before = len(self.session.groups)
                 await self.collect(record)
                 bar.update(before - len(self.session.groups))
-            bar.set_postfix_str(f"{len(pending) - len(ended)} batches out, {len(self.todo)} to ask again")
+            if self.ends:
+                raise max(self.ends, key=lambda end: getattr(end, "status", 0))
+            bar.set_postfix_str(f"{len(self.out)} batches out, {len(self.todo)} to ask again")
             if not ended:
                 await asyncio.sleep(self.poll_seconds)
 
     # -- submitting ------------------------------------------------------------------------------------------
+
+    def ask(self, group: int) -> None:
+        """Put a group's next request into `todo`, or give the group up if it has had all its requests."""
+        last = self.history.get(self.key(self.session.start(group)[0])) if self.history else None
+        if last is None:
+            self.todo.append(Ask(group))
+            return
+        used_up = last["attempt"] >= self.session.attempts
+        if used_up or last.get("permanent"):
+            self.used_up += used_up
+            self.session.finish(group, last.get("reason", "no_reply"), last.get("said", ""))
+            return
+        refused = Refused(last["reason"], last["said"]) if last.get("replied") else None
+        self.todo.append(Ask(group, last["attempt"] + 1, refused))
+
+    def key(self, request: Request) -> str:
+        """What names a request in the records: the same question with another image or model is another request."""
+        return self.teacher.key(request)[:16]
 
     async def submit(self) -> None:
         """Create batches for `todo`; what the budget does not allow stays in it."""
@@ -134,10 +203,14 @@ class _Batches:
             await self.create(shard, most_usd)
 
     def worst(self, ask: Ask) -> tuple[Request, float]:
+        """The request, and the most that it can cost."""
         request, _ = self.session.start(ask.group)
         if ask.refused is not None:
             request = self.session.ask_again(request, ask.refused)
         return request, self.teacher.most_usd(request, batch=True) or 0.0
+
+    def over_budget(self) -> Stop:
+        return self.ledger.stop(self.worst(self.todo[0])[1])
 
     def shards(self, asks: list[Ask]) -> Iterator[tuple[list[tuple[Ask, Request, dict]], float]]:
         """Parts of `asks` that fit one batch each, by bytes, by count and by what is left of the budget."""
@@ -158,18 +231,14 @@ class _Batches:
             yield shard, usd
 
     async def create(self, shard: list[tuple[Ask, Request, dict]], most_usd: float) -> None:
-        """Intent to disk, batch to the API, its id to disk."""
+        """Save the intent, create the batch, save its id. Raises UserError if the API does not create it."""
         nonce = secrets.token_hex(5)
         requests, asked = [], {}
         for ask, request, parameters in shard:
             custom_id = f"{nonce}-{len(requests)}"
             item = self.session.groups.items[ask.group]
-            asked[custom_id] = {
-                "item": _name(item),
-                "text": _digest(request.text),
-                "attempt": ask.attempt,
-                "failures": ask.failures,
-            }
+            about = {"item": _name(item), "text": _digest(request.text), "key": self.key(request)}
+            asked[custom_id] = about | {"attempt": ask.attempt}
             requests.append({"custom_id": custom_id, "params": parameters})
         whole = hashlib.sha256()
         for request in requests:
@@ -181,33 +250,37 @@ class _Batches:
         self.store.save(record)
         self.ledger.open(f"batch of {record.count}", record.most_usd, entry=_entry(record))
         for attempt in range(CREATE_TRIES):
-            if await self.try_to_create(record, requests, attempt):
+            error = await self.try_to_create(record, requests)
+            if error is None:
+                self.remember(record)
+                self.out.append(record)
                 return
-            await asyncio.sleep(min(60.0, _BACKOFF * 2**attempt))
-        raise UserError(
-            f"--batch: the API creates no batch after {CREATE_TRIES} tries; run the same command again later"
-        )
+            failure = failure_of(error)
+            last = attempt + 1 == CREATE_TRIES or isinstance(error, NotAReply)
+            if last or not failure.passing or (failure.retry_after or 0.0) > LONGEST_PAUSE:
+                break
+            await asyncio.sleep(max(failure.retry_after or 0.0, min(60.0, _BACKOFF * 2**attempt)))
+        self.forget(record, failure.reason)  # refused, or searched for and not found
+        raise self.as_user_error(error, attempt)
 
-    async def try_to_create(self, record: Record, requests: list[dict], attempt: int) -> bool:
-        """True once the batch's id is on disk. Raises UserError for an error that does not pass."""
+    async def try_to_create(self, record: Record, requests: list[dict]) -> Exception | None:
+        """None once the batch's id is on disk; the error if no batch was created."""
         import anthropic
 
         create = self.client.with_options(max_retries=0, timeout=600.0).messages.batches.create
         try:
             batch = await create(requests=requests)
-            record.batch, record.state = batch.id, "submitted"
-        except (anthropic.AnthropicError, ValueError, AttributeError) as error:
+            if not isinstance(getattr(batch, "id", None), str) or not batch.id:
+                raise NotAReply(str(batch))
+            record.batch, record.state = batch.id, SUBMITTED
+        except (anthropic.AnthropicError, ValueError) as error:
             failure = failure_of(error)
-            if not failure.passing:
-                self.forget(record, failure.reason)
-                raise UserError(explain(error, self.teacher, None, self.teacher._key, attempt)) from None
-            if failure.status in (429, 529):  # refused: nothing was created
-                await asyncio.sleep(min(failure.retry_after or 0.0, LONGEST_PAUSE))
-                return False
-            if not await self.found(record):
-                return False
+            if not failure.passing or failure.status in (429, 529):
+                return error  # refused
+            if not await self.found(record):  # an answer that was lost, or a gateway's: the batch may exist
+                return error
         self.store.save(record)
-        return True
+        return None
 
     # -- after a restart -------------------------------------------------------------------------------------
 
@@ -223,7 +296,7 @@ class _Batches:
 
     async def found(self, record: Record) -> bool:
         """Whether the API lists a batch that can be this record's: same count, not older, nobody else's."""
-        await asyncio.sleep(max(0.0, min(SETTLE_SECONDS, record.time + SETTLE_SECONDS - time.time())))
+        await asyncio.sleep(SETTLE_SECONDS)
         taken = self.store.known_ids() | set(record.not_ours)
         looked = 0
         try:
@@ -234,22 +307,27 @@ class _Batches:
                 counts = batch.request_counts
                 total = counts.processing + counts.succeeded + counts.errored + counts.canceled + counts.expired
                 if total == record.count and batch.id not in taken:
-                    record.batch, record.state = batch.id, "submitted"
+                    record.batch, record.state, record.from_list = batch.id, SUBMITTED, True
                     return True
         except Exception as error:
-            raise self.fatal(error) from None
+            raise self.as_user_error(error) from None
         return False
 
     def forget(self, record: Record, reason: str) -> None:
+        """The batch of an intent does not exist. One that was taken for it may have been: that counts as a request."""
         self.ledger.settle(_entry(record), 0.0, reason)
-        self.store.drop(record)
+        if record.not_ours:
+            record.state = COLLECTED
+            self.store.save(record)
+        else:
+            self.store.drop_intent(record)
 
-    def fatal(self, error: Exception) -> BaseException:
-        """The API's errors as one line for the user; anything else as it is."""
+    def as_user_error(self, error: Exception, retries: int = 6) -> BaseException:
+        """The error of a call about a batch as one line for the user; a defect of ours as it is."""
         import anthropic
 
-        if isinstance(error, anthropic.AnthropicError):
-            return UserError(explain(error, self.teacher, None, self.teacher._key, 6))
+        if isinstance(error, (anthropic.AnthropicError, ValueError, AttributeError, TypeError)):
+            return as_user_error(error, self.teacher, None, self.teacher._key, retries)
         return error
 
     # -- collecting ------------------------------------------------------------------------------------------
@@ -259,123 +337,204 @@ class _Batches:
 
         try:
             batch = await self.client.messages.batches.retrieve(record.batch)
-        except anthropic.NotFoundError:
-            return True  # `collect` deals with it
+            status = getattr(batch, "processing_status", None)
+            if status not in ("in_progress", "canceling", "ended"):
+                raise NotAReply(str(batch))
+        except anthropic.NotFoundError as error:
+            if is_account_refusal(error):
+                raise self.as_user_error(error) from None
+            self.lost(record, f"is not known at {self.client.base_url} (404: {said(error, self.teacher._key)})")
+            return False
         except Exception as error:
-            raise self.fatal(error) from None
-        if batch.processing_status != "ended" and time.time() > record.time + LONGEST:
-            raise UserError(f"--batch: batch {record.batch} has not ended within 26 hours; look at it in the Console")
-        return batch.processing_status == "ended"
+            raise self.as_user_error(error) from None
+        if status != "ended" and time.time() > record.time + LONGEST:
+            self.lost(record, "has not ended within 26 hours")
+        return status == "ended"
+
+    def lost(self, record: Record, what: str) -> None:
+        """End the run because of a batch without usable results: its requests are not paid for again by themselves."""
+        self.ends.append(
+            UserError(
+                f"--batch: batch {record.batch} of {record.count} requests {what}; they may be paid for, so they are "
+                "not asked again: look at it in the Console and use the key and --base_url that it was created with, "
+                f"or delete {self.store.path(record)} to give it up, then run the same command again"
+            )
+        )
 
     async def collect(self, record: Record) -> None:
-        """Lay down the results of a batch that has ended; what failed goes to `todo`."""
-        results = await self.results(record)
-        if results is None:
+        """Save the results of a batch that has ended; what failed goes to `todo`."""
+        outcomes, error = await self.results(record)
+        if not outcomes:
             return
-        usd, left = 0.0, dict(record.asked)
-        work = []
-        for custom_id, outcome in results:
-            asked = left.pop(custom_id, None)
-            if isinstance(outcome, Reply):
-                usd = None if usd is None or outcome.cost_usd is None else usd + outcome.cost_usd
-            if asked is not None:
-                work.append(self.settle(asked, outcome))
-            if len(work) >= 64:
-                await asyncio.gather(*work)
-                work = []
-        await asyncio.gather(*work, *(self.settle(asked, "expired") for asked in left.values()))
-        record.state = "collected"
+        if error is None:
+            for custom_id in record.asked.keys() - outcomes.keys():
+                outcomes[custom_id] = Failed("no_result", "the batch has no result for this request", charged=True)
+        try:
+            waiting = [(record.asked[custom_id], outcome) for custom_id, outcome in outcomes.items()]
+            for start in range(0, len(waiting), 64):
+                await asyncio.gather(*(self.settle(*each) for each in waiting[start : start + 64]))
+        except OSError as failure:
+            raise UserError(
+                f"cannot write a reply below {self.session.root} ({failure.strerror or failure}); make room, then run "
+                f"the same command again: the results of {record.batch} can be fetched again"
+            ) from None
+        if error is not None:
+            self.ends.append(
+                UserError(
+                    f"--batch: the results of {record.batch} do not arrive whole "
+                    f"({said(error, self.teacher._key)}); {len(outcomes)} of {record.count} are saved; run the same "
+                    f"command again later, or delete {self.store.path(record)} to have the others asked again"
+                )
+            )
+            return
+        record.state = COLLECTED
         self.store.save(record)
-        self.ledger.settle(_entry(record), usd, "reply")
+        self.out.remove(record)
+        usd = _cost(outcomes.values())
+        self.ledger.settle(_entry(record), usd, LOST if usd is None and self.teacher.price else "reply")
+        self.end_if_refused(record, outcomes)
 
-    async def results(self, record: Record) -> list[tuple[str, Reply | str]] | None:
-        """(custom_id, Reply or what happened instead) of each; None if gone or not ours, which is then dealt with."""
+    def end_if_refused(self, record: Record, outcomes: dict[str, Reply | Failed]) -> None:
+        """End the run where the account was refused or the user has cancelled the batch."""
+        failed = [outcome for outcome in outcomes.values() if isinstance(outcome, Failed)]
+        refusal = next((outcome for outcome in failed if outcome.account), None)
+        if refusal:
+            self.ends.append(
+                Stop(
+                    f"{KEY}: the API refuses the whole account in batch {record.batch} ({refusal.reason}: "
+                    f"{refusal.said}); see billing and limits in the Console, then run this again to go on",
+                    STOP_STATUS,
+                )
+            )
+        cancelled = Counter(outcome.reason for outcome in failed)["canceled"]
+        if cancelled:
+            self.ends.append(
+                UserError(
+                    f"--batch: batch {record.batch} was cancelled before {cancelled} of its {record.count} requests "
+                    "were processed; nothing is asked again in this run: run the same command again to ask them"
+                )
+            )
+
+    async def results(self, record: Record) -> tuple[dict[str, Reply | Failed], Exception | None]:
+        """(outcome of each request by custom_id, the error that kept the others from arriving).
+
+        Without outcomes the batch is lost, or not ours; both are then dealt with.
+        """
         import anthropic
 
         error = None
         for attempt in range(CREATE_TRIES):
-            found = []
+            found: dict[str, Reply | Failed] = {}
+            foreign = 0
             try:
-                stream = await self.client.messages.batches.results(record.batch)
-                async for line in stream:
-                    found.append((line.custom_id, self.outcome(line.result, record)))
-                    if not line.custom_id.startswith(f"{record.nonce}-"):
-                        return await self.disown(record)
-                if len(found) >= record.count or attempt + 1 == CREATE_TRIES:
-                    return found
-                error = EOFError()  # every request has a result, expired ones too: the stream ended early
-            except anthropic.APIStatusError as failure:
-                if failure.status_code == 404:
-                    return self.gone(record)
+                async for line in await self.stream(record):
+                    custom_id = getattr(line, "custom_id", None)
+                    if custom_id in record.asked:
+                        found[custom_id] = self.outcome(getattr(line, "result", None), record)
+                    else:
+                        foreign += 1
+                error = None
+            except anthropic.NotFoundError as failure:
+                self.lost(record, f"has no results (404: {said(failure, self.teacher._key)})")
+                return {}, None
+            except Exception as failure:  # whatever a stream that breaks off raises
+                if isinstance(failure, anthropic.APIStatusError) and not failure_of(failure).passing:
+                    raise self.as_user_error(failure) from None
                 error = failure
-            except Exception as failure:  # whatever a stream that breaks off raises; bounded, then told
-                if "results_url" in str(failure):
-                    return self.gone(record)
-                error = failure
+            if len(found) == record.count or foreign and not found:
+                break
+            # every request has a result, expired ones too: a stream without an error may have ended early, too
             await asyncio.sleep(min(60.0, _BACKOFF * 2**attempt))
-        raise UserError(
-            f"--batch: the results of {record.batch} do not arrive whole ({type(error).__name__}); "
-            "run the same command again later"
+        if found:
+            return found, error if len(found) < record.count else None
+        if foreign and record.from_list:
+            await self.disown(record)
+        else:
+            what = f"holds {foreign} results of other requests" if foreign else "gives back no result"
+            self.lost(record, what if error is None else f"{what} ({said(error, self.teacher._key)})")
+        return {}, None
+
+    async def stream(self, record: Record) -> Any:
+        """The lines of a batch's results, from the documented path below our own address.
+
+        The SDK's `results` follows `results_url`, which may be missing, or lead with the key to another host.
+        """
+        from anthropic.resources.messages import batches as sdk
+
+        return await self.client.get(
+            f"/v1/messages/batches/{quote(record.batch, safe='')}/results",
+            cast_to=sdk.AsyncJSONLDecoder[sdk.MessageBatchIndividualResponse],
+            options={"headers": {"Accept": "application/binary"}},
+            stream=True,
         )
 
-    def outcome(self, result: Any, record: Record) -> Reply | str:
+    def outcome(self, result: Any, record: Record) -> Reply | Failed:
         """A small record of a result: 100,000 of the SDK's own objects would fill the memory."""
-        if result.type == "errored":
-            return f"errored_{getattr(result.error.error, 'type', 'unknown')}"
-        if result.type != "succeeded":
-            return result.type
+        kind = getattr(result, "type", None)
+        if kind == "errored":
+            error = error_body(result.error)
+            why = redact(" ".join(str(error["message"] or "")[:4000].split()), self.teacher._key)[:300]
+            name = str(error["type"] or "unknown")
+            account = is_account_refusal(result.error) or name in ("authentication_error", "permission_error")
+            return Failed(f"errored_{name}", why, not account and name not in (*PASSING, "unknown"), account)
+        if kind in ("expired", "canceled"):
+            return Failed(kind, "the batch ended before this request was processed")
         try:
             return self.teacher.reply(result.message, batch=record.batch)
-        except (AttributeError, TypeError, ValueError):
-            return "broken_reply"
+        except (AttributeError, TypeError, ValueError) as error:
+            return Failed(
+                "broken_reply", said(error, self.teacher._key), account=is_account_refusal(error), charged=True
+            )
 
     async def disown(self, record: Record) -> None:
-        """The batch that was attached after a kill is somebody else's: look for another, or ask anew."""
+        """The batch that was found in the list is somebody else's: look for another, or ask anew."""
         record.not_ours.append(record.batch)
-        record.batch, record.state = None, "intent"
+        record.batch, record.state, record.from_list = None, INTENT, False
         self.store.save(record)
         await self.reattach(record)
         if record.batch is None:
-            self.again(record)
+            self.out.remove(record)
+            for group in {self.group_of.get(asked["item"]) for asked in record.asked.values()}:
+                if group in self.session.groups:
+                    self.ask(group)
 
-    def gone(self, record: Record) -> None:
-        """Results are kept for 29 days."""
-        cli.warn0(f"batch {record.batch} or its results are gone; its {record.count} requests are asked again")
-        self.ledger.settle(_entry(record), None, LOST)
-        self.store.drop(record)
-        self.again(record)
+    async def settle(self, asked: dict[str, Any], outcome: Reply | Failed) -> None:
+        """One result: saved, asked again, or given up. An item that is answered or has changed is passed over.
 
-    def again(self, record: Record) -> None:
-        groups = {self.group_of.get(asked["item"]) for asked in record.asked.values()}
-        self.todo += [Ask(group) for group in groups if group in self.session.groups]
-
-    async def settle(self, asked: dict[str, Any], outcome: Reply | str) -> None:
-        """One result: laid down, asked again, or given up. What is answered by now, or has changed, is passed over."""
+        `asked` is the request's entry in the record, and is told what came of it.
+        """
         session, group = self.session, self.group_of.get(asked["item"])
         if group not in session.groups:
             return
         request, sidecar = session.start(group)
-        if _digest(request.text) != asked["text"]:
-            self.todo.append(Ask(group))  # the rationale was exported anew since
+        if _digest(request.text) != asked["text"]:  # the rationale was exported anew since
+            self.ask(group)
             return
-        if isinstance(outcome, str):
-            if asked["failures"] + 1 >= MAX_FAILURES:
-                session.finish(group, outcome)
-            else:
-                self.todo.append(Ask(group, asked["attempt"], asked["failures"] + 1))
-            return
-        session.report.add(outcome)
-        copies = len(session.groups.waiting(group)) - 1
-        refused = await asyncio.to_thread(
-            session.lay_down, group, request, outcome, sidecar | {"attempt": asked["attempt"]}
-        )
-        if refused is None:
-            session.report.copied += copies
-            session.finish(group, None)
-        elif asked["attempt"] >= session.attempts:
-            session.finish(group, refused.reason)
+        if isinstance(outcome, Failed):
+            asked |= {"reason": outcome.reason, "said": outcome.said, "permanent": outcome.permanent}
+            if outcome.account or outcome.reason == "canceled":  # free, and the run ends: no attempt
+                asked["attempt"] -= 1
+                return
         else:
-            self.todo.append(Ask(group, asked["attempt"] + 1, asked["failures"], refused))
+            session.report.add(outcome)
+            copies = len(session.groups.waiting(group)) - 1
+            refused = await asyncio.to_thread(
+                session.lay_down, group, request, outcome, sidecar | {"attempt": asked["attempt"]}
+            )
+            if refused is None:
+                session.report.copied += copies
+                session.finish(group, None)
+                return
+            why = str(refused).removeprefix(refused.reason).removeprefix(": ")
+            asked |= {"reason": refused.reason, "said": why, "replied": True}
+        self.ask(group)
+
+
+def _cost(outcomes: Any) -> float | None:
+    """Dollars of a batch; None if a reply of unknown cost is among them."""
+    costs = [outcome.cost_usd for outcome in outcomes if isinstance(outcome, Reply)]
+    charged = any(outcome.charged for outcome in outcomes if isinstance(outcome, Failed))
+    return None if charged or None in costs else sum(costs)
 
 
 def _name(item: Item) -> str:

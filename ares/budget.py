@@ -1,9 +1,9 @@
 """The spend log, and the stop before a budget is passed.
 
     {questions_dir}/teacher/spend.jsonl   {"id", "item", "most_usd"} before a request leaves,
-                                          {"id", "usd", "outcome"} when its fate is known
+                                          {"id", "usd", "outcome"} when its outcome is known
 
-A request without a second line was on its way when the client was killed: it may have been charged, `most_usd` at
+A request without a second line was in flight when the client was killed: it may have been charged, `most_usd` at
 worst. So the log holds every request that the API can have counted. Lines are not flushed one by one: they survive a
 kill, not a power cut.
 """
@@ -12,22 +12,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ares.cli import Stop
 
 LOG = "spend.jsonl"
-LOST = "lost"  # sent, but the reply broke on its way: perhaps charged
+LOST = "lost"  # sent, and perhaps charged, but the cost is not known
 NOT_SENT = "not_sent"  # the run ended before it left
 
 
 @dataclass
 class Totals:
-    """What a log says. `unknown_usd`: at most spent on requests whose fate nobody knows."""
+    """What a log says. `unknown_usd`: at most spent on requests of unknown cost."""
 
     requests: int = 0
     replies: int = 0
@@ -38,7 +40,7 @@ class Totals:
 
 
 def read_log(path: str | os.PathLike) -> Totals:
-    """Add up a spend log; a line that a kill cut short is passed over."""
+    """Add up a spend log; a line that a kill cut short, or that is no entry, is passed over."""
     totals, sent = Totals(), {}
     try:
         file = open(path, encoding="utf-8", errors="replace")
@@ -49,12 +51,12 @@ def read_log(path: str | os.PathLike) -> Totals:
             try:
                 entry = json.loads(line)
                 if "most_usd" in entry:
+                    sent[entry["id"]] = _dollars(entry["most_usd"])
                     totals.requests += 1
-                    sent[entry["id"]] = entry["most_usd"] or 0.0
                     continue
-                most = sent.pop(entry["id"], 0.0)
-                outcome = entry["outcome"]
-            except (ValueError, KeyError, TypeError):
+                usd = None if entry["usd"] is None else _dollars(entry["usd"])
+                outcome, most = str(entry["outcome"]), sent.pop(entry["id"], 0.0)
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
             totals.outcomes[outcome] = totals.outcomes.get(outcome, 0) + 1
             if outcome == LOST:
@@ -62,17 +64,25 @@ def read_log(path: str | os.PathLike) -> Totals:
                 totals.unknown_usd += most
             else:
                 totals.replies += outcome == "reply"
-                totals.usd += entry["usd"] or 0.0
+                totals.usd += usd or 0.0
     totals.unknown += len(sent)
     totals.unknown_usd += sum(sent.values())
     return totals
 
 
-class Ledger:
-    """Reserves the worst case before each request and books what it came to.
+def _dollars(value: Any) -> float:
+    """0 for None (the price is not known). Raises ValueError or TypeError for what is no amount."""
+    dollars = 0.0 if value is None else float(value)
+    if not 0 <= dollars < math.inf:  # NaN neither: it would blank every sum
+        raise ValueError
+    return dollars
 
-    With `max_usd`, this run's spend never passes it: what is spent, plus the worst case of what is on its way and of
-    what was lost, stays below. Raises Stop (exit 3) when the next request does not fit and nothing is on its way.
+
+class Ledger:
+    """Reserves the worst case before each request and books what it cost.
+
+    With `max_usd`, this run's spend never passes it: what is spent, plus the worst case of requests in flight and of
+    lost ones, stays below. Raises Stop (exit 3) when the next request does not fit and nothing is in flight.
     """
 
     def __init__(self, folder: str | os.PathLike | None = None, max_usd: float | None = None):
@@ -111,7 +121,7 @@ class Ledger:
         return self.max_usd is None or self.committed() + (most_usd or 0.0) <= self.max_usd
 
     def committed(self) -> float:
-        """Dollars spent, lost, and at most spent by what is on its way."""
+        """Dollars spent, plus the worst case of lost requests and of those in flight."""
         return self.spent_usd + self.lost_usd + sum(self._reserved.values())
 
     def open(self, item: str, most_usd: float | None, entry: str | None = None) -> str:
@@ -129,7 +139,7 @@ class Ledger:
         self._reserved[entry] = most_usd
 
     def settle(self, entry: str, usd: float | None, outcome: str) -> None:
-        """Book what a request came to: `reply`, LOST, or the error that it met (which costs nothing)."""
+        """Book what a request cost: `reply`, LOST, or the error that it met (which costs nothing)."""
         most = self._reserved.pop(entry, 0.0)
         if outcome == LOST:
             self.lost += 1
@@ -143,7 +153,7 @@ class Ledger:
         self._serve_waiting()
 
     def _serve_waiting(self) -> None:
-        """Reserve for whoever fits now; when nobody does and nothing is on its way, their run ends."""
+        """Reserve for each waiting request that fits now; if none does and nothing is in flight, the run ends."""
         waiting, self._waiting = self._waiting, []
         for item, most_usd, turn in waiting:
             if turn.done():  # cancelled

@@ -29,7 +29,7 @@ from ares.asking import CORRECT, JUDGE, SCORE, Reply, Request, Stopped, Unanswer
 from ares.budget import LOST, NOT_SENT, Ledger
 from ares.cli import UserError
 from ares.pacing import START, Pace, Trials
-from ares.prices import Price, cost_usd, price_of
+from ares.prices import CACHE_WRITE_1_HOUR, Price, cost_usd, price_of
 from ares.reply_bodies import ErrorAsReply, read_body, read_message
 
 if TYPE_CHECKING:
@@ -238,12 +238,16 @@ class ClaudeTeacher:
         }
 
     def most_usd(self, request: Request, batch: bool = False) -> float | None:
-        """No request can cost more: a token is at least a byte, and the reply ends at max_tokens."""
+        """No request can cost more: a token is at least a byte, and the reply ends at max_tokens.
+
+        Where a gateway writes the request to a prompt cache, a token costs up to twice as much: so an image counts
+        twice, while text, of more than two bytes a token, is covered by its bytes.
+        """
         if self.price is None:
             return None
         text = len(f"{request.text}{self.note(request)}{request.again}".encode())
         form = 600 if self.structured else 100  # the API's own words around a request and its schema
-        tokens = text + form + images.MAX_TOKENS * len(request.images)
+        tokens = text + form + int(CACHE_WRITE_1_HOUR * images.MAX_TOKENS) * len(request.images)
         return self.price.usd(tokens, max_tokens(request, self.family), batch)
 
     async def answer(self, request: Request) -> Reply:

@@ -104,9 +104,11 @@ def _usage(usage: Any) -> dict[str, int]:
     }
     if not all(_is_count(number) for number in found.values()):
         return {}
-    for name in ("cache_creation_input_tokens", "cache_read_input_tokens"):
-        if _is_count(usage.get(name)) and usage[name]:
-            found[name] = usage[name]
+    lifetimes = usage.get("cache_creation")
+    cached = {**usage, **lifetimes} if isinstance(lifetimes, Mapping) else usage
+    for name in ("cache_creation_input_tokens", "cache_read_input_tokens", "ephemeral_1h_input_tokens"):
+        if _is_count(cached.get(name)) and cached[name]:
+            found[name] = cached[name]
     return found
 
 

@@ -294,5 +294,6 @@ def refuse_unusable(report: Report, accept_missing: bool) -> None:
     if lost and not accept_missing:
         raise cli.UserError(
             f"{lost.total()} of {report.total} replies are unusable ({in_words(lost)}){report.examples()}; run the "
-            "same command again to ask for them anew, or add --accept-missing to go on without them"
+            "same command again to ask for them anew (with --batch: and a larger --attempts), or add --accept-missing "
+            "to go on without them"
         )

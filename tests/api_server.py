@@ -133,9 +133,19 @@ class ApiServer:
         # batches
         self.batches: list[Batch] = []
         self.batch_seconds = 0.0  # until a batch ends
-        self.batch_faults: deque[Fault] = deque()  # for creation; kind "lost": created, but the answer breaks off
+        # for creation; kind "lost": created, but the answer breaks off; "created": created, but the answer is an
+        # error; "dropped", "html": not created
+        self.batch_faults: deque[Fault] = deque()
+        self.create_plan: Callable[[], Fault | None] = lambda: None
         self.result_faults: deque[Fault] = deque()
-        self.outcome: Callable[[str, Asked], str] = lambda custom_id, asked: "succeeded"
+        # kind of result, or the error (type and message) of an errored one
+        self.outcome: Callable[[str, Asked], str | dict[str, str]] = lambda custom_id, asked: "succeeded"
+        # for retrieval: a status, or kind in RETRIEVALS; for results: a status, or kind in RESULTS, or a broken stream
+        self.retrieve_plan: Callable[[Batch], Fault | None] = lambda batch: None
+        self.results_plan: Callable[[Batch], Fault | None] = lambda batch: None
+        self.paid: Counter[str] = Counter()  # digest of the text -> replies made in batches
+        self.most_batches = 1000  # a client that buys without bound fails its test instead of running for ever
+        self.usage_extra: dict[str, Any] = {}  # further fields of `usage`
         self.retrieved = 0
         self.lock = threading.Lock()
         self.ids = itertools.count(1)
@@ -161,7 +171,7 @@ class ApiServer:
             "content": [{"type": "text", "text": text}] if text else [],
             "stop_reason": stop_reason,
             "stop_sequence": None,
-            "usage": {**usage, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0},
+            "usage": {**usage, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, **self.usage_extra},
         }
 
     def results_of(self, batch: Batch) -> list[str]:
@@ -173,18 +183,39 @@ class ApiServer:
                 kind = self.outcome(request["custom_id"], asked)
                 result: dict[str, Any] = {"type": kind}
                 refusal = _refusal(request["params"])
-                if kind == "errored" or refusal:
+                if isinstance(kind, dict) or kind == "errored" or refusal:
                     inner = {"type": "invalid_request_error" if refusal else "api_error", "message": str(refusal)}
+                    inner = kind if isinstance(kind, dict) else inner
                     result = {"type": "errored", "error": {"type": "error", "error": inner, "request_id": None}}
                 elif kind == "succeeded":
                     message = self.message(asked, *self.respond(asked))
                     self.billed["batch_input_tokens"] += message["usage"]["input_tokens"]
                     self.billed["batch_output_tokens"] += message["usage"]["output_tokens"]
+                    self.paid[hashlib.sha256(asked.text.encode()).hexdigest()] += 1
                     result["message"] = message
                 lines.append(json.dumps({"custom_id": request["custom_id"], "result": result}))
             random.Random(0).shuffle(lines)
             batch.results = lines
         return batch.results
+
+
+# what a batch's description says instead
+RETRIEVALS = {
+    "no_url": {"results_url": None},
+    "relative_url": {"results_url": "results.jsonl"},
+    "foreign_url": {"results_url": "http://127.0.0.1:9/results"},
+    "no_status": {"processing_status": None},
+}
+# what a batch's results hold instead: lines -> lines
+RESULTS: dict[str, Callable[[list[str]], list[str]]] = {
+    "foreign": lambda lines: [line.replace('"custom_id": "', '"custom_id": "other-', 1) for line in lines],
+    "partly_foreign": lambda lines: [*RESULTS["foreign"](lines[:1]), *lines[1:]],
+    "twice": lambda lines: [*lines, *lines],
+    "one_missing": lambda lines: lines[1:],
+    "empty": lambda lines: [],
+    "bad_line": lambda lines: [*lines[:-1], lines[-1][:20]],
+    "odd_line": lambda lines: [*lines[:-1], '{"custom_id": null, "result": null}', "17"],
+}
 
 
 class _Http(ThreadingHTTPServer):
@@ -245,7 +276,7 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[1:] == ["results"]:
             return self.batch_results(batch)
         self.api.retrieved += 1
-        return self.send(200, self.described(batch))
+        return self.retrieve(batch)
 
     def allowed(self) -> bool:
         # the SDK sends a key as x-api-key, from version 2 on as a bearer token
@@ -335,15 +366,32 @@ class _Handler(BaseHTTPRequestHandler):
             return self.error(400, "requests: between 1 and 100000 are required")
         if len(set(ids)) != len(ids) or not all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name or "") for name in ids):
             return self.error(400, "requests: custom_id must be unique and match ^[a-zA-Z0-9_-]{1,64}$")
-        fault = self.api.batch_faults.popleft() if self.api.batch_faults else None
+        if len(self.api.batches) >= self.api.most_batches:
+            return self.error(403, "more batches than the test allows")
+        fault = self.api.batch_faults.popleft() if self.api.batch_faults else self.api.create_plan()
         if fault is not None and not fault.kind:
             return self.error(fault.status, fault.message, fault.headers, fault.error_code)
+        if fault is not None and fault.kind == "dropped":
+            return self.break_off(b"not created")
+        if fault is not None and fault.kind == "html":
+            return self.send_bytes(200, b"<html>Sign in</html>", {}, "text/html")
         batch = Batch(f"msgbatch_{next(self.api.ids):06}", time.time(), requests)
         with self.api.lock:
             self.api.batches.append(batch)
         if fault is not None and fault.kind == "lost":
             return self.break_off(json.dumps(self.described(batch)).encode())
+        if fault is not None and fault.kind == "created":  # a gateway gave up waiting
+            return self.error(fault.status, fault.message)
         return self.send(200, self.described(batch))
+
+    def retrieve(self, batch: Batch) -> None:
+        fault = self.api.retrieve_plan(batch)
+        if fault is not None and not fault.kind:
+            return self.error(fault.status, fault.message, fault.headers, fault.error_code)
+        kind = fault.kind if fault is not None else ""
+        if kind == "html":
+            return self.send_bytes(200, b"<html>Sign in</html>", {}, "text/html")
+        return self.send(200, self.described(batch) | RETRIEVALS.get(kind, {}))
 
     def described(self, batch: Batch) -> dict:
         ended = time.time() >= batch.created + self.api.batch_seconds
@@ -378,11 +426,14 @@ class _Handler(BaseHTTPRequestHandler):
         return self.send(200, {"data": page, "has_more": more, "first_id": first, "last_id": last})
 
     def batch_results(self, batch: Batch) -> None:
-        fault = self.api.result_faults.popleft() if self.api.result_faults else None
+        fault = self.api.result_faults.popleft() if self.api.result_faults else self.api.results_plan(batch)
         if fault is not None and not fault.kind:
             return self.error(fault.status, fault.message, fault.headers, fault.error_code)
-        data = "".join(line + "\n" for line in self.api.results_of(batch)).encode()
-        if fault is not None:
+        lines = self.api.results_of(batch)
+        if fault is not None and fault.kind in RESULTS:
+            lines = RESULTS[fault.kind](lines)
+        data = "".join(line + "\n" for line in lines).encode()
+        if fault is not None and fault.kind not in RESULTS:
             return self.break_off(data)
         return self.send_bytes(200, data, {}, "application/x-jsonl")
 

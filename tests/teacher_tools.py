@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ares import feedback
+import haiku
+from ares import batches, cli, feedback
 from ares.requests import place_images
 from ares.sentences import split_text
 from tests.api_server import KEY
@@ -78,3 +79,14 @@ def client(*argv, script="haiku.py", patch="", env=None) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def batch_client(argv, log, environment) -> None:
+    """haiku.py in a forked process (target of multiprocessing), with short pauses; writes what it prints to `log`."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    sys.argv = ["haiku.py", *argv]
+    batches.SETTLE_SECONDS, batches._BACKOFF, batches.MAX_COUNT = 0.2, 0.001, 4
+    cli.run(lambda: haiku.main(argv))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -19,9 +21,10 @@ QUICK = "from ares import batches; batches.SETTLE_SECONDS = 0.3; batches._BACKOF
 
 @pytest.fixture
 def server(monkeypatch, api_environment):
-    monkeypatch.setattr(batches, "SETTLE_SECONDS", 0.1)
-    monkeypatch.setattr(batches, "_BACKOFF", 0.05)
+    monkeypatch.setattr(batches, "SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(batches, "_BACKOFF", 0.002)
     with ApiServer(score_by_text) as server:
+        server.most_batches = 30
         yield server
 
 
@@ -95,7 +98,7 @@ def test_expired_and_errored_are_asked_again(server, questions):
         first = asked.text not in seen
         seen.add(asked.text)
         number = int(custom_id.rsplit("-", 1)[1])
-        return ("succeeded", "expired", "errored", "canceled")[number % 4] if first else "succeeded"
+        return ("succeeded", "expired", "errored", OVERLOADED)[number % 4] if first else "succeeded"
 
     server.outcome = outcome
     ask(server, questions)
@@ -107,9 +110,15 @@ def test_what_keeps_failing_is_reported_by_reason(server, questions):
     poor = feedback.iter_items(questions)[0]
     text = (poor.folder / feedback.REQUEST).read_text()
     server.outcome = lambda custom_id, asked: "expired" if asked.text == text else "succeeded"
+    with pytest.raises(cli.UserError, match="1 of 12 replies are unusable .expired 1.*larger --attempts"):
+        ask(server, questions)
+    assert [len(batch.requests) for batch in server.batches] == [12, 1, 1] and len(scores(questions)) == 11
     with pytest.raises(cli.UserError, match="1 of 12 replies are unusable .expired 1."):
         ask(server, questions)
-    assert len(server.batches) == batches.MAX_FAILURES and len(scores(questions)) == 11
+    assert len(server.batches) == 3, "--attempts counts over runs"
+    server.outcome = lambda custom_id, asked: "succeeded"
+    ask(server, questions, "--attempts", "4")
+    assert len(server.batches) == 4 and len(scores(questions)) == 12
 
 
 def test_unusable_replies_are_asked_again_with_the_reason(server, questions):
@@ -197,12 +206,225 @@ def test_errors_that_last_stop_in_one_line(server, questions, fault, words):
     assert len(scores(questions)) == 12
 
 
-def test_results_that_are_gone_are_asked_for_again(server, questions, capsys):
-    ask(server, questions, "--submit-only")
-    server.batches.clear()
+# -- what the API does not give back is not bought again ---------------------------------------------------
+
+LOST = {
+    "retrieval 404": (Fault(404, "batch not found"), None, "404: batch not found"),
+    "results 404": (None, Fault(404, "results expired"), "404: results expired"),
+    "foreign ids": (None, Fault(0, kind="foreign"), "12 results of other requests"),
+    "no results at all": (None, Fault(0, kind="empty"), "gives back no result"),
+    "broken stream": (None, Fault(0, kind="reset"), "do not arrive whole|gives back no result"),
+    "results cut in a line": (None, Fault(0, kind="bad_line"), "do not arrive whole"),
+}
+
+
+@pytest.mark.parametrize("submitted_before", [True, False], ids=["of an earlier run", "of this run"])
+@pytest.mark.parametrize("name", LOST)
+def test_a_lost_batch_ends_the_run_and_is_not_bought_again(server, questions, name, submitted_before):
+    retrieval, results, words = LOST[name]
+    if submitted_before:
+        ask(server, questions, "--submit-only")
+    server.retrieve_plan, server.results_plan = lambda batch: retrieval, lambda batch: results
+    for _ in range(2):
+        with pytest.raises(cli.UserError, match=words) as error:
+            ask(server, questions)
+        [record] = records(questions)
+        assert "\n" not in str(error.value) and server.batches[0].id in str(error.value)
+        assert f"{record['nonce']}.json" in str(error.value), "how to give the batch up"
+        assert len(server.batches) == 1 and record["batch"] == server.batches[0].id and record["state"] == "submitted"
+    server.retrieve_plan = server.results_plan = lambda batch: None
     ask(server, questions)
-    assert "are gone; its 12 requests are asked again" in capsys.readouterr().err
-    assert len(scores(questions)) == 12 and read_log(questions / "teacher/spend.jsonl").unknown == 1
+    assert len(scores(questions)) == 12 and len(server.batches) == 1 and set(server.paid.values()) == {1}
+    assert read_log(questions / "teacher/spend.jsonl").unknown == 0
+
+
+def test_a_lost_batch_that_is_given_up_is_asked_again(server, questions):
+    ask(server, questions, "--submit-only")
+    lost = server.batches[0]
+    server.retrieve_plan = lambda batch: Fault(404) if batch is lost else None
+    with pytest.raises(cli.UserError, match="or delete (.*json) to give it up") as error:
+        ask(server, questions)
+    Path(re.search(r"delete (\S+)", str(error.value))[1]).unlink()
+    ask(server, questions)
+    assert len(scores(questions)) == 12 and len(server.batches) == 2
+    assert read_log(questions / "teacher/spend.jsonl").unknown == 1
+
+
+def test_one_lost_batch_does_not_keep_the_others_from_being_collected(server, questions, monkeypatch):
+    monkeypatch.setattr(batches, "MAX_COUNT", 4)
+    ask(server, questions, "--submit-only")
+    lost = server.batches[0]
+    server.retrieve_plan = lambda batch: Fault(404) if batch is lost else None
+    with pytest.raises(cli.UserError, match=lost.id):
+        ask(server, questions)
+    assert len(scores(questions)) == 8 and len(server.batches) == 3
+
+
+@pytest.mark.parametrize("kind", ["no_url", "relative_url", "foreign_url"])
+def test_results_come_from_the_documented_path(server, questions, kind):
+    """`results_url` may be missing, or lead with the key to another host."""
+    server.retrieve_plan = lambda batch: Fault(0, kind=kind)
+    ask(server, questions)
+    assert len(scores(questions)) == 12 and len(server.batches) == 1
+
+
+@pytest.mark.parametrize("kind", ["html", "no_status"])
+def test_an_answer_that_is_no_batch_ends_in_one_line(server, questions, kind):
+    ask(server, questions, "--submit-only")
+    server.retrieve_plan = lambda batch: Fault(0, kind=kind)
+    with pytest.raises(cli.UserError, match="sends no usable reply") as error:
+        ask(server, questions)
+    assert "\n" not in str(error.value) and len(records(questions)) == len(server.batches) == 1
+
+
+@pytest.mark.parametrize("kind", ["one_missing", "partly_foreign", "odd_line"])
+def test_missing_results_count_as_failures(server, questions, kind):
+    server.results_plan = lambda batch: Fault(0, kind=kind) if len(batch.requests) > 2 else None
+    with pytest.raises(cli.UserError, match="no_result 1"):
+        ask(server, questions, "--attempts", "1")
+    assert len(scores(questions)) == 11 and len(server.batches) == 1
+    ask(server, questions)
+    assert len(scores(questions)) == 12 and [len(batch.requests) for batch in server.batches] == [12, 1]
+    totals = read_log(questions / "teacher/spend.jsonl")
+    paid = (server.billed["batch_input_tokens"] * 0.10 + server.billed["batch_output_tokens"] * 0.50) / 2e6
+    assert totals.unknown == 1 and totals.usd < paid < totals.usd + totals.unknown_usd
+
+
+def test_results_that_come_twice_count_once(server, questions):
+    server.results_plan = lambda batch: Fault(0, kind="twice")
+    ask(server, questions)
+    assert len(scores(questions)) == 12 and len(server.batches) == 1
+    paid = (server.billed["batch_input_tokens"] * 0.10 + server.billed["batch_output_tokens"] * 0.50) / 2e6
+    assert read_log(questions / "teacher/spend.jsonl").usd == pytest.approx(paid)
+
+
+def test_a_cancelled_batch_stops_the_run(server, questions):
+    """Cancelled in the Console: the replies that are there are saved, and nothing is bought again in this run."""
+    server.outcome = lambda custom_id, asked: "canceled" if int(custom_id.rsplit("-", 1)[1]) > 4 else "succeeded"
+    for _ in range(4):  # free, and the user's own act: no attempt
+        with pytest.raises(cli.UserError, match="was cancelled before .* of its .* requests") as error:
+            ask(server, questions, "--attempts", "2")
+        assert server.batches[-1].id in str(error.value) and "\n" not in str(error.value)
+        if len(server.batches) == 1:
+            assert len(scores(questions)) == 5
+            server.outcome = lambda custom_id, asked: "canceled"
+    assert [len(batch.requests) for batch in server.batches] == [12, 7, 7, 7]
+    server.outcome = lambda custom_id, asked: "succeeded"
+    ask(server, questions)
+    assert len(scores(questions)) == 12 and set(server.paid.values()) == {1}
+
+
+# -- refusals ----------------------------------------------------------------------------------------------
+
+CREDIT = "Your credit balance is too low to access the Anthropic API. Please go to Plans & Billing to upgrade."
+ACCOUNT = {
+    "credit": {"type": "invalid_request_error", "message": CREDIT},
+    "usage limit": {
+        "type": "invalid_request_error",
+        "message": "You have reached your specified API usage limits. You will regain access on 2026-12-01.",
+    },
+    "billing": {"type": "billing_error", "message": "There is an issue with your billing."},
+    "disabled": {"type": "invalid_request_error", "message": "This organization has been disabled."},
+    "key": {"type": "authentication_error", "message": "invalid x-api-key"},
+}
+OVERLOADED = {"type": "overloaded_error", "message": "Overloaded"}
+
+
+@pytest.mark.parametrize("name", ACCOUNT)
+def test_an_account_refusal_in_results_stops_the_run(server, questions, name):
+    server.outcome = lambda custom_id, asked: ACCOUNT[name] if int(custom_id.rsplit("-", 1)[1]) > 3 else "succeeded"
+    with pytest.raises(cli.Stop) as stop:
+        ask(server, questions, "--accept-missing")
+    assert stop.value.status == 3 and ACCOUNT[name]["message"] in str(stop.value)
+    assert len(scores(questions)) == 4 and len(server.batches) == 1
+    assert [feedback.is_done(questions, action) for action in range(4)] == [True, False, False, False], "3 are in"
+    server.outcome = lambda custom_id, asked: "succeeded"
+    ask(server, questions, "--attempts", "1")
+    assert len(scores(questions)) == 12 and set(server.paid.values()) == {1}
+
+
+@pytest.mark.parametrize("when", ["creation", "retrieval", "results"])
+@pytest.mark.parametrize(
+    "status, message", [(400, CREDIT), (402, "Payment required"), (403, ACCOUNT["disabled"]["message"])]
+)
+def test_an_account_refusal_of_a_call_stops_the_run(server, questions, when, status, message):
+    fault = Fault(status, message)
+    if when == "creation":
+        server.batch_faults.append(fault)
+    else:
+        setattr(server, {"retrieval": "retrieve_plan", "results": "results_plan"}[when], lambda batch: fault)
+    with pytest.raises(cli.Stop) as stop:
+        ask(server, questions, "--accept-missing")
+    assert stop.value.status == 3 and message in str(stop.value) and "\n" not in str(stop.value)
+    assert len(records(questions)) == len(server.batches) == (when != "creation")
+    server.retrieve_plan = server.results_plan = lambda batch: None
+    ask(server, questions)
+    assert len(scores(questions)) == 12 and len(server.batches) == 1
+
+
+@pytest.mark.parametrize("kind", ["invalid_request_error", "request_too_large", "not_found_error"])
+def test_a_request_that_the_api_calls_invalid_is_not_submitted_again(server, questions, problems, kind):
+    said = "messages.0.content.0: Could not process image"
+    poor = feedback.iter_items(questions)[5]
+    text = (poor.folder / feedback.REQUEST).read_text()
+    server.outcome = lambda custom_id, asked: {"type": kind, "message": said} if asked.text == text else "succeeded"
+    for _ in range(2):
+        with pytest.raises(cli.UserError, match=f"1 of 12 replies are unusable .errored_{kind} 1."):
+            ask(server, questions)
+        assert [len(batch.requests) for batch in server.batches] == [12]
+        assert (poor.folder / feedback.REASON).read_text() == f"errored_{kind}: {said}\n"
+    lay_out(questions, poor.action, poor.qid, ["Another thought."], problems)
+    ask(server, questions)  # another request
+    assert [len(batch.requests) for batch in server.batches] == [12, 1] and len(scores(questions)) == 12
+
+
+def test_pending_batches_are_of_one_model_and_one_teacher(server, questions, sample):
+    data = sample / "ScienceQA/data"
+    ask(server, questions, "--submit-only")
+    with pytest.raises(cli.UserError, match="--teacher_model.*claude-haiku-5-5"):
+        ask(server, questions, "--teacher_model", "claude-haiku-4-5-20251001")
+    with pytest.raises(cli.UserError, match="12 requests are out .*asked of claude-haiku-5-5.*--batch"):
+        haiku.main(["--questions_dir", str(questions), "--teacher", "reference", "--data_root", str(data)])
+    assert not scores(questions)
+
+
+# -- creation ----------------------------------------------------------------------------------------------
+
+
+NOT_CREATED = [*map(Fault, (404, 408, 413, 429, 500, 503, 529)), Fault(0, kind="dropped"), Fault(0, kind="html")]
+
+
+@pytest.mark.parametrize("fault", NOT_CREATED, ids=lambda fault: fault.name)
+def test_a_batch_that_is_not_created_leaves_no_intent(server, questions, fault):
+    server.create_plan = lambda: fault
+    with pytest.raises(cli.UserError) as error:
+        ask(server, questions)
+    assert "\n" not in str(error.value) and not records(questions) and not server.batches
+    haiku.main(["--questions_dir", str(questions), "--base_url", server.url, "--data_root", "none"])
+    assert len(scores(questions)) == 12 and read_log(questions / "teacher/spend.jsonl").unknown == 0
+
+
+@pytest.mark.parametrize("fault", [Fault(504, kind="created"), Fault(500, kind="created"), Fault(0, kind="lost")],
+                         ids=["504", "500", "lost"])  # fmt: skip
+def test_a_batch_that_may_exist_is_looked_up(server, questions, fault):
+    server.batch_faults.append(fault)
+    ask(server, questions)
+    assert len(scores(questions)) == 12 and len(server.batches) == 1
+
+
+def test_a_damaged_record_is_named(server, questions):
+    ask(server, questions, "--submit-only")
+    [path] = (questions / "teacher/batches").glob("*.json")
+    sound = json.loads(path.read_text())
+    changed = ({"asked": None}, {"asked": {"x": 1}}, {"count": "12"}, {"batch": None}, {"nonce": "../x"}, {"more": 1})
+    for damaged in ("null", "[]", "{", '{"nonce": 1}', "[" * 100_000, *(json.dumps(sound | each) for each in changed)):
+        path.write_text(damaged)
+        for way in (["--batch"], []):
+            with pytest.raises(cli.UserError, match=f"{path.name} is damaged"):
+                haiku.main(["--questions_dir", str(questions), "--base_url", server.url, "--data_root", "none", *way])
+    path.write_text(json.dumps(sound))
+    ask(server, questions)
+    assert len(scores(questions)) == 12 and len(server.batches) == 1
 
 
 # -- the client dies ---------------------------------------------------------------------------------------

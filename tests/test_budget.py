@@ -575,6 +575,60 @@ def test_prices():
     assert prices.cost_usd(prices.price_of("claude-haiku-4-5"), {"input_tokens": 10**6}, batch=True) == 0.5
 
 
+MILLION = 10**6
+CACHED = [  # usage as the API sends it, multiple of the price of a million input tokens
+    ({"cache_read_input_tokens": MILLION}, 0.1),
+    ({"cache_creation_input_tokens": MILLION}, 1.25),
+    ({"cache_creation_input_tokens": MILLION, "cache_creation": {"ephemeral_5m_input_tokens": MILLION}}, 1.25),
+    ({"cache_creation_input_tokens": MILLION, "cache_creation": {"ephemeral_1h_input_tokens": MILLION}}, 2.0),
+    ({"cache_creation_input_tokens": MILLION, "cache_creation": {"ephemeral_1h_input_tokens": MILLION // 2}}, 1.625),
+    ({"cache_creation_input_tokens": None, "cache_creation": None, "cache_read_input_tokens": None}, 0.0),
+    ({"cache_read_input_tokens": MILLION, "cache_creation_input_tokens": MILLION}, 1.35),
+]
+
+
+@pytest.mark.parametrize("batch", [False, True])
+@pytest.mark.parametrize("usage, factor", CACHED)
+def test_cached_tokens_are_priced(server, tmp_path, problems, usage, factor, batch):
+    many_items(tmp_path / "questions", 1, problems)
+    server.usage_extra = usage
+    ask(server, tmp_path / "questions", "--no-cache", *(["--batch", "--poll_seconds", "0.05"] if batch else []))
+    kind = "batch_" if batch else ""
+    tokens, out = server.billed[f"{kind}input_tokens"], server.billed[f"{kind}output_tokens"]
+    usd = (tokens * 0.10 + out * 0.50) / 1e6 + factor * 0.10
+    assert read_log(tmp_path / "questions/teacher/spend.jsonl").usd == pytest.approx(usd / 2 if batch else usd)
+
+
+def test_the_bound_holds_where_a_gateway_writes_to_a_cache(server, questions, problems, sample, monkeypatch):
+    """Each input token written for an hour, at twice the price; the budget holds, and `most_usd` is never passed."""
+    lay_out(questions, 0, "952", ["Look at it."], problems, sample)
+    message = server.message
+
+    def written(asked, text, stop_reason):
+        made = message(asked, text, stop_reason)
+        tokens = made["usage"]["input_tokens"] + 4600 * len(asked.images)
+        lifetimes = {"ephemeral_1h_input_tokens": tokens, "ephemeral_5m_input_tokens": 0}
+        made["usage"] |= {"input_tokens": 0, "cache_creation_input_tokens": tokens, "cache_creation": lifetimes}
+        return made
+
+    monkeypatch.setattr(server, "message", written)
+    ask(server, questions)
+    entries = {}
+    for line in lines_of(questions / "teacher/spend.jsonl"):
+        entries.setdefault(line["id"], {}).update(line)
+    assert len(entries) == 25 and all(0 < entry["usd"] <= entry["most_usd"] for entry in entries.values())
+
+
+def test_a_spend_log_with_odd_lines_is_added_up(tmp_path):
+    good = [{"id": "a", "item": "x", "most_usd": 1.0}, {"id": "a", "usd": 0.5, "outcome": "reply"}]
+    odd = ["null", "[]", "7", "\x00", "[" * 100_000, '{"most_usd": 1}', '{"id": [], "most_usd": 1}',
+           '{"id": "b", "most_usd": NaN}', '{"id": "b", "most_usd": "dear"}', '{"id": "a", "outcome": "reply"}',
+           '{"id": "a", "usd": -Infinity, "outcome": "x"}', '{"id": "c", "usd": [], "outcome": "reply"}']  # fmt: skip
+    (tmp_path / budget.LOG).write_text("\n".join([json.dumps(good[0]), *odd, json.dumps(good[1]), *odd]))
+    totals = read_log(tmp_path / budget.LOG)
+    assert (totals.requests, totals.replies, totals.usd, totals.unknown) == (1, 1, 0.5, 0)
+
+
 @pytest.mark.parametrize(
     "a, b, distance",
     [

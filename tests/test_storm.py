@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import random
+import re
 import shutil
 import time
 from collections import Counter
@@ -21,9 +23,10 @@ import pytest
 import haiku
 from ares import claude, feedback
 from ares.budget import read_log
+from tests import api_server
 from tests.api_server import LOST, SPOILT, ApiServer, Fault, score_by_text
 from tests.conftest import ROOT
-from tests.teacher_tools import KEY, client, lines_of, many_items, scores
+from tests.teacher_tools import KEY, batch_client, client, lines_of, many_items, scores
 
 FULL = os.environ.get("ARES_STORM") == "full"
 ITEMS, KILLS, CONCURRENCY = (5000, 10, 32) if FULL else (360, 4, 16)
@@ -138,6 +141,156 @@ def test_storm(tmp_path, problems):
     if FULL:
         Path(ROOT / "benchmarks/results").mkdir(parents=True, exist_ok=True)
         (ROOT / "benchmarks/results/storm.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+# -- batches ---------------------------------------------------------------------------------------------------
+
+ATTEMPTS, BATCH_ITEMS, BATCH_RUNS = 3, 40, 40
+CREDIT = {"type": "invalid_request_error", "message": "Your credit balance is too low to access the Anthropic API."}
+INVALID = {"type": "invalid_request_error", "message": "messages.0.content: Could not process image"}
+TEMPORARY = [{"type": kind, "message": "injected"} for kind in ("api_error", "overloaded_error")]
+AT_ONCE = {"retry-after-ms": "5"}  # else the SDK pauses
+CREATIONS = [Fault(429, headers=AT_ONCE), Fault(529), Fault(500), Fault(0, kind="dropped"), Fault(0, kind="lost"),
+             Fault(504, kind="created"), Fault(400, "injected"), Fault(400, CREDIT["message"])]  # fmt: skip
+RETRIEVALS = [Fault(404), Fault(529, headers=AT_ONCE), *(Fault(0, kind=kind) for kind in api_server.RETRIEVALS)]
+RESULTS = [Fault(404), Fault(503, headers=AT_ONCE), Fault(0, kind="reset"),
+           *(Fault(0, kind=kind) for kind in api_server.RESULTS)]  # fmt: skip
+
+
+class BatchStorm:
+    """Faults of every call about a batch and of every result. Those of a batch last, or pass after some calls."""
+
+    def __init__(self, server: ApiServer, seed: int, invalid: str):
+        self.random, self.invalid = random.Random(seed), invalid
+        self.lasting: dict[tuple[str, str], tuple[Fault | None, int]] = {}  # (batch, call) -> fault and calls it lasts
+        self.free: Counter[str] = Counter()  # digest -> results that were cancelled, or refused with the account
+        server.create_plan = lambda: self.random.choice(CREATIONS) if self.random.random() < 0.4 else None
+        server.retrieve_plan = lambda batch: self.of_batch(batch, "retrieval", RETRIEVALS)
+        server.results_plan = lambda batch: self.of_batch(batch, "results", RESULTS)
+        server.outcome, server.respond = self.outcome, self.respond
+
+    def of_batch(self, batch, call, faults):
+        if (batch.id, call) not in self.lasting:
+            fault = self.random.choice(faults) if self.random.random() < 0.4 else None
+            self.lasting[batch.id, call] = fault, self.random.choice((1, 1, 2, 2, 1000))
+        fault, calls = self.lasting[batch.id, call]
+        self.lasting[batch.id, call] = fault, calls - 1
+        return fault if calls > 0 else None
+
+    def outcome(self, custom_id, asked):
+        if _digest(asked) == self.invalid:
+            return INVALID
+        nonce = random.Random(custom_id.partition("-")[0]).random()  # one draw for each batch
+        if nonce < 0.3 and self.random.random() < 0.5:
+            self.free[_digest(asked)] += 1
+            return CREDIT if nonce < 0.15 else "canceled"
+        return self.random.choice(("expired", *TEMPORARY)) if self.random.random() < 0.2 else "succeeded"
+
+    def respond(self, asked):
+        return ("I like it.", "end_turn") if self.random.random() < 0.2 else score_by_text(asked)
+
+
+def _digest(asked):
+    return hashlib.sha256(asked.text.encode()).hexdigest()
+
+
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_batch_storm(api_environment, tmp_path, problems, seed):
+    """Batches of a client that is killed again and again, with faults in all of the API's answers.
+
+    The bound, for each item: at most --attempts paid replies, and one more for each record of a batch that the user
+    deletes (as the client's line says) to give it up. Requests, paid or not: the same, and one more for each result
+    that was cancelled or refused with the account.
+    """
+    questions, log = tmp_path / "questions", tmp_path / "log.txt"
+    folders = many_items(questions, BATCH_ITEMS, problems)
+    dice = random.Random(seed)
+    given_up: Counter[str] = Counter()  # digest -> deleted records that name it
+    deleted: list[str] = []  # ids of their batches
+    ended: Counter[str] = Counter()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.teacher_tools", "anthropic"])
+    environment = {name: os.environ[name] for name in ("ANTHROPIC_API_KEY", "XDG_CACHE_HOME")}
+
+    def run(attempts, kill_after=None):
+        argv = ["--questions_dir", str(questions), "--base_url", server.url, "--data_root", "none", "--no-cache",
+                "--batch", "--poll_seconds", "0.05", "--attempts", str(attempts)]  # fmt: skip
+        client = context.Process(target=batch_client, args=(argv, log, environment))
+        client.start()
+        client.join(kill_after or 60)
+        if client.is_alive():
+            assert kill_after, f"the client hangs: {log.read_text()[-2000:]}"
+            client.kill()
+            client.join()
+            ended["killed"] += 1
+            return ""
+        assert client.exitcode in (0, 2, 3), log.read_text()[-3000:]
+        ended[f"exit {client.exitcode}"] += 1
+        [line] = [line for line in log.read_text().splitlines() if " error: " in line] or [""]
+        assert bool(line) == (client.exitcode != 0) and "Traceback" not in log.read_text()
+        return line
+
+    def delete(path):
+        record = json.loads(path.read_text())
+        path.unlink()
+        deleted.append(record["batch"])
+        for asked in record["asked"].values():
+            item = questions / asked["item"] / feedback.REQUEST
+            given_up[hashlib.sha256(item.read_bytes()).hexdigest()] += 1
+
+    with ApiServer(score_by_text) as server:
+        server.keep, server.most_batches = False, 300
+        invalid = sorted(folders)[0]
+        storm = BatchStorm(server, seed, invalid)
+        snapshots = []
+        for number in range(BATCH_RUNS):
+            line = run(ATTEMPTS, dice.uniform(0.1, 1.5) if number % 2 else None)
+            named = re.search(r"delete (\S+\.json)", line)
+            if named and dice.random() < 0.8:
+                delete(Path(named[1]))
+            snapshots.append((len(server.batches), replies_on_disk(folders)))
+            if "are unusable" in line:
+                break
+        stormy = len(server.batches)
+
+        def bounds_hold(attempts):
+            requested = Counter(
+                _digest(api_server._read(request["params"], {}))
+                for batch in server.batches
+                for request in batch.requests
+            )
+            for batch in server.batches:
+                server.results_of(batch)  # also of those that nobody has looked at
+            for digest in folders:
+                assert server.paid[digest] <= attempts + given_up[digest], "paid too often"
+                assert requested[digest] <= attempts + given_up[digest] + storm.free[digest], "asked too often"
+            for count, on_disk in snapshots:
+                later = (request for batch in server.batches[count:] for request in batch.requests)
+                again = {_digest(api_server._read(request["params"], {})) for request in later}
+                assert not again & on_disk, "asked again though its reply was on disk"
+
+        bounds_hold(ATTEMPTS)
+        server.create_plan = lambda: None
+        server.retrieve_plan = server.results_plan = lambda batch: None
+        for _ in range(10):  # results go on being cancelled or refused
+            if "are unusable" not in line:
+                line = run(ATTEMPTS)
+        bounds_hold(ATTEMPTS)
+        server.outcome, server.respond = lambda custom_id, asked: "succeeded", score_by_text
+        line = run(ATTEMPTS + 8)
+        if "are unusable" not in line:  # a batch was still out that was cancelled
+            line = run(ATTEMPTS + 8)
+        assert "1 of 40 replies are unusable (errored_invalid_request_error 1)" in line, line
+        assert replies_on_disk(folders) == set(folders) - {invalid}
+        bounds_hold(ATTEMPTS + 8)
+        records = [json.loads(path.read_text()) for path in (questions / "teacher/batches").glob("*.json")]
+        kept = {record["batch"] for record in records} | {id for record in records for id in record["not_ours"]}
+        assert {batch.id for batch in server.batches} <= kept | set(deleted), "no record of a paid batch is lost"
+        paid = (server.billed["batch_input_tokens"] * 0.10 + server.billed["batch_output_tokens"] * 0.50) / 2e6
+    totals = read_log(questions / "teacher/spend.jsonl")
+    assert totals.usd - 1e-9 <= paid <= totals.usd + totals.unknown_usd + 1e-9
+    print(f"{stormy} batches in the storm, {len(server.batches)} in all, {len(deleted)} given up; {dict(ended)}")
+    assert stormy > 10 and ended["killed"] and ended["exit 2"], ended
 
 
 # -- each fault alone --------------------------------------------------------------------------------------
