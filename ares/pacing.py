@@ -163,12 +163,16 @@ class Trials:
         """Note an error, (reason, text); whether retrying cannot mend it: `requests` requests of the sort have met it
         `tries` times each, and none has got a reply meanwhile.
 
-        Where the text says nothing in particular, other sorts of requests must have got replies meanwhile.
+        A text that servers also send when they fail for a while (`_GENERAL`) must come two times more, and other sorts
+        must have got replies: meanwhile, or at all if this sort never got one.
         """
         reason, text = error
         text = re.sub(r"\w*\d\w*", "#", text)  # ids of requests, times
         replies = self.replies.total()
         seen = self._seen.setdefault((reason, text, sort), _Seen(replies=replies))
         seen.tries[request] += 1
-        enough = sum(count >= tries for count in seen.tries.values()) >= requests
-        return enough and (not _GENERAL.fullmatch(text.strip()) or replies > seen.replies)
+        if _GENERAL.fullmatch(text.strip()):
+            if replies == (seen.replies if self.replies[sort] else 0):
+                return False
+            tries += 2
+        return sum(count >= tries for count in seen.tries.values()) >= requests
