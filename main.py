@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sft
-from ares import cli
+from ares import cli, launch
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,6 +52,7 @@ def run_name(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    launch.check_processes("main.py")
     source = args.evaluate_dir or args.model
     folder = Path(args.evaluate_dir or args.run_dir or Path(args.output_dir) / run_name(args))
     sft.check_run_dir(folder, source if not args.evaluate_dir else None)

@@ -26,6 +26,7 @@ from ares import cli, feedback
 from ares.cli import UserError, print0
 
 SAMPLING_FILE, PPO_FILE = "flags_sampling.json", "flags_ppo.json"  # what made a round, beside its rollouts
+FAILED = "failed.txt"  # there, too: why a process ended while others wait for its files
 
 # A changed flag of the first group makes other rollouts, one of the second other updates. The second may change until
 # PPO has saved something: rollouts and replies are worth keeping. Folders of models are compared as resolved paths.
@@ -92,16 +93,18 @@ def claim(args: argparse.Namespace, folder: Path, start: int) -> None:
 
     Raises UserError naming each flag that would mix two experiments in one folder.
     """
-    cli.writable_dir(folder, "--run_dir")
     for place in (folder, folder / "state", *folder.glob("rollouts/round_*")):
         sweep(place)
     if not feedback.exported(folder / "questions"):  # later the Teacher's tools may be writing there
-        sweep(folder / "questions", "**/")
+        for place in actions_in(folder / "questions"):
+            sweep(place, "**/")
+        sweep(folder / "questions")
     if args.overwrite:
         move_aside(args, folder, start)
     begun = any((folder / "state").glob("slot_*"))
     for number in range(start, start + args.epochs):
         place = folder / "rollouts" / f"round_{number}"
+        (place / FAILED).unlink(missing_ok=True)
         if not finished(folder, number):
             if (folder / str(number)).exists():
                 raise UserError(
@@ -114,6 +117,16 @@ def claim(args: argparse.Namespace, folder: Path, start: int) -> None:
             refuse_changes(place / PPO_FILE, ppo_identity(args))
     tidy(folder, start + args.epochs)
     cli.write_args(folder, args)
+
+
+def actions_in(questions: Path) -> list[Path]:
+    """The folders of sampled rationales. A Teacher client that started before RL has others there (`teacher/`)."""
+    return [path for path in questions.glob("[0-9]*") if path.name.isdigit()]
+
+
+def holds_export(questions: Path) -> bool:
+    """Whether RL has exported rationales there, or begun to."""
+    return feedback.exported(questions) or bool(actions_in(questions))
 
 
 def sweep(place: Path, below: str = "") -> None:
@@ -187,7 +200,8 @@ def tidy(folder: Path, end: int) -> None:
         if finished(folder, number) and not following.exists() and not kept.exists():
             shutil.rmtree(folder / "state", ignore_errors=True)  # first: a kill in between is seen by `kept`
             if (folder / "questions").exists():
-                sweep(folder / "questions", "**/")
+                for place in actions_in(folder / "questions"):
+                    sweep(place, "**/")
                 os.replace(folder / "questions", kept)
 
 

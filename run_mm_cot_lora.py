@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sft
-from ares import cli
+from ares import cli, launch
 from utils_lora import add_adapter, check_adapter, load_adapter
 
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias")
@@ -64,6 +64,7 @@ def run_name(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    launch.check_processes("run_mm_cot_lora.py")
     folder = Path(args.evaluate_dir or args.run_dir or Path(args.model) / run_name(args))
     if args.evaluate_dir:
         check_adapter(folder)

@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli
+from ares import cli, launch
 from ares.cli import UserError, print0
 
 # Flags that a second launch of the same run may change: they only name folders, or do not touch the weights.
@@ -241,14 +241,33 @@ def run(
     place = "--output_dir" if hasattr(args, "output_dir") else "--model"
     cli.writable_dir(folder, "--evaluate_dir" if args.evaluate_dir else "--run_dir" if args.run_dir else place)
 
-    from sft_trainer import set_up, train
-    from utils_predict import Predictor, digest, from_rank0
+    from sft_trainer import set_up
+    from utils_predict import Predictor, from_rank0
 
     training_args = set_up(args, folder, len(datasets.get("train", ())))
     predictor = Predictor(
         args, data.problems, tokenizer, Collator(tokenizer.pad_token_id, data.features), training_args.device,
         bf16=training_args.bf16,
     )  # fmt: skip
+    with launch.only_launch(folder, from_rank0):
+        train_and_predict(args, folder, build, weights, data, datasets, training_args, predictor)
+    close_group()
+
+
+def train_and_predict(
+    args: argparse.Namespace,
+    folder: Path,
+    build: Callable[[Sequence[int] | None, Path | None], Any],
+    weights: Sequence[str],
+    data: Any,
+    datasets: Mapping[str, Any],
+    training_args: Any,
+    predictor: Any,
+) -> None:
+    """What `run` does once everything is checked and the folder is this launch's."""
+    from sft_trainer import train
+    from utils_predict import digest, from_rank0
+
     model = None
     if not args.evaluate_dir:
         digests = {
@@ -267,7 +286,6 @@ def run(
 
     splits = ["test"] if args.prompt_format.endswith("-A") else ["test", "val", "train"]
     predictor.write(folder, {split: datasets[split] for split in splits}, load, [folder, *weights])
-    close_group()
 
 
 def tokenized_splits(args: argparse.Namespace, data: Any, tokenizer: Any) -> dict[str, Any]:

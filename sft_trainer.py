@@ -27,7 +27,7 @@ import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from ares import cli
+from ares import cli, launch
 from ares.cli import UserError, print0, warn0
 from model import choose_attention
 from utils_data import batches_pin_themselves
@@ -74,12 +74,8 @@ def set_up(args: argparse.Namespace, folder: Path, examples: int) -> Seq2SeqTrai
         ddp_timeout=6 * 3600,  # ranks wait for each other's share of a split, and for rank 0's scores
     )
     # Without a launcher the Trainer would spread over all GPUs by DataParallel: slower, and --bs would change meaning.
-    if training_args.n_gpu > 1:
-        print0(
-            f"note: {training_args.n_gpu} GPUs are visible but one process was started: using one GPU. "
-            f"All of them: accelerate launch --num_processes {training_args.n_gpu} ..."
-        )
-        training_args._n_gpu = 1
+    launch.note_unused_gpus(training_args.n_gpu, Path(sys.argv[0]).name)
+    training_args._n_gpu = min(training_args.n_gpu, 1)
     return training_args
 
 

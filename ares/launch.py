@@ -1,0 +1,124 @@
+"""How a training script is started: its processes, and the one launch that may work in a run folder.
+
+    launch.check_processes("main.py")                 # before anything is loaded
+    with launch.only_launch(folder, from_rank0):       # the whole run
+        ...
+
+Needs no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ares import cli
+from ares.cli import UserError, print0
+
+LOCK = ".lock"  # in a run folder; empty while nothing runs there
+# Number of tasks as job launchers set it. Only torchrun and accelerate set WORLD_SIZE and RANK, which are needed too.
+TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+# -- processes -------------------------------------------------------------------------------------------
+
+
+def check_processes(script: str, environment: Mapping[str, str] | None = None) -> None:
+    """Raise UserError if a job launcher (srun, mpirun) started several processes that each take themselves for rank 0.
+
+    Such processes would write the same run folder at the same time.
+    """
+    env = os.environ if environment is None else environment
+    world = _number(env.get("WORLD_SIZE"))
+    if world is not None and (world == 1 or _number(env.get("RANK")) is not None):
+        return
+    if world is not None:
+        raise UserError(
+            f"WORLD_SIZE is {world} but RANK is not set, so every process would be rank 0; start them with "
+            f"torchrun --nproc_per_node {world} {script} ... (it sets both)"
+        )
+    for name in TASKS:
+        tasks = _number(env.get(name))
+        if tasks is not None and tasks > 1:
+            nodes = _number(env.get("SLURM_NNODES")) or 1
+            how = (
+                f"srun --ntasks={nodes} --ntasks-per-node=1 torchrun --nnodes {nodes} --nproc_per_node "
+                f"{max(1, tasks // nodes)} --rdzv_backend c10d --rdzv_endpoint HOST:29500 {script} ..."
+                if name == "SLURM_NTASKS" and nodes > 1
+                else f"torchrun --nproc_per_node {tasks} {script} ..."
+            )
+            alone = f"srun --ntasks=1 python {script} ..." if name == "SLURM_NTASKS" else f"python {script} ..."
+            raise UserError(
+                f"{name} is {tasks} but WORLD_SIZE is not set, so each of {tasks} processes would be rank 0; "
+                f"start them with: {how} (one process: {alone})"
+            )
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and text.strip().isdigit() else None
+
+
+def note_unused_gpus(visible: int, script: str) -> None:
+    """Say that a launch of one process uses one of several visible GPUs."""
+    if visible > 1 and cli.world_size() == 1:
+        print0(
+            f"note: {visible} GPUs are visible but one process was started: using one GPU. "
+            f"All of them: accelerate launch --num_processes {visible} {script} ..."
+        )
+
+
+# -- one launch per run folder ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def only_launch(folder: Path, from_rank0: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+    """Hold the run folder for this launch: rank 0 locks it until the block ends.
+
+    `from_rank0` calls a function on rank 0 and raises its UserError on every rank. Raises UserError on every rank
+    if another launch holds the folder.
+    """
+    with contextlib.ExitStack() as held:
+        from_rank0(lambda: held.enter_context(only_one(folder / LOCK, f"{folder}")))
+        yield
+
+
+@contextlib.contextmanager
+def only_one(path: str | os.PathLike, what: str) -> Iterator[None]:
+    """Hold the lock file `path` for the block. The kernel releases it when the process ends, however it ends.
+
+    Raises UserError naming who holds it. Warns where the disk has no file locks.
+    """
+    import fcntl
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(f"{what}: {_holder(file)} is running there; wait for it, or end it") from None
+            cli.warn0(f"{what}: the disk has no file locks ({error.strerror}); do not start a second run there")
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps(about).encode(), 0)
+        yield
+        os.ftruncate(file, 0)  # the file stays: removing it would let two launches lock two files of one name
+    finally:
+        os.close(file)
+
+
+def _holder(file: int) -> str:
+    try:
+        about = json.loads(os.pread(file, 1000, 0))
+        return f"another launch (process {about['pid']} on {about['host']}, since {about['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another launch"
