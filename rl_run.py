@@ -152,6 +152,8 @@ def refuse_changes(known: Path, now: dict[str, Any]) -> None:
     if not known.exists():
         return
     before = cli.read_json(known, "--run_dir")
+    if before.get("precision") == "auto":  # earlier versions recorded the flag, not what it came to
+        del before["precision"]
     changed = [f"--{key} was {before[key]}, is {now[key]}" for key in now if key in before and before[key] != now[key]]
     if changed:
         raise UserError(

@@ -112,7 +112,9 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
         InitProcessGroupKwargs(timeout=timedelta(hours=2)),
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
     ]
-    accelerator = Accelerator(mixed_precision=cli.mixed_precision(args.precision), kwargs_handlers=kwargs)
+    precision = cli.mixed_precision(args.precision)
+    args.precision = "bf16" if precision == "bf16" else "fp32"  # args.yaml records what ran
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=kwargs)
     check_processes(accelerator)
     launch.note_unused_gpus(torch.cuda.device_count(), "run_mm_cot_rl.py")
     held.enter_context(launch.only_launch(folder, from_rank0))
@@ -122,7 +124,7 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     prompts = Prompts(dataset, collator, accelerator.device)
     print0(
         f"run folder {folder}: {len(dataset)} questions, {accelerator.num_processes} process(es) "
-        f"on {accelerator.device.type}, {'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'}"
+        f"on {accelerator.device.type}, {args.precision}"
     )
     return Setup(args, folder, accelerator, tokenizer, prompts, data.patch_size, start)
 

@@ -84,7 +84,7 @@ def check_flags(
     """
     from utils_data import data_flag_faults  # imports torch: after argparse has had its say
 
-    problems = [*faults, *data_flag_faults(args)]
+    problems = [*faults, *data_flag_faults(args), *cli.precision_faults()]
     problems += [
         f"--{name} must be at least 1, not {getattr(args, name)}"
         for name in ("epoch", "bs", "eval_bs", "eval_acc", "input_len", "output_len")

@@ -47,6 +47,9 @@ def set_up(args: argparse.Namespace, folder: Path, examples: int) -> Seq2SeqTrai
     steps = math.ceil(examples / (args.bs * cli.world_size()))
     workers = args.workers if args.workers is not None else 2 if torch.cuda.is_available() else 0
     bf16 = cli.mixed_precision(args.precision) == "bf16"
+    args.precision = "bf16" if bf16 else "fp32"  # args.yaml records what ran
+    if not bf16:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # the Trainer would take what accelerate is configured for
     training_args = Seq2SeqTrainingArguments(
         output_dir=str(folder),
         num_train_epochs=args.epoch,

@@ -192,6 +192,15 @@ def add_precision_flag(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def precision_faults() -> list[str]:
+    """What accelerate's configuration asks for and no --precision can give, for a script's one `refuse`."""
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate launch
+    if configured in ("no", "bf16"):
+        return []
+    return [f"the accelerate configuration asks for {configured}, in which T5 overflows; use --mixed_precision no or "
+            "bf16 with accelerate launch (or change it with accelerate config); --precision decides"]  # fmt: skip
+
+
 def mixed_precision(precision: str) -> str:
     """--precision as accelerate names it; `auto` follows accelerate's configuration, then the GPU. Needs torch."""
     import torch

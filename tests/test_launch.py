@@ -163,3 +163,57 @@ def test_a_second_launch_of_rl_beside_a_real_one(world, tmp_path, nproc):
     updates = [json.loads(line)["update"] for line in (folder / "metrics.jsonl").read_text().splitlines()
                if '"update"' in line and json.loads(line)["kind"] == "update"]  # fmt: skip
     assert updates == sorted(set(updates))
+
+
+# -- precision -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("configured", ["fp16", "fp8", "bf8"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_precision_that_t5_overflows_in_is_refused(script, configured, world, monkeypatch):
+    """Whatever --precision says: `accelerate config` wrote it, and the user should know."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", configured)
+    argv = ["--base_model_dir", str(world.base)] if "rl" in script else ["--model", str(world.tuned)]
+    for precision in ("auto", "fp32", "bf16"):
+        with pytest.raises(UserError, match=f"asks for {configured}.*--precision"):
+            SCRIPTS[script].parse_args([*argv, "--precision", precision])
+
+
+@pytest.mark.parametrize("configured", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
+@pytest.mark.parametrize("script", ["main.py", "run_mm_cot_lora.py", "run_mm_cot_rl.py"])
+def test_precision_decides_and_args_yaml_says_what_ran(
+    script, precision, configured, world, tmp_path, monkeypatch, capsys
+):
+    """Asked of the passes themselves: what they are autocast to."""
+    import torch
+    import yaml
+    from accelerate.state import AcceleratorState
+
+    import model
+
+    seen = []
+    forward = model.MultimodalEncoder.forward
+
+    def watched(self, *args, **kwargs):
+        if self.training or "rl" in script:
+            seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(model.MultimodalEncoder, "forward", watched)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", configured)
+    folder = tmp_path / "run"
+    if "rl" in script:
+        argv = rl_flags_of(world, folder, phase="collect", precision=precision)
+    else:
+        argv = sft_flags(world, run_dir=folder, precision=precision)
+    AcceleratorState._reset_state(reset_partial_state=True)  # one precision per process otherwise
+    try:
+        SCRIPTS[script].main(argv)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    wanted = configured.replace("no", "fp32") if precision == "auto" else precision
+    assert yaml.safe_load((folder / "args.yaml").read_text())["precision"] == wanted
+    assert set(seen) == {torch.bfloat16 if wanted == "bf16" else torch.float32}
+    if "rl" in script:
+        assert f"on cpu, {wanted}" in capsys.readouterr().out

@@ -24,6 +24,7 @@ import rl_run
 import rollouts
 import run_mm_cot_rl
 from ares import cli, feedback
+from ares import launch as launch_lock
 from ares.cli import UserError
 from tests import rl_tools
 from tests.conftest import ROOT, one_line_error, run_script
@@ -199,7 +200,7 @@ def test_two_processes_then_a_second_round(world, collected, tmp_path):
     said = done.stdout.splitlines()
     assert said.index("Rationale Finished") < said.index("Waiting for the feedback")
     assert "2 process(es) on cpu" in done.stdout
-    assert {path.name for path in run.iterdir()} == {
+    assert {path.name for path in run.iterdir()} - {launch_lock.LOCK} == {
         "0", "args.yaml", "metrics.jsonl", "questions_round0", "rollouts", "samples_round_0.jsonl", "tensorboard"
     }  # fmt: skip
     assert {path.name for path in (run / "0").iterdir()} - {"special_tokens_map.json"} == ROUND_FILES
@@ -642,7 +643,7 @@ def test_an_export_without_its_rollouts_ends_every_rank(left, world, tmp_path):
     done = run_script("run_mm_cot_rl.py", *flags(world, run, phase="collect"), nproc=2, check=False,
                       env=ONE_THREAD, timeout=120)  # fmt: skip
     assert done.returncode != 0 and done.stderr.count("without its rollouts") == 1
-    assert not list(run.glob("rollouts/*/batch_*")) and "Traceback" not in done.stderr.partition("ChildFailed")[0]
+    assert not list(run.glob("rollouts/*/batch_*")) and 'run_mm_cot_rl.py", line' not in done.stderr
 
 
 def test_a_process_that_waits_for_files_ends_with_the_one_that_failed(tmp_path, monkeypatch):
