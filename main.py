@@ -22,6 +22,7 @@ from pathlib import Path
 
 import sft
 from ares import cli, launch
+from utils_lora import peft_fault
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,6 +54,8 @@ def run_name(args: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     launch.check_processes("main.py")
+    if fault := peft_fault():
+        cli.warn0(fault)  # before it is needed: the stages before it take hours
     source = args.evaluate_dir or args.model
     folder = Path(args.evaluate_dir or args.run_dir or Path(args.output_dir) / run_name(args))
     sft.check_run_dir(folder, source if not args.evaluate_dir else None)

@@ -27,7 +27,7 @@ from ares.problems import Problems, find_dataset, load_problems, load_splits, sp
 from ares.published import ANSWER_COLUMNS, NOTE, PUBLISHED
 from ares.sentences import split_text
 from ares.tables import FORMATS, Cell, Table
-from utils_evaluate import CATEGORIES, rationale_stats, resolve_answer, rouge_l
+from utils_evaluate import CATEGORIES, question_rouge, rationale_stats, resolve_answer
 
 ANSWERS = dict(zip(ANSWER_COLUMNS, "NAT SOC LAN TXT IMG NO G1-6 G7-12 AVG".split(), strict=True)) | {
     "num_fail": "unread"
@@ -160,7 +160,7 @@ def per_question(run: Run, told: Mapping[str, Any], path: Path, problems: Proble
     if not run.answers or run.rationales:
         labels = told.get("labels")
         golds = dict(zip(texts, labels, strict=True)) if isinstance(labels, list) and len(labels) == len(texts) else {}
-        rouges = {qid: rouge_l(golds[qid].strip(), text.strip()) for qid, text in texts.items() if qid in golds}
+        rouges = {qid: question_rouge(golds[qid], text) for qid, text in texts.items() if qid in golds}
         run.values["rouge"] = {qid: 100 * value for qid, value in rouges.items() if value is not None}
         scores = {qid: reference.score_sentences(problems[qid], split_text(text)) for qid, text in texts.items()}
         run.values["score"] = {qid: statistics.fmean(each) for qid, each in scores.items() if each}

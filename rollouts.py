@@ -304,7 +304,7 @@ def export(rollouts: Rollouts, questions: Path, tokenizer) -> None:
 
 
 def wait_for_file(path: Path, poll_seconds: float, failed: Path | None = None) -> None:
-    """Sleep until another process of this run has written `path`. Raises its UserError if it wrote `failed` instead."""
+    """Sleep until another process of this run has written `path`; raise its UserError if it wrote `failed` instead."""
     while not path.exists():
         if failed is not None and failed.exists():
             raise UserError(failed.read_text(encoding="utf-8"))

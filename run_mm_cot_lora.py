@@ -25,7 +25,7 @@ from pathlib import Path
 
 import sft
 from ares import cli, launch
-from utils_lora import add_adapter, check_adapter, load_adapter
+from utils_lora import add_adapter, check_adapter, load_adapter, peft_fault
 
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias")
 
@@ -43,7 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--rlh", nargs="?", const="True", help="a label, kept in args.yaml; nothing else reads it")
     args = parser.parse_args(argv)
     given = cli.given_flags(parser, argv)
-    problems = []
+    problems = [fault] if (fault := peft_fault()) else []
     if args.lora_r < 1 or args.lora_alpha < 1:
         problems.append(f"--lora_r and --lora_alpha must be at least 1, not {args.lora_r} and {args.lora_alpha}")
     if not 0 <= args.lora_dropout < 1:

@@ -39,6 +39,8 @@ import rl_flags
 import rl_run
 from ares import cli, feedback, launch
 from ares.cli import UserError, print0, run
+from ares.portable import portable_tokenizer
+from utils_lora import peft_fault
 
 # -- flags -----------------------------------------------------------------------------------------------
 
@@ -327,6 +329,7 @@ def save_round(setup: Setup, trainer, number: int) -> None:
         with cli.atomic_dir(setup.run / str(number)) as folder:
             trainer.raw.policy.save_pretrained(folder, state_dict=policy)
             setup.tokenizer.save_pretrained(folder)
+            portable_tokenizer(folder)
             if value_function is not None:
                 save_value_function(value_function, folder, value)
             torch.save(optimizer, folder / "optimizer_state.pth")
@@ -349,6 +352,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     typed = sys.argv[1:] if argv is None else argv
     args = parse_args(typed)
     launch.check_processes("run_mm_cot_rl.py")
+    if fault := peft_fault():
+        cli.warn0(fault)  # before it is needed: the stages before it take hours
     with contextlib.ExitStack() as held:
         run_rounds(set_up(args, held), typed)
 

@@ -29,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ares import cli, launch
 from ares.cli import UserError, print0, warn0
+from ares.portable import portable_tokenizer
 from model import choose_attention
 from utils_data import batches_pin_themselves
 from utils_predict import Predictor, asked_for, from_rank0
@@ -209,6 +210,7 @@ class SFTTrainer(Seq2SeqTrainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             self.state.save_to_json(str(staging / "trainer_state.json"))
+            portable_tokenizer(staging)
             (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; args.yaml says more
             for file in staging.iterdir():
                 file.chmod(0o644)  # safetensors writes 0600, which hides a model from the group that shares the box
