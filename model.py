@@ -399,8 +399,8 @@ def _check_features(info: CheckpointInfo, patch_size: PatchSize | None, img_type
         raise UserError(f"{held}, but {given} gives {patch_size[1]}; {use}")
     if recorded is not None and patch_size[0] is not None and patch_size[0] != recorded:
         raise UserError(
-            f"{flag}: {info.folder} was trained on {recorded} patches per image (image_patch_size in its config.json), but "
-            f"{given} gives {patch_size[0]}; {use}"
+            f"{flag}: {info.folder} was trained on {recorded} patches per image (image_patch_size in config.json), "
+            f"but {given} gives {patch_size[0]}; {use}"
         )
 
 

@@ -38,6 +38,11 @@ PPO_FLAGS = tuple(
     "seed lr rl_batch_size rl_epochs ga_step init_kl_coef clip_range vf_coef gamma gae_lambda adv_normalization "
     "neutral_score max_grad_norm lr_scheduler target_kl early_stop_kl entropy_coef vf_clip_range precision".split()
 )
+# Contents of files that make other rollouts, recorded with these flags, and what a refusal says of them.
+CONTENTS = {
+    "features": "--vision_features or --name_map: the features are not those it was begun with",
+    "tokenizer_pieces": "--tokenizer: its pieces are not those it was begun with",
+}
 # Flags that may change at any time. Data may move: the prompts themselves are compared (rollouts.Store.plan).
 FREE_FLAGS = tuple(
     "data_root dataset caption_file images vision_features name_map model tokenizer user_msg model_type feedback "
@@ -139,7 +144,9 @@ def sampling_identity(args: argparse.Namespace, folder: Path, number: int) -> di
     """The settings that make a round's rollouts what they are."""
     start = args.base_model_dir if number == first_round(args) else folder / str(number - 1)
     models = {"base_model_dir": str(Path(start).resolve()), "ref_model": str(Path(args.reference).resolve())}
-    return {key: getattr(args, key) for key in SAMPLING_FLAGS} | models
+    return (
+        {key: getattr(args, key) for key in SAMPLING_FLAGS} | models | {key: vars(args).get(key) for key in CONTENTS}
+    )
 
 
 def ppo_identity(args: argparse.Namespace) -> dict[str, Any]:
@@ -154,7 +161,9 @@ def refuse_changes(known: Path, now: dict[str, Any]) -> None:
     before = cli.read_json(known, "--run_dir")
     if before.get("precision") == "auto":  # earlier versions recorded the flag, not what it came to
         del before["precision"]
-    changed = [f"--{key} was {before[key]}, is {now[key]}" for key in now if key in before and before[key] != now[key]]
+    # what is not on record is not compared: earlier versions recorded less
+    differs = [key for key in now if key in before and before[key] != now[key]]
+    changed = [CONTENTS.get(key) or f"--{key} was {before[key]}, is {now[key]}" for key in differs]
     if changed:
         raise UserError(
             f"{known.parent} belongs to another experiment ({'; '.join(changed)}); give the old values back, "

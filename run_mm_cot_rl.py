@@ -107,7 +107,7 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     from rollouts import Prompts
-    from utils_predict import from_rank0
+    from utils_predict import from_rank0, tokenizer_digest
 
     # long waits go through files, never through a collective; two hours cover the saving of a large model
     kwargs = [
@@ -120,6 +120,9 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     check_processes(accelerator)
     launch.note_unused_gpus(torch.cuda.device_count(), "run_mm_cot_rl.py")
     held.enter_context(launch.only_launch(folder, from_rank0))
+    if cli.rank() == 0:
+        args.features = None if data.features is None else data.features.digest(data.qids["train"])
+        args.tokenizer_pieces = tokenizer_digest(tokenizer)
     from_rank0(lambda: rl_run.claim(args, folder, start))
     dataset = utils_data.RationaleDataset(data.problems, data.qids["train"], tokenizer, args, le)
     collator = utils_data.Collator(tokenizer.pad_token_id, data.features)

@@ -32,6 +32,14 @@ _FILES = {
     *("data_root", "dataset", "caption_file", "vision_features", "name_map", "correction_file", "tokenizer"),
     *("train_le", "eval_le"),
 }
+# Contents of files that args.yaml records, by what a refusal calls them.
+_CONTENTS = {
+    "--vision_features or --name_map (the features are not those of the earlier launch)": {
+        "train_features",
+        "eval_features",
+    },
+    "--tokenizer (its pieces are not those of the earlier launch)": {"tokenizer_pieces"},
+}
 # Without per-epoch evaluation these do not touch the weights either.
 _EVALUATION = {"val_split", "eval_le", "use_generate", "eval_data"}
 # Training flags that have no effect under --evaluate_dir; users copy them along with the rest of a command.
@@ -200,15 +208,20 @@ def changed_flags(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ignored = _FREE | (_EVALUATION if new["final_eval"] and old.get("final_eval") else set())
     differs = {key for key in new if key not in ignored and old.get(key) != new[key]}
     data_changed = differs & {"train_data", "eval_data"}
-    differs -= data_changed
+    # contents that earlier versions did not record are not compared
+    contents = [text for text, keys in _CONTENTS.items() if any(key in old for key in differs & keys)]
+    differs -= data_changed.union(*_CONTENTS.values())
     named = sorted(differs if data_changed else differs - _FILES)
     changed = [f"--{key} {new[key]} (was {old.get(key)})" for key in named]
     batch, old_batch = new["bs"] * new["processes"], old.get("bs", 0) * old.get("processes", 1)
     if batch != old_batch:
         changed.append(f"--bs x processes {batch} (was {old_batch})")
     if data_changed and not changed:
-        changed.append("the files under --data_root (prompts or targets are not those of the earlier launch)")
-    return changed
+        changed.append(
+            "the files under --data_root, --caption_file or --correction_file (prompts or targets are not those of "
+            "the earlier launch)"
+        )
+    return changed + contents
 
 
 # -- train, then predict ---------------------------------------------------------------------------------
@@ -266,13 +279,16 @@ def train_and_predict(
 ) -> None:
     """What `run` does once everything is checked and the folder is this launch's."""
     from sft_trainer import train
-    from utils_predict import digest, from_rank0
+    from utils_predict import digest, from_rank0, tokenizer_digest
 
     model = None
     if not args.evaluate_dir:
         digests = {
             "train_data": digest(datasets["train"]),
             "eval_data": digest(datasets["val"]) if "val" in datasets else None,
+            "train_features": predictor.features_digest(data.qids["train"]),
+            "eval_features": predictor.features_digest(data.qids["val"]) if "val" in datasets else None,
+            "tokenizer_pieces": tokenizer_digest(predictor.tokenizer),
         }
         settings = run_settings(args, digests, data.patch_size)
         checkpoint = from_rank0(lambda: open_run(folder, settings, args.overwrite))

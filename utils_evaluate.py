@@ -191,7 +191,8 @@ def rationale_scores(predictions: Mapping[str, str], references: Mapping[str, st
     """Mean BLEU-1, BLEU-4, ROUGE-L in per cent over the questions of `predictions`, by question id.
 
     A question without a reference counts nowhere; an empty prediction counts 0 for BLEU and is left out of ROUGE-L,
-    where one of white space alone counts 0 (both as in the released scores). Without a question to average over a score is left out.
+    where one of white space alone counts 0 (both as in the released scores). Without a question to average over a
+    score is left out.
     """
     bleus, rouges = [], []
     for qid, prediction in progress(predictions.items(), desc="BLEU and ROUGE-L", unit="question"):

@@ -38,6 +38,8 @@ from utils_prompt import answer_letter
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
 
+FINGERPRINTS = ("tokenizer", "features")  # of a prediction file's settings: contents, not flags
+
 Rows = dict[int, list[int]]  # row of the split -> predicted ids
 
 
@@ -70,6 +72,14 @@ def digest(dataset: Any) -> str:
             sha.update(np.asarray(ids, np.int32).tobytes() + b"|")
         sha.update(item["qid"].encode() + b"\n")
     return sha.hexdigest()[:16]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A hash of a tokenizer's pieces and their ids, the same whatever library version saved it."""
+    pieces = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps([pieces, tokenizer.pad_token_id, tokenizer.eos_token_id]).encode()).hexdigest()[
+        :16
+    ]
 
 
 class Predictor:
@@ -229,7 +239,14 @@ class Predictor:
             "output_len": self.args.output_len,
             "seed": self.args.seed,
             **({"precision": "bf16"} if self.bf16 else {}),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "features": self.features_digest(dataset.qids),
         }
+
+    def features_digest(self, qids: Sequence[str]) -> str | None:
+        """`VisionFeatures.digest`, read on rank 0 alone; None without features."""
+        features = self.collator.features
+        return None if features is None else from_rank0(lambda: features.digest(qids))
 
     def _write_file(self, path: Path, split: str, dataset: Any, rows: list[list[int]], settings: dict) -> None:
         preds, labels = self.decode(rows), self.decode(dataset.labels)
@@ -259,8 +276,10 @@ def weights_digest(places: Sequence[str | os.PathLike]) -> str:
 def _holds(path: Path, settings: Mapping[str, Any]) -> bool:
     """Whether `path` was made with these settings. Files are written in one step: one that is there is whole."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("settings") == settings
-    except (FileNotFoundError, json.JSONDecodeError, AttributeError):
+        found = json.loads(path.read_text(encoding="utf-8")).get("settings")
+        # earlier versions recorded no FINGERPRINTS
+        return found == {key: value for key, value in settings.items() if key in found or key not in FINGERPRINTS}
+    except (FileNotFoundError, json.JSONDecodeError, AttributeError, TypeError):
         return False
 
 

@@ -217,3 +217,163 @@ def test_precision_decides_and_args_yaml_says_what_ran(
     assert set(seen) == {torch.bfloat16 if wanted == "bf16" else torch.float32}
     if "rl" in script:
         assert f"on cpu, {wanted}" in capsys.readouterr().out
+
+
+# -- data that changed since -----------------------------------------------------------------------------
+
+
+def change_features(data, qid: str | None = None) -> None:
+    """Other numbers, same shape: of all images, or of one question's last patch alone."""
+    import numpy as np
+
+    path = data / "vision_features/vit.npy"
+    array = np.load(path)
+    if qid is None:
+        array = array[::-1] * 0.5
+    else:
+        array[json.loads((data / "vision_features/name_map.json").read_text())[qid], -1, -1] += 1
+    np.save(path, array)
+
+
+def change_name_map(data) -> None:
+    path = data / "vision_features/name_map.json"
+    told = json.loads(path.read_text())
+    first, second = list(told)[:2]
+    path.write_text(json.dumps({**told, first: told[second], second: told[first]}))
+
+
+def train_pictured(data) -> str:
+    splits = json.loads((data / "scienceqa/pid_splits.json").read_text())
+    name_map = json.loads((data / "vision_features/name_map.json").read_text())
+    return next(qid for qid in splits["train"] if qid in name_map)
+
+
+CHANGES = {
+    "features": lambda data: change_features(data),
+    "one number": lambda data: change_features(data, train_pictured(data)),
+    "name map": change_name_map,
+}
+
+
+def forget_fingerprints(folder) -> None:
+    """What the version before this one left."""
+    import yaml
+
+    if (folder / "args.yaml").exists():
+        told = yaml.safe_load((folder / "args.yaml").read_text())
+        known = {key: value for key, value in told.items()
+                 if key not in ("train_features", "eval_features", "tokenizer_pieces", "features")}  # fmt: skip
+        assert len(known) < len(told)
+        (folder / "args.yaml").write_text(yaml.safe_dump(known))
+    for path in [*folder.glob("predictions_ans_*.json"), *folder.glob("rollouts/*/flags_sampling.json")]:
+        told = json.loads(path.read_text())
+        part = told.get("settings", told)
+        for key in ("features", "tokenizer", "tokenizer_pieces"):
+            if part is not told or key != "tokenizer":
+                part.pop(key, None)
+        path.write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("stage", ["main.py", "run_mm_cot_lora.py", "run_mm_cot_rl.py"])
+def test_changed_features_are_not_the_same_run(stage, change, world, tmp_path, capsys):
+    folder, data = tmp_path / "run", tmp_path / "data"
+    if "rl" in stage:
+        shutil.copytree(world.data, data)
+        argv = rl_flags_of(world, folder, phase="collect", data_root=data)
+    else:
+        shutil.copytree(world.root, data)
+        argv = sft_flags(world, run_dir=folder, data_root=data)
+    main = SCRIPTS[stage].main
+    main(argv)
+    main(argv)  # nothing changed: goes on
+    moved = tmp_path / "moved"
+    shutil.copytree(data, moved)
+    main([*argv, "--data_root", str(moved)])  # nor does moving change anything
+    CHANGES[change](data)
+    with pytest.raises(UserError, match=r"--vision_features or --name_map.*the features are not those"):
+        main(argv)
+    if "rl" in stage:
+        rl_tools.answer(folder / "questions")
+        with pytest.raises(UserError, match=r"--vision_features or --name_map"):
+            main([*argv, "--phase", "train"])
+    forget_fingerprints(folder)
+    capsys.readouterr()
+    main(argv)  # begun by a version that recorded none
+    assert ("training is complete" in capsys.readouterr().out) or "rl" in stage
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_predictions_of_changed_features_are_made_anew(change, world, tmp_path, capsys):
+    folder, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(world.root, data)
+    shutil.copytree(world.tuned, folder)
+    argv = sft_flags(world, evaluate_dir=folder, data_root=data, epoch=None, final_eval=None)
+    splits = json.loads((data / "scienceqa/pid_splits.json").read_text())
+    name_map = json.loads((data / "vision_features/name_map.json").read_text())
+    tested = [qid for qid in splits["test"] if qid in name_map]
+    sft_script.main(argv)
+    capsys.readouterr()
+    sft_script.main(argv)
+    assert "already there" in capsys.readouterr().out
+    forget_fingerprints(folder)
+    sft_script.main(argv)
+    assert "already there" in capsys.readouterr().out
+    sft_script.main([*argv, "--overwrite"])
+    if change == "one number":
+        change_features(data, tested[-1])
+    elif change == "name map":  # of two questions that are asked
+        told = {**name_map, tested[0]: name_map[tested[1]], tested[1]: name_map[tested[0]]}
+        (data / "vision_features/name_map.json").write_text(json.dumps(told))
+    else:
+        change_features(data)
+    capsys.readouterr()
+    sft_script.main(argv)
+    assert "already there" not in capsys.readouterr().out
+
+
+def test_another_tokenizer_is_not_the_same_run(world, tmp_path):
+    """Equal ids of the prompts, other pieces: what is written means something else."""
+    folder, other = tmp_path / "run", tmp_path / "tokenizer"
+    argv = sft_flags(world, run_dir=folder, tokenizer=world.tokenizer)
+    sft_script.main(argv)
+    shutil.copytree(world.tokenizer, other)
+    told = json.loads((other / "tokenizer.json").read_text())
+    told["model"]["vocab"][31000][0] += "x"  # a piece that no prompt has
+    (other / "tokenizer.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match="--tokenizer"):
+        sft_script.main([*argv, "--tokenizer", str(other)])
+
+
+def test_big_features_are_sampled_at_every_row(tmp_path, monkeypatch):
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+
+    import utils_features
+
+    monkeypatch.setattr(utils_features, "WHOLE", 0)
+    array = np.random.default_rng(0).standard_normal((9, 5, 8)).astype("float32")
+    (tmp_path / "vit.json").write_text(json.dumps({"shape": [5, 8]}))
+    qids = [str(i) for i in range(10)]  # the last one has no image
+    name_map = {qid: row for row, qid in enumerate(qids[:9])}
+
+    def digest(values, map_=name_map, form="npy", order=qids):
+        path = tmp_path / f"vit.{form}"
+        if form == "npy":
+            np.save(path, values)
+        elif form == "pth":
+            torch.save(torch.from_numpy(values), path)
+        else:
+            save_file({"x": torch.from_numpy(values)}, path)
+        return utils_features.VisionFeatures(path, map_, "vit").digest(order)
+
+    first = digest(array)
+    assert digest(array, form="pth") == digest(array, form="safetensors") == first
+    turned = {qid: 8 - row for qid, row in name_map.items()}
+    assert digest(array[::-1].copy(), turned) == first  # rows in another order, mapped so
+    for row in range(9):
+        changed = array.copy()
+        changed[row] += 1
+        assert digest(changed) != first
+    assert digest(array, {**name_map, "9": 0}) != first and digest(array, {"0": 0}) != first
