@@ -24,6 +24,7 @@ import numpy as np
 
 from ares.cli import (
     IMG_TYPES,
+    HelpFormatter,
     UserError,
     atomic_path,
     print0,
@@ -55,7 +56,7 @@ FILES = {"vit": "vit.pth", "detr": "detr.npy", "clip": "clip.npy", "resnet": "re
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     files = parser.add_argument_group("files")
     files.add_argument("--data_root", default="images", metavar="DIR", help="folder of {qid}/image.png")
     files.add_argument(

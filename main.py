@@ -27,7 +27,7 @@ from utils_lora import peft_fault
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags as in the released code, ours besides; contradictions end here, before anything is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_common_flags(parser, output_len=64, lr=5e-5)
     group = sft.add_sft_flags(parser)
     group.add_argument("--output_dir", default="experiments", help="folder of all runs' folders")

@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ares.cli import (
+    HelpFormatter,
     UserError,
     atomic_path,
     place_file,
@@ -45,7 +46,7 @@ MINIS |= {"miniminival": ("val", 4), "minitest": ("test", 64)}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("dataset", choices=("scienceqa", "aokvqa"), help="which data set --source is")
     parser.add_argument("--source", required=True, metavar="PLACE", help="official folder, datasets folder or hub id")
     parser.add_argument("--images", metavar="DIR", help="images of an official folder: ScienceQA's, or COCO's")

@@ -55,7 +55,7 @@ class Run:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument(
         "--system", action="append", default=[], metavar="LABEL=PATH", help="repeat it; one label for several seeds"
     )
@@ -130,6 +130,9 @@ def read_system(
         per_question(run, told, path, problems, qids, has_answers, has_rationales)
     elif run.rationales:
         run.rationales |= shape_of(told["preds"])
+    if run.answers.get("num_fail", 0) > 0.05 * len(preds):
+        unread = int(run.answers["num_fail"])
+        cli.warn0(f"--system {label}: {unread} of {len(preds)} answers of {path} are unread: random choices")
     if not run.answers and not run.rationales:
         raise cli.UserError(f"--system {label}: {path} holds no scores; give its --data_root, by which some are made")
     return [run]

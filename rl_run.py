@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -262,16 +261,15 @@ def finished(folder: Path, number: int) -> bool:
     return (folder / str(number) / "args.yaml").exists()
 
 
-def next_commands(args: argparse.Namespace, folder: Path, argv: Sequence[str]) -> str:
+def next_commands(args: argparse.Namespace, folder: Path, argv: Sequence[str]) -> list[list[Any]]:
     """What to type after --phase collect."""
     questions = folder / "questions"
     names = [name for name in ("data_root", "dataset", "images") if getattr(args, name)]
     data = [word for name in names for word in (f"--{name}", getattr(args, name))]
     again = [word for i, word in enumerate(argv) if word != "--phase" and (i == 0 or argv[i - 1] != "--phase")]
     again = [word for word in again if not word.startswith("--phase=") and word != "--overwrite"]
-    commands = [
+    return [
         ["bash", "preprocessing_after_RL/processing_sentence_level_feedback.sh", "--questions_dir", questions, *data],
         ["python", "haiku.py", "--questions_dir", questions, *data],
         ["accelerate", "launch", "run_mm_cot_rl.py", *again, "--phase", "train"],
     ]
-    return "\n".join("  " + shlex.join(map(str, command)) for command in commands)

@@ -32,7 +32,7 @@ LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias")
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags as in the released code, ours besides; contradictions end here, before anything is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_common_flags(parser, output_len=64, lr=5e-5)
     sft.add_sft_flags(parser)
     group = parser.add_argument_group("adapter")
@@ -55,7 +55,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run_name(args: argparse.Namespace) -> str:
-    """The released name of an adapter's folder."""
+    """The released name of an adapter's folder; of any other prompt format than QCM-A, the paper's, followed by it."""
+    name = released_name(args)
+    begun = Path(args.model) / name / "args.yaml"  # earlier versions gave every format the released name
+    if args.prompt_format == "QCM-A" or (
+        begun.is_file() and f"prompt_format: {args.prompt_format}\n" in begun.read_text()
+    ):
+        return name
+    return cli.short_name(f"{name}_{args.prompt_format}")
+
+
+def released_name(args: argparse.Namespace) -> str:
     return cli.short_name(
         f"mm_cot_lora_r{args.lora_r}_a{args.lora_alpha}_d{args.lora_dropout}_s{args.seed}_lr{args.lr}"
         f"_bs{args.bs * cli.world_size()}_e{args.epoch}_len{args.output_len}"

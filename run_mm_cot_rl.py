@@ -47,9 +47,7 @@ from utils_lora import peft_fault
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the flags. Raises UserError that names every flag at fault."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=cli.HelpFormatter)
     cli.add_common_flags(parser, output_len=512, lr=1e-5, train_splits=rl_flags.TRAIN_SPLITS)
     rl_flags.add_flags(parser)
     args = parser.parse_args(argv)
@@ -358,7 +356,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if fault := peft_fault():
         cli.warn0(fault)  # before it is needed: the stages before it take hours
     with contextlib.ExitStack() as held:
-        run_rounds(set_up(args, held), typed)
+        setup = set_up(args, held)
+        run_rounds(setup, typed)
+        setup.accelerator.end_training()
 
 
 def run_rounds(setup: Setup, typed: Sequence[str]) -> None:
@@ -382,15 +382,19 @@ def run_rounds(setup: Setup, typed: Sequence[str]) -> None:
             free_memory()
         print0("Rationale Finished")
         if args.phase == "collect":
-            print0(f"round {number} is collected. Next:\n{rl_run.next_commands(args, setup.run, typed)}")
-            break
+            print0(f"round {number} is collected")
+            launch.next_step(*rl_run.next_commands(args, setup.run, typed))
+            return
         with rollouts.failure_shared(store):
             decision = await_feedback(setup, store)
         train_round(setup, store, number, decision)
         free_memory()
         if args.phase == "train":
             break
-    setup.accelerator.end_training()
+    launch.next_step([
+        "accelerate", "launch", "main.py", *launch.data_words(args), "--prompt_format", args.prompt_format,
+        "--output_len", args.output_len, "--use_generate", "--final_eval", "--evaluate_dir", setup.run / str(number),
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":

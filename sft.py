@@ -264,7 +264,28 @@ def run(
     )  # fmt: skip
     with launch.only_launch(folder, from_rank0):
         train_and_predict(args, folder, build, weights, data, datasets, training_args, predictor)
+        say_next(args, folder)
     close_group()
+
+
+def say_next(args: argparse.Namespace, folder: Path) -> None:
+    """The command of the stage that follows this one."""
+    if args.prompt_format.endswith("-A"):
+        data = [word for name in ("data_root", "dataset") if getattr(args, name)
+                for word in (f"--{name}", getattr(args, name))]  # fmt: skip
+        launch.next_step(["python", "results.py", "--system", f"answers={folder}", *data])
+    elif args.evaluate_dir:
+        file, tokenizer = folder / "predictions_ans_train.json", args.tokenizer or folder
+        script = "preprocessing_after_RL/remove_sentence.py"
+        launch.next_step(["python", script, "--file_path", file, "--tokenizer", tokenizer])
+    else:
+        launch.next_step([
+            "accelerate", "launch", "run_mm_cot_lora.py", *launch.data_words(args), "--model", folder,
+            "--correction", "False", "--prompt_format", "QCM-A", "--bs", "16", "--epoch", "20", "--lr", "8e-5",
+            "--output_len", "64", "--lora_r", "64", "--lora_alpha", "128", "--lora_dropout", "0.05", "--use_generate",
+            "--final_eval", "--eval_le", folder / "predictions_ans_eval.json",
+            "--test_le", folder / "predictions_ans_test.json",
+        ])  # fmt: skip
 
 
 def train_and_predict(

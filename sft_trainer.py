@@ -119,7 +119,15 @@ def train(
     )
     if checkpoint:
         print0(f"{folder}: going on from {Path(checkpoint).name}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with launch.CtrlC() as ctrl_c:
+        stopping = StopAndSave(ctrl_c)
+        trainer.add_callback(stopping)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stopping.stopped:
+        raise KeyboardInterrupt(
+            f"training is saved at step {trainer.state.global_step} of {trainer.state.max_steps}; run the same "
+            "command again to go on"
+        )
     trainer.load_best()
     model.config.use_cache = use_cache  # the Trainer turned it off; saved so, generation would be slow ever after
     trainer.save_trained()
@@ -405,6 +413,30 @@ class SaveEvery(TrainerCallback):
             return
         if from_rank0(lambda: time.monotonic() - self.saved >= self.seconds):
             control.should_save = True
+
+
+class StopAndSave(TrainerCallback):
+    """After Ctrl-C on any process: a checkpoint, then the end of training, on all processes."""
+
+    def __init__(self, ctrl_c: launch.CtrlC):
+        self.ctrl_c, self.stopped = ctrl_c, False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            return
+        pressed = self.ctrl_c.pressed
+        if args.world_size > 1:
+            if state.global_step % SaveEvery.CHECK_STEPS:
+                return
+            flag = torch.tensor(float(pressed), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            pressed = bool(flag.item())
+        if pressed:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped:  # the library takes the end of training for the end of an epoch
+            control.should_save = control.should_evaluate = False
 
 
 class Log(TrainerCallback):

@@ -255,9 +255,20 @@ class Predictor:
         content |= {"answers": self.letters(dataset.qids, preds), "settings": settings}
         cli.write_json(path, content)
         print0(f"predictions: {path} ({len(preds)} rows)")
+        if "A" in asked_for(self.args):
+            warn_unread(content["answers"].count(None), len(preds), path)
         if split == "test":
             failed = "" if content["num_fail"] is None else f"num_fail {content['num_fail']}, "
             print0(f"{failed}scores {json.dumps(content['scores'])}")
+
+
+def warn_unread(unread: int, rows: int, path: str | os.PathLike) -> None:
+    """Warn where more than 5 % of the answers could not be read: their scores are those of guesses."""
+    if unread > 0.05 * rows:
+        cli.warn0(
+            f"{path}: {unread} of {rows} texts hold no answer of the form `The answer is (X).`; each counts as a "
+            "random choice. Train longer, raise --output_len, or predict with --use_generate"
+        )
 
 
 def weights_digest(places: Sequence[str | os.PathLike]) -> str:

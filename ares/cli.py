@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -35,8 +36,11 @@ class Stop(UserError):
         self.status = status
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Entry point of every script: `if __name__ == "__main__": run(main)`."""
+def run(main: Callable[[], Any], interrupted: str = "what is finished is on disk; run the same command again") -> None:
+    """Entry point of every script: `if __name__ == "__main__": run(main)`.
+
+    `interrupted`: what Ctrl-C loses and how to go on, unless the KeyboardInterrupt itself says it. Exit status 130.
+    """
     try:
         main()
     except UserError as error:
@@ -45,7 +49,9 @@ def run(main: Callable[[], Any]) -> None:
         where = f" (rank {rank()})" if rank() > 0 else ""
         print(f"{Path(sys.argv[0]).name}: error{where}: {error}", file=sys.stderr, flush=True)
         sys.exit(getattr(error, "status", 2))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher sends it once more
+        print0(f"{Path(sys.argv[0]).name}: stopped (Ctrl-C): {str(stopped) or interrupted}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -101,6 +107,19 @@ def progress(
 
 
 # -- flags -----------------------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Of every script: the module's text as it stands, and each flag's default unless its help already says it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help or "", action.default
+        shown = action.option_strings and default not in (None, False, argparse.SUPPRESS, "", [], ())
+        if not shown or "default" in text or action.nargs == 0:
+            return text
+        if isinstance(default, (list, tuple)):
+            return f"{text} (default: {' '.join(map(str, default))})".strip()
+        return f"{text} (default: %(default)s)".strip()
 
 
 def str2bool(text: str) -> bool:

@@ -1,4 +1,4 @@
-"""How a training script is started: its processes, and the one launch that may work in a run folder.
+"""How a training script is started, kept alone in its run folder, stopped, and followed by the next one.
 
     launch.check_processes("main.py")                 # before anything is loaded
     with launch.only_launch(folder, from_rank0):       # the whole run
@@ -13,9 +13,13 @@ import contextlib
 import errno
 import json
 import os
+import shlex
+import signal
 import socket
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +76,53 @@ def note_unused_gpus(visible: int, script: str) -> None:
             f"note: {visible} GPUs are visible but one process was started: using one GPU. "
             f"All of them: accelerate launch --num_processes {visible} {script} ..."
         )
+
+
+# -- stopping --------------------------------------------------------------------------------------------
+
+
+class CtrlC:
+    """Within the block the first Ctrl-C only sets `pressed`: the loop saves and ends. A later one stops at once.
+
+    A launcher repeats the signal to its processes: one that follows within GRACE seconds is the same Ctrl-C.
+    """
+
+    GRACE = 3.0
+
+    def __init__(self) -> None:
+        self.pressed = False
+        self._at = 0.0
+
+    def __enter__(self) -> CtrlC:
+        self._in_main = threading.current_thread() is threading.main_thread()
+        if self._in_main:
+            self._before = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._in_main:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _press(self, number: int, frame: Any) -> None:
+        if self.pressed and time.monotonic() - self._at > self.GRACE:
+            raise KeyboardInterrupt("nothing was saved since the last checkpoint; run the same command again")
+        if not self.pressed:
+            self.pressed, self._at = True, time.monotonic()
+            print0("Ctrl-C: saving after this step, then stopping (once more: stop at once)", file=sys.stderr)
+
+
+def next_step(*commands: Sequence[Any], note: str = "") -> None:
+    """Print what to run now, as a shell reads it."""
+    print0(f"next:{' ' + note if note else ''}")
+    for command in commands:
+        print0("  " + shlex.join(map(str, command)))
+
+
+def data_words(args: Any) -> list[str]:
+    """The flags that name a run's data, for another stage's command line."""
+    names = ("data_root", "dataset", "img_type", "vision_features", "name_map")
+    words = [word for name in names if getattr(args, name) for word in (f"--{name}", str(getattr(args, name)))]
+    return [*words, "--caption_file", args.caption_file, "--use_caption"] if args.use_caption else words
 
 
 # -- one launch per run folder ---------------------------------------------------------------------------

@@ -377,3 +377,191 @@ def test_big_features_are_sampled_at_every_row(tmp_path, monkeypatch):
         changed[row] += 1
         assert digest(changed) != first
     assert digest(array, {**name_map, "9": 0}) != first and digest(array, {"0": 0}) != first
+
+
+# -- Ctrl-C, what comes next, help -----------------------------------------------------------------------
+
+
+def start(script: str, argv: list[str], nproc: int = 1):
+    import subprocess
+    import sys
+
+    from tests.conftest import ROOT, _free_port
+
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(nproc), "--master_port", str(_free_port())]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen([sys.executable, *(launcher if nproc > 1 else []), script, *argv], cwd=ROOT, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)  # fmt: skip
+
+
+def press_ctrl_c(process, until) -> tuple[str, str]:
+    """SIGINT to the whole group, as a terminal sends it, once `until()`; a lone process gets a second one at once, as
+    torchrun sends its processes."""
+    import signal
+    import time
+
+    while not until():
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.05)
+    if process.poll() is None and "torch.distributed.run" not in process.args:
+        os.killpg(process.pid, signal.SIGINT)
+    return process.communicate(timeout=120)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_ctrl_c_saves_sft(world, tmp_path, nproc):
+    folder = tmp_path / "run"
+    argv = sft_flags(world, run_dir=folder, epoch=4000, bs=1, lr=1e-4)
+    process = start("main.py", argv, nproc)
+    said, err = press_ctrl_c(
+        process, lambda: (folder / "args.yaml").exists() and list(folder.glob("checkpoint-*/complete"))
+    )
+    assert "stopped (Ctrl-C): training is saved at step" in err, err[-3000:]
+    assert 'main.py", line' not in err and err.count("stopped (Ctrl-C)") == 1
+    if nproc == 1:
+        assert process.returncode == 130 and "Traceback" not in err
+    step = int(err.partition("saved at step ")[2].split()[0])
+    assert (folder / f"checkpoint-{step}/complete").exists() and not (folder / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_ctrl_c_saves_ppo(world, tmp_path, nproc):
+    folder = tmp_path / "run"
+    argv = rl_flags_of(world, folder, rl_epochs=4000, lr=1e-5)
+    rl_tools.Teacher(folder / "questions")
+    process = start("run_mm_cot_rl.py", argv, nproc)
+    said, err = press_ctrl_c(process, lambda: list((folder / "state").glob("slot_*")))
+    assert "stopped (Ctrl-C): PPO is saved after update" in err, err[-3000:]
+    assert 'run_mm_cot_rl.py", line' not in err
+    if nproc == 1:
+        assert process.returncode == 130 and "Traceback" not in err
+        import torch
+
+        done = int(err.partition("after update ")[2].split()[0])
+        saved = [torch.load(slot, weights_only=True)["position"]["done"] for slot in folder.glob("state/slot_*")]
+        assert max(saved) == done
+        assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["update"] == done
+
+
+@pytest.mark.parametrize("phase", ["sampling", "waiting", "predicting"])
+def test_ctrl_c_elsewhere_says_that_the_same_command_goes_on(phase, world, tmp_path):
+    folder = tmp_path / "run"
+    if phase == "predicting":
+        shutil.copytree(world.tuned, folder)
+        argv = sft_flags(world, evaluate_dir=folder, epoch=None, final_eval=None, eval_bs=1, use_generate="",
+                         prompt_format="QCM-E", output_len=200)  # fmt: skip
+        process = start("main.py", argv)
+        until = lambda: list(folder.glob(".predicting_*/rows*"))  # noqa: E731
+    else:
+        process = start("run_mm_cot_rl.py", rl_flags_of(world, folder, bs=1, poll_seconds=30))
+        file = "rollouts/round_0/batch_*" if phase == "sampling" else "rollouts/round_0/collected.json"
+        until = lambda: list(folder.glob(file))  # noqa: E731
+    said, err = press_ctrl_c(process, until)
+    assert process.returncode == 130 and "Traceback" not in err, err[-3000:]
+    assert err.count("stopped (Ctrl-C)") == 1 and "run the same command again" in err
+
+
+def test_every_stage_ends_with_the_next_command(world, tmp_path, capsys):
+    import shlex
+
+    def next_command() -> list[str]:
+        out = capsys.readouterr().out
+        assert out.count("next:\n") == 1
+        return shlex.split(out.partition("next:\n")[2].splitlines()[0])
+
+    run = tmp_path / "rl"
+    rl_tools.Teacher(run / "questions")
+    rl_script.main(rl_flags_of(world, run, rl_epochs=1))
+    words = next_command()
+    assert words[:3] == ["accelerate", "launch", "main.py"] and words[-2:] == ["--evaluate_dir", str(run / "0")]
+    sft_script.main(words[3:])
+    words = next_command()
+    assert words[:2] == ["python", "preprocessing_after_RL/remove_sentence.py"]
+    run_script(*words[1:])
+    sft = tmp_path / "sft"
+    sft_script.main(sft_flags(world, run_dir=sft, prompt_format="QCM-E", use_caption=None))
+    words = next_command()
+    assert words[:3] == ["accelerate", "launch", "run_mm_cot_lora.py"]
+    args = lora_script.parse_args(words[3:])
+    assert (args.model, args.prompt_format, args.img_type) == (str(sft), "QCM-A", "vit")
+    lora_script.main([*words[3:], "--epoch", "1", "--input_len", "48", "--output_len", "8"])
+    words = next_command()
+    assert words[:2] == ["python", "results.py"]
+    run_script(*words[1:])
+
+
+def test_unread_answers_are_warned_of_above_5_percent(capsys):
+    from utils_predict import warn_unread
+
+    for unread, rows, warned in [(64, 64, True), (6, 100, True), (5, 100, False), (0, 3, False), (1, 8, True)]:
+        warn_unread(unread, rows, "predictions_ans_test.json")
+        assert (f"{unread} of {rows}" in capsys.readouterr().err) == warned
+
+
+def test_qcm_a_and_qcmg_a_have_a_folder_each(tmp_path, world):
+    model = tmp_path / "model"
+    shutil.copytree(world.tuned, model)
+    names = {fmt: lora_script.run_name(lora_script.parse_args(["--model", str(model), "--prompt_format", fmt]))
+             for fmt in ("QCM-A", "QCMG-A", "QCM-LEA")}  # fmt: skip
+    assert len(set(names.values())) == 3 and names["QCMG-A"] == names["QCM-A"] + "_QCMG-A"
+    # one that an earlier version began goes on where it is
+    (model / names["QCM-A"]).mkdir()
+    (model / names["QCM-A"] / "args.yaml").write_text("output_len: 64\nprompt_format: QCMG-A\nseed: 42\n")
+    args = lora_script.parse_args(["--model", str(model), "--prompt_format", "QCMG-A"])
+    assert lora_script.run_name(args) == names["QCM-A"]
+
+
+def scripts_with_flags() -> list[str]:
+    from tests.conftest import ROOT
+
+    found = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("preprocessing_after_RL/*.py")]
+             if "ArgumentParser(" in path.read_text() and "__main__" in path.read_text()]  # fmt: skip
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+@pytest.mark.parametrize("script", scripts_with_flags())
+def test_help_shows_every_default(script, monkeypatch):
+    """Asked of the parser that the script makes: no default that means something is missing from its help."""
+    import argparse
+    import importlib.util
+    import sys
+
+    from tests.conftest import ROOT
+
+    made = []
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *a, **k: made.append(self) or sys.exit(0))
+    spec = importlib.util.spec_from_file_location("script_under_test", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    with pytest.raises(SystemExit):
+        (getattr(module, "parse_args", None) or module.main)([])
+    (parser,) = made[:1]
+    text = " ".join(parser.format_help().split())
+    for action in parser._actions:
+        if (
+            action.option_strings
+            and action.default not in (None, False, "", [], (), argparse.SUPPRESS)
+            and action.nargs != 0
+        ):
+            name = action.option_strings[-1]
+            shown = parser.formatter_class("x", width=10_000)._get_help_string(action)
+            assert "default" in shown, name
+    assert "%(" not in text
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["experiments/r/model.safetensors", "RL_models/r/0/config.json", "win_rate/A_vs_B/win_rate.json", "report.html",
+     "report_images/1.png", "vision_features/vit.npy", "aokvqa_data/aokvqa/problems.json", "instruct_captions.json",
+     "x/.lock", "demo_run/x", "preprocessing_after_RL/0/p0/1/score.txt", "wandb/x", "data/captions.json"],
+)  # fmt: skip
+def test_what_scripts_write_is_ignored_by_git(path):
+    import subprocess
+
+    from tests.conftest import ROOT
+
+    assert subprocess.run(["git", "check-ignore", "-q", path], cwd=ROOT).returncode == 0

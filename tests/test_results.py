@@ -206,7 +206,7 @@ def test_a_data_folder_that_nobody_asked_for_stops_no_table(tmp_path, monkeypatc
 
 
 def released_file(path, problems, qids, asked: str, garbled: int = 0) -> None:
-    """A predictions file as the released code writes it: no ids, both parts' scores whatever was asked, `similariry`."""
+    """As the released code writes it: no ids, both parts' scores whatever was asked, `similariry`."""
     letters = ["ABCDE"[problems[qid]["answer"]] for qid in qids]
     solutions = [f"Solution: {problems[qid]['solution']}".replace("\n", " ") for qid in qids]
     answers = [f"The answer is ({letter})." for letter in letters]
