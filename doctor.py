@@ -41,7 +41,7 @@ GB = 1e9
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     data = cli.add_data_flags(parser)
     data.add_argument("--caption_file", default=problems.CAPTION_DEFAULT, help="captions, {qid: text}")
     data.add_argument("--use_caption", action="store_true", help="captions are needed (default: told if there)")

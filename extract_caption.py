@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ares.cli import UserError, print0, progress, refuse, run, warn0
+from ares.cli import HelpFormatter, UserError, print0, progress, refuse, run, warn0
 from ares.files import read_json, writable_dir, write_json
 from utils_vision import hub_failure, list_images, offline_unless_reachable, pick_device, read_image
 
@@ -24,7 +24,7 @@ PROMPT = "Write a short description for the image."
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     files = parser.add_argument_group("files")
     files.add_argument("--data_root", default="images", metavar="DIR", help="folder of {qid}/image.png")
     files.add_argument(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ares import files
-from ares.cli import IMG_TYPES, UserError, print0, progress, refuse, run, warn0
+from ares.cli import IMG_TYPES, HelpFormatter, UserError, print0, progress, refuse, run, warn0
 from ares.files import atomic_path, read_json, writable_dir, write_json
 from ares.memory import keep_freed_memory
 from utils_vision import (
@@ -46,7 +46,7 @@ FILES = {"vit": "vit.pth", "detr": "detr.npy", "clip": "clip.npy", "resnet": "re
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     files = parser.add_argument_group("files")
     files.add_argument("--data_root", default="images", metavar="DIR", help="folder of {qid}/image.png")
     files.add_argument(

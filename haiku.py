@@ -32,7 +32,7 @@ HEARTBEAT = 60.0  # seconds between lines while --watch waits
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_data_flags(parser)
     parser.add_argument(
         "--questions_dir", default="preprocessing_after_RL", help="folder of {k}/p{rank}/{qid}/ (default: %(default)s)"

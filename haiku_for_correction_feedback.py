@@ -28,7 +28,7 @@ from utils_prompt import WORDING
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_data_flags(parser)
     parser.add_argument("--train_split", default="train", help="split the rationales belong to (default: %(default)s)")
     parser.add_argument(

@@ -21,12 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sft
-from ares import cli, files
+from ares import cli, files, launch
+from utils_lora import peft_fault
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags as in the released code, ours besides; contradictions end here, before anything is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_common_flags(parser, output_len=64, lr=5e-5)
     group = sft.add_sft_flags(parser)
     group.add_argument("--output_dir", default="experiments", help="folder of all runs' folders")
@@ -52,6 +53,9 @@ def run_name(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    launch.check_processes("main.py")
+    if fault := peft_fault():
+        cli.warn0(fault)  # before it is needed: the stages before it take hours
     source = args.evaluate_dir or args.model
     folder = Path(args.evaluate_dir or args.run_dir or Path(args.output_dir) / run_name(args))
     sft.check_run_dir(folder, source if not args.evaluate_dir else None)

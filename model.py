@@ -19,6 +19,7 @@ alike; pickles are only ever read with `weights_only=True`. A model without `pat
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5ForConditionalGeneration
 from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Stack
@@ -40,6 +41,8 @@ from ares.files import atomic_path
 from ares.head import label_loss
 from ares.t5_config import MultimodalT5Config, PatchSize, as_multimodal, read_config
 
+# transformers 5.18 or so renamed the argument
+CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else "past_key_values"
 VALUE_FUNCTION = "value_function.pth"
 FUSION = ("encoder.image_dense.", "encoder.mha_layer.", "encoder.gate_dense.")
 EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # one tensor with shared.weight, always
@@ -221,6 +224,9 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
         if kwargs.get("encoder_outputs") is None:
             # encoded here, so that the library does not carry (and copy k times) the image features through decoding
             kwargs["encoder_outputs"] = self.encode(input_ids, attention_mask, image_ids)
+        if kwargs.get("use_cache") is not False and not {"cache_implementation", CACHE} & kwargs.keys():
+            # the library makes one with as many layers as the encoder has, which a deeper decoder overruns
+            kwargs[CACHE] = EncoderDecoderCache(DynamicCache(), DynamicCache())
         return super().generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
 
@@ -394,8 +400,8 @@ def _check_features(info: CheckpointInfo, patch_size: PatchSize | None, img_type
         raise UserError(f"{held}, but {given} gives {patch_size[1]}; {use}")
     if recorded is not None and patch_size[0] is not None and patch_size[0] != recorded:
         raise UserError(
-            f"{flag}: {info.folder} was trained on {recorded} patches per image (patch_size in its config.json), but "
-            f"{given} gives {patch_size[0]}; {use}"
+            f"{flag}: {info.folder} was trained on {recorded} patches per image (image_patch_size in config.json), "
+            f"but {given} gives {patch_size[0]}; {use}"
         )
 
 

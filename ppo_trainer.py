@@ -24,13 +24,16 @@ from torch import Tensor, nn
 
 import scoring
 import sharding
-from ares import cli, files, ppo
+from ares import cli, files, launch, ppo
 from ares.cli import UserError
 from experience import Experience, passes, plan_epoch
 from metrics import Metrics, epoch_warnings
 from rollouts import Prompts, seed_for
 
 # -- model and optimizer ---------------------------------------------------------------------------------
+
+
+STOP = 1000.0  # more than saving is due (1): Ctrl-C
 
 
 class ActorCritic(nn.Module):
@@ -231,7 +234,14 @@ class PpoTrainer:
         return {"round": self.number, "processes": self.accelerator.num_processes, "rows": len(self.data)}
 
     def train(self) -> None:
-        """Run the PPO epochs that are left. Every process takes part in every update."""
+        """Run the PPO epochs that are left. Every process takes part in every update.
+
+        Ctrl-C saves after the update at hand and ends with KeyboardInterrupt, on every process.
+        """
+        with launch.CtrlC() as self.ctrl_c:
+            self._epochs()
+
+    def _epochs(self) -> None:
         for epoch in range(self.position.epoch, self.args.rl_epochs):
             plan = plan_epoch(
                 self.lengths,
@@ -250,6 +260,12 @@ class PpoTrainer:
                 for step in plan[self.position.update :]:
                     due = self._update(step, self.args.rl_epochs * len(plan))
                     bar.update()
+                    if due == STOP:
+                        self.save_state()
+                        raise KeyboardInterrupt(
+                            f"PPO is saved after update {self.position.done} of round {self.number}; run the same "
+                            "command again to go on"
+                        )
                     if self.stop_epoch:
                         cli.print0(f"approx_kl is above --early_stop_kl {self.args.early_stop_kl}: next epoch")
                         break
@@ -257,8 +273,9 @@ class PpoTrainer:
                         self.save_state()
             self._end_epoch()
 
-    def _update(self, step: list[list[list[int]]], total_updates: int) -> bool:
-        """One optimizer step over all its passes and processes. Returns, alike everywhere, if saving is due."""
+    def _update(self, step: list[list[list[int]]], total_updates: int) -> float:
+        """One optimizer step over all its passes and processes. Returns, alike everywhere, above 0 if saving is due
+        and STOP if Ctrl-C was pressed."""
         args, data, rank = self.args, self.data, self.accelerator.process_index
         rows = [row for minibatches in step for minibatch in minibatches for row in minibatch]
         total = int(data.rollouts.lengths[torch.as_tensor(rows)].sum())  # real positions of the whole step
@@ -280,6 +297,8 @@ class PpoTrainer:
                 (loss * self.accelerator.num_processes).backward()
         if rank == 0 and time.monotonic() - self.saved_at > 60 * args.save_minutes:
             sums[-1] = 1.0  # rank 0's clock decides for all
+        if self.ctrl_c.pressed:
+            sums[-1] = STOP  # of any process: all of them stop after this update
         norm = self._clip()
         gathered = self.accelerator.reduce(sums, "sum")
         *sums, due, grad_norm = [*gathered.tolist(), float(norm)]  # the one wait for a GPU in an update
@@ -294,7 +313,7 @@ class PpoTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._record(sums, grad_norm, lr, rows)
-        return due > 0
+        return STOP if due >= STOP else due
 
     def _clip(self) -> Tensor:
         """Clip the gradient to --max_grad_norm; its norm over all parameters before that."""

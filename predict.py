@@ -44,7 +44,7 @@ LENGTHS = {"input_len": 512, "output_len": 512}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     models = parser.add_argument_group("models")
     models.add_argument("--model", required=True, metavar="DIR", help="rationale model (or one that also answers)")
     models.add_argument("--lora", metavar="DIR", help="adapter on --model that answers")

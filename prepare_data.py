@@ -25,7 +25,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ares.cli import UserError, print0, progress, run, warn0
+from ares.cli import HelpFormatter, UserError, print0, progress, run, warn0
 from ares.files import atomic_path, place_file, read_json, writable_dir, write_json
 from ares.images import as_rgb, media_type
 from utils_sources import Pictures, Source, open_source
@@ -35,7 +35,7 @@ MINIS |= {"miniminival": ("val", 4), "minitest": ("test", 64)}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("dataset", choices=("scienceqa", "aokvqa"), help="which data set --source is")
     parser.add_argument("--source", required=True, metavar="PLACE", help="official folder, datasets folder or hub id")
     parser.add_argument("--images", metavar="DIR", help="images of an official folder: ScienceQA's, or COCO's")

@@ -36,7 +36,7 @@ from report_page.pictures import MODES, collect_images
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     group = parser.add_argument_group("what to show")
     group.add_argument(
         "--stage", action="append", metavar='"NAME=FOLDER"', help="a stage's folder or predictions file; repeat it"

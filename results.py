@@ -22,12 +22,12 @@ from typing import Any
 
 from ares import cli, files, reference
 from ares.intervals import mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
-from ares.predictions import predictions_file, scores_of, split_label, texts_by_qid
+from ares.predictions import parts_asked, predictions_file, scores_of, split_label, texts_by_qid
 from ares.problems import Problems, find_dataset, load_problems, load_splits, split_qids
 from ares.published import ANSWER_COLUMNS, NOTE, PUBLISHED
 from ares.sentences import split_text
 from ares.tables import FORMATS, Cell, Table
-from utils_evaluate import CATEGORIES, rationale_stats, resolve_answer, rouge_l
+from utils_evaluate import CATEGORIES, accuracy_table, question_rouge, rationale_stats, resolve_answer
 
 ANSWERS = dict(zip(ANSWER_COLUMNS, "NAT SOC LAN TXT IMG NO G1-6 G7-12 AVG".split(), strict=True)) | {
     "num_fail": "unread"
@@ -55,7 +55,7 @@ class Run:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument(
         "--system", action="append", default=[], metavar="LABEL=PATH", help="repeat it; one label for several seeds"
     )
@@ -115,15 +115,24 @@ def read_system(
     if not isinstance(told, dict) or "preds" not in told:
         raise cli.UserError(f"--system {label}: {path} holds neither preds nor a demo's table; name a stage's folder")
     run = Run(label, str(path))
+    preds, labels = (told.get(name) or [] for name in ("preds", "labels"))
+    for name, column in (("preds", preds), ("labels", labels)):
+        if not isinstance(column, list) or not all(isinstance(text, str) for text in column):
+            raise cli.UserError(f"--system {label}: {path}: {name} is no list of texts; make the file again")
+    has_answers, has_rationales = parts_asked(preds, labels)
     scores = scores_of(told, path, f"--system {label}")
-    run.answers = {name.removeprefix("acc_"): value for name, value in scores.get("answer", {}).items()}
+    figures = scores.get("answer", {}) if has_answers else {}
+    run.answers = {name.removeprefix("acc_"): value for name, value in figures.items()}
     if run.answers and isinstance(told.get("num_fail"), int):
         run.answers["num_fail"] = float(told["num_fail"])
-    run.rationales = scores.get("rationale", {})
+    run.rationales = scores.get("rationale", {}) if has_rationales else {}
     if problems is not None:
-        per_question(run, told, path, problems, qids)
+        per_question(run, told, path, problems, qids, has_answers, has_rationales)
     elif run.rationales:
         run.rationales |= shape_of(told["preds"])
+    if run.answers.get("num_fail", 0) > 0.05 * len(preds):
+        unread = int(run.answers["num_fail"])
+        cli.warn0(f"--system {label}: {unread} of {len(preds)} answers of {path} are unread: random choices")
     if not run.answers and not run.rationales:
         raise cli.UserError(f"--system {label}: {path} holds no scores; give its --data_root, by which some are made")
     return [run]
@@ -146,21 +155,31 @@ def shape_of(texts: Sequence[str]) -> dict[str, float]:
     return {"repeated": 100 * stats["repeated"], "unfinished": 100 * stats["unfinished"], "words": words}
 
 
-def per_question(run: Run, told: Mapping[str, Any], path: Path, problems: Problems, qids: Sequence[str]) -> None:
+def per_question(
+    run: Run,
+    told: Mapping[str, Any],
+    path: Path,
+    problems: Problems,
+    qids: Sequence[str],
+    answers: bool,
+    rationales: bool,
+) -> None:
     """Fill in what intervals and tests need: right answers, ROUGE-L and the reference Teacher's score by question."""
     texts = texts_by_qid(told, path, f"--system {run.label}", qids)
     unknown = next((qid for qid in texts if qid not in problems), None)
     if unknown is not None:
         raise cli.UserError(f"--system {run.label}: {path} holds question {unknown}, which --data_root does not know")
     seed = (told.get("settings") or {}).get("seed", 42)
-    if run.answers:
-        for qid, text in texts.items():
-            chosen, _ = resolve_answer(text, len(problems[qid]["choices"]), qid, seed)
-            run.right[qid] = chosen == problems[qid]["answer"]
-    if not run.answers or run.rationales:
+    if answers:
+        chosen = {qid: resolve_answer(text, len(problems[qid]["choices"]), qid, seed) for qid, text in texts.items()}
+        run.right = {qid: choice == problems[qid]["answer"] for qid, (choice, _) in chosen.items()}
+        table = accuracy_table({qid: choice for qid, (choice, _) in chosen.items()}, problems)
+        run.answers = {name.removeprefix("acc_"): float(value) for name, value in table.items()} | run.answers
+        run.answers.setdefault("num_fail", float(sum(not read for _, read in chosen.values())))
+    if rationales:
         labels = told.get("labels")
         golds = dict(zip(texts, labels, strict=True)) if isinstance(labels, list) and len(labels) == len(texts) else {}
-        rouges = {qid: rouge_l(golds[qid].strip(), text.strip()) for qid, text in texts.items() if qid in golds}
+        rouges = {qid: question_rouge(golds[qid], text) for qid, text in texts.items() if qid in golds}
         run.values["rouge"] = {qid: 100 * value for qid, value in rouges.items() if value is not None}
         scores = {qid: reference.score_sentences(problems[qid], split_text(text)) for qid, text in texts.items()}
         run.values["score"] = {qid: statistics.fmean(each) for qid, each in scores.items() if each}
@@ -192,13 +211,23 @@ def cells_of(runs: Sequence[Run], kind: str, problems: Problems | None, seed: in
 def interval_of(run: Run, name: str, problems: Problems | None, seed: int) -> tuple[float, float] | tuple[()]:
     if name in CATEGORIES and run.right and problems is not None:
         right = [value for qid, value in run.right.items() if CATEGORIES[name](problems[qid])]
-        low, high = shares_interval([sum(right), len(right) - sum(right)], (100, 0), seed)
-        return low, high
+        # the file's own share: the released code's guesses at unread answers are not those made here
+        count = round(run.answers[name] / 100 * len(right))
+        return around(run.answers[name], shares_interval([count, len(right) - count], (100, 0), seed))
     if name == "score" and run.sentences:  # a mean over sentences, as the table's
-        return ratio_interval(run.sentences, seed)
+        return around(run.rationales[name], ratio_interval(run.sentences, seed))
     if name in run.values and run.values[name]:
-        return mean_interval(list(run.values[name].values()), seed)
+        return around(run.rationales[name], mean_interval(list(run.values[name].values()), seed))
     return ()
+
+
+def around(point: float, interval: tuple[float, float]) -> tuple[float, float] | tuple[()]:
+    """`interval`, or () where it is not that of `point` (a figure of a file whose texts were changed since).
+
+    Figures of files are rounded to two decimals.
+    """
+    low, high = interval
+    return (min(low, point), max(high, point)) if low - 0.006 <= point <= high + 0.006 else ()
 
 
 def system_tables(args: argparse.Namespace, runs: Sequence[Run], problems: Problems | None) -> list[Table]:

@@ -147,16 +147,11 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
             )
     if args.target_kl is not None and args.init_kl_coef == 0:
         faults.append("--target_kl adapts the KL coefficient by factors of 2: give an --init_kl_coef above 0")
-    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") not in ("no", "bf16"):
-        faults.append(
-            f"the accelerate configuration asks for {os.environ['ACCELERATE_MIXED_PRECISION']}, in which T5 overflows;"
-            " use --precision bf16 or fp32"
-        )
     if args.overwrite and args.phase == "train":
         faults.append("--overwrite would delete the rollouts that --phase train needs; drop one of them")
     if args.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
         faults.append("--report_to wandb: the package is not installed; pip install wandb, or drop the flag")
-    faults += check_sharding()
+    faults += cli.precision_faults() + check_sharding()
     cli.refuse(faults)
     if not args.do_sample and args.k_actions > 1:
         cli.warn0(f"--do_sample False gives {args.k_actions} equal rationales per question: sampling one (greedy)")

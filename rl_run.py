@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from ares import cli, feedback, files
 from ares.cli import UserError, print0
 
 SAMPLING_FILE, PPO_FILE = "flags_sampling.json", "flags_ppo.json"  # what made a round, beside its rollouts
+FAILED = "failed.txt"  # there, too: why a process ended while others wait for its files
 
 # A changed flag of the first group makes other rollouts, one of the second other updates. The second may change until
 # PPO has saved something: rollouts and replies are worth keeping. Folders of models are compared as resolved paths.
@@ -37,6 +37,11 @@ PPO_FLAGS = tuple(
     "seed lr rl_batch_size rl_epochs ga_step init_kl_coef clip_range vf_coef gamma gae_lambda adv_normalization "
     "neutral_score max_grad_norm lr_scheduler target_kl early_stop_kl entropy_coef vf_clip_range precision".split()
 )
+# Contents of files that make other rollouts, recorded with these flags, and what a refusal says of them.
+CONTENTS = {
+    "features": "--vision_features or --name_map: the features are not those it was begun with",
+    "tokenizer_pieces": "--tokenizer: its pieces are not those it was begun with",
+}
 # Flags that may change at any time. Data may move: the prompts themselves are compared (rollouts.Store.plan).
 FREE_FLAGS = tuple(
     "data_root dataset caption_file images vision_features name_map model tokenizer user_msg model_type feedback "
@@ -92,16 +97,18 @@ def claim(args: argparse.Namespace, folder: Path, start: int) -> None:
 
     Raises UserError naming each flag that would mix two experiments in one folder.
     """
-    files.writable_dir(folder, "--run_dir")
     for place in (folder, folder / "state", *folder.glob("rollouts/round_*")):
         sweep(place)
     if not feedback.exported(folder / "questions"):  # later the Teacher's tools may be writing there
-        sweep(folder / "questions", "**/")
+        for place in actions_in(folder / "questions"):
+            sweep(place, "**/")
+        sweep(folder / "questions")
     if args.overwrite:
         move_aside(args, folder, start)
     begun = any((folder / "state").glob("slot_*"))
     for number in range(start, start + args.epochs):
         place = folder / "rollouts" / f"round_{number}"
+        (place / FAILED).unlink(missing_ok=True)
         if not finished(folder, number):
             if (folder / str(number)).exists():
                 raise UserError(
@@ -116,6 +123,16 @@ def claim(args: argparse.Namespace, folder: Path, start: int) -> None:
     files.write_args(folder, args)
 
 
+def actions_in(questions: Path) -> list[Path]:
+    """The folders of sampled rationales. A Teacher client that started before RL has others there (`teacher/`)."""
+    return [path for path in questions.glob("[0-9]*") if path.name.isdigit()]
+
+
+def holds_export(questions: Path) -> bool:
+    """Whether RL has exported rationales there, or begun to."""
+    return feedback.exported(questions) or bool(actions_in(questions))
+
+
 def sweep(place: Path, below: str = "") -> None:
     """Delete what a launch that was killed while it wrote left in a folder (`below` "**/": at any depth)."""
     for leftover in (*place.glob(f"{below}.tmp-*"), *place.glob(f"{below}.old-*")):
@@ -126,7 +143,9 @@ def sampling_identity(args: argparse.Namespace, folder: Path, number: int) -> di
     """The settings that make a round's rollouts what they are."""
     start = args.base_model_dir if number == first_round(args) else folder / str(number - 1)
     models = {"base_model_dir": str(Path(start).resolve()), "ref_model": str(Path(args.reference).resolve())}
-    return {key: getattr(args, key) for key in SAMPLING_FLAGS} | models
+    return (
+        {key: getattr(args, key) for key in SAMPLING_FLAGS} | models | {key: vars(args).get(key) for key in CONTENTS}
+    )
 
 
 def ppo_identity(args: argparse.Namespace) -> dict[str, Any]:
@@ -139,7 +158,11 @@ def refuse_changes(known: Path, now: dict[str, Any]) -> None:
     if not known.exists():
         return
     before = files.read_json(known, "--run_dir")
-    changed = [f"--{key} was {before[key]}, is {now[key]}" for key in now if key in before and before[key] != now[key]]
+    if before.get("precision") == "auto":  # earlier versions recorded the flag, not what it came to
+        del before["precision"]
+    # what is not on record is not compared: earlier versions recorded less
+    differs = [key for key in now if key in before and before[key] != now[key]]
+    changed = [CONTENTS.get(key) or f"--{key} was {before[key]}, is {now[key]}" for key in differs]
     if changed:
         raise UserError(
             f"{known.parent} belongs to another experiment ({'; '.join(changed)}); give the old values back, "
@@ -187,7 +210,8 @@ def tidy(folder: Path, end: int) -> None:
         if finished(folder, number) and not following.exists() and not kept.exists():
             shutil.rmtree(folder / "state", ignore_errors=True)  # first: a kill in between is seen by `kept`
             if (folder / "questions").exists():
-                sweep(folder / "questions", "**/")
+                for place in actions_in(folder / "questions"):
+                    sweep(place, "**/")
                 os.replace(folder / "questions", kept)
 
 
@@ -237,16 +261,15 @@ def finished(folder: Path, number: int) -> bool:
     return (folder / str(number) / "args.yaml").exists()
 
 
-def next_commands(args: argparse.Namespace, folder: Path, argv: Sequence[str]) -> str:
+def next_commands(args: argparse.Namespace, folder: Path, argv: Sequence[str]) -> list[list[Any]]:
     """What to type after --phase collect."""
     questions = folder / "questions"
     names = [name for name in ("data_root", "dataset", "images") if getattr(args, name)]
     data = [word for name in names for word in (f"--{name}", getattr(args, name))]
     again = [word for i, word in enumerate(argv) if word != "--phase" and (i == 0 or argv[i - 1] != "--phase")]
     again = [word for word in again if not word.startswith("--phase=") and word != "--overwrite"]
-    commands = [
+    return [
         ["bash", "preprocessing_after_RL/processing_sentence_level_feedback.sh", "--questions_dir", questions, *data],
         ["python", "haiku.py", "--questions_dir", questions, *data],
         ["accelerate", "launch", "run_mm_cot_rl.py", *again, "--phase", "train"],
     ]
-    return "\n".join("  " + shlex.join(map(str, command)) for command in commands)

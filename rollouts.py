@@ -15,12 +15,13 @@ is the choice of `actions[t + 1]`, column 0 of `actions` being the decoder's sta
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ import scoring
 from ares import cli, feedback, files, ppo
 from ares.cli import UserError
 from ares.sentences import sentences_from_ids
+from rl_run import FAILED
 
 FIELDS = ("tokens", "logprobs", "ref_logprobs", "values")  # one number per position
 
@@ -213,6 +215,7 @@ class Store:
         self.plan_file = self.folder / "plan.json"
         self.collected_file = self.folder / "collected.json"
         self.scores_file = self.folder / "scores.json"
+        self.failed_file = self.folder / FAILED
 
     def shard(self, number: int) -> Path:
         return self.folder / f"batch_{number:06d}.safetensors"
@@ -264,15 +267,15 @@ def collect(
             sample(number, batches[number]).save(store.shard(number))
         export(Rollouts.load(store.shard(number)), store.questions, tokenizer)
     if cli.rank() != 0:
-        wait_for_file(store.collected_file, poll_seconds)
+        wait_for_file(store.collected_file, poll_seconds, store.failed_file)
         return
     # no collective: processes may end hours apart, and a process group would time out
     samples = sentences = 0
     for number in range(len(batches)):
-        wait_for_file(store.shard(number), poll_seconds)
+        wait_for_file(store.shard(number), poll_seconds, store.failed_file)
         rows = Rollouts.load(store.shard(number))
         for folder in exported_folders(rows, store.questions):
-            wait_for_file(folder / feedback.RATIONALE, poll_seconds)
+            wait_for_file(folder / feedback.RATIONALE, poll_seconds, store.failed_file)
         samples, sentences = samples + len(rows), sentences + int(rows.sentence_counts.sum())
     if not feedback.exported(store.questions):  # a re-run must not make answers older than the export
         feedback.mark_exported(store.questions)
@@ -300,10 +303,23 @@ def export(rollouts: Rollouts, questions: Path, tokenizer) -> None:
             feedback.write_rationale(folder, [s.text for s in sentences_from_ids(rollouts.ids(row), tokenizer)])
 
 
-def wait_for_file(path: Path, poll_seconds: float) -> None:
-    """Sleep until another process of this run has written `path`."""
+def wait_for_file(path: Path, poll_seconds: float, failed: Path | None = None) -> None:
+    """Sleep until another process of this run has written `path`; raise its UserError if it wrote `failed` instead."""
     while not path.exists():
+        if failed is not None and failed.exists():
+            raise UserError(failed.read_text(encoding="utf-8"))
         time.sleep(poll_seconds)
+
+
+@contextlib.contextmanager
+def failure_shared(store: Store) -> Iterator[None]:
+    """Write a UserError of the block to `store.failed_file`, so that processes that wait for files end, too."""
+    try:
+        yield
+    except UserError as error:
+        if cli.world_size() > 1 and not store.failed_file.exists():
+            files.write_text(store.failed_file, str(error))
+        raise
 
 
 # -- feedback --------------------------------------------------------------------------------------------

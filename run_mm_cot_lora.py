@@ -24,15 +24,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sft
-from ares import cli, files
-from utils_lora import add_adapter, check_adapter, load_adapter
+from ares import cli, files, launch
+from utils_lora import add_adapter, check_adapter, load_adapter, peft_fault
 
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags as in the released code, ours besides; contradictions end here, before anything is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_common_flags(parser, output_len=64, lr=5e-5)
     sft.add_sft_flags(parser)
     group = parser.add_argument_group("adapter")
@@ -43,7 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--rlh", nargs="?", const="True", help="a label, kept in args.yaml; nothing else reads it")
     args = parser.parse_args(argv)
     given = cli.given_flags(parser, argv)
-    problems = []
+    problems = [fault] if (fault := peft_fault()) else []
     if args.lora_r < 1 or args.lora_alpha < 1:
         problems.append(f"--lora_r and --lora_alpha must be at least 1, not {args.lora_r} and {args.lora_alpha}")
     if not 0 <= args.lora_dropout < 1:
@@ -55,7 +55,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run_name(args: argparse.Namespace) -> str:
-    """The released name of an adapter's folder."""
+    """The released name of an adapter's folder; of any other prompt format than QCM-A, the paper's, followed by it."""
+    name = released_name(args)
+    begun = Path(args.model) / name / "args.yaml"  # earlier versions gave every format the released name
+    if args.prompt_format == "QCM-A" or (
+        begun.is_file() and f"prompt_format: {args.prompt_format}\n" in begun.read_text()
+    ):
+        return name
+    return files.short_name(f"{name}_{args.prompt_format}")
+
+
+def released_name(args: argparse.Namespace) -> str:
     return files.short_name(
         f"mm_cot_lora_r{args.lora_r}_a{args.lora_alpha}_d{args.lora_dropout}_s{args.seed}_lr{args.lr}"
         f"_bs{args.bs * cli.world_size()}_e{args.epoch}_len{args.output_len}"
@@ -64,6 +74,7 @@ def run_name(args: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    launch.check_processes("run_mm_cot_lora.py")
     folder = Path(args.evaluate_dir or args.run_dir or Path(args.model) / run_name(args))
     if args.evaluate_dir:
         check_adapter(folder)

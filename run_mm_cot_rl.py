@@ -26,6 +26,7 @@ DeepSpeed and FSDP 1 (refused); FSDP 2 shards PPO, sampling keeps whole models (
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import os
 import sys
@@ -36,17 +37,17 @@ from typing import Any
 
 import rl_flags
 import rl_run
-from ares import cli, feedback, files
+from ares import cli, feedback, files, launch
 from ares.cli import UserError, print0, run
+from ares.portable import portable_tokenizer
+from utils_lora import peft_fault
 
 # -- flags -----------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the flags. Raises UserError that names every flag at fault."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=cli.HelpFormatter)
     cli.add_common_flags(parser, output_len=512, lr=1e-5, train_splits=rl_flags.TRAIN_SPLITS)
     rl_flags.add_flags(parser)
     args = parser.parse_args(argv)
@@ -70,8 +71,11 @@ class Setup:
     start: int  # number of the first round
 
 
-def set_up(args: argparse.Namespace) -> Setup:
-    """Read and check data and checkpoints, claim the run folder, start the process group. Loads no model."""
+def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
+    """Read and check data and checkpoints, start the process group, claim the run folder. Loads no model.
+
+    `held` keeps the run folder's lock. What rank 0 refuses ends every rank.
+    """
     import utils_data
     from model import check_checkpoint
 
@@ -93,29 +97,37 @@ def set_up(args: argparse.Namespace) -> Setup:
     utils_data.check_vocabulary(tokenizer, info)
     le = utils_data.read_le(args.train_le, data.qids["train"], "--train_le") if args.train_le else None
     folder, start = rl_run.run_folder(args), rl_run.first_round(args)
-    if cli.rank() == 0:
-        rl_run.claim(args, folder, start)
+    files.writable_dir(folder, "--run_dir")
 
     from datetime import timedelta
 
+    import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     from rollouts import Prompts
+    from utils_predict import from_rank0, tokenizer_digest
 
     # long waits go through files, never through a collective; two hours cover the saving of a large model
     kwargs = [
         InitProcessGroupKwargs(timeout=timedelta(hours=2)),
         DistributedDataParallelKwargs(gradient_as_bucket_view=True),
     ]
-    accelerator = Accelerator(mixed_precision=cli.mixed_precision(args.precision), kwargs_handlers=kwargs)
+    precision = cli.mixed_precision(args.precision)
+    args.precision = "bf16" if precision == "bf16" else "fp32"  # args.yaml records what ran
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=kwargs)
     check_processes(accelerator)
-    accelerator.wait_for_everyone()  # the folder is claimed
+    launch.note_unused_gpus(torch.cuda.device_count(), "run_mm_cot_rl.py")
+    held.enter_context(launch.only_launch(folder, from_rank0))
+    if cli.rank() == 0:
+        args.features = None if data.features is None else data.features.digest(data.qids["train"])
+        args.tokenizer_pieces = tokenizer_digest(tokenizer)
+    from_rank0(lambda: rl_run.claim(args, folder, start))
     dataset = utils_data.RationaleDataset(data.problems, data.qids["train"], tokenizer, args, le)
     collator = utils_data.Collator(tokenizer.pad_token_id, data.features)
     prompts = Prompts(dataset, collator, accelerator.device)
     print0(
         f"run folder {folder}: {len(dataset)} questions, {accelerator.num_processes} process(es) "
-        f"on {accelerator.device.type}, {'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'}"
+        f"on {accelerator.device.type}, {args.precision}"
     )
     return Setup(args, folder, accelerator, tokenizer, prompts, data.patch_size, start)
 
@@ -184,17 +196,22 @@ def start_folder(setup: Setup, number: int) -> Path:
     return Path(setup.args.base_model_dir) if number == setup.start else setup.run / str(number - 1)
 
 
+def begin_collection(setup: Setup, store, number: int) -> None:
+    """Refuse an export of unknown origin; record what makes the round's rollouts what they are. On rank 0 only."""
+    if not store.plan_file.exists() and rl_run.holds_export(store.questions):
+        raise UserError(f"{store.questions} is there without its rollouts; move it away or use --overwrite")
+    files.write_json(store.folder / rl_run.SAMPLING_FILE, rl_run.sampling_identity(setup.args, setup.run, number))
+
+
 def collect_round(setup: Setup, store, number: int, k: int) -> None:
     """Steps 1 and 2: sample what is not on disk yet, export it, signal."""
     import rollouts
     from sampling import Models, Sampling, sample_batch
+    from utils_predict import from_rank0
 
     args = setup.args
     sampling = Sampling(k, args.do_sample, args.top_k, args.top_p, args.output_len)
-    if cli.rank() == 0:
-        if not store.plan_file.exists() and store.questions.exists():
-            raise UserError(f"{store.questions} is there without its rollouts; move it away or use --overwrite")
-        files.write_json(store.folder / rl_run.SAMPLING_FILE, rl_run.sampling_identity(args, setup.run, number))
+    from_rank0(lambda: begin_collection(setup, store, number))
     batches = store.plan(setup.prompts, args.bs, k)
     print0(f"round {number}: {sum(map(len, batches))} questions x {k} rationales in {len(batches)} batches")
     if all(store.shard(i).exists() for i in range(cli.rank(), len(batches), cli.world_size())):
@@ -237,7 +254,7 @@ def await_feedback(setup: Setup, store) -> dict:
         print0("Waiting for the feedback")
         feedback.wait_for_feedback(store.questions, actions, args.poll_seconds, args.settle_seconds)
         rollouts.read_feedback(store, rows, args.max_dropped)
-    rollouts.wait_for_file(store.scores_file, args.poll_seconds)
+    rollouts.wait_for_file(store.scores_file, args.poll_seconds, store.failed_file)
     return files.read_json(store.scores_file, "rollouts")
 
 
@@ -313,6 +330,7 @@ def save_round(setup: Setup, trainer, number: int) -> None:
         with files.atomic_dir(setup.run / str(number)) as folder:
             trainer.raw.policy.save_pretrained(folder, state_dict=policy)
             setup.tokenizer.save_pretrained(folder)
+            portable_tokenizer(folder)
             if value_function is not None:
                 save_value_function(value_function, folder, value)
             torch.save(optimizer, folder / "optimizer_state.pth")
@@ -334,31 +352,49 @@ def free_memory() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     typed = sys.argv[1:] if argv is None else argv
     args = parse_args(typed)
-    setup = set_up(args)
-    from rollouts import Store
+    launch.check_processes("run_mm_cot_rl.py")
+    if fault := peft_fault():
+        cli.warn0(fault)  # before it is needed: the stages before it take hours
+    with contextlib.ExitStack() as held:
+        setup = set_up(args, held)
+        run_rounds(setup, typed)
+        setup.accelerator.end_training()
 
+
+def run_rounds(setup: Setup, typed: Sequence[str]) -> None:
+    """Every round that --epochs and --phase ask for. `typed`: the command line, for the commands it prints."""
+    import rollouts
+
+    args = setup.args
     k = args.k_actions if args.do_sample else 1  # greedy rationales would all be the same
     for number in range(setup.start, setup.start + args.epochs):
         if rl_run.finished(setup.run, number):
             print0(f"round {number} is finished: {setup.run / str(number)}")
             continue
-        store = Store(setup.run, number)
+        store = rollouts.Store(setup.run, number)
         if store.collected_file.exists():
             store.plan(setup.prompts, args.bs, k)  # the prompts are still those of the rollouts
         else:
             if args.phase == "train":
                 raise UserError(f"--phase train: {store.folder} holds no finished rollouts; run --phase collect first")
-            collect_round(setup, store, number, k)
+            with rollouts.failure_shared(store):
+                collect_round(setup, store, number, k)
             free_memory()
         print0("Rationale Finished")
         if args.phase == "collect":
-            print0(f"round {number} is collected. Next:\n{rl_run.next_commands(args, setup.run, typed)}")
-            break
-        train_round(setup, store, number, await_feedback(setup, store))
+            print0(f"round {number} is collected")
+            launch.next_step(*rl_run.next_commands(args, setup.run, typed))
+            return
+        with rollouts.failure_shared(store):
+            decision = await_feedback(setup, store)
+        train_round(setup, store, number, decision)
         free_memory()
         if args.phase == "train":
             break
-    setup.accelerator.end_training()
+    launch.next_step([
+        "accelerate", "launch", "main.py", *launch.data_words(args), "--prompt_format", args.prompt_format,
+        "--output_len", args.output_len, "--use_generate", "--final_eval", "--evaluate_dir", setup.run / str(number),
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":

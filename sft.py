@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli, files
+from ares import cli, files, launch
 from ares.cli import UserError, print0
 
 # Flags that a second launch of the same run may change: they only name folders, or do not touch the weights.
@@ -31,6 +31,14 @@ _FREE = {
 _FILES = {
     *("data_root", "dataset", "caption_file", "vision_features", "name_map", "correction_file", "tokenizer"),
     *("train_le", "eval_le"),
+}
+# Contents of files that args.yaml records, by what a refusal calls them.
+_CONTENTS = {
+    "--vision_features or --name_map (the features are not those of the earlier launch)": {
+        "train_features",
+        "eval_features",
+    },
+    "--tokenizer (its pieces are not those of the earlier launch)": {"tokenizer_pieces"},
 }
 # Without per-epoch evaluation these do not touch the weights either.
 _EVALUATION = {"val_split", "eval_le", "use_generate", "eval_data"}
@@ -84,7 +92,7 @@ def check_flags(
     """
     from utils_data import data_flag_faults  # imports torch: after argparse has had its say
 
-    problems = [*faults, *data_flag_faults(args)]
+    problems = [*faults, *data_flag_faults(args), *cli.precision_faults()]
     problems += [
         f"--{name} must be at least 1, not {getattr(args, name)}"
         for name in ("epoch", "bs", "eval_bs", "eval_acc", "input_len", "output_len")
@@ -149,7 +157,6 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool) -> str | N
     checkpoints that a kill left half written. Raises UserError if `folder` holds something else, or the same run
     with other flags. On rank 0 only.
     """
-    import yaml
 
     from sft_trainer import COMPLETE, METRICS, checkpoint_folders
 
@@ -157,7 +164,7 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool) -> str | N
         if overwrite:
             _clear(folder)
         else:
-            old = yaml.safe_load((folder / "args.yaml").read_text()) or {}
+            old = files.read_yaml(folder / "args.yaml", "--run_dir")
             changed = changed_flags(old, settings)
             if changed:
                 raise UserError(
@@ -200,15 +207,20 @@ def changed_flags(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ignored = _FREE | (_EVALUATION if new["final_eval"] and old.get("final_eval") else set())
     differs = {key for key in new if key not in ignored and old.get(key) != new[key]}
     data_changed = differs & {"train_data", "eval_data"}
-    differs -= data_changed
+    # contents that earlier versions did not record are not compared
+    contents = [text for text, keys in _CONTENTS.items() if any(key in old for key in differs & keys)]
+    differs -= data_changed.union(*_CONTENTS.values())
     named = sorted(differs if data_changed else differs - _FILES)
     changed = [f"--{key} {new[key]} (was {old.get(key)})" for key in named]
     batch, old_batch = new["bs"] * new["processes"], old.get("bs", 0) * old.get("processes", 1)
     if batch != old_batch:
         changed.append(f"--bs x processes {batch} (was {old_batch})")
     if data_changed and not changed:
-        changed.append("the files under --data_root (prompts or targets are not those of the earlier launch)")
-    return changed
+        changed.append(
+            "the files under --data_root, --caption_file or --correction_file (prompts or targets are not those of "
+            "the earlier launch)"
+        )
+    return changed + contents
 
 
 # -- train, then predict ---------------------------------------------------------------------------------
@@ -241,19 +253,62 @@ def run(
     place = "--output_dir" if hasattr(args, "output_dir") else "--model"
     files.writable_dir(folder, "--evaluate_dir" if args.evaluate_dir else "--run_dir" if args.run_dir else place)
 
-    from sft_trainer import set_up, train
-    from utils_predict import Predictor, digest, from_rank0
+    from sft_trainer import set_up
+    from utils_predict import Predictor, from_rank0
 
     training_args = set_up(args, folder, len(datasets.get("train", ())))
     predictor = Predictor(
         args, data.problems, tokenizer, Collator(tokenizer.pad_token_id, data.features), training_args.device,
         bf16=training_args.bf16,
     )  # fmt: skip
+    with launch.only_launch(folder, from_rank0):
+        train_and_predict(args, folder, build, weights, data, datasets, training_args, predictor)
+        say_next(args, folder)
+    close_group()
+
+
+def say_next(args: argparse.Namespace, folder: Path) -> None:
+    """The command of the stage that follows this one."""
+    if args.prompt_format.endswith("-A"):
+        data = [word for name in ("data_root", "dataset") if getattr(args, name)
+                for word in (f"--{name}", getattr(args, name))]  # fmt: skip
+        launch.next_step(["python", "results.py", "--system", f"answers={folder}", *data])
+    elif args.evaluate_dir:
+        file, tokenizer = folder / "predictions_ans_train.json", args.tokenizer or folder
+        script = "preprocessing_after_RL/remove_sentence.py"
+        launch.next_step(["python", script, "--file_path", file, "--tokenizer", tokenizer])
+    else:
+        launch.next_step([
+            "accelerate", "launch", "run_mm_cot_lora.py", *launch.data_words(args), "--model", folder,
+            "--correction", "False", "--prompt_format", "QCM-A", "--bs", "16", "--epoch", "20", "--lr", "8e-5",
+            "--output_len", "64", "--lora_r", "64", "--lora_alpha", "128", "--lora_dropout", "0.05", "--use_generate",
+            "--final_eval", "--eval_le", folder / "predictions_ans_eval.json",
+            "--test_le", folder / "predictions_ans_test.json",
+        ])  # fmt: skip
+
+
+def train_and_predict(
+    args: argparse.Namespace,
+    folder: Path,
+    build: Callable[[Sequence[int] | None, Path | None], Any],
+    weights: Sequence[str],
+    data: Any,
+    datasets: Mapping[str, Any],
+    training_args: Any,
+    predictor: Any,
+) -> None:
+    """What `run` does once everything is checked and the folder is this launch's."""
+    from sft_trainer import train
+    from utils_predict import digest, from_rank0, tokenizer_digest
+
     model = None
     if not args.evaluate_dir:
         digests = {
             "train_data": digest(datasets["train"]),
             "eval_data": digest(datasets["val"]) if "val" in datasets else None,
+            "train_features": predictor.features_digest(data.qids["train"]),
+            "eval_features": predictor.features_digest(data.qids["val"]) if "val" in datasets else None,
+            "tokenizer_pieces": tokenizer_digest(predictor.tokenizer),
         }
         settings = run_settings(args, digests, data.patch_size)
         checkpoint = from_rank0(lambda: open_run(folder, settings, args.overwrite))
@@ -267,7 +322,6 @@ def run(
 
     splits = ["test"] if args.prompt_format.endswith("-A") else ["test", "val", "train"]
     predictor.write(folder, {split: datasets[split] for split in splits}, load, [folder, *weights])
-    close_group()
 
 
 def tokenized_splits(args: argparse.Namespace, data: Any, tokenizer: Any) -> dict[str, Any]:

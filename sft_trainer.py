@@ -27,8 +27,9 @@ import torch
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from ares import cli, files
+from ares import cli, files, launch
 from ares.cli import UserError, print0, warn0
+from ares.portable import portable_tokenizer
 from model import choose_attention
 from utils_data import batches_pin_themselves
 from utils_predict import Predictor, asked_for, from_rank0
@@ -47,6 +48,9 @@ def set_up(args: argparse.Namespace, folder: Path, examples: int) -> Seq2SeqTrai
     steps = math.ceil(examples / (args.bs * cli.world_size()))
     workers = args.workers if args.workers is not None else 2 if torch.cuda.is_available() else 0
     bf16 = cli.mixed_precision(args.precision) == "bf16"
+    args.precision = "bf16" if bf16 else "fp32"  # args.yaml records what ran
+    if not bf16:
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # the Trainer would take what accelerate is configured for
     training_args = Seq2SeqTrainingArguments(
         output_dir=str(folder),
         num_train_epochs=args.epoch,
@@ -74,12 +78,8 @@ def set_up(args: argparse.Namespace, folder: Path, examples: int) -> Seq2SeqTrai
         ddp_timeout=6 * 3600,  # ranks wait for each other's share of a split, and for rank 0's scores
     )
     # Without a launcher the Trainer would spread over all GPUs by DataParallel: slower, and --bs would change meaning.
-    if training_args.n_gpu > 1:
-        print0(
-            f"note: {training_args.n_gpu} GPUs are visible but one process was started: using one GPU. "
-            f"All of them: accelerate launch --num_processes {training_args.n_gpu} ..."
-        )
-        training_args._n_gpu = 1
+    launch.note_unused_gpus(training_args.n_gpu, Path(sys.argv[0]).name)
+    training_args._n_gpu = min(training_args.n_gpu, 1)
     return training_args
 
 
@@ -119,7 +119,15 @@ def train(
     )
     if checkpoint:
         print0(f"{folder}: going on from {Path(checkpoint).name}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with launch.CtrlC() as ctrl_c:
+        stopping = StopAndSave(ctrl_c)
+        trainer.add_callback(stopping)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stopping.stopped:
+        raise KeyboardInterrupt(
+            f"training is saved at step {trainer.state.global_step} of {trainer.state.max_steps}; run the same "
+            "command again to go on"
+        )
     trainer.load_best()
     model.config.use_cache = use_cache  # the Trainer turned it off; saved so, generation would be slow ever after
     trainer.save_trained()
@@ -213,6 +221,7 @@ class SFTTrainer(Seq2SeqTrainer):
         if self.is_world_process_zero():
             with files.writing(folder):
                 self.state.save_to_json(str(staging / "trainer_state.json"))
+                portable_tokenizer(staging)
                 (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle; args.yaml says more
                 for file in staging.iterdir():
                     file.chmod(0o644)  # safetensors writes 0600, which hides a model from a group that shares the box
@@ -407,6 +416,30 @@ class SaveEvery(TrainerCallback):
             return
         if from_rank0(lambda: time.monotonic() - self.saved >= self.seconds):
             control.should_save = True
+
+
+class StopAndSave(TrainerCallback):
+    """After Ctrl-C on any process: a checkpoint, then the end of training, on all processes."""
+
+    def __init__(self, ctrl_c: launch.CtrlC):
+        self.ctrl_c, self.stopped = ctrl_c, False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            return
+        pressed = self.ctrl_c.pressed
+        if args.world_size > 1:
+            if state.global_step % SaveEvery.CHECK_STEPS:
+                return
+            flag = torch.tensor(float(pressed), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            pressed = bool(flag.item())
+        if pressed:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped:  # the library takes the end of training for the end of an epoch
+            control.should_save = control.should_evaluate = False
 
 
 class Log(TrainerCallback):

@@ -136,6 +136,14 @@ def rouge_l(target: str, prediction: str) -> float | None:
     return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
 
 
+def question_rouge(reference: str, prediction: str) -> float | None:
+    """ROUGE-L of one question as the released scores count it, white space at the ends dropped.
+
+    None for an empty prediction or reference, which count nowhere; 0 for a prediction of white space alone.
+    """
+    return rouge_l(reference.strip(), prediction.strip() or prediction)
+
+
 def _rouge_sentences(text: str) -> list[tuple[str, ...]]:
     # " ".join(...).split(" ") as in the package: a blank between two dots is a sentence of one empty word
     return [tuple(" ".join(part.split()).split(" ")) for part in text.split(".") if part]
@@ -183,16 +191,17 @@ def _next_row(row: int, places: int, full: int) -> int:
 def rationale_scores(predictions: Mapping[str, str], references: Mapping[str, str]) -> dict[str, float]:
     """Mean BLEU-1, BLEU-4, ROUGE-L in per cent over the questions of `predictions`, by question id.
 
-    A question without a reference counts nowhere; an empty prediction counts 0 for BLEU and is left out of ROUGE-L
-    (as in ScienceQA's evaluation). Without a question to average over a score is left out.
+    A question without a reference counts nowhere; an empty prediction counts 0 for BLEU and is left out of ROUGE-L,
+    where one of white space alone counts 0 (both as in the released scores). Without a question to average over a
+    score is left out.
     """
     bleus, rouges = [], []
     for qid, prediction in progress(predictions.items(), desc="BLEU and ROUGE-L", unit="question"):
-        target, prediction = references[qid].strip(), prediction.strip()
+        target = references[qid].strip()
         if not target:
             continue
-        bleus.append(bleu(target, prediction))
-        rouge = rouge_l(target, prediction)
+        bleus.append(bleu(target, prediction.strip()))
+        rouge = question_rouge(target, prediction)
         if rouge is not None:
             rouges.append(rouge)
     scores = {}

@@ -9,6 +9,7 @@ The published ViT features are 6.6 GB; no process ever holds a copy of them. Lea
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import pickle
@@ -25,6 +26,9 @@ from ares.files import atomic_path, one_at_a_time, read_json
 
 # what the model sees of one image: (patches, dim). resnet's one pooled vector is repeated 512 times
 img_shape = {"resnet": (512, 2048), "clip": (49, 2048), "detr": (100, 256), "vit": (145, 1024)}
+
+
+WHOLE = 2**28  # bytes: features up to this size are hashed whole
 
 
 class VisionFeatures:
@@ -103,6 +107,23 @@ class VisionFeatures:
         batch = torch.zeros((len(qids), D) if self._repeat else (len(qids), P, D))
         batch[places] = self._read([self.name_map[qids[i]] for i in places])
         return self._spread(batch)
+
+    def digest(self, qids: Sequence[str]) -> str:
+        """A hash of what the model sees of `qids`, whichever file and row it lies in: tells whether features or name
+        map changed since. Of more than WHOLE bytes one patch of every question is read, a different one each time."""
+        sha, (P, D) = hashlib.sha256(), self.shape
+        whole = self._repeat or len(qids) * P * D * 4 <= WHOLE
+        for i, qid in enumerate(qids):
+            row = self.name_map.get(qid)
+            sha.update(f"{qid}\0{row is not None}\0".encode())
+            if row is not None:
+                values = self._read([row]) if whole else self._patch(row, i % P)
+                sha.update(values.contiguous().numpy().tobytes())
+        return sha.hexdigest()[:16]
+
+    def _patch(self, row: int, patch: int) -> torch.Tensor:
+        part = self._mapped[row : row + 1, patch : patch + 1]
+        return (torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part).float()
 
     def _spread(self, batch: torch.Tensor) -> torch.Tensor:
         return batch[:, None, :].expand(-1, self.shape[0], -1) if self._repeat else batch  # (B, P, D)

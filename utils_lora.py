@@ -13,9 +13,11 @@ import warnings
 from pathlib import Path
 
 from ares.cli import UserError, print0
+from ares.portable import portable_adapter
 
 TARGETS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "image_dense", "gate_dense", "lm_head")
 NO_EFFECT = "out_proj"
+PEFT = ">=0.21.2,<0.22"  # as in requirements.txt; tried with transformers 5.17.0 and 5.24.0
 
 
 def add_adapter(model, args: argparse.Namespace):
@@ -44,9 +46,38 @@ def _adapted(model, config):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that will go
         adapted = peft.get_peft_model(model, config)
-    # peft would save the whole lm_head beside an adapter on it: 100 MB of frozen weights
-    adapted.save_pretrained = functools.partial(adapted.save_pretrained, save_embedding_layers=False)
+    adapted.save_pretrained = functools.partial(_save, adapted.save_pretrained)
     return adapted
+
+
+def _save(save_pretrained, folder: str | Path, **kwargs) -> None:
+    import peft
+
+    # peft would save the whole lm_head beside an adapter on it: 100 MB of frozen weights
+    save_pretrained(folder, **{"save_embedding_layers": False, **kwargs})
+    if kwargs.get("is_main_process", True):
+        portable_adapter(Path(folder), peft.LoraConfig().to_dict())
+
+
+def peft_fault() -> str | None:
+    """In words, that the installed peft is outside the range that was tried with transformers; None if it is inside.
+
+    Outside it, peft asks transformers' models for methods that they have under other names.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        have = version("peft")
+    except PackageNotFoundError:
+        return f"peft is not installed, which the LoRA step needs; pip install 'peft{PEFT}'"
+    if SpecifierSet(PEFT).contains(have, prereleases=True):
+        return None
+    return (
+        f"peft {have} does not work with transformers {version('transformers')} in the LoRA step; "
+        f"pip install 'peft{PEFT}'"
+    )
 
 
 def load_adapter(model, folder: Path, flag: str = "--evaluate_dir"):
@@ -82,6 +113,8 @@ def load_adapter(model, folder: Path, flag: str = "--evaluate_dir"):
 
 def check_adapter(folder: Path, flag: str = "--evaluate_dir") -> None:
     """Raise UserError, naming `flag`, unless `folder` holds an adapter."""
+    if fault := peft_fault():
+        raise UserError(f"{flag}: {fault}")
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{flag}: {folder} holds no adapter_config.json; name the adapter's folder")
     if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):

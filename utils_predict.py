@@ -38,6 +38,8 @@ from utils_prompt import answer_letter
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
 
+FINGERPRINTS = ("tokenizer", "features")  # of a prediction file's settings: contents, not flags
+
 Rows = dict[int, list[int]]  # row of the split -> predicted ids
 
 
@@ -70,6 +72,14 @@ def digest(dataset: Any) -> str:
             sha.update(np.asarray(ids, np.int32).tobytes() + b"|")
         sha.update(item["qid"].encode() + b"\n")
     return sha.hexdigest()[:16]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A hash of a tokenizer's pieces and their ids, the same whatever library version saved it."""
+    pieces = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps([pieces, tokenizer.pad_token_id, tokenizer.eos_token_id]).encode()).hexdigest()[
+        :16
+    ]
 
 
 class Predictor:
@@ -229,7 +239,14 @@ class Predictor:
             "output_len": self.args.output_len,
             "seed": self.args.seed,
             **({"precision": "bf16"} if self.bf16 else {}),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "features": self.features_digest(dataset.qids),
         }
+
+    def features_digest(self, qids: Sequence[str]) -> str | None:
+        """`VisionFeatures.digest`, read on rank 0 alone; None without features."""
+        features = self.collator.features
+        return None if features is None else from_rank0(lambda: features.digest(qids))
 
     def _write_file(self, path: Path, split: str, dataset: Any, rows: list[list[int]], settings: dict) -> None:
         preds, labels = self.decode(rows), self.decode(dataset.labels)
@@ -238,9 +255,20 @@ class Predictor:
         content |= {"answers": self.letters(dataset.qids, preds), "settings": settings}
         files.write_json(path, content)
         print0(f"predictions: {path} ({len(preds)} rows)")
+        if "A" in asked_for(self.args):
+            warn_unread(content["answers"].count(None), len(preds), path)
         if split == "test":
             failed = "" if content["num_fail"] is None else f"num_fail {content['num_fail']}, "
             print0(f"{failed}scores {json.dumps(content['scores'])}")
+
+
+def warn_unread(unread: int, rows: int, path: str | os.PathLike) -> None:
+    """Warn where more than 5 % of the answers could not be read: their scores are those of guesses."""
+    if unread > 0.05 * rows:
+        cli.warn0(
+            f"{path}: {unread} of {rows} texts hold no answer of the form `The answer is (X).`; each counts as a "
+            "random choice. Train longer, raise --output_len, or predict with --use_generate"
+        )
 
 
 def weights_digest(places: Sequence[str | os.PathLike]) -> str:
@@ -259,9 +287,13 @@ def weights_digest(places: Sequence[str | os.PathLike]) -> str:
 def _holds(path: Path, settings: Mapping[str, Any]) -> bool:
     """Whether `path` was made with these settings. Files are written in one step: one that is there is whole."""
     try:
-        return files.read_json(path, "predictions", dict).get("settings") == settings
+        found = files.read_json(path, "predictions", dict).get("settings")
     except UserError:  # absent, or damaged: it is made anew
         return False
+    # earlier versions recorded no FINGERPRINTS
+    return isinstance(found, dict) and found == {
+        key: value for key, value in settings.items() if key in found or key not in FINGERPRINTS
+    }
 
 
 # -- rows of a split that is not yet done ----------------------------------------------------------------

@@ -35,7 +35,7 @@ OUTPUT = "win_rate.json"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument(
         "systems", nargs=2, metavar="LABEL=PATH", help="a stage's folder or its predictions file; label it as you like"
     )

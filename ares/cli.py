@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -97,11 +98,16 @@ def shortened(path: str | os.PathLike) -> str:
     return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Entry point of every script: `if __name__ == "__main__": run(main)`."""
+def run(main: Callable[[], Any], interrupted: str = "what is finished is on disk; run the same command again") -> None:
+    """Entry point of every script: `if __name__ == "__main__": run(main)`.
+
+    `interrupted`: what Ctrl-C loses and how to go on, unless the KeyboardInterrupt itself says it. Exit status 130.
+    """
     try:
         main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher sends it once more
+        print0(f"{Path(sys.argv[0]).name}: stopped (Ctrl-C): {str(stopped) or interrupted}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         fault = error if isinstance(error, UserError) else disk_error(error)
@@ -171,6 +177,19 @@ def progress(
 
 
 # -- flags -----------------------------------------------------------------------------------------------
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Of every script: the module's text as it stands, and each flag's default unless its help already says it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help or "", action.default
+        shown = action.option_strings and default not in (None, False, argparse.SUPPRESS, "", [], ())
+        if not shown or "default" in text or action.nargs == 0:
+            return text
+        if isinstance(default, (list, tuple)):
+            return f"{text} (default: {' '.join(map(str, default))})".strip()
+        return f"{text} (default: %(default)s)".strip()
 
 
 def str2bool(text: str) -> bool:
@@ -260,6 +279,15 @@ def add_precision_flag(group: argparse._ArgumentGroup) -> None:
         choices=("auto", "fp32", "bf16"),
         help="autocast; auto: bf16 on a GPU that has it (weights and optimizer stay fp32)",
     )
+
+
+def precision_faults() -> list[str]:
+    """What accelerate's configuration asks for and no --precision can give, for a script's one `refuse`."""
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate launch
+    if configured in ("no", "bf16"):
+        return []
+    return [f"the accelerate configuration asks for {configured}, in which T5 overflows; use --mixed_precision no or "
+            "bf16 with accelerate launch (or change it with accelerate config); --precision decides"]  # fmt: skip
 
 
 def mixed_precision(precision: str) -> str:

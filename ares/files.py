@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ares.cli import FULL, DiskError, UserError, disk_error, in_one_line, shortened
+from ares.cli import FULL, DiskError, UserError, disk_error, in_one_line, shortened, warn0
 
 NAME_MAX = 255  # bytes in one file name, on every common file system
 MAX_BYTES = 1 << 32  # of a file that a user names
@@ -540,11 +540,12 @@ def _with_reserve(write: Callable[[], None], path: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def only_one(path: str | os.PathLike, what: str) -> Iterator[None]:
+def only_one(path: str | os.PathLike, what: str, *, required: bool = True) -> Iterator[None]:
     """Hold the lock file `path` for the block: the kernel's lock, which ends with the process, however that ends.
 
     The file's content only says who holds it; a file left by a killed process locks nobody out. `what` begins the
-    message, for example "--run_dir RL_models/x". Raises UserError naming who has the lock, or a disk without locks.
+    message, for example "--run_dir RL_models/x". Raises UserError naming who has the lock, or, unless `required` is
+    False (then a warning), a disk without locks.
     """
     # the filelock package empties the file at each attempt, and where a disk has no locks it makes a marker file that
     # outlives a killed process
@@ -558,11 +559,13 @@ def only_one(path: str | os.PathLike, what: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(f"{what}: {_holder(file)} is at work there; wait for it, or end it") from None
-            raise UserError(
-                f"{what}: the disk of {path} has no file locks ({error.strerror}), so a second process could not be "
-                "kept out (two clients would pay twice); copy the folder to a local disk"
-            ) from None
+                raise UserError(f"{what}: {_holder(file)} is running there; wait for it, or end it") from None
+            fault = (
+                f"{what}: the disk of {path} has no file locks ({error.strerror}), so a second process is not kept out"
+            )
+            if required:
+                raise UserError(f"{fault} (two clients would pay twice); copy the folder to a local disk") from None
+            warn0(f"{fault}; do not start one")
         about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
             os.ftruncate(file, 0)
@@ -578,7 +581,7 @@ def only_one(path: str | os.PathLike, what: str) -> Iterator[None]:
 def _holder(file: int) -> str:
     try:
         about = json.loads(os.pread(file, 1000, 0))
-        return f"another process ({about['pid']} on {about['host']}, since {about['since']})"
+        return f"process {about['pid']} on {about['host']} (since {about['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
 

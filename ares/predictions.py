@@ -5,6 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from ares import cli
 
 FILE_OF_SPLIT = {"test": "predictions_ans_test.json", "val": "predictions_ans_eval.json",
                  "train": "predictions_ans_train.json"}  # fmt: skip
+
+
+ANSWER = re.compile(r"(?:Answer:\s*)?The answer is \([A-Z]\)\.?(?:\s*BECAUSE:)?")
+RELEASED_NAMES = {"similariry": "similarity"}  # figures that the released code spells otherwise
 
 
 def texts_by_qid(told: Any, path: str | Path, flag: str, split_qids: Sequence[str], fix: str = "") -> dict[str, str]:
@@ -40,13 +45,24 @@ def texts_by_qid(told: Any, path: str | Path, flag: str, split_qids: Sequence[st
     return texts
 
 
+def parts_asked(preds: Sequence[str], labels: Sequence[str] | None) -> tuple[bool, bool]:
+    """(whether an answer was asked for, whether a rationale was), by most of the targets, without them of the texts.
+
+    The released code gives every file the scores of both, whatever the model was asked for.
+    """
+    asked = labels if labels and any(labels) else preds
+    answers = sum(bool(ANSWER.search(text)) for text in asked)
+    rationales = sum(bool(re.search(r"\w", ANSWER.sub("", text))) for text in asked)
+    return answers > len(asked) / 2, rationales > len(asked) / 2
+
+
 def scores_of(told: Mapping[str, Any], path: str | Path, flag: str) -> dict[str, dict[str, float]]:
     """The `scores` of a predictions file's content, {"answer": {name: figure}, "rationale": {...}}, as numbers.
 
     {} where it has none. Raises UserError naming `flag` for another form.
     """
     try:
-        return {part: {name: float(figure) for name, figure in figures.items()}
+        return {part: {RELEASED_NAMES.get(name, name): float(figure) for name, figure in figures.items()}
                 for part, figures in (told.get("scores") or {}).items()}  # fmt: skip
     except (AttributeError, TypeError, ValueError) as error:
         raise cli.UserError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import T5Config
@@ -22,6 +23,9 @@ PatchSize = tuple[int | None, int]  # patches per image (None: not recorded; not
 class MultimodalT5Config(T5Config):
     """T5Config with `patch_size`, and with `tie_word_embeddings` kept as the checkpoint says.
 
+    In config.json the field is called `image_patch_size`: `patch_size` is an argument of the released model's
+    `from_pretrained`, which a field of that name would swallow. Earlier versions wrote `patch_size`; it is read, too.
+
     transformers 5 sets `tie_word_embeddings` to True whatever it was given and remembers a False only as
     `scale_decoder_outputs = False`. Here False stays False, also in the saved file, where transformers 4 and the
     released code look for it.
@@ -31,9 +35,17 @@ class MultimodalT5Config(T5Config):
 
     def __post_init__(self, **kwargs):
         untied = kwargs.get("tie_word_embeddings") is False or kwargs.get("scale_decoder_outputs") is False
+        recorded = kwargs.pop("image_patch_size", None)
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = not untied
+        self.patch_size = recorded if self.patch_size is None else self.patch_size
         self.patch_size = None if self.patch_size is None else tuple(self.patch_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        if (shape := fields.pop("patch_size", None)) is not None:
+            fields["image_patch_size"] = shape
+        return fields
 
     @property
     def head_scale(self) -> float:

@@ -47,7 +47,7 @@ PROBLEM = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--items", type=int, default=2048, help="items at full concurrency (default: %(default)s)")
     parser.add_argument("--single_items", type=int, default=60, help="items one at a time (default: %(default)s)")
     parser.add_argument("--concurrency", type=int, default=64, help="requests in flight (default: %(default)s)")

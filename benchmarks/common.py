@@ -59,7 +59,7 @@ NOT_MEASURED = "not measured"
 
 def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:
     """The flags of every benchmark; `defaults` replaces theirs (`repeats=3`). Add a stage's own, then `set_up`."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(description=doc, formatter_class=cli.HelpFormatter)
     made.add_argument("--size", choices=SIZES, default="tiny", help="model size (default: %(default)s)")
     made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     made.add_argument("--repeats", type=int, default=3, help="timings of each side (default: %(default)s)")

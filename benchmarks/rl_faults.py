@@ -294,7 +294,7 @@ def fault_test(work: Path, sample: Path, kills: int, seed: int) -> dict:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--kills", type=int, default=25, help="number of kills (default 25)")
     parser.add_argument("--seed", type=int, default=0, help="seed of their places")
     parser.add_argument("--output", metavar="FILE", help="write the result there (JSON)")

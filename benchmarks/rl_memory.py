@@ -20,7 +20,7 @@ if __name__ == "__main__":  # run as a file, the project is not on the path
 import torch
 
 from ares import ppo
-from ares.cli import print0, run
+from ares.cli import HelpFormatter, print0, run
 
 SIZES = {
     "base": {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
@@ -93,7 +93,7 @@ def row(size: str) -> str:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     return parser.parse_args(argv)
 
 

@@ -31,7 +31,7 @@ QUESTIONS, ROLLOUTS, PPO_EPOCHS, SFT_EPOCHS = {"train": 12_726, "val": 4_241, "t
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("folder", help="{stage}.json of every stage")
     parser.add_argument("--seconds", type=int, required=True, help="what the whole run took")
     return parser.parse_args(argv)

@@ -20,7 +20,7 @@ from random import Random
 if __name__ == "__main__":  # run as a file, the project is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ares.cli import UserError, print0, run
+from ares.cli import HelpFormatter, UserError, print0, run
 from ares.files import atomic_dir, writable_dir, write_json
 from demo.pictures import PICTURE_KINDS
 from demo.questions import TEXT_KINDS, Question
@@ -36,7 +36,7 @@ TRIES = 500  # draws for one question that is not in the set yet, before a kind 
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder that will hold data/ and images/")
     parser.add_argument("--seed", type=int, default=0, help="seed of every random choice")
     parser.add_argument("--train", type=int, default=400, help="number of training questions")

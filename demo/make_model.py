@@ -16,7 +16,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file, the project is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ares.cli import UserError, print0, run
+from ares.cli import HelpFormatter, UserError, print0, run
 from ares.files import atomic_dir, write_json
 
 
@@ -110,7 +110,7 @@ def draw_weights(model) -> dict:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer folder the model is made for")
     parser.add_argument("--output", required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--d_model", type=int, default=96, help="width")

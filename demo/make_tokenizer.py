@@ -22,7 +22,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file, the project is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ares.cli import UserError, print0, run
+from ares.cli import HelpFormatter, UserError, print0, run
 from ares.files import atomic_dir, read_json
 
 SPECIALS = ("<pad>", "</s>", "<unk>")
@@ -135,7 +135,7 @@ def make_tokenizer(texts: Iterable[str], output: str | Path, vocab_size: int = 1
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--data", required=True, metavar="DIR", help="folder that demo/make_data.py wrote")
     parser.add_argument("--output", required=True, metavar="DIR", help="tokenizer folder to write")
     parser.add_argument("--vocab_size", type=int, default=1000, help="most pieces, specials and sentinels too")

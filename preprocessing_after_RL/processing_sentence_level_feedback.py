@@ -25,7 +25,7 @@ from utils_prompt import scoring_request  # noqa: E402
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_data_flags(parser)
     parser.add_argument("--problems", metavar="{scienceqa,aokvqa}", help="the released name of --dataset")
     parser.add_argument(

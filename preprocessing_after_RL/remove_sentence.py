@@ -27,7 +27,7 @@ OUTPUT = "remove_repetitive_sentences.json"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument(
         "--file_path", required=True, metavar="FILE", help="predictions_ans_train.json of the RL model's folder"
     )

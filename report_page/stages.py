@@ -5,7 +5,6 @@ Takes our files and those of the released code (no `qids`: rows follow the split
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from ares import files
 from ares.cli import UserError
-from ares.predictions import scores_of
+from ares.predictions import parts_asked, scores_of
 from ares.sentences import split_text
 from utils_evaluate import (
     FILE_NAMES,
@@ -27,7 +26,6 @@ from utils_evaluate import (
 
 LETTERS = "ABCDE"
 UNPARSED, NO_ANSWER = -1, -2  # in the page's data: no letter could be read; the stage was not asked for one
-ANSWER = re.compile(r"The answer is \([A-Z]\)\.?")
 
 Problems = Mapping[str, Mapping[str, Any]]
 
@@ -132,10 +130,7 @@ def read_predictions(path: Path, order: list[str] | None, problems: Problems | N
         ):
             raise UserError(f"--stage: {path}: {name} is no list of one text for each of its {len(preds)} rows")
     labels = told.get("labels") or [""] * len(preds)
-    # the targets say what was asked: an answer, a rationale, or both
-    asked = labels if any(labels) else preds
-    has_answers = sum(bool(ANSWER.search(text)) for text in asked) > len(asked) / 2
-    has_rationales = sum(bool(re.search(r"\w", ANSWER.sub("", text))) for text in asked) > len(asked) / 2
+    has_answers, has_rationales = parts_asked(preds, labels)
     letters = told.get("answers") or None
     return Predictions(
         path=path,

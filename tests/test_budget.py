@@ -299,7 +299,7 @@ def test_two_clients_do_not_share_a_folder(server, questions):
     deadline = time.monotonic() + 60
     while not server.in_flight and time.monotonic() < deadline:
         time.sleep(0.05)
-    with pytest.raises(cli.UserError, match=f"another process .{first.pid} on"):
+    with pytest.raises(cli.UserError, match=f"process {first.pid} on"):
         ask(server, questions)
     first.kill()  # its lock file stays, and locks nobody out
     first.communicate()

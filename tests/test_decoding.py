@@ -60,3 +60,31 @@ def test_every_row_alone_gives_the_same(model):
     for i, row in enumerate(together):
         alone = greedy(model, {name: tensor[i : i + 1] for name, tensor in inputs.items()}, 16)[0]
         assert torch.equal(row[: len(alone)], alone) and not row[len(alone) :].any()
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [(1, 3), (2, 5), (3, 1), (2, 2)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"do_sample": False},
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"do_sample": False, "use_cache": False},
+    ],
+)
+def test_generate_with_a_decoder_of_another_depth(encoder, decoder, how):
+    """The library's cache has a layer for each of the encoder's, which a deeper decoder overruns."""
+    from model import T5ForMultimodalGeneration
+
+    torch.manual_seed(0)
+    config = MultimodalT5Config(
+        vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=encoder, num_decoder_layers=decoder, num_heads=4,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, patch_size=PATCHES,
+    )  # fmt: skip
+    model = T5ForMultimodalGeneration(config).eval()
+    inputs = batch(model, rows=4)
+    ids = model.generate(**inputs, max_length=9, **how)
+    assert len(ids) == 4 * how.get("num_return_sequences", 1)
+    if how == {"do_sample": False}:
+        assert torch.equal(greedy(model, inputs, 9)[:, : ids.shape[1]], ids)
+        assert torch.equal(model.generate(**inputs, max_length=9, do_sample=False, use_cache=False), ids)

@@ -218,3 +218,17 @@ def test_torch_is_not_imported_for_scores(released, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("blank", [" ", "   ", "\n", "\t \n", "\u00a0"])
+def test_a_prediction_of_blanks_alone_counts_0_in_rouge(blank):
+    """As in the released scores, which leave out the empty text alone."""
+    references = {"a": "The cat sat.", "b": "x y", "c": "z"}
+    whole = rationale_scores({"a": "The cat sat."}, references)
+    scores = rationale_scores({"a": "The cat sat.", "b": blank}, references)
+    assert scores["rouge"] == pytest.approx(whole["rouge"] / 2)
+    assert scores == rationale_scores({"a": "The cat sat.", "b": blank, "c": ""}, references) | {
+        name: scores[name] for name in ("bleu1", "bleu4")
+    }
+    assert rationale_scores({"b": blank}, references) == {"bleu1": 0.0, "bleu4": 0.0, "rouge": 0.0}
+    assert rationale_scores({"a": "The cat sat.", "b": blank}, {**references, "b": " "}) == whole

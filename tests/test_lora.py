@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from torch import nn
 
 import run_mm_cot_lora as script
 from ares.cli import UserError
+from ares.portable import ADAPTER_KEYS
 from model import T5ForMultimodalGeneration
+from tests.conftest import ROOT
 from tests.test_sft import one_thread, predictions  # noqa: F401
 from tests.tiny import make_data, make_model, write
 
@@ -200,3 +203,70 @@ def test_an_adapter_of_another_model_is_refused(tuned, tmp_path):
     peft.get_peft_model(other, config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match="does not fit"):
         script.load_adapter(base(tuned), tmp_path / "adapter")
+
+
+def test_the_adapters_config_is_the_same_in_every_process(tuned, tmp_path):
+    """peft writes a set, whose order depends on the process's hash seed; predictions are compared by that file."""
+    import subprocess
+    import sys
+
+    code = (
+        "import argparse, sys, utils_lora, model\n"
+        "args = argparse.Namespace(lora_r=2, lora_alpha=4, lora_dropout=0.0, lora_bias='none')\n"
+        f"base = model.T5ForMultimodalGeneration.from_pretrained({str(tuned)!r})\n"
+        "utils_lora.add_adapter(base, args).save_pretrained(sys.argv[1])\n"
+    )
+    written = []
+    for seed in ("1", "2", "3"):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / seed)], cwd=ROOT, check=True, capture_output=True,
+                       env={**os.environ, "PYTHONHASHSEED": seed})  # fmt: skip
+        written.append((tmp_path / seed / "adapter_config.json").read_bytes())
+    assert len(set(written)) == 1
+    targets = json.loads(written[0])["target_modules"]
+    assert targets == sorted(targets) and len(targets) > 5
+
+
+def test_the_adapters_config_holds_no_key_that_peft_0_6_lacks(tuned, tmp_path):
+    args = script.parse_args(["--model", str(tuned), "--lora_r", "2"])
+    adapted = script.add_adapter(base(tuned), args)
+    adapted.save_pretrained(tmp_path / "plain")
+    told = json.loads((tmp_path / "plain/adapter_config.json").read_text())
+    assert set(told) <= ADAPTER_KEYS and {"r", "peft_type", "task_type", "inference_mode", "lora_alpha"} <= set(told)
+    loaded = peft.LoraConfig.from_pretrained(tmp_path / "plain").to_dict()
+    assert {key: loaded[key] for key in told if key != "target_modules"} == {
+        key: told[key] for key in told if key != "target_modules"
+    }
+    # a key that changes what the adapter does stays, known there or not
+    config = adapted.peft_config["default"]
+    config.use_rslora = True
+    adapted.save_pretrained(tmp_path / "other")
+    assert json.loads((tmp_path / "other/adapter_config.json").read_text())["use_rslora"] is True
+
+
+@pytest.mark.parametrize("have", ["0.15.0", "0.18.1", "0.21.1", "0.22.0", None])
+def test_a_peft_that_was_not_tried_is_refused_before_training(have, tuned, tmp_path, monkeypatch, capsys):
+    import importlib.metadata
+
+    import main
+    import utils_lora
+
+    real = importlib.metadata.version
+
+    def version(name):
+        if name != "peft":
+            return real(name)
+        if have is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return have
+
+    assert f"peft{utils_lora.PEFT}" in (ROOT / "requirements.txt").read_text().splitlines()
+    assert utils_lora.peft_fault() is None
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(UserError, match="peft.*pip install 'peft"):
+        script.parse_args(["--model", str(tuned)])
+    write(tmp_path / "adapter_config.json", {})
+    with pytest.raises(UserError, match="--lora: peft"):
+        utils_lora.check_adapter(tmp_path, "--lora")
+    with pytest.raises(UserError, match="nowhere"):  # RL and SFT do without: they warn, hours before it is needed
+        main.main(["--data_root", str(tmp_path / "nowhere"), "--model", str(tuned), "--run_dir", str(tmp_path / "r")])
+    assert "pip install 'peft" in capsys.readouterr().err

@@ -229,7 +229,7 @@ def test_tying_after_load_save_and_reload(released, cls, tmp_path):
     assert_tied(model, tied)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["tie_word_embeddings"] is tied  # what transformers 4 and the released code go by
-    assert config["patch_size"] == [145, 1024]
+    assert config["image_patch_size"] == [145, 1024]
     again = cls.from_pretrained(tmp_path)
     assert_tied(again, tied)
     assert again.config.patch_size == (145, 1024)
@@ -386,7 +386,7 @@ def test_fresh_layers_follow_the_seed(tmp_path):
 
 def test_text_only_is_a_plain_t5(tmp_path):
     small(patch_size=None).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text()).get("patch_size") is None
+    assert json.loads((tmp_path / "config.json").read_text()).get("image_patch_size") is None
     model = T5ForMultimodalGeneration.from_pretrained(tmp_path).eval()
     value = T5ForMultimodalGenerationValueFunction.from_pretrained(tmp_path).eval()
     assert not any("image_dense" in name for name in model.state_dict())
@@ -696,3 +696,53 @@ def test_unknown_names_say_so(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(UserError, match="neither a folder here nor a model the Hub gives"):
         T5ForMultimodalGeneration.from_pretrained("nobody/no-such-model", cache_dir=tmp_path)
+
+
+def test_the_configs_image_field_has_a_name_of_its_own(tmp_path, t5_tokenizer):
+    """`patch_size` would be swallowed by the released model's argument of that name. Folders that have it load."""
+    from tests.tiny import make_model
+
+    folder = make_model(tmp_path / "model", patch_size=(5, 8))
+    told = json.loads((folder / "config.json").read_text())
+    assert told["image_patch_size"] == [5, 8] and "patch_size" not in told
+    assert T5ForMultimodalGeneration.from_pretrained(folder).config.patch_size == (5, 8)
+    again = T5ForMultimodalGeneration.from_pretrained(folder, patch_size=(5, 8))
+    again.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text()) == told
+    # a folder of an earlier version
+    told["patch_size"] = told.pop("image_patch_size")
+    (folder / "config.json").write_text(json.dumps(told))
+    assert check_checkpoint(folder, (5, 8)).patch_size == (5, 8)
+    old = T5ForMultimodalGeneration.from_pretrained(folder)
+    assert old.config.patch_size == (5, 8)
+    value = T5ForMultimodalGenerationValueFunction.from_pretrained(folder)
+    assert value.config.patch_size == (5, 8)
+    plain = make_model(tmp_path / "plain")
+    assert not {"patch_size", "image_patch_size"} & json.loads((plain / "config.json").read_text()).keys()
+
+
+def test_the_tokenizer_file_is_in_the_form_of_tokenizers_0_13(tmp_path, t5_tokenizer, problems):
+    from transformers import AutoTokenizer
+
+    from ares.portable import portable_tokenizer
+
+    t5_tokenizer("a prompt", truncation=True, max_length=3)  # what a run leaves in the tokenizer's state
+    t5_tokenizer.save_pretrained(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text()
+    assert '"prepend_scheme"' in text
+    portable_tokenizer(tmp_path)
+    told = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert told["truncation"] is None and told["padding"] is None
+    for part in (told["pre_tokenizer"], told["decoder"]):
+        parts = part.get("pretokenizers") or part.get("decoders") or [part]
+        (metaspace,) = [one for one in parts if one["type"] == "Metaspace"]
+        assert metaspace["add_prefix_space"] is True and not {"prepend_scheme", "split"} & metaspace.keys()
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [problem["question"] + " " + problem["solution"] for problem in problems.values()][:200]
+    texts += ["", " ", "  two  blanks ", "x\ny", "naïve café 水 <extra_id_3>", "</s> a"]
+    assert again(texts)["input_ids"] == t5_tokenizer(texts)["input_ids"]
+    ids = again(texts)["input_ids"]
+    assert again.batch_decode(ids) == t5_tokenizer.batch_decode(ids)
+    before = (tmp_path / "tokenizer.json").read_bytes()
+    portable_tokenizer(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == before

@@ -364,3 +364,17 @@ def test_mistakes_end_with_one_line(name, tmp_path, monkeypatch):
 
 def test_mistakes_exit_with_status_2(tmp_path):
     one_line_error(run_script(ROOT / "report.py", "--stage", "x", cwd=tmp_path, check=False), "NAME=FOLDER")
+
+
+def test_a_released_file_of_rationales_shows_no_answers(tmp_path, sample, problems):
+    from report_page import stages
+    from tests.test_results import released_file
+
+    splits = json.loads((sample / "ScienceQA/data/scienceqa/pid_splits.json").read_text())
+    for asked, parts in (("A", (True, False)), ("E", (False, True)), ("ALE", (True, True))):
+        released_file(tmp_path / f"{asked}.json", problems, splits["test"], asked, garbled=20)
+        read = stages.read_predictions(tmp_path / f"{asked}.json", splits["test"], problems)
+        assert (read.has_answers, read.has_rationales) == parts
+        shown = stages.stage_figures(read, None)
+        assert ("acc_average" in shown["scores"]) == ("num_fail" in shown) == parts[0]
+        assert ("similarity" in shown["scores"]) == parts[1] and "similariry" not in shown["scores"]

@@ -203,3 +203,43 @@ def test_a_data_folder_that_nobody_asked_for_stops_no_table(tmp_path, monkeypatc
     for more in (["--data_root", "data"], ["--dataset", "aokvqa"]):
         with pytest.raises(cli.UserError, match="--data"):
             results.main([*argv, *more])
+
+
+def released_file(path, problems, qids, asked: str, garbled: int = 0) -> None:
+    """As the released code writes it: no ids, both parts' scores whatever was asked, `similariry`."""
+    letters = ["ABCDE"[problems[qid]["answer"]] for qid in qids]
+    solutions = [f"Solution: {problems[qid]['solution']}".replace("\n", " ") for qid in qids]
+    answers = [f"The answer is ({letter})." for letter in letters]
+    both = {"A": answers, "E": solutions, "LEA": [f"{s} {a}" for s, a in zip(solutions, answers, strict=True)],
+            "ALE": [f"{a} BECAUSE: {s}" for s, a in zip(solutions, answers, strict=True)]}  # fmt: skip
+    labels = both[asked]
+    preds = ["Nothing to read." if i < garbled else text for i, text in enumerate(labels)]
+    guessed = f"{100 * (len(qids) - garbled) / len(qids) - 1.3:.2f}" if "A" in asked else "21.00"
+    scores = {"answer": {"acc_average": guessed, "acc_has_image": guessed},
+              "rationale": {"bleu1": 40.0, "bleu4": 30.0, "rouge": 55.5, "similariry": 88.25}}  # fmt: skip
+    fails = garbled if "A" in asked else len(qids)
+    path.write_text(json.dumps({"num_fail": fails, "scores": scores, "preds": preds, "labels": labels}))
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+@pytest.mark.parametrize(("asked", "tables"), [("A", {"answers"}), ("E", {"rationales"}),
+                                               ("LEA", {"answers", "rationales"}),
+                                               ("ALE", {"answers", "rationales"})])  # fmt: skip
+def test_a_released_file_gets_the_rows_it_was_asked_for(asked, tables, with_data, tmp_path, sample, problems, capsys):
+    data_root = sample / "ScienceQA/data"
+    qids = json.loads((data_root / "scienceqa/pid_splits.json").read_text())["test"]
+    released_file(tmp_path / "file.json", problems, qids, asked, garbled=30)
+    argv = ["--system", f"it={tmp_path / 'file.json'}", "--format", "csv", "--published", "none"]
+    found = figures(table(capsys, *argv, *(["--data_root", data_root] if with_data else [])))
+    columns = {column for _, column in found}
+    assert ("average" in columns) == ("num_fail" in columns) == ("answers" in tables)
+    assert ("rouge" in columns) == ("similarity" in columns) == ("words" in columns) == ("rationales" in tables)
+    assert "similariry" not in columns
+    for line in found.values():
+        if line["low"]:
+            assert float(line["low"]) <= float(line["value"]) <= float(line["high"]), line
+    if "answers" in tables:
+        assert found["it", "num_fail"]["value"] == "30.0" and (found["it", "average"]["low"] != "") == with_data
+    if "rationales" in tables:
+        assert float(found["it", "similarity"]["value"]) == 88.25
+        assert found["it", "rouge"]["low"] == ""  # 55.5 is not the mean of these texts

@@ -24,6 +24,7 @@ import rl_run
 import rollouts
 import run_mm_cot_rl
 from ares import feedback, files
+from ares import launch as launch_lock
 from ares.cli import UserError
 from tests import rl_tools
 from tests.conftest import ROOT, one_line_error, run_script
@@ -199,7 +200,7 @@ def test_two_processes_then_a_second_round(world, collected, tmp_path):
     said = done.stdout.splitlines()
     assert said.index("Rationale Finished") < said.index("Waiting for the feedback")
     assert "2 process(es) on cpu" in done.stdout
-    assert {path.name for path in run.iterdir()} == {
+    assert {path.name for path in run.iterdir()} - {launch_lock.LOCK} == {
         "0", "args.yaml", "metrics.jsonl", "questions_round0", "rollouts", "samples_round_0.jsonl", "tensorboard"
     }  # fmt: skip
     assert {path.name for path in (run / "0").iterdir()} - {"special_tokens_map.json"} == ROUND_FILES
@@ -619,3 +620,37 @@ def test_wandb_offline_goes_on_with_its_run(tmp_path, monkeypatch):
         log.close()
     assert ids[0] == ids[1] and len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_teacher_client_that_started_first_stops_nothing(world, tmp_path):
+    """`haiku.py --watch` makes questions/teacher/ before RL exports; its files and those in writing stay."""
+    run = tmp_path / "run"
+    teacher = run / "questions/teacher"
+    teacher.mkdir(parents=True)
+    for name in ("lock", ".tmp-7-7", "run.json"):
+        (teacher / name).write_text("the client's")
+    launch(world, run, phase="collect")
+    assert {path.name for path in teacher.iterdir()} == {"lock", ".tmp-7-7", "run.json"}
+    assert feedback.exported(run / "questions")
+
+
+@pytest.mark.parametrize("left", ["0/p0/1", "mmcot_finished_signal.txt"])
+def test_an_export_without_its_rollouts_ends_every_rank(left, world, tmp_path):
+    run = tmp_path / "run"
+    place = run / "questions" / left
+    place.parent.mkdir(parents=True)
+    place.write_text("") if "." in left else place.mkdir()
+    done = run_script("run_mm_cot_rl.py", *flags(world, run, phase="collect"), nproc=2, check=False,
+                      env=ONE_THREAD, timeout=120)  # fmt: skip
+    assert done.returncode != 0 and done.stderr.count("without its rollouts") == 1
+    assert not list(run.glob("rollouts/*/batch_*")) and 'run_mm_cot_rl.py", line' not in done.stderr
+
+
+def test_a_process_that_waits_for_files_ends_with_the_one_that_failed(tmp_path, monkeypatch):
+    store = rollouts.Store(tmp_path, 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="no reply"), rollouts.failure_shared(store):
+        raise UserError("no reply can be used")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="no reply can be used"):
+        rollouts.wait_for_file(store.scores_file, 0.01, store.failed_file)

@@ -40,7 +40,7 @@ def collected(world):
     """Acceptance 2, first half: collected by two processes, scored in place by the reference Teacher's own script."""
     run = world.tmp / "collected"
     done = run_script("run_mm_cot_rl.py", *flags(world, run, phase="collect"), nproc=2, env=environment())
-    assert "2 process(es) on cpu" in done.stdout and "round 0 is collected. Next:" in done.stdout
+    assert "2 process(es) on cpu" in done.stdout and "round 0 is collected\nnext:\n" in done.stdout
     assert not (run / "state").exists() and (run / "questions/mmcot_finished_signal.txt").exists()
     images = world.sample / "images"
     where = ["--data_root", world.data, *(["--images", images] if images.exists() else [])]
