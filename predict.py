@@ -230,7 +230,8 @@ def features_for(args: argparse.Namespace, question: Question, settings: argpars
     encoder = load_encoder(args.img_type, name, weights, args.device, seed)
     print0(f"features: {encoder.model_name} ({encoder.weights} weights), {question.image or 'no picture: zeros'}")
     try:
-        return LiveFeatures(encoder, {question.qid: question.image})
+        # a data set's features were made without turning; a photo of one's own is meant as it is seen
+        return LiveFeatures(encoder, {question.qid: question.image}, turned=not question.of_data)
     except (OSError, ValueError) as error:
         raise UserError(f"--image: cannot read {question.image} ({error})") from error
 

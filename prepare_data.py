@@ -37,7 +37,7 @@ from ares.cli import (
     writable_dir,
     write_json,
 )
-from ares.images import as_rgb, media_type
+from ares.images import as_rgb, media_type, open_image, upright
 from utils_sources import Pictures, Source, open_source
 
 MINIS = {"minitrain": ("train", 64), "miniminitrain": ("train", 256), "minival": ("val", 64)}
@@ -95,7 +95,7 @@ def write_pictures(folder: Path, pictures: Pictures) -> str | None:
         target = folder / name
         try:
             data = picture if isinstance(picture, Path) or media_type(picture[:12]) else _as_png(picture)
-        except Exception as error:  # Pillow's readers raise whatever they meet in a damaged file
+        except (OSError, ValueError) as error:
             return f"{name}: {error}"
         if isinstance(data, Path) and not data.is_file():
             return f"{name}: {data} does not exist"
@@ -112,11 +112,10 @@ def write_pictures(folder: Path, pictures: Pictures) -> str | None:
 
 
 def _as_png(picture: bytes) -> bytes:
-    """Other formats (BMP, TIFF) as PNG. Raises what Pillow raises where it is no picture."""
-    from PIL import Image
-
+    """Other formats (BMP, TIFF) as upright PNG. Raises OSError or ValueError where it is no image."""
     out = io.BytesIO()
-    with Image.open(io.BytesIO(picture)) as image:
+    with open_image(picture) as image:
+        image = upright(image)
         kept = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
         (image if kept else as_rgb(image)).save(out, format="PNG")  # PNG has no CMYK
     return out.getvalue()

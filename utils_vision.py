@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ares.cli import UserError, warn0
-from ares.images import eight_bit
+from ares.images import eight_bit, open_image, upright
 from ares.problems import question_images
 
 if TYPE_CHECKING:
@@ -72,17 +72,13 @@ def _by_number(qid: str) -> tuple[int, int, str]:
     return (0, int(qid), qid) if qid.isdecimal() else (1, 0, qid)
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The decoded picture as RGB. Raises OSError or ValueError where the file is broken."""
-    from PIL import Image
+def read_image(path: str | Path, turned: bool = False) -> Image.Image:
+    """The decoded image as RGB. Raises OSError or ValueError where the file is broken, or too large to decode.
 
-    try:
-        with Image.open(path) as image:
-            return eight_bit(image).convert("RGB")
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # Pillow's readers raise whatever they meet in a damaged file
-        raise ValueError(str(error) or type(error).__name__) from error
+    `turned` applies the EXIF orientation. The published features were made without: those of a data set stay so.
+    """
+    with open_image(path) as image:
+        return eight_bit(upright(image) if turned else image).convert("RGB")
 
 
 # -- networks --------------------------------------------------------------------------------------------
@@ -149,12 +145,13 @@ class LiveFeatures:
 
     Args:
         pictures: qid -> image file, or None for a question without one: zeros.
+        turned: apply the EXIF orientation (`read_image`).
     """
 
-    def __init__(self, encoder: Encoder, pictures: Mapping[str, Path | None]):
+    def __init__(self, encoder: Encoder, pictures: Mapping[str, Path | None], turned: bool = False):
         self.shape = encoder.shape
         shown = {qid: path for qid, path in pictures.items() if path is not None}
-        rows = encoder([encoder.transform(read_image(path)) for path in shown.values()]) if shown else []
+        rows = encoder([encoder.transform(read_image(path, turned)) for path in shown.values()]) if shown else []
         self.rows = dict(zip(shown, rows, strict=True))
 
     def gather(self, qids: Sequence[str]) -> torch.Tensor:
