@@ -227,7 +227,7 @@ def features_for(args: argparse.Namespace, question: Question, settings: argpars
     name, weights, seed = network_of(args, file)
     from utils_vision import LiveFeatures, load_encoder
 
-    encoder = load_encoder(args.img_type, name, weights, args.device, seed)
+    encoder = load_encoder(args.img_type, name, weights, args.device, seed, "--vision_weights")
     print0(f"features: {encoder.model_name} ({encoder.weights} weights), {question.image or 'no picture: zeros'}")
     try:
         # a data set's features were made without turning; a photo of one's own is meant as it is seen
@@ -244,6 +244,8 @@ def network_of(args: argparse.Namespace, file: Path | None) -> tuple[str | None,
     """(name, weights, seed) of the network that made the features in `file`, as its sidecar tells; flags override."""
     sidecar = file.with_name(f"{args.img_type}.json") if file else None
     told = read_json(sidecar, "--vision_features") if sidecar and sidecar.is_file() else {}
+    if not isinstance(told, dict) or not all(isinstance(told.get(key, ""), str) for key in ("weights", "model_name")):
+        raise UserError(f"--vision_features: {sidecar} is not what extract_features.py writes; make both again")
     weights = args.vision_weights or told.get("weights", "pretrained")
     if weights == "local":
         raise UserError(

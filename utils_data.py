@@ -229,7 +229,9 @@ def _read_tokenizer(name: str | Path, flag: str) -> Any:
         raise UserError(f"{flag}: {folder} holds neither tokenizer.json nor spiece.model")
     bare = folder.is_dir() and not any((folder / n).is_file() for n in ("tokenizer_config.json", "config.json"))
     try:
-        tokenizer = (T5Tokenizer if bare else AutoTokenizer).from_pretrained(str(name))
+        # trust_remote_code=False: else the library asks on the terminal whether to run code beside the vocabulary
+        kind, options = (T5Tokenizer, {}) if bare else (AutoTokenizer, {"trust_remote_code": False})
+        tokenizer = kind.from_pretrained(str(name), **options)
     except Exception as error:  # the hub, the file system and the parsers each raise their own
         raise UserError(
             f"{flag}: no tokenizer can be loaded from {name} ({' '.join(str(error).split())[:160]}); "

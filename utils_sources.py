@@ -164,6 +164,7 @@ def _load_datasets(where: str) -> Mapping[str, Any]:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # versions below 4 run a data set's own script otherwise
     folder = Path(where)
     try:
         if folder.is_dir() and (folder / "dataset_dict.json").is_file():

@@ -4,7 +4,7 @@
         picture = upright(image).convert("RGB")
     media_type, data = load_image(path, qid)        # decoded once, shrunk or converted where the API needs it
 
-Pillow is optional for `load_image`: without it the media type is read from the first bytes and large files are refused.
+`load_image` works without Pillow: it reads the media type from the first bytes and refuses large files.
 """
 
 from __future__ import annotations
