@@ -212,7 +212,8 @@ def features_for(args: argparse.Namespace, question: Question, settings: argpars
     recorded = settings.recorded if not question.of_data or _same(settings.recorded, args.data_root) else {}
     places = {name: getattr(args, name) or recorded.get(name) for name in ("vision_features", "name_map", "dataset")}
     root = args.data_root if question.of_data else recorded.get("data_root", args.data_root)
-    look = argparse.Namespace(**places, data_root=root, img_type=args.img_type)
+    captions = args.caption_file if question.of_data else recorded.get("caption_file", CAPTION_DEFAULT)
+    look = argparse.Namespace(**places, data_root=root, img_type=args.img_type, caption_file=captions)
     try:
         file = find_feature_file(look)
     except UserError:
