@@ -10,8 +10,9 @@ or a folder of save_to_disk. Ids are the source's; where it has none (derek-thom
 in the order of the splits. A-OKVQA: the rationales of a question, one after the other, become its solution; val
 serves as test (the answers of the real one are hidden); {output}/aokvqa/id_map.json keeps question and image ids.
 
-Splits that the source lacks are made: trainval (train, then val), and as in ScienceQA's own file the first questions
-of a split: minitrain 64, miniminitrain 256, minival 64, miniminival 4, minitest 64. Pictures are never encoded again:
+Splits that the source has are kept, ScienceQA's own mini splits among them (1,272, 424 and 424 questions, drawn at
+random). Others are made: trainval (train, then val), and for quick trials the first questions of a split: minitrain
+64, miniminitrain 256, minival 64, miniminival 4, minitest 64. Pictures are never encoded again:
 hard links to files (copies across disks), or the bytes that the data set holds, PNG or JPEG, as image.png.
 
 problems.json is written last. Killed and run again it finishes. Leaves out captions (extract_caption.py), features
@@ -58,7 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def with_minis(splits: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """The splits, and those of ScienceQA's smaller ones that are absent: the first questions of a split."""
+    """The splits, and of the smaller ones that flags name those that are absent: the first questions of a split."""
     made = {name: list(qids) for name, qids in splits.items()}
     made.setdefault("trainval", list(dict.fromkeys([*made["train"], *made["val"]])))
     for name, (source, size) in MINIS.items():
