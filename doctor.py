@@ -204,7 +204,8 @@ def disk(parameters: int | None) -> tuple[None, str]:
 
 
 def api_key() -> tuple[None, str]:
-    """Whether a key for the Teacher is there; it is never shown. One that cannot be a key fails."""
+    """Whether a key for the Teacher is there; it is never shown. One that cannot be a key fails, as do proxy and
+    certificate settings that its client cannot use."""
     try:
         claude.api_key()
     except UserError as error:
@@ -212,6 +213,7 @@ def api_key() -> tuple[None, str]:
             raise
         warn0(str(error))
         return None, "no key"
+    claude.check_network()
     return None, f"{KEY} is set"
 
 

@@ -38,6 +38,7 @@ class Stop(UserError):
 def run(main: Callable[[], Any]) -> None:
     """Entry point of every script: `if __name__ == "__main__": run(main)`."""
     try:
+        escape_unprintable()
         main()
     except UserError as error:
         if rank() > 0:
@@ -47,6 +48,13 @@ def run(main: Callable[[], Any]) -> None:
         sys.exit(getattr(error, "status", 2))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def escape_unprintable() -> None:
+    """Print what the terminal's encoding lacks (PYTHONIOENCODING=ascii, LANG=C) as escapes instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where a test or a notebook has put another object
+            stream.reconfigure(errors="backslashreplace")
 
 
 def refuse(problems: Sequence[str]) -> None:

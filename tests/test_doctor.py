@@ -440,3 +440,59 @@ def test_features_of_random_weights_are_warned_of(record, clean, tmp_path, capsy
     code, lines, said = diagnose(capsys, *flags(folder))
     assert code == 0
     assert any(line.split()[1] == "features" and "random weights" in line for line in lines["warn"]), said
+
+
+SETTINGS = [
+    ({"ALL_PROXY": "socks://user:hidden@localhost:1"}, "ALL_PROXY"),
+    ({"all_proxy": "socks5://user:hidden@localhost:1"}, "all_proxy"),
+    ({"HTTPS_PROXY": "ftp://localhost:1"}, "HTTPS_PROXY"),
+    ({"http_proxy": "socks4://localhost:1"}, "http_proxy"),
+    ({"SSL_CERT_FILE": "/nowhere/ca.pem"}, "SSL_CERT_FILE"),
+    ({"SSL_CERT_DIR": "/nowhere"}, "SSL_CERT_DIR"),
+    ({"SSL_CERT_FILE": "/etc/hostname"}, "SSL_CERT_FILE"),
+]
+
+
+@pytest.mark.parametrize(("environment", "name"), SETTINGS)
+def test_proxies_and_certificates_that_cannot_be_used(environment, name, clean, monkeypatch, capsys, tmp_path):
+    """The doctor and the Teacher's client say so in one line, which does not show a proxy's password."""
+    import asyncio
+
+    from ares.claude import ClaudeTeacher
+
+    async def enter():
+        async with ClaudeTeacher():
+            pass
+
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError) as refusal:
+        asyncio.run(enter())
+    said = str(refusal.value)
+    assert name in said and "hidden" not in said and "\n" not in said and "unset it" in said
+    code, lines, _ = diagnose(capsys, "--data_root", clean / "data")
+    assert code == 1 and [line for line in lines["FAIL"] if line.split()[1:3] == ["api", "key"] and name in line]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "ascii:strict"},
+        {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"LC_ALL": "POSIX", "PYTHONUTF8": "0"},
+    ],
+)
+def test_a_terminal_without_utf8(environment, clean, tmp_path):
+    """A file name that it cannot show is shown as escapes; nothing fails, nothing is left out."""
+    folder = tmp_path / "d\u00e4t\u4e2d"
+    shutil.copytree(clean / "data", folder)
+    done = run_script("doctor.py", "--data_root", folder, env=environment)
+    assert "sound:" in done.stdout and "Traceback" not in done.stderr
+    done = run_script("doctor.py", "--data_root", folder / "n\u4e2d", env=environment, check=False)
+    assert done.returncode == 1 and "FAIL" in done.stdout and "Traceback" not in done.stderr
+    words = r"cli.print0('\u4e2d caf\u00e9') or cli.warn0('\u00fc') or cli.refuse(['\u4e2d'])"
+    code = f"from ares import cli; cli.run(lambda: {words})"
+    done = run_script("-c", code, env=environment, check=False)
+    assert done.returncode == 2 and "caf" in done.stdout and "error: " in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
