@@ -20,7 +20,7 @@ import io
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ TESTS_ONLY = "# tests and lint"  # what follows this line of requirements.txt is
 SFT_MEMORY, RL_MEMORY = 16, 32
 RL_DISK = 72  # two save slots and the round's folder, each with two models, their weights and moments
 GB = 1e9
+Splits = Mapping[str, Sequence[str]]  # name -> qids
+SHOWN = 5  # faults of one check that its line names
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -110,6 +112,31 @@ class Report:
         return value
 
 
+class Faults(contextlib.AbstractContextManager):
+    """UserErrors of one check, raised as one at its end: nobody shall mend faults one run at a time.
+
+    >>> with Faults() as faults:
+    ...     for part in parts:
+    ...         with faults.kept():
+    ...             check(part)
+    """
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            self.texts.append(str(error))
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None and self.texts:
+            more = f" (and {len(self.texts) - SHOWN} more)" if len(self.texts) > SHOWN else ""
+            raise UserError("; ".join(self.texts[:SHOWN]) + more)
+
+
 # -- the machine -----------------------------------------------------------------------------------------
 
 
@@ -177,7 +204,8 @@ def disk(parameters: int | None) -> tuple[None, str]:
 
 
 def api_key() -> tuple[None, str]:
-    """Whether a key for the Teacher is there; it is never shown. One that cannot be a key fails."""
+    """Whether a key for the Teacher is there; it is never shown. One that cannot be a key fails, as do proxy and
+    certificate settings that its client cannot use."""
     try:
         claude.api_key()
     except UserError as error:
@@ -185,6 +213,7 @@ def api_key() -> tuple[None, str]:
             raise
         warn0(str(error))
         return None, "no key"
+    claude.check_network()
     return None, f"{KEY} is set"
 
 
@@ -200,6 +229,10 @@ def questions(args: argparse.Namespace) -> tuple[tuple[str, problems.Problems], 
 def splits(args: argparse.Namespace, dataset: str, found: problems.Problems) -> tuple[dict[str, list[str]], str]:
     everything = problems.load_splits(args.data_root, dataset, found)
     names = {role: getattr(args, f"{role}_split") for role in ("train", "val", "test")}
+    with Faults() as faults:
+        for role, name in names.items():
+            with faults.kept():
+                problems.split_qids(everything, name, f"--{role}_split")
     qids = {role: problems.split_qids(everything, name, f"--{role}_split") for role, name in names.items()}
     problems.check_overlap(everything, names["train"], [names["val"], names["test"]])
     left = len(found.keys() - {qid for part in everything.values() for qid in part})
@@ -210,36 +243,38 @@ def splits(args: argparse.Namespace, dataset: str, found: problems.Problems) -> 
 def pictures(args: argparse.Namespace, found: problems.Problems, qids: Sequence[str]) -> tuple[None, str]:
     """Every image that the Teacher would be sent is there and decodes."""
     named = images_of_questions(args, found, qids)
-    faults = images.broken_images(named)
-    if faults:
-        raise UserError(faults[0] + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""))
+    with Faults() as faults:
+        faults.texts += images.broken_images(named)
     shown = [paths for paths in named.values() if paths]
     return None, f"{sum(map(len, shown))} images of {len(shown)} questions decode"
 
 
-def captions(args: argparse.Namespace, found: problems.Problems, qids: Sequence[str]) -> tuple[None, str]:
+def captions(args: argparse.Namespace, found: problems.Problems, splits: Splits) -> tuple[None, str]:
     try:
         path = problems.find_captions(args)
     except UserError:
         if args.use_caption or args.caption_file != problems.CAPTION_DEFAULT:
             raise
         return None, "none (needed with --use_caption only)"
-    told = problems.load_captions(path)
-    problems.check_captions(path, told, found, qids)
-    return None, f"{path}: {len(told)} captions"
+    data = problems.load_captions(path)
+    problems.check_captions(path, data, found, splits)
+    return None, f"{path}: {len(data)} captions"
 
 
-def features(args: argparse.Namespace, found: problems.Problems, qids: Sequence[str]) -> tuple[Any, str]:
-    """The feature file fits its name map and the questions, and every number in it is one."""
+def features(args: argparse.Namespace, found: problems.Problems, splits: Splits) -> tuple[Any, str]:
+    """The feature file fits its name map and every split that a stage reads, and every number in it is finite."""
     import utils_data
 
     opened = utils_data.open_features(args)
-    utils_data.check_coverage(opened, found, qids)
-    with cli.progress(desc="read features", total=opened.rows, unit="row") as bar:
-        for start in range(0, opened.rows, 64):
-            part = range(start, min(start + 64, opened.rows))
-            opened.check_finite(part)
-            bar.update(len(part))
+    with Faults() as faults:
+        with faults.kept():
+            utils_data.check_coverage(opened, found, splits)
+        with cli.progress(desc="read features", total=opened.rows, unit="row") as bar:
+            for start in range(0, opened.rows, 64):
+                part = range(start, min(start + 64, opened.rows))
+                with faults.kept():
+                    opened.check_finite(part)
+                bar.update(len(part))
     return opened, f"{opened.path}: {opened.rows} rows of {opened.shape}, all finite"
 
 
@@ -260,12 +295,36 @@ def checkpoint(args: argparse.Namespace, patch_size: tuple[int, int] | None) -> 
         info = read_checkpoint(Path(args.model), "--model")
     else:
         info = check_checkpoint(args.model, patch_size, args.img_type)
-    if info is None:
-        return None, f"{args.model} is a hub id: checked when it is loaded"
+    if info is None:  # no folder, and it may be a hub id
+        return None, hub_model(args.model)
     if patch_size is not None and info.patch_size is None:
         warn0(f"{args.model} has no image layers: main.py trains fresh ones, RL and LoRA need a trained model")
     value = ", with a value function" if info.has_value_function else ""
     return info, f"{args.model}: {parameters_of(info) / 1e6:.1f} M parameters, features {info.patch_size}{value}"
+
+
+def hub_model(name: str) -> str:
+    """Where a stage would get this model from: the local cache, or the hub. Raises UserError if from neither."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    from utils_vision import hub_failure, offline_unless_reachable
+
+    try:
+        hf_hub_download(name, "config.json", local_files_only=True)
+        return f"{name} is in the cache of the hub: its weights are checked when they are loaded"
+    except (OSError, ValueError):  # not cached, or no name that the hub could have
+        pass
+    try:
+        offline_unless_reachable()
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("offline")
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))
+    except Exception as error:  # the hub's, the HTTP library's and the system's own
+        raise UserError(
+            f"--model: {name} is no folder here, and no such model can be had from the hub ({hub_failure(error)}); "
+            "name the folder of a model"
+        ) from error
+    return f"{name} is a model of the hub: its weights are checked when they are loaded"
 
 
 def parameters_of(info: Any) -> int | None:
@@ -289,19 +348,22 @@ def tokenizer(args: argparse.Namespace, info: Any) -> tuple[None, str]:
 def check_data(report: Report, args: argparse.Namespace) -> tuple[int, int] | None:
     """The data folder's checks; returns the features' patch size, None without any."""
     read = report.check("questions", questions, args)
-    if read is None:
+    if read is None and not Path(args.data_root).is_dir():
         return None
-    dataset, found = read
-    qids = report.check("splits", splits, args, dataset, found) or {}
+    dataset, found = read or (None, {})
+    # without questions the other files are still read, against none
+    qids = (report.check("splits", splits, args, dataset, found) if read else None) or {}
     used = list(dict.fromkeys(qid for part in qids.values() for qid in part)) or list(found)
-    count_told(report, dataset, found, qids)
-    report.check("images", pictures, args, found, used)
-    report.check("captions", captions, args, found, used)
+    by_split = {getattr(args, f"{role}_split"): part for role, part in qids.items()} or {"(all questions)": used}
+    if read:
+        count_told(report, dataset, found, qids)
+        report.check("images", pictures, args, found, used)
+    report.check("captions", captions, args, found, by_split)
     if args.correction_file:
         report.check("correction", correction, args, found, qids.get("train", used))
     if args.img_type is None:
         return None
-    opened = report.check("features", features, args, found, used)
+    opened = report.check("features", features, args, found, by_split)
     return opened.shape if opened is not None else None
 
 

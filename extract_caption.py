@@ -91,6 +91,12 @@ def is_there(output: Path, settings: dict[str, Any], images: dict[str, Path], ov
     )
 
 
+def _reason(model: str, error: Exception) -> str:
+    if os.path.isdir(model):
+        return " ".join(str(error).split())[:160] or type(error).__name__
+    return hub_failure(error)
+
+
 class Captioner:
     """An image-to-text model with its processor."""
 
@@ -104,11 +110,12 @@ class Captioner:
         if not os.path.isdir(model):
             offline_unless_reachable()
         try:
-            self.processor = AutoProcessor.from_pretrained(model)
-            self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=self.dtype)
-        except (OSError, ValueError, KeyError) as error:  # the library's words for absent, unknown and unfit models
+            # False: else the library asks on the terminal whether it may run code that lies beside the weights
+            self.processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+            self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=self.dtype, trust_remote_code=False)
+        except Exception as error:  # the library has many errors for absent, unknown, damaged and unfit models
             raise UserError(
-                f"--model: cannot load {model} ({hub_failure(error)}); name a folder that holds an image-to-text model"
+                f"--model: cannot load {model} ({_reason(model, error)}); name a folder with an image-to-text model"
             ) from error
         self.model.eval().to(self.device)
         self.prompt = self._wrap(prompt)

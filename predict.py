@@ -213,7 +213,8 @@ def features_for(args: argparse.Namespace, question: Question, settings: argpars
     recorded = settings.recorded if not question.of_data or _same(settings.recorded, args.data_root) else {}
     places = {name: getattr(args, name) or recorded.get(name) for name in ("vision_features", "name_map", "dataset")}
     root = args.data_root if question.of_data else recorded.get("data_root", args.data_root)
-    look = argparse.Namespace(**places, data_root=root, img_type=args.img_type)
+    captions = args.caption_file if question.of_data else recorded.get("caption_file", CAPTION_DEFAULT)
+    look = argparse.Namespace(**places, data_root=root, img_type=args.img_type, caption_file=captions)
     try:
         file = find_feature_file(look)
     except UserError:
@@ -228,10 +229,11 @@ def features_for(args: argparse.Namespace, question: Question, settings: argpars
     name, weights, seed = network_of(args, file)
     from utils_vision import LiveFeatures, load_encoder
 
-    encoder = load_encoder(args.img_type, name, weights, args.device, seed)
+    encoder = load_encoder(args.img_type, name, weights, args.device, seed, "--vision_weights")
     print0(f"features: {encoder.model_name} ({encoder.weights} weights), {question.image or 'no picture: zeros'}")
     try:
-        return LiveFeatures(encoder, {question.qid: question.image})
+        # a data set's features were made without turning; a photo of one's own is meant as it is seen
+        return LiveFeatures(encoder, {question.qid: question.image}, turned=not question.of_data)
     except (OSError, ValueError) as error:
         raise UserError(f"--image: cannot read {question.image} ({error})") from error
 
@@ -244,6 +246,8 @@ def network_of(args: argparse.Namespace, file: Path | None) -> tuple[str | None,
     """(name, weights, seed) of the network that made the features in `file`, as its sidecar tells; flags override."""
     sidecar = file.with_name(f"{args.img_type}.json") if file else None
     told = read_json(sidecar, "--vision_features") if sidecar and sidecar.is_file() else {}
+    if not isinstance(told, dict) or not all(isinstance(told.get(key, ""), str) for key in ("weights", "model_name")):
+        raise UserError(f"--vision_features: {sidecar} is not what extract_features.py writes; make both again")
     weights = args.vision_weights or told.get("weights", "pretrained")
     if weights == "local":
         raise UserError(

@@ -10,8 +10,9 @@ or a folder of save_to_disk. Ids are the source's; where it has none (derek-thom
 in the order of the splits. A-OKVQA: the rationales of a question, one after the other, become its solution; val
 serves as test (the answers of the real one are hidden); {output}/aokvqa/id_map.json keeps question and image ids.
 
-Splits that the source lacks are made: trainval (train, then val), and as in ScienceQA's own file the first questions
-of a split: minitrain 64, miniminitrain 256, minival 64, miniminival 4, minitest 64. Pictures are never encoded again:
+Splits that the source has are kept, ScienceQA's own mini splits among them (1,272, 424 and 424 questions, drawn at
+random). Others are made: trainval (train, then val), and for quick trials the first questions of a split: minitrain
+64, miniminitrain 256, minival 64, miniminival 4, minitest 64. Pictures are never encoded again:
 hard links to files (copies across disks), or the bytes that the data set holds, PNG or JPEG, as image.png.
 
 problems.json is written last. Killed and run again it finishes. Leaves out captions (extract_caption.py), features
@@ -27,7 +28,7 @@ from pathlib import Path
 
 from ares.cli import HelpFormatter, UserError, print0, progress, run, warn0
 from ares.files import atomic_path, place_file, read_json, writable_dir, write_json
-from ares.images import as_rgb, media_type
+from ares.images import as_rgb, media_type, open_image, upright
 from utils_sources import Pictures, Source, open_source
 
 MINIS = {"minitrain": ("train", 64), "miniminitrain": ("train", 256), "minival": ("val", 64)}
@@ -48,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def with_minis(splits: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """The splits, and those of ScienceQA's smaller ones that are absent: the first questions of a split."""
+    """The splits, and of the smaller ones that flags name those that are absent: the first questions of a split."""
     made = {name: list(qids) for name, qids in splits.items()}
     made.setdefault("trainval", list(dict.fromkeys([*made["train"], *made["val"]])))
     for name, (source, size) in MINIS.items():
@@ -85,7 +86,7 @@ def write_pictures(folder: Path, pictures: Pictures) -> str | None:
         target = folder / name
         try:
             data = picture if isinstance(picture, Path) or media_type(picture[:12]) else _as_png(picture)
-        except Exception as error:  # Pillow's readers raise whatever they meet in a damaged file
+        except (OSError, ValueError) as error:
             return f"{name}: {error}"
         if isinstance(data, Path) and not data.is_file():
             return f"{name}: {data} does not exist"
@@ -102,11 +103,10 @@ def write_pictures(folder: Path, pictures: Pictures) -> str | None:
 
 
 def _as_png(picture: bytes) -> bytes:
-    """Other formats (BMP, TIFF) as PNG. Raises what Pillow raises where it is no picture."""
-    from PIL import Image
-
+    """Other formats (BMP, TIFF) as upright PNG. Raises OSError or ValueError where it is no image."""
     out = io.BytesIO()
-    with Image.open(io.BytesIO(picture)) as image:
+    with open_image(picture) as image:
+        image = upright(image)
         kept = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
         (image if kept else as_rgb(image)).save(out, format="PNG")  # PNG has no CMYK
     return out.getvalue()

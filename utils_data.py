@@ -12,7 +12,7 @@ themselves (utils_prompt.py) and the reading of problems, splits and captions (a
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,15 @@ def load_data(args: argparse.Namespace, splits: Mapping[str, str]) -> Data:
     used = list(dict.fromkeys(qid for role in qids.values() for qid in role))
     for qid in used:
         option_letters(problems[qid], args.options, qid)
-    _fill_captions(args, problems, used)
+    by_split = {name: qids[role] for role, name in splits.items()}
+    _fill_captions(args, problems, by_split)
     if getattr(args, "correction", False):
         corrected = files.read_correction(files.find_correction(args), problems, qids.get("train", []))
         for qid, solution in corrected.items():
             problems[qid]["solution"] = solution
     features = open_features(args) if args.img_type is not None else None
     if features is not None:
-        check_coverage(features, problems, used)
+        check_coverage(features, problems, by_split)
     return Data(dataset, problems, qids, features, features.shape if features is not None else None)
 
 
@@ -135,12 +136,12 @@ def check_prompt_flags(args: argparse.Namespace) -> None:
         )
 
 
-def _fill_captions(args: argparse.Namespace, problems: files.Problems, qids: Sequence[str]) -> None:
+def _fill_captions(args: argparse.Namespace, problems: files.Problems, splits: Mapping[str, Sequence[str]]) -> None:
     captions: dict[str, str] = {}
     if args.use_caption:
         path = files.find_captions(args)
         captions = files.load_captions(path)
-        files.check_captions(path, captions, problems, qids)
+        files.check_captions(path, captions, problems, splits)
     elif args.caption_file != files.CAPTION_DEFAULT:
         print0("note: --caption_file has no effect without --use_caption")
     for qid, problem in problems.items():
@@ -175,10 +176,11 @@ def open_features(args: argparse.Namespace) -> VisionFeatures:
     return features
 
 
-def check_coverage(features: VisionFeatures, problems: Mapping[str, Any], qids: Iterable[str]) -> None:
-    """Warn of questions that name an image but have no feature row (they get zeros); UserError if that is all."""
-    nothing, some = "--name_map: no feature row", "have no feature row and get zeros"
-    files.check_pictured(features.name_map, problems, qids, nothing, some)
+def check_coverage(features: VisionFeatures, problems: Mapping[str, Any], splits: Mapping[str, Sequence[str]]) -> None:
+    """Warn of questions that name an image but have no feature row (they get zeros); UserError if these are more
+    than half of a split (name -> qids)."""
+    few, some = "--name_map: it names feature rows", "have no feature row and get zeros"
+    files.check_pictured(features.name_map, problems, splits, few, some)
 
 
 # -- rationales of an earlier stage ----------------------------------------------------------------------
@@ -230,7 +232,9 @@ def _read_tokenizer(name: str | Path, flag: str) -> Any:
         raise UserError(f"{flag}: {folder} holds neither tokenizer.json nor spiece.model")
     bare = folder.is_dir() and not any((folder / n).is_file() for n in ("tokenizer_config.json", "config.json"))
     try:
-        tokenizer = (T5Tokenizer if bare else AutoTokenizer).from_pretrained(str(name))
+        # trust_remote_code=False: else the library asks on the terminal whether to run code beside the vocabulary
+        kind, options = (T5Tokenizer, {}) if bare else (AutoTokenizer, {"trust_remote_code": False})
+        tokenizer = kind.from_pretrained(str(name), **options)
     except Exception as error:  # the hub, the file system and the parsers each raise their own
         raise UserError(
             f"{flag}: no tokenizer can be loaded from {name} ({' '.join(str(error).split())[:160]}); "

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ares.cli import UserError, print0
+from ares.cli import UserError, warn0
 from ares.files import atomic_path, one_at_a_time, read_json
 
 # what the model sees of one image: (patches, dim). resnet's one pooled vector is repeated 512 times
@@ -175,8 +175,8 @@ class VisionFeatures:
         shape = told.get("shape") if isinstance(told, dict) else None
         if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
             raise UserError(f'--vision_features: {sidecar} must hold {{"shape": [patches, dim]}}')
-        if told.get("weights") == "random":
-            print0(f"note: {self.path} was made by a network with random weights")
+        if told.get("weights") == "random" or str(told.get("weights_file")).startswith("seed "):
+            warn0(f"{self.path} was made by a network with random weights: for trials only")
         return (shape[0], shape[1]), told.get("rows")
 
     def __getstate__(self) -> dict[str, Any]:

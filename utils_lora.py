@@ -12,6 +12,7 @@ import functools
 import warnings
 from pathlib import Path
 
+from ares.checkpoints import load_state_dict
 from ares.cli import UserError, print0
 from ares.portable import portable_adapter
 
@@ -94,7 +95,8 @@ def load_adapter(model, folder: Path, flag: str = "--evaluate_dir"):
         config.exclude_modules = [NO_EFFECT]
     else:
         config.target_modules = set(config.target_modules) - {NO_EFFECT}
-    weights = peft.load_peft_weights(str(folder), device="cpu")
+    config.megatron_config = None  # with it peft imports whatever module the file names
+    weights = _read_weights(folder, flag)
     kept = {name: tensor for name, tensor in weights.items() if f".{NO_EFFECT}.lora_" not in name}
     if len(kept) < len(weights):
         print0(f"{folder}: {len(weights) - len(kept)} tensors on {NO_EFFECT} dropped (they had no effect)")
@@ -109,6 +111,20 @@ def load_adapter(model, folder: Path, flag: str = "--evaluate_dir"):
         odd = (absent or loaded.unexpected_keys)[0]
         raise UserError(f"{flag}: the adapter in {folder} does not fit this --model ({odd})")
     return adapted
+
+
+def _read_weights(folder: Path, flag: str) -> dict:
+    """The adapter's tensors. Raises UserError, naming `flag`, if the file is damaged or holds pickled objects."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        return load_state_dict(path.with_suffix(".bin"), flag, "cpu")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{flag}: {path} is damaged or no safetensors file ({error})") from error
 
 
 def check_adapter(folder: Path, flag: str = "--evaluate_dir") -> None:

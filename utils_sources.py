@@ -11,6 +11,7 @@ written. Leaves out writing (prepare_data.py) and the finding of files in a fini
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from ares.sentences import is_finished
 
 # our name of a split -> names that sources give it; in this order ids are given out where a source has none
 SPLITS = {"train": ("train",), "val": ("val", "validation", "dev"), "test": ("test",)}
+COCO_PARTS = ("train2017", "val2017", "test2017", "train2014", "val2014", "test2014", "test2015")
 ID_COLUMNS = ("question_id", "pid", "qid", "id")
 TEXTS = ("task", "grade", "subject", "topic", "category", "skill", "lecture", "solution")
 
@@ -117,12 +119,21 @@ def _aokvqa_folder(folder: Path, files: Mapping[str, Path | None], images: str |
 
 
 def _coco_image(root: Path, image_id: Any) -> Path | None:
-    """COCO's file of an image id: `{id:012d}.jpg` in train2017/, val2017/, test2017/ or right in `root`."""
+    """COCO's file of an image id, in one of COCO's folders, in `images/` above these, or right in `root`.
+
+    The same images have two names: `train2017/000000123456.jpg` and `train2014/COCO_train2014_000000123456.jpg`.
+    """
     if image_id is None:
         return None
-    for name in (f"{image_id:0>12}.jpg", f"{image_id}.jpg", f"{image_id:0>12}.png", f"{image_id}.png"):
-        for part in ("train2017", "val2017", "test2017", ""):
-            if (path := root / part / name).is_file():
+    plain = [f"{number}{suffix}" for number in (f"{image_id:0>12}", image_id) for suffix in (".jpg", ".png")]
+    for folder in (root, root / "images"):
+        for name in plain:
+            for part in (*COCO_PARTS, ""):
+                if (path := folder / part / name).is_file():
+                    return path
+        for part in COCO_PARTS:
+            name = f"COCO_{part}_{image_id:0>12}.jpg"
+            if (path := folder / part / name).is_file() or (path := folder / name).is_file():
                 return path
     return None
 
@@ -165,22 +176,13 @@ def _load_datasets(where: str) -> Mapping[str, Any]:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # versions below 4 run a data set's own script otherwise
     folder = Path(where)
     try:
         if folder.is_dir() and (folder / "dataset_dict.json").is_file():
             return datasets.load_from_disk(where)
         if folder.is_dir():
-            files = sorted(folder.rglob("*.parquet"))
-            by_split: dict[str, list[str]] = {}
-            for file in files:
-                name = file.stem.partition("-")[0]  # train-00000-of-00002.parquet, or train/0000.parquet
-                by_split.setdefault(file.parent.name if name.isdigit() else name, []).append(str(file))
-            if not files:
-                raise UserError(
-                    f"--source: {where} holds neither the official files, nor a DatasetDict of save_to_disk, nor "
-                    "*.parquet (train-..., validation-..., test-...)"
-                )
-            return datasets.load_dataset("parquet", data_files=by_split)
+            return datasets.load_dataset("parquet", data_files=_parquet_files(folder))
         if folder.exists() or where.startswith((".", "/", "~")):
             raise UserError(f"--source: {where} is no folder")
         from huggingface_hub import constants
@@ -192,6 +194,12 @@ def _load_datasets(where: str) -> Mapping[str, Any]:
         try:
             return datasets.load_dataset(where)
         except Exception as error:  # hub, HTTP, parsing: each its own
+            if "Config name is missing" in str(error):
+                names = str(error).partition("available configs: ")[2].partition("\n")[0]
+                raise UserError(
+                    f"--source: {where} has several configurations, {names}; download the files of one and name their "
+                    "folder"
+                ) from error
             raise UserError(
                 f"--source: {where} is no folder here, and cannot be had from the hub ({hub_failure(error)})"
             ) from error
@@ -199,6 +207,33 @@ def _load_datasets(where: str) -> Mapping[str, Any]:
         raise
     except Exception as error:  # pyarrow's and datasets' own for damaged files
         raise UserError(f"--source: cannot read {where} ({' '.join(str(error).split())[:160]})") from error
+
+
+def _parquet_files(folder: Path) -> dict[str, list[str]]:
+    """Split -> its parquet files. Raises UserError where there are none, or several configurations of a data set."""
+    places: dict[str, dict[Path, list[str]]] = {}  # split -> folder of the configuration -> files
+    for file in sorted(folder.rglob("*.parquet")):
+        name = file.stem.partition("-")[0]  # train-00000-of-00002.parquet, or train/0000.parquet
+        split, of_split = (file.parent.name, True) if name.isdigit() else (name, file.parent.name == name)
+        split = next((ours for ours, names in SPLITS.items() if split in names), split)
+        place = file.parent.parent if of_split else file.parent
+        places.setdefault(split, {}).setdefault(place, []).append(str(file))
+    if not places:
+        saved = sorted(path.parent.name for path in folder.glob("*/dataset_dict.json"))
+        raise UserError(
+            f"--source: {folder} holds {len(saved)} data sets ({', '.join(saved)}); name the folder of one"
+            if saved
+            else f"--source: {folder} holds neither the official files, nor a DatasetDict of save_to_disk, nor "
+            "*.parquet (train-..., validation-..., test-...)"
+        )
+    found = sorted({place for split in places.values() for place in split})
+    if any(len(split) > 1 for split in places.values()):
+        names = ", ".join(os.path.relpath(place, folder) for place in found)
+        raise UserError(
+            f"--source: {folder} holds {len(found)} configurations of a data set ({names}), the same questions more "
+            "than once; name the folder of one"
+        )
+    return {split: files for split, each in places.items() for files in each.values()}
 
 
 def _undecoded(table: Any) -> Any:

@@ -11,13 +11,16 @@ ResNet's pooled vector (the model repeats it), DETR's last decoder states. Leave
 from __future__ import annotations
 
 import os
+import pickle
+import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ares.cli import UserError, warn0
-from ares.images import eight_bit
+from ares.images import eight_bit, open_image, upright
 from ares.problems import question_images
 
 if TYPE_CHECKING:
@@ -72,17 +75,13 @@ def _by_number(qid: str) -> tuple[int, int, str]:
     return (0, int(qid), qid) if qid.isdecimal() else (1, 0, qid)
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The decoded picture as RGB. Raises OSError or ValueError where the file is broken."""
-    from PIL import Image
+def read_image(path: str | Path, turned: bool = False) -> Image.Image:
+    """The decoded image as RGB. Raises OSError or ValueError where the file is broken, or too large to decode.
 
-    try:
-        with Image.open(path) as image:
-            return eight_bit(image).convert("RGB")
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # Pillow's readers raise whatever they meet in a damaged file
-        raise ValueError(str(error) or type(error).__name__) from error
+    `turned` applies the EXIF orientation. The published features were made without: those of a data set stay so.
+    """
+    with open_image(path) as image:
+        return eight_bit(upright(image) if turned else image).convert("RGB")
 
 
 # -- networks --------------------------------------------------------------------------------------------
@@ -149,12 +148,13 @@ class LiveFeatures:
 
     Args:
         pictures: qid -> image file, or None for a question without one: zeros.
+        turned: apply the EXIF orientation (`read_image`).
     """
 
-    def __init__(self, encoder: Encoder, pictures: Mapping[str, Path | None]):
+    def __init__(self, encoder: Encoder, pictures: Mapping[str, Path | None], turned: bool = False):
         self.shape = encoder.shape
         shown = {qid: path for qid, path in pictures.items() if path is not None}
-        rows = encoder([encoder.transform(read_image(path)) for path in shown.values()]) if shown else []
+        rows = encoder([encoder.transform(read_image(path, turned)) for path in shown.values()]) if shown else []
         self.rows = dict(zip(shown, rows, strict=True))
 
     def gather(self, qids: Sequence[str]) -> torch.Tensor:
@@ -180,13 +180,19 @@ def pick_device(asked: str | None) -> str:
 
 
 def load_encoder(
-    img_type: str, model_name: str | None = None, weights: str = "pretrained", device: str = "cpu", seed: int = 0
+    img_type: str,
+    model_name: str | None = None,
+    weights: str = "pretrained",
+    device: str = "cpu",
+    seed: int = 0,
+    flag: str = "--weights",
 ) -> Encoder:
     """Build the network of `img_type`.
 
     Args:
         model_name: another network of that kind: a timm model, for detr a transformers DETR. Default `MODEL_NAMES`.
         weights: "pretrained" asks the hub once; "random" draws them from `seed`; anything else is a file or folder.
+        flag: the flag that named `weights`, for messages.
 
     Raises UserError if the name is unknown or the weights cannot be had or do not fit.
     """
@@ -195,14 +201,14 @@ def load_encoder(
     name = model_name or MODEL_NAMES[img_type]
     kind = weights if weights in ("pretrained", "random") else "local"
     if kind == "local" and not Path(weights).exists():
-        raise UserError(f"--weights: {weights} does not exist")
+        raise UserError(f"{flag}: {weights} does not exist")
     if kind == "pretrained":
         offline_unless_reachable()
     if kind == "random":
         warn0(f"{name}: RANDOM WEIGHTS - the features hold colours and layout at best; for trials only")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network, transform = (_load_detr if img_type == "detr" else _load_timm)(img_type, name, kind, weights)
+        network, transform = (_load_detr if img_type == "detr" else _load_timm)(name, kind, weights, flag)
     network.eval().requires_grad_(False).to(device)
     encoder = Encoder(img_type, name, kind, network, transform)
     from PIL import Image
@@ -213,31 +219,63 @@ def load_encoder(
     return encoder
 
 
-def _load_timm(img_type: str, name: str, kind: str, weights: str) -> tuple[Any, Callable]:
+def _load_timm(name: str, kind: str, weights: str, flag: str) -> tuple[Any, Callable]:
     import timm
 
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:3]) or "none"
         raise UserError(f"--model_name: timm {timm.__version__} has no model {name} (similar: {near})")
-    source = {}
-    if kind == "local":
-        folder_or_file = Path(weights)
-        if folder_or_file.is_dir():
-            files = [*sorted(folder_or_file.glob("*.safetensors")), *sorted(folder_or_file.glob("*.bin"))]
-            if not files:
-                raise UserError(f"--weights: {weights} holds no .safetensors or .bin file; name the file")
-            folder_or_file = files[0]
-        source = {"pretrained_cfg_overlay": {"file": str(folder_or_file)}}
+    # timm gets tensors, never a path: it has readers that execute what a file pickles
+    source = {"pretrained_cfg_overlay": {"state_dict": read_weights(Path(weights), flag)}} if kind == "local" else {}
     try:
         # with its own number of classes: timm refuses some published heads otherwise, and nothing uses them
         network = timm.create_model(name, pretrained=kind != "random", **source)
-    except Exception as error:  # hub, HTTP, file and shape errors of three libraries
-        raise _no_weights(name, kind, weights, error) from error
+    except Exception as error:  # hub, HTTP and shape errors of three libraries
+        raise _no_weights(name, kind, weights, flag, error) from error
+    for settings in (network.pretrained_cfg, network.default_cfg):
+        settings.pop("state_dict", None)  # a second copy of the weights
     config = timm.data.resolve_model_data_config(network)
     return network, timm.data.create_transform(**config, is_training=False)
 
 
-def _load_detr(img_type: str, name: str, kind: str, weights: str) -> tuple[Any, Callable]:
+def read_weights(path: Path, flag: str = "--weights") -> dict[str, torch.Tensor]:
+    """The state dict in a .safetensors or PyTorch file, or in the first such file of a folder; nothing is executed.
+
+    Training checkpoints are looked into as timm does: EMA weights first, then `state_dict`, then `model`. Raises
+    UserError.
+    """
+    import torch
+    from timm.models import clean_state_dict
+
+    if path.is_dir():
+        files = [*sorted(path.glob("*.safetensors")), *sorted(path.glob("*.bin"))]
+        if not files:
+            raise UserError(f"{flag}: {path} holds no .safetensors or .bin file; name the file")
+        path = files[0]
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of pickle protocols that torch does not write
+                state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{flag}: {path} holds pickled objects, which are never executed, or is damaged; save its state dict alone"
+        ) from error
+    except Exception as error:  # two libraries, each with its own errors for a damaged file
+        raise UserError(f"{flag}: cannot read {path} ({_reason(error)})") from error
+    inner = ("state_dict_ema", "model_ema", "state_dict", "model")
+    if isinstance(state, dict):
+        state = next((state[name] for name in inner if isinstance(state.get(name), dict)), state)
+    if not isinstance(state, dict) or not state or not all(isinstance(each, torch.Tensor) for each in state.values()):
+        raise UserError(f"{flag}: {path} is not a state dict (name -> tensor)")
+    return clean_state_dict(state)
+
+
+def _load_detr(name: str, kind: str, weights: str, flag: str) -> tuple[Any, Callable]:
     from torchvision import transforms
     from transformers import DetrConfig, DetrModel
 
@@ -252,7 +290,7 @@ def _load_detr(img_type: str, name: str, kind: str, weights: str) -> tuple[Any, 
         else:
             network = DetrModel.from_pretrained(weights if kind == "local" else name)
     except Exception as error:
-        raise _no_weights(name, kind, weights, error) from error
+        raise _no_weights(name, kind, weights, flag, error) from error
     transform = transforms.Compose(
         [
             transforms.Resize(SHORTEST_SIDE),
@@ -276,24 +314,28 @@ def offline_unless_reachable() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
+def _reason(error: Exception) -> str:
+    """A library's error on one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:160]
+
+
 def hub_failure(error: Exception) -> str:
     """Why something could not be had from the hub, on one line."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return "not in the cache, and the hub cannot be reached"
-    return (" ".join(str(error).split()) or type(error).__name__)[:160]
+    return _reason(error)
 
 
-def _no_weights(name: str, kind: str, weights: str, error: Exception) -> UserError:
-    reason = (" ".join(str(error).split()) or type(error).__name__)[:160]
+def _no_weights(name: str, kind: str, weights: str, flag: str, error: Exception) -> UserError:
     if kind == "local":
-        return UserError(f"--weights: {weights} does not fit {name} ({reason})")
+        return UserError(f"{flag}: {weights} does not fit {name} ({_reason(error)})")
     if kind == "random":
-        return UserError(f"--model_name: cannot build {name} ({reason})")
+        return UserError(f"--model_name: cannot build {name} ({_reason(error)})")
     return UserError(
         f"--model_name: no weights of {name} from the hub ({hub_failure(error)}); download them elsewhere and name "
-        "them by --weights PATH, or try things out with --random_weights"
+        f"them by {flag} PATH" + ", or try things out with --random_weights" * (flag == "--weights")
     )
 
 

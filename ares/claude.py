@@ -131,6 +131,32 @@ def server_address(url: str | None, flag: str = "--base_url") -> str | None:
     return re.sub(path, "", url).rstrip("/")
 
 
+def check_network() -> None:
+    """Raise UserError where the proxy or the certificates that the environment names cannot be used."""
+    import anthropic
+
+    variables = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+    proxies = [name for upper in variables for name in (upper, upper.lower()) if os.environ.get(name)]
+    certificates = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
+    for name in certificates:
+        if not os.path.exists(os.environ[name]):
+            raise UserError(f"--teacher claude: {name}: {os.environ[name]} does not exist; unset it or name another")
+    try:
+        anthropic.DefaultAsyncHttpxClient()  # reads both, as each client of the SDK does
+    except OSError as error:
+        where = " or ".join(certificates) or "the system"
+        raise UserError(
+            f"--teacher claude: the certificates that {where} names cannot be read ({error}); unset it or name others"
+        ) from error
+    except Exception as error:  # ValueError, ImportError or the HTTP library's own, of the version that is installed
+        # not the address itself: it may hold a password
+        kinds = sorted({os.environ[name].partition("://")[0] for name in proxies if "://" in os.environ[name]})
+        raise UserError(
+            f"--teacher claude: the proxy in {' or '.join(proxies) or 'the environment'} ({', '.join(kinds)}://...) "
+            "cannot be used; name an http:// proxy, or socks5:// after pip install socksio, or unset it"
+        ) from error
+
+
 class ClaudeTeacher:
     """Asks one model through the Messages API. Needs ANTHROPIC_API_KEY once it is entered.
 
@@ -172,6 +198,7 @@ class ClaudeTeacher:
         import anthropic  # a second to import: not for --help, nor for the reference Teacher
 
         self._key = api_key()
+        check_network()
         self.pace, self.trials = Pace(self.concurrency, START), Trials(START)
         address = self.base_url or server_address(os.environ.get("ANTHROPIC_BASE_URL") or None, "ANTHROPIC_BASE_URL")
         # httpx under the name by which this version of the SDK knows it

@@ -104,6 +104,7 @@ def run(main: Callable[[], Any], interrupted: str = "what is finished is on disk
     `interrupted`: what Ctrl-C loses and how to go on, unless the KeyboardInterrupt itself says it. Exit status 130.
     """
     try:
+        escape_unprintable()
         main()
     except KeyboardInterrupt as stopped:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher sends it once more
@@ -123,6 +124,13 @@ def run(main: Callable[[], Any], interrupted: str = "what is finished is on disk
 def in_one_line(error: object, limit: int) -> str:
     """An error's text, or, without any, its kind, with white space collapsed, cut at `limit` characters."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def escape_unprintable() -> None:
+    """Print what the terminal's encoding lacks (PYTHONIOENCODING=ascii, LANG=C) as escapes instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where a test or a notebook has put another object
+            stream.reconfigure(errors="backslashreplace")
 
 
 def refuse(problems: Sequence[str]) -> None:

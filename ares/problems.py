@@ -64,6 +64,23 @@ def data_folders(args: argparse.Namespace) -> list[Path]:
     return [*([root / names[0]] if len(names) == 1 else []), root]
 
 
+def released_places(data_root: str | Path) -> list[Path]:
+    """The one or two folders above --data_root that hold captions, images and name map in the released tree.
+
+    That tree is `scienceqa_data/ScienceQA/data/scienceqa/problems.json`, with the other files in `scienceqa_data/`.
+    Empty for any other --data_root: above it may lie another data set's files.
+    """
+    names = [re.sub(r"[-_ ]", "", name.lower()) for name in Path(data_root).resolve().parts[-2:]]
+    if (
+        len(names) < 2
+        or names[1] != "data"
+        or names[0] not in [*KNOWN_DATASETS, *(f"{n}data" for n in KNOWN_DATASETS)]
+    ):
+        return []
+    above = Path(data_root) / ".."
+    return [above] if names[0].endswith("data") else [above, above / ".."]
+
+
 def load_problems(data_root: str | Path, dataset: str) -> Problems:
     """Read and check `{data_root}/{dataset}/problems.json`: qid -> problem. Raises UserError naming a bad question."""
     path = Path(data_root) / dataset / "problems.json"
@@ -72,8 +89,9 @@ def load_problems(data_root: str | Path, dataset: str) -> Problems:
         raise UserError(f"--data_root: {path} must hold {{question id: problem}}, and at least one")
     faults = [(qid, fault) for qid, problem in problems.items() if (fault := problem_fault(qid, problem))]
     if faults:
-        qid, fault = faults[0]
-        raise UserError(f"--data_root: {path}: question {qid}: {fault}{_more(len(faults))}")
+        # the first question of each kind of fault, whatever numbers the fault names
+        kinds = {re.sub(r"\d+", "", fault): f"question {qid}: {fault}" for qid, fault in reversed(faults)}
+        raise UserError(f"--data_root: {path}: {'; '.join(reversed(list(kinds.values())[-4:]))}{_more(len(faults))}")
     return problems
 
 
@@ -120,16 +138,18 @@ def load_splits(data_root: str | Path, dataset: str, problems: Mapping[str, Any]
     if not isinstance(splits, dict) or not all(isinstance(qids, list) for qids in splits.values()):
         raise UserError(f"--data_root: {path} must hold {{split: [question ids]}}")
     splits = {name: [str(qid) for qid in qids] for name, qids in splits.items()}
+    faults = []
     for name, qids in splits.items():
         unknown = [qid for qid in qids if qid not in problems]
         if unknown:
-            raise UserError(
-                f"--data_root: {path}: split {name} names question {unknown[0]}, which problems.json "
-                f"does not hold{_more(len(unknown))}"
+            faults.append(
+                f"split {name} names question {unknown[0]}, which problems.json does not hold{_more(len(unknown))}"
             )
         twice = [qid for qid, count in Counter(qids).items() if count > 1]
         if twice:
-            raise UserError(f"--data_root: {path}: split {name} names question {twice[0]} twice{_more(len(twice))}")
+            faults.append(f"split {name} names question {twice[0]} twice{_more(len(twice))}")
+    if faults:
+        raise UserError(f"--data_root: {path}: {'; '.join(faults)}")
     return splits
 
 
@@ -161,19 +181,22 @@ def split_qids(splits: Mapping[str, Sequence[str]], name: str, flag: str) -> lis
 
 def find_captions(args: argparse.Namespace) -> Path:
     """The caption file: `--caption_file`, or, if that was left at its default, the first of captions.json and
-    instruct_captions.json in `data_folders`, then under data/. Says so when it is not the file the flag names.
+    instruct_captions.json in `data_folders`, then in `released_places`. Says so when it is another file than the
+    default.
     """
     named = Path(args.caption_file)
     if args.caption_file != CAPTION_DEFAULT:
         if not named.is_file():
             raise UserError(f"--caption_file: {named} does not exist")
         return named
-    # the data set's own first: beside another data set, data/captions.json would be the captions of other questions
-    folders = list(dict.fromkeys([*data_folders(args), named.parent]))
+    # ./data/captions.json only if ./data is --data_root: else it would be the captions of other questions
+    folders = [*data_folders(args), *released_places(args.data_root)]
     path = _first(folder / name for folder in folders for name in CAPTION_NAMES)
     if path is None:
         raise UserError(
-            f"--caption_file: no {' or '.join(CAPTION_NAMES)} in {_places(folders)}; name one, or drop --use_caption"
+            f"--caption_file: no {' or '.join(CAPTION_NAMES)} in {_places(folders)}; name one"
+            + f" (./{named}, if these captions are meant)" * named.is_file()
+            + ", or drop --use_caption"
         )
     if path != named:
         print0(f"captions: {path} (no {named})" if not named.exists() else f"captions: {path}")
@@ -193,28 +216,45 @@ def load_captions(path: str | Path) -> dict[str, str]:
     return captions
 
 
-def check_captions(path: str | Path, captions: Mapping[str, str], problems: Problems, qids: Iterable[str]) -> None:
-    """Warn of questions that name an image but have no caption; UserError if that is all of them."""
-    check_pictured(captions, problems, qids, f"--caption_file: {path} has no caption", f"have no caption in {path}")
+def check_captions(
+    path: str | Path, captions: Mapping[str, str], problems: Problems, splits: Mapping[str, Sequence[str]]
+) -> None:
+    """Warn of questions that name an image but have no caption; UserError if these are more than half of a split."""
+    check_pictured(captions, problems, splits, f"--caption_file: {path} has captions", f"have no caption in {path}")
 
 
-def check_pictured(known: Container[str], problems: Problems, qids: Iterable[str], none: str, some: str) -> None:
-    """Of the questions that name an image, warn that `some` are not `known`; UserError that `none` is."""
-    pictured = [qid for qid in qids if problems[qid]["image"]]
-    absent = [qid for qid in pictured if qid not in known]
-    if absent and len(absent) == len(pictured):
+def check_pictured(
+    known: Container[str], problems: Problems, splits: Mapping[str, Sequence[str]], few: str, some: str
+) -> None:
+    """Of the questions that name an image, warn that `some` are not `known`.
+
+    Raises UserError, which begins with `few` and gives all counts, if of a split (name -> qids) fewer than half are.
+    """
+    faults, pictured, absent = [], {}, {}
+    for name, qids in splits.items():
+        here = [qid for qid in qids if problems[qid]["image"]]
+        lost = [qid for qid in here if qid not in known]
+        if 2 * len(lost) > len(here):
+            faults.append(f"{len(here) - len(lost)} of {len(here)} in split {name} (none for {lost[0]})")
+        pictured |= dict.fromkeys(here)
+        absent |= dict.fromkeys(lost)
+    if faults:
         raise UserError(
-            f"{none} for any of the {len(pictured)} questions with an image; it seems to belong to another data set"
+            f"{few} for too few of the questions with an image, {', '.join(faults)}; it seems to belong to another "
+            "data set or split"
         )
     if absent:
-        warn0(f"{len(absent)} of {len(pictured)} questions with an image {some} (the first is {absent[0]})")
+        first = next(iter(absent))
+        warn0(f"{len(absent)} of {len(pictured)} questions with an image {some} (the first is {first})")
 
 
 # -- images and features ---------------------------------------------------------------------------------
 
 
 def find_images(args: argparse.Namespace, required: bool = False) -> Path | None:
-    """Folder of `{qid}/image.png`: --images, else `images` of `data_folders`, else ./images; None if there is none.
+    """Folder of `{qid}/image.png`: --images, else `images` of `data_folders` and `released_places`, else ./images.
+
+    None if there is none.
 
     Raises UserError if --images is no folder, or if none is found although `required`.
     """
@@ -222,7 +262,8 @@ def find_images(args: argparse.Namespace, required: bool = False) -> Path | None
         if not Path(args.images).is_dir():
             raise UserError(f"--images: {args.images} is no folder")
         return Path(args.images)
-    places = [*(folder / "images" for folder in data_folders(args)), Path("images")]
+    folders = [*data_folders(args), *released_places(args.data_root)]
+    places = [*(folder / "images" for folder in folders), Path("images")]
     found = _first(places)
     if found is None and required:
         raise UserError(f"--images: none found (tried {_places(places)}); name the folder of {{qid}}/image.png")
@@ -245,7 +286,8 @@ def question_images(images_dir: str | Path, qid: str) -> list[Path]:
 
 
 def find_feature_file(args: argparse.Namespace) -> Path:
-    """The file of `--img_type`'s features: under --vision_features, else under that of `data_folders`, else here.
+    """The file of `--img_type`'s features: under --vision_features, else under `vision_features` of `data_folders`
+    and `released_places`, else under ./vision_features.
 
     A folder without that file does not end the search. Raises UserError naming the places tried.
     """
@@ -254,7 +296,8 @@ def find_feature_file(args: argparse.Namespace) -> Path:
         if not folders[0].is_dir():
             raise UserError(f"--vision_features: {folders[0]} is no folder")
     else:
-        folders = [*(folder / "vision_features" for folder in data_folders(args)), Path("vision_features")]
+        folders = [*data_folders(args), *released_places(args.data_root)]
+        folders = [*(folder / "vision_features" for folder in folders), Path("vision_features")]
     for folder in folders:
         found = [path for suffix in FEATURE_SUFFIXES if (path := folder / f"{args.img_type}{suffix}").is_file()]
         if len(found) > 1:
@@ -268,13 +311,17 @@ def find_feature_file(args: argparse.Namespace) -> Path:
 
 
 def find_name_map(args: argparse.Namespace, features_dir: str | Path) -> Path:
-    """--name_map, else name_map.json beside the features, then in the data set's folder, --data_root, above it."""
+    """--name_map, else name_map.json beside the features, in `data_folders`, beside --caption_file, and in the two
+    folders above --data_root."""
     if args.name_map is not None:
         if not Path(args.name_map).is_file():
             raise UserError(f"--name_map: {args.name_map} does not exist")
         return Path(args.name_map)
-    folders = (features_dir, *data_folders(args), Path(args.data_root) / "..")
-    places = [Path(folder) / "name_map.json" for folder in folders]
+    captions = getattr(args, "caption_file", CAPTION_DEFAULT)
+    beside = [] if captions in (None, CAPTION_DEFAULT) else [Path(captions).parent]
+    above = Path(args.data_root) / ".."
+    folders = dict.fromkeys([Path(features_dir), *data_folders(args), *beside, above, above / ".."])
+    places = [folder / "name_map.json" for folder in folders]
     found = _first(places)
     if found is None:
         raise UserError(f"--name_map: none found (tried {_places(places)}); it tells each question's feature row")

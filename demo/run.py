@@ -63,7 +63,7 @@ class Demo:
         self.record_file = output / "stages.json"
         self.record = {"settings": settings, "stages": {}}
         if self.record_file.exists():
-            self.record = json.loads(self.record_file.read_text())
+            self.record = json.loads(self.record_file.read_text(encoding="utf-8"))
             changed = [key for key, value in settings.items() if self.record["settings"].get(key) != value]
             if changed:
                 raise UserError(

@@ -28,7 +28,7 @@ def write_summary(output: Path, folders: dict[str, Path], record: dict) -> str:
     problems = files.read_json(output / "data/scienceqa/problems.json", "--output")
     rationales, answers = {}, {}
     for name, folder in folders.items():
-        predictions = json.loads((folder / "predictions_ans_test.json").read_text())
+        predictions = json.loads((folder / "predictions_ans_test.json").read_text(encoding="utf-8"))
         if name == "LoRA":
             answers = {"num_fail": predictions["num_fail"], **predictions["scores"]["answer"]}
             continue

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ares import cli, files
-from ares.images import as_rgb, media_type, pixels
+from ares.images import as_rgb, media_type, open_image, pixels, upright
 from ares.problems import question_images
 
 THUMBNAIL = 480  # pixels of the longer edge
@@ -51,15 +51,13 @@ def _embedded(path: Path) -> str | None:
     data = path.read_bytes()
     kind = media_type(data[:12])
     if kind is None or len(data) > SMALL:
-        from PIL import Image
-
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                image = as_rgb(image)
+            with open_image(data) as image:
+                image = as_rgb(upright(image))
                 image.thumbnail((THUMBNAIL, THUMBNAIL))
                 out = io.BytesIO()
                 image.save(out, format="WEBP", quality=75)
-        except Exception:  # a damaged file: Pillow's readers raise whatever they meet in it
+        except (OSError, ValueError):
             return None
         data, kind = out.getvalue(), "image/webp"
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -39,7 +39,7 @@ def add_tokens(run: Path, each: Round, shown: Collection[str]) -> str | None:
     rows, scores = rows.select(wanted), [scores[row] for row in wanted]
     kl_coef = getattr(args, "kl_coef", args.init_kl_coef)  # --target_kl may have moved it
     data = experience(rows, scores, args, kl_coef)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     samples = {(sample.action, sample.qid): sample for sample in each.samples}
     for row in range(len(rows)):
         sample = samples.get((rows.action[row], rows.qids[row]))

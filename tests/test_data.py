@@ -122,7 +122,8 @@ def test_names_that_mm_cot_users_import(real, sample, tmp_path):
     rows = [qid for role in qids.values() for qid in role if problems[qid]["image"]][:6]
     features = np.random.default_rng(0).standard_normal((6, 145, 1024), dtype=np.float32)
     np.save(tmp_path / "vit.npy", features)
-    put(tmp_path / "name_map.json", {qid: str(row) for row, qid in enumerate(rows)})
+    pictured = [qid for role in qids.values() for qid in role if problems[qid]["image"]]
+    put(tmp_path / "name_map.json", {qid: str(row % 6) for row, qid in enumerate(pictured)})
     args = argparse.Namespace(**{**theirs, "vision_features": tmp_path, "name_map": None})
     _, _, name_maps, image_features = utils_data.load_data_img(args)
     assert len(image_features) == 6 and image_features.shape == utils_data.img_shape["vit"]
@@ -222,6 +223,90 @@ def test_captions_of_another_root_come_first_from_that_root(root, tmp_path):
     args = parse("--data_root", other, "--use_caption")
     put(other / "captions.json", {"captions": {"1": "aokvqa's"}})
     assert load_data(args, {"train": "train"}).problems["1"]["caption"] == "aokvqa's"
+
+
+def test_captions_of_another_data_set_are_not_taken(root, tmp_path, monkeypatch, capsys):
+    """The same ids in both: nothing but the place tells whose they are."""
+    put(root / "captions.json", {qid: "scienceqa's" for qid in "123456"})
+    put(tmp_path / "captions.json", {qid: "nobody's" for qid in "123456"})
+    put(tmp_path / "instruct_captions.json", {qid: "nobody's" for qid in "123456"})
+    for other in ("aokvqa_data", "tree/data", "a/b/c"):
+        shutil.copytree(root / "scienceqa", tmp_path / other / "aokvqa")
+        put((tmp_path / other).parent / "captions.json", {qid: "nobody's" for qid in "123456"})
+        fails("--caption_file: no captions.json", "./data/captions.json", argv=["--use_caption"], root=other)
+        args = parse("--data_root", other, "--use_caption", "--caption_file", "./data/captions.json")
+        assert load_data(args, {"train": "train"}).problems["1"]["caption"] == "scienceqa's"
+    capsys.readouterr()
+
+
+def test_few_captions_are_an_error_with_counts(root):
+    """Per split; half of them is a warning."""
+    for captions, words in (
+        ({"1": "x"}, "0 of 1 in split test (none for 5)"),
+        ({"5": "x"}, "0 of 2 in split train (none for 1)"),
+        ({"9": "x"}, "0 of 2 in split train (none for 1), 0 of 1 in split test (none for 5)"),
+    ):
+        put(root / "captions.json", captions)
+        fails("--caption_file", words, "another data set", argv=["--use_caption"])
+    put(root / "captions.json", {"1": "x", "5": "x"})
+    args = parse("--data_root", root, "--use_caption")
+    assert load_data(args, {"train": "train", "test": "test"}).problems["5"]["caption"] == "x"
+
+
+TREES = {  # --data_root -> where captions, name map and images lie
+    "scienceqa_data/ScienceQA/data": "scienceqa_data",
+    "aokvqa_data/ScienceQA/data": "aokvqa_data",
+    "aokvqa_data/A-OKVQA/data": "aokvqa_data",
+    "aokvqa_data/data": "aokvqa_data",
+    "ScienceQA/data": "ScienceQA",  # ScienceQA's own repository
+    "data": "data",  # MM-CoT: data/scienceqa, data/instruct_captions.json, vision_features/ beside it
+}
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("tree", TREES)
+def test_released_trees_as_they_are(tree, named, root, tmp_path):
+    dataset = "aokvqa" if tree.startswith("aokvqa") else "scienceqa"
+    shutil.move(root / "scienceqa", tmp_path / "held")
+    root.rmdir()
+    above = tmp_path / TREES[tree]
+    (tmp_path / tree).mkdir(parents=True)
+    shutil.move(tmp_path / "held", tmp_path / tree / dataset)
+    put(above / "instruct_captions.json", {"captions": {qid: f"{tree}'s" for qid in "135"}})
+    put_features(tmp_path)
+    (tmp_path / "vision_features/name_map.json").rename(above / "name_map.json")
+    (above / "images/1").mkdir(parents=True)
+    argv = ["--data_root", tree, "--use_caption", "--img_type", "vit"]
+    args = parse(*argv, *(["--caption_file", f"{TREES[tree]}/instruct_captions.json"] if named else []))
+    data = load_data(args, {"train": "train", "val": "val", "test": "test"})
+    assert data.dataset == dataset and data.problems["3"]["caption"] == f"{tree}'s"
+    assert data.features.name_map == {"1": 0, "3": 1, "5": 3}
+    assert files.find_images(args).resolve() == above / "images"
+
+
+def test_a_name_map_beside_the_caption_file(root, tmp_path):
+    put_features(root)
+    (root / "vision_features/name_map.json").rename(tmp_path / "vision_features_map.json")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "vision_features_map.json").rename(tmp_path / "elsewhere/name_map.json")
+    put(tmp_path / "elsewhere/instruct_captions.json", {qid: "x" for qid in "135"})
+    argv = ["--data_root", root, "--img_type", "vit", "--caption_file", "elsewhere/instruct_captions.json"]
+    assert load_data(parse(*argv), {"train": "train"}).features.name_map["5"] == 3
+    assert load_data(parse(*argv, "--use_caption"), {"train": "train"}).features.name_map["5"] == 3
+
+
+def test_the_released_sample_as_it_is(sample, tmp_path, monkeypatch):
+    """The seed's command: nothing named but --data_root and --caption_file; features where MM-CoT has them."""
+    monkeypatch.chdir(tmp_path)
+    rows = len(json.loads((sample / "name_map.json").read_text()))
+    (tmp_path / "vision_features").mkdir()
+    np.save(tmp_path / "vision_features/resnet.npy", np.ones((rows, 2048), np.float16))
+    argv = ["--data_root", sample / "ScienceQA/data", "--use_caption", "--img_type", "resnet"]
+    for more in ([], ["--caption_file", sample / "instruct_captions.json"]):
+        args = parse(*argv, *more)
+        data = load_data(args, {"train": "train", "val": "val", "test": "test"})
+        assert len(data.features.name_map) == rows == 778 and data.problems["1"]["caption"]
+        assert files.find_images(args).resolve() == (sample / "images").resolve()
 
 
 def test_two_data_sets_under_one_root(root, capsys):
@@ -580,7 +665,7 @@ def test_feature_faults(root):
     fails("vit.json must hold", argv=argv)
 
     put_features(root, name_map={"2": 0, "4": 1})
-    fails("--name_map", "no feature row for any of the 3 questions with an image", argv=argv)
+    fails("--name_map", "0 of 2 in split train (none for 1), 0 of 1 in split test", argv=argv)
     for row in (-1, "x", 1.5, None, True, "-2", "²"):
         put_features(root, name_map={"1": row})
         fails("--name_map", "the row of question 1 is", argv=argv)
@@ -590,10 +675,10 @@ def test_feature_faults(root):
 
 
 def test_some_rows_absent_is_said(root, capsys):
-    put_features(root, name_map={"1": 0, "3": 1})
+    put_features(root, name_map={"1": 0, "5": 1})
     load_data(parse("--data_root", root, "--img_type", "vit"), {"train": "train", "test": "test"})
     assert (
-        "1 of 3 questions with an image have no feature row and get zeros (the first is 5)" in capsys.readouterr().err
+        "1 of 3 questions with an image have no feature row and get zeros (the first is 3)" in capsys.readouterr().err
     )
 
 

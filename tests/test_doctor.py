@@ -209,7 +209,7 @@ def pickled_features(data):
 
 def foreign_name_map(data):
     write(data / "vision_features/name_map.json", {"999999": 0})
-    return ["features", "no feature row for any of the", "another data set"]
+    return ["features", "too few of the questions", "0 of 5 in split test", "another data set"]
 
 
 def name_map_text(data):
@@ -322,3 +322,177 @@ def test_status_of_real_launches(clean, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(r"^FAIL  questions +--data_root: .* holds neither", done.stdout, re.M)
     assert "doctor.py: error: 1 checks failed" in done.stderr
+
+
+# -- the same per split and stage; all faults in one go ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize("kind", ["features", "captions"])
+def test_a_split_without_its_features_or_captions(kind, split, clean, tmp_path, capsys):
+    """Where a stage would stop the doctor fails, and the other way round: features or captions of the others only."""
+    import argparse
+
+    import utils_data
+    from ares.cli import add_common_flags
+
+    data = tmp_path / "place/data"
+    shutil.copytree(clean, tmp_path / "place")
+    splits = read(data / "scienceqa/pid_splits.json")
+    pictured = [qid for qid in read(data / "scienceqa/problems.json")]
+    spoil(
+        data / "scienceqa/problems.json",
+        lambda all_: [all_[qid].update(image="image.png") for qid in pictured] and None,
+    )
+    rows = {qid: 0 for name in ("train", "val", "test") for qid in splits[name] if name != split}
+    everything = {qid: 0 for qid in pictured}
+    write(data / "vision_features/name_map.json", rows if kind == "features" else everything)
+    write(data / "captions.json", dict.fromkeys(rows if kind == "captions" else everything, "A picture."))
+    code, lines, said = diagnose(capsys, *flags(tmp_path / "place"))
+    failed = [line for line in lines["FAIL"] if line.split()[1] == kind]
+    assert code == 1 and len(failed) == 1, said
+    assert f"0 of {len(splits[split])} in split {split}" in failed[0]
+    parser = argparse.ArgumentParser()
+    add_common_flags(parser, output_len=64, lr=5e-5)
+    args = parser.parse_args(flags(tmp_path / "place")[:7])
+    for stage in ({"train": "train"}, {"train": "train", "val": "val", "test": "test"}):  # RL; SFT and LoRA
+        if split in stage:
+            with pytest.raises(UserError, match=f"0 of {len(splits[split])} in split {split}"):
+                utils_data.load_data(args, stage)
+        else:
+            utils_data.load_data(args, stage)
+
+
+@pytest.mark.parametrize(
+    "name", ["models/mm-cot-base-rationale", "experiments", "no-such/model", "./models/x", "a/b/c"]
+)
+def test_a_missing_model_folder_is_no_hub_id(name, clean, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, lines, said = diagnose(capsys, "--data_root", clean / "data", "--model", name)
+    failed = [line for line in lines["FAIL"] if line.split()[1] == "model"]
+    assert code == 1 and len(failed) == 1 and name.removeprefix("./") in failed[0] and "--model" in failed[0], said
+
+
+def test_a_model_in_the_cache_of_the_hub_is_one(clean, capsys, monkeypatch, tmp_path):
+    """As the hub's client lays it out."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--declare-lab--flan-alpaca-base/snapshots/0123"
+    shutil.copytree(clean / "model", snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text("0123")
+    code, lines, said = diagnose(
+        capsys,
+        "--data_root",
+        clean / "data",
+        "--model",
+        "declare-lab/flan-alpaca-base",
+        "--tokenizer",
+        clean / "model",
+    )
+    assert code == 0 and any("declare-lab/flan-alpaca-base is in the cache" in line for line in lines["ok"]), said
+
+
+def test_all_faults_in_one_go(clean, tmp_path, capsys):
+    """Five files are spoilt; one run names them all, and within a check every kind of fault."""
+    folder = tmp_path / "place"
+    shutil.copytree(clean, folder)
+    data = folder / "data"
+    path = data / "scienceqa/problems.json"
+    ids = list(read(path))
+    spoil(path, lambda found: found[ids[1]].update(answer=9) or found[ids[2]].pop("hint") and None)
+    for name in ("captions.json", "scienceqa/correction.json", "vision_features/name_map.json"):
+        (data / name).write_text("{")
+    (folder / "model/config.json").write_text("{")
+    code, lines, said = diagnose(capsys, *flags(folder))
+    assert {line.split()[1] for line in lines["FAIL"]} >= {"questions", "captions", "correction", "features", "model"}
+    (line,) = [line for line in lines["FAIL"] if line.split()[1] == "questions"]
+    assert f"question {ids[1]}: answer 9" in line and f"question {ids[2]}: lacks hint" in line
+
+
+def test_all_faults_of_splits_and_images_in_one_go(clean, tmp_path, capsys):
+    folder = tmp_path / "place"
+    shutil.copytree(clean, folder)
+    broken = sorted((folder / "data/images").glob("*/image.png"))[:3]
+    for path in broken:
+        path.write_bytes(b"no image")
+    code, lines, said = diagnose(capsys, *flags(folder), "--train_split", "trian", "--val_split", "vla")
+    (line,) = [line for line in lines["FAIL"] if line.split()[1] == "splits"]
+    assert "--train_split" in line and "--val_split" in line
+    (line,) = [line for line in lines["FAIL"] if line.split()[1] == "images"]
+    for path in broken:
+        assert f"question {path.parent.name}" in line
+    spoil(
+        folder / "data/scienceqa/pid_splits.json",
+        lambda splits: splits["val"].append("999999") or splits["test"].append(splits["test"][0]),
+    )
+    code, lines, said = diagnose(capsys, *flags(folder))
+    (line,) = [line for line in lines["FAIL"] if line.split()[1] == "splits"]
+    assert "split val names question 999999" in line and "split test names question" in line
+
+
+@pytest.mark.parametrize("record", [{"weights": "random", "weights_file": "seed 5"}, {"weights_file": "seed 5"}])
+def test_features_of_random_weights_are_warned_of(record, clean, tmp_path, capsys):
+    folder = tmp_path / "place"
+    shutil.copytree(clean, folder)
+    spoil(folder / "data/vision_features/vit.json", lambda told: told.update(record))
+    code, lines, said = diagnose(capsys, *flags(folder))
+    assert code == 0
+    assert any(line.split()[1] == "features" and "random weights" in line for line in lines["warn"]), said
+
+
+SETTINGS = [
+    ({"ALL_PROXY": "socks://user:hidden@localhost:1"}, "ALL_PROXY"),
+    ({"all_proxy": "socks5://user:hidden@localhost:1"}, "all_proxy"),
+    ({"HTTPS_PROXY": "ftp://localhost:1"}, "HTTPS_PROXY"),
+    ({"http_proxy": "socks4://localhost:1"}, "http_proxy"),
+    ({"SSL_CERT_FILE": "/nowhere/ca.pem"}, "SSL_CERT_FILE"),
+    ({"SSL_CERT_DIR": "/nowhere"}, "SSL_CERT_DIR"),
+    ({"SSL_CERT_FILE": "/etc/hostname"}, "SSL_CERT_FILE"),
+]
+
+
+@pytest.mark.parametrize(("environment", "name"), SETTINGS)
+def test_proxies_and_certificates_that_cannot_be_used(environment, name, clean, monkeypatch, capsys, tmp_path):
+    """The doctor and the Teacher's client say so in one line, which does not show a proxy's password."""
+    import asyncio
+
+    from ares.claude import ClaudeTeacher
+
+    async def enter():
+        async with ClaudeTeacher():
+            pass
+
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError) as refusal:
+        asyncio.run(enter())
+    said = str(refusal.value)
+    assert name in said and "hidden" not in said and "\n" not in said and "unset it" in said
+    code, lines, _ = diagnose(capsys, "--data_root", clean / "data")
+    assert code == 1 and [line for line in lines["FAIL"] if line.split()[1:3] == ["api", "key"] and name in line]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "ascii:strict"},
+        {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"LC_ALL": "POSIX", "PYTHONUTF8": "0"},
+    ],
+)
+def test_a_terminal_without_utf8(environment, clean, tmp_path):
+    """A file name that it cannot show is shown as escapes; nothing fails, nothing is left out."""
+    folder = tmp_path / "d\u00e4t\u4e2d"
+    shutil.copytree(clean / "data", folder)
+    done = run_script("doctor.py", "--data_root", folder, env=environment)
+    assert "sound:" in done.stdout and "Traceback" not in done.stderr
+    done = run_script("doctor.py", "--data_root", folder / "n\u4e2d", env=environment, check=False)
+    assert done.returncode == 1 and "FAIL" in done.stdout and "Traceback" not in done.stderr
+    words = r"cli.print0('\u4e2d caf\u00e9') or cli.warn0('\u00fc') or cli.refuse(['\u4e2d'])"
+    code = f"from ares import cli; cli.run(lambda: {words})"
+    done = run_script("-c", code, env=environment, check=False)
+    assert done.returncode == 2 and "caf" in done.stdout and "error: " in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr

@@ -208,7 +208,7 @@ def test_pictures_of_every_kind_are_read_or_refused(tmp_path, monkeypatch):
             with contextlib.suppress(OSError, ValueError):
                 read_image(path)
 
-    def decoder(*_):  # as Pillow's AVIF reader says it
+    def decoder(*_, **__):  # as Pillow's AVIF reader says it
         raise RuntimeError("Failed to decode frame 0")
 
     monkeypatch.setattr(Image, "open", decoder)

@@ -372,7 +372,7 @@ def test_only_one_says_who_holds_the_lock_and_ends_with_the_process(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     for _ in range(2):  # a refused one leaves the holder's name there
-        with pytest.raises(UserError, match=f"--run_dir r: another process .{holder.pid} on .*, since .*"):
+        with pytest.raises(UserError, match=f"--run_dir r: process {holder.pid} on .*since .*"):
             with files.only_one(lock, "--run_dir r"):
                 pass
     holder.kill()

@@ -90,3 +90,33 @@ def test_live_features_are_those_of_extraction(sample):
         expected = encoder([encoder.transform(read_image(path))])[0]
         torch.testing.assert_close(batch[1], expected.expand(encoder.shape))
         assert not LiveFeatures(encoder, {"none": None}).gather(["none"]).any()
+
+
+def test_a_turned_photo_of_ones_own_is_seen_upright(tmp_path, world, monkeypatch):
+    """--image as a person sees it; a question of a data folder without turning, as its features were made."""
+    import argparse
+
+    import timm
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "w.safetensors")
+    picture = Image.effect_noise((90, 50), 90).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.png", exif=exif)
+    picture.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    picture.save(tmp_path / "plain.png")
+
+    def features(name, of_data=False):
+        argv = [*TYPED, "--model", str(world / "vision"), "--img_type", "vit", "--image", str(tmp_path / name)]
+        args = predict.parse_args([*argv, "--vision_model", "test_vit", "--vision_weights", "w.safetensors"])
+        args.device = "cpu"
+        question = predict.Question("q", {}, tmp_path / name, of_data)
+        return predict.features_for(args, question, argparse.Namespace(recorded={})).gather(["q"])
+
+    assert torch.equal(features("turned.png"), features("upright.png"))
+    assert torch.equal(features("turned.png", of_data=True), features("plain.png"))
+    assert not torch.equal(features("turned.png"), features("plain.png"))

@@ -105,6 +105,62 @@ def test_public_schema_and_back(form, real, tmp_path, capsys):
     assert not (tmp_path / "out/scienceqa/id_map.json").exists()
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["FULL/train-0.parquet", "FULL/val-0.parquet", "FULL/test-0.parquet",
+         "IMG/train-0.parquet", "IMG/val-0.parquet", "IMG/test-0.parquet"],
+        ["FULL/train/0000.parquet", "FULL/validation/0000.parquet", "FULL/test/0000.parquet",
+         "IMG/train/0000.parquet", "IMG/validation/0000.parquet", "IMG/test/0000.parquet"],
+        ["data/train-0.parquet", "data/dev-0.parquet", "data/test-0.parquet", "old/validation-0.parquet"],
+        ["train-0.parquet", "val-0.parquet", "test-0.parquet", "copy/test-0.parquet"],
+    ],
+)  # fmt: skip
+def test_several_configurations_are_refused(layout, real, tmp_path):
+    """Each would be read into the same splits: questions twice, or of another data set."""
+    tables = public_tables(real)
+    source = tmp_path / "source"
+    for name in layout:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        next(iter(tables.values())).to_parquet(source / name)
+    places = {name.split("/")[0] for name in layout if "/" in name}
+    with pytest.raises(UserError) as refusal:
+        prepare(source, tmp_path / "out")
+    for place in places:
+        assert place in str(refusal.value)
+    assert "configurations" in str(refusal.value) and not (tmp_path / "out").exists()
+
+
+def test_one_configuration_among_several_can_be_named(real, tmp_path):
+    tables = public_tables(real)
+    for place in ("FULL", "IMG"):
+        for name, table in tables.items():
+            for part in range(2):  # in two shards
+                file = tmp_path / f"source/{place}/{name}/000{part}.parquet"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                table.shard(2, part).to_parquet(file)
+    assert len(prepare(tmp_path / "source/IMG", tmp_path / "out")[0]) == 90
+    for place in ("FULL", "IMG"):
+        tables.save_to_disk(str(tmp_path / f"disk/{place}"))
+    with pytest.raises(UserError, match="holds 2 data sets .FULL, IMG."):
+        prepare(tmp_path / "disk", tmp_path / "other")
+
+
+def test_configurations_of_the_hub_are_named(monkeypatch, tmp_path):
+    """The error is the library's own, of a data set with two configurations and no default."""
+    (tmp_path / "hub/a").mkdir(parents=True)
+    (tmp_path / "hub/b").mkdir()
+    for place in "ab":
+        datasets.Dataset.from_list([{"question": "?"}]).to_parquet(tmp_path / f"hub/{place}/train.parquet")
+    configs = "\n".join(f"- config_name: S-{place}\n  data_files: {place}/*.parquet" for place in "ab")
+    (tmp_path / "hub/README.md").write_text(f"---\nconfigs:\n{configs}\n---\n")
+    library = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda where: library(str(tmp_path / "hub")))
+    with pytest.raises(UserError, match="--source: some/data has several configurations, .*S-a.*S-b") as refusal:
+        prepare("some/data", tmp_path / "out")
+    assert "\n" not in str(refusal.value)
+
+
 def test_ids_are_kept_where_the_source_has_them(real, tmp_path):
     public_tables(real, ids=True).save_to_disk(str(tmp_path / "source"))
     problems, splits = prepare(tmp_path / "source", tmp_path / "out")
@@ -137,10 +193,24 @@ def test_minis_are_made_where_absent_and_only_there(real, tmp_path):
         **{"train": 900, "val": 70, "test": 10, "trainval": 900, "minival": 1},  # trainval: an id counts once
         **{"minitrain": 64, "miniminitrain": 256, "miniminival": 4, "minitest": 10},
     }
-    # the rule is that of ScienceQA's own file
-    theirs = json.loads((real.folder / "pid_splits.json").read_text())
-    ours = prepare_data.with_minis({name: theirs[name] for name in ("train", "val", "test")})
-    assert {name: ours[name] for name in prepare_data.MINIS} == {name: theirs[name] for name in prepare_data.MINIS}
+
+
+def test_minis_of_the_source_are_taken(real, tmp_path):
+    """ScienceQA's own are 1,272, 424 and 424 questions drawn at random; ours stand in where there are none."""
+    import random
+
+    splits = json.loads((real.folder / "pid_splits.json").read_text())
+    draw = random.Random(0).sample
+    own = {"minitrain": draw(splits["train"], 70), "minival": draw(splits["val"], 20)}
+    own |= {"minitest": draw(splits["test"], 20), "hardtrain": draw(splits["train"], 9)}
+    source = tmp_path / "source"
+    source.mkdir()
+    shutil.copy(real.folder / "problems.json", source)
+    given = {name: splits[name] for name in ("train", "val", "test")} | own
+    (source / "pid_splits.json").write_text(json.dumps(given))
+    made = prepare(source, tmp_path / "out")[1]
+    assert {name: made[name] for name in given} == given
+    assert made["miniminival"] == splits["val"][:4] and len(made["trainval"]) == 862 + 321
 
 
 def test_pictures_of_other_formats(real, tmp_path):
@@ -191,7 +261,8 @@ def test_kill_and_run_again(real, tmp_path):
     run_script(*command[1:], "--output", out)
 
     def content(folder):
-        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".tmp-")]
+        return {path.relative_to(folder): path.read_bytes() for path in files}
 
     assert content(out) == content(whole)
     stamps = {path: path.stat().st_mtime_ns for path in (out / "images").rglob("*.png")}
@@ -308,6 +379,30 @@ def test_a_bad_entry_is_named(change, words, tmp_path):
         (tmp_path / f"aokvqa_v1p0_{split}.json").write_text(json.dumps(entries))
     with pytest.raises(UserError, match=words):
         prepare(tmp_path, tmp_path / "out", dataset="aokvqa")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train2014/COCO_train2014_000000000004.jpg", "val2014/COCO_val2014_000000000004.jpg",
+        "test2015/COCO_test2015_000000000004.jpg", "COCO_val2014_000000000004.jpg",
+        "images/train2014/COCO_train2014_000000000004.jpg", "images/val2017/000000000004.jpg",
+        "train2017/000000000004.jpg", "000000000004.jpg", "4.png",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("image_id", [4, "4"])
+def test_coco_images_under_both_of_their_names(name, image_id, tmp_path):
+    entry = {"question": "What?", "choices": ["x", "y"], "correct_choice_idx": 0, "rationales": ["So."]}
+    for split, number in (("train", image_id), ("val", 5)):
+        entries = [{**entry, "question_id": split, "image_id": number}]
+        (tmp_path / f"aokvqa_v1p0_{split}.json").write_text(json.dumps(entries))
+    (tmp_path / "coco/train2017").mkdir(parents=True)
+    for path in (tmp_path / "coco" / name, tmp_path / "coco/train2017/000000000005.jpg"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (5, 5)).save(path, format="JPEG")
+    prepare(tmp_path, tmp_path / "out", "--images", tmp_path / "coco", "--strict", dataset="aokvqa")
+    assert (tmp_path / "out/images/train/image.png").samefile(tmp_path / "coco" / name)
+    assert (tmp_path / "out/images/val/image.png").is_file()
 
 
 def test_an_entry_without_image_id_has_no_picture(tmp_path, capsys):
