@@ -55,7 +55,9 @@ class Captions:
         self.part = output.with_name(f".{output.name}.part")
         self.record = {**settings, "captions": {}, "broken": []}
         if self.part.exists():
-            earlier = read_json(self.part, "--output")
+            earlier = read_json(self.part, "--output", dict)
+            if not isinstance(earlier.get("captions"), dict) or not isinstance(earlier.get("broken"), list):
+                raise UserError(f"--output: {self.part} is damaged; remove it to begin anew")
             if all(earlier.get(name) == value for name, value in settings.items()):
                 self.record = earlier
                 print0(f"continuing after {len(earlier['captions'])} captions")
@@ -80,9 +82,9 @@ def is_there(output: Path, settings: dict[str, Any], images: dict[str, Path], ov
     """Whether the caption file is there already. Raises UserError rather than replace one that was made otherwise."""
     if not output.exists() or overwrite:
         return False
-    found = read_json(output, "--output")
-    found = found if isinstance(found, dict) else {}
-    known = set(found.get("captions", {})) | set(found.get("broken", []))
+    found = read_json(output, "--output", dict)
+    parts = [found.get("captions"), found.get("broken")]
+    known = {str(qid) for part in parts if isinstance(part, (dict, list)) for qid in part}
     if all(found.get(name) == value for name, value in settings.items()) and known == set(images):
         return True
     raise UserError(

@@ -107,7 +107,7 @@ def check_output(out: Path, settings: dict[str, Any], name_map: dict[str, int], 
     """Whether the features are there already. Raises UserError rather than replace what was made otherwise."""
     file, sidecar = out / FILES[settings["img_type"]], out / f"{settings['img_type']}.json"
     if file.exists() and not overwrite:
-        other = changed(settings, read_json(sidecar, "--output_dir")) if sidecar.exists() else ["origin"]
+        other = changed(settings, read_json(sidecar, "--output_dir", dict)) if sidecar.exists() else ["origin"]
         if other:
             raise UserError(
                 f"--output_dir: {file} is there, made with another {', '.join(other)}; add --overwrite to replace it, "
@@ -130,7 +130,9 @@ class Rows:
         self.record_file = out / f".{settings['img_type']}.part.json"
         self.record = {**settings, "stored": list(stored), "done": 0, "broken": []}
         if self.record_file.exists() and self.array_file.exists():
-            earlier = read_json(self.record_file, "--output_dir")
+            earlier = read_json(self.record_file, "--output_dir", dict)
+            if type(earlier.get("done")) is not int or not isinstance(earlier.get("broken"), list):
+                raise UserError(f"--output_dir: {self.record_file} is damaged; remove it to begin anew")
             if not changed({**settings, "stored": list(stored)}, earlier):
                 self.record = earlier
                 print0(f"continuing after {self.record['done']} of {settings['rows']} images")

@@ -36,7 +36,7 @@ from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import logging as transformers_logging
 
 from ares.checkpoints import check_shapes, load_state_dict, local_folder, read_shapes
-from ares.cli import UserError
+from ares.cli import UserError, in_one_line
 from ares.files import atomic_path
 from ares.head import label_loss
 from ares.t5_config import MultimodalT5Config, PatchSize, as_multimodal, read_config
@@ -376,8 +376,13 @@ def read_checkpoint(folder: Path, flag: str) -> CheckpointInfo:
         patch_size = (None, image_dense[1])
     info = CheckpointInfo(folder, config, shapes, tied, patch_size)
     config.patch_size = patch_size
-    with torch.device("meta"):
-        model = T5ForMultimodalGeneration(config)
+    try:
+        with torch.device("meta"):
+            model = T5ForMultimodalGeneration(config)
+    except Exception as error:
+        raise UserError(
+            f"{flag}: no model can be built from {folder / 'config.json'} ({in_one_line(error, 160)})"
+        ) from error
     optional = set(EMBEDDINGS) | ({"lm_head.weight"} if tied else set())
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if any(name in shapes for name in EMBEDDINGS):

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 import scoring
 import sharding
 from ares import cli, files, launch, ppo
-from ares.cli import UserError
+from ares.checkpoints import load_torch, refuse_damaged
+from ares.cli import UserError, in_one_line
 from experience import Experience, passes, plan_epoch
 from metrics import Metrics, epoch_warnings
 from rollouts import Prompts, seed_for
@@ -117,12 +118,9 @@ def read_optimizer(path: Path, names: list[str]) -> dict[str, Any]:
 
     Raises UserError if the file is absent, unreadable or belongs to another model.
     """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"--continue_train: {path} does not exist; name a round folder that RL wrote") from None
-    except Exception as error:
-        raise UserError(f"--continue_train: cannot read {path} ({' '.join(str(error).split())[:160]})") from error
+    if not path.exists():
+        raise UserError(f"--continue_train: {path} does not exist; name a round folder that RL wrote")
+    saved = load_torch(path, "--continue_train")
     if not isinstance(saved, dict) or saved.get("names") != names:
         raise UserError(
             f"--continue_train: {path} was not written by this version for this model and --algo (its parameters "
@@ -424,14 +422,27 @@ class PpoTrainer:
         self.saves += 1
 
     def restore(self) -> bool:
-        """Go on from the newest saved state of this round, if there is one. Raises UserError if it does not fit."""
-        found = []
+        """Go on from the newest saved state of this round that is whole, if there is one.
+
+        Raises UserError if it does not fit, or if all that was saved is damaged.
+        """
+        found, damaged = [], []
         for i, slot in enumerate(self.slots):
             if slot.exists():
-                # mapped: only the slot that is used is read
-                state = torch.load(slot, map_location="cpu", weights_only=True, mmap=True)
-                if state["name"]["round"] == self.number:
-                    found.append((state["position"]["done"], state["position"]["epoch"], i, state))
+                try:
+                    refuse_damaged(slot, "--run_dir")
+                    state = load_torch(slot, "--run_dir")
+                    name, position = state["name"], Position(**state["position"])
+                    if name["round"] == self.number:
+                        found.append((position.done, position.epoch, i, state))
+                except UserError as error:
+                    damaged.append(str(error))
+                except (KeyError, TypeError) as error:
+                    damaged.append(f"--run_dir: {slot} is no saved state ({in_one_line(error, 80)})")
+        if damaged and not found:
+            raise UserError(f"{damaged[0]}; delete {self.slots[0].parent} to begin this round's PPO anew")
+        for fault in damaged:
+            cli.warn0(f"{fault}; going on from the other saved state")
         if not found:
             return False
         _, _, newest, state = max(found, key=lambda entry: entry[:3])

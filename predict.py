@@ -15,6 +15,7 @@ in the scores. Leaves out many questions at once: main.py --evaluate_dir.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from typing import Any
 import sft
 from ares import cli
 from ares.cli import IMG_TYPES, PROMPT_FORMATS, UserError, print0, run
-from ares.files import read_json
+from ares.files import read_json, read_yaml
 from ares.problems import (
     CAPTION_DEFAULT,
     find_captions,
@@ -105,21 +106,31 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def _is_path(value: Any) -> bool:
+    return value is None or isinstance(value, str) and 0 < len(value) < 4096
+
+
+RECORDED = {  # what args.yaml may hold of what is read here
+    "prompt_format": lambda value: value in PROMPT_FORMATS,
+    "img_type": lambda value: value is None or value in IMG_TYPES,
+    "use_caption": lambda value: isinstance(value, bool),
+    "options": lambda value: isinstance(value, list) and 2 <= len(value) <= 26
+    and all(isinstance(letter, str) and letter for letter in value),
+    "seed": lambda value: type(value) is int,
+    **{name: lambda value: type(value) is int and 2 <= value <= 10**6 for name in LENGTHS},
+    **dict.fromkeys(("data_root", "vision_features", "name_map", "dataset"), _is_path),
+}  # fmt: skip
+
 # -- what a model folder was trained for -----------------------------------------------------------------
 
 
 def trained_with(folder: str | Path, default_format: str, prompt_format: str | None) -> argparse.Namespace:
     """The flags of training that shape prompts and outputs, from `folder`/args.yaml, else the defaults (said)."""
     path = Path(folder) / "args.yaml"
-    recorded: Any = {}
-    if path.is_file():
-        import yaml
-
-        try:
-            recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(f"--model: cannot read {path} ({' '.join(str(error).split())[:120]})") from error
-    recorded = recorded if isinstance(recorded, dict) else {}
+    recorded = read_yaml(path, "--model") if os.path.lexists(path) else {}
+    for name, fits in RECORDED.items():
+        if name in recorded and not fits(recorded[name]):
+            raise UserError(f"--model: {path}: {name} is {repr(recorded[name])[:60]}, which no training writes")
     if not prompt_format and "prompt_format" not in recorded:
         print0(f"note: {folder} has no args.yaml; its prompt format is taken to be {default_format}")
     kept = {name: recorded.get(name, default) for name, default in LENGTHS.items()}
@@ -245,8 +256,8 @@ def _same(recorded: dict[str, Any], data_root: str) -> bool:
 def network_of(args: argparse.Namespace, file: Path | None) -> tuple[str | None, str, int]:
     """(name, weights, seed) of the network that made the features in `file`, as its sidecar tells; flags override."""
     sidecar = file.with_name(f"{args.img_type}.json") if file else None
-    told = read_json(sidecar, "--vision_features") if sidecar and sidecar.is_file() else {}
-    if not isinstance(told, dict) or not all(isinstance(told.get(key, ""), str) for key in ("weights", "model_name")):
+    told = read_json(sidecar, "--vision_features", dict) if sidecar and sidecar.is_file() else {}
+    if not all(isinstance(told.get(key, ""), str) for key in ("weights", "model_name")):
         raise UserError(f"--vision_features: {sidecar} is not what extract_features.py writes; make both again")
     weights = args.vision_weights or told.get("weights", "pretrained")
     if weights == "local":

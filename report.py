@@ -143,12 +143,16 @@ def read_data(args: argparse.Namespace, notes: list[str]) -> tuple[Any, Mapping[
 
 def read_verdicts(path: Path) -> dict[str, Any]:
     """A file of win_rate.py. Raises UserError if it holds no verdicts."""
-    told = files.read_json(path, "--win_rate")
-    verdicts = told.get("verdicts") if isinstance(told, dict) else None
+    told = files.read_json(path, "--win_rate", nan=True)
+    told = told if isinstance(told, dict) else {}
+    verdicts, systems = told.get("verdicts"), told.get("systems")
     fits = isinstance(verdicts, list) and all(
-        isinstance(one, dict) and {"qid", "order", "winner"} <= one.keys() for one in verdicts
+        isinstance(one, dict) and all(isinstance(one.get(name), str) for name in ("qid", "order", "winner"))
+        for one in verdicts
     )
-    if not fits or len(told.get("systems", ())) != 2:
+    named = isinstance(systems, list) and len(systems) == 2 and all(isinstance(name, str) for name in systems)
+    parts = all(isinstance(told.get(name, {}), dict) for name in ("judge", "summary"))
+    if not fits or not named or not parts:
         raise UserError(f'--win_rate: {path} must hold {{"systems": [A, B], "verdicts": [{{qid, order, winner}}]}}')
     return told
 
@@ -208,9 +212,10 @@ def times(args: argparse.Namespace, inputs: collect.Inputs) -> list[dict[str, An
     for stage in inputs.stages:
         path = Path(stage.folder) / "trainer_state.json"
         if path.is_file():
-            log = files.read_json(path, "--stage").get("log_history", [])
-            seconds = next((line["train_runtime"] for line in reversed(log) if "train_runtime" in line), None)
-            if seconds is not None:
+            log = files.read_json(path, "--stage", dict, nan=True).get("log_history")
+            lines = [line for line in reversed(log if isinstance(log, list) else []) if isinstance(line, dict)]
+            seconds = next((line["train_runtime"] for line in lines if "train_runtime" in line), None)
+            if isinstance(seconds, (int, float)):
                 found.append({"name": f"training of {stage.name}", "seconds": seconds})
     return found
 

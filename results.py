@@ -109,7 +109,7 @@ def read_system(
 ) -> list[Run]:
     """The rows of one --system. Raises UserError if the file is none of the known forms."""
     path = predictions_file(place, f"--system {label}", args.split)
-    told = files.read_json(path, f"--system {label}")
+    told = files.read_json(path, f"--system {label}", nan=True)
     if isinstance(told, dict) and isinstance(told.get("rationales"), dict):
         return demo_runs(label, str(path), told)
     if not isinstance(told, dict) or "preds" not in told:
@@ -253,14 +253,15 @@ def win_table(paths: Sequence[str]) -> Table:
         told = files.read_json(path, "--win_rate")
         try:
             row, judge = told["summary"]["rows"]["average"], told["judge"]
-            cells: dict[str, Cell | str] = {name: Cell(row[name]) for name in ("win", "tie", "loss")}
-            cells["win_rate"] = Cell(row["win_rate"], *row["win_rate_interval"])
+            cells: dict[str, Cell | str] = {name: Cell(float(row[name])) for name in ("win", "tie", "loss")}
+            low, high = map(float, row["win_rate_interval"])
+            cells["win_rate"] = Cell(float(row["win_rate"]), low, high)
             if told["summary"]["position"]["first"] is not None:
-                cells["first"] = Cell(told["summary"]["position"]["first"])
+                cells["first"] = Cell(float(told["summary"]["position"]["first"]))
             orders = {"both": "both orders", "paper": "one random order a pair"}[told["protocol"]]
             cells["judge"] = f"{judge['model']}, {orders}, {row['questions']} questions"
             table.rows.append((" against ".join(told["systems"]), cells))
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             raise cli.UserError(f"--win_rate: {path} is not what win_rate.py writes; name its win_rate.json") from None
     return table
 

@@ -13,6 +13,7 @@ Needs no torch. Takes run_mm_cot_rl.py's flags as a namespace.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -82,9 +83,7 @@ def reference_folder(args: argparse.Namespace) -> str:
     recorded = Path(args.base_model_dir) / "args.yaml"
     if not (args.continue_train and recorded.exists()):
         return args.base_model_dir
-    import yaml
-
-    folder = (yaml.safe_load(recorded.read_text(encoding="utf-8")) or {}).get("reference", args.base_model_dir)
+    folder = str(files.read_yaml(recorded, "--base_model_dir").get("reference", args.base_model_dir))
     if not Path(folder).is_dir():
         raise UserError(
             f"--ref_model: {recorded} names the reference {folder}, which is gone; name it with --ref_model"
@@ -157,12 +156,12 @@ def refuse_changes(known: Path, now: dict[str, Any]) -> None:
     """Raise UserError naming the flags that differ from those in the file `known`, if it is there."""
     if not known.exists():
         return
-    before = files.read_json(known, "--run_dir")
+    before = files.read_json(known, "--run_dir", dict)
     if before.get("precision") == "auto":  # earlier versions recorded the flag, not what it came to
         del before["precision"]
     # what is not on record is not compared: earlier versions recorded less
     differs = [key for key in now if key in before and before[key] != now[key]]
-    changed = [CONTENTS.get(key) or f"--{key} was {before[key]}, is {now[key]}" for key in differs]
+    changed = [CONTENTS.get(key) or f"--{key} was {str(before[key])[:200]}, is {now[key]}" for key in differs]
     if changed:
         raise UserError(
             f"{known.parent} belongs to another experiment ({'; '.join(changed)}); give the old values back, "
@@ -174,11 +173,19 @@ def reopen(place: Path) -> None:
     """Forget that a round was collected where batches of it are gone, so that they are sampled again."""
     collected = place / "collected.json"
     if collected.exists():
-        missing = files.read_json(collected, "rollouts")["batches"] - len(list(place.glob("batch_*.safetensors")))
+        missing = collected_batches(collected) - len(list(place.glob("batch_*.safetensors")))
         if missing > 0:
             cli.warn0(f"{place}: {missing} of its batches are gone and sampled again")
             (place / "scores.json").unlink(missing_ok=True)  # read anew: nothing promises the same tokens on a GPU
             collected.unlink()
+
+
+def collected_batches(path: Path) -> int:
+    """The number of batches that a round's `collected.json` says. Raises UserError naming a damaged one."""
+    count = files.read_json(path, "--run_dir", dict).get("batches")
+    if type(count) is not int or count < 0:
+        raise UserError(f"--run_dir: {path} says no number of batches; delete it, then run the same command again")
+    return count
 
 
 def move_aside(args: argparse.Namespace, folder: Path, start: int) -> None:
@@ -224,9 +231,9 @@ def kl_coefficient(args: argparse.Namespace, start: Path, first: bool, kl: float
     """
     if args.target_kl is None or first:
         return args.init_kl_coef
-    import yaml
-
-    recorded = yaml.safe_load((start / "args.yaml").read_text(encoding="utf-8")).get("kl_coef", args.init_kl_coef)
+    recorded = files.read_yaml(start / "args.yaml", "--run_dir").get("kl_coef", args.init_kl_coef)
+    if not isinstance(recorded, (int, float)) or not math.isfinite(recorded):
+        raise UserError(f"--run_dir: {start / 'args.yaml'}: kl_coef is {repr(recorded)[:60]}, no number")
     factor = 2.0 if kl > 1.5 * args.target_kl else 0.5 if kl < args.target_kl / 1.5 else 1.0
     return recorded * factor
 
@@ -249,10 +256,8 @@ def asked_processes() -> int | None:
     if "num_processes" in given:
         return int(given["num_processes"])
     if Path(given.get("config_file", "")).is_file():
-        import yaml
-
-        config = yaml.safe_load(Path(given["config_file"]).read_text(encoding="utf-8"))
-        return int(config["num_processes"]) if "num_processes" in config else None
+        asked = files.read_yaml(given["config_file"], "--config_file").get("num_processes")
+        return asked if type(asked) is int else None
     return None
 
 

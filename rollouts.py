@@ -34,7 +34,7 @@ import scoring
 from ares import cli, feedback, files, ppo
 from ares.cli import UserError
 from ares.sentences import sentences_from_ids
-from rl_run import FAILED
+from rl_run import FAILED, collected_batches
 
 FIELDS = ("tokens", "logprobs", "ref_logprobs", "values")  # one number per position
 
@@ -126,12 +126,15 @@ class Rollouts:
     @classmethod
     def load(cls, path: Path) -> Rollouts:
         """Read one file that `save` wrote. Raises UserError naming a file that cannot be read."""
+        files.refuse_unfit(path, "--run_dir")
         try:
             with safe_open(path, "pt") as file:
                 rows = {key: json.loads(value) for key, value in file.metadata().items()}
                 return cls(**rows, **{name: file.get_tensor(name) for name in file.keys()})
         except Exception as error:
-            raise UserError(f"{path}: not a rollout file ({error}); delete it and run again") from error
+            raise UserError(
+                f"{path}: not a rollout file ({cli.in_one_line(error, 160)}); delete it and run again"
+            ) from error
 
     @classmethod
     def concatenate(cls, parts: Sequence[Rollouts]) -> Rollouts:
@@ -171,6 +174,13 @@ def plan_batches(lengths: dict[str, int], batch_size: int) -> list[list[str]]:
     """Question ids in batches of similar prompt length, longest first: what does not fit in memory shows at once."""
     order = sorted(lengths, key=lambda qid: -lengths[qid])  # a stable sort: equal lengths keep the split's order
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def _texts(batches: list) -> list[str]:
+    """The question ids of `batches`, or nothing if it is no list of lists of texts."""
+    if not all(isinstance(batch, list) and all(isinstance(qid, str) for qid in batch) for batch in batches):
+        return []
+    return [qid for batch in batches for qid in batch]
 
 
 def seed_for(*parts: object) -> int:
@@ -227,13 +237,16 @@ class Store:
         """
         known = {"k": k, "prompts": prompts.fingerprint()}
         if self.plan_file.exists():
-            plan = files.read_json(self.plan_file, "rollouts")
+            plan = files.read_json(self.plan_file, "--run_dir", dict)
             if any(plan.get(key) != value for key, value in known.items()):
                 raise UserError(
                     f"{self.plan_file}: questions, captions or prompts are not those of the rollouts beside it; "
                     "restore the data, or start anew with --overwrite"
                 )
-            return plan["batches"]
+            batches = plan.get("batches")
+            if not isinstance(batches, list) or sorted(_texts(batches)) != sorted(prompts.lengths):
+                raise UserError(f"{self.plan_file} is damaged; restore it, or start anew with --overwrite")
+            return batches
         share = math.ceil(len(prompts.lengths) / cli.world_size())  # a small split keeps every process busy, too
         plan = {**known, "batches": plan_batches(prompts.lengths, min(batch_size, share))}
         if cli.rank() == 0:
@@ -243,7 +256,7 @@ class Store:
     def load(self) -> Rollouts:
         """Every row of the round, in sampling order (needs no models and no data set)."""
         shards = sorted(self.folder.glob("batch_*.safetensors"))
-        expected = files.read_json(self.collected_file, "rollouts")["batches"]
+        expected = collected_batches(self.collected_file)
         if len(shards) != expected:
             raise UserError(f"{self.folder} holds {len(shards)} of {expected} batches; run the same command again")
         return Rollouts.concatenate([Rollouts.load(shard) for shard in shards])
@@ -359,6 +372,18 @@ def read_feedback(store: Store, rollouts: Rollouts, max_dropped: float) -> dict:
         cli.warn0(f"{lost} of {asked} samples dropped ({counts})")
     decision = {"scores": scores, "dropped": dropped}
     files.write_json(store.scores_file, decision, indent=None)
+    return decision
+
+
+def read_decision(path: Path) -> dict:
+    """What `read_feedback` published. Raises UserError naming a damaged file."""
+    decision = files.read_json(path, "--run_dir", dict)
+    scores, dropped = decision.get("scores"), decision.get("dropped")
+    fits = isinstance(scores, dict) and isinstance(dropped, dict)
+    if not fits or not all(
+        isinstance(row, list) and all(isinstance(score, (int, float)) for score in row) for row in scores.values()
+    ) or not all(isinstance(keys, list) for keys in dropped.values()):  # fmt: skip
+        raise UserError(f"{path} is damaged; delete it: the scores are then read from the replies again")
     return decision
 
 

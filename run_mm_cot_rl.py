@@ -255,7 +255,7 @@ def await_feedback(setup: Setup, store) -> dict:
         feedback.wait_for_feedback(store.questions, actions, args.poll_seconds, args.settle_seconds)
         rollouts.read_feedback(store, rows, args.max_dropped)
     rollouts.wait_for_file(store.scores_file, args.poll_seconds, store.failed_file)
-    return files.read_json(store.scores_file, "rollouts")
+    return rollouts.read_decision(store.scores_file)
 
 
 def train_round(setup: Setup, store, number: int, decision: dict) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ares import cli, files, launch
-from ares.cli import UserError, print0
+from ares.cli import UserError, print0, warn0
 
 # Flags that a second launch of the same run may change: they only name folders, or do not touch the weights.
 _FREE = {
@@ -157,7 +157,6 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool) -> str | N
     checkpoints that a kill left half written. Raises UserError if `folder` holds something else, or the same run
     with other flags. On rank 0 only.
     """
-
     from sft_trainer import COMPLETE, METRICS, checkpoint_folders
 
     if (folder / "args.yaml").exists():
@@ -179,8 +178,25 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool) -> str | N
     checkpoints = checkpoint_folders(folder)
     for half in [path for path in checkpoints if not (path / COMPLETE).exists()]:
         shutil.rmtree(half)
-    whole = [path for path in checkpoints if path.exists()]
-    return str(whole[-1]) if whole else None
+    return newest_whole([path for path in checkpoints if path.exists()])
+
+
+def newest_whole(checkpoints: Sequence[Path]) -> str | None:
+    """The last of `checkpoints` that is not damaged; None if there are none. Raises UserError if all are damaged."""
+    from ares.checkpoints import refuse_damaged
+
+    fault = None
+    for path in reversed(checkpoints):
+        try:
+            files.refuse_unfit(path / "trainer_state.json", "--run_dir")
+            refuse_damaged(path, "--run_dir")
+            return str(path)
+        except UserError as error:
+            fault = error
+            warn0(f"{error}; looking for an older checkpoint")
+    if fault is not None:
+        raise UserError(f"{fault}; no checkpoint is whole: remove them to train from the beginning")
+    return None
 
 
 def _clear(folder: Path) -> None:
@@ -212,7 +228,8 @@ def changed_flags(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     differs -= data_changed.union(*_CONTENTS.values())
     named = sorted(differs if data_changed else differs - _FILES)
     changed = [f"--{key} {new[key]} (was {old.get(key)})" for key in named]
-    batch, old_batch = new["bs"] * new["processes"], old.get("bs", 0) * old.get("processes", 1)
+    sizes = [old.get("bs", 0), old.get("processes", 1)]
+    batch, old_batch = new["bs"] * new["processes"], sizes[0] * sizes[1] if {*map(type, sizes)} == {int} else sizes
     if batch != old_batch:
         changed.append(f"--bs x processes {batch} (was {old_batch})")
     if data_changed and not changed:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import warnings
 from pathlib import Path
 
+from ares import files
 from ares.checkpoints import load_state_dict
-from ares.cli import UserError, print0
+from ares.cli import UserError, in_one_line, print0
 from ares.portable import portable_adapter
 
 TARGETS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "image_dense", "gate_dense", "lm_head")
@@ -88,7 +90,10 @@ def load_adapter(model, folder: Path, flag: str = "--evaluate_dir"):
     """
     import peft
 
-    config = peft.LoraConfig.from_pretrained(str(folder))
+    try:
+        config = peft.LoraConfig.from_pretrained(str(folder))
+    except Exception as error:  # peft's own for a damaged file
+        raise UserError(f"{flag}: cannot read the adapter in {folder} ({in_one_line(error, 160)})") from error
     config.task_type, config.inference_mode = "SEQ_2_SEQ_LM", True
     config.base_model_name_or_path = model.name_or_path  # not where it was trained
     if isinstance(config.target_modules, str):
@@ -103,7 +108,8 @@ def load_adapter(model, folder: Path, flag: str = "--evaluate_dir"):
     try:
         adapted = _adapted(model, config)
         loaded = peft.set_peft_model_state_dict(adapted, kept)
-    except (ValueError, RuntimeError) as error:  # no such module; a tensor of another shape
+    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        # no such module, a tensor of another shape
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{flag}: the adapter in {folder} does not fit this --model ({reason})") from error
     absent = [name for name in loaded.missing_keys if "lora_" in name]
@@ -129,9 +135,19 @@ def _read_weights(folder: Path, flag: str) -> dict:
 
 def check_adapter(folder: Path, flag: str = "--evaluate_dir") -> None:
     """Raise UserError, naming `flag`, unless `folder` holds an adapter."""
+    from ares.checkpoints import refuse_damaged
+
     if fault := peft_fault():
         raise UserError(f"{flag}: {fault}")
-    if not (folder / "adapter_config.json").is_file():
+    if not os.path.lexists(folder / "adapter_config.json"):
         raise UserError(f"{flag}: {folder} holds no adapter_config.json; name the adapter's folder")
-    if not any((folder / name).is_file() for name in ("adapter_model.safetensors", "adapter_model.bin")):
+    held = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    held = [path for path in held if os.path.lexists(path)]
+    if not held:
         raise UserError(f"{flag}: {folder} holds no adapter_model.safetensors (or .bin); copy the whole folder")
+    config = files.read_json(folder / "adapter_config.json", flag, dict)
+    rank = config.get("r", 8)
+    if type(rank) is not int or not 0 < rank <= 10_000:  # weights of that size would be made
+        raise UserError(f"{flag}: {folder / 'adapter_config.json'}: r is {repr(rank)[:60]}")
+    if held[0].suffix == ".safetensors":
+        refuse_damaged(held[0], flag)

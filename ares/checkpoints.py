@@ -6,16 +6,16 @@ only ever read with `weights_only=True`, so nothing it holds is executed.
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import zipfile
 from collections.abc import Set
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ares.cli import UserError
+from ares import files
+from ares.cli import UserError, in_one_line
 
 # in the order in which transformers looks for them
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -28,10 +28,10 @@ def read_shapes(folder: Path, flag: str) -> dict[str, tuple[int, ...]]:
         raise UserError(f"{flag}: {folder} holds no weights (looked for {', '.join(WEIGHTS)})")
     if not name.endswith(".index.json"):
         return _read_header(folder / name, flag)
-    try:
-        shards = sorted(set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{flag}: cannot read {folder / name} ({error!r})") from error
+    index = files.read_json(folder / name, flag, dict).get("weight_map")
+    shards = sorted(set(map(str, index.values()))) if isinstance(index, dict) else []
+    if not shards or any("/" in shard or len(shard) > 255 for shard in shards):
+        raise UserError(f"{flag}: {folder / name} names no shards beside it in weight_map; copy the whole folder")
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards:
         if not (folder / shard).exists():
@@ -42,27 +42,56 @@ def read_shapes(folder: Path, flag: str) -> dict[str, tuple[int, ...]]:
 
 def _read_header(path: Path, flag: str) -> dict[str, tuple[int, ...]]:
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
+        files.refuse_unfit(path, flag)
         try:
             with safe_open(path, "pt") as file:  # also refuses a file shorter than its header says
                 return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{flag}: {path} is damaged or no safetensors file ({error})") from error
+        except Exception as error:
+            why = in_one_line(error, 160)
+            raise UserError(f"{flag}: {path} is damaged or no safetensors file ({why})") from error
     return {name: tuple(tensor.shape) for name, tensor in load_state_dict(path, flag, "meta").items()}
 
 
 def load_state_dict(path: Path, flag: str, device: str) -> dict[str, torch.Tensor]:
     """A state dict from a PyTorch file, never executing what it pickles. `device` "meta" reads no weights."""
-    try:
-        # files from before torch 1.6 are no zip files and cannot be mapped
-        state = torch.load(path, map_location=device, mmap=zipfile.is_zipfile(path), weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{flag}: {path} is damaged or no plain PyTorch state dict ({reason[:160]})") from error
+    state = load_torch(path, flag, device)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{flag}: {path} is not a state dict (name -> tensor)")
     return state
+
+
+def load_torch(path: Path, flag: str, device: str = "cpu") -> Any:
+    """What a PyTorch file holds, mapped, never executing what it pickles. Raises UserError naming a damaged file."""
+    files.refuse_unfit(path, flag)
+    try:
+        # files from before torch 1.6 are no zip files and cannot be mapped
+        return torch.load(path, map_location=device, mmap=zipfile.is_zipfile(path), weights_only=True)
+    except Exception as error:  # the unpickler raises whatever a damaged pickle makes it do
+        why = in_one_line(str(error).strip().splitlines()[0] if str(error).strip() else error, 160)
+        raise UserError(f"{flag}: {path} is damaged or no plain PyTorch state dict ({why})") from error
+
+
+def refuse_damaged(place: Path, flag: str) -> None:
+    """Raise UserError naming the first file of a checkpoint folder, or the file, that is not as it was written.
+
+    JSON is parsed, headers of safetensors are read, the check sums of PyTorch's archives are compared.
+    """
+    for path in sorted(place.iterdir()) if place.is_dir() else [place]:
+        if path.suffix == ".json":
+            files.read_json(path, flag, nan=True)
+        elif path.suffix == ".safetensors":
+            _read_header(path, flag)
+        elif path.suffix in (".pt", ".pth", ".bin"):
+            files.refuse_unfit(path, flag)
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    bad = archive.testzip()
+            except Exception as error:
+                bad = in_one_line(error, 100)
+            if bad:
+                raise UserError(f"{flag}: {path} is damaged ({bad})")
 
 
 def local_folder(name: str | os.PathLike, kwargs: dict) -> Path:

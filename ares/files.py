@@ -69,10 +69,13 @@ def read_shared(path: str | os.PathLike, max_bytes: int = SHARED_BYTES) -> bytes
     return _content(open_regular(path, follow_links=False), path, max_bytes)
 
 
-def read_bytes(path: str | os.PathLike, flag: str, *, max_bytes: int = MAX_BYTES) -> bytes:
-    """A file that the user named or that we wrote, links followed. Raises UserError naming `flag` and the file."""
+def read_bytes(path: str | os.PathLike, flag: str, *, head: int | None = None) -> bytes:
+    """A file that the user named or that we wrote, links followed; of `head` bytes only the beginning.
+
+    Raises UserError naming `flag` and the file.
+    """
     try:
-        return _content(open_regular(path), path, max_bytes)
+        return _content(open_regular(path), path, MAX_BYTES, head)
     except UserError as error:
         raise UserError(f"{flag}: {error}") from None
     except FileNotFoundError:
@@ -81,11 +84,18 @@ def read_bytes(path: str | os.PathLike, flag: str, *, max_bytes: int = MAX_BYTES
         raise UserError(f"{flag}: cannot read {shortened(path)} ({error.strerror or error})") from error
 
 
-def _content(file: int, path: str | os.PathLike, max_bytes: int) -> bytes:
+def _content(file: int, path: str | os.PathLike, max_bytes: int, head: int | None = None) -> bytes:
     with open(file, "rb", buffering=0) as opened:
+        if head is not None:
+            return opened.read(head)
         if os.fstat(file).st_size > max_bytes:
             raise UserError(f"{path} is larger than {max_bytes / 1e6:,.0f} MB; it is not the file that is meant here")
         return opened.readall()
+
+
+def refuse_unfit(path: str | os.PathLike, flag: str) -> None:
+    """Raise UserError unless `path` is a regular file that can be read: for files that a library opens by name."""
+    read_bytes(path, flag, head=0)
 
 
 def read_text(path: str | os.PathLike, flag: str) -> str:

@@ -62,7 +62,8 @@ def scores_of(told: Mapping[str, Any], path: str | Path, flag: str) -> dict[str,
     {} where it has none. Raises UserError naming `flag` for another form.
     """
     try:
-        return {part: {RELEASED_NAMES.get(name, name): float(figure) for name, figure in figures.items()}
+        return {part: {RELEASED_NAMES.get(name, name): float(figure) for name, figure in figures.items()
+                       if figure is not None}
                 for part, figures in (told.get("scores") or {}).items()}  # fmt: skip
     except (AttributeError, TypeError, ValueError) as error:
         raise cli.UserError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ares.cli import UserError, print0, warn0
-from ares.files import read_json
+from ares.files import NAME_MAX, read_json
 
 KNOWN_DATASETS = ("scienceqa", "aokvqa")
 CAPTION_DEFAULT = "data/captions.json"  # the default of --caption_file
@@ -90,7 +90,7 @@ def load_problems(data_root: str | Path, dataset: str) -> Problems:
     faults = [(qid, fault) for qid, problem in problems.items() if (fault := problem_fault(qid, problem))]
     if faults:
         # the first question of each kind of fault, whatever numbers the fault names
-        kinds = {re.sub(r"\d+", "", fault): f"question {qid}: {fault}" for qid, fault in reversed(faults)}
+        kinds = {re.sub(r"\d+", "", fault): f"question {qid[:60]}: {fault}" for qid, fault in reversed(faults)}
         raise UserError(f"--data_root: {path}: {'; '.join(reversed(list(kinds.values())[-4:]))}{_more(len(faults))}")
     return problems
 
@@ -99,6 +99,8 @@ def problem_fault(qid: str, problem: Any) -> str | None:
     """What is wrong with one problem of ScienceQA's schema, in words; None if nothing is."""
     if not qid or qid in (".", "..") or re.search(r"[/\\\0\s]", qid):
         return "an id names a folder: no blanks, no / or \\"
+    if len(qid.encode("utf-8", errors="replace")) > NAME_MAX:
+        return f"an id names a folder: at most {NAME_MAX} bytes"
     if not isinstance(problem, dict):
         return f"is not an object but {_kind(problem)}"
     absent = [name for name in ("question", "choices", "answer", "hint", "image", "lecture", "solution")
@@ -143,7 +145,8 @@ def load_splits(data_root: str | Path, dataset: str, problems: Mapping[str, Any]
         unknown = [qid for qid in qids if qid not in problems]
         if unknown:
             faults.append(
-                f"split {name} names question {unknown[0]}, which problems.json does not hold{_more(len(unknown))}"
+                f"split {name} names question {unknown[0][:60]}, which problems.json does not hold"
+                f"{_more(len(unknown))}"
             )
         twice = [qid for qid, count in Counter(qids).items() if count > 1]
         if twice:
@@ -212,7 +215,7 @@ def load_captions(path: str | Path) -> dict[str, str]:
         raise UserError(f'--caption_file: {path} must hold {{"captions": {{question id: text}}}}')
     for qid, text in captions.items():
         if not isinstance(text, str):
-            raise UserError(f"--caption_file: {path}: the caption of question {qid} is {_kind(text)}, not text")
+            raise UserError(f"--caption_file: {path}: the caption of question {qid[:60]} is {_kind(text)}, not text")
     return captions
 
 
@@ -335,10 +338,12 @@ def load_name_map(path: str | Path) -> dict[str, int]:
         raise UserError(f"--name_map: {path} must hold {{question id: row}}")
     for qid, row in rows.items():
         whole = (isinstance(row, int) and not isinstance(row, bool) and row >= 0) or (
-            isinstance(row, str) and row.isascii() and row.isdigit()
+            isinstance(row, str) and row.isascii() and row.isdigit() and len(row) < 19
         )
         if not whole:
-            raise UserError(f"--name_map: {path}: the row of question {qid} is {row!r}, not a whole number from 0 up")
+            raise UserError(
+                f"--name_map: {path}: the row of question {qid[:60]} is {repr(row)[:60]}, not a whole number from 0 up"
+            )
     return {qid: int(row) for qid, row in rows.items()}
 
 

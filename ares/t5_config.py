@@ -8,14 +8,18 @@ Leaves out the model (model.py) and the weights (checkpoints.py).
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import T5Config
 
-from ares.cli import UserError
+from ares import files
+from ares.cli import UserError, in_one_line
+
+# sizes beyond which a number is damage: building such a model would not end
+LARGEST = {"num_layers": 1000, "num_decoder_layers": 1000, "num_heads": 10_000, "d_model": 10**6, "d_ff": 10**7,
+           "d_kv": 10**6, "vocab_size": 10**8}  # fmt: skip
 
 PatchSize = tuple[int | None, int]  # patches per image (None: not recorded; nothing depends on it), features per patch
 
@@ -73,15 +77,20 @@ def read_config(folder: Path, flag: str) -> MultimodalT5Config:
         if (folder / "adapter_config.json").exists():
             raise UserError(f"{flag}: {folder} holds a LoRA adapter, not a model; name the model it was trained on")
         raise UserError(f"{flag}: {folder} has no config.json; name the folder that save_pretrained wrote")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        model_type = fields.get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{flag}: cannot read {path} ({error})") from error
+    fields = files.read_json(path, flag, dict)
+    model_type = fields.get("model_type")
     if model_type != "t5":
-        raise UserError(f"{flag}: {path} describes a {model_type!r} model; only T5 (model_type 't5') can be used")
+        kind = repr(model_type)[:60]
+        raise UserError(f"{flag}: {path} describes a {kind} model; only T5 (model_type 't5') can be used")
+    for name, most in LARGEST.items():
+        value = fields.get(name, 1)
+        if value is not None and (type(value) is not int or not 0 < value <= most):
+            raise UserError(f"{flag}: {path} is no valid T5 configuration ({name} is {repr(value)[:60]})")
+    for other in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"):
+        if os.path.lexists(folder / other):  # libraries read them later, each with its own errors
+            files.read_json(folder / other, flag, dict)
     try:
         return MultimodalT5Config.from_dict(fields)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{flag}: {path} is no valid T5 configuration ({reason[:160]})") from error
+    except Exception as error:  # the library checks types and values, each field in its own way
+        why = in_one_line(error, 160)
+        raise UserError(f"{flag}: {path} is no valid T5 configuration ({why})") from error

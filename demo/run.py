@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import shlex
 import signal
@@ -63,7 +62,9 @@ class Demo:
         self.record_file = output / "stages.json"
         self.record = {"settings": settings, "stages": {}}
         if self.record_file.exists():
-            self.record = json.loads(self.record_file.read_text(encoding="utf-8"))
+            self.record = files.read_json(self.record_file, "--output", dict)
+            if not all(isinstance(self.record.get(name), dict) for name in ("settings", "stages")):
+                raise UserError(f"--output: {self.record_file} is damaged; add --fresh to begin anew")
             changed = [key for key, value in settings.items() if self.record["settings"].get(key) != value]
             if changed:
                 raise UserError(

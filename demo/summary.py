@@ -6,7 +6,6 @@ with: its length, the gold sentences it covers, and how often it says no more th
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ares import files
@@ -28,7 +27,7 @@ def write_summary(output: Path, folders: dict[str, Path], record: dict) -> str:
     problems = files.read_json(output / "data/scienceqa/problems.json", "--output")
     rationales, answers = {}, {}
     for name, folder in folders.items():
-        predictions = json.loads((folder / "predictions_ans_test.json").read_text(encoding="utf-8"))
+        predictions = files.read_json(folder / "predictions_ans_test.json", "--output", dict, nan=True)
         if name == "LoRA":
             answers = {"num_fail": predictions["num_fail"], **predictions["scores"]["answer"]}
             continue

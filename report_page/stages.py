@@ -100,7 +100,7 @@ def name_and_place(text: str) -> tuple[str, str]:
 
 def read_predictions(path: Path, order: list[str] | None, problems: Problems | None) -> Predictions:
     """Read and check one `predictions_ans_*.json`. Raises UserError naming the file and what is wrong in it."""
-    told = files.read_json(path, "--stage")
+    told = files.read_json(path, "--stage", nan=True)
     preds = told.get("preds") if isinstance(told, dict) else None
     if not isinstance(preds, list) or not all(isinstance(text, str) for text in preds):
         raise UserError(f'--stage: {path} must hold {{"preds": [texts]}}')
@@ -112,7 +112,7 @@ def read_predictions(path: Path, order: list[str] | None, problems: Problems | N
                 f"--stage: {path} has {len(preds)} rows without question ids but its split has {len(qids)}; "
                 "name the --data_root that it was made from"
             )
-    qids = [str(qid) for qid in qids]
+    qids = [str(qid) for qid in qids] if isinstance(qids, list) else []
     if len(qids) != len(preds) or len(set(qids)) != len(qids):
         raise UserError(f"--stage: {path} must have one question id for each of its {len(preds)} rows, none twice")
     unknown = [qid for qid in qids if problems is not None and qid not in problems]

@@ -7,7 +7,6 @@ needed; token rewards come from tokens.py.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -134,23 +133,21 @@ def add_training_view(each: Round, table: Path) -> None:
     if not table.is_file():
         return
     by_key = {(sample.action, sample.qid): sample for sample in each.samples}
-    with open(table, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                told = json.loads(line)
-                key = (told["action"], str(told["qid"]))
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"--run: {table}: line {number} is no sample of RL; move the file away") from None
-            sample = by_key.get(key)
-            if sample is None:
-                sample = by_key[key] = Sample(
-                    qid=key[1], action=key[0], sentences=[one["text"] for one in told["sentences"]]
-                )
-                each.samples.append(sample)
-            sample.reward = told["reward"]
-            sample.advantages = [one["advantage"] for one in told["sentences"]]
-            sample.scores = [one["score"] for one in told["sentences"]]  # what RL was given counts
-            sample.reason = sample.why = None
+    for number, told in files.read_jsonl(table, "--run"):
+        try:
+            key = (int(told["action"]), str(told["qid"]))
+            reward = float(told["reward"])
+            texts = [str(one["text"]) for one in told["sentences"]]
+            advantages = [float(one["advantage"]) for one in told["sentences"]]
+            scores = [float(one["score"]) for one in told["sentences"]]  # what RL was given counts
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--run: {table}: line {number} is no sample of RL; move the file away") from None
+        sample = by_key.get(key)
+        if sample is None:
+            sample = by_key[key] = Sample(qid=key[1], action=key[0], sentences=texts)
+            each.samples.append(sample)
+        sample.reward, sample.advantages, sample.scores = reward, advantages, scores
+        sample.reason = sample.why = None
     for sample in each.samples:
         if sample.advantages is None and sample.reason is None:
             sample.reason, sample.why = "late", "late: the reply came when RL had begun to train without it"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ares import files
+from ares.cli import UserError, in_one_line
 from report_page.teacher import Round
 
 
@@ -23,23 +24,28 @@ def add_tokens(run: Path, each: Round, shown: Collection[str]) -> str | None:
     if not (folder / "tokenizer.json").is_file():
         return "the finished round's folder, with its tokenizer, is needed"
     try:
-        import yaml
         from transformers import AutoTokenizer
 
         from experience import experience
-        from rollouts import Store, scored
+        from rollouts import Store, read_decision, scored
     except ImportError as error:
         return f"{error.name} is not installed"
-    args = argparse.Namespace(**yaml.safe_load(settings.read_text(encoding="utf-8")))
+    args = argparse.Namespace(**files.read_yaml(settings, "--run"))
     store = Store(run, each.number)
-    rows, scores = scored(store.load(), files.read_json(store.scores_file, "--run"))
+    rows, scores = scored(store.load(), read_decision(store.scores_file))
     wanted = [row for row, qid in enumerate(rows.qids) if qid in shown]
     if not wanted:
         return None
     rows, scores = rows.select(wanted), [scores[row] for row in wanted]
-    kl_coef = getattr(args, "kl_coef", args.init_kl_coef)  # --target_kl may have moved it
-    data = experience(rows, scores, args, kl_coef)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    try:
+        kl_coef = getattr(args, "kl_coef", args.init_kl_coef)  # --target_kl may have moved it
+        data = experience(rows, scores, args, kl_coef)
+    except (AttributeError, TypeError, KeyError) as error:
+        raise UserError(f"--run: {settings} does not hold the flags of RL ({in_one_line(error, 80)})") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:
+        return f"no tokenizer can be loaded from {folder} ({in_one_line(error, 120)})"
     samples = {(sample.action, sample.qid): sample for sample in each.samples}
     for row in range(len(rows)):
         sample = samples.get((rows.action[row], rows.qids[row]))

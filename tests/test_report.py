@@ -327,7 +327,7 @@ BAD = {
     "scores": (["--stage", "a=scores.json"], "scores.json: scores are not"),
     "labels": (["--stage", "a=labels.json"], "labels.json: labels is no list of one text for each of its 1 rows"),
     "metrics": (["--run", "run"], "metrics.jsonl: line 1 has no kind, round and update"),
-    "samples": (["--run", "cut"], "samples_round_0.jsonl: line 1 is no sample of RL"),
+    "samples": (["--run", "cut"], "samples_round_0.jsonl: line 1 is not JSON"),
     "verdicts": (["--stage", "a=ok.json", "--win_rate", "ok.json"], '"systems"'),
     "times": (["--stage", "a=ok.json", "--times", "list.json"], "--times"),
     "no_train": (["--stage", "a=ok.json", "--train_questions", "5"], "--train_questions has no use"),
