@@ -26,8 +26,8 @@ import numpy as np
 from ares import files
 from ares.cli import IMG_TYPES, HelpFormatter, UserError, print0, progress, refuse, run, warn0
 from ares.files import atomic_path, read_json, writable_dir, write_json
-from ares.memory import keep_freed_memory
-from utils_vision import (
+from vision.memory import keep_freed_memory
+from vision.networks import (
     MODEL_NAMES,
     Encoder,
     by_size,

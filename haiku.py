@@ -22,11 +22,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import agreement, cli, estimate, feedback, teacher
-from ares.budget import Ledger
-from ares.problems import find_images, question_images
-from ares.requests import prepare_request
-from utils_prompt import WORDING, scoring_request
+from ares import cli
+from ares.data_folder import find_images, question_images
+from teacher import agreement, client, estimate, handoff
+from teacher.budget import Ledger
+from teacher.prompts import WORDING, scoring_request
+from teacher.requests import prepare_request
 
 HEARTBEAT = 60.0  # seconds between lines while --watch waits
 
@@ -38,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--questions_dir", default="preprocessing_after_RL", help="folder of {k}/p{rank}/{qid}/ (default: %(default)s)"
     )
     parser.add_argument("--actions", type=int, nargs="+", metavar="K", help="only these actions (default: all found)")
-    parser.add_argument("--no-done", action="store_true", help=f"write no {feedback.DONE}; write it by hand")
+    parser.add_argument("--no-done", action="store_true", help=f"write no {handoff.DONE}; write it by hand")
     parser.add_argument(
         "--watch",
         type=float,
@@ -51,7 +52,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--against", metavar="MODEL", help="the second Teacher of --check: a model id, or reference (the default)"
     )
-    teacher.add_teacher_flags(parser)
+    client.add_teacher_flags(parser)
     args = parser.parse_args(argv)
     given = cli.given_flags(parser, argv)
     wrong = ["--against needs --check"] if args.against and args.check is None else []
@@ -60,13 +61,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     wrong += [] if hours else ["--watch must be a number of hours above 0"]
     wrong += ["--watch waits for all actions; leave out --actions"] if args.watch and args.actions else []
     cli.refuse(wrong)
-    teacher.check_teacher_flags(args, given)
+    client.check_teacher_flags(args, given)
     return args
 
 
-def find_items(args: argparse.Namespace) -> feedback.Items:
+def find_items(args: argparse.Namespace) -> handoff.Items:
     """The exported rationales of the wanted actions. Raises UserError if there are none."""
-    items = feedback.iter_items(args.questions_dir)
+    items = handoff.iter_items(args.questions_dir)
     found = sorted({item.action for item in items})
     if not found:
         inner = Path(args.questions_dir) / "questions"
@@ -75,7 +76,7 @@ def find_items(args: argparse.Namespace) -> feedback.Items:
     absent = [action for action in args.actions or [] if action not in found]
     if absent:
         raise cli.UserError(f"--actions: {args.questions_dir} has no action {absent[0]}; it has {found}")
-    return feedback.Items(item for item in items if item.action in args.actions) if args.actions else items
+    return handoff.Items(item for item in items if item.action in args.actions) if args.actions else items
 
 
 class Signals:
@@ -83,18 +84,18 @@ class Signals:
 
     def __init__(self, args: argparse.Namespace, exported: bool):
         self.args, self.exported = args, exported
-        self.waiting: dict[int, teacher.Report] = {}
+        self.waiting: dict[int, client.Report] = {}
 
-    def settled(self, action: int, report: teacher.Report) -> None:
+    def settled(self, action: int, report: client.Report) -> None:
         lost = Counter(reason for item, reason in report.blocking().items() if item.action == action)
         if self.args.no_done or (lost and not self.args.accept_missing):
             return
         if not self.exported:
             self.waiting[action] = report
             return
-        feedback.mark_done(self.args.questions_dir, action)
-        dropped = f"; RL will drop {lost.total()} ({teacher.in_words(lost)})" if lost else ""
-        cli.print0(f"action {action}: done, {feedback.DONE} written{dropped}")
+        handoff.mark_done(self.args.questions_dir, action)
+        dropped = f"; RL will drop {lost.total()} ({client.in_words(lost)})" if lost else ""
+        cli.print0(f"action {action}: done, {handoff.DONE} written{dropped}")
 
     def export_complete(self) -> None:
         """Actions that were settled before the export ended count now."""
@@ -111,7 +112,7 @@ class Watch:
     nothing is created there before RL has. `start(teacher, signals)` makes the Session of a round.
     """
 
-    def __init__(self, args: argparse.Namespace, start: Callable[[teacher.Teacher, Signals], teacher.Session]):
+    def __init__(self, args: argparse.Namespace, start: Callable[[client.Teacher, Signals], client.Session]):
         self.args, self.start = args, start
         self.folder = Path(args.questions_dir)
         self.deadline = time.monotonic() + 3600 * args.watch
@@ -123,7 +124,7 @@ class Watch:
         while True:
             while (folder := _identity(self.folder)) in (None, answered):
                 self.wait("waiting for RL to make it" if folder is None else "answered; waiting for RL's next round")
-            with teacher.work_in(self.folder, "--questions_dir", self.args, ledger) as each:
+            with client.work_in(self.folder, "--questions_dir", self.args, ledger) as each:
                 signals = Signals(self.args, exported=False)
                 session = self.start(each, signals)
                 whole = self.round(session, signals, folder)
@@ -131,25 +132,25 @@ class Watch:
             cli.print0(f"{self.args.teacher}: {session.report.summary()}")
             if not whole:
                 continue
-            teacher.refuse_unusable(session.report, self.args.accept_missing)
+            client.refuse_unusable(session.report, self.args.accept_missing)
             answered = folder
             if not rounds_to_come(self.folder):
                 return
 
-    def round(self, session: teacher.Session, signals: Signals, folder: Any) -> bool:
+    def round(self, session: client.Session, signals: Signals, folder: Any) -> bool:
         """Answer one round's rationales as they come; False if RL has moved the folder away before its end."""
         known: dict[Path, set[str]] = {}  # {k}/p{rank} -> its questions
         while True:
-            exported = feedback.exported(self.folder)  # before the listing: what is listed is then complete
-            exports = feedback.iter_items(self.folder)
+            exported = handoff.exported(self.folder)  # before the listing: what is listed is then complete
+            exports = handoff.iter_items(self.folder)
             if _identity(self.folder) != folder:
                 return False
-            items = feedback.Items(item for item in exports if item.qid not in known.get(item.folder.parent, ()))
+            items = handoff.Items(item for item in exports if item.qid not in known.get(item.folder.parent, ()))
             for item in items:
                 known.setdefault(item.folder.parent, set()).add(item.qid)
             if items:
                 self.prepare(session, items)
-                teacher.answer_items(session, items, self.args)
+                client.answer_items(session, items, self.args)
             if exported:
                 signals.export_complete()
                 return True
@@ -157,7 +158,7 @@ class Watch:
             have = report.kept + report.answered
             self.wait(f"{have} of {report.total} rationales so far are answered; waiting for RL to export more")
 
-    def prepare(self, session: teacher.Session, items: Sequence[feedback.Item]) -> None:
+    def prepare(self, session: client.Session, items: Sequence[handoff.Item]) -> None:
         """Write the requests."""
         for item in items:
             if item.qid not in session.problems:
@@ -174,7 +175,7 @@ class Watch:
         now = time.monotonic()
         if now > self.deadline:
             raise cli.UserError(
-                f"--watch: no {feedback.EXPORTED} within {self.args.watch:g} hours ({self.folder}: {state}); "
+                f"--watch: no {handoff.EXPORTED} within {self.args.watch:g} hours ({self.folder}: {state}); "
                 "run this again to go on"
             )
         if now >= self.next_line:
@@ -209,7 +210,7 @@ def rounds_to_come(questions: Path) -> bool:
         return False
 
 
-def check(args: argparse.Namespace, items: Sequence[feedback.Item], first: teacher.Session) -> None:
+def check(args: argparse.Namespace, items: Sequence[handoff.Item], first: client.Session) -> None:
     """Print how far the Teacher of the flags and `--against` agree on `--check` rationales."""
     askable = [item for item in items if _sentences(item)]
     chosen = agreement.sample_items(askable, args.check)
@@ -219,11 +220,11 @@ def check(args: argparse.Namespace, items: Sequence[feedback.Item], first: teach
     second_args.teacher_model, second_args.price = other, None  # --price is the first one's
     if (second_args.teacher, other) == (args.teacher, args.teacher_model if args.teacher == "claude" else "reference"):
         raise cli.UserError(f"--against: {other} is the Teacher itself; name another")
-    ledger = getattr(first.teacher, "ledger", None) or Ledger(Path(args.questions_dir) / teacher.OURS, args.max_usd)
-    second = teacher.make_session(
+    ledger = getattr(first.teacher, "ledger", None) or Ledger(Path(args.questions_dir) / client.OURS, args.max_usd)
+    second = client.make_session(
         args.questions_dir,
-        teacher.make_teacher(second_args, ledger),
-        teacher.SCORE,
+        client.make_teacher(second_args, ledger),
+        client.SCORE,
         second_args,
         wording=WORDING,
         problems=first.problems,
@@ -235,28 +236,28 @@ def check(args: argparse.Namespace, items: Sequence[feedback.Item], first: teach
         cli.print0(line)
 
 
-def _sentences(item: feedback.Item) -> list[str]:
+def _sentences(item: handoff.Item) -> list[str]:
     try:
-        return feedback.read_rationale(item.folder)
-    except feedback.Refused:
+        return handoff.read_rationale(item.folder)
+    except handoff.Refused:
         return []
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    exported = feedback.exported(args.questions_dir)  # before the listing: what is listed is then complete
+    exported = handoff.exported(args.questions_dir)  # before the listing: what is listed is then complete
     items = [] if args.watch else find_items(args)
-    problems = teacher.load_for(args, items)
+    problems = client.load_for(args, items)
     if problems is None and (args.watch or args.check):
         what = "--watch writes the requests itself and" if args.watch else "--check"
         raise cli.UserError(f"{what} needs problems.json; name its folder with --data_root")
     signals = Signals(args, exported)
 
-    def session_with(each: teacher.Teacher, signals: Signals | None) -> teacher.Session:
-        return teacher.make_session(
+    def session_with(each: client.Teacher, signals: Signals | None) -> client.Session:
+        return client.make_session(
             args.questions_dir,
             each,
-            teacher.SCORE,
+            client.SCORE,
             args,
             wording=WORDING,
             problems=problems,
@@ -265,27 +266,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
     if args.estimate or args.show:
-        session = session_with(teacher.make_teacher(args), None)
+        session = session_with(client.make_teacher(args), None)
         if args.show:
             return estimate.show(session, items, args.show)
         session.add(items, serve=False)
         return estimate.estimate(session)
     if args.watch:
         return Watch(args, session_with).run()
-    with teacher.work_in(args.questions_dir, "--questions_dir", args) as each:
+    with client.work_in(args.questions_dir, "--questions_dir", args) as each:
         session = session_with(each, signals)
         if args.check:
             return check(args, items, session)
-        teacher.answer_items(session, items, args)
+        client.answer_items(session, items, args)
     cli.print0(f"{args.teacher}: {session.report.summary()}")
     if args.submit_only:
         return None
     if not exported and not args.no_done:
         cli.print0(
-            f"no {feedback.EXPORTED} in {args.questions_dir}: the export may go on, so no {feedback.DONE} is written; "
-            f"run this again after it, or touch {{run}}/questions/{{k}}/{feedback.DONE} when all is copied back"
+            f"no {handoff.EXPORTED} in {args.questions_dir}: the export may go on, so no {handoff.DONE} is written; "
+            f"run this again after it, or touch {{run}}/questions/{{k}}/{handoff.DONE} when all is copied back"
         )
-    return teacher.refuse_unusable(session.report, args.accept_missing)
+    return client.refuse_unusable(session.report, args.accept_missing)
 
 
 if __name__ == "__main__":

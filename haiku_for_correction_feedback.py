@@ -20,11 +20,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli, estimate, feedback, files, teacher
-from ares.problems import find_dataset, find_images, load_problems, load_splits, split_qids
-from ares.reply_files import REFUSED_REPLY, reason_of
-from ares.requests import read_rationales
-from utils_prompt import WORDING
+from ares import cli, files
+from ares.data_folder import find_dataset, find_images, load_problems, load_splits, split_qids
+from teacher import client, estimate, handoff
+from teacher.prompts import WORDING
+from teacher.reply_files import REFUSED_REPLY, reason_of
+from teacher.requests import read_rationales
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -42,14 +43,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", metavar="FILE", help="what to write (default: {data_root}/{dataset}/correction.json)"
     )
-    teacher.add_teacher_flags(parser)
+    client.add_teacher_flags(parser)
     args = parser.parse_args(argv)
-    teacher.check_teacher_flags(args, cli.given_flags(parser, argv))
+    client.check_teacher_flags(args, cli.given_flags(parser, argv))
     return args
 
 
 def final_rationales(
-    items: Sequence[feedback.Item], rationales: Mapping[str, str]
+    items: Sequence[handoff.Item], rationales: Mapping[str, str]
 ) -> tuple[dict[str, str], Counter[str], list[str]]:
     """(qid -> final rationale, counts of what became of them, qids without any reply).
 
@@ -60,7 +61,7 @@ def final_rationales(
     counts: Counter[str] = Counter()
     missing = []
     for qid, rationale in rationales.items():
-        if qid not in folders or not os.path.lexists(folders[qid] / feedback.REPLY):
+        if qid not in folders or not os.path.lexists(folders[qid] / handoff.REPLY):
             final[qid] = rationale
             if qid in folders and (folders[qid] / REFUSED_REPLY).exists():  # cut off, though it reads well
                 word = reason_of(folders[qid]).partition(":")[0].strip() or "cut off"
@@ -69,9 +70,9 @@ def final_rationales(
                 missing.append(qid)
             continue
         try:
-            final[qid] = teacher.read_reply(teacher.CORRECT, folders[qid])
+            final[qid] = client.read_reply(client.CORRECT, folders[qid])
             counts["unchanged" if final[qid] == rationale else "replaced"] += 1
-        except feedback.Refused as refused:
+        except handoff.Refused as refused:
             final[qid] = rationale
             counts["unchanged" if refused.reason == "unchanged" else f"fell back: {refused.reason}"] += 1
     return final, counts, missing
@@ -112,7 +113,7 @@ def told(final: Mapping[str, str], rationales: Mapping[str, str], counts: Counte
         for qid, text in final.items()
         if text != rationales[qid]
     ]
-    line = f"{teacher.in_words(+counts)} of {len(rationales)} rationales"
+    line = f"{client.in_words(+counts)} of {len(rationales)} rationales"
     if changed:
         edits, words = (sum(column) / len(changed) for column in zip(*changed, strict=True))
         line += f"; mean edit distance of the replaced ones {edits:.1f} words of {words:.1f}"
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = find_dataset(args.data_root, args.dataset)
     problems = load_problems(args.data_root, dataset)
     train_qids = split_qids(load_splits(args.data_root, dataset, problems), args.train_split, "--train_split")
-    items = feedback.iter_items(args.correction_dir, 0)
+    items = handoff.iter_items(args.correction_dir, 0)
     if not items:
         raise cli.UserError(
             f"--correction_dir: {args.correction_dir} holds no requests; run preprocessing_for_correction_feedback.py "
@@ -137,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{args.train_split}; name the data and the split of this run"
         )
     try:
-        rationales = {item.qid: " ".join(feedback.read_rationale(item.folder)) for item in items}
-    except feedback.Refused as refused:
+        rationales = {item.qid: " ".join(handoff.read_rationale(item.folder)) for item in items}
+    except handoff.Refused as refused:
         raise cli.UserError(
             f"--correction_dir: {refused}; run preprocessing_for_correction_feedback.py again"
         ) from None
@@ -154,19 +155,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         rationales = {**wanted, **rationales}
     output = Path(args.output or Path(args.data_root) / dataset / "correction.json")
 
-    def session_with(each: teacher.Teacher) -> teacher.Session:
+    def session_with(each: client.Teacher) -> client.Session:
         more = {"wording": WORDING, "problems": problems, "images_dir": find_images(args)}
-        return teacher.make_session(args.correction_dir, each, teacher.CORRECT, args, **more)
+        return client.make_session(args.correction_dir, each, client.CORRECT, args, **more)
 
     if args.estimate or args.show:
-        session = session_with(teacher.make_teacher(args))
+        session = session_with(client.make_teacher(args))
         if args.show:
             return estimate.show(session, items, args.show)
         session.add(items, serve=False)
         return estimate.estimate(session)
     files.writable_dir(output.parent, "--output")
-    with teacher.work_in(args.correction_dir, "--correction_dir", args) as each:
-        report = teacher.answer_items(session_with(each), items, args)
+    with client.work_in(args.correction_dir, "--correction_dir", args) as each:
+        report = client.answer_items(session_with(each), items, args)
     cli.print0(f"{args.teacher}: {report.summary()}")
     if not args.submit_only:
         write_correction(args, output, problems, items, rationales, train_qids)
@@ -176,7 +177,7 @@ def write_correction(
     args: argparse.Namespace,
     output: Path,
     problems: Mapping[str, Any],
-    items: Sequence[feedback.Item],
+    items: Sequence[handoff.Item],
     rationales: Mapping[str, str],
     train_qids: Sequence[str],
 ) -> None:

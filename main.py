@@ -11,7 +11,7 @@ that this project wrote. The trained model and `predictions_ans_{test,eval,train
 --output_dir, named after the flags; with --evaluate_dir the files go to that folder. The same command after a kill
 continues. Several processes on CPU: `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 main.py ...`.
 
-Leaves out: sentence rewards (run_mm_cot_rl.py), adapters (run_mm_cot_lora.py). The work is in sft.py.
+Leaves out: sentence rewards (run_mm_cot_rl.py), adapters (run_mm_cot_lora.py). The work is in sft/run.py.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import sft
 from ares import cli, files, launch
-from utils_lora import peft_fault
+from sft import run as sft_run
+from sft.lora import peft_fault
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags as in the released code, ours besides; contradictions end here, before anything is loaded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_common_flags(parser, output_len=64, lr=5e-5)
-    group = sft.add_sft_flags(parser)
+    group = sft_run.add_sft_flags(parser)
     group.add_argument("--output_dir", default="experiments", help="folder of all runs' folders")
     group.add_argument("--sep", nargs="?", const="sep", help="only names the output folder")
     group.add_argument("--w_train_le", nargs="?", const="w_train_le", help="only names the output folder")
     args = parser.parse_args(argv)
-    sft.check_flags(args, cli.given_flags(parser, argv))
+    sft_run.check_flags(args, cli.given_flags(parser, argv))
     return args
 
 
 def run_name(args: argparse.Namespace) -> str:
     """The released name of a run's folder; beyond 255 bytes its end becomes a hash."""
     name = (
-        f"{args.user_msg}_{sft.flat(args.model)}_{args.img_type}_{args.prompt_format}_lr{args.lr}"
+        f"{args.user_msg}_{sft_run.flat(args.model)}_{args.img_type}_{args.prompt_format}_lr{args.lr}"
         f"_bs{args.bs * cli.world_size()}_op{args.output_len}_ep{args.epoch}"
     )
     name += f"_{args.sep}" if args.sep else ""
     name += f"_seed{args.seed}"
     name += f"_{args.w_train_le}" if args.w_train_le else ""
-    name += f"_{sft.flat(args.correction_file).removesuffix('.json')}" if args.correction_file else ""
+    name += f"_{sft_run.flat(args.correction_file).removesuffix('.json')}" if args.correction_file else ""
     return files.short_name(name)
 
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli.warn0(fault)  # before it is needed: the stages before it take hours
     source = args.evaluate_dir or args.model
     folder = Path(args.evaluate_dir or args.run_dir or Path(args.output_dir) / run_name(args))
-    sft.check_run_dir(folder, source if not args.evaluate_dir else None)
+    sft_run.check_run_dir(folder, source if not args.evaluate_dir else None)
 
     from model import T5ForMultimodalGeneration, check_checkpoint
 
@@ -66,13 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         flag = "--evaluate_dir" if args.evaluate_dir else "--model"
         info = check_checkpoint(source, patch_size, args.img_type, flag)
         if args.evaluate_dir:
-            sft.refuse_fresh_layers(info, patch_size, flag)
+            sft_run.refuse_fresh_layers(info, patch_size, flag)
         return info
 
     def build(patch_size, trained):
         return T5ForMultimodalGeneration.from_pretrained(trained or source, patch_size=patch_size, seed=args.seed)
 
-    sft.run(args, folder, check, build)
+    sft_run.run(args, folder, check, build)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import logging as transformers_logging
 
-from ares.checkpoints import check_shapes, load_state_dict, local_folder, read_shapes
+from ares.checkpoints import check_shapes, img_shape, load_state_dict, local_folder, read_shapes
 from ares.cli import UserError, in_one_line
 from ares.files import atomic_path
 from ares.head import label_loss
@@ -412,8 +412,6 @@ def _check_features(info: CheckpointInfo, patch_size: PatchSize | None, img_type
 
 def types_that_fit(patch_size: PatchSize) -> list[str]:
     """The kinds of features (--img_type) that image layers made for `patch_size` can read."""
-    from utils_data import img_shape
-
     return [
         name for name, (patches, dim) in img_shape.items() if dim == patch_size[1] and patch_size[0] in (None, patches)
     ]

@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli, feedback, files
-from ares.problems import find_dataset, load_problems, load_splits, split_qids
-from ares.requests import images_of_questions, place_images, read_rationales, set_reply_aside, write_request
-from utils_prompt import correction_request
+from ares import cli, files
+from ares.data_folder import find_dataset, load_problems, load_splits, split_qids
+from teacher import handoff
+from teacher.prompts import correction_request
+from teacher.requests import images_of_questions, place_images, read_rationales, set_reply_aside, write_request
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,14 +41,14 @@ def prepare(folder: Path, problem: Mapping[str, Any], rationale: str, images: Se
 
     The rationale file holds the whole rationale as its one entry: nothing of it may get lost in cutting.
     """
-    feedback.refuse_links(folder)
+    handoff.refuse_links(folder)
     try:
-        known = feedback.read_rationale(folder) == [rationale]
-    except feedback.Refused:
+        known = handoff.read_rationale(folder) == [rationale]
+    except handoff.Refused:
         known = False
     aside = not known and set_reply_aside(folder)
     if not known:
-        feedback.write_rationale(folder, [rationale])
+        handoff.write_rationale(folder, [rationale])
     place_images(folder, images)
     write_request(folder, correction_request(problem, rationale))  # last: its presence says "ready"
     return aside
@@ -67,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = images_of_questions(args, problems, list(rationales))
     set_aside = 0
     for qid, rationale in cli.progress(rationales.items(), desc="requests", unit="question"):
-        folder = feedback.question_dir(args.correction_dir, 0, 0, qid)
+        folder = handoff.question_dir(args.correction_dir, 0, 0, qid)
         set_aside += prepare(folder, problems[qid], rationale, images[qid])
     if set_aside:
-        cli.print0(f"{set_aside} replies to older rationales set aside (older_{feedback.REPLY})")
+        cli.print0(f"{set_aside} replies to older rationales set aside (older_{handoff.REPLY})")
     cli.print0(
         f"{len(rationales)} requests in {args.correction_dir}, {sum(map(bool, images.values()))} with images; "
         f"next: python haiku_for_correction_feedback.py --correction_dir {args.correction_dir} "

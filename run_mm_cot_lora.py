@@ -14,7 +14,7 @@ Every Linear is adapted: q, k, v, o, wi (wi_0, wi_1), wo, image_dense, gate_dens
 its own. Left out: lm_head of a tied model (it is the embedding: merging the adapter would change the input too), and
 `mha_layer.out_proj`, which PyTorch's attention reads past its module - an adapter there has no effect and no
 gradient. Released adapters have one; it is dropped on loading, with no change to any output. The work is in
-sft.py, the adapter itself in utils_lora.py.
+sft/run.py, the adapter itself in sft/lora.py.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import sft
 from ares import cli, files, launch
-from utils_lora import add_adapter, check_adapter, load_adapter, peft_fault
+from sft import run as sft_run
+from sft.lora import add_adapter, check_adapter, load_adapter, peft_fault
 
 LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias")
 
@@ -34,7 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Flags as in the released code, ours besides; contradictions end here, before anything is loaded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_common_flags(parser, output_len=64, lr=5e-5)
-    sft.add_sft_flags(parser)
+    sft_run.add_sft_flags(parser)
     group = parser.add_argument_group("adapter")
     group.add_argument("--lora_r", type=int, default=32, help="rank")
     group.add_argument("--lora_alpha", type=int, default=64, help="the update is scaled by alpha / r")
@@ -50,7 +50,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         problems.append(f"--lora_dropout must be in [0, 1), not {args.lora_dropout}")
     if not args.run_dir and not args.evaluate_dir and not Path(args.model).is_dir():
         problems.append(f"--model: {args.model} is no folder to put the adapter into; for a hub id name a --run_dir")
-    sft.check_flags(args, given, problems, LORA_FLAGS)
+    sft_run.check_flags(args, given, problems, LORA_FLAGS)
     return args
 
 
@@ -79,20 +79,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.evaluate_dir:
         check_adapter(folder)
     else:
-        sft.check_run_dir(folder, args.model)
+        sft_run.check_run_dir(folder, args.model)
 
     from model import T5ForMultimodalGeneration, check_checkpoint
 
     def check(patch_size):
         info = check_checkpoint(args.model, patch_size, args.img_type)
-        sft.refuse_fresh_layers(info, patch_size, "--model")
+        sft_run.refuse_fresh_layers(info, patch_size, "--model")
         return info
 
     def build(patch_size, trained):
         model = T5ForMultimodalGeneration.from_pretrained(args.model, patch_size=patch_size, seed=args.seed)
         return load_adapter(model, trained) if trained else add_adapter(model, args)
 
-    sft.run(args, folder, check, build, weights=[args.model])
+    sft_run.run(args, folder, check, build, weights=[args.model])
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ One round (`--epochs` of them, each with fresh samples):
 
 The same command after a kill goes on where it stopped. `--phase collect` ends after step 2 and `--phase train` begins
 at step 4, so that the GPUs can be given back while the Teacher works. Runs alone (`python run_mm_cot_rl.py ...`), on
-CPU, on several machines that share a file system (configs/), and without images (no `--img_type`). Flags: rl_flags.py;
-the run folder: rl_run.py; rollouts on disk: rollouts.py; rewards and advantages: experience.py; the PPO loop:
-ppo_trainer.py. Every diagnostic and detail is defined in docs/rl.md.
+CPU, on several machines that share a file system (configs/), and without images (no `--img_type`). Flags: rl/flags.py;
+the run folder: rl/run_folder.py; rollouts on disk: rl/rollouts.py; rewards, advantages: rl/experience.py; PPO:
+rl/trainer.py. Every diagnostic and detail is defined in docs/rl.md.
 
 Sampling truncates to top-k/top-p while log-probabilities use the full softmax, as in the released code. Left out:
-DeepSpeed and FSDP 1 (refused); FSDP 2 shards PPO, sampling keeps whole models (sharding.py).
+DeepSpeed and FSDP 1 (refused); FSDP 2 shards PPO, sampling keeps whole models (rl/sharding.py).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import rl_flags
-import rl_run
-from ares import cli, feedback, files, launch
+from ares import cli, files, launch
 from ares.cli import UserError, print0, run
 from ares.portable import portable_tokenizer
-from utils_lora import peft_fault
+from rl import flags, run_folder
+from sft.lora import peft_fault
+from teacher import handoff
 
 # -- flags -----------------------------------------------------------------------------------------------
 
@@ -48,10 +48,10 @@ from utils_lora import peft_fault
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the flags. Raises UserError that names every flag at fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=cli.HelpFormatter)
-    cli.add_common_flags(parser, output_len=512, lr=1e-5, train_splits=rl_flags.TRAIN_SPLITS)
-    rl_flags.add_flags(parser)
+    cli.add_common_flags(parser, output_len=512, lr=1e-5, train_splits=flags.TRAIN_SPLITS)
+    flags.add_flags(parser)
     args = parser.parse_args(argv)
-    rl_flags.check_flags(args, cli.given_flags(parser, argv))
+    flags.check_flags(args, cli.given_flags(parser, argv))
     return args
 
 
@@ -80,7 +80,7 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     from model import check_checkpoint
 
     data = utils_data.load_data(args, {"train": args.train_split})
-    args.reference = rl_run.reference_folder(args)
+    args.reference = run_folder.reference_folder(args)
     info = check_checkpoint(args.base_model_dir, data.patch_size, args.img_type, flag="--base_model_dir")
     reference = check_checkpoint(args.reference, data.patch_size, args.img_type, flag="--ref_model")
     if reference.config.vocab_size != info.config.vocab_size:
@@ -96,7 +96,7 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     tokenizer = utils_data.load_tokenizer(args, args.base_model_dir, args.reference)
     utils_data.check_vocabulary(tokenizer, info)
     le = utils_data.read_le(args.train_le, data.qids["train"], "--train_le") if args.train_le else None
-    folder, start = rl_run.run_folder(args), rl_run.first_round(args)
+    folder, start = run_folder.run_folder(args), run_folder.first_round(args)
     files.writable_dir(folder, "--run_dir")
 
     from datetime import timedelta
@@ -104,8 +104,8 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    from rollouts import Prompts
-    from utils_predict import from_rank0, tokenizer_digest
+    from rl.rollouts import Prompts
+    from sft.predict import from_rank0, tokenizer_digest
 
     # long waits go through files, never through a collective; two hours cover the saving of a large model
     kwargs = [
@@ -121,7 +121,7 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     if cli.rank() == 0:
         args.features = None if data.features is None else data.features.digest(data.qids["train"])
         args.tokenizer_pieces = tokenizer_digest(tokenizer)
-    from_rank0(lambda: rl_run.claim(args, folder, start))
+    from_rank0(lambda: run_folder.claim(args, folder, start))
     dataset = utils_data.RationaleDataset(data.problems, data.qids["train"], tokenizer, args, le)
     collator = utils_data.Collator(tokenizer.pad_token_id, data.features)
     prompts = Prompts(dataset, collator, accelerator.device)
@@ -137,7 +137,7 @@ def check_optimizer(args: argparse.Namespace, info: Any) -> None:
     import torch
 
     import model
-    import ppo_trainer
+    from rl import trainer as ppo_trainer
 
     info.config.tie_word_embeddings = info.tied
     with torch.device("meta"):
@@ -148,7 +148,7 @@ def check_optimizer(args: argparse.Namespace, info: Any) -> None:
 
 def check_processes(accelerator: Any) -> None:
     """Warn when fewer or more processes run than were asked for; refuse FSDP that is none. Nothing else shows it."""
-    asked, running = rl_run.asked_processes(), accelerator.num_processes
+    asked, running = run_folder.asked_processes(), accelerator.num_processes
     if asked is not None and asked != running:
         cli.warn0(
             f"accelerate launch was asked for {asked} processes, but {running} run(s): it starts one without a word "
@@ -185,10 +185,10 @@ def load_model(setup: Setup, folder: str | Path, value: bool = False):
 
 def load_frozen(setup: Setup, folder: str | Path, value: bool = False):
     """`load_model` for sampling alone: no gradients, and half the memory where autocast rounds weights anyway."""
-    import scoring
+    from rl import actor_critic
 
     model = load_model(setup, folder, value).requires_grad_(False)
-    return scoring.halve(model) if setup.accelerator.mixed_precision == "bf16" else model
+    return actor_critic.halve(model) if setup.accelerator.mixed_precision == "bf16" else model
 
 
 def start_folder(setup: Setup, number: int) -> Path:
@@ -198,16 +198,18 @@ def start_folder(setup: Setup, number: int) -> Path:
 
 def begin_collection(setup: Setup, store, number: int) -> None:
     """Refuse an export of unknown origin; record what makes the round's rollouts what they are. On rank 0 only."""
-    if not store.plan_file.exists() and rl_run.holds_export(store.questions):
+    if not store.plan_file.exists() and run_folder.holds_export(store.questions):
         raise UserError(f"{store.questions} is there without its rollouts; move it away or use --overwrite")
-    files.write_json(store.folder / rl_run.SAMPLING_FILE, rl_run.sampling_identity(setup.args, setup.run, number))
+    files.write_json(
+        store.folder / run_folder.SAMPLING_FILE, run_folder.sampling_identity(setup.args, setup.run, number)
+    )
 
 
 def collect_round(setup: Setup, store, number: int, k: int) -> None:
     """Steps 1 and 2: sample what is not on disk yet, export it, signal."""
-    import rollouts
-    from sampling import Models, Sampling, sample_batch
-    from utils_predict import from_rank0
+    from rl import rollouts
+    from rl.sampling import Models, Sampling, sample_batch
+    from sft.predict import from_rank0
 
     args = setup.args
     sampling = Sampling(k, args.do_sample, args.top_k, args.top_p, args.output_len)
@@ -236,23 +238,23 @@ def collect_round(setup: Setup, store, number: int, k: int) -> None:
 
 def await_feedback(setup: Setup, store) -> dict:
     """Step 3: one process waits, reads and decides which samples count; the others wait for its decision."""
-    import rollouts
+    from rl import rollouts
 
     args = setup.args
     if cli.rank() == 0 and not store.scores_file.exists():
         rows = store.load()
         actions = sorted({rows.action[row] for row in rollouts.rows_with_sentences(rows)})
         if args.phase == "train":
-            open_actions = [action for action in actions if not feedback.is_done(store.questions, action)]
+            open_actions = [action for action in actions if not handoff.is_done(store.questions, action)]
             if open_actions:
-                counts = [feedback.progress_counts(store.questions, action) for action in open_actions]
+                counts = [handoff.progress_counts(store.questions, action) for action in open_actions]
                 answered, total = (sum(column) for column in zip(*counts, strict=True))
                 raise UserError(
-                    f"{store.questions}: no {feedback.DONE} for action {', '.join(map(str, open_actions))} "
+                    f"{store.questions}: no {handoff.DONE} for action {', '.join(map(str, open_actions))} "
                     f"({answered} of {total} answered there); score them (haiku.py), or wait with --phase all"
                 )
         print0("Waiting for the feedback")
-        feedback.wait_for_feedback(store.questions, actions, args.poll_seconds, args.settle_seconds)
+        handoff.wait_for_feedback(store.questions, actions, args.poll_seconds, args.settle_seconds)
         rollouts.read_feedback(store, rows, args.max_dropped)
     rollouts.wait_for_file(store.scores_file, args.poll_seconds, store.failed_file)
     return rollouts.read_decision(store.scores_file)
@@ -260,18 +262,16 @@ def await_feedback(setup: Setup, store) -> dict:
 
 def train_round(setup: Setup, store, number: int, decision: dict) -> None:
     """Step 4: PPO from the rollouts on disk, then the round's folder."""
-    import experience
-    import ppo_trainer
-    import rollouts
-    import sharding
-    from metrics import Metrics, rollout_warnings
+    from rl import experience, rollouts, sharding
+    from rl import trainer as ppo_trainer
+    from rl.metrics import Metrics, rollout_warnings
 
     args, start = setup.args, start_folder(setup, number)
     every = store.load()
     rows, scores = rollouts.scored(every, decision)
     lost = len(every) - len(rows)
     data = experience.experience(rows, scores, args, args.init_kl_coef)
-    args.kl_coef = rl_run.kl_coefficient(args, start, number == 0, float(data.kl.mean()))  # args.yaml records it
+    args.kl_coef = run_folder.kl_coefficient(args, start, number == 0, float(data.kl.mean()))  # args.yaml records it
     if args.kl_coef != data.kl_coef:
         data = experience.experience(rows, scores, args, args.kl_coef)
     metrics = Metrics(setup.run, args.report_to, vars(args))
@@ -296,7 +296,7 @@ def train_round(setup: Setup, store, number: int, decision: dict) -> None:
         if number > 0 and (number > setup.start or args.continue_train):
             ppo_trainer.restore_optimizer(trainer.optimizer, trainer.names, start / "optimizer_state.pth")
         if cli.rank() == 0:
-            files.write_json(store.folder / rl_run.PPO_FILE, rl_run.ppo_identity(args))
+            files.write_json(store.folder / run_folder.PPO_FILE, run_folder.ppo_identity(args))
             table = setup.run / f"samples_round_{number}.jsonl"
             experience.write_samples(table, data, scores, setup.prompts.texts, setup.tokenizer)
         metrics.rewind(number, None)
@@ -318,9 +318,9 @@ def save_round(setup: Setup, trainer, number: int) -> None:
     """Write {run}/{number} in one step, then keep its questions under its name and drop the PPO state."""
     import torch
 
-    import ppo_trainer
-    import sharding
     from model import save_value_function
+    from rl import sharding
+    from rl import trainer as ppo_trainer
 
     writes, value_function = cli.rank() == 0, trainer.raw.value_function
     policy = sharding.whole_state(trainer.raw.policy, writes)  # every process takes part, one writes
@@ -335,7 +335,7 @@ def save_round(setup: Setup, trainer, number: int) -> None:
                 save_value_function(value_function, folder, value)
             torch.save(optimizer, folder / "optimizer_state.pth")
             files.write_args(folder, setup.args)
-        rl_run.tidy(setup.run, number + 1)
+        run_folder.tidy(setup.run, number + 1)
     setup.accelerator.wait_for_everyone()
     print0(f"round {number} saved to {setup.run / str(number)}")
 
@@ -363,12 +363,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run_rounds(setup: Setup, typed: Sequence[str]) -> None:
     """Every round that --epochs and --phase ask for. `typed`: the command line, for the commands it prints."""
-    import rollouts
+    from rl import rollouts
 
     args = setup.args
     k = args.k_actions if args.do_sample else 1  # greedy rationales would all be the same
     for number in range(setup.start, setup.start + args.epochs):
-        if rl_run.finished(setup.run, number):
+        if run_folder.finished(setup.run, number):
             print0(f"round {number} is finished: {setup.run / str(number)}")
             continue
         store = rollouts.Store(setup.run, number)
@@ -383,7 +383,7 @@ def run_rounds(setup: Setup, typed: Sequence[str]) -> None:
         print0("Rationale Finished")
         if args.phase == "collect":
             print0(f"round {number} is collected")
-            launch.next_step(*rl_run.next_commands(args, setup.run, typed))
+            launch.next_step(*run_folder.next_commands(args, setup.run, typed))
             return
         with rollouts.failure_shared(store):
             decision = await_feedback(setup, store)

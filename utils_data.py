@@ -2,7 +2,7 @@
 
 Reads and checks everything before a model is loaded (UserError names the file or question). Text is tokenised once,
 whole splits at a time; vision features stay on disk and are gathered batch by batch. Leaves out the prompts
-themselves (utils_prompt.py) and the reading of problems, splits and captions (ares/problems.py).
+themselves (utils_prompt.py) and the reading of problems, splits and captions (ares/data_folder.py).
 
     data = load_data(args, {"train": args.train_split, "val": args.val_split})
     dataset = RationaleDataset(data.problems, data.qids["train"], load_tokenizer(args, args.model), args)
@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ares import problems as files
+from ares import data_folder as files
+from ares.checkpoints import img_shape
 from ares.cli import UserError, print0, refuse, warn0
 from ares.files import read_json
 from ares.predictions import texts_by_qid
-from utils_features import VisionFeatures, img_shape
 from utils_prompt import build_train_pair, normalize, option_letters
+from vision.features import VisionFeatures
 
 IGNORE = -100  # label of a pad: torch's cross entropy passes over it
 SAMPLE_ROWS = 32  # feature rows looked at when a run begins: 19 MB of ViT's
@@ -112,7 +113,7 @@ def data_flag_faults(args: argparse.Namespace) -> list[str]:
             faults.append(f"{' and '.join(idle)}: no effect without --img_type; add it or drop them")
     if getattr(args, "correction", False) and not args.correction_file:
         faults.append("--correction True needs --correction_file")
-    letters = "".join(getattr(args, "options", ""))  # doctor.py has none
+    letters = "".join(getattr(args, "options", ""))  # tools/doctor.py has none
     if len(set(letters)) < len(letters):
         faults.append(f"--options: {' '.join(args.options)} names a letter twice; answers could not be told apart")
     return faults
@@ -154,7 +155,7 @@ def _fill_captions(args: argparse.Namespace, problems: files.Problems, splits: M
 def open_features(args: argparse.Namespace) -> VisionFeatures:
     """Find, map and check the features of --img_type and their name map. Raises UserError.
 
-    Of the numbers a few rows are read: doctor.py reads all of them.
+    Of the numbers a few rows are read: tools/doctor.py reads all of them.
     """
     path = files.find_feature_file(args)
     name_map = files.find_name_map(args, path.parent)

@@ -13,15 +13,12 @@ import functools
 import importlib.util
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from ares.cli import UserError, progress, warn0
 from ares.files import read_json
-from ares.reference import gold_coverage, names_only_gold_option, score_sentences
-from ares.sentences import is_finished, split_text
 
 SIMILARITY_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 SUBJECTS = {"natural": "natural science", "social": "social science", "language": "language science"}
@@ -236,61 +233,6 @@ def training_rouge(predictions: Sequence[str], references: Sequence[str]) -> flo
         precision, recall = common / max(len(wrote), 1), common / max(len(wanted), 1)
         scores.append(2 * precision * recall / (precision + recall) if common else 0.0)
     return 100 * sum(scores) / len(scores) if scores else 0.0
-
-
-def rationale_stats(rationales: Iterable[str]) -> dict[str, float]:
-    """Shape of generated rationales.
-
-    `repeated`: share of sentences that occurred before in their rationale; `unfinished`: share of rationales that
-    break off; `sentences`, `words`: mean per rationale.
-    """
-    rationales = list(rationales)
-    split = [[sentence.strip() for sentence in split_text(text)] for text in rationales]
-    total = sum(map(len, split))
-    count = max(len(rationales), 1)
-    return {
-        "repeated": sum(len(sentences) - len(set(sentences)) for sentences in split) / max(total, 1),
-        "unfinished": sum(not is_finished(text) for text in rationales) / count,
-        "sentences": total / count,
-        "words": sum(len(sentence.split()) for sentences in split for sentence in sentences) / count,
-    }
-
-
-def reference_scores(
-    problems: Mapping[str, Mapping[str, Any]], qids: Sequence[str], preds: Sequence[str]
-) -> list[list[float]]:
-    """The offline reference Teacher's score of each sentence of each rationale (`ares/reference.py`), 0-1."""
-    rows = zip(qids, preds, strict=True)
-    if len(preds) > 1000:  # some 5 ms each
-        rows = progress(rows, total=len(preds), desc="sentence scores", unit="rationale")
-    return [score_sentences(problems[qid], split_text(pred)) for qid, pred in rows]
-
-
-def rationale_figures(
-    problems: Mapping[str, Mapping[str, Any]],
-    qids: Sequence[str],
-    preds: Sequence[str],
-    scores: Sequence[Sequence[float]] | None = None,
-) -> dict[str, float]:
-    """Means over the rationales `preds` of questions `qids`; shares in percent.
-
-    `score`: mean over all sentences of all rationales, 0-1 (`scores`, per rationale; None: the reference Teacher's);
-    `repeated`: share of sentences that appeared before in their rationale; `unfinished`: share of rationales whose
-    last sentence does not end; `words`: per rationale; `covered`: mean share of gold sentences a rationale supports;
-    `only_option`: share of rationales that name the gold option and say nothing else.
-    """
-    stats = rationale_stats(preds)
-    scores = reference_scores(problems, qids, preds) if scores is None else scores
-    every = [score for row in scores for score in row]
-    pairs = [(problems[qid], pred) for qid, pred in zip(qids, preds, strict=True)]
-    return {
-        "score": mean(every) if every else 0.0,
-        "repeated": 100 * stats["repeated"],
-        "unfinished": 100 * stats["unfinished"],
-        "words": mean(len(pred.split()) for pred in preds),
-        "covered": 100 * mean(gold_coverage(problem, pred) for problem, pred in pairs),
-        "only_option": 100 * mean(names_only_gold_option(problem, pred) for problem, pred in pairs),
-    }
 
 
 # -- sentence similarity ---------------------------------------------------------------------------------

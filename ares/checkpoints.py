@@ -17,6 +17,9 @@ import torch
 from ares import files
 from ares.cli import UserError, in_one_line
 
+# what the model sees of one image: (patches, dim). resnet's one pooled vector is repeated 512 times
+img_shape = {"resnet": (512, 2048), "clip": (49, 2048), "detr": (100, 256), "vit": (145, 1024)}
+
 # in the order in which transformers looks for them
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 

@@ -3,7 +3,7 @@
     loss = label_loss(states, lm_head.weight, labels)     # sum over the rows of -log softmax(states @ weight.T)[label]
 
 The logits become their own gradient in place, block by block while they are in the cache; pads never get here. Leaves
-out entropies and the single log-probabilities, which RL needs (ares/ppo.py).
+out entropies and the single log-probabilities, which RL needs (rl/ppo.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Generating and scoring a test split: questions per second of utils_predict.py against the released recipe.
+"""Generating and scoring a test split: questions per second of sft/predict.py against the released recipe.
 
     python benchmarks/bench_eval.py --size tiny --device cpu
 
@@ -24,8 +24,8 @@ from ares import cli
 from benchmarks import common, limits, released_recipe
 from benchmarks.endings import EndingPolicy
 from model import choose_attention
+from sft.predict import Predictor
 from utils_evaluate import get_scores, similarity_model
-from utils_predict import Predictor
 
 EVAL_BS, OUTPUT_LEN = 16, 512
 

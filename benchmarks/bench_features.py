@@ -24,9 +24,9 @@ import torch
 
 import extract_features
 from ares import cli
-from ares.memory import keep_freed_memory
 from benchmarks import common, limits, released_recipe
-from utils_vision import MODEL_NAMES, list_images, load_encoder
+from vision.memory import keep_freed_memory
+from vision.networks import MODEL_NAMES, list_images, load_encoder
 
 NETWORKS = {"tiny": "vit_small_patch32_384"}  # other sizes: that of the published ViT features
 MORE = 4  # times as many images on our side

@@ -58,7 +58,7 @@ def memory() -> dict[str, int]:
 
 def mapped(path: Path, rows: int, batches: int, seed: int, queue: Any, barrier: Any) -> None:
     """Gather `batches` random batches; report what that added, while the other readers still hold theirs."""
-    from utils_features import VisionFeatures
+    from vision.features import VisionFeatures
 
     draw = np.random.default_rng(seed)
     features = VisionFeatures(path, {str(n): n for n in range(rows)}, "vit")

@@ -19,13 +19,12 @@ if __name__ == "__main__":  # run as a file, the project is not on the path
 
 import torch
 
-import experience
-import ppo_trainer
-import sampling
-from ares import cli, ppo
+from ares import cli
 from benchmarks import common, limits, released_recipe, released_rl, rl_common
-from metrics import Metrics
-from rollouts import Rollouts
+from rl import experience, ppo, sampling
+from rl import trainer as ppo_trainer
+from rl.metrics import Metrics
+from rl.rollouts import Rollouts
 
 K = 4
 

@@ -19,9 +19,9 @@ if __name__ == "__main__":  # run as a file, the project is not on the path
 
 import torch
 
-import sampling
-from ares import cli, ppo
+from ares import cli
 from benchmarks import common, limits, released_recipe, released_rl, rl_common
+from rl import ppo, sampling
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -60,7 +60,7 @@ def check_equal(folder: Path, data: common.BenchData, features, device: torch.de
 def our_trainer(args: argparse.Namespace, folder: Path, data: common.BenchData, out: str):
     """samples -> what main.py trains with, an epoch of them, without checkpoints."""
     import main
-    from sft_trainer import SFTTrainer, set_up
+    from sft.trainer import SFTTrainer, set_up
 
     flags = main.parse_args(["--bs", str(BS), "--epoch", "1", "--lr", str(LR), "--final_eval", "--img_type", "vit"])
     model = T5ForMultimodalGeneration.from_pretrained(folder)

@@ -27,9 +27,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ares import cli, feedback, files  # noqa: E402
+from ares import cli, files  # noqa: E402
+from teacher import handoff  # noqa: E402
+from teacher.prompts import scoring_request  # noqa: E402
 from tests.api_server import KEY  # noqa: E402
-from utils_prompt import scoring_request  # noqa: E402
 
 SENTENCES = [
     "Figure out which of the given places is farthest north on the map.",
@@ -61,13 +62,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def lay_out(root: Path, count: int) -> None:
     """`count` different text-only items in a questions folder."""
     for number in range(count):
-        folder = feedback.question_dir(root, number % 4, 0, str(number // 4))
+        folder = handoff.question_dir(root, number % 4, 0, str(number // 4))
         folder.mkdir(parents=True)
         sentences = [f"Attempt {number}.", *SENTENCES]
         lines = ",\n".join(f'"{sentence}": xxx' for sentence in sentences)
-        (folder / feedback.RATIONALE).write_text(f"{{\n{lines}\n}}\n")
-        (folder / feedback.REQUEST).write_text(scoring_request(PROBLEM, sentences))
-    feedback.mark_exported(root)
+        (folder / handoff.RATIONALE).write_text(f"{{\n{lines}\n}}\n")
+        (folder / handoff.REQUEST).write_text(scoring_request(PROBLEM, sentences))
+    handoff.mark_exported(root)
 
 
 # -- measured processes ----------------------------------------------------------------------------------------
@@ -87,8 +88,8 @@ def work(kind: str, folder: str, url: str, concurrency: str) -> None:
     else:
         import asyncio
 
-        items = feedback.iter_items(folder)
-        texts = iter([(item.folder / feedback.REQUEST).read_text() for item in items])
+        items = handoff.iter_items(folder)
+        texts = iter([(item.folder / handoff.REQUEST).read_text() for item in items])
 
         async def bare() -> None:
             async with anthropic.AsyncAnthropic(api_key=KEY, base_url=url, max_retries=0) as sdk:
@@ -128,7 +129,7 @@ def measure(kind: str, count: int, url: str, concurrency: int) -> dict[str, floa
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
         if done.returncode:
             raise cli.UserError(f"bench_teacher.py: the {kind} process failed: {done.stderr[-1500:]}")
-        answered = sum(feedback.has_reply(item.folder) for item in feedback.iter_items(root))
+        answered = sum(handoff.has_reply(item.folder) for item in handoff.iter_items(root))
         if kind == "client" and answered != count:
             raise cli.UserError(f"bench_teacher.py: {answered} of {count} items were answered")
     line = next(line for line in done.stdout.splitlines() if line.startswith("measured "))

@@ -3,7 +3,7 @@
 Every prompt padded to 512, every rationale to --output_len; k separate passes of sampling without a key-value cache;
 the prompt encoded again for each pass, sample and model; fp32; attention by plain products; log-probabilities from
 log_softmax of all logits at once; numbers fetched from the device in every minibatch. The losses are those of
-`ares.ppo`, with the same denominators as ours, so that both sides can be compared.
+`rl.ppo`, with the same denominators as ours, so that both sides can be compared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ares import ppo
+from rl import ppo
 
 INPUT = 512
 EOS = 1

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import sampling
 from benchmarks import common
-from rollouts import Prompts
+from rl import sampling
+from rl.rollouts import Prompts
 
 PAST_END = 2.0  # in the place of a number in [0, 1): the text is over
 

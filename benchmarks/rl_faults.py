@@ -37,9 +37,10 @@ os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OF
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from ares import cli, feedback, files  # noqa: E402
+from ares import cli, files  # noqa: E402
 from ares.cli import UserError, print0  # noqa: E402
-from tests import rl_tools  # noqa: E402
+from teacher import handoff  # noqa: E402
+from tests.rl import rl_tools  # noqa: E402
 
 STAGES = ("sampling", "export", "waiting", "PPO", "saving")
 ROUNDS = 2
@@ -131,8 +132,8 @@ def attend(pid: int, run: Path, kill_waiting: int | None = None) -> int:
         if time.monotonic() > end:
             os.kill(pid, signal.SIGKILL)
             raise UserError(f"{run}: the run hangs; see the log beside it")
-        if feedback.exported(questions):
-            actions = {item.action for item in feedback.iter_items(questions)}
+        if handoff.exported(questions):
+            actions = {item.action for item in handoff.iter_items(questions)}
             if kill_waiting is not None and not (run / str(kill_waiting)).exists():
                 if kill_waiting == 0 or (run / str(kill_waiting - 1)).exists():
                     rl_tools.answer(questions, skip=lambda item: item.action == 1, done=False)
@@ -140,7 +141,7 @@ def attend(pid: int, run: Path, kill_waiting: int | None = None) -> int:
                     os.kill(pid, signal.SIGKILL)
                     kill_waiting = None
                     continue
-            if not all(feedback.is_done(questions, action) for action in actions):
+            if not all(handoff.is_done(questions, action) for action in actions):
                 rl_tools.answer(questions)
         time.sleep(0.02)
 
@@ -155,7 +156,7 @@ def stage_of(path: str) -> str:
             return "waiting" if path.endswith("scores.json") else "PPO"
         return "export" if path.endswith("collected.json") else "sampling"
     if path.startswith("questions/"):
-        return "waiting" if path.endswith((feedback.SCORES, feedback.REASON)) else "export"
+        return "waiting" if path.endswith((handoff.SCORES, handoff.REASON)) else "export"
     if path.startswith(("state/", "metrics.jsonl", "samples_round_")):
         return "PPO"
     return "saving"
@@ -186,7 +187,7 @@ def digest(run: Path) -> dict[str, str]:
     files = [run / "metrics.jsonl", *run.glob("samples_round_*.jsonl"), *run.glob("rollouts/*/*")]
     for number in range(ROUNDS):
         files += [path for path in (run / str(number)).iterdir() if path.name != "args.yaml"]
-        files += (run / f"questions_round{number}").rglob(feedback.SCORES)
+        files += (run / f"questions_round{number}").rglob(handoff.SCORES)
     found = {}
     for path in files:
         name = str(path.relative_to(run))

@@ -19,8 +19,8 @@ if __name__ == "__main__":  # run as a file, the project is not on the path
 
 import torch
 
-from ares import ppo
 from ares.cli import HelpFormatter, print0, run
+from rl import ppo
 
 SIZES = {
     "base": {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
@@ -47,11 +47,11 @@ def build(size: str):
 
 def kept_bytes(size: str, rows: int, checkpointing: bool) -> int:
     """Bytes of all distinct tensors, weights left out, that autograd keeps for one minibatch."""
-    import ppo_trainer
+    from rl import trainer
 
-    model = ppo_trainer.ActorCritic(*build(size))
+    model = trainer.ActorCritic(*build(size))
     if checkpointing:
-        ppo_trainer.checkpoint_gradients(model)
+        trainer.checkpoint_gradients(model)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 

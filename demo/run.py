@@ -4,7 +4,7 @@
 
 Steps: demo data, tokenizer and image features -> a starting rationale model (main.py) -> RL with sentence scores
 (run_mm_cot_rl.py, preprocessing, haiku.py) -> generation -> correction -> SFT (main.py) -> LoRA answers -> report.html
-(report.py) and a table.
+(tools/report.py) and a table.
 The Teacher is the offline reference Teacher; nothing here needs a GPU, a key or a hub. Every command is printed as it
 could be typed, its output goes to {output}/logs. Killed and run again, finished stages are skipped and the others
 continue. What this leaves out: anything about real scores - the model is tiny and so are the questions.
@@ -26,8 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ares import feedback, files  # noqa: E402
+from ares import files  # noqa: E402
 from ares.cli import UserError, run  # noqa: E402
+from teacher import handoff  # noqa: E402
 
 # name -> settings. `smoke` is for tests: every stage, nothing learned.
 SIZES = {
@@ -126,8 +127,8 @@ def rl_with_teacher(demo: Demo, rl: str, teacher: Sequence[str], questions: Path
     answered = None
     try:
         while process.poll() is None:
-            export = feedback.export_time_ns(questions)
-            if export and export != answered and not all(feedback.is_done(questions, k) for k in range(actions)):
+            export = handoff.export_time_ns(questions)
+            if export and export != answered and not all(handoff.is_done(questions, k) for k in range(actions)):
                 for command in teacher:
                     demo.check(demo.start("teacher", command), "teacher")
                 answered = export
@@ -238,8 +239,9 @@ def show(demo: Demo, folders: dict[str, Path]) -> Path:
     stages = " ".join(f"--stage {shlex.quote(f'{name}={folder}')}" for name, folder in folders.items())
     demo.stage(
         "report",
-        "what the model learned: report.py",
-        f"python report.py {stages} --splits test train --run {out}/RL_models/demo --correction_dir {out}/correction"
+        "what the model learned: tools/report.py",
+        f"python tools/report.py {stages} --splits test train --run {out}/RL_models/demo"
+        f" --correction_dir {out}/correction"
         f" --times {out}/stages.json --data_root {out}/data --images {out}/images --image_mode embed"
         f" --title 'ARES demo' --output {out}/report.html",
     )

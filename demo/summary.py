@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ares import files
-from utils_evaluate import rationale_figures
+from teacher.reference import rationale_figures
 
 COLUMNS = {
     "score": "sentence score",

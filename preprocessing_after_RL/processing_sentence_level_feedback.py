@@ -18,10 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from ares import cli, feedback  # noqa: E402
-from ares.problems import find_dataset, load_problems  # noqa: E402
-from ares.requests import images_of_questions, prepare_request  # noqa: E402
-from utils_prompt import scoring_request  # noqa: E402
+from ares import cli  # noqa: E402
+from ares.data_folder import find_dataset, load_problems  # noqa: E402
+from teacher import handoff  # noqa: E402
+from teacher.prompts import scoring_request  # noqa: E402
+from teacher.requests import images_of_questions, prepare_request  # noqa: E402
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,13 +40,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def exported_items(questions_dir: str) -> feedback.Items:
+def exported_items(questions_dir: str) -> handoff.Items:
     """All exported rationales. Raises UserError if there are none."""
-    items = feedback.iter_items(questions_dir)
+    items = handoff.iter_items(questions_dir)
     if not items:
         inner = Path(questions_dir) / "questions"
         fix = f"did you mean {inner}?" if inner.is_dir() else "copy {run}/questions/* there, or name {run}/questions"
-        files = f"{{k}}/p{{rank}}/{{qid}}/{feedback.RATIONALE}"
+        files = f"{{k}}/p{{rank}}/{{qid}}/{handoff.RATIONALE}"
         raise cli.UserError(f"--questions_dir: {Path(questions_dir).absolute()} holds no {files}; {fix}")
     return items
 
@@ -65,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_aside = 0
     for item in cli.progress(items, desc="requests", unit="rationale"):
         try:
-            sentences = feedback.read_rationale(item.folder)
+            sentences = handoff.read_rationale(item.folder)
             if not sentences:
-                raise feedback.Refused("no_sentences", f"{item.folder / feedback.RATIONALE} holds none")
-        except feedback.Refused as refused:
+                raise handoff.Refused("no_sentences", f"{item.folder / handoff.RATIONALE} holds none")
+        except handoff.Refused as refused:
             if args.strict:
                 raise cli.UserError(f"--strict: {refused}; export it again") from None
             unusable.append(refused)
@@ -78,11 +79,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             set_aside += 1
             outdated.add(item.action)
     for action in outdated:
-        (Path(args.questions_dir) / str(action) / feedback.DONE).unlink(missing_ok=True)  # last round's signal
+        (Path(args.questions_dir) / str(action) / handoff.DONE).unlink(missing_ok=True)  # last round's signal
     if unusable:
         cli.warn0(f"{len(unusable)} rationales get no request, first: {unusable[0]}")
     if set_aside:
-        cli.print0(f"{set_aside} replies to older rationales set aside (older_{feedback.REPLY})")
+        cli.print0(f"{set_aside} replies to older rationales set aside (older_{handoff.REPLY})")
     pictured = sum(bool(images[item.qid]) for item in items)
     cli.print0(
         f"{len(items) - len(unusable)} requests in {args.questions_dir}, {pictured} with images; "

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from ares import cli, files  # noqa: E402
 from ares.cli import UserError, print0  # noqa: E402
-from ares.problems import find_dataset, load_problems, load_splits, split_qids  # noqa: E402
+from ares.data_folder import find_dataset, load_problems, load_splits, split_qids  # noqa: E402
 from ares.sentences import remove_repeats, split_text  # noqa: E402
 
 OUTPUT = "remove_repetitive_sentences.json"

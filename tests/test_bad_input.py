@@ -19,8 +19,8 @@ import main
 import preprocessing_for_correction_feedback
 import run_mm_cot_lora
 import run_mm_cot_rl
-from ares import feedback
 from ares.cli import UserError
+from teacher import handoff
 from tests.conftest import one_line_error, run_script
 from tests.tiny import PATCHES, make_data, make_model, write
 
@@ -44,7 +44,7 @@ def clean(tmp_path_factory, sample, t5_tokenizer):
     t5_tokenizer.save_pretrained(make_model(folder / "model", patch_size=PATCHES))
     write(folder / "rationales.json", {"preds": ["One. Two."] * len(splits["train"]), "qids": splits["train"]})
     qid = splits["train"][0]
-    feedback.write_rationale(feedback.question_dir(folder / "questions", 0, 0, qid), ["One.", "Two."])
+    handoff.write_rationale(handoff.question_dir(folder / "questions", 0, 0, qid), ["One.", "Two."])
     preprocessing_for_correction_feedback.main(flags("prepare", folder))
     shutil.copytree(folder / "correction/0/p0" / qid, folder / "questions/0/p0" / qid, dirs_exist_ok=True)
     return folder

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from ares import problems as ares_problems
+from ares import data_folder as ares_problems
 from ares.cli import UserError
 from ares.sentences import split_text
 from demo import make_data, make_model, make_tokenizer

@@ -23,10 +23,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ares import feedback, files
+from ares import files
 from demo.make_model import build_t5
+from teacher import handoff
 from tests.conftest import ROOT, run_script
-from tests.report_tools import parts_of
+from tests.tools.report_tools import parts_of
 
 pytestmark = pytest.mark.slow
 
@@ -152,7 +153,7 @@ def test_2_rl_in_two_processes_with_the_teacher_in_place(user):
     questions = user.run / "questions"
     with ThreadPoolExecutor(1) as pool:
         rl = pool.submit(script, user, "run_mm_cot_rl.py", *user.common, *RL, "--poll_seconds", "1", nproc=2)
-        while not feedback.exported(questions) and not rl.done():
+        while not handoff.exported(questions) and not rl.done():
             time.sleep(0.2)
         if not rl.done():  # it waits: the Teacher's tools work in its folder
             prepared = subprocess.run(
@@ -161,7 +162,7 @@ def test_2_rl_in_two_processes_with_the_teacher_in_place(user):
                 cwd=user.folder, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable},
             )  # fmt: skip
             assert prepared.returncode == 0, prepared.stderr[-3000:]
-            assert not any(feedback.is_done(questions, action) for action in (0, 1))
+            assert not any(handoff.is_done(questions, action) for action in (0, 1))
             haiku = script(user, "haiku.py", "--teacher", "reference", "--questions_dir", questions, *user.teacher)
             assert haiku.stdout.count("llm_done.txt written") == 2
         done = rl.result()
@@ -183,7 +184,7 @@ def test_2_rl_in_two_processes_with_the_teacher_in_place(user):
     assert names(user.run / "0") == MODEL | {"args.yaml", "value_function.pth", "optimizer_state.pth"}
 
     # two ranks sampled, every question twice; what was exported is what was scored
-    items = feedback.iter_items(user.run / "questions_round0")
+    items = handoff.iter_items(user.run / "questions_round0")
     stored = read(user.run / "rollouts/round_0/collected.json")
     assert stored["samples"] == 128
     by_rank = {rank: {item.qid for item in items if item.rank == rank} for rank in (0, 1)}
@@ -192,11 +193,11 @@ def test_2_rl_in_two_processes_with_the_teacher_in_place(user):
     assert by_rank[0] | by_rank[1] <= set(user.splits["train"])
     exported = scored = 0
     for item in items:
-        wanted = {feedback.RATIONALE, feedback.REQUEST, feedback.REPLY, feedback.SIDECAR, feedback.SCORES}
+        wanted = {handoff.RATIONALE, handoff.REQUEST, handoff.REPLY, handoff.SIDECAR, handoff.SCORES}
         assert names(item.folder) == wanted, "no train image is in the sample"
-        assert read(item.folder / feedback.SIDECAR)["teacher"] == "reference"
-        exported += len(feedback.read_rationale(item.folder))
-        scored += len((item.folder / feedback.SCORES).read_text().split())
+        assert read(item.folder / handoff.SIDECAR)["teacher"] == "reference"
+        exported += len(handoff.read_rationale(item.folder))
+        scored += len((item.folder / handoff.SCORES).read_text().split())
     metrics = [json.loads(line) for line in (user.run / "metrics.jsonl").read_text().splitlines()]
     (rollout,) = (line for line in metrics if line["kind"] == "rollout")
     assert 128 < exported == scored == stored["sentences"] == rollout["sentences"]
@@ -243,10 +244,10 @@ def test_4_corrections(user):
     rationales = user.run / "0/remove_repetitive_sentences.json"
     split = ["--train_split", "minitrain", "--rationales", rationales]
     script(user, "preprocessing_for_correction_feedback.py", *split, *user.teacher)
-    items = feedback.iter_items(user.folder / "preprocessing_after_RL/correction")
+    items = handoff.iter_items(user.folder / "preprocessing_after_RL/correction")
     assert [item.qid for item in items] == sorted(user.splits["train"], key=int)
     script(user, "haiku_for_correction_feedback.py", "--teacher", "reference", *split, *user.teacher)
-    assert all(read(item.folder / feedback.SIDECAR)["teacher"] == "reference" for item in items)
+    assert all(read(item.folder / handoff.SIDECAR)["teacher"] == "reference" for item in items)
     corrected = read(user.folder / "data/scienceqa/correction.json")
     assert corrected.keys() == user.problems.keys()
     given = dict(zip(*(read(rationales)[key] for key in ("qids", "preds")), strict=True))
@@ -336,10 +337,10 @@ def test_demo_at_its_smallest(tmp_path):
         for name in names:
             assert (output / place / name).is_file(), f"{place}/{name}"
     for number in (0, 1):
-        items = feedback.iter_items(output / f"RL_models/demo/questions_round{number}")
+        items = handoff.iter_items(output / f"RL_models/demo/questions_round{number}")
         assert {item.action for item in items} == {0, 1}
-        assert all((item.folder / feedback.SCORES).exists() for item in items)
-    assert len(feedback.iter_items(output / "correction")) == 32
+        assert all((item.folder / handoff.SCORES).exists() for item in items)
+    assert len(handoff.iter_items(output / "correction")) == 32
 
     table, text = read(output / "table.json"), (output / "table.txt").read_text()
     assert text.rstrip() in done.stdout

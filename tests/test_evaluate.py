@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import utils_evaluate
 from ares.cli import UserError
+from teacher.reference import rationale_stats
 from tests.conftest import ROOT
 from utils_evaluate import (
     accuracy_table,
@@ -19,7 +20,6 @@ from utils_evaluate import (
     extract_answer,
     get_scores,
     rationale_scores,
-    rationale_stats,
     resolve_answer,
     rouge_l,
     sentence_similarity,

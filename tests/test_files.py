@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 import haiku
 import haiku_for_correction_feedback
 import preprocessing_for_correction_feedback
-from ares import cli, feedback, files
+from ares import cli, files
 from ares.cli import UserError
+from teacher import handoff
 from tests.api_server import ApiServer
 from tests.conftest import ROOT
 from tests.disk import fill, small_disk
-from tests.teacher_tools import lay_out
+from tests.teacher.teacher_tools import lay_out
 
 SENTINEL = b"nothing may touch this\n"
 QID = "155"
@@ -34,8 +35,8 @@ QID = "155"
 # -- links, FIFOs and devices in a questions folder --------------------------------------------------------
 
 ITEM_FILES = (
-    feedback.SCORES, feedback.SIDECAR, feedback.REASON, feedback.REPLY, feedback.RATIONALE, feedback.REQUEST,
-    feedback.IMAGE, "choice_0.png", "unusable_output_from_llm.txt",
+    handoff.SCORES, handoff.SIDECAR, handoff.REASON, handoff.REPLY, handoff.RATIONALE, handoff.REQUEST,
+    handoff.IMAGE, "choice_0.png", "unusable_output_from_llm.txt",
 )  # fmt: skip
 FOLDER_FILES = (
     "teacher/lock", "teacher/spend.jsonl", "teacher/reserve", "teacher/batches/0a.json", "0/llm_done.txt",
@@ -82,7 +83,7 @@ def desk(tmp_path, problems, sample, monkeypatch, api_environment):
     tmp_path = tmp_path / "desk"
     questions, outside, data = tmp_path / "questions", tmp_path / "outside", tmp_path / "data"
     lay_out(questions, 0, QID, ["It is so.", "So it is."], problems, sample)
-    feedback.mark_exported(questions)
+    handoff.mark_exported(questions)
     outside.mkdir()
     (outside / "file").write_bytes(SENTINEL)
     files.write_json(data / "scienceqa/problems.json", {QID: problems[QID]})
@@ -113,9 +114,9 @@ def launches(desk: Path, api) -> list:
         lambda: launch(haiku_for_correction_feedback.main, "--teacher", "reference", *rationales, *data,
                       "--output", desk / "correction.json"),
         lambda: launch(lambda argv: _scores(questions)),
-        lambda: launch(lambda argv: feedback.write_rationale(questions / "0/p0" / QID, ["It is so.", "So it is."])),
-        lambda: launch(lambda argv: feedback.mark_exported(questions)),
-        lambda: launch(lambda argv: feedback.mark_done(questions, 0)),
+        lambda: launch(lambda argv: handoff.write_rationale(questions / "0/p0" / QID, ["It is so.", "So it is."])),
+        lambda: launch(lambda argv: handoff.mark_exported(questions)),
+        lambda: launch(lambda argv: handoff.mark_done(questions, 0)),
     ]  # fmt: skip
 
 
@@ -128,10 +129,10 @@ def _module(name: str):
 
 
 def _scores(questions: Path) -> None:
-    for item in feedback.iter_items(questions):
-        with contextlib.suppress(feedback.Refused):
-            feedback.read_scores(item.folder)
-    assert feedback.is_done(questions, 0) in (True, False) and feedback.exported(questions) in (True, False)
+    for item in handoff.iter_items(questions):
+        with contextlib.suppress(handoff.Refused):
+            handoff.read_scores(item.folder)
+    assert handoff.is_done(questions, 0) in (True, False) and handoff.exported(questions) in (True, False)
 
 
 @pytest.mark.timeout(120)
@@ -154,7 +155,7 @@ def test_nothing_leads_out_of_a_questions_folder_or_hangs(place, kind, desk, api
 
 def test_a_reply_that_is_a_link_stops_the_reader(desk, problems):
     """A user may have linked replies there: they are neither read nor bought again without a word."""
-    reply = desk / "questions/0/p0" / QID / feedback.REPLY
+    reply = desk / "questions/0/p0" / QID / handoff.REPLY
     reply.symlink_to(desk / "outside/file")
     with pytest.raises(UserError, match=f"{reply} is a symbolic link; put the file itself there"):
         haiku.main(["--teacher", "reference", "--questions_dir", str(desk / "questions"), "--data_root", "data"])
@@ -164,7 +165,7 @@ def test_a_questions_folder_behind_a_link_is_fine(desk, api):
     shutil.move(desk / "questions", desk / "outside/real")
     (desk / "questions").symlink_to(desk / "outside/real")
     assert launch(haiku.main, "--teacher", "reference", "--questions_dir", "questions", "--data_root", "data") == 0
-    assert (desk / "outside/real/0/p0" / QID / feedback.SCORES).read_text().split()
+    assert (desk / "outside/real/0/p0" / QID / handoff.SCORES).read_text().split()
 
 
 @pytest.mark.parametrize("root", [".", "./questions", "questions/", "../{name}/questions"])
@@ -174,7 +175,7 @@ def test_links_are_found_however_the_folder_is_named(desk, root):
     (desk / "questions/0").symlink_to(desk / "outside/0")
     os.chdir(desk / "questions" if root == "." else desk)
     with pytest.raises(UserError, match="is a link that leads out of"):
-        feedback.iter_items(root)
+        handoff.iter_items(root)
 
 
 # -- reading -----------------------------------------------------------------------------------------------

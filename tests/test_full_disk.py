@@ -13,18 +13,18 @@ import pytest
 import extract_features
 import haiku
 import main as sft_main
-import metrics
-import prepare_data
-import report
 import run_mm_cot_lora
 import run_mm_cot_rl
-from ares import cli, feedback
+from ares import cli
 from ares.cli import UserError
-from tests import rl_tools
+from rl import metrics
+from teacher import handoff
 from tests.api_server import ApiServer
 from tests.disk import fill, small_disk
-from tests.teacher_tools import client, many_items
-from tests.test_sft import one_thread  # noqa: F401
+from tests.rl import rl_tools
+from tests.sft.test_sft import one_thread  # noqa: F401
+from tests.teacher.teacher_tools import client, many_items
+from tools import prepare_data, report
 
 # -- replies on their way when the disk gets full --------------------------------------------------------------
 
@@ -54,11 +54,11 @@ def test_no_paid_reply_is_lost_when_the_disk_gets_full(at, tmp_path, problems, m
         assert haiku_run.returncode == 2, (out[-2000:], err[-2000:])
         told = [line for line in err.splitlines() if "error:" in line]
         assert len(told) == 1 and "No space left on device" in told[0] and "Traceback" not in err
-        replies = [item for item in feedback.iter_items(disk / "questions") if feedback.has_reply(item.folder)]
+        replies = [item for item in handoff.iter_items(disk / "questions") if handoff.has_reply(item.folder)]
         assert len(replies) == len(server.asked) >= count, "every reply that was paid for"
         assert len(server.asked) <= count + 30 + 30, "nothing new was asked"
         for item in replies:
-            assert json.loads((item.folder / feedback.SIDECAR).read_bytes())["model"]
+            assert json.loads((item.folder / handoff.SIDECAR).read_bytes())["model"]
         (disk / "filler").unlink()
         asked = len(server.asked)
         server.latency = 0.0

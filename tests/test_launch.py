@@ -14,10 +14,10 @@ import run_mm_cot_lora as lora_script
 import run_mm_cot_rl as rl_script
 from ares import files, launch
 from ares.cli import UserError
-from tests import rl_tools
 from tests.conftest import one_line_error, run_script
-from tests.test_rl import flags as rl_flags_of
-from tests.test_sft import one_thread  # noqa: F401
+from tests.rl import rl_tools
+from tests.rl.test_rl import flags as rl_flags_of
+from tests.sft.test_sft import one_thread  # noqa: F401
 from tests.tiny import make_data, make_model
 
 SCRIPTS = {"main.py": sft_script, "run_mm_cot_lora.py": lora_script, "run_mm_cot_rl.py": rl_script}
@@ -350,9 +350,9 @@ def test_big_features_are_sampled_at_every_row(tmp_path, monkeypatch):
     import torch
     from safetensors.torch import save_file
 
-    import utils_features
+    from vision import features
 
-    monkeypatch.setattr(utils_features, "WHOLE", 0)
+    monkeypatch.setattr(features, "WHOLE", 0)
     array = np.random.default_rng(0).standard_normal((9, 5, 8)).astype("float32")
     (tmp_path / "vit.json").write_text(json.dumps({"shape": [5, 8]}))
     qids = [str(i) for i in range(10)]  # the last one has no image
@@ -366,7 +366,7 @@ def test_big_features_are_sampled_at_every_row(tmp_path, monkeypatch):
             torch.save(torch.from_numpy(values), path)
         else:
             save_file({"x": torch.from_numpy(values)}, path)
-        return utils_features.VisionFeatures(path, map_, "vit").digest(order)
+        return features.VisionFeatures(path, map_, "vit").digest(order)
 
     first = digest(array)
     assert digest(array, form="pth") == digest(array, form="safetensors") == first
@@ -489,12 +489,12 @@ def test_every_stage_ends_with_the_next_command(world, tmp_path, capsys):
     assert (args.model, args.prompt_format, args.img_type) == (str(sft), "QCM-A", "vit")
     lora_script.main([*words[3:], "--epoch", "1", "--input_len", "48", "--output_len", "8"])
     words = next_command()
-    assert words[:2] == ["python", "results.py"]
+    assert words[:2] == ["python", "tools/results.py"]
     run_script(*words[1:])
 
 
 def test_unread_answers_are_warned_of_above_5_percent(capsys):
-    from utils_predict import warn_unread
+    from sft.predict import warn_unread
 
     for unread, rows, warned in [(64, 64, True), (6, 100, True), (5, 100, False), (0, 3, False), (1, 8, True)]:
         warn_unread(unread, rows, "predictions_ans_test.json")

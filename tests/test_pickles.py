@@ -20,16 +20,15 @@ import pytest
 import torch
 from PIL import Image
 
-import doctor
 import extract_caption
 import extract_features
 import main
-import predict
 import run_mm_cot_lora
 import run_mm_cot_rl
 from ares.cli import UserError
 from tests.conftest import one_line_error, run_script
 from tests.tiny import PATCHES, make_data, make_model, write
+from tools import doctor, predict
 
 TYPED = ["--question", "Which?", "--choices", "a", "b"]
 

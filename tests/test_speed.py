@@ -42,7 +42,7 @@ def test_batches_of_like_length_have_the_loss_and_gradient_of_padding_to_512(par
     """fp32; losses within 1e-5, gradients within 1e-5 of the largest."""
     from benchmarks.released_recipe import padded_batch, plain_model
     from model import T5ForMultimodalGeneration, choose_attention
-    from sft_trainer import LengthGroupedOrder, lengths
+    from sft.trainer import LengthGroupedOrder, lengths
 
     dataset, model, collate, loaded = parts
     found, rows = [], 12
@@ -130,7 +130,7 @@ def test_two_processes_share_what_they_map(tmp_path):
 
 def _read(path, k, queue, barrier):
     """Resident memory that 5 batches of 8 rows add, less the rows themselves."""
-    from utils_features import VisionFeatures
+    from vision.features import VisionFeatures
 
     def resident():
         return int(re.search(r"VmRSS:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024

@@ -1,0 +1,1 @@
+"""RL with sentence rewards: sampling, rewards, advantages, PPO."""

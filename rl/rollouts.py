@@ -1,0 +1,400 @@
+"""Rollouts: k sampled rationales per question (rl/sampling.py), on disk, and the scores that come back for them.
+
+What lies under `{run}/rollouts/round_{n}/`:
+
+    plan.json                    the sampling batches (question ids) and a fingerprint of their prompts
+    batch_000000.safetensors     one file per sampling batch, written whole or not at all
+    collected.json               written last: every batch is there and its sentences are exported
+    scores.json                  written once: which replies count, and what was dropped and why
+
+A batch depends on the seed, the round and its number alone, never on the process that samples it: a collection that
+was killed goes on with the batches that are missing, on any number of processes, and ends with the same samples.
+Prompts and images are not stored; they are found again by question id. Positions follow SPEC 6: position t of a row
+is the choice of `actions[t + 1]`, column 0 of `actions` being the decoder's start token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ares import cli, files
+from ares.cli import UserError
+from ares.sentences import sentences_from_ids
+from rl import actor_critic, ppo
+from rl.run_folder import FAILED, collected_batches
+from teacher import handoff
+
+FIELDS = ("tokens", "logprobs", "ref_logprobs", "values")  # one number per position
+
+
+# -- storage ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rollouts:
+    """N sampled rationales, ragged: row i owns positions `offsets[i] .. offsets[i] + lengths[i]` of each field.
+
+    qids, action, rank: (N,) the question, which of its k samples, and the process that sampled it
+    lengths, sentence_counts: (N,) int64; columns: int32, the sentences' last columns, row after row
+    tokens: int32; logprobs, ref_logprobs, values: float32 - one per position
+    """
+
+    qids: list[str]
+    action: list[int]
+    rank: list[int]
+    lengths: Tensor
+    sentence_counts: Tensor
+    columns: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+
+    def __post_init__(self):
+        self.offsets = self.lengths.cumsum(0) - self.lengths
+        self.sentence_offsets = self.sentence_counts.cumsum(0) - self.sentence_counts
+
+    def __len__(self) -> int:
+        return len(self.qids)
+
+    def keys(self) -> list[str]:
+        """One name per row, `{action}/{qid}`: its place in the questions folder, the rank left out."""
+        return [f"{action}/{qid}" for action, qid in zip(self.action, self.qids, strict=True)]
+
+    def ids(self, row: int) -> list[int]:
+        """Decoder ids of one row, start token included, trailing pads left out."""
+        begin = int(self.offsets[row])
+        return [0, *self.tokens[begin : begin + int(self.lengths[row])].tolist()]
+
+    def row_columns(self, row: int) -> list[int]:
+        """The columns of `ids(row)` at which its sentences end."""
+        begin = int(self.sentence_offsets[row])
+        return self.columns[begin : begin + int(self.sentence_counts[row])].tolist()
+
+    def pad(self, flat: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Rows of a per-position field as (B, T) with zeros on the right, and their (B, T) boolean mask."""
+        rows = torch.as_tensor(rows)
+        lengths = self.lengths[rows]
+        t = torch.arange(int(lengths.max()))
+        mask = t < lengths[:, None]  # (B, T)
+        index = (self.offsets[rows][:, None] + t).clamp(max=len(flat) - 1)
+        return flat[index].masked_fill(~mask, 0), mask
+
+    def actions(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Decoder ids (B, T + 1) with the start token in column 0, and the (B, T) mask of real positions."""
+        tokens, mask = self.pad(self.tokens, rows)
+        return torch.nn.functional.pad(tokens.long(), (1, 0)), mask
+
+    def select(self, rows: Sequence[int]) -> Rollouts:
+        """The given rows alone, in the given order."""
+
+        def gather(flat: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
+            parts = [flat[int(offsets[row]) : int(offsets[row] + counts[row])] for row in rows]
+            return torch.cat(parts) if parts else flat[:0]
+
+        index = torch.as_tensor(rows, dtype=torch.long)
+        return Rollouts(
+            qids=[self.qids[row] for row in rows],
+            action=[self.action[row] for row in rows],
+            rank=[self.rank[row] for row in rows],
+            lengths=self.lengths[index],
+            sentence_counts=self.sentence_counts[index],
+            columns=gather(self.columns, self.sentence_offsets, self.sentence_counts),
+            **{name: gather(getattr(self, name), self.offsets, self.lengths) for name in FIELDS},
+        )
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file atomically; who and what each row is goes into its metadata."""
+        tensors = {"lengths": self.lengths, "sentence_counts": self.sentence_counts, "columns": self.columns}
+        tensors |= {name: getattr(self, name).contiguous() for name in FIELDS}
+        rows = {"qids": self.qids, "action": self.action, "rank": self.rank}
+        with files.atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={key: json.dumps(value) for key, value in rows.items()})
+
+    @classmethod
+    def load(cls, path: Path) -> Rollouts:
+        """Read one file that `save` wrote. Raises UserError naming a file that cannot be read."""
+        files.refuse_unfit(path, "--run_dir")
+        try:
+            with safe_open(path, "pt") as file:
+                rows = {key: json.loads(value) for key, value in file.metadata().items()}
+                return cls(**rows, **{name: file.get_tensor(name) for name in file.keys()})
+        except Exception as error:
+            raise UserError(
+                f"{path}: not a rollout file ({cli.in_one_line(error, 160)}); delete it and run again"
+            ) from error
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Rollouts]) -> Rollouts:
+        """All rows of `parts`, in order."""
+        rows = {key: [item for part in parts for item in getattr(part, key)] for key in ("qids", "action", "rank")}
+        names = ("lengths", "sentence_counts", "columns", *FIELDS)
+        return cls(**rows, **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+# -- prompts ---------------------------------------------------------------------------------------------
+
+
+class Prompts:
+    """The prompts of the train questions, found by id: what a model reads, padded per batch, with image features."""
+
+    def __init__(self, dataset, collator, device: torch.device):
+        self.items = {item["qid"]: item for item in (dataset[i] for i in range(len(dataset)))}
+        self.collator, self.device = collator, device
+        self.lengths = {qid: len(item["input_ids"]) for qid, item in self.items.items()}
+        self.texts = dict(zip(dataset.qids, dataset.prompts, strict=True))
+
+    def batch(self, qids: Sequence[str]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask` (B, S) and, with vision features, `image_ids` (B, patches, dim)."""
+        batch = self.collator([self.items[qid] for qid in qids])
+        names = ("input_ids", "attention_mask", "image_ids")
+        return {name: actor_critic.to_device(batch[name], self.device) for name in names if name in batch}
+
+    def fingerprint(self) -> str:
+        """A hash of every prompt's ids: tells whether questions, captions or prompt flags changed since."""
+        digest = hashlib.sha256()
+        for qid, item in self.items.items():
+            digest.update(json.dumps([qid, list(item["input_ids"])]).encode())
+        return digest.hexdigest()
+
+
+def plan_batches(lengths: dict[str, int], batch_size: int) -> list[list[str]]:
+    """Question ids in batches of similar prompt length, longest first: what does not fit in memory shows at once."""
+    order = sorted(lengths, key=lambda qid: -lengths[qid])  # a stable sort: equal lengths keep the split's order
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def _texts(batches: list) -> list[str]:
+    """The question ids of `batches`, or nothing if it is no list of lists of texts."""
+    if not all(isinstance(batch, list) and all(isinstance(qid, str) for qid in batch) for batch in batches):
+        return []
+    return [qid for batch in batches for qid in batch]
+
+
+def seed_for(*parts: object) -> int:
+    """A 63-bit seed that depends on every part (`seed_for(42, "sampling", round, batch)`)."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+# -- one batch -------------------------------------------------------------------------------------------
+
+
+def to_rollouts(sampled: dict[str, Tensor], qids: Sequence[str], k: int, rank: int, tokenizer) -> Rollouts:
+    """One sampled batch without its padding, with the columns at which its sentences end."""
+    actions = sampled["actions"]
+    mask = ppo.action_mask(actions)  # (B*k, L-1), a prefix of each row: pad is never sampled
+    lengths = mask.sum(1)
+    columns = [
+        [sentence.column for sentence in sentences_from_ids(row[: n + 1], tokenizer)]
+        for row, n in zip(actions.tolist(), lengths.tolist(), strict=True)
+    ]
+    fields = {name: sampled[name][mask] for name in FIELDS[1:]}
+    return Rollouts(
+        qids=[qid for qid in qids for _ in range(k)],
+        action=list(range(k)) * len(qids),
+        rank=[rank] * len(actions),
+        lengths=lengths,
+        sentence_counts=torch.tensor([len(row) for row in columns]),
+        columns=torch.tensor([column for row in columns for column in row], dtype=torch.int32),
+        tokens=actions[:, 1:][mask].int(),
+        **fields,
+    )
+
+
+# -- a round's folder ------------------------------------------------------------------------------------
+
+
+class Store:
+    """The files of one round: `{run}/rollouts/round_{n}` and the questions folder they are exported to."""
+
+    def __init__(self, run: Path, number: int):
+        self.folder = Path(run) / "rollouts" / f"round_{number}"
+        self.questions = Path(run) / "questions"
+        self.plan_file = self.folder / "plan.json"
+        self.collected_file = self.folder / "collected.json"
+        self.scores_file = self.folder / "scores.json"
+        self.failed_file = self.folder / FAILED
+
+    def shard(self, number: int) -> Path:
+        return self.folder / f"batch_{number:06d}.safetensors"
+
+    def plan(self, prompts: Prompts, batch_size: int, k: int) -> list[list[str]]:
+        """The sampling batches; written by rank 0 at first, kept ever after, also on another number of processes.
+
+        Raises UserError when the prompts are not those that the batches on disk were sampled from.
+        """
+        known = {"k": k, "prompts": prompts.fingerprint()}
+        if self.plan_file.exists():
+            plan = files.read_json(self.plan_file, "--run_dir", dict)
+            if any(plan.get(key) != value for key, value in known.items()):
+                raise UserError(
+                    f"{self.plan_file}: questions, captions or prompts are not those of the rollouts beside it; "
+                    "restore the data, or start anew with --overwrite"
+                )
+            batches = plan.get("batches")
+            if not isinstance(batches, list) or sorted(_texts(batches)) != sorted(prompts.lengths):
+                raise UserError(f"{self.plan_file} is damaged; restore it, or start anew with --overwrite")
+            return batches
+        share = math.ceil(len(prompts.lengths) / cli.world_size())  # a small split keeps every process busy, too
+        plan = {**known, "batches": plan_batches(prompts.lengths, min(batch_size, share))}
+        if cli.rank() == 0:
+            files.write_json(self.plan_file, plan, indent=None)
+        return plan["batches"]
+
+    def load(self) -> Rollouts:
+        """Every row of the round, in sampling order (needs no models and no data set)."""
+        shards = sorted(self.folder.glob("batch_*.safetensors"))
+        expected = collected_batches(self.collected_file)
+        if len(shards) != expected:
+            raise UserError(f"{self.folder} holds {len(shards)} of {expected} batches; run the same command again")
+        return Rollouts.concatenate([Rollouts.load(shard) for shard in shards])
+
+
+def collect(
+    store: Store,
+    batches: Sequence[Sequence[str]],
+    sample: Callable[[int, Sequence[str]], Rollouts],
+    tokenizer,
+    poll_seconds: float = 2.0,
+) -> None:
+    """Sample and export this process's share of `batches`, then wait (by files alone) until all shares are there.
+
+    `sample(number, qids)` makes one batch. Batches found on disk are not sampled again; their rationales are
+    exported where a kill came in between. Rank 0 signals the end of the export and writes `collected.json`.
+    """
+    mine = range(cli.rank(), len(batches), cli.world_size())
+    for number in cli.progress(mine, desc="sampling", total=len(mine), unit="batch"):
+        if not store.shard(number).exists():
+            sample(number, batches[number]).save(store.shard(number))
+        export(Rollouts.load(store.shard(number)), store.questions, tokenizer)
+    if cli.rank() != 0:
+        wait_for_file(store.collected_file, poll_seconds, store.failed_file)
+        return
+    # no collective: processes may end hours apart, and a process group would time out
+    samples = sentences = 0
+    for number in range(len(batches)):
+        wait_for_file(store.shard(number), poll_seconds, store.failed_file)
+        rows = Rollouts.load(store.shard(number))
+        for folder in exported_folders(rows, store.questions):
+            wait_for_file(folder / handoff.RATIONALE, poll_seconds, store.failed_file)
+        samples, sentences = samples + len(rows), sentences + int(rows.sentence_counts.sum())
+    if not handoff.exported(store.questions):  # a re-run must not make answers older than the export
+        handoff.mark_exported(store.questions)
+    files.write_json(store.collected_file, {"batches": len(batches), "samples": samples, "sentences": sentences})
+
+
+def exported_folders(rollouts: Rollouts, questions: Path) -> list[Path]:
+    """The question folders of all rows that hold a sentence (the Teacher has nothing to say on an empty rationale)."""
+    return [question_folder(rollouts, row, questions) for row in rows_with_sentences(rollouts)]
+
+
+def rows_with_sentences(rollouts: Rollouts) -> list[int]:
+    return rollouts.sentence_counts.nonzero()[:, 0].tolist()
+
+
+def question_folder(rollouts: Rollouts, row: int, questions: Path) -> Path:
+    return handoff.question_dir(questions, rollouts.action[row], rollouts.rank[row], rollouts.qids[row])
+
+
+def export(rollouts: Rollouts, questions: Path, tokenizer) -> None:
+    """Write the rationales that are not there yet, one folder per sample, for the Teacher to score."""
+    for row in rows_with_sentences(rollouts):
+        folder = question_folder(rollouts, row, questions)
+        if not (folder / handoff.RATIONALE).exists():
+            handoff.write_rationale(folder, [s.text for s in sentences_from_ids(rollouts.ids(row), tokenizer)])
+
+
+def wait_for_file(path: Path, poll_seconds: float, failed: Path | None = None) -> None:
+    """Sleep until another process of this run has written `path`; raise its UserError if it wrote `failed` instead."""
+    while not path.exists():
+        if failed is not None and failed.exists():
+            raise UserError(failed.read_text(encoding="utf-8"))
+        time.sleep(poll_seconds)
+
+
+@contextlib.contextmanager
+def failure_shared(store: Store) -> Iterator[None]:
+    """Write a UserError of the block to `store.failed_file`, so that processes that wait for files end, too."""
+    try:
+        yield
+    except UserError as error:
+        if cli.world_size() > 1 and not store.failed_file.exists():
+            files.write_text(store.failed_file, str(error))
+        raise
+
+
+# -- feedback --------------------------------------------------------------------------------------------
+
+
+def read_feedback(store: Store, rollouts: Rollouts, max_dropped: float) -> dict:
+    """Read every reply, decide which samples count, and publish that decision in `scores.json` (rank 0).
+
+    Returns {"scores": {key: [score per sentence]}, "dropped": {reason: [key]}}. A row without a sentence keeps an
+    empty list: the KL penalty is all its reward. Raises UserError when more than `max_dropped` of the asked
+    replies, or all of them, are lost; then nothing is published and the replies can be mended.
+    """
+    scores, dropped = {}, {}
+    keys = rollouts.keys()
+    for row in cli.progress(range(len(rollouts)), desc="reading scores", total=len(rollouts), unit="reply"):
+        expected = int(rollouts.sentence_counts[row])
+        try:
+            got = handoff.read_scores(question_folder(rollouts, row, store.questions)) if expected else []
+            if len(got) != expected:
+                raise handoff.Refused("wrong_count")
+            scores[keys[row]] = got
+        except handoff.Refused as refusal:
+            dropped.setdefault(refusal.reason, []).append(keys[row])
+    asked, lost = len(rows_with_sentences(rollouts)), sum(map(len, dropped.values()))
+    counts = ", ".join(f"{reason} {len(rows)}" for reason, rows in sorted(dropped.items()))
+    if lost == asked:
+        raise UserError(
+            f"{store.questions}: not one of {asked} replies can be used ({counts or 'no sentences'}); "
+            f"the reason lies beside each reply in {handoff.REASON}"
+        )
+    if lost > max_dropped * asked:
+        raise UserError(
+            f"{store.questions}: {lost} of {asked} replies are lost ({counts}), above --max_dropped {max_dropped}; "
+            f"score those questions again (the reason lies beside each in {handoff.REASON}) or raise --max_dropped"
+        )
+    if lost:
+        cli.warn0(f"{lost} of {asked} samples dropped ({counts})")
+    decision = {"scores": scores, "dropped": dropped}
+    files.write_json(store.scores_file, decision, indent=None)
+    return decision
+
+
+def read_decision(path: Path) -> dict:
+    """What `read_feedback` published. Raises UserError naming a damaged file."""
+    decision = files.read_json(path, "--run_dir", dict)
+    scores, dropped = decision.get("scores"), decision.get("dropped")
+    fits = isinstance(scores, dict) and isinstance(dropped, dict)
+    if not fits or not all(
+        isinstance(row, list) and all(isinstance(score, (int, float)) for score in row) for row in scores.values()
+    ) or not all(isinstance(keys, list) for keys in dropped.values()):  # fmt: skip
+        raise UserError(f"{path} is damaged; delete it: the scores are then read from the replies again")
+    return decision
+
+
+def count_dropped(decision: dict) -> Counter:
+    """Number of dropped samples by reason."""
+    return Counter({reason: len(keys) for reason, keys in decision["dropped"].items()})
+
+
+def scored(rollouts: Rollouts, decision: dict) -> tuple[Rollouts, list[list[float]]]:
+    """The rows that count and their scores, one list per row."""
+    keys = rollouts.keys()
+    rows = [row for row, key in enumerate(keys) if key in decision["scores"]]
+    return rollouts.select(rows), [decision["scores"][keys[row]] for row in rows]

@@ -1,0 +1,344 @@
+"""One prediction loop for evaluation during training, for the prediction files and for --evaluate_dir.
+
+Rows are sorted by length and dealt out to the processes; each batch is either generated greedily (--use_generate:
+ares/decoding.py) or read off as the arg-max of teacher-forced logits. `predictions_ans_{test,eval,train}.json` are
+written one by one as each split is done; a killed split goes on where it stopped (`.predicting_{split}/`). A file that was
+made with the same weights, prompts and settings is kept.
+
+Leaves out the scores' formulas (utils_evaluate.py). Used by sft/run.py:
+
+    predictor = Predictor(args, problems, tokenizer, collator, device)
+    predictor.evaluate(model, dataset)     # {"rougeL": 61.2}
+    predictor.write(folder, {"test": dataset}, load_model, weights=[folder])
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed as dist
+
+from ares import cli, files
+from ares.cli import UserError, print0
+from ares.decoding import greedy
+from model import choose_attention
+from utils_data import IGNORE
+from utils_evaluate import FILE_NAMES, extract_answer, get_scores, prediction_file, resolve_answer, training_rouge
+from utils_prompt import answer_letter
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
+
+FINGERPRINTS = ("tokenizer", "features")  # of a prediction file's settings: contents, not flags
+
+Rows = dict[int, list[int]]  # row of the split -> predicted ids
+
+
+def asked_for(args: argparse.Namespace) -> str:
+    """What the target holds: A (the bare answer), E, LE, LEA or ALE."""
+    return args.prompt_format.split("-")[1]
+
+
+def from_rank0(function: Callable[[], Any]) -> Any:
+    """`function()`, called on rank 0 alone, given to every rank; so is a UserError. Must be picklable."""
+    box: list[Any] = [None, None]
+    if cli.rank() == 0:
+        try:
+            box[0] = function()
+        except UserError as error:
+            box[1] = str(error)
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+def digest(dataset: Any) -> str:
+    """A hash of the ids that the model sees: two launches with the same one work on the same data."""
+    sha = hashlib.sha256()
+    for index in range(len(dataset)):
+        item = dataset[index]
+        for ids in (item["input_ids"], item["labels"]):
+            sha.update(np.asarray(ids, np.int32).tobytes() + b"|")
+        sha.update(item["qid"].encode() + b"\n")
+    return sha.hexdigest()[:16]
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A hash of a tokenizer's pieces and their ids, the same whatever library version saved it."""
+    pieces = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps([pieces, tokenizer.pad_token_id, tokenizer.eos_token_id]).encode()).hexdigest()[
+        :16
+    ]
+
+
+class Predictor:
+    """Predicts splits and scores what it predicted. One per launch; the same on every rank."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        problems: Mapping[str, Mapping[str, Any]],
+        tokenizer: Any,
+        collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]],
+        device: torch.device,
+        bf16: bool = False,
+    ):
+        self.args, self.problems, self.tokenizer = args, problems, tokenizer
+        self.collator, self.device, self.bf16 = collator, device, bf16
+        if not args.use_generate:
+            print0(
+                "note: predictions are the arg-max of logits that see the gold text (teacher forcing), as released; "
+                "--use_generate lets the model write"
+            )
+
+    # -- the loop ------------------------------------------------------------------------------------------
+
+    def predict(self, model: torch.nn.Module, dataset: Any, desc: str, store: Path | None = None) -> list[list[int]]:
+        """Predicted ids per row (no start token, no pads), in split order, on every rank.
+
+        `store`: folder where rows are kept as they come, and looked up first.
+        """
+        # a slow rank must not find rows that a fast one has added by now: their batches would differ
+        done = _gather(_read_rows(store)) if store else {}
+        todo = [i for i in range(len(dataset)) if i not in done]
+        todo.sort(key=lambda i: (-len(dataset[i]["input_ids"]), -len(dataset[i]["labels"])))  # the largest first
+        batches = [todo[start : start + self.args.eval_bs] for start in range(0, len(todo), self.args.eval_bs)]
+        mine = batches[cli.rank() :: cli.world_size()]
+        model.eval()
+        rows: Rows = {}
+        held: list[tuple[list[int], torch.Tensor]] = []
+        keep = self.args.eval_acc or 1
+        with _appender(store) as append, cli.progress(mine, desc=desc, unit="batch") as bar:
+            for number, batch in enumerate(bar, 1):
+                held.append((batch, self._batch(model, [dataset[i] for i in batch])))
+                if len(held) == keep or number == len(mine):
+                    new = {i: ids for batch, ids in held for i, ids in zip(batch, self._trim(ids), strict=True)}
+                    append(new)
+                    rows.update(new)
+                    held.clear()
+        everything = {**done, **_gather(rows)}
+        return [everything[i] for i in range(len(dataset))]
+
+    @torch.no_grad()
+    def _batch(self, model: torch.nn.Module, items: list[dict]) -> torch.Tensor:
+        inputs = {name: tensor.to(self.device) for name, tensor in self.collator(items).items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self._ids(model, inputs)
+
+    def _ids(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not self.args.use_generate:
+            logits = model(**inputs, use_cache=False).logits  # (B, L, V)
+            return logits.argmax(-1).masked_fill(inputs["labels"] == IGNORE, self.tokenizer.pad_token_id)
+        inputs.pop("labels")
+        return greedy(model, inputs, self.args.output_len)[:, 1:]  # --output_len counts the start token, as released
+
+    def _trim(self, ids: torch.Tensor) -> list[list[int]]:
+        pad = self.tokenizer.pad_token_id
+        rows = ids.cpu().tolist()
+        lengths = [max((t + 1 for t, token in enumerate(row) if token != pad), default=0) for row in rows]
+        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+
+    def decode(self, rows: Iterable[Sequence[int]]) -> list[str]:
+        """Ids -> texts, blanks before punctuation removed as in transformers 4 (the released files' convention)."""
+        return self.tokenizer.batch_decode(list(rows), skip_special_tokens=True, clean_up_tokenization_spaces=True)
+
+    # -- scores --------------------------------------------------------------------------------------------
+
+    def evaluate(self, model: torch.nn.Module, dataset: Any) -> dict[str, float]:
+        """The metric of one epoch, in percent: accuracy for the A formats (failed = wrong), else ROUGE-L."""
+        texts = self.decode(self.predict(model, dataset, "evaluate"))
+        if asked_for(self.args) == "A":
+            letters = self.letters(dataset.qids, texts)
+            gold = [answer_letter(self.problems[qid], self.args.options, qid) for qid in dataset.qids]
+            right = sum(letter == wanted for letter, wanted in zip(letters, gold, strict=True))
+            return {"accuracy": 100 * right / len(gold)}
+        return {"rougeL": training_rouge(texts, self.decode(dataset.labels))}
+
+    def letters(self, qids: Sequence[str], texts: Sequence[str]) -> list[str | None]:
+        """The parsed answer of each row: a letter, or None where there is none among the question's options."""
+        return [
+            extract_answer(text, len(self.problems[qid]["choices"]), self.args.options)
+            for qid, text in zip(qids, texts, strict=True)
+        ]
+
+    def scores(self, qids: Sequence[str], preds: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
+        """`num_fail` and `scores` of a split, of the parts that the format asks for: answer, rationale or both.
+
+        For E and LE there is no answer to fail at: `num_fail` is None, no table of random choices is made.
+        """
+        asked = asked_for(self.args)
+        answers, read = {}, {}
+        if "A" in asked:
+            for qid, text in zip(qids, preds, strict=True):
+                n_choices = len(self.problems[qid]["choices"])
+                answers[qid], read[qid] = resolve_answer(text, n_choices, qid, self.args.seed, self.args.options)
+        rationales = dict(zip(qids, preds, strict=True)) if "E" in asked else {}
+        references = dict(zip(qids, labels, strict=True))
+        return {
+            "num_fail": sum(not value for value in read.values()) if answers else None,
+            "scores": get_scores(answers, rationales, references, self.problems),
+        }
+
+    # -- files ---------------------------------------------------------------------------------------------
+
+    def write(
+        self,
+        folder: Path,
+        datasets: Mapping[str, Any],
+        load: Callable[[], torch.nn.Module],
+        weights: Sequence[str | os.PathLike],
+    ) -> None:
+        """Write `folder`/predictions_ans_{test,eval,train}.json for the splits of `datasets`, each as it is done.
+
+        `load` is called at most once, and not at all if every file is already there. `weights`: folders whose weight
+        files the predictions depend on.
+        """
+        model = None
+        made: dict[str, list[list[int]]] = {}
+        identity = from_rank0(lambda: weights_digest(weights))
+        for split, dataset in datasets.items():
+            path = prediction_file(folder, split)
+            settings = self.settings(dataset, identity)
+            if not self.args.overwrite and from_rank0(lambda p=path, s=settings: _holds(p, s)):
+                print0(f"{path}: already there, made with these settings (--overwrite makes it anew)")
+                continue
+            if model is None:
+                model = load().to(self.device)
+                choose_attention(model, self.device)
+            store = folder / f".predicting_{FILE_NAMES[split]}"
+            from_rank0(lambda s=store, t=settings: _open_store(s, t, self.args.overwrite))
+            rows = made.get(settings["data"])  # A-OKVQA: test = val
+            if rows is None:
+                rows = made[settings["data"]] = self.predict(model, dataset, f"predict {FILE_NAMES[split]}", store)
+            from_rank0(lambda p=path, n=split, d=dataset, r=rows, s=settings: self._write_file(p, n, d, r, s))
+            from_rank0(lambda s=store: shutil.rmtree(s))
+
+    def settings(self, dataset: Any, identity: str) -> dict[str, Any]:
+        """What the predictions of a split depend on; kept in its file under "settings"."""
+        sha = hashlib.sha256(digest(dataset).encode())
+        if self.collator.features is not None:
+            pictured = [qid for qid in dataset.qids if qid in self.collator.features.name_map]
+            sha.update(self.collator.features.gather(pictured[:8]).contiguous().numpy().tobytes())
+        return {
+            "weights": identity,
+            "data": sha.hexdigest()[:16],
+            "img_type": self.args.img_type,
+            "prompt_format": self.args.prompt_format,
+            "use_generate": self.args.use_generate,
+            "output_len": self.args.output_len,
+            "seed": self.args.seed,
+            **({"precision": "bf16"} if self.bf16 else {}),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "features": self.features_digest(dataset.qids),
+        }
+
+    def features_digest(self, qids: Sequence[str]) -> str | None:
+        """`VisionFeatures.digest`, read on rank 0 alone; None without features."""
+        features = self.collator.features
+        return None if features is None else from_rank0(lambda: features.digest(qids))
+
+    def _write_file(self, path: Path, split: str, dataset: Any, rows: list[list[int]], settings: dict) -> None:
+        preds, labels = self.decode(rows), self.decode(dataset.labels)
+        content = self.scores(dataset.qids, preds, labels) if split == "test" else {}
+        content |= {"preds": preds, "labels": labels, "qids": dataset.qids, "prompts": dataset.prompts}
+        content |= {"answers": self.letters(dataset.qids, preds), "settings": settings}
+        files.write_json(path, content)
+        print0(f"predictions: {path} ({len(preds)} rows)")
+        if "A" in asked_for(self.args):
+            warn_unread(content["answers"].count(None), len(preds), path)
+        if split == "test":
+            failed = "" if content["num_fail"] is None else f"num_fail {content['num_fail']}, "
+            print0(f"{failed}scores {json.dumps(content['scores'])}")
+
+
+def warn_unread(unread: int, rows: int, path: str | os.PathLike) -> None:
+    """Warn where more than 5 % of the answers could not be read: their scores are those of guesses."""
+    if unread > 0.05 * rows:
+        cli.warn0(
+            f"{path}: {unread} of {rows} texts hold no answer of the form `The answer is (X).`; each counts as a "
+            "random choice. Train longer, raise --output_len, or predict with --use_generate"
+        )
+
+
+def weights_digest(places: Sequence[str | os.PathLike]) -> str:
+    """A hash over the weight files of some folders; a hub id counts by its name."""
+    sha = hashlib.sha256()
+    for place in places:
+        files = sorted({file for pattern in WEIGHT_FILES for file in Path(place).glob(pattern)})
+        if not files:
+            sha.update(str(place).encode())
+        for file in files:
+            with open(file, "rb") as opened:
+                sha.update(hashlib.file_digest(opened, "sha256").digest())
+    return sha.hexdigest()[:16]
+
+
+def _holds(path: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether `path` was made with these settings. Files are written in one step: one that is there is whole."""
+    try:
+        found = files.read_json(path, "predictions", dict).get("settings")
+    except UserError:  # absent, or damaged: it is made anew
+        return False
+    # earlier versions recorded no FINGERPRINTS
+    return isinstance(found, dict) and found == {
+        key: value for key, value in settings.items() if key in found or key not in FINGERPRINTS
+    }
+
+
+# -- rows of a split that is not yet done ----------------------------------------------------------------
+
+
+def _open_store(store: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Make `store` hold rows of these settings only."""
+    if overwrite or not _holds(store / "settings.json", {**settings}):
+        shutil.rmtree(store, ignore_errors=True)
+        files.write_json(store / "settings.json", {"settings": settings})
+
+
+def _read_rows(store: Path) -> Rows:
+    """Rows that an earlier launch finished, on however many processes."""
+    rows: Rows = {}
+    for file in sorted(store.glob("rows_*.jsonl")):
+        for _, entry in files.read_jsonl(file, "rows", lambda number: None):  # a kill cuts a line short
+            whole = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)
+            if whole and all(type(each) is int for each in (entry[0], *entry[1])):
+                rows[entry[0]] = entry[1]
+    return rows
+
+
+@contextlib.contextmanager
+def _appender(store: Path | None) -> Iterator[Callable[[Rows], None]]:
+    """A function that appends rows to this process's own file in `store`, or, without one, does nothing."""
+    if store is None:
+        yield lambda rows: None
+        return
+    lines = files.Lines(store / f"rows_{cli.rank()}_{os.getpid()}.jsonl")
+
+    def append(rows: Rows) -> None:
+        if rows:
+            lines.add("\n".join(json.dumps([index, ids]) for index, ids in rows.items()))
+
+    try:
+        yield append
+    finally:
+        lines.close()
+
+
+def _gather(rows: Rows) -> Rows:
+    """The rows of all processes, on each of them."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return rows
+    shares: list[Rows] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(shares, rows)
+    return {index: ids for share in shares for index, ids in share.items()}

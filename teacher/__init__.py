@@ -1,0 +1,1 @@
+"""The Teacher: requests, replies, money, and the question folders through which RL talks to it."""

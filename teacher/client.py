@@ -1,0 +1,308 @@
+"""One client for every kind of Teacher: what haiku.py, haiku_for_correction_feedback.py and tools/win_rate.py share.
+
+Two Teachers: Claude (teacher/claude.py; live or, with --batch, through teacher/batches.py) and the offline reference
+(teacher/reference.py). Every item (`teacher.handoff.Item`) without a usable reply is asked, identical requests once
+(teacher/session.py). This module holds the flags and puts the parts together. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ares import cli, files
+from ares.data_folder import Problems, find_dataset, load_problems
+from teacher import batches, claude, reference
+from teacher.batch_records import Store
+from teacher.budget import LOG, Ledger, read_log
+from teacher.claude import DEFAULT_MODEL, ClaudeTeacher, api_key, server_address
+from teacher.handoff import Item
+from teacher.interface import CORRECT, JUDGE, SCORE, Reply, Request, Teacher, Wording
+from teacher.live import ask_live
+from teacher.prices import Price, price_of
+from teacher.reply_cache import ReplyCache, default_folder
+from teacher.reply_files import is_answered, read_reply
+from teacher.session import OURS, Report, Session
+
+__all__ = [
+    "CORRECT", "JUDGE", "OURS", "SCORE", "ClaudeTeacher", "ReferenceTeacher", "Reply", "Report", "Request", "Session",
+    "Teacher", "Wording", "add_teacher_flags", "answer_items", "check_teacher_flags", "in_words", "is_answered",
+    "load_for", "make_cache", "make_session", "make_teacher", "read_reply", "refuse_unusable", "work_in",
+]  # fmt: skip
+
+
+class ReferenceTeacher:
+    """Scores and corrects from the question's own gold texts: free, offline, deterministic (teacher/reference.py)."""
+
+    name = "reference"
+    model = reference.VERSION
+    concurrency = 8  # answers come one after the other; their writes to disk overlap
+
+    def __init__(self) -> None:
+        self._stopped = False
+
+    async def __aenter__(self) -> ReferenceTeacher:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        return None
+
+    def stop(self) -> None:
+        return None
+
+    def key(self, request: Request) -> str:
+        asked = [
+            self.model,
+            request.kind,
+            request.qid,
+            request.text,
+            request.sentences,
+            list(map(str, request.images)),
+        ]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    async def answer(self, request: Request) -> Reply:
+        """The reply in the form that Claude is asked for."""
+        began = time.monotonic()
+        if request.kind == SCORE:
+            scores = reference.score_sentences(request.problem, request.sentences)
+            lines = (f'"{text}": {score}' for text, score in zip(request.sentences, scores, strict=True))
+            text = "{\n" + ",\n".join(lines) + "\n}"
+        elif request.kind == JUDGE:
+            verdict, reason = reference.compare(request.problem, *request.sentences)
+            text = json.dumps({"reason": reason, "verdict": verdict})
+        else:
+            rationale = " ".join(request.sentences)
+            final = reference.correct_rationale(request.problem, rationale)
+            both = {"Original rationale": rationale, "Final rationale": final}
+            text = json.dumps(both, indent=0, ensure_ascii=False)
+        return Reply(text, self.name, self.model, "end_turn", seconds=round(time.monotonic() - began, 3))
+
+
+# -- flags -----------------------------------------------------------------------------------------------
+
+
+def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
+    """Who is asked, how, and for how much."""
+    group = parser.add_argument_group("teacher")
+    group.add_argument(
+        "--teacher",
+        choices=("claude", "reference"),
+        default="claude",
+        help="claude: the API, key from ANTHROPIC_API_KEY; reference: offline, from the gold solution (no key)",
+    )
+    group.add_argument("--teacher_model", default=DEFAULT_MODEL, help="any model id (default: %(default)s)")
+    group.add_argument("--base_url", metavar="URL", help="another address of the API, such as a gateway")
+    group.add_argument(
+        "--concurrency",
+        type=int,
+        default=32,
+        help="most requests in flight, fewer when the API says so (default: %(default)s, about 1,000 a minute)",
+    )
+    group.add_argument(
+        "--attempts", type=int, default=3, help="requests per item until its reply is usable (default: %(default)s)"
+    )
+    group.add_argument(
+        "--timeout", type=float, default=claude.TIMEOUT, metavar="S", help="seconds per request (default: %(default)g)"
+    )
+    group.add_argument(
+        "--no-structured", action="store_true", help="ask for JSON in words only, where a gateway knows no schema"
+    )
+    group.add_argument(
+        "--keep_replies", action="store_true", help="use replies that another Teacher or model wrote before"
+    )
+    group.add_argument(
+        "--accept-missing", action="store_true", help="go on although some replies are missing or unusable"
+    )
+    ways = parser.add_argument_group("batches, money, looking before asking")
+    ways.add_argument("--batch", action="store_true", help="Message Batches: half the price, most end within an hour")
+    ways.add_argument("--submit-only", action="store_true", help="with --batch: submit and leave; collect by --batch")
+    ways.add_argument(
+        "--poll_seconds", type=float, default=30.0, metavar="S", help="between looks at batches (default: %(default)g)"
+    )
+    ways.add_argument("--max_usd", type=float, metavar="USD", help="stop before this run's spend passes it (exit 3)")
+    ways.add_argument(
+        "--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars per million tokens, if not in the table"
+    )
+    ways.add_argument("--estimate", action="store_true", help="print counts, tokens and dollars; ask nothing paid")
+    ways.add_argument("--show", metavar="QID", help="print a question's request as it would be sent; ask nothing")
+    ways.add_argument("--cache", metavar="DIR", help="replies of earlier runs (default: ~/.cache/ares/teacher)")
+    ways.add_argument("--no-cache", action="store_true", help="neither read nor keep replies there")
+
+
+ROOM, ROOM_PER_REPLY = 1 << 20, 1 << 16  # bytes kept free: four files of some blocks each, and what comes besides
+
+FOR_CLAUDE = frozenset(
+    "teacher_model base_url concurrency attempts timeout no_structured batch submit_only poll_seconds max_usd price "
+    "estimate cache no_cache".split()
+)
+
+
+def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
+    """Refuse flags that would be ignored, and a missing key. `given`: `cli.given_flags` of the script's parser."""
+    wrong = []
+    if args.teacher == "reference":
+        watching = {"poll_seconds"} if getattr(args, "watch", None) else set()
+        ignored = sorted((given & FOR_CLAUDE) - watching - {"estimate"})
+        wrong = [f"{_flag(name)} has no effect with --teacher reference; leave it out" for name in ignored]
+        if args.estimate:
+            wrong.append("--estimate: the reference Teacher costs nothing; leave it out")
+    wrong += [f"--{name} must be at least 1" for name in ("concurrency", "attempts") if getattr(args, name) < 1]
+    wrong += [
+        f"--{name} must be a number above 0"
+        for name in ("timeout", "poll_seconds", "max_usd")
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf  # nan neither
+    ]
+    modes = [name for name in ("batch", "estimate", "show", "watch", "check") if getattr(args, name, None)]
+    if len(modes) > 1:
+        wrong.append(f"{' and '.join(map(_flag, modes))} do not go together; give one")
+    if args.submit_only and not args.batch:
+        wrong.append("--submit-only needs --batch")
+    try:
+        args.base_url = server_address(args.base_url)
+    except cli.UserError as error:
+        wrong.append(str(error))
+    if args.cache and args.no_cache:
+        wrong.append("--cache and --no-cache contradict each other; give one")
+    if args.price and not all(0 <= price < math.inf for price in args.price):
+        wrong.append("--price: two numbers of 0 or more")
+    if args.teacher == "claude" and args.max_usd is not None:
+        if not args.price and price_of(args.teacher_model) is None:
+            wrong.append(f"--max_usd: the price of {args.teacher_model} is not known; name it with --price IN OUT")
+        other = getattr(args, "against", None) or "reference"
+        if other != "reference" and price_of(other) is None:
+            wrong.append(f"--max_usd: the price of {other} is not known; make it --teacher_model, with --price IN OUT")
+    cli.refuse(wrong)
+    if args.teacher == "claude" and not args.estimate and not args.show:
+        api_key()
+
+
+def _flag(name: str) -> str:
+    return "--" + (name.replace("_", "-") if name in ("submit_only", "no_cache", "no_structured") else name)
+
+
+def make_teacher(args: argparse.Namespace, ledger: Ledger | None = None) -> Teacher:
+    """The Teacher that the flags name."""
+    if args.teacher == "reference":
+        return ReferenceTeacher()
+    return ClaudeTeacher(
+        args.teacher_model,
+        args.base_url,
+        args.concurrency,
+        price=Price(*args.price) if args.price else None,
+        structured=not args.no_structured,
+        timeout=args.timeout,
+        ledger=ledger,
+    )
+
+
+def make_cache(args: argparse.Namespace) -> ReplyCache:
+    """Where replies of earlier runs lie. The reference Teacher is cheaper than a look."""
+    if args.no_cache or args.teacher == "reference":
+        return ReplyCache(None)
+    return ReplyCache(files.writable_dir(args.cache, "--cache") if args.cache else default_folder())
+
+
+def load_for(args: argparse.Namespace, items: Sequence[Item]) -> Problems | None:
+    """The problems behind the items. Claude can do without problems.json (its requests are written): then None.
+
+    Raises UserError if an item's question is not among them.
+    """
+    if args.teacher == "claude" and not Path(args.data_root).is_dir():
+        return None
+    problems = load_problems(args.data_root, find_dataset(args.data_root, args.dataset))
+    unknown = next((item for item in items if item.qid not in problems), None)
+    if unknown:
+        raise cli.UserError(
+            f"--data_root: question {unknown.qid} ({unknown.folder}) is not in its problems.json; name the data of "
+            "this run with --data_root and --dataset"
+        )
+    return problems
+
+
+# -- putting the parts together ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def work_in(root: str | Path, flag: str, args: argparse.Namespace, before: Ledger | None = None) -> Iterator[Teacher]:
+    """The Teacher, with the folder's lock held and its spend log open. Raises UserError if another client is there.
+
+    At the end it says what the folder has cost, if requests were lost. `before`: the ledger of a folder that this run
+    worked in, whose spend counts towards --max_usd.
+    """
+    ours = Path(root) / OURS
+    for place in (ours, ours / "batches"):
+        files.refuse_links(place, root)
+    files.writable_dir(ours, flag)
+    with contextlib.ExitStack() as held:
+        held.enter_context(files.only_one(ours / "lock", f"{flag} {root}"))
+        if args.teacher == "claude":  # a full disk must not lose the replies that are paid for and on their way
+            held.enter_context(files.reserve(ours / "reserve", ROOM + args.concurrency * ROOM_PER_REPLY))
+        ledger = Ledger(ours if args.teacher == "claude" else None, args.max_usd)
+        if before is not None:
+            ledger.spent_usd, ledger.lost, ledger.lost_usd = before.spent_usd, before.lost, before.lost_usd
+        teacher = make_teacher(args, ledger)
+        try:
+            yield teacher
+        finally:
+            ledger.close()
+            _tell_of_losses(ours, teacher)
+
+
+def _tell_of_losses(ours: Path, teacher: Teacher) -> None:
+    retried = Counter(getattr(teacher, "retried", {}))
+    if retried:
+        cli.print0(f"retried errors: {in_words(retried)}")
+    totals = read_log(ours / LOG)
+    if totals.unknown:
+        cli.print0(
+            f"{ours / LOG}: ${totals.usd:.4f} for {totals.replies} replies so far, and at most "
+            f"${totals.unknown_usd:.4f} for {totals.unknown} requests of unknown cost (killed, lost, or answered "
+            "without their usage)"
+        )
+
+
+def make_session(root: str | Path, teacher: Teacher, kind: str, args: argparse.Namespace, **more: Any) -> Session:
+    """A Session as the flags want it; `more` as in its class."""
+    more |= {"attempts": args.attempts, "cache": make_cache(args), "keep_replies": args.keep_replies}
+    return Session(root, teacher, kind, **more)
+
+
+def answer_items(session: Session, items: Sequence[Item], args: argparse.Namespace) -> Report:
+    """Ask the Teacher for every item that has no usable reply, live or in batches as the flags say.
+
+    Raises UserError if items have no request, and for what stops the Teacher; what is answered by then is kept.
+    """
+    store = Store(session.root / OURS / "batches")
+    if not args.batch:
+        store.refuse_pending()
+    session.add(items)
+    if args.batch:
+        batches.ask_in_batches(session, store, args.submit_only, args.poll_seconds)
+    else:
+        ask_live(session)
+    return session.report
+
+
+def in_words(reasons: Mapping[str, int]) -> str:
+    """`wrong_count 3, max_tokens 1`"""
+    return ", ".join(f"{reason} {count}" for reason, count in Counter(reasons).most_common())
+
+
+def refuse_unusable(report: Report, accept_missing: bool) -> None:
+    """Raise UserError with the reasons if replies are unusable, unless the user has said to go on without them."""
+    lost = Counter(report.blocking().values())
+    if lost and not accept_missing:
+        raise cli.UserError(
+            f"{lost.total()} of {report.total} replies are unusable ({in_words(lost)}){report.examples()}; run the "
+            "same command again to ask for them anew (with --batch: and a larger --attempts), or add --accept-missing "
+            "to go on without them"
+        )

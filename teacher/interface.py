@@ -1,0 +1,125 @@
+"""What every kind of Teacher shares: a request, a reply, and how a Teacher is asked (teacher/client.py asks them).
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+SCORE, CORRECT, JUDGE = "score", "correct", "judge"
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The words around a request's text, which the caller owns (utils_prompt.py). `again` has a `{reason}`."""
+
+    version: str
+    again: str
+    structured: Mapping[str, str] = field(default_factory=dict)  # kind -> note on the form, where output is structured
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to a Teacher about one rationale.
+
+    `sentences` is the rationale as exported; for a correction it holds the whole text as its one entry. `problem` is
+    None without problems.json, which only the reference Teacher needs. For a judgement `sentences` holds
+    the two rationales, in the order in which they are shown. `form_note` goes out where the
+    model's output is structured, `again` after a reply that could not be used; `room` multiplies the length allowed.
+    """
+
+    custom_id: str
+    kind: str  # SCORE, CORRECT or JUDGE
+    qid: str
+    text: str
+    sentences: tuple[str, ...]
+    images: tuple[Path, ...] = ()
+    problem: Mapping[str, Any] | None = None
+    form_note: str = ""
+    again: str = ""
+    room: int = 1
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A Teacher's raw reply and what is known about it. `cost_usd` is None where the model's price or the number
+    of tokens is not known."""
+
+    text: str
+    teacher: str
+    model: str
+    stop_reason: str | None = None
+    request_id: str | None = None
+    usage: Mapping[str, int] = field(default_factory=dict)
+    cost_usd: float | None = 0.0
+    seconds: float = 0.0
+    batch: str | None = None
+
+
+class Unanswered(Exception):
+    """A request that got no reply though others do; `reason`: one word for counting, `message`: the API's sentence."""
+
+    def __init__(self, reason: str, message: str = ""):
+        super().__init__(f"{reason}: {message}" if message else reason)
+        self.reason, self.message = reason, message
+
+
+class Stopped(Exception):
+    """The run is ending: a request that was still waiting for its turn is given up."""
+
+
+class Teacher(Protocol):
+    """Answers requests, `concurrency` of them at a time, between entering and leaving its context."""
+
+    name: str
+    model: str
+    concurrency: int
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *exc: object) -> None: ...
+
+    def key(self, request: Request) -> str:
+        """What the reply depends on, as a hex digest: equal keys may share a reply."""
+        ...
+
+    async def answer(self, request: Request) -> Reply:
+        """The reply, whatever it says.
+
+        Raises UserError where asking on makes no sense (bad key, unknown model, spend limit, no network), Unanswered
+        where only this request fails, Stopped after `stop`.
+        """
+        ...
+
+    def stop(self) -> None:
+        """Let requests that wait for their turn raise Stopped; those in flight get their replies."""
+        ...
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two model ids may name one model: an alias and a dated id (`claude-haiku-4-5-20251001`), or the same id
+    as other providers write it (`anthropic/claude-haiku-4-5`, `us.anthropic.claude-haiku-4-5-20251001-v1:0`)."""
+    (name, date), (other_name, other_date) = _model_parts(one), _model_parts(other)
+    return name == other_name and (date == other_date or not date or not other_date)
+
+
+def _model_parts(model: str) -> tuple[str, str]:
+    """(name, date or "")."""
+    name = re.sub(r"^(.*/)?((\w+\.)?anthropic\.)?", "", model.strip().lower())
+    match = re.fullmatch(r"(.+?)(?:[-@](\d{8}|\d{4}-\d\d-\d\d|latest|default))?(-v\d+(:\d+)?)?", name)
+    date = (match[2] or "").replace("-", "") if match else ""
+    return (match[1] if match else name), date if date.isdigit() else ""
+
+
+def custom_id(kind: str, action: int, rank: int, qid: str) -> str:
+    """A name of the request that is unique in a questions folder and fits the API: 1-64 of [A-Za-z0-9_-]."""
+    name = f"{kind}-{action}-{rank}-{qid}"
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        return name
+    return f"{kind}-{action}-{rank}-{hashlib.sha256(qid.encode()).hexdigest()[:32]}"

@@ -1,0 +1,363 @@
+"""The items of one questions folder: which are answered, which requests are open, and how a reply is saved.
+
+A reply is on disk (teacher/reply_files.py) before the next thing happens, then in the cache. So a killed run loses the
+requests in flight, and the same command goes on with the rest. live.py and batches.py send the requests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ares import cli, files
+from ares.data_folder import question_images
+from teacher import handoff
+from teacher.groups import Groups
+from teacher.handoff import Item, Refused
+from teacher.interface import CORRECT, JUDGE, SCORE, Reply, Request, Teacher, Wording, custom_id, same_model
+from teacher.prices import PRICES_DATE
+from teacher.reply_cache import ReplyCache
+from teacher.reply_files import is_answered, read_sidecar, reading, set_cut_reply_aside, write_reply
+from teacher.requests import request_text
+
+PREPARE = {
+    SCORE: "bash preprocessing_after_RL/processing_sentence_level_feedback.sh --questions_dir",
+    CORRECT: "python preprocessing_for_correction_feedback.py --correction_dir",
+    JUDGE: "python tools/win_rate.py ... --output",
+}
+NOTHING_TO_ASK = frozenset(("no_rationale", "no_sentences"))  # no Teacher can answer: RL drops them in any case
+CUT_SHORT = ("max_tokens", "refusal", "model_context_window_exceeded")
+UNKNOWN = "unknown origin"  # a reply without reply.json: of the released code, or copied in by hand
+OURS = "teacher"  # {questions_dir}/teacher/: lock, spend log, batch records
+
+
+@dataclass
+class Report:
+    """What became of the items. `unusable`: item -> reason, after all attempts."""
+
+    total: int = 0
+    kept: int = 0  # had a usable reply before
+    answered: int = 0  # got one now
+    copied: int = 0  # of these, from an identical rationale
+    cached: int = 0  # of these, from the cache of earlier runs
+    asked: int = 0  # replies received
+    text_only: int = 0  # items whose question names an image that is not there
+    unusable: dict[Item, str] = field(default_factory=dict)
+    usage: Counter[str] = field(default_factory=Counter)
+    cost_usd: float = 0.0  # of the replies whose cost is known
+    cost_unknown: int = 0  # replies
+    written_by: Counter[str] = field(default_factory=Counter)  # Teacher and model -> items with its usable reply
+    first: dict[str, tuple[Item, str]] = field(default_factory=dict)  # reason -> first item and what was said
+
+    def blocking(self) -> dict[Item, str]:
+        """The unusable ones that asking again might mend."""
+        return {item: reason for item, reason in self.unusable.items() if reason not in NOTHING_TO_ASK}
+
+    def add(self, reply: Reply) -> None:
+        self.asked += 1
+        self.usage.update(reply.usage)
+        self.cost_usd += reply.cost_usd or 0.0
+        self.cost_unknown += reply.cost_usd is None
+
+    def summary(self) -> str:
+        """One line: counts, tokens, dollars."""
+        cached = f", {self.cached} from the cache" if self.cached else ""
+        line = (
+            f"{self.total} rationales: {self.kept} had a reply, {self.answered} answered now "
+            f"({self.asked} requests, {self.copied} copies{cached}), {len(self.unusable)} unusable"
+        )
+        if self.usage or self.cost_unknown:
+            dollars = f"${self.cost_usd:.4f} at {PRICES_DATE} prices"
+            if self.cost_unknown:
+                unknown = f"the cost of {self.cost_unknown} replies is unknown"
+                dollars = f"{dollars}, {unknown}" if self.cost_usd else unknown
+            tokens_in, tokens_out = self.usage["input_tokens"], self.usage["output_tokens"]
+            line += f"; {tokens_in:,} tokens in, {tokens_out:,} out, {dollars}"
+        if self.text_only:
+            line += f"; {self.text_only} asked without the image that the question names"
+        if self.written_by:
+            line += "; replies by " + ", ".join(f"{name} {count}" for name, count in self.written_by.most_common())
+        return line + self.examples()
+
+    def examples(self) -> str:
+        """`; first api_400: question 12: what the API said`, for each reason that came with a sentence."""
+        told = ((reason, item, said) for reason, (item, said) in self.first.items() if said)
+        return "".join(f"; first {reason}: question {item.qid}: {said[:300]}" for reason, item, said in told)
+
+
+class Session:
+    """Items grouped by identical request; a group is one reply to come (teacher/groups.py).
+
+    Args:
+        kind: SCORE, CORRECT or JUDGE.
+        problems: qid -> problem; the reference Teacher needs it.
+        images_dir: where to look for images when the item's own folder holds none.
+        attempts: requests per distinct rationale until a reply can be read; the last one stays beside the reason.
+        keep_replies: accept usable replies that another Teacher or model wrote (else `add` refuses them).
+        action_settled: called as soon as no item of an action is waiting any more.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        teacher: Teacher,
+        kind: str,
+        wording: Wording,
+        *,
+        problems: Mapping[str, Mapping[str, Any]] | None = None,
+        images_dir: Path | None = None,
+        attempts: int = 3,
+        cache: ReplyCache | None = None,
+        keep_replies: bool = False,
+        action_settled: Callable[[int, Report], None] | None = None,
+    ):
+        self.root = Path(root)
+        self.teacher, self.kind, self.wording = teacher, kind, wording
+        self.problems, self.images_dir = problems or {}, images_dir
+        self.attempts = attempts if teacher.name == "claude" else 1  # the reference would say the same again
+        self.cache = cache or ReplyCache(None)
+        self.keep_replies = keep_replies
+        self.action_settled = action_settled or (lambda action, report: None)
+        self.report = Report()
+        self.groups = Groups()
+        self.waiting: Counter[int] = Counter()  # action -> items without a reply
+        self._cached: set[int] = set()  # groups whose reply is in the cache
+        self._author: dict[int, str] = {}  # group -> who wrote its reply
+
+    # -- what is open ----------------------------------------------------------------------------------------
+
+    def add(self, items: Sequence[Item], serve: bool = True) -> None:
+        """Tell answered from open items, and group the open ones.
+
+        With `serve`, replies that are known already (`known`) are saved at once. Raises UserError if an item has no
+        request, or if another Teacher wrote usable replies, unless `keep_replies`.
+        """
+        self.report.total += len(items)
+        unprepared, missing = 0, None
+        settled: Counter[int] = Counter()
+        others: Counter[str] = Counter()
+        foreign = None
+        for item in cli.progress(items, desc="reading", unit="rationale"):
+            self.waiting[item.action] += 1
+            try:
+                request = self.request(item)
+            except Refused as refused:
+                self.report.unusable[item] = refused.reason
+                settled[item.action] += 1
+                continue
+            if request is None:
+                unprepared, missing = unprepared + 1, missing or item
+                continue
+            answered = is_answered(self.kind, item.folder)
+            if answered:
+                author, ours = self._written_by(item.folder)
+                self.report.written_by[author] += 1
+                if not ours:  # no reply of this Teacher, so none to copy either
+                    others[author] += 1
+                    foreign = foreign or item
+                    self.report.kept += 1
+                    settled[item.action] += 1
+                    continue
+            key = self.teacher.key(request)
+            group = self.groups.add(item, key, answered)
+            if not answered:
+                self.report.text_only += _lacks_image(request)
+                if self.cache.has(key):
+                    self._cached.add(group)
+            self.report.kept += answered
+            settled[item.action] += answered
+        if missing is not None:
+            raise cli.UserError(
+                f"{unprepared} of {len(items)} rationales have no {handoff.REQUEST} that fits them (first: "
+                f"{missing.folder}); run `{PREPARE[self.kind]} {self.root}` first"
+            )
+        if others and not self.keep_replies:
+            who = ", ".join(f"{name} ({count} of {len(items)})" for name, count in others.most_common())
+            raise cli.UserError(
+                f"{self.root} holds replies by {who}, not by {self.teacher.name} {self.teacher.model}; name another "
+                f"folder, add --keep_replies to use them, or delete their {handoff.REPLY} (first: {foreign.folder})"
+            )
+        if serve:
+            self._serve_known()
+        for action, count in settled.items():
+            if count:
+                self._settle(action, count)
+
+    def request(self, item: Item) -> Request | None:
+        """The request for an item; None if preprocessing has not written the one that fits its rationale.
+
+        Raises Refused if the rationale holds nothing to ask about, UserError if a link leads out of the folder.
+        """
+        files.refuse_links(item.folder, self.root)
+        sentences = handoff.read_rationale(item.folder)
+        if not sentences:
+            raise Refused("no_sentences")
+        text = request_text(item.folder)
+        shown = [handoff.form(sentences)] if self.kind == SCORE else sentences
+        if text is None or not all(part in text for part in shown):
+            return None  # not there, or of an earlier export
+        return Request(
+            custom_id=custom_id(self.kind, item.action, item.rank, item.qid),
+            kind=self.kind,
+            qid=item.qid,
+            text=text,
+            sentences=tuple(sentences),
+            images=tuple(self.images(item)),
+            problem=self.problems.get(item.qid),
+            form_note=self.wording.structured.get(self.kind, ""),
+        )
+
+    def images(self, item: Item) -> list[Path]:
+        """Image files beside the request, else those of --images. Raises UserError for a link that leads out."""
+        names = [name for name in os.listdir(item.folder) if _IMAGE_NAME.fullmatch(name)]
+        for name in names:
+            path = item.folder / name
+            files.refuse_links(path, self.root)
+            if not path.is_file():
+                raise cli.UserError(f"{path} is no regular file; put the image there")
+        if not names:
+            return question_images(self.images_dir, item.qid) if self.images_dir else []
+        names.sort(key=lambda name: (name != handoff.IMAGE, len(name), name))  # image.png, choice_0.png, choice_1.png
+        return [item.folder / name for name in names]
+
+    def _written_by(self, folder: Path) -> tuple[str, bool]:
+        """(Teacher and model that wrote a folder's reply, whether that is this Teacher or unknown)."""
+        about = read_sidecar(folder)
+        name, model = about.get("teacher"), about.get("model")
+        if not isinstance(name, str) or not isinstance(model, str):
+            return UNKNOWN, True
+        asked = about.get("asked_model") == self.teacher.model  # a gateway may answer under another name
+        return f"{name} {model}", name == self.teacher.name and (asked or same_model(model, self.teacher.model))
+
+    def known(self, group: int) -> bool:
+        """Whether a reply lies in the folder or in the cache: nothing to pay."""
+        return self.groups.is_answered(group) or group in self._cached
+
+    def _serve_known(self) -> None:
+        """Groups whose reply is in the folder or in the cache already."""
+        for group in self.groups:
+            if self.groups.is_answered(group):
+                copies = self.groups.waiting(group)
+                self._copy(self.groups.items[group], copies)
+                self._author[group] = self._written_by(self.groups.items[group].folder)[0]
+                self.report.copied += len(copies)
+                self.finish(group, None)
+        cached = [group for group in sorted(self._cached) if group in self.groups]
+        with ThreadPoolExecutor(8) as pool:  # the flushes to disk overlap
+            for group, served in pool.map(self._from_cache, cached):
+                if served:
+                    self.report.cached += 1
+                    self.report.copied += served - 1
+                    self.finish(group, None)
+        self._cached.clear()
+
+    def _from_cache(self, group: int) -> tuple[int, int]:
+        """(group, items that got the reply of an earlier run)."""
+        key = self.teacher.key(self.start(group)[0])
+        entry = self.cache.get(key)
+        if entry is None:
+            return group, 0
+        first, *copies = self.groups.waiting(group)
+        text = entry.pop("text")
+        read = reading(self.kind, text, handoff.read_rationale(first.folder))
+        if isinstance(read, Refused):  # the rules of reading have changed since
+            return group, 0
+        entry.pop("key")
+        self._author[group] = f"{entry.get('teacher')} {entry.get('model')}" if "teacher" in entry else UNKNOWN
+        write_reply(first.folder, text, entry | {"from_cache": key[:16], "cost_usd": 0.0}, read)
+        self._copy(first, copies)
+        return group, 1 + len(copies)
+
+    # -- replies ---------------------------------------------------------------------------------------------
+
+    def start(self, group: int) -> tuple[Request, dict[str, Any]]:
+        """The request of a group, and what its sidecar says besides the reply."""
+        request = self.request(self.groups.items[group])
+        sidecar = {"prompt_version": self.wording.version, "images": [path.name for path in request.images]}
+        if _lacks_image(request):
+            sidecar["text_only"] = "the question names an image that was not found"
+        return request, sidecar
+
+    def ask_again(self, request: Request, refused: Refused) -> Request:
+        """The request with the reason told to the model, and more room if it ran out."""
+        more = 2 if refused.reason == "max_tokens" else 1
+        return dataclasses.replace(
+            request, again=self.wording.again.format(reason=refused), room=min(8, request.room * more)
+        )
+
+    def lay_down(self, group: int, request: Request, reply: Reply, sidecar: Mapping[str, Any]) -> Refused | None:
+        """Write the reply beside the group's first item and read it; the others get copies. Returns why it is useless.
+
+        Safe in a thread, so that the flushes to disk of several replies overlap.
+        """
+        first, *copies = self.groups.waiting(group)
+        about = {name: getattr(reply, name) for name in _SIDECAR_FIELDS}
+        about |= {
+            "asked_model": self.teacher.model,
+            "prices": PRICES_DATE,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        } | sidecar
+        read = reading(self.kind, reply.text, request.sentences)
+        incomplete = reply.stop_reason == "refusal" or (reply.stop_reason in CUT_SHORT and self.kind == CORRECT)
+        if not isinstance(read, Refused) and incomplete:
+            set_cut_reply_aside(first.folder, reply.text, reply.stop_reason)
+            return Refused(reply.stop_reason)
+        write_reply(first.folder, reply.text, about, read)
+        if isinstance(read, Refused):
+            return Refused(reply.stop_reason, str(read)) if reply.stop_reason in CUT_SHORT else read
+        self._author[group] = f"{reply.teacher} {reply.model}"
+        self.cache.put(self.teacher.key(request), reply.text, about)
+        self._copy(first, copies)
+        return None
+
+    def finish(self, group: int, reason: str | None, said: str = "") -> None:
+        """A group is answered (reason None) or given up.
+
+        `said`: the API's sentence, or what is wrong with the reply, without the key; saved to `refused.txt`.
+        """
+        items = self.groups.waiting(group)
+        self.groups.close(group, answered=reason is None)
+        if reason is None:
+            self.report.answered += len(items)
+            self.report.written_by[self._author.pop(group, UNKNOWN)] += len(items)
+        else:
+            self.report.unusable |= dict.fromkeys(items, reason)
+            self.report.first.setdefault(reason, (items[0], said))
+            for item in items:
+                files.write_text(
+                    item.folder / handoff.REASON, f"{reason}: {said}\n" if said else f"{reason}\n", flush=False
+                )
+        for item in items:
+            self._settle(item.action)
+
+    def _copy(self, source: Item, targets: Sequence[Item]) -> None:
+        """Give identical rationales the reply that is there."""
+        if not targets:
+            return
+        reply = files.read_shared(source.folder / handoff.REPLY).decode("utf-8", errors="replace")
+        sidecar = read_sidecar(source.folder)
+        sidecar |= {"copied_from": f"{source.action}/p{source.rank}/{source.qid}", "cost_usd": 0.0}
+        for item in targets:
+            read = reading(self.kind, reply, handoff.read_rationale(item.folder))
+            write_reply(item.folder, reply, sidecar, read)
+
+    def _settle(self, action: int, count: int = 1) -> None:
+        self.waiting[action] -= count
+        if not self.waiting[action]:
+            self.action_settled(action, self.report)
+
+
+_IMAGE_NAME = re.compile(r"image\.png|choice_\d+\.png")
+_SIDECAR_FIELDS = tuple(each.name for each in dataclasses.fields(Reply) if each.name != "text")
+
+
+def _lacks_image(request: Request) -> bool:
+    return not request.images and bool((request.problem or {}).get("image"))

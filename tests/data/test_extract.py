@@ -1,0 +1,441 @@
+"""Features and captions of real sample images: shapes, order, the same bytes after a kill, broken images, mistakes."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import extract_caption
+import extract_features
+from ares.cli import UserError
+from ares.data_folder import load_captions, load_name_map
+from ares.images import load_image
+from tests.conftest import ROOT, one_line_error, run_script
+from vision.features import VisionFeatures
+from vision.networks import list_images, load_encoder, read_image
+
+TRIAL = ["--model_name", "test_vit", "--random_weights", "--workers", "0", "--batch_size", "4"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small only lose by a second thread, much so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(sample, tmp_path_factory):
+    """Twelve real images, three of them choice images only."""
+    folder = tmp_path_factory.mktemp("images")
+    for qid in ("46", "62", "86", "95", "133", "140", "198", "293", "363", "1014", "1395", "1762"):
+        shutil.copytree(sample / "images" / qid, folder / qid, copy_function=shutil.copyfile)
+    return folder
+
+
+@pytest.fixture
+def small(images, tmp_path):
+    """A copy of four of them, to be spoilt."""
+    for qid in ("62", "133", "198", "1014"):
+        shutil.copytree(images / qid, tmp_path / "images" / qid)
+    return tmp_path / "images"
+
+
+def features(folder, img_type="vit"):
+    name_map = load_name_map(folder / "name_map.json")
+    return VisionFeatures(folder / extract_features.FILES[img_type], name_map, img_type)
+
+
+def extract(images, out, *flags):
+    extract_features.main(["--data_root", str(images), "--output_dir", str(out), *flags])
+
+
+# -- features --------------------------------------------------------------------------------------------
+
+
+def test_rows_are_the_images_in_order_of_their_numbers(images, tmp_path):
+    extract(images, tmp_path, *TRIAL)
+    found = features(tmp_path)
+    assert [*found.name_map] == sorted((path.name for path in images.iterdir()), key=int)
+    assert (found.rows, found.shape) == (12, (101, 64))
+    record = json.loads((tmp_path / "vit.json").read_text())
+    expected = {"shape": [101, 64], "model_name": "test_vit", "weights": "random", "rows": 12, "broken": []}
+    assert {name: record[name] for name in expected} == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["name_map.json", "vit.json", "vit.pth"]
+
+    encoder = load_encoder("vit", "test_vit", "random")
+    for qid, file in (("1014", "image.png"), ("293", "image.png"), ("1395", "choice_0.png")):
+        alone = encoder([encoder.transform(read_image(images / qid / file))])[0]
+        torch.testing.assert_close(found.gather([qid])[0], alone, atol=1e-5, rtol=1e-5)
+    rows = found.gather(["46", "62", "no image"])
+    assert (rows[0] - rows[1]).abs().max() > 0.01 and not rows[2].any()
+
+
+def test_again_is_quick_and_other_settings_are_refused(images, tmp_path, capsys):
+    extract(images, tmp_path, *TRIAL)
+    before = (tmp_path / "vit.pth").read_bytes()
+    extract(images, tmp_path, *TRIAL)
+    assert "there already" in capsys.readouterr().out
+    name_map = (tmp_path / "name_map.json").read_text()
+    (tmp_path / "name_map.json").unlink()
+    extract(images, tmp_path, *TRIAL)
+    assert (tmp_path / "name_map.json").read_text() == name_map, "features are of no use without it"
+    (tmp_path / "name_map.json").write_text('{"1": 0}')
+    with pytest.raises(UserError, match="name_map.json numbers other images"):
+        extract(images, tmp_path, *TRIAL)
+    (tmp_path / "name_map.json").write_text(name_map)
+    with pytest.raises(UserError, match="vit.pth is there, made with another weights_file"):
+        extract(images, tmp_path, *TRIAL, "--seed", "1")
+    assert (tmp_path / "vit.pth").read_bytes() == before
+    extract(images, tmp_path, *TRIAL, "--seed", "1", "--overwrite")
+    assert (tmp_path / "vit.pth").read_bytes() != before
+
+
+def test_foreign_files_are_not_replaced(images, small, tmp_path):
+    out = tmp_path / "released"
+    out.mkdir()
+    (out / "vit.pth").write_bytes(b"6.6 GB")
+    with pytest.raises(UserError, match="made with another origin"):
+        extract(images, out, *TRIAL)
+    assert (out / "vit.pth").read_bytes() == b"6.6 GB"
+    (out / "name_map.json").write_text('{"1": 0}')
+    with pytest.raises(UserError, match="numbers other images"):
+        extract(images, out, *TRIAL[2:], "--img_type", "resnet", "--model_name", "test_resnet")
+
+
+def test_kill_and_run_again(images, tmp_path):
+    """SIGKILL in the middle of the work; the same command then continues and gives the bytes of a quiet run."""
+    flags = [*TRIAL[:3], "--workers", "1", "--batch_size", "1"]
+    extract(images, tmp_path / "quiet", *flags)
+    script = str(ROOT / "extract_features.py")
+    command = [sys.executable, script, "--data_root", str(images), "--output_dir", str(tmp_path / "killed"), *flags]
+    part = tmp_path / "killed" / ".vit.part.json"
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    while not part.exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    done = json.loads(part.read_text())["done"]
+    assert 0 < done < 12 and not (tmp_path / "killed" / "vit.pth").exists()
+    again = run_script(*command[1:], env={"OMP_NUM_THREADS": "1"})
+    assert f"continuing after {done} of 12 images" in again.stdout
+    assert "RANDOM WEIGHTS" in again.stderr
+    for name in ("vit.pth", "vit.json", "name_map.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes()
+    assert not part.exists()
+
+
+def test_on_a_cpu_images_are_decoded_in_this_process_and_on_a_gpu_by_one_per_core(monkeypatch):
+    import extract_features
+
+    monkeypatch.setattr(extract_features.os, "sched_getaffinity", lambda pid: set(range(40)))
+    assert [extract_features.decoders(asked, "cpu") for asked in (None, 0, 3)] == [0, 0, 3]
+    assert [extract_features.decoders(asked, "cuda") for asked in (None, 0, 3)] == [16, 0, 3]
+
+
+def test_decoding_processes_on_any_python(images, tmp_path, monkeypatch):
+    """Python 3.14 starts processes by forkserver."""
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", None)
+    monkeypatch.setattr(
+        multiprocessing.context._default_context, "_default_context", multiprocessing.get_context("forkserver")
+    )
+    for workers in ("0", "2"):
+        extract(images, tmp_path / workers, *TRIAL[:3], "--workers", workers, "--batch_size", "4")
+    assert (tmp_path / "0/vit.pth").read_bytes() == (tmp_path / "2/vit.pth").read_bytes()
+
+
+def test_other_settings_start_over(images, tmp_path, monkeypatch, capsys):
+    """What a stopped run left is not mixed with rows of another network."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(extract_features.Rows, "finish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            extract(images, tmp_path / "a", *TRIAL)
+    extract(images, tmp_path / "a", *TRIAL, "--seed", "5")
+    assert "continuing" not in capsys.readouterr().out
+    extract(images, tmp_path / "b", *TRIAL, "--seed", "5")
+    assert (tmp_path / "a" / "vit.pth").read_bytes() == (tmp_path / "b" / "vit.pth").read_bytes()
+
+
+def test_broken_images(small, tmp_path, capsys):
+    whole = (small / "198" / "image.png").read_bytes()
+    (small / "198" / "image.png").write_bytes(whole[: len(whole) // 2])
+    (small / "1014" / "image.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"--strict: question 198: cannot read .*198/image.png"):
+        extract(small, tmp_path / "strict", *TRIAL, "--strict")
+    extract(small, tmp_path / "out", *TRIAL)
+    assert "question 198: cannot read" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "vit.json").read_text())["broken"] == ["198", "1014"]
+    rows = features(tmp_path / "out").gather(["62", "133", "198", "1014"])
+    assert [bool(row.any()) for row in rows] == [True, True, False, False]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged TIFFs
+def test_pictures_of_every_kind_are_read_or_refused(tmp_path, monkeypatch):
+    """16-bit grey keeps its shades; what Pillow's readers trip over counts as broken, whatever they raise."""
+    path = tmp_path / "image.png"
+    Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)).save(path)
+    grey = np.asarray(read_image(path))
+    assert grey.shape == (16, 16, 3) and np.array_equal(grey[..., 0].ravel(), np.arange(256)), "not white from 255 on"
+    random = np.random.default_rng(0)
+    picture = Image.fromarray(random.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+    kinds = [("CMYK", "JPEG"), ("P", "PNG"), ("LA", "PNG"), ("1", "TIFF"), ("F", "TIFF"), ("P", "GIF")]
+    for mode, kind in kinds:
+        picture.convert(mode).save(path, format=kind)
+        assert read_image(path).mode == "RGB" and read_image(path).size == (40, 30), (mode, kind)
+        whole = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+        for _ in range(30):
+            spoilt = whole.copy()
+            spoilt[random.integers(0, min(len(whole), 400), 6)] = random.integers(0, 256, 6)
+            path.write_bytes(spoilt.tobytes())
+            with contextlib.suppress(OSError, ValueError):
+                read_image(path)
+
+    def decoder(*_, **__):  # as Pillow's AVIF reader says it
+        raise RuntimeError("Failed to decode frame 0")
+
+    monkeypatch.setattr(Image, "open", decoder)
+    with pytest.raises(ValueError, match="frame 0"):
+        read_image(path)
+    with pytest.raises(UserError, match="image.png of question 7 does not decode .Failed to decode frame 0"):
+        load_image(path, "7")
+
+
+def test_stopped_at_the_very_end_nothing_is_lost(images, tmp_path, monkeypatch, capsys):
+    """The finished rows of a .npy are the file itself, moved in one step."""
+    flags = ["--img_type", "resnet", "--model_name", "test_resnet", "--random_weights", "--workers", "0"]
+    finish = extract_features.Rows.finish
+
+    def stop(rows, path):
+        def no_disk(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", no_disk)
+            patched.setattr(os, "unlink", no_disk)
+            finish(rows, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(extract_features.Rows, "finish", stop)
+        with contextlib.suppress(KeyboardInterrupt):
+            extract(images, tmp_path, *flags)
+    extract(images, tmp_path, *flags)
+    assert "there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["extract_features", "extract_caption"])
+def test_a_device_that_is_not_there_is_named(script, images, tmp_path):
+    out = ["--output_dir", tmp_path] if script == "extract_features" else ["--output", tmp_path / "captions.json"]
+    done = run_script(f"{script}.py", "--data_root", images, *out, "--device", "warp", check=False)
+    one_line_error(done, "--device", "warp")
+
+
+def test_split_folders(images, tmp_path):
+    for split, qids in (("train", ("46", "1014")), ("test", ("62", "133"))):
+        for qid in qids:
+            shutil.copytree(images / qid, tmp_path / split / qid)
+    assert [*list_images(tmp_path)] == ["46", "62", "133", "1014"]
+    assert [*list_images(tmp_path, ["test"])] == ["62", "133"]
+    with pytest.raises(UserError, match="--splits: no folder val"):
+        list_images(tmp_path, ["val", "test"])
+    shutil.copytree(images / "62", tmp_path / "train" / "62")
+    with pytest.raises(UserError, match="question 62 has two folders"):
+        list_images(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_local_weights(small, tmp_path, suffix):
+    import timm
+    from safetensors.torch import save_file
+
+    torch.manual_seed(7)
+    network = timm.create_model("test_vit").eval()
+    file = tmp_path / f"weights{suffix}"
+    save_file(network.state_dict(), file) if suffix == ".safetensors" else torch.save(network.state_dict(), file)
+    flags = ["--model_name", "test_vit", "--weights", str(file), "--workers", "0"]
+    extract(small, tmp_path / "out", *flags)
+    encoder = load_encoder("vit", "test_vit", "random")
+    pixels = encoder.transform(read_image(small / "62" / "image.png"))[None]
+    with torch.no_grad():
+        expected = network.forward_features(pixels)
+    torch.testing.assert_close(features(tmp_path / "out").gather(["62"]), expected, atol=1e-5, rtol=1e-5)
+    record = json.loads((tmp_path / "out" / "vit.json").read_text())
+    assert record["weights"] == "local" and record["weights_file"].startswith(file.name)
+    with pytest.raises(UserError, match=f"weights{suffix} does not fit test_resnet"):
+        extract(small, tmp_path / "other", "--model_name", "test_resnet", "--weights", str(file))
+
+
+def test_float16(small, tmp_path):
+    extract(small, tmp_path / "a", *TRIAL)
+    extract(small, tmp_path / "b", *TRIAL, "--dtype", "float16")
+    assert torch.load(tmp_path / "b" / "vit.pth", weights_only=True).dtype == torch.float16
+    both = [features(tmp_path / name).gather(["62", "198"]) for name in "ab"]
+    torch.testing.assert_close(*both, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("img_type", ["vit", "clip", "resnet", "detr"])
+def test_released_networks_give_the_released_shapes(img_type, small, tmp_path):
+    """The true architectures, with random weights: nothing can be downloaded here."""
+    for qid in ("198", "1014"):
+        shutil.rmtree(small / qid)
+    out = tmp_path / "out"
+    extract(small, out, "--img_type", img_type, "--random_weights", "--workers", "0")
+    (out / f"{img_type}.json").unlink()  # without it the reader insists on the published shape
+    found = features(out, img_type)
+    rows = found.gather(["62", "133"])
+    assert rows.shape == (2, *found.shape) and torch.isfinite(rows).all()
+    assert (rows[0] - rows[1]).abs().max() > 0
+    if img_type == "resnet":
+        assert np.load(out / "resnet.npy", mmap_mode="r").shape == (2, 2048)
+
+
+def test_mistakes_before_any_network_is_built(images, tmp_path):
+    script = "extract_features.py"
+    one_line_error(run_script(script, "--data_root", tmp_path / "none", check=False), "--data_root", "is no folder")
+    where = ["--data_root", images, "--output_dir", tmp_path / "out"]
+    done = run_script(script, *where, "--weights", "x", "--random_weights", "--batch_size", "0", check=False)
+    one_line_error(done, "--weights and --random_weights", "--batch_size")
+    with pytest.raises(UserError, match="timm .* has no model vit_gigantisch"):
+        extract(images, tmp_path / "out", "--model_name", "vit_gigantisch", "--random_weights")
+    with pytest.raises(UserError, match="--weights: .*none.bin does not exist"):
+        extract(images, tmp_path / "out", "--weights", str(tmp_path / "none.bin"))
+    with pytest.raises(UserError, match="no .qid./image.png"):
+        list_images(tmp_path / "out")
+
+
+@pytest.mark.parametrize("img_type", ["vit", "detr"])
+def test_no_hub(img_type, images, tmp_path):
+    """One attempt, one line, and it names the two ways out."""
+    with pytest.raises(UserError, match="hub cannot be reached.*--weights PATH.*--random_weights"):
+        extract(images, tmp_path, "--img_type", img_type)
+    assert not (tmp_path / extract_features.FILES[img_type]).exists()
+
+
+# -- captions --------------------------------------------------------------------------------------------
+
+
+def tiny_instructblip(folder, decoder_only):
+    """InstructBLIP's own model and processor classes, tiny, weights drawn wide enough that captions differ."""
+    from transformers import (
+        AutoTokenizer,
+        BertTokenizer,
+        BlipImageProcessor,
+        InstructBlipConfig,
+        InstructBlipForConditionalGeneration,
+        InstructBlipProcessor,
+        LlamaConfig,
+        T5Config,
+    )
+
+    from demo.make_tokenizer import make_tokenizer
+
+    make_tokenizer(["Write a short description of two small red balls on a table."] * 3, folder / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "write", "a", "short", "description", "for", "the", "image"]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    bert = BertTokenizer(str(folder / "vocab.txt"))
+    pixels = BlipImageProcessor(size={"height": 32, "width": 32})
+    processor = InstructBlipProcessor(pixels, tokenizer, bert, num_query_tokens=4)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if decoder_only:
+        text = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes)
+    else:
+        shape = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+        text = T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **shape)
+    config = InstructBlipConfig(
+        vision_config={**sizes, "image_size": 32, "patch_size": 8},
+        qformer_config={**sizes, "vocab_size": len(bert), "encoder_hidden_size": 32},
+        text_config=text.to_dict(),
+        num_query_tokens=4,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(0)
+    model = InstructBlipForConditionalGeneration(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.3)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["t5", "llama"])
+def instructblip(request, tmp_path_factory):
+    return tiny_instructblip(tmp_path_factory.mktemp("instructblip"), request.param)
+
+
+def caption(images, output, model, *flags):
+    arguments = ["--data_root", images, "--output", output, "--model", model, "--max_new_tokens", "6", *flags]
+    extract_caption.main([str(argument) for argument in arguments])
+
+
+def test_captions(instructblip, images, tmp_path, capsys):
+    output = tmp_path / "instruct_captions.json"
+    caption(images, output, instructblip, "--batch_size", "5")
+    captions = load_captions(output)
+    assert [*captions] == [*list_images(images)]
+    assert len(set(captions.values())) > 1  # the image reaches the words
+    assert not any("description for the image" in text or "<image>" in text for text in captions.values())
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+    caption(images, output, instructblip)
+    assert "there already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--output: .* by another model or prompt"):
+        caption(images, output, instructblip, "--prompt", "A short description:")
+    assert load_captions(output) == captions
+    caption(images, output, instructblip, "--prompt", "small red balls on a table", "--overwrite")
+    assert load_captions(output) != captions  # so does the prompt
+
+
+def test_captions_stopped_and_continued(instructblip, images, tmp_path, monkeypatch, capsys):
+    caption(images, tmp_path / "quiet.json", instructblip, "--batch_size", "3")
+    whole, calls = extract_caption.Captioner.__call__, []
+
+    def stop_at_third(self, pictures):
+        calls.append(len(pictures))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(self, pictures)
+
+    monkeypatch.setattr(extract_caption.Captioner, "__call__", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        caption(images, tmp_path / "stopped.json", instructblip, "--batch_size", "3")
+    assert not (tmp_path / "stopped.json").exists()
+    caption(images, tmp_path / "stopped.json", instructblip, "--batch_size", "3")
+    assert "continuing after 6 captions" in capsys.readouterr().out
+    assert sum(calls[3:]) == 6  # none asked twice
+    assert (tmp_path / "stopped.json").read_bytes() == (tmp_path / "quiet.json").read_bytes()
+
+
+def test_caption_mistakes(small, tmp_path):
+    with pytest.raises(UserError, match="--model: cannot load .*nowhere"):
+        caption(small, tmp_path / "captions.json", "nowhere/such-model")
+    done = run_script("extract_caption.py", "--data_root", small, "--batch_size", "0", check=False)
+    one_line_error(done, "--batch_size")
+
+
+def test_caption_of_a_broken_image(small, tmp_path, capsys):
+    model = tiny_instructblip(tmp_path / "model", False)
+    (small / "62" / "image.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="--strict: question 62"):
+        caption(small, tmp_path / "captions.json", model, "--strict")
+    caption(small, tmp_path / "captions.json", model)
+    assert [*load_captions(tmp_path / "captions.json")] == ["133", "198", "1014"]
+    assert "question 62: cannot read" in capsys.readouterr().err

@@ -1,0 +1,292 @@
+"""One opener for images: which formats it takes, what it refuses before decoding, and that every caller uses it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ares import images
+from ares.cli import UserError
+from tests.conftest import ROOT
+from vision.networks import read_image
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 40 40
+%%EndComments
+newpath 0 0 moveto 40 40 lineto stroke
+%%EOF
+"""
+
+# every way by which an image file of a user is decoded; each line prints one JSON value: whether it was refused
+CALLERS = """
+import json, pathlib, resource, sys
+path = pathlib.Path(sys.argv[2])
+from ares import images
+from ares.cli import UserError
+def call(name):
+    if name == "features":
+        from utils_vision import read_image
+        read_image(path)
+    elif name == "teacher":
+        images.load_image(path, "7")
+    elif name == "estimate":
+        images.pixels(path) or (_ for _ in ()).throw(ValueError)
+    elif name == "prepare":
+        import prepare_data
+        prepare_data._as_png(path.read_bytes())
+    elif name == "report":
+        from report_page import pictures
+        found = pictures.collect_images(path.parent.parent, [path.parent.name], "embed", path.parent / "r.html")
+        found["list"] or (_ for _ in ()).throw(ValueError)
+import PIL.Image, PIL.EpsImagePlugin, PIL.WebPImagePlugin, PIL.TiffImagePlugin
+if sys.argv[1] == "features": import utils_vision, torch
+if sys.argv[1] == "prepare": import prepare_data
+if sys.argv[1] == "report": import report_page.pictures
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    call(sys.argv[1])
+    refused = False
+except (OSError, ValueError, UserError) as error:
+    refused = True
+print(json.dumps([refused, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024]))
+"""
+NAMES = ("features", "teacher", "estimate", "prepare", "report")
+
+
+def use(caller: str, path: Path, **environment: str) -> tuple[bool, float]:
+    """(whether `caller` refused the file, megabytes that its memory grew by), in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", CALLERS, caller, str(path)],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return tuple(json.loads(done.stdout.splitlines()[-1]))
+
+
+def place(tmp_path: Path, data: bytes) -> Path:
+    path = tmp_path / "7/image.png"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("caller", NAMES)
+def test_an_eps_does_not_start_ghostscript(caller, tmp_path):
+    programs, started = tmp_path / "bin", tmp_path / "started"
+    programs.mkdir()
+    (programs / "gs").write_text(f"#!/bin/sh\ntouch {started}\nexit 1\n")
+    (programs / "gs").chmod(0o755)
+    path = place(tmp_path, EPS)
+    refused, _ = use(caller, path, PATH=f"{programs}:{os.environ['PATH']}")
+    assert refused and not started.exists()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, *more: bytes, color: int = 2) -> bytes:
+    """A black PNG written without holding its pixels."""
+    squeezer, row = zlib.compressobj(9), bytes(1 + width * {0: 1, 2: 3, 6: 4}[color])
+    data = b"".join(squeezer.compress(row) for _ in range(height)) + squeezer.flush()
+    head = struct.pack(">IIBBBBB", width, height, 8, color, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + b"".join(more) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def saved(size: tuple[int, int], kind: str, mode: str = "1", **options) -> bytes:
+    out = io.BytesIO()
+    Image.new(mode, size).save(out, format=kind, **options)
+    return out.getvalue()
+
+
+def big_frame_gif() -> bytes:
+    """A screen of one pixel whose first frame claims 20,000 x 20,000."""
+    whole = saved((1, 1), "GIF", "P")
+    at = whole.index(b",\0\0\0\0")
+    return whole[: at + 5] + struct.pack("<HH", 20_000, 20_000) + whole[at + 9 :]
+
+
+BOMBS = {
+    "png": lambda: png(15_000, 15_000),
+    "wide png": lambda: png(2_000_000, 60),
+    "gif": lambda: saved((12_000, 12_000), "GIF", "P"),
+    "frame of a gif": big_frame_gif,
+    "jpeg": lambda: saved((12_000, 12_000), "JPEG", "L"),
+    "webp": lambda: saved((12_000, 12_000), "WEBP", "L", lossless=True, method=0),
+    "bmp": lambda: saved((30_000, 30_000), "BMP")[:80_000],
+    "tiff": lambda: saved((20_000, 20_000), "TIFF", compression="group4"),
+    "text": lambda: png(4, 4, *[chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**8), 9))] * 20),
+    "international text": lambda: png(4, 4, chunk(b"iTXt", b"k\0\1\0\0\0" + zlib.compress(bytes(10**8), 9))),
+}
+
+
+@pytest.fixture(scope="module", params=BOMBS)
+def bomb(request, tmp_path_factory):
+    return place(tmp_path_factory.mktemp("bomb"), BOMBS[request.param]())
+
+
+@pytest.mark.parametrize("caller", NAMES)
+def test_a_bomb_is_not_decoded(caller, bomb):
+    refused, megabytes = use(caller, bomb)
+    assert refused and megabytes < 60, megabytes
+
+
+def test_many_large_images_are_decoded_one_after_the_other(tmp_path):
+    """Each is within the limit; eight threads hold one of them at a time."""
+    for number in range(8):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "image.png").write_bytes(png(7_900, 7_900, color=0))
+    script = (
+        "import pathlib, resource, sys; from ares import images; import os; os.cpu_count = lambda: 8\n"
+        "files = {p.parent.name: [p] for p in pathlib.Path(sys.argv[1]).glob('*/image.png')}\n"
+        "assert not images.broken_images(files)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) < 300, "500 MB and more without a lock"
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    folder = tmp_path / "7"
+    folder.mkdir()
+    os.mkfifo(folder / "image.png")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    for path in (folder / "image.png", folder / "zero.png", folder):
+        with pytest.raises(OSError, match="no regular file"):
+            read_image(path)
+        with pytest.raises(UserError, match=f"--images: .*{path.name}.* of question 7"):
+            images.load_image(path, "7")
+        assert images.pixels(path) is None
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_FILE", 10_000)
+    path = place(tmp_path, png(4, 4) + bytes(20_000))
+    with pytest.raises(ValueError, match="MB are read"):
+        read_image(path)
+    with pytest.raises(UserError, match="question 7 is larger than"):
+        images.load_image(path, "7")
+
+
+# -- EXIF orientation: the Teacher and tools/predict.py see what a person sees; features stay as published ------
+
+
+def corners(image: Image.Image) -> list[tuple]:
+    width, height = image.size
+    return [image.getpixel((x, y)) for x, y in ((2, 2), (width - 3, 2), (2, height - 3), (width - 3, height - 3))]
+
+
+PLAIN = Image.new("RGB", (40, 20))
+for box, color in (((0, 0, 20, 10), "red"), ((20, 0, 40, 10), "lime"), ((0, 10, 20, 20), "blue")):
+    PLAIN.paste(color, box)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("turn", range(2, 9))
+def test_a_turned_photo(turn, kind, tmp_path):
+    from PIL import ImageOps
+
+    path = place(tmp_path, b"")
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    PLAIN.save(path, format=kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    with Image.open(path) as image:
+        expected = ImageOps.exif_transpose(image).convert("RGB")  # the library's own
+    assert expected.tobytes() != PLAIN.tobytes()
+    sent_kind, data = images.load_image(path, "7")
+    with Image.open(io.BytesIO(data)) as sent:
+        assert sent.convert("RGB").tobytes() == expected.tobytes() and images.orientation(sent) == 1
+    assert images.media_type(data) == sent_kind
+    assert images.pixels(path) == expected.size
+    assert read_image(path, turned=True).tobytes() == expected.tobytes()
+    if kind != "TIFF":  # Pillow turns a TIFF itself
+        assert read_image(path).tobytes() == PLAIN.tobytes(), "as the published features were made"
+
+
+def test_a_turned_jpeg_and_a_plain_one(tmp_path):
+    path = place(tmp_path, b"")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    PLAIN.save(path, format="JPEG", exif=exif, quality=95)
+    kind, data = images.load_image(path, "7")
+    with Image.open(io.BytesIO(data)) as sent:
+        assert sent.size == (20, 40) and kind == "image/png"
+        assert corners(sent)[1][0] > 200, "red has gone from the left upper corner to the right one"
+    PLAIN.save(path, format="JPEG", exif=Image.Exif())
+    assert images.load_image(path, "8") == ("image/jpeg", path.read_bytes())
+
+
+def test_damaged_exif_data_does_not_make_an_image_broken(tmp_path):
+    out = io.BytesIO()
+    PLAIN.save(out, format="JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f" + bytes(range(64)))
+    path = place(tmp_path, out.getvalue())
+    assert images.load_image(path, "7") == ("image/jpeg", path.read_bytes())
+    assert read_image(path, turned=True).size == (40, 20)
+
+
+def test_a_report_shows_a_turned_photo_upright(tmp_path):
+    import base64
+
+    from tools.report_page import pictures
+
+    path = place(tmp_path, b"")
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.effect_noise((800, 400), 90).convert("RGB").save(path, format="JPEG", exif=exif)
+    found = pictures.collect_images(tmp_path, ["7"], "embed", tmp_path / "report.html")["list"][0]
+    with Image.open(io.BytesIO(base64.b64decode(found["src"].partition(",")[2]))) as shown:
+        assert (found["w"], found["h"]) == (400, 800) and shown.height > shown.width
+
+
+# -- sorts of pictures ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("GIF", "P", {"save_all": True}), ("WEBP", "RGB", {"save_all": True}), ("PNG", "RGB", {"save_all": True}),
+        ("JPEG", "CMYK", {}), ("TIFF", "CMYK", {}), ("BMP", "P", {}), ("TIFF", "I;16", {}), ("TIFF", "F", {}),
+    ],
+)  # fmt: skip
+def test_what_the_api_may_read_otherwise_goes_out_as_plain_png(kind, mode, options, tmp_path):
+    first = Image.new("RGB", (30, 20), (255, 0, 0))
+    first = first.convert(mode) if mode not in ("I;16", "F") else Image.new(mode, (30, 20), 65535)
+    if options:
+        options |= {"append_images": [Image.new("RGB", (30, 20), color) for color in ("blue", "lime")]}
+    path = place(tmp_path, b"")
+    first.save(path, format=kind, **options)
+    sent_kind, data = images.load_image(path, "7")
+    with Image.open(io.BytesIO(data)) as sent:
+        assert sent_kind == "image/png" and sent.format == "PNG" and getattr(sent, "n_frames", 1) == 1
+        red = sent.convert("RGB").getpixel((5, 5))
+        assert red[0] > 220 and (mode in ("I;16", "F") or max(red[1:]) < 60), red
+    assert read_image(path).size == (30, 20)
+
+
+def test_still_pictures_go_out_byte_by_byte(tmp_path):
+    for kind, mode in (("PNG", "P"), ("PNG", "LA"), ("PNG", "I;16"), ("GIF", "P"), ("WEBP", "RGBA"), ("JPEG", "L")):
+        path = place(tmp_path, saved((9, 7), kind, mode))
+        assert images.load_image(path, "7")[1] == path.read_bytes(), (kind, mode)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_cut_files_are_broken(kind, tmp_path):
+    out = io.BytesIO()
+    Image.effect_noise((60, 60), 90).convert("RGB").save(out, format=kind)
+    for share in (0.1, 0.5, 0.9):
+        path = place(tmp_path, out.getvalue()[: int(len(out.getvalue()) * share)])
+        with pytest.raises((OSError, ValueError)):
+            read_image(path)
+        with pytest.raises(UserError, match="question 7 (does not decode|is no PNG)"):
+            images.load_image(path, "7")

@@ -1,0 +1,655 @@
+"""RL end to end on real questions with tiny models: flags, files, equality over processes, resuming, learning signals.
+
+Runs with one process call `main` here; those with two, and those that are killed, are real launches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import run_mm_cot_rl
+from ares import files
+from ares import launch as launch_lock
+from ares.cli import UserError
+from rl import experience, rollouts, run_folder
+from rl import flags as rl_flags
+from teacher import handoff
+from tests.conftest import ROOT, one_line_error, run_script
+from tests.rl import rl_tools
+from tests.rl.test_rollouts import random_rollouts
+
+QUESTIONS = 7  # k = 2 gives 14 rationales: no multiple of any step below
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, sample, t5_tokenizer, t5_tokenizer_dir):
+    """`data`, `base` (a tiny multimodal model with tokenizer), `tokenizer`, `tmp`."""
+    tmp = tmp_path_factory.mktemp("rl")
+    data = rl_tools.make_data(tmp, sample, QUESTIONS)
+    base = rl_tools.make_model(tmp / "base", data, t5_tokenizer)
+    return SimpleNamespace(tmp=tmp, data=data, base=base, tokenizer=t5_tokenizer_dir)
+
+
+def flags(world, run: Path, **changes) -> list[str]:
+    """The command line of a small run; `None` drops a flag."""
+    chosen = {
+        "data_root": world.data, "caption_file": world.data / "captions.json", "use_caption": "", "img_type": "vit",
+        "prompt_format": "QCM-E", "base_model_dir": world.base, "ref_model": world.base, "k_actions": 2, "bs": 3,
+        "output_len": 24, "do_sample": True, "top_k": 50, "rl_batch_size": 2, "ga_step": 2, "rl_epochs": 2,
+        "epochs": 1, "lr": 1e-3, "init_kl_coef": 0.01, "gamma": 1.0, "run_dir": run, "poll_seconds": 0.2,
+        "settle_seconds": 0.2, "report_to": "none",
+    } | changes  # fmt: skip
+    words = [(f"--{key}", str(value)) for key, value in chosen.items() if value is not None]
+    return [word for pair in words for word in pair if word]
+
+
+def launch(world, run: Path, **changes) -> None:
+    """Run in this process."""
+    run_mm_cot_rl.main(flags(world, run, **changes))
+
+
+@pytest.fixture(scope="module")
+def collected(world):
+    """A run folder after `--phase collect` in one process, answered."""
+    run = world.tmp / "collected"
+    launch(world, run, phase="collect")
+    rl_tools.answer(run / "questions")
+    return run
+
+
+def copy(collected: Path, to: Path) -> Path:
+    shutil.copytree(collected, to)  # copies modification times: the signals stay younger than the export
+    return to
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Policy and value function of a round folder."""
+    from safetensors.torch import load_file
+
+    value = torch.load(folder / "value_function.pth", weights_only=True)
+    return load_file(folder / "model.safetensors") | {f"value.{name}": tensor for name, tensor in value.items()}
+
+
+def metrics(run: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+# -- flags -----------------------------------------------------------------------------------------------
+
+BASE_COMMAND = (
+    "--k_actions 4 --bs 64 --output_len 512 --rl_batch_size 8 --init_kl_coef 0.0001 --top_k 50 --rl_epochs 10 "
+    "--lr 2e-5 --clip_range 0.2 --epochs 1 --ga_step 8 --gamma 1.0 --adv_normalization True --do_sample True "
+    "--continue_train False"
+).split()
+LARGE_CHANGES = (
+    "--model_type large --bs 32 --rl_batch_size 2 --rl_epochs 5 --ga_step 16 --adv_normalization False".split()
+)
+
+
+def test_folder_names_of_the_users_commands(tmp_path):
+    models = ["--base_model_dir", str(tmp_path), "--ref_model", str(tmp_path)]
+    args = run_mm_cot_rl.parse_args([*BASE_COMMAND, *models])
+    assert str(run_folder.run_folder(args)) == (
+        "RL_models/base_neutral0.5_k4_rlb8_cl0.2_rle10_lr2e-05_vlr1.0_g1.0_l0.95_fGPT4V_seed42_kl0.0001_ga8"
+        "_dosampleTrue_advTrue_tk50_ref"
+    )
+    args = run_mm_cot_rl.parse_args([*BASE_COMMAND, *LARGE_CHANGES, *models[:2]])
+    assert run_folder.run_name(args) == (
+        "large_neutral0.5_k4_rlb2_cl0.2_rle5_lr2e-05_vlr1.0_g1.0_l0.95_fGPT4V_seed42_kl0.0001_ga16"
+        "_dosampleTrue_advFalse_tk50_no_ref"
+    )
+    args = run_mm_cot_rl.parse_args([*BASE_COMMAND, *models, "--feedback", "x" * 300])
+    assert len(run_folder.run_name(args).encode()) <= 255
+
+
+def test_defaults_are_the_released_ones(tmp_path):
+    args = run_mm_cot_rl.parse_args(["--base_model_dir", str(tmp_path)])
+    released = {
+        "output_len": 512, "lr": 1e-5, "model_type": "base", "k_actions": 3, "rl_batch_size": 6, "rl_epochs": 3,
+        "epochs": 3, "ga_step": 4, "init_kl_coef": 0.05, "clip_range": 0.2, "vf_coef": 1.0, "gamma": 0.99,
+        "gae_lambda": 0.95, "adv_normalization": True, "neutral_score": 0.5, "do_sample": False, "top_k": 20,
+        "top_p": 1.0, "algo": "ppo", "feedback": "GPT4V", "log_term": 200, "continue_train": False, "bs": 16,
+        "seed": 42, "train_split": "train", "prompt_format": "QCM-A", "input_len": 512, "ref_model": None,
+    }  # fmt: skip
+    assert {key: getattr(args, key) for key in released} == released
+
+
+def test_every_flag_is_known_to_the_run_folder(tmp_path):
+    args = vars(run_mm_cot_rl.parse_args(["--base_model_dir", str(tmp_path)]))
+    groups = [*run_folder.SAMPLING_FLAGS, *run_folder.PPO_FLAGS[1:], *run_folder.FREE_FLAGS, *rl_flags.EVALUATION_ONLY]
+    assert run_folder.PPO_FLAGS[0] == "seed"  # the one flag that both need
+    assert sorted(groups) == sorted(args)
+
+
+def test_bad_flags_are_refused_together(tmp_path):
+    with pytest.raises(UserError) as refusal:
+        run_mm_cot_rl.parse_args(
+            "--base_model_dir nowhere --ref_model nowhere2 --final_eval --eval_le x.json --k_actions 0 --lr nan "
+            "--gamma 2 --top_p 0 --overwrite --phase train --train_le x.json --seed 9223372036854775808 "
+            "--pass_tokens 0".split()
+        )
+    words = "base_model_dir nowhere2 final_eval eval_le k_actions lr gamma top_p overwrite train_le QCMG seed "
+    words += "pass_tokens"
+    for word in words.split():
+        assert word in str(refusal.value), word
+    with pytest.raises(UserError, match="no folder {run}"):
+        run_mm_cot_rl.parse_args(["--base_model_dir", str(tmp_path), "--continue_train", "yes"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base_model_dir": "gone"}, ["--base_model_dir", "gone"]),
+        ({"img_type": None}, ["--base_model_dir", "img_type"]),
+        ({"img_type": "detr"}, ["vision_features", "detr"]),
+        ({"caption_file": "gone.json"}, ["--caption_file", "gone.json"]),
+        ({"train_split": "hardtrain"}, ["hardtrain"]),
+        ({"run_dir": "/proc/no"}, ["--run_dir", "/proc/no"]),
+        ({"phase": "train"}, ["--phase train", "collect"]),
+    ],
+)
+def test_bad_input_ends_with_one_line(world, tmp_path, changes, words):
+    with pytest.raises(UserError) as refusal:
+        launch(world, tmp_path / "run", **changes)
+    assert "\n" not in str(refusal.value)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_a_folder_without_weights_exits_with_two(world, tmp_path):
+    shutil.copytree(world.base, tmp_path / "base")
+    (tmp_path / "base/model.safetensors").unlink()
+    done = run_script(
+        "run_mm_cot_rl.py", *flags(world, tmp_path / "run", base_model_dir=tmp_path / "base"), check=False
+    )
+    one_line_error(done, "--base_model_dir", "no weights")
+    assert not (tmp_path / "run").exists()
+
+
+# -- the whole path --------------------------------------------------------------------------------------
+
+ROUND_FILES = {
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "value_function.pth", "optimizer_state.pth", "args.yaml",
+}  # fmt: skip
+DIAGNOSTICS = (
+    "policy_loss value_loss loss approx_kl kl_ref entropy clipfrac explained_variance grad_norm lr "
+    "mean_sentence_score sentences reward length share_ended share_dropped"
+).split()
+
+
+def test_two_processes_then_a_second_round(world, collected, tmp_path):
+    """Waits for a Teacher; the same command again does nothing; --continue_train goes on, two replies lost."""
+    run = tmp_path / "run"
+    teacher = rl_tools.Teacher(run / "questions")
+    done = run_script("run_mm_cot_rl.py", *flags(world, run, report_to=None), nproc=2, env=ONE_THREAD)
+    said = done.stdout.splitlines()
+    assert said.index("Rationale Finished") < said.index("Waiting for the feedback")
+    assert "2 process(es) on cpu" in done.stdout
+    assert {path.name for path in run.iterdir()} - {launch_lock.LOCK} == {
+        "0", "args.yaml", "metrics.jsonl", "questions_round0", "rollouts", "samples_round_0.jsonl", "tensorboard"
+    }  # fmt: skip
+    assert {path.name for path in (run / "0").iterdir()} - {"special_tokens_map.json"} == ROUND_FILES
+    items = handoff.iter_items(run / "questions_round0")
+    assert {item.rank for item in items} == {0, 1} and {item.action for item in items} == {0, 1}
+    assert sum(len((item.folder / handoff.SCORES).read_text().split()) for item in items) == teacher.sentences > 10
+
+    # who samples a batch makes no difference
+    one, two = rollouts.Store(collected, 0).load(), rollouts.Store(run, 0).load()
+    assert one.keys() == two.keys() and torch.equal(one.tokens, two.tokens)
+    torch.testing.assert_close(one.logprobs, two.logprobs, atol=1e-5, rtol=1e-5)
+    assert set(one.rank) == {0} and set(two.rank) == {0, 1}
+
+    before, after = weights_of_base(world.base), weights(run / "0")
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert still == [], "every parameter of the policy moves"
+    updates, epochs, (rollout,) = metrics(run, "update"), metrics(run, "epoch"), metrics(run, "rollout")
+    assert len(epochs) == 2 and len(updates) == 2 * math.ceil(14 / (2 * 2 * 2))
+    for line in updates + epochs:
+        assert all(math.isfinite(line[name]) for name in DIAGNOSTICS), line
+    assert rollout["sentences"] == teacher.sentences and rollout["rationales"] == 14
+    assert updates[0]["approx_kl"] < 1e-6 and updates[0]["clipfrac"] == 0  # the first update is on policy
+    assert updates[0]["kl_ref"] < 1e-6 < updates[-1]["kl_ref"]  # and the reference is where it started
+    assert list((run / "tensorboard").iterdir())
+
+    launch(world, run)
+    assert weights(run / "0").keys() == after.keys() and not (run / "questions").exists()
+
+    lost = []
+    teacher = rl_tools.Teacher(run / "questions", skip=lambda item: len(lost) < 2 and not lost.append(item.qid))
+    launch(world, run, base_model_dir=run / "0", continue_train=True, run_dir=None, ref_model=None)
+    teacher.join(5)
+    assert {path.name for path in run.iterdir()} >= {"0", "1", "questions_round0", "questions_round1"}
+    second = [line for line in metrics(run, "rollout") if line["round"] == 1][0]
+    assert second["rationales"] == 12 and second["dropped_no_reply"] == 2
+    assert second["share_dropped"] == pytest.approx(2 / 14)
+    assert f"reference: {world.base}" in (run / "1/args.yaml").read_text()  # still the first round's reference
+    steps = {int(state["step"]) for state in optimizer(run / "1")["state"].values()}
+    assert steps == {4 + 2 * math.ceil(12 / 4)}, "the optimizer went on from round 0"
+
+
+def weights_of_base(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def optimizer(folder: Path) -> dict:
+    return torch.load(folder / "optimizer_state.pth", weights_only=True)
+
+
+@pytest.mark.parametrize("passes", [{}, {"pass_tokens": 10**6}], ids=["minibatches", "joined"])
+def test_one_process_and_two_make_the_same_update(world, collected, tmp_path, passes):
+    """1 process x 4 accumulation steps = 2 x 2, on 14 rationales in minibatches of 5, 5 and 4: the second process has
+    one real minibatch and one that weighs nothing, or, joined, 5 rows where the first has 9.
+
+    float32 sums taken in another order: gradients agree to 1e-5 of their norm (1e-7 was seen), weights to 2e-6, where
+    lr 1e-3 moves them by up to 1e-3.
+    """
+    one, two = copy(collected, tmp_path / "one"), copy(collected, tmp_path / "two")
+    how = {"phase": "train", "rl_epochs": 1, "rl_batch_size": 5}
+    launch(world, one, ga_step=4, **how)
+    run_script("run_mm_cot_rl.py", *flags(world, two, ga_step=2, **how, **passes), nproc=2, env=ONE_THREAD)
+    a, b, start = weights(one / "0"), weights(two / "0"), weights_of_base(world.base)
+    assert max(float((a[name] - start[name]).abs().max()) for name in start) > 9e-4
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-6, rtol=0, msg=name)
+    left, right = optimizer(one / "0"), optimizer(two / "0")
+    assert left["names"] == right["names"]
+    for place, name in enumerate(left["names"]):
+        x, y = (saved["state"][place]["exp_avg"] for saved in (left, right))  # 0.1 x the gradient
+        assert float((x - y).norm()) <= 1e-5 * float(x.norm()), name
+    ((x,), (y,)) = metrics(one, "update"), metrics(two, "update")
+    for name in DIAGNOSTICS:
+        assert x[name] == pytest.approx(y[name], rel=1e-5, abs=1e-6), name
+
+
+# -- kills and changed minds -----------------------------------------------------------------------------
+
+
+def test_killed_in_ppo_and_again_gives_the_same_weights(world, collected, tmp_path):
+    whole, cut = copy(collected, tmp_path / "whole"), copy(collected, tmp_path / "cut")
+    how = {"phase": "train", "save_minutes": 0, "rl_epochs": 3}
+    launch(world, whole, **how)
+    command = [sys.executable, "run_mm_cot_rl.py", *flags(world, cut, **how, log_term=1)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=environment())
+    for line in process.stdout:
+        if "update 6:" in line:  # of 12: in the middle of the second epoch
+            process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL and list((cut / "state").glob("slot_*.pth"))
+    assert not (cut / "0").exists()
+    with pytest.raises(UserError, match="--lr was 0.001, is 0.01"):
+        launch(world, cut, **how | {"lr": 1e-2})
+    launch(world, cut, **how)
+    a, b = weights(whole / "0"), weights(cut / "0")
+    assert all(torch.equal(a[name], b[name]) for name in a), "bit-equal on one thread of one CPU"
+    for kind in ("rollout", "update", "epoch"):
+        assert metrics(whole, kind) == metrics(cut, kind)
+    assert not (cut / "state").exists()
+
+
+def environment() -> dict:
+    import os
+
+    return {**os.environ, **ONE_THREAD, "ACCELERATE_USE_CPU": "true"}
+
+
+def test_another_experiment_in_the_same_folder_is_refused(world, collected, tmp_path):
+    run = copy(collected, tmp_path / "run")
+    with pytest.raises(UserError, match="--top_k was 50, is 20"):
+        launch(world, run, top_k=20, phase="train")
+    problems = files.read_json(world.data / "scienceqa/problems.json", "test")
+    problems[next(iter(problems))]["question"] += " Really?"
+    data = tmp_path / "data"
+    shutil.copytree(world.data, data)
+    files.write_json(data / "scienceqa/problems.json", problems)
+    with pytest.raises(UserError, match="prompts are not those of the rollouts"):
+        launch(world, run, data_root=data, phase="train")
+
+
+def test_overwrite_starts_anew_and_keeps_paid_replies(world, collected, tmp_path):
+    run = copy(collected, tmp_path / "run")
+    launch(world, run, overwrite="", phase="collect", top_k=20)
+    (aside,) = run.glob("overwritten_*")
+    assert len(list(aside.glob("questions/*/p0/*/output_from_llm.txt"))) > 5
+    assert not list(run.glob("questions/*/p0/*/output_from_llm.txt"))
+
+
+def test_the_commands_after_collecting_name_the_data(tmp_path):
+    argv = f"--base_model_dir {tmp_path} --data_root data --dataset aokvqa --images pictures --phase collect".split()
+    first, second, third = run_folder.next_commands(run_mm_cot_rl.parse_args(argv), tmp_path, argv).splitlines()
+    for command in (first, second):
+        assert command.endswith(" --data_root data --dataset aokvqa --images pictures")
+    assert third.endswith("--images pictures --phase train")
+
+
+def test_a_round_that_others_wrote_and_the_model_to_start_from_are_never_in_the_way(world, tmp_path):
+    """The released code gives its runs the same names; --overwrite must not move the new run's own model."""
+    run = tmp_path / "run"
+    shutil.copytree(world.base, run / "0")
+    with pytest.raises(UserError, match="run/0 was not written by this version.*--overwrite"):
+        launch(world, run, phase="collect")
+    with pytest.raises(UserError, match="--overwrite would move --base_model_dir"):
+        launch(world, run, phase="collect", overwrite="", base_model_dir=run / "0")
+    assert weights_of_base(run / "0") and not (run / "rollouts").exists()
+
+
+def test_a_batch_that_is_deleted_as_told_is_sampled_again(world, collected, tmp_path, capsys):
+    run = copy(collected, tmp_path / "run")
+    shard = rollouts.Store(run, 0).shard(1)
+    before = rollouts.Rollouts.load(shard).tokens.clone()  # mapped
+    shard.write_text("torn")
+    with pytest.raises(UserError, match="delete it and run again"):
+        launch(world, run)
+    shard.unlink()
+    launch(world, run, rl_epochs=1)
+    assert "sampled again" in capsys.readouterr().err
+    assert torch.equal(rollouts.Rollouts.load(shard).tokens, before) and (run / "0").exists()
+
+
+def test_a_kill_at_the_end_of_a_round_leaves_no_state_behind(tmp_path, monkeypatch):
+    for name in ("0/args.yaml", "questions/0/llm_done.txt", "state/slot_0.pth"):
+        files.write_text(tmp_path / name, "x")
+    monkeypatch.setattr(run_folder.shutil, "rmtree", lambda *args, **how: 1 / 0)  # killed in it
+    with pytest.raises(ZeroDivisionError):
+        run_folder.tidy(tmp_path, 1)
+    monkeypatch.undo()
+    run_folder.tidy(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "questions_round0"}
+
+
+def test_train_alone_says_what_is_missing(world, tmp_path, capsys):
+    run = tmp_path / "run"
+    launch(world, run, phase="collect", img_type=None, base_model_dir=plain(world), ref_model=None)
+    said = capsys.readouterr().out
+    for word in ("processing_sentence_level_feedback", "haiku.py", "--phase train", str(run / "questions")):
+        assert word in said
+    with pytest.raises(UserError, match="llm_done.txt for action 0, 1 .0 of"):
+        launch(world, run, phase="train", img_type=None, base_model_dir=plain(world), ref_model=None)
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_an_optimizer_that_fits_no_model_is_refused_before_anyone_is_paid(world, fixtures, tmp_path, kind):
+    """PPO's for `--algo rloo`, and the released code's, which holds no names; its own is taken."""
+    import model
+    from rl.trainer import ActorCritic, make_optimizer, optimizer_state
+
+    folder = tmp_path / "run/0"
+    shutil.copytree(world.base if kind == "untied" else fixtures / "model/vit_tied", folder)
+    policy = model.T5ForMultimodalGeneration.from_pretrained(folder)
+    value = model.T5ForMultimodalGenerationValueFunction.from_pretrained(folder)
+    model.save_value_function(value, folder)
+    torch.save(optimizer_state(*make_optimizer(ActorCritic(policy, value), lr=1e-3)), folder / "optimizer_state.pth")
+    info = model.check_checkpoint(folder, policy.config.patch_size)
+    run_mm_cot_rl.check_optimizer(SimpleNamespace(base_model_dir=folder, algo="ppo"), info)
+    with pytest.raises(UserError, match="--algo"):
+        run_mm_cot_rl.check_optimizer(SimpleNamespace(base_model_dir=folder, algo="rloo"), info)
+    if kind == "untied":
+        torch.save({"state": {}, "param_groups": []}, folder / "optimizer_state.pth")
+        with pytest.raises(UserError, match="optimizer_state.pth was not written by this version"):
+            launch(world, tmp_path / "run", base_model_dir=folder, continue_train=True, phase="collect")
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {"0"}
+
+
+# -- other kinds of run ----------------------------------------------------------------------------------
+
+
+def plain(world) -> Path:
+    """A text-only model: a plain T5 without image layers."""
+    folder = world.tmp / "plain"
+    if not folder.exists():
+        from transformers import AutoTokenizer
+
+        rl_tools.make_model(folder, world.data, AutoTokenizer.from_pretrained(world.tokenizer), patch_size=None)
+    return folder
+
+
+def test_text_only_greedy_two_rounds(world, tmp_path, capsys):
+    """No images, no reference, `--do_sample False` with k > 1, two rounds in one command, no launcher."""
+    run = tmp_path / "run"
+
+    class TwoRounds(rl_tools.Teacher):
+        def run(self):
+            for number in range(2):
+                while not handoff.exported(self.questions):
+                    time.sleep(0.05)
+                rl_tools.answer(self.questions)
+                while not (run / f"questions_round{number}").exists():
+                    time.sleep(0.05)
+
+    TwoRounds(run / "questions")
+    launch(
+        world, run, img_type=None, base_model_dir=plain(world), ref_model=None, do_sample=False, epochs=2, rl_epochs=1,
+        use_caption=None, caption_file=None,
+    )  # fmt: skip
+    out = capsys.readouterr()
+    assert "sampling one" in out.err
+    assert {item.action for item in handoff.iter_items(run / "questions_round1")} == {0}
+    assert (run / "1/model.safetensors").exists() and len(rollouts.Store(run, 1).load()) == QUESTIONS
+    assert {int(state["step"]) for state in optimizer(run / "1")["state"].values()} == {4}
+
+
+def test_released_checkpoint_is_accepted(world, fixtures, tmp_path):
+    """A checkpoint folder as the released code wrote it, the true ViT shape, the tokenizer named by a flag."""
+    import numpy as np
+
+    data = tmp_path / "data"
+    shutil.copytree(world.data, data)
+    (data / "vision_features/vit.json").unlink()
+    rows = len(files.read_json(data / "vision_features/name_map.json", "test"))
+    np.save(data / "vision_features/vit.npy", np.random.default_rng(0).standard_normal((rows, 145, 1024), np.float32))
+    checkpoint = fixtures / "model/vit"
+    run = tmp_path / "run"
+    how = {
+        "data_root": data, "base_model_dir": checkpoint, "ref_model": checkpoint, "tokenizer": world.tokenizer,
+        "lr": 1e-5, "rl_epochs": 1,
+    }  # fmt: skip
+    launch(world, run, **how, phase="collect")
+    rl_tools.answer(run / "questions")
+    launch(world, run, **how, phase="train")
+    assert {path.name for path in (run / "0").iterdir()} - {"special_tokens_map.json"} == ROUND_FILES
+
+
+def test_without_reward_the_policy_only_decays(world, collected, tmp_path):
+    """Scores all neutral, KL 0, a value function that says 0, no whitening: advantages are 0."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(world.base, base)
+    import model
+
+    value = model.T5ForMultimodalGenerationValueFunction.from_pretrained(base)
+    torch.nn.init.zeros_(value.v_head[2].weight), torch.nn.init.zeros_(value.v_head[2].bias)
+    model.save_value_function(value, base)
+    how = {"base_model_dir": base, "init_kl_coef": 0, "adv_normalization": False, "rl_epochs": 1}
+    launch(world, run, **how, phase="collect")
+    rl_tools.answer(run / "questions", scorer=lambda sentence: 0.5)
+    launch(world, run, **how, phase="train")
+    before, after = weights_of_base(base), weights(run / "0")
+    shrunk = (1 - 1e-3 * 0.01) ** 4
+    for name, tensor in before.items():
+        decays = tensor.ndim > 1 and "bias" not in name
+        torch.testing.assert_close(after[name], tensor * shrunk if decays else tensor, atol=1e-7, rtol=1e-6, msg=name)
+    assert all(line["kl_ref"] == pytest.approx(0, abs=1e-4) for line in metrics(run, "update"))
+
+
+# -- the parts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "processes", "accumulation"), [(14, 1, 4), (14, 2, 2), (3, 4, 2), (17, 3, 1), (1, 2, 8)]
+)
+def test_plan_covers_every_row_once_and_keeps_processes_in_step(rows, processes, accumulation):
+    lengths = [((7 * i) % 13 + 1, (5 * i) % 11 + 1) for i in range(rows)]
+    plan = experience.plan_epoch(lengths, 2, processes, accumulation, seed=5)
+    flat = [row for step in plan for group in step for minibatch in group for row in minibatch]
+    assert sorted(flat) == list(range(rows))
+    assert all(len(group) == processes for step in plan for group in step)  # nobody runs more minibatches than others
+    assert all(len(minibatch) <= 2 for step in plan for group in step for minibatch in group)
+    size = 2 * processes * accumulation
+    assert [sum(len(m) for g in step for m in g) for step in plan[:-1]] == [size] * (len(plan) - 1)
+    assert len(plan) == math.ceil(rows / size)
+    same = experience.plan_epoch(lengths, 2, 1, processes * accumulation, seed=5)
+    sets = [[{r for g in step for m in g for r in m} for step in one] for one in (plan, same)]
+    assert sets[0] == sets[1]  # which rows share a step depends on its size alone
+    if rows > size:
+        other = experience.plan_epoch(lengths, 2, processes, accumulation, seed=6)
+        assert sets[0] != [{r for g in step for m in g for r in m} for step in other]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [0, 100, 1000, 10**6])
+def test_passes_hold_the_rows_of_their_update_within_the_tokens_given(processes, tokens):
+    lengths = [((7 * i) % 53 + 1, (5 * i) % 41 + 1) for i in range(43)]
+
+    def padded(rows) -> int:
+        return len(rows) * (max(lengths[r][0] for r in rows) + max(lengths[r][1] for r in rows)) if rows else 0
+
+    for step in experience.plan_epoch(lengths, 3, processes, 4, seed=5):
+        found = experience.passes(step, lengths, tokens)
+        for process in range(processes):
+            assert [r for group in found for r in group[process]] == [r for group in step for r in group[process]]
+        for group in found:
+            assert group in step or max(map(padded, group)) <= tokens
+        for group, following in zip(found, found[1:], strict=False):  # no room was left
+            assert max(padded(group[p] + following[p]) for p in range(processes)) > tokens or tokens == 0
+        assert len(found) == (len(step) if tokens == 0 else 1 if tokens == 10**6 else len(found))
+
+
+def test_rows_of_like_length_share_a_minibatch():
+    """Padding of rationales and prompts, against minibatches in the shuffle's order and by rationale alone."""
+    g = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 200, (256, 2), generator=g).tolist()
+
+    def padded(minibatches) -> int:
+        weights = (3, 2)  # a token of the rationale, one of the prompt
+        return sum(len(m) * sum(w * max(lengths[r][i] for r in m) for i, w in enumerate(weights)) for m in minibatches)
+
+    shuffled = by_rationale = ours = 0
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(3)).tolist()
+    for begin, step in zip(range(0, 256, 64), experience.plan_epoch(lengths, 8, 1, 8, seed=3), strict=True):
+        rows = order[begin : begin + 64]
+        shuffled += padded([rows[i : i + 8] for i in range(0, 64, 8)])
+        rows = sorted(rows, key=lambda row: lengths[row][0])
+        by_rationale += padded([rows[i : i + 8] for i in range(0, 64, 8)])
+        ours += padded([m for group in step for m in group])
+    real = sum(3 * a + 2 * b for a, b in lengths)
+    assert real < ours < 0.95 * by_rationale < 0.8 * shuffled, (real, ours, by_rationale, shuffled)
+
+
+def test_experience_agrees_with_a_plain_loop():
+    """Rewards, GAE and returns of ragged rows in float64, position by position (SPEC 6)."""
+    rows = random_rollouts(9)
+    scores = [[0.1 * (i + j) % 1 for j in range(int(n))] for i, n in enumerate(rows.sentence_counts)]
+    args = SimpleNamespace(neutral_score=0.5, init_kl_coef=0.3, gamma=0.9, gae_lambda=0.8, algo="ppo")
+    data = experience.experience(rows, scores, args, chunk=4)
+    for row in range(9):
+        begin, n = int(rows.offsets[row]), int(rows.lengths[row])
+        logp, ref, values = (
+            getattr(rows, f)[begin : begin + n].double() for f in ("logprobs", "ref_logprobs", "values")
+        )
+        reward = [-0.3 * float(logp[t] - ref[t]) for t in range(n)]
+        for column, score in zip(rows.row_columns(row), scores[row], strict=True):
+            reward[column - 1] += score - 0.5
+        ahead = 0.0
+        for t in reversed(range(n)):
+            value_next = float(values[t + 1]) if t + 1 < n else 0.0
+            ahead = reward[t] + 0.9 * value_next - float(values[t]) + 0.9 * 0.8 * ahead
+            assert float(data.advantages[begin + t]) == pytest.approx(ahead, abs=1e-5)
+            assert float(data.returns[begin + t]) == pytest.approx(ahead + float(values[t]), abs=1e-5)
+        assert float(data.sentence_reward[row]) == pytest.approx(sum(s - 0.5 for s in scores[row]), abs=1e-5)
+
+
+def test_metrics_are_rewound_to_where_training_goes_on(tmp_path):
+    from rl.metrics import Metrics
+
+    log = Metrics(tmp_path, "none", {})
+    for number in (0, 1):
+        log.log("rollout", number, 0, {"x": math.nan})
+        for update in (1, 2, 3):
+            log.log("update", number, update, {"x": 1.0}, epoch=0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "upd')  # killed while it wrote
+    log.rewind(1, 2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["round"], line["update"]) for line in lines] == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (0, 3),
+        (1, 0),
+        (1, 1),
+        (1, 2),
+    ]
+    assert lines[0]["x"] is None
+    log.rewind(1, None)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_wandb_is_asked_for_before_anything_else(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where the package is absent
+    with pytest.raises(UserError, match="--report_to wandb.*pip install wandb"):
+        run_mm_cot_rl.parse_args(["--base_model_dir", str(tmp_path), "--report_to", "wandb"])
+
+
+def test_wandb_offline_goes_on_with_its_run(tmp_path, monkeypatch):
+    """Needs the package, which no requirement brings: pip install wandb."""
+    pytest.importorskip("wandb")
+    from rl.metrics import Metrics
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ids = []
+    for update in (1, 2):
+        log = Metrics(tmp_path, "wandb", {"lr": 1e-5})
+        log.log("update", 0, update, {"loss": 1.0, "explained_variance": math.nan}, epoch=0)
+        ids.append(log.wandb.id)
+        log.close()
+    assert ids[0] == ids[1] and len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_teacher_client_that_started_first_stops_nothing(world, tmp_path):
+    """`haiku.py --watch` makes questions/teacher/ before RL exports; its files and those in writing stay."""
+    run = tmp_path / "run"
+    teacher = run / "questions/teacher"
+    teacher.mkdir(parents=True)
+    for name in ("lock", ".tmp-7-7", "run.json"):
+        (teacher / name).write_text("the client's")
+    launch(world, run, phase="collect")
+    assert {path.name for path in teacher.iterdir()} == {"lock", ".tmp-7-7", "run.json"}
+    assert handoff.exported(run / "questions")
+
+
+@pytest.mark.parametrize("left", ["0/p0/1", "mmcot_finished_signal.txt"])
+def test_an_export_without_its_rollouts_ends_every_rank(left, world, tmp_path):
+    run = tmp_path / "run"
+    place = run / "questions" / left
+    place.parent.mkdir(parents=True)
+    place.write_text("") if "." in left else place.mkdir()
+    done = run_script("run_mm_cot_rl.py", *flags(world, run, phase="collect"), nproc=2, check=False,
+                      env=ONE_THREAD, timeout=120)  # fmt: skip
+    assert done.returncode != 0 and done.stderr.count("without its rollouts") == 1
+    assert not list(run.glob("rollouts/*/batch_*")) and 'run_mm_cot_rl.py", line' not in done.stderr
+
+
+def test_a_process_that_waits_for_files_ends_with_the_one_that_failed(tmp_path, monkeypatch):
+    store = rollouts.Store(tmp_path, 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="no reply"), rollouts.failure_shared(store):
+        raise UserError("no reply can be used")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="no reply can be used"):
+        rollouts.wait_for_file(store.scores_file, 0.01, store.failed_file)

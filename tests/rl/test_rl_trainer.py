@@ -1,0 +1,349 @@
+"""The PPO step itself: its gradient against a float64 re-derivation, and every optional flag of it."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import run_mm_cot_rl
+from ares import cli, files
+from ares.cli import UserError
+from rl import experience, metrics, rollouts, run_folder
+from rl import flags as rl_flags
+from rl import trainer as ppo_trainer
+from tests.rl.test_rollouts import random_rollouts
+
+VOCABULARY, PATCHES = 60, (3, 5)
+
+
+class Prompts:
+    """Stands where rollouts.Prompts does: ragged prompts and image features by question id."""
+
+    def __init__(self, qids, dtype):
+        g = torch.Generator().manual_seed(5)
+        self.ids = {
+            q: torch.randint(2, VOCABULARY, (3 + i % 4,), generator=g) for i, q in enumerate(sorted(set(qids)))
+        }
+        self.images = {q: torch.randn(*PATCHES, generator=g, dtype=dtype) for q in self.ids}
+        self.lengths = {q: len(ids) for q, ids in self.ids.items()}
+
+    def batch(self, qids):
+        ids = torch.nn.utils.rnn.pad_sequence([self.ids[q] for q in qids], batch_first=True)
+        images = torch.stack([self.images[q] for q in qids])
+        return {"input_ids": ids, "attention_mask": (ids != 0).long(), "image_ids": images}
+
+
+def arguments(**changes) -> SimpleNamespace:
+    """The flags that the trainer reads, as parsed from no flags but these."""
+    args = run_mm_cot_rl.parse_args(["--base_model_dir", "."])
+    chosen = {"rl_batch_size": 2, "ga_step": 2, "rl_epochs": 2, "lr": 1e-2, "log_term": 10**6, "save_minutes": 1e6}
+    return SimpleNamespace(**(vars(args) | chosen | changes))
+
+
+def models(dtype, seed=0):
+    from model import MultimodalT5Config, T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction
+
+    torch.manual_seed(seed)
+    made = []
+    for cls in (T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction):
+        config = MultimodalT5Config(
+            vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, dropout_rate=0.1,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False, initializer_factor=0.1,
+        )  # fmt: skip
+        made.append(cls(config, PATCHES).to(dtype).eval())
+    return made
+
+
+def make_trainer(tmp_path, rows=9, seed=0, dtype=torch.float64, sharded=None, **changes):
+    """A trainer on random ragged rollouts whose stored numbers are near what the policy says, as after sampling."""
+    from accelerate import Accelerator
+
+    args = arguments(**changes)
+    policy, value_function = models(dtype, seed)
+    rolls = random_rollouts(rows, seed)
+    prompts = Prompts(rolls.qids, dtype)
+    g = torch.Generator().manual_seed(seed)
+    for name in rollouts.FIELDS[1:]:
+        setattr(rolls, name, getattr(rolls, name).to(dtype))
+    with torch.no_grad():
+        for row in range(rows):  # some ratios beyond the clip range, some within
+            begin, n = int(rolls.offsets[row]), int(rolls.lengths[row])
+            actions = torch.tensor([rolls.ids(row)])
+            logits = policy(**prompts.batch([rolls.qids[row]]), decoder_input_ids=actions[:, :-1]).logits
+            logprobs = logits[0].log_softmax(-1)[torch.arange(n), actions[0, 1:]]
+            rolls.logprobs[begin : begin + n] = logprobs + 0.3 * torch.randn(n, generator=g, dtype=dtype)
+            rolls.ref_logprobs[begin : begin + n] = logprobs + 0.3 * torch.randn(n, generator=g, dtype=dtype)
+    scores = [[((7 * i + 3 * j) % 11) / 10 for j in range(int(n))] for i, n in enumerate(rolls.sentence_counts)]
+    data = experience.experience(rolls, scores, args)
+    log = metrics.Metrics(tmp_path, "none", {})
+    return ppo_trainer.PpoTrainer(
+        policy, None if args.algo == "rloo" else value_function, data, prompts, args, Accelerator(cpu=True),
+        tmp_path, log, 0, sharded=sharded,
+    )  # fmt: skip
+
+
+def gradients(trainer, step) -> dict[str, torch.Tensor]:
+    """The gradient that one update hands to the optimizer; the update is not made."""
+    kept = {}
+
+    def keep():
+        kept.update({name: p.grad.clone() for name, p in trainer.raw.named_parameters() if p.grad is not None})
+
+    trainer.optimizer.step = keep
+    trainer._update(step, 10)
+    return kept
+
+
+def lengths(trainer) -> list[tuple[int, int]]:
+    """Of every rationale and its prompt."""
+    roll = trainer.data.rollouts
+    return list(zip(roll.lengths.tolist(), (trainer.prompts.lengths[q] for q in roll.qids), strict=True))
+
+
+def plain_loss(trainer, rows) -> torch.Tensor:
+    """The loss of an update over `rows`, row by row without any padding, from the definitions of SPEC 6 alone."""
+    args, roll, data = trainer.args, trainer.data.rollouts, trainer.data
+    spans = [slice(int(roll.offsets[row]), int(roll.offsets[row] + roll.lengths[row])) for row in rows]
+    advantages = [data.advantages[span] for span in spans]
+    if args.adv_normalization:
+        every = torch.cat(advantages)
+        mean = every.sum() / len(every)
+        std = (((every - mean) ** 2).sum() / len(every) + 1e-8).sqrt()
+        advantages = [(one - mean) / std for one in advantages]
+    total, positions = 0.0, 0
+    for row, span, advantage in zip(rows, spans, advantages, strict=True):
+        actions = torch.tensor([roll.ids(row)])
+        prompt = trainer.prompts.batch([roll.qids[row]])
+        p = trainer.raw.policy(**prompt, decoder_input_ids=actions[:, :-1]).logits[0].softmax(-1)
+        for t in range(actions.shape[1] - 1):
+            ratio = p[t, actions[0, t + 1]] / roll.logprobs[span][t].exp()
+            clipped = min(max(ratio, 1 - args.clip_range), 1 + args.clip_range)
+            total = total - min(ratio * advantage[t], clipped * advantage[t])
+            total = total + args.entropy_coef * (p[t] * p[t].log()).sum()
+            positions += 1
+        if args.algo == "ppo":
+            values = trainer.raw.value_function(**prompt, decoder_input_ids=actions[:, :-1])[0]
+            for t, value in enumerate(values):
+                error, old = (value - data.returns[span][t]) ** 2, roll.values[span][t]
+                if args.vf_clip_range is not None:
+                    near = old + min(max(value - old, -args.vf_clip_range), args.vf_clip_range)
+                    error = max(error, (near - data.returns[span][t]) ** 2)
+                total = total + args.vf_coef * error
+    return total / positions
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"adv_normalization": False, "vf_coef": 0.3, "ga_step": 1},
+        {"entropy_coef": 0.1, "vf_clip_range": 0.2, "rl_batch_size": 3, "clip_range": 0.1},
+        {"algo": "rloo", "entropy_coef": 0.01, "ga_step": 3},
+        {"rl_batch_size": 1, "ga_step": 8, "gradient_checkpointing": True},
+        {"rl_batch_size": 1, "ga_step": 8, "pass_tokens": 60},
+    ],
+    ids=lambda changes: "-".join(changes) or "default",
+)
+def test_gradient_of_the_whole_loss_agrees_with_a_float64_rederivation(tmp_path, changes):
+    for seed in (0, 1):
+        trainer = make_trainer(tmp_path, rows=7 + seed, seed=seed, **changes)
+        args = trainer.args
+        plan = experience.plan_epoch(lengths(trainer), args.rl_batch_size, 1, args.ga_step, seed)
+        for step in (plan[0], plan[-1]):  # a full update and the short last one
+            got = gradients(trainer, step)
+            names, parameters = zip(*((n, p) for n, p in trainer.raw.named_parameters() if n in got), strict=True)
+            rows = [row for group in step for minibatch in group for row in minibatch]
+            want = torch.autograd.grad(plain_loss(trainer, rows), parameters, allow_unused=True)
+            largest = max(float(g.abs().max()) for g in want if g is not None)
+            assert largest > 1e-3
+            for name, expected in zip(names, want, strict=True):
+                expected = torch.zeros_like(got[name]) if expected is None else expected
+                torch.testing.assert_close(got[name], expected, atol=1e-7 * largest, rtol=1e-6, msg=name)
+
+
+def first_update(trainer) -> dict:
+    """The logged line of the first update."""
+    seen = []
+    trainer.metrics.log = lambda kind, number, update, values, **place: seen.append(values)
+    plan = experience.plan_epoch(lengths(trainer), 2, 1, trainer.args.ga_step, 0)
+    trainer._update(plan[0], 10)
+    return seen[0]
+
+
+def test_max_grad_norm_scales_the_gradient_and_logs_it_unscaled(tmp_path):
+    step = [[[0, 1]], [[2, 3]]]
+    free, held = (make_trainer(tmp_path, max_grad_norm=limit) for limit in (None, 0.05))
+    norms = []
+    for trainer in (free, held):
+        got = gradients(trainer, step)
+        norms.append(torch.nn.utils.get_total_norm(got.values()).item())
+    assert norms[0] > 0.1 and norms[1] == pytest.approx(0.05, rel=1e-3)
+    assert first_update(make_trainer(tmp_path, max_grad_norm=0.05))["grad_norm"] > 0.1
+
+
+def test_accumulation_steps_of_accelerates_environment_change_no_gradient(tmp_path, monkeypatch):
+    norms = []
+    for steps in ("1", "8"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)  # left over from another project
+        trainer = make_trainer(tmp_path)
+        monkeypatch.setitem(trainer.accelerator.gradient_state.plugin_kwargs, "num_steps", int(steps))
+        norms.append(first_update(trainer)["grad_norm"])
+    assert norms[0] == norms[1]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
+    trainer = make_trainer(tmp_path)
+    before = {name: tensor.clone() for name, tensor in trainer.raw.state_dict().items()}
+    trainer.data.advantages[0] = math.nan
+    trainer.args.adv_normalization = False
+    with pytest.raises(UserError, match="not finite.*--max_grad_norm"):
+        trainer._update([[[0, 1]]], 10)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.raw.state_dict().items())
+
+
+def test_schedules_end_where_they_should():
+    at = [[ppo_trainer.scheduled_lr(kind, 2.0, done, 8) for done in (0, 4, 7, 8)] for kind in rl_flags.SCHEDULES]
+    constant, linear, cosine = at
+    assert constant == [2.0] * 4 and linear == [2.0, 1.0, 0.25, 0.0]
+    assert cosine == pytest.approx([2.0, 1.0, 1 + math.cos(math.pi * 7 / 8), 0.0])
+
+
+def test_the_learning_rate_used_is_the_scheduled_one(tmp_path):
+    trainer = make_trainer(tmp_path, lr_scheduler="linear")
+    used = []
+    trainer.metrics.log = lambda kind, number, update, values, **place: used.append((kind, values["lr"]))
+    trainer.train()
+    rates = [lr for kind, lr in used if kind == "update"]
+    assert rates == pytest.approx([1e-2 * (1 - i / 6) for i in range(6)])  # 9 rows: 3 updates x 2 epochs
+
+
+def test_an_epoch_ends_early_when_the_policy_runs_away(tmp_path):
+    lines = {}
+    for limit in (None, 1e-6):
+        trainer = make_trainer(tmp_path, early_stop_kl=limit)
+        seen = lines.setdefault(limit, [])
+        trainer.metrics.log = lambda kind, number, update, values, seen=seen, epoch=0: seen.append((kind, epoch))
+        trainer.train()
+    assert lines[None] == [("update", 0)] * 3 + [("epoch", 0)] + [("update", 1)] * 3 + [("epoch", 1)]
+    assert lines[1e-6] == [("update", 0), ("epoch", 0), ("update", 1), ("epoch", 1)]
+
+
+def test_an_entropy_bonus_makes_a_peaked_policy_vary(tmp_path):
+    gains = []
+    for coef in (0.0, 1.0):
+        trainer = make_trainer(tmp_path, entropy_coef=coef, adv_normalization=False, dtype=torch.float32)
+        trainer.data.advantages.zero_()
+        trainer.raw.policy.lm_head.weight.data.mul_(15)
+        seen = []
+        trainer.metrics.log = lambda kind, number, update, values, seen=seen, **place: seen.append(values["entropy"])
+        trainer.train()
+        gains.append(seen[-1] - seen[3])  # the mean of the last epoch less that of the first
+    assert abs(gains[0]) < 0.01 < 0.05 < gains[1], gains
+
+
+def test_checkpointed_gradients_are_those_of_eval_mode_and_blocks_run_twice(tmp_path):
+    step = [[[0, 1]], [[2, 3]]]
+    counts, found = [], []
+    for checkpointing in (False, True):
+        trainer = make_trainer(tmp_path, gradient_checkpointing=checkpointing)
+        calls = []
+        trainer.raw.policy.decoder.block[0].layer[0].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        found.append(gradients(trainer, step))
+        counts.append(len(calls))
+    assert counts == [2, 4]
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, atol=1e-12, rtol=1e-9, msg=name)
+
+
+def test_rloo_advantages_are_those_of_a_plain_loop():
+    rows = random_rollouts(9)
+    scores = [[0.1 * (i + j) % 1 for j in range(int(n))] for i, n in enumerate(rows.sentence_counts)]
+    args = SimpleNamespace(neutral_score=0.5, init_kl_coef=0.3, gamma=0.9, algo="rloo")
+    data = experience.experience(rows, scores, args, chunk=3)  # never parts a question's two rows
+    to_go = []
+    for row in range(9):
+        begin, n = int(rows.offsets[row]), int(rows.lengths[row])
+        reward = (-0.3 * (rows.logprobs - rows.ref_logprobs))[begin : begin + n].tolist()
+        for column, score in zip(rows.row_columns(row), scores[row], strict=True):
+            reward[column - 1] += score - 0.5
+        to_go.append([sum(0.9 ** (s - t) * reward[s] for s in range(t, n)) for t in range(n)])
+    for row in range(9):
+        other = row + 1 if row % 2 == 0 else row - 1  # rows 2i and 2i + 1 share question i; row 8 is alone
+        for t, mine in enumerate(to_go[row]):
+            baseline = (to_go[other] + [0.0] * 20)[t] if other < 9 else mine
+            assert float(data.advantages[int(rows.offsets[row]) + t]) == pytest.approx(mine - baseline, abs=1e-5)
+
+
+def test_target_kl_doubles_and_halves_the_recorded_coefficient(tmp_path):
+    files.write_text(tmp_path / "args.yaml", "kl_coef: 0.4\n")
+    args = SimpleNamespace(init_kl_coef=0.1, target_kl=2.0)
+    near = [run_folder.kl_coefficient(args, tmp_path, False, kl) for kl in (0.5, 1.9, 2.9, 3.1)]
+    assert near == [0.2, 0.4, 0.4, 0.8]
+    assert run_folder.kl_coefficient(args, tmp_path, True, 9.0) == 0.1
+    assert run_folder.kl_coefficient(SimpleNamespace(init_kl_coef=0.1, target_kl=None), tmp_path, False, 9.0) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--algo rloo --do_sample True --vf_coef 1 --gae_lambda 1", ["--vf_coef", "--gae_lambda"]),
+        ("--algo rloo --do_sample False", ["--do_sample True"]),
+        ("--algo rloo --do_sample True --k_actions 1", ["--k_actions 2"]),
+        ("--target_kl 1 --init_kl_coef 0", ["--target_kl", "--init_kl_coef"]),
+        ("--max_grad_norm 0 --early_stop_kl -1 --vf_clip_range nan", ["max_grad_norm", "early_stop_kl", "vf_clip"]),
+        ("--entropy_coef -1", ["--entropy_coef"]),
+    ],
+)  # fmt: skip
+def test_flags_without_effect_or_out_of_range_are_refused(flags, words):
+    with pytest.raises(UserError) as refusal:
+        run_mm_cot_rl.parse_args(["--base_model_dir", ".", *flags.split()])
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_fp16_of_accelerates_configuration_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="fp16.*overflows"):
+        run_mm_cot_rl.parse_args(["--base_model_dir", "."])
+
+
+@pytest.mark.parametrize(
+    ("configured", "flag", "expected"),
+    [("no", "auto", "no"), ("bf16", "auto", "bf16"), ("bf16", "fp32", "no"), ("no", "bf16", "bf16")],
+)
+def test_precision_follows_flag_then_configuration_then_gpu(monkeypatch, configured, flag, expected):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", configured)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert cli.mixed_precision(flag) == expected
+
+
+@pytest.mark.parametrize(("major", "expected"), [(9, "bf16"), (7, "no")])
+def test_bf16_is_chosen_where_the_gpu_computes_in_it(monkeypatch, major, expected):
+    """torch says of any GPU that bf16 is supported: older ones emulate it, slower than fp32."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or major >= 8
+    )
+    assert cli.mixed_precision("auto") == expected
+
+
+def test_warnings_say_what_is_wrong_and_what_to_do():
+    fine = {"approx_kl": 0.01, "kl_ref": 0.1, "entropy": 1.0, "explained_variance": 0.3}
+    assert metrics.epoch_warnings(fine, 1.2) == []
+    for change, word in [
+        ({"approx_kl": 0.5}, "--lr"), ({"kl_ref": 3.0}, "--init_kl_coef"), ({"entropy": 0.1}, "entropy collapse"),
+        ({"explained_variance": -0.2}, "explained variance"),
+    ]:  # fmt: skip
+        (warning,) = metrics.epoch_warnings(fine | change, 1.2)
+        assert word in warning
+    fine = {"share_dropped": 0.05, "share_ended": 0.9}
+    assert metrics.rollout_warnings(fine) == []
+    (dropped,) = metrics.rollout_warnings(fine | {"share_dropped": 0.06})
+    (cut,) = metrics.rollout_warnings(fine | {"share_ended": 0.2})
+    assert "6%" in dropped and "80%" in cut and "--output_len" in cut

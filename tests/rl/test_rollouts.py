@@ -1,0 +1,187 @@
+"""Rollouts on disk: what is stored, that it is what the models say, and that nothing depends on who samples it."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ares import files
+from ares.cli import UserError
+from rl import ppo, rollouts
+from teacher import handoff
+from tests.rl import rl_tools
+
+
+def random_rollouts(rows: int, seed: int = 0) -> rollouts.Rollouts:
+    """Ragged rollouts with made-up numbers; ids of row i are i + 10, i + 11, ..."""
+    rng = random.Random(seed)
+    lengths = torch.tensor([rng.randint(1, 9) for _ in range(rows)])
+    counts = torch.tensor([rng.randint(0, int(n)) for n in lengths])
+    total = int(lengths.sum())
+    return rollouts.Rollouts(
+        qids=[f"q{i // 2}" for i in range(rows)],
+        action=[i % 2 for i in range(rows)],
+        rank=[i % 3 for i in range(rows)],
+        lengths=lengths,
+        sentence_counts=counts,
+        columns=torch.cat([torch.arange(1, int(c) + 1) for c in counts]).int(),
+        tokens=torch.cat([torch.arange(i + 10, i + 10 + int(n)) for i, n in enumerate(lengths)]).int(),
+        **{
+            name: torch.randn(total, generator=torch.Generator().manual_seed(seed + j))
+            for j, name in enumerate(rollouts.FIELDS[1:])
+        },
+    )
+
+
+def same(a: rollouts.Rollouts, b: rollouts.Rollouts) -> bool:
+    lists = all(getattr(a, name) == getattr(b, name) for name in ("qids", "action", "rank"))
+    tensors = ("lengths", "sentence_counts", "columns", *rollouts.FIELDS)
+    return lists and all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
+
+
+def test_a_file_gives_back_what_was_saved_and_rows_can_be_picked(tmp_path):
+    whole = random_rollouts(7)
+    whole.save(tmp_path / "batch.safetensors")
+    assert same(rollouts.Rollouts.load(tmp_path / "batch.safetensors"), whole)
+    assert [path.name for path in tmp_path.iterdir()] == ["batch.safetensors"]
+    picked = whole.select([5, 0, 3])
+    assert [picked.ids(i) for i in range(3)] == [whole.ids(i) for i in (5, 0, 3)]
+    assert [picked.row_columns(i) for i in range(3)] == [whole.row_columns(i) for i in (5, 0, 3)]
+    assert same(rollouts.Rollouts.concatenate([whole.select([0, 1, 2]), whole.select([3, 4, 5, 6])]), whole)
+    assert len(whole.select([])) == 0
+
+
+def test_padding_puts_each_row_where_it_belongs():
+    whole = random_rollouts(6)
+    actions, mask = whole.actions([4, 1])
+    assert actions.shape[1] == mask.shape[1] + 1 and (actions[:, 0] == 0).all()
+    for i, row in enumerate((4, 1)):
+        assert actions[i][actions[i] != 0].tolist() == whole.ids(row)[1:]
+        assert torch.equal(mask[i], ppo.action_mask(actions)[i])
+    values, _ = whole.pad(whole.values, [4, 1])
+    begin = int(whole.offsets[1])
+    assert torch.equal(values[1][mask[1]], whole.values[begin : begin + int(whole.lengths[1])])
+    assert (values[~mask] == 0).all()
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    random_rollouts(3).save(tmp_path / "batch_000000.safetensors")
+    path = tmp_path / "batch_000000.safetensors"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match="batch_000000.safetensors"):
+        rollouts.Rollouts.load(path)
+
+
+def test_batches_hold_every_question_once_by_falling_length():
+    lengths = {f"q{i}": (i * 7) % 11 for i in range(23)}
+    batches = rollouts.plan_batches(lengths, 4)
+    flat = [qid for batch in batches for qid in batch]
+    assert sorted(flat) == sorted(lengths) and [len(batch) for batch in batches] == [4] * 5 + [3]
+    assert [lengths[qid] for qid in flat] == sorted(lengths.values(), reverse=True)
+
+
+def test_a_small_split_is_shared_out_and_the_plan_kept_on_another_number_of_processes(tmp_path, monkeypatch):
+    """64 questions at --bs 64 would leave all but one process idle."""
+    prompts = SimpleNamespace(lengths={f"q{i}": i for i in range(64)}, fingerprint=lambda: "same")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    store = rollouts.Store(tmp_path, 0)
+    plan = store.plan(prompts, 64, 2)
+    assert [len(batch) for batch in plan] == [16] * 4
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert store.plan(prompts, 64, 2) == plan
+    assert [len(batch) for batch in rollouts.Store(tmp_path, 1).plan(prompts, 24, 2)] == [24, 24, 16]
+    with pytest.raises(UserError, match="not those of the rollouts"):
+        store.plan(SimpleNamespace(lengths=prompts.lengths, fingerprint=lambda: "other"), 64, 2)
+
+
+def test_seeds_differ_and_stay():
+    seeds = {rollouts.seed_for(42, "sampling", r, b) for r in range(3) for b in range(50)}
+    assert len(seeds) == 150 and all(0 <= seed < 2**63 for seed in seeds)
+    assert rollouts.seed_for(42, "sampling", 0, 0) == 8497325028842281635
+
+
+# -- collecting ------------------------------------------------------------------------------------------
+
+
+def test_collect_goes_on_where_it_was_killed(tmp_path, t5_tokenizer):
+    store = rollouts.Store(tmp_path, 0)
+    batches = [["a", "b"], ["c", "d"], ["e"]]
+    made = []
+
+    def sample(number, qids):
+        made.append(number)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        ids = t5_tokenizer("The sun is a star. It is hot.")["input_ids"]
+        return rollouts.to_rollouts(
+            {
+                "actions": torch.tensor([[0, *ids]] * len(qids)),
+                **{name: torch.zeros(len(qids), len(ids)) for name in rollouts.FIELDS[1:]},
+            },
+            qids, 1, 0, t5_tokenizer,
+        )  # fmt: skip
+
+    with pytest.raises(KeyboardInterrupt):
+        rollouts.collect(store, batches, sample, t5_tokenizer)
+    assert not handoff.exported(store.questions) and not store.collected_file.exists()
+    lost = handoff.question_dir(store.questions, 0, 0, "b") / handoff.RATIONALE
+    lost.unlink()  # a kill between a batch and its export
+    rollouts.collect(store, batches, sample, t5_tokenizer)
+    assert made == [0, 1, 1, 2] and lost.exists()
+    assert handoff.exported(store.questions) and len(store.load()) == 5
+    assert files.read_json(store.collected_file, "test") == {"batches": 3, "samples": 5, "sentences": 10}
+
+
+# -- replies ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A store of ten rows, two without a sentence, with their rationales exported."""
+    rows = random_rollouts(10)
+    rows.sentence_counts[:] = torch.tensor([2, 0, 1, 3, 2, 0, 1, 1, 2, 1])
+    rows.columns = torch.ones(13, dtype=torch.int32)
+    rows.__post_init__()
+    store = rollouts.Store(tmp_path, 0)
+    for row in rollouts.rows_with_sentences(rows):
+        folder = rollouts.question_folder(rows, row, store.questions)
+        handoff.write_rationale(folder, [f"Sentence {i}." for i in range(int(rows.sentence_counts[row]))])
+    return store, rows
+
+
+def test_scores_are_read_and_published_once(exported):
+    store, rows = exported
+    rl_tools.answer(store.questions, scorer=lambda sentence: 0.3)
+    decision = rollouts.read_feedback(store, rows, max_dropped=0.0)
+    assert decision == files.read_json(store.scores_file, "test") and decision["dropped"] == {}
+    kept, scores = rollouts.scored(rows, decision)
+    assert len(kept) == 10 and [len(row) for row in scores] == rows.sentence_counts.tolist()
+    assert {value for row in scores for value in row} == {0.3}
+
+
+def test_lost_replies_are_dropped_and_counted_by_reason(exported, capsys):
+    store, rows = exported
+    keys = rows.keys()
+    missing, spoilt = (keys[0], keys[3])
+    rl_tools.answer(
+        store.questions,
+        skip=lambda item: f"{item.action}/{item.qid}" == missing,
+        spoil=lambda item: f"{item.action}/{item.qid}" == spoilt,
+    )
+    with pytest.raises(UserError, match="2 of 8 replies are lost.*--max_dropped"):
+        rollouts.read_feedback(store, rows, max_dropped=0.2)
+    assert not store.scores_file.exists()  # nothing is decided: the replies can be mended
+    decision = rollouts.read_feedback(store, rows, max_dropped=0.25)
+    assert decision["dropped"] == {"no_reply": [missing], "placeholder": [spoilt]}
+    kept, scores = rollouts.scored(rows, decision)
+    assert kept.keys() == [key for key in keys if key not in (missing, spoilt)] and len(scores) == 8
+    assert "2 of 8 samples dropped" in capsys.readouterr().err
+
+
+def test_no_reply_at_all_is_an_error_whatever_is_allowed(exported):
+    store, rows = exported
+    with pytest.raises(UserError, match="not one of 8 replies"):
+        rollouts.read_feedback(store, rows, max_dropped=1.0)

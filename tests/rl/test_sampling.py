@@ -1,0 +1,404 @@
+"""Sampling: what is stored is what the models say, drawn as asked, fixed by its seed, whoever else is in the batch."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from rl import actor_critic, ppo, rollouts, sampling
+from rl.sampling import Sampling
+from teacher import handoff
+from tests.rl import rl_tools
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, sample, t5_tokenizer):
+    """The folder of the tiny multimodal model."""
+    root = tmp_path_factory.mktemp("sampling")
+    data = rl_tools.make_data(root, sample, 6)
+    return rl_tools.make_model(root / "model", data, t5_tokenizer)
+
+
+def load(folder, value=False):
+    import model
+
+    cls = model.T5ForMultimodalGenerationValueFunction if value else model.T5ForMultimodalGeneration
+    return cls.from_pretrained(folder).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def models(world):
+    policy, reference = load(world), load(world)
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(0.9)  # another model than the policy
+    return sampling.Models(policy, reference, load(world, value=True))
+
+
+TEXTS = [
+    "Question: Which is a fish?\nSolution:",
+    "Question: Why?",
+    "Question: Which of these is the longest? One, two",
+]
+
+
+def prompt_batch(t5_tokenizer, texts=TEXTS):
+    batch = t5_tokenizer(texts, padding=True, return_tensors="pt")
+    images = torch.randn(3, *rl_tools.PATCHES, generator=torch.Generator().manual_seed(1))[: len(texts)]
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "image_ids": images}
+
+
+SOME = Sampling(k=3, do_sample=True, top_k=50, top_p=1.0, output_len=20)
+
+
+def alone(prompt, row: int, k: int) -> dict:
+    """One row's prompt without padding."""
+    length = int(prompt["attention_mask"][row // k].sum())
+    return {
+        "input_ids": prompt["input_ids"][row // k, :length][None],
+        "attention_mask": torch.ones(1, length, dtype=torch.long),
+        "image_ids": prompt["image_ids"][row // k][None],
+    }
+
+
+def test_stored_numbers_are_those_of_one_plain_forward_pass_per_sample(models, t5_tokenizer, monkeypatch):
+    """Bucketing by length, shared encodings and packed logits against a pass per sample without padding, full logits
+    and their log_softmax: fp32, within 1e-4 (2e-6 was seen)."""
+    monkeypatch.setattr(sampling, "SCORING_TOKENS", 80)  # several groups
+    prompt = prompt_batch(t5_tokenizer)
+    sampled = sampling.sample_batch(models, prompt, SOME, seed=7)
+    actions = sampled["actions"]
+    assert actions.shape[0] == 9 and actions.shape[1] <= 20
+    mask = ppo.action_mask(actions)
+    assert not (mask[:, 1:] & ~mask[:, :-1]).any()  # real positions are a prefix: pad is never drawn
+    assert len(set(mask.sum(1).tolist())) > 2  # ragged
+    for row in range(9):
+        n = int(mask[row].sum())
+        how = alone(prompt, row, 3) | {"decoder_input_ids": actions[row, :n][None]}
+        with torch.no_grad():
+            for name, one in (("logprobs", models.policy), ("ref_logprobs", models.reference)):
+                logp = one(**how).logits[0].log_softmax(-1)  # the full softmax, no top-k
+                want = logp[torch.arange(n), actions[row, 1 : n + 1]]
+                torch.testing.assert_close(sampled[name][row, :n], want, atol=1e-4, rtol=0)
+            want = models.value_function(**how)[0]
+        torch.testing.assert_close(sampled["values"][row, :n], want, atol=1e-4, rtol=0)
+        assert all((sampled[name][row, n:] == 0).all() for name in ("logprobs", "ref_logprobs", "values"))
+    assert (sampled["logprobs"] - sampled["ref_logprobs"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_step_decoder_gives_the_logits_of_a_whole_pass(tied, monkeypatch):
+    """Every position, while rows and whole questions leave the batch and memory grows: fp32, within 1e-4."""
+    from model import MultimodalT5Config, T5ForMultimodalGeneration
+
+    monkeypatch.setattr(sampling, "FIRST_LENGTH", 3)
+    torch.manual_seed(0)
+    config = MultimodalT5Config(
+        vocab_size=90, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        feed_forward_proj="relu" if tied else "gated-gelu", tie_word_embeddings=tied, initializer_factor=0.3,
+    )  # fmt: skip
+    policy = T5ForMultimodalGeneration(config).eval().requires_grad_(False)
+    ids = torch.randint(2, 90, (3, 6))
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 2 + [0] * 4])
+    k, L = 2, 12
+    actions = torch.cat([torch.zeros(6, 1, dtype=torch.long), torch.randint(2, 90, (6, L - 1))], 1)
+    whole = policy(
+        input_ids=ids.repeat_interleave(k, 0), attention_mask=mask.repeat_interleave(k, 0), decoder_input_ids=actions
+    ).logits
+    decoder = sampling.StepDecoder(policy, policy.encode(ids, mask).last_hidden_state, mask, k)
+    live = torch.arange(6)
+    leave = {2: [0, 1, 3, 4, 5], 4: [1, 2, 3], 7: [0, 2], 9: [1]}  # places among those present: all of 2 and 3 go
+    for t in range(L):
+        if t in leave:
+            rows = torch.tensor(leave[t])
+            decoder.keep(rows)
+            live = live[rows]
+        torch.testing.assert_close(decoder.step(actions[live, t]), whole[live, t], atol=1e-4, rtol=0)
+    assert decoder.questions == 1 and decoder.layers[0].keys.shape[::2] == (1, 12)
+
+
+def test_sampling_is_fixed_by_its_seed_and_encodes_each_prompt_once(models, t5_tokenizer, monkeypatch):
+    prompt = prompt_batch(t5_tokenizer)
+    seen = []
+    encode = type(models.policy).encode
+    monkeypatch.setattr(
+        type(models.policy), "encode", lambda self, *a, **k: seen.append(self) or encode(self, *a, **k)
+    )
+    first = sampling.sample_batch(models, prompt, SOME, seed=7)
+    assert [id(one) for one in seen] == [id(models.policy), id(models.reference), id(models.value_function)]
+    torch.manual_seed(1)  # the global generator has no part in it
+    again, other = (sampling.sample_batch(models, prompt, SOME, seed=seed) for seed in (7, 8))
+    assert torch.equal(first["actions"], again["actions"])
+    assert not (first["actions"].shape == other["actions"].shape and torch.equal(first["actions"], other["actions"]))
+
+
+def test_a_rationale_does_not_depend_on_who_leaves_the_batch_and_when(models, t5_tokenizer, monkeypatch):
+    prompt = prompt_batch(t5_tokenizer)
+    found = []
+    for share in (0.0, 0.5, 1.0):  # nobody ever leaves; half must have ended; each at once
+        monkeypatch.setattr(sampling, "KEEP_SHARE", share)
+        found.append(sampling.sample_batch(models, prompt, SOME, seed=5)["actions"])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    lengths = ppo.action_mask(found[0]).sum(1)
+    assert lengths.min() < lengths.max()
+
+
+def test_logprobs_of_writing_are_those_of_scoring_and_in_half_precision_they_are(models, t5_tokenizer):
+    """fp32: what the steps gave, within 1e-5 of a whole pass. bf16: the whole pass itself, as training makes it."""
+    prompt = prompt_batch(t5_tokenizer)
+    sampled = sampling.sample_batch(models, prompt, SOME, seed=7)
+    with torch.no_grad():
+        whole = sampling.score(models.policy, prompt, sampled["actions"], 3)
+    torch.testing.assert_close(sampled["logprobs"], whole, atol=1e-5, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        sampled = sampling.sample_batch(models, prompt, SOME, seed=7)
+        whole = sampling.score(models.policy, prompt, sampled["actions"], 3)
+    assert torch.equal(sampled["logprobs"], whole) and sampled["logprobs"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("value", [False, True], ids=["policy", "value"])
+def test_halved_weights_give_the_numbers_of_autocast(world, t5_tokenizer, value):
+    """bf16: bit for bit, since autocast rounds the same weights at every call."""
+    prompt = prompt_batch(t5_tokenizer)
+    actions = torch.cat([torch.zeros(9, 1, dtype=torch.long), torch.arange(9 * 11).view(9, 11) + 50], 1)
+    whole, half = load(world, value), actor_critic.halve(load(world, value))
+    size = [sum(p.numel() * p.element_size() for p in one.parameters()) for one in (whole, half)]
+    assert size[1] < 0.8 * size[0]  # most of this tiny model is its embedding
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        scores = [sampling.score(one, prompt, actions, 3, value=value) for one in (whole, half)]
+        assert torch.equal(*scores)
+        if not value:
+            states = actor_critic.encode(whole, prompt)
+            written = [sampling.write(one, states, prompt["attention_mask"], SOME, 3) for one in (whole, half)]
+            assert torch.equal(written[0][0], written[1][0])
+
+
+def test_rows_leave_when_they_have_ended(models, t5_tokenizer, monkeypatch):
+    """The work done follows the real lengths, not the longest."""
+    prompt, sizes = prompt_batch(t5_tokenizer), []
+    step = sampling.StepDecoder.step
+    monkeypatch.setattr(sampling.StepDecoder, "step", lambda self, t: sizes.append(len(t)) or step(self, t))
+    monkeypatch.setattr(sampling, "KEEP_SHARE", 1.0)
+    actions = sampling.sample_batch(models, prompt, SOME, seed=5)["actions"]
+    assert sum(sizes) == int(ppo.action_mask(actions).sum()) < 9 * max(len(sizes), 1)
+
+
+def test_greedy_is_the_librarys_greedy_and_top_k_one(models, t5_tokenizer):
+    prompt = prompt_batch(t5_tokenizer)
+    greedy = sampling.sample_batch(models, prompt, Sampling(1, False, 20, 1.0, 16), seed=1)["actions"]
+    one = sampling.sample_batch(models, prompt, Sampling(2, True, 1, 1.0, 16), seed=1)["actions"]
+    assert torch.equal(one, greedy.repeat_interleave(2, 0))
+    library = models.policy.generate(**prompt, max_length=16, do_sample=False, num_beams=1, suppress_tokens=[0])
+    for row in range(3):
+        ours = greedy[row][ppo.action_mask(greedy)[row].nonzero()[:, 0] + 1]
+        assert library[row, 1 : len(ours) + 1].tolist() == ours.tolist()
+        assert not library[row, len(ours) + 1 :].any() and len(ours) <= 15
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8, 0.2])
+@pytest.mark.parametrize("top_k", [0, 1, 5, 20])
+def test_candidates_are_those_of_the_librarys_warpers(top_k, top_p):
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    logits = 2 * torch.randn(30, 2500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    want = logits.clone()
+    if top_k:
+        want = TopKLogitsWarper(top_k)(None, want)
+    if top_p < 1:
+        want = TopPLogitsWarper(top_p)(None, want)
+    want = want.softmax(-1)
+    ids, probabilities = sampling.candidates(logits.clone(), Sampling(1, True, top_k, top_p, 9))
+    got = probabilities.double() / probabilities.double().sum(-1, keepdim=True)
+    if ids is not None:
+        got = torch.zeros_like(want).scatter(1, ids, got)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+
+
+def test_draws_follow_their_probabilities_and_never_give_the_pad():
+    logits = torch.tensor([3.0, 1.0, 0.0, 2.0, -1.0, 0.5]).repeat(40_000, 1)
+    u = torch.rand(40_000, generator=torch.Generator().manual_seed(0))
+    for how, kept in ((Sampling(1, True, 0, 1.0, 9), [1, 2, 3, 4, 5]), (Sampling(1, True, 3, 1.0, 9), [1, 3, 5])):
+        drawn = sampling.draw(logits.clone(), how, u)
+        want = torch.zeros(6).index_copy(0, torch.tensor(kept), logits[0, kept].softmax(-1))
+        share = torch.bincount(drawn, minlength=6) / 40_000
+        assert share[0] == 0 and ((share > 0) == (want > 0)).all()
+        torch.testing.assert_close(share, want, atol=0.01, rtol=0)  # four standard deviations
+    ends = sampling.draw(logits[:2].clone(), Sampling(1, True, 3, 1.0, 9), torch.tensor([0.0, 1 - 2**-24]))
+    assert ends.tolist() == [3, 5]
+
+
+@pytest.mark.parametrize("size", [32128, 2500, 1031])
+def test_top_is_topk(size):
+    logits = torch.randn(7, size, generator=torch.Generator().manual_seed(0))
+    for k in (1, 4, 50):
+        values, ids = sampling.top(logits, k)
+        want = logits.topk(k)
+        assert torch.equal(values, want.values) and torch.equal(ids, want.indices)
+
+
+def test_rows_of_like_length_are_scored_together():
+    lengths = torch.tensor([5, 90, 40, 88, 3, 61, 0])
+    groups = [group.tolist() for group in sampling.length_groups(lengths, 200)]
+    assert groups == [[1, 3], [5], [2], [0], [4], [6]]
+    assert [g.tolist() for g in sampling.length_groups(torch.tensor([4, 4, 4, 4, 4]), 8)] == [[0, 1], [2, 3], [4]]
+
+
+def test_groups_of_like_length_cost_least():
+    assert actor_critic.length_groups([5, 5, 5]) == [[0, 1, 2]]
+    assert actor_critic.length_groups([10, 300, 12, 290]) == [[1, 3], [2, 0]]
+    g = torch.Generator().manual_seed(0)
+    for n in (1, 2, 5, 6):
+        lengths = torch.randint(1, 200, (n,), generator=g).tolist()
+        groups = actor_critic.length_groups(lengths)
+        assert sorted(row for rows in groups for row in rows) == list(range(n))
+        cuts = [[0, *cut, n] for r in range(n) for cut in itertools.combinations(range(1, n), r)]
+        got = sum(len(rows) * lengths[rows[0]] + actor_critic.GROUP_COST for rows in groups)
+        assert got == min(cost_of(cut, sorted(lengths, reverse=True)) for cut in cuts)
+
+
+def cost_of(edges: list[int], falling: list[int]) -> int:
+    return sum((b - a) * falling[a] + actor_critic.GROUP_COST for a, b in itertools.pairwise(edges))
+
+
+@pytest.mark.parametrize("question", [None, [0, 2, 2, 1]], ids=["own", "shared"])
+def test_groups_of_like_length_change_no_number(models, t5_tokenizer, monkeypatch, question):
+    """Encoder and decoder in several groups against one padded pass: states, log-probabilities and values of real
+    positions, fp32 within 1e-5."""
+    prompt = prompt_batch(t5_tokenizer)
+    prompt = {name: tensor[[0, 1, 2, 1]] for name, tensor in prompt.items()} if question is None else prompt
+    question = None if question is None else torch.tensor(question)
+    actions = torch.zeros(4, 13, dtype=torch.long)
+    for row, n in enumerate((3, 12, 7, 11)):
+        actions[row, 1 : n + 1] = torch.arange(100, 100 + n)
+    mask, found = ppo.action_mask(actions), []
+    for cost in (0, 10**6):  # a group for each length; one group
+        monkeypatch.setattr(actor_critic, "GROUP_COST", cost)
+        states = actor_critic.encode(models.policy, prompt)
+        real = states * prompt["attention_mask"][..., None]
+        how = (states, prompt["attention_mask"], question, actions)
+        logprobs, entropy = actor_critic.policy_logprobs(models.policy, *how, actor_critic.places_of(mask))
+        values = actor_critic.values(models.value_function, *how) * mask
+        found.append((real, logprobs, entropy, values))
+    assert len(actor_critic.length_groups([3, 12, 7, 11])) == 1
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+
+
+def test_masks_as_a_gpu_gets_them_change_no_number(world, t5_tokenizer):
+    """Four-dimensional masks under SDPA, here on the CPU: the same bits at real positions."""
+    model, prompt = load(world), prompt_batch(t5_tokenizer)
+    model.set_attn_implementation("sdpa")
+    mask = prompt["attention_mask"]
+    wide = actor_critic.for_attention(mask, model, on_gpu=True)
+    assert (
+        mask.min() == 0 and wide.shape == (3, 1, 1, mask.size(1)) and actor_critic.for_attention(mask, model) is mask
+    )
+    states = [model.encode(**prompt | {"attention_mask": one})[0] for one in (mask, wide)]
+    assert torch.equal(states[0][mask.bool()], states[1][mask.bool()])
+    ids = torch.arange(10, 31).view(3, 7)
+    found = [
+        model.decoder(input_ids=ids, encoder_hidden_states=states[0], encoder_attention_mask=one, use_cache=False)[0]
+        for one in (mask, wide)
+    ]
+    assert torch.equal(*found)
+    model.set_attn_implementation("eager")
+    assert actor_critic.for_attention(mask, model, on_gpu=True) is mask
+
+
+def test_an_expanded_view_reaches_a_gpu_although_torch_cannot_pin_it(monkeypatch):
+    """Here without a GPU: what torch does to pin a tensor (the same strides, then a copy), and no move."""
+
+    def pinned(tensor, *device):
+        storage = torch.UntypedStorage(
+            4 * (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)))
+        )
+        return torch.empty(0).set_(storage, 0, tensor.shape, tensor.stride()).copy_(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: tensor)
+    absent, repeated, plain = (
+        torch.zeros(1, 1, 1).expand(3, 5, 8),
+        torch.randn(3, 8)[:, None].expand(-1, 5, -1),
+        torch.randn(3, 8),
+    )
+    for tensor in (absent, repeated, plain):
+        there = actor_critic.to_device(tensor, "cuda")
+        assert torch.equal(there, tensor) and there.stride() == tensor.stride()
+
+
+def test_columns_and_export_follow_the_given_ids(models, t5_tokenizer, tmp_path):
+    sampled = sampling.sample_batch(models, prompt_batch(t5_tokenizer, TEXTS[:2]), SOME, seed=3)
+    rows = rollouts.to_rollouts(sampled, ["11", "12"], 3, rank=1, tokenizer=t5_tokenizer)
+    assert rows.keys() == ["0/11", "1/11", "2/11", "0/12", "1/12", "2/12"]
+    assert int(rows.sentence_counts.sum()) > 0
+    for row in range(6):
+        assert all(1 <= column <= int(rows.lengths[row]) for column in rows.row_columns(row))
+    rollouts.export(rows, tmp_path, t5_tokenizer)
+    items = handoff.iter_items(tmp_path)
+    assert {(i.action, i.rank, i.qid) for i in items} == {
+        (rows.action[r], 1, rows.qids[r]) for r in rollouts.rows_with_sentences(rows)
+    }
+    for item in items:
+        row = rows.keys().index(f"{item.action}/{item.qid}")
+        assert len(handoff.read_rationale(item.folder)) == int(rows.sentence_counts[row])
+
+
+def test_offload_brings_each_model_to_its_device_in_turn():
+    class Model(torch.nn.Linear):
+        def to(self, device):
+            seen.append((self.name, str(device)))
+            return self
+
+    def named(name):
+        one = Model(1, 1)
+        one.name = name
+        return one
+
+    for offload in (True, False):
+        seen = []
+        three = sampling.Models(named("policy"), named("reference"), named("value"), offload=offload)
+        parked = [("reference", "cpu"), ("value", "cpu")] if offload else []
+        assert seen == parked
+        with three.at_work(three.reference):
+            assert seen[len(parked) :] == [("reference", "cpu")]  # the policy's device
+        assert len(seen) == (4 if offload else 1)
+
+
+def test_rows_of_one_question_share_its_encoding_and_its_gradient(models, t5_tokenizer):
+    """Encoded once for three rows against once for each row: values and gradients, fp32 within 1e-5."""
+    from rl import trainer
+
+    prompt = prompt_batch(t5_tokenizer)
+    question = torch.tensor([2, 0, 2, 1, 2])
+    actions = torch.cat([torch.zeros(5, 1, dtype=torch.long), torch.randint(3, 900, (5, 7))], 1)
+    places = actor_critic.places_of(torch.ones(5, 7, dtype=torch.bool))
+    model = trainer.ActorCritic(models.policy, models.value_function).requires_grad_(True)
+    found = []
+    for rows in (question, None):
+        given = prompt if rows is not None else {name: tensor[question] for name, tensor in prompt.items()}
+        out = model(given, rows, actions, places)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        loss = sum((one * torch.linspace(-1, 1, 35).view(5, 7)).sum() for one in out)
+        found.append((out, torch.autograd.grad(loss, parameters, allow_unused=True)))
+    model.requires_grad_(False)
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    for name, one, other in zip(names, found[0][1], found[1][1], strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert (one - other).norm() <= 1e-5 * other.norm(), name
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_same_ids_get_the_same_numbers(world, t5_tokenizer):
+    """fp32 on the GPU against the CPU within 1e-3; then bf16 with halved weights from end to end."""
+    prompt = prompt_batch(t5_tokenizer)
+    there = {name: tensor.cuda() for name, tensor in prompt.items()}
+    one = [load(world), load(world), load(world, value=True)]
+    two = [load(world, value).cuda() for value in (False, False, True)]
+    sampled = sampling.sample_batch(sampling.Models(*two), there, SOME, seed=7)
+    for name, model in zip(("logprobs", "ref_logprobs", "values"), one, strict=True):
+        want = sampling.score(model, prompt, sampled["actions"], 3, value=name == "values")
+        torch.testing.assert_close(sampled[name], want, atol=1e-3, rtol=1e-3)
+    with torch.autocast("cuda", torch.bfloat16):
+        sampled = sampling.sample_batch(sampling.Models(*map(actor_critic.halve, two)), there, SOME, seed=7)
+    assert all(sampled[name].isfinite().all() for name in ("logprobs", "ref_logprobs", "values"))

@@ -1,0 +1,90 @@
+"""Greedy decoding writes what the library's generate writes, whatever rows share a batch and however they end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ares.decoding import greedy
+from benchmarks.endings import EndingPolicy
+from model import MultimodalT5Config
+
+PATCHES = (3, 4)
+
+
+@pytest.fixture(scope="module", params=[PATCHES, None], ids=["image", "text"])
+def model(request):
+    torch.manual_seed(1)
+    config = MultimodalT5Config(
+        vocab_size=12, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu", patch_size=request.param,
+    )  # fmt: skip
+    made = EndingPolicy(config).eval()  # a model without training writes no `</s>`: this one is told when to
+    made.lengths, made.ending = {tuple(row[row > 0].tolist()): 2 + i for i, row in enumerate(prompts(16)[0])}, True
+    return made
+
+
+def prompts(rows):
+    draw = torch.Generator().manual_seed(2)
+    mask = (torch.arange(9) < torch.randint(4, 10, (rows,), generator=draw)[:, None]).long()
+    return torch.randint(2, 12, (rows, 9), generator=draw) * mask, mask
+
+
+def batch(model, rows=16):
+    input_ids, mask = (part[:rows] for part in prompts(16))
+    made = {"input_ids": input_ids, "attention_mask": mask}
+    if model.config.patch_size:
+        made["image_ids"] = torch.randn(16, *PATCHES, generator=torch.Generator().manual_seed(3))[:rows]
+    return made
+
+
+def test_same_as_generate_with_rows_that_end_anywhere(model, monkeypatch):
+    inputs = batch(model)
+    expected = model.generate(**inputs, max_length=24, do_sample=False)
+    uncached = model.generate(**inputs, max_length=24, do_sample=False, use_cache=False)  # as bench_eval's other side
+    assert torch.equal(uncached, expected)
+    widths = []
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda **kwargs: widths.append(len(kwargs["attention_mask"])) or forward(**kwargs)
+    )
+    ids = greedy(model, inputs, 24)
+    assert torch.equal(ids, expected)
+    assert (ids == 1).int().argmax(1).tolist() == list(range(2, 18)) and ids.shape == (16, 18)
+    assert widths[0] == 16 and widths[-1] < 4  # those that ended had left
+
+
+def test_every_row_alone_gives_the_same(model):
+    inputs = batch(model, rows=6)
+    together = greedy(model, inputs, 16)
+    for i, row in enumerate(together):
+        alone = greedy(model, {name: tensor[i : i + 1] for name, tensor in inputs.items()}, 16)[0]
+        assert torch.equal(row[: len(alone)], alone) and not row[len(alone) :].any()
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [(1, 3), (2, 5), (3, 1), (2, 2)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"do_sample": False},
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"do_sample": False, "use_cache": False},
+    ],
+)
+def test_generate_with_a_decoder_of_another_depth(encoder, decoder, how):
+    """The library's cache has a layer for each of the encoder's, which a deeper decoder overruns."""
+    from model import T5ForMultimodalGeneration
+
+    torch.manual_seed(0)
+    config = MultimodalT5Config(
+        vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=encoder, num_decoder_layers=decoder, num_heads=4,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, patch_size=PATCHES,
+    )  # fmt: skip
+    model = T5ForMultimodalGeneration(config).eval()
+    inputs = batch(model, rows=4)
+    ids = model.generate(**inputs, max_length=9, **how)
+    assert len(ids) == 4 * how.get("num_return_sequences", 1)
+    if how == {"do_sample": False}:
+        assert torch.equal(greedy(model, inputs, 9)[:, : ids.shape[1]], ids)
+        assert torch.equal(model.generate(**inputs, max_length=9, do_sample=False, use_cache=False), ids)

@@ -1,0 +1,747 @@
+"""model.py against the released code's checkpoints and numbers, and what the library would otherwise get wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
+
+from ares.cli import UserError
+from model import (
+    EMBEDDINGS,
+    VALUE_FUNCTION,
+    MultimodalT5Config,
+    T5ForMultimodalGeneration,
+    T5ForMultimodalGenerationValueFunction,
+    check_checkpoint,
+    choose_attention,
+    save_value_function,
+)
+from rl import actor_critic, ppo
+
+KINDS = ("vit", "vit_tied")
+BOTH = (T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction)
+SMALL = {
+    "vocab_size": 120,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+
+
+class Released:
+    """One checkpoint folder of the fixtures with its inputs and expected outputs."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.inputs = load_file(folder / "inputs.safetensors")
+        self.expected = load_file(folder / "expected.safetensors")
+        self.meta = json.loads((folder / "meta.json").read_text())
+        self.prompt = {name: self.inputs[name] for name in ("input_ids", "attention_mask", "image_ids")}
+
+    @staticmethod
+    def decoder(actions):
+        """The fixtures' decoder mask: id != 0, column 0 set to 1."""
+        mask = (actions != 0).long()
+        mask[:, 0] = 1
+        return {"decoder_input_ids": actions, "decoder_attention_mask": mask}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small lose by threads: on busy cores two are eight times slower than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def released(request, fixtures):
+    return Released(fixtures / "model" / request.param)
+
+
+@pytest.fixture(scope="module")
+def vit(fixtures):
+    return Released(fixtures / "model" / "vit")
+
+
+@pytest.fixture(scope="module")
+def policy(released):
+    return T5ForMultimodalGeneration.from_pretrained(released.folder).eval()
+
+
+@pytest.fixture(scope="module")
+def vit_value(vit):
+    return T5ForMultimodalGenerationValueFunction.from_pretrained(vit.folder).eval()
+
+
+def small(tied=False, patch_size=(6, 10), cls=T5ForMultimodalGeneration, **changes):
+    torch.manual_seed(0)
+    config = MultimodalT5Config(**{**SMALL, **changes}, tie_word_embeddings=tied, patch_size=patch_size)
+    return cls(config).eval()
+
+
+def batch(rows=3, source=9, target=6, patches=(6, 10), seed=1):
+    """Ragged, right-padded random inputs."""
+    g = torch.Generator().manual_seed(seed)
+    ids, labels = (torch.randint(2, 120, (rows, width), generator=g) for width in (source, target))
+    mask, wanted = torch.ones_like(ids), torch.ones_like(labels)
+    for row in range(1, rows):
+        mask[row, source - 2 * row :] = 0
+        wanted[row, target - row :] = 0
+    out = {
+        "input_ids": ids * mask,
+        "attention_mask": mask,
+        "labels": labels.masked_fill(wanted == 0, -100),
+    }
+    if patches:
+        out["image_ids"] = torch.randn(rows, *patches, generator=g)
+        out["image_ids"][-1] = 0  # no image
+    return out
+
+
+def assert_tied(model, tied):
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    assert all(weights[name] is weights["shared.weight"] for name in EMBEDDINGS)
+    assert (weights["lm_head.weight"] is weights["shared.weight"]) == tied
+    state = model.state_dict()
+    assert all(state[name].data_ptr() == state["shared.weight"].data_ptr() for name in EMBEDDINGS)
+    assert (state["lm_head.weight"].data_ptr() == state["shared.weight"].data_ptr()) == tied
+
+
+# -- the released code's numbers -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_forward_and_greedy(released, attention):
+    model = T5ForMultimodalGeneration.from_pretrained(released.folder, attn_implementation=attention).eval()
+    assert model.decoder.config._attn_implementation == attention
+    labels, expected = released.inputs["labels"], released.expected
+    with torch.no_grad():
+        out = model(**released.prompt, labels=labels)
+        ignoring_pads = model(**released.prompt, labels=labels.masked_fill(labels == 0, -100))
+        greedy = model.generate(**released.prompt, **released.meta["generate_kwargs"])
+    assert_near(out.encoder_last_hidden_state, expected["encoder_last_hidden_state"], 1e-4)
+    assert_near(out.logits[..., ::64], expected["logits_every64"], 2e-3)
+    assert_near(out.logits.logsumexp(-1), expected["logits_logsumexp"], 2e-3)
+    assert torch.equal(out.logits.argmax(-1), expected["logits_argmax"])
+    assert_near(out.loss, expected["loss"][0], 1e-4)
+    assert_near(ignoring_pads.loss, expected["loss_ignore_pad"][0], 1e-4)
+    assert torch.equal(greedy, expected["greedy_ids"])
+
+
+def assert_near(got, expected, atol):
+    torch.testing.assert_close(got, expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("source", ["greedy", "actions2"])
+def test_logprobs_of_given_actions(released, policy, source):
+    """As PPO computes them: the encoder once, the decoder on its states, the label's logit minus logsumexp."""
+    expected = released.expected
+    actions = expected["greedy_ids" if source == "greedy" else "actions2"]
+    mask = ppo.action_mask(actions)
+    with torch.no_grad():
+        states = actor_critic.encode(policy, released.prompt)
+        logprobs, _ = actor_critic.policy_logprobs(
+            policy, states, released.prompt["attention_mask"], None, actions, actor_critic.places_of(mask)
+        )
+    assert_near(logprobs[mask], expected[f"{source}_logprobs"][mask], 2e-3)
+
+
+@pytest.mark.parametrize("source", ["greedy_ids", "actions2"])
+def test_values_of_given_actions(vit, vit_value, source):
+    actions = vit.expected[source]
+    expected = vit.expected["values" if source == "greedy_ids" else "actions2_values"]
+    model = vit_value
+    with torch.no_grad():
+        values = model(**vit.prompt, **vit.decoder(actions))
+        states = model.encode(**vit.prompt)
+        again = model(encoder_outputs=states, attention_mask=vit.prompt["attention_mask"], **vit.decoder(actions))
+        labels_only = model(**vit.prompt, labels=torch.cat([actions[:, 1:], actions[:, :1]], 1))
+    real = vit.decoder(actions)["decoder_attention_mask"].bool()
+    assert values.shape == actions.shape
+    assert_near(values[real], expected[real], 1e-3)
+    assert_near(again, values, 1e-6)
+    assert_near(labels_only[real], values[real], 1e-5)  # causal: the pads' mask changes nothing before them
+
+
+def test_names_shapes_and_gradients(released, policy):
+    meta, model = released.meta, policy
+    assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == meta["state_dict"]
+    assert [name for name, _ in model.named_parameters()] == meta["named_parameters"]
+    assert sum(p.numel() for p in model.parameters()) == meta["num_parameters"]
+    model(**released.prompt, labels=released.inputs["labels"]).loss.backward()
+    norms = {name: p.grad.norm().item() for name, p in model.named_parameters()}
+    model.zero_grad()
+    assert norms == pytest.approx(meta["grad_norms_of_loss"], rel=1e-3)
+
+
+def test_value_function_names_and_what_it_trains(vit, vit_value):
+    model = vit_value
+    assert {name: list(tensor.shape) for name, tensor in model.state_dict().items()} == vit.meta["value_state_dict"]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == vit.meta["value_trainable"]
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == vit.meta["value_frozen"]
+
+
+@pytest.mark.parametrize("cut", ["dynamic", "wider", "alone"])
+def test_padding_changes_nothing_at_real_positions(released, policy, cut):
+    lengths = released.prompt["attention_mask"].sum(1)
+    rows = lengths < 512  # one of the four fills all 512 columns
+    assert 2 <= rows.sum() < 4
+    if cut == "alone":
+        rows &= torch.arange(4) == int(rows.nonzero()[0])
+    prompt = {name: tensor[rows] for name, tensor in released.prompt.items()}
+    longest = int(lengths[rows].max())
+    for name in ("input_ids", "attention_mask"):
+        cropped = prompt[name][:, :longest]
+        prompt[name] = torch.nn.functional.pad(prompt[name], (0, 40)) if cut == "wider" else cropped
+    with torch.no_grad():
+        out = policy(**prompt, labels=released.inputs["labels"][rows])
+        greedy = policy.generate(**prompt, **released.meta["generate_kwargs"])
+    real = prompt["attention_mask"][:, :longest].bool()
+    states = released.expected["encoder_last_hidden_state"][rows]
+    assert_near(out.encoder_last_hidden_state[:, :longest][real], states[:, :longest][real], 1e-4)
+    assert_near(out.logits[..., ::64], released.expected["logits_every64"][rows], 2e-3)
+    assert torch.equal(greedy, released.expected["greedy_ids"][rows, : greedy.size(1)])
+    assert not released.expected["greedy_ids"][rows, greedy.size(1) :].any()
+
+
+# -- tying, saving, loading ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", BOTH)
+def test_tying_after_load_save_and_reload(released, cls, tmp_path):
+    tied = released.meta["tied"]
+    model = cls.from_pretrained(released.folder, patch_size=(145, 1024))
+    assert_tied(model, tied)
+    model.save_pretrained(tmp_path)
+    assert_tied(model, tied)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["tie_word_embeddings"] is tied  # what transformers 4 and the released code go by
+    assert config["image_patch_size"] == [145, 1024]
+    again = cls.from_pretrained(tmp_path)
+    assert_tied(again, tied)
+    assert again.config.patch_size == (145, 1024)
+    for (name, before), after in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(before, after), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("cls", BOTH)
+def test_tying_after_build(cls, tied):
+    model = small(tied, cls=cls)
+    assert_tied(model, tied)
+    assert_tied(copy.deepcopy(model), tied)
+    assert model.config.scale_decoder_outputs is tied
+    model.tie_weights()  # accelerate and peft call it
+    assert_tied(model, tied)
+
+
+def test_plain_config_that_lost_its_untied_flag():
+    """`T5Config(tie_word_embeddings=False)` reads True afterwards; the model must still be untied."""
+    config = T5Config(**SMALL, tie_word_embeddings=False)
+    assert config.tie_word_embeddings is True  # the library's trap
+    assert_tied(T5ForMultimodalGeneration(config, patch_size=(6, 10)), tied=False)
+    assert_tied(T5ForMultimodalGeneration(T5Config(**SMALL), patch_size=(6, 10)), tied=True)
+
+
+@pytest.mark.parametrize("untie", [False, True])
+def test_folders_of_the_plain_library_class(tmp_path, untie):
+    """transformers 5 ties a T5 that says untied; what it saved is loaded as it is: no lm_head in the file, tied."""
+    torch.manual_seed(0)
+    plain = T5ForConditionalGeneration(T5Config(**SMALL, tie_word_embeddings=False)).eval()
+    if untie:  # as flan-T5, loaded and saved by transformers 5
+        plain.lm_head.weight = torch.nn.Parameter(torch.randn_like(plain.lm_head.weight))
+    plain.save_pretrained(tmp_path)
+    model = T5ForMultimodalGeneration.from_pretrained(tmp_path).eval()
+    assert_tied(model, tied=not untie)
+    inputs = batch(patches=None)
+    with torch.no_grad():
+        assert_near(model(**inputs).logits, plain(**inputs).logits, 1e-5)
+    model.save_pretrained(tmp_path / "again")
+    again = T5ForMultimodalGeneration.from_pretrained(tmp_path / "again").eval()
+    assert_tied(again, tied=not untie)
+    with torch.no_grad():
+        assert_near(again(**inputs).logits, plain(**inputs).logits, 1e-5)
+
+
+def test_value_function_file_and_its_absence(vit, vit_value, tmp_path):
+    value = vit_value
+    shutil.copytree(vit.folder, tmp_path / "policy", ignore=shutil.ignore_patterns(VALUE_FUNCTION))
+    policy = T5ForMultimodalGeneration.from_pretrained(tmp_path / "policy")
+    before = torch.random.get_rng_state()
+    fresh = T5ForMultimodalGenerationValueFunction.from_pretrained(tmp_path / "policy", seed=3)
+    assert torch.equal(torch.random.get_rng_state(), before)  # the run's random state is nobody's business here
+    shared = {name: tensor for name, tensor in fresh.state_dict().items() if not name.startswith("v_head")}
+    assert all(torch.equal(tensor, policy.state_dict()[name]) for name, tensor in shared.items())
+    assert not torch.equal(value.shared.weight, fresh.shared.weight)  # the fixture's value model has its own weights
+    same = T5ForMultimodalGenerationValueFunction.from_pretrained(tmp_path / "policy", seed=3)
+    other = T5ForMultimodalGenerationValueFunction.from_pretrained(tmp_path / "policy", seed=4)
+    assert torch.equal(fresh.v_head[0].weight, same.v_head[0].weight)
+    assert not torch.equal(fresh.v_head[0].weight, other.v_head[0].weight)
+
+    save_value_function(value, tmp_path / "policy")
+    assert sorted(path.name for path in (tmp_path / "policy").glob(".tmp*")) == []
+    again = T5ForMultimodalGenerationValueFunction.from_pretrained(tmp_path / "policy")
+    assert_tied(again, tied=False)
+    assert not again.lm_head.weight.requires_grad
+    for name, tensor in value.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_weights_are_float32_unless_asked(vit, tmp_path):
+    model = T5ForMultimodalGeneration.from_pretrained(vit.folder, dtype=torch.bfloat16)
+    assert model.encoder.image_dense.weight.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    again = T5ForMultimodalGeneration.from_pretrained(tmp_path)  # transformers 5 would take the file's bfloat16
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert model(**vit.prompt, labels=vit.inputs["labels"]).logits.isfinite().all()
+
+
+def test_config_may_be_given_or_changed(vit):
+    model = T5ForMultimodalGeneration.from_pretrained(vit.folder, dropout_rate=0.0)
+    assert model.config.dropout_rate == 0.0 and model.encoder.dropout.p == 0.0
+    config = T5Config.from_pretrained(vit.folder)
+    model = T5ForMultimodalGeneration.from_pretrained(vit.folder, config=config)
+    assert_tied(model, tied=False)
+    assert model.config.patch_size == (None, 1024)
+
+
+# -- initialisation --------------------------------------------------------------------------------------
+
+
+def uniform_std(fan_in):
+    return fan_in**-0.5 / 3**0.5  # nn.Linear: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), weight and bias
+
+
+def expected_stds(d=64, patch_dim=40):
+    return {
+        "encoder.image_dense.weight": uniform_std(patch_dim),
+        "encoder.image_dense.bias": uniform_std(patch_dim),
+        "encoder.mha_layer.in_proj_weight": (2 / (d + 3 * d)) ** 0.5,  # Xavier over the packed (3d, d)
+        "encoder.mha_layer.out_proj.weight": uniform_std(d),
+        "encoder.mha_layer.in_proj_bias": 0.0,
+        "encoder.mha_layer.out_proj.bias": 0.0,
+        "encoder.gate_dense.weight": uniform_std(2 * d),
+        "encoder.gate_dense.bias": uniform_std(2 * d),
+        "v_head.0.weight": uniform_std(d),
+        "v_head.0.bias": uniform_std(d),
+        "v_head.2.weight": uniform_std(2 * d),
+    }
+
+
+@pytest.mark.parametrize("how", ["build", "load"])
+def test_missing_layers_get_pytorch_initialisation(tmp_path, how):
+    """Not transformers' fallback N(0, 1), also where the library creates the layers on the meta device."""
+    changes = {"d_model": 64, "patch_size": (6, 40)}
+    if how == "build":
+        model = small(cls=T5ForMultimodalGenerationValueFunction, **changes)
+    else:
+        torch.manual_seed(0)
+        T5ForConditionalGeneration(T5Config(**{**SMALL, "d_model": 64})).save_pretrained(tmp_path)
+        model = T5ForMultimodalGenerationValueFunction.from_pretrained(tmp_path, patch_size=(6, 40), seed=1)
+    weights = dict(model.named_parameters())
+    for name, std in expected_stds().items():
+        few = weights[name].numel() < 200
+        assert weights[name].std().item() == pytest.approx(std, rel=0.25 if few else 0.06), name
+
+
+def test_a_model_from_scratch_starts_as_the_library_starts_a_t5():
+    """Subclasses count as "custom code", for which transformers 5 leaves every projection of T5 at N(0, 1)."""
+    torch.manual_seed(0)
+    plain = dict(T5ForConditionalGeneration(T5Config(**SMALL)).named_parameters())
+    for name, parameter in small(tied=True).named_parameters():
+        if name in plain and parameter.numel() > 500:
+            assert parameter.std().item() == pytest.approx(plain[name].std().item(), rel=0.15), name
+
+
+def test_fresh_layers_follow_the_seed(tmp_path):
+    small(patch_size=None).save_pretrained(tmp_path)
+    load = T5ForMultimodalGeneration.from_pretrained
+    one, same, other = (load(tmp_path, patch_size=(6, 10), seed=seed) for seed in (1, 1, 2))
+    for name, parameter in one.named_parameters():
+        if ".image_dense." in name:
+            assert torch.equal(parameter, dict(same.named_parameters())[name])
+            assert not torch.equal(parameter, dict(other.named_parameters())[name])
+        else:
+            assert name.startswith(("encoder.mha_layer", "encoder.gate_dense")) or torch.equal(
+                parameter, dict(other.named_parameters())[name]
+            )
+
+
+# -- text only -------------------------------------------------------------------------------------------
+
+
+def test_text_only_is_a_plain_t5(tmp_path):
+    small(patch_size=None).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()).get("image_patch_size") is None
+    model = T5ForMultimodalGeneration.from_pretrained(tmp_path).eval()
+    value = T5ForMultimodalGenerationValueFunction.from_pretrained(tmp_path).eval()
+    assert not any("image_dense" in name for name in model.state_dict())
+    inputs = batch(patches=None)
+    with torch.no_grad():
+        ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_length=8)
+        values = value(inputs["input_ids"], inputs["attention_mask"], decoder_input_ids=ids)
+    assert values.shape == ids.shape
+    with pytest.raises(ValueError, match="no image layers"):
+        model(**batch())
+
+
+def test_images_are_not_forgotten():
+    inputs = batch()
+    model = small()
+    with pytest.raises(ValueError, match="pass image_ids"):
+        model(input_ids=inputs["input_ids"], labels=inputs["labels"])
+    with torch.no_grad():
+        full = model(**inputs).logits
+        other = model(**{**inputs, "image_ids": inputs["image_ids"].flip(0)}).logits
+        shuffled = model(**{**inputs, "image_ids": inputs["image_ids"].flip(1)}).logits
+    assert not torch.allclose(full[0], other[0], atol=1e-3)
+    assert_near(shuffled, full, 1e-5)  # the patches are a set
+
+
+@pytest.mark.parametrize(
+    ("supported", "device", "chosen"), [(True, "cuda", "sdpa"), (False, "cuda", "eager"), (True, "cpu", "eager")]
+)
+def test_attention_is_one_that_this_transformers_has(supported, device, chosen, monkeypatch):
+    model = small()
+    monkeypatch.setattr(type(model), "_supports_sdpa", supported)  # transformers 5.0 has none for T5
+    choose_attention(model, torch.device(device))
+    assert model.config._attn_implementation == model.decoder.config._attn_implementation == chosen
+
+
+# -- generation ------------------------------------------------------------------------------------------
+
+
+def test_sampling_encodes_each_prompt_once(monkeypatch):
+    model, inputs = small(), batch()
+    encoded, decoded = [], []
+    encoder, decoder = model.encoder.forward, model.decoder.forward
+    monkeypatch.setattr(model.encoder, "forward", lambda **kw: encoded.append(kw["input_ids"].shape) or encoder(**kw))
+    monkeypatch.setattr(model.decoder, "forward", lambda **kw: decoded.append(kw["input_ids"].shape) or decoder(**kw))
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask", "image_ids")}
+    torch.manual_seed(0)
+    out = model.generate(**prompt, do_sample=True, top_k=20, top_p=0.9, num_return_sequences=4, max_length=10)
+    assert out.shape[0] == 12 and out.shape[1] <= 10 and not out[:, 0].any()
+    assert encoded == [(3, 9)]
+    assert set(decoded) == {(12, 1)}  # the cache is used: one new token a step
+    assert len({tuple(row.tolist()) for row in out[:4]}) > 1
+
+
+def test_cache_and_masks_do_not_change_greedy():
+    model, inputs = small(), batch()
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask", "image_ids")}
+    cached = model.generate(**prompt, max_length=12)
+    assert torch.equal(model.generate(**prompt, max_length=12, use_cache=False), cached)
+    prompt.pop("attention_mask")
+    assert torch.equal(model.generate(**prompt, max_length=12), cached)  # made from the pads
+    assert torch.equal(model.generate(prompt.pop("input_ids"), **prompt, max_length=12), cached)
+
+
+def test_sampled_tokens_stay_within_top_k():
+    model, inputs = small(), batch()
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask", "image_ids")}
+    out = model.generate(**prompt, do_sample=True, top_k=2, num_return_sequences=20, max_length=2)
+    with torch.no_grad():
+        best = model(**prompt, decoder_input_ids=torch.zeros(3, 1, dtype=torch.long)).logits[:, 0].topk(2).indices
+    for row in range(3):
+        assert set(out[20 * row : 20 * row + 20, 1].tolist()) <= set(best[row].tolist())
+
+
+# -- training --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("patch_size", [(6, 10), None])
+def test_every_trainable_parameter_gets_a_gradient(tied, patch_size):
+    """Else DistributedDataParallel stops with unused parameters."""
+    inputs = batch(patches=patch_size)
+    policy = small(tied, patch_size)
+    policy(**inputs).loss.backward()
+    assert [name for name, p in policy.named_parameters() if p.grad is None] == []
+    value = small(tied, patch_size, cls=T5ForMultimodalGenerationValueFunction)
+    value(**inputs).square().mean().backward()
+    without = [name for name, p in value.named_parameters() if p.grad is None]
+    assert without == ([] if tied else ["lm_head.weight"])
+    assert [name for name, p in value.named_parameters() if not p.requires_grad] == without
+
+
+@pytest.mark.parametrize("cls", BOTH)
+def test_gradient_checkpointing_gives_the_same_gradients(cls):
+    inputs = batch()
+    grads = []
+    for checkpointing in (False, True):
+        model = small(cls=cls, dropout_rate=0.0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            assert model.encoder.block[0].gradient_checkpointing and model.decoder.block[0].gradient_checkpointing
+        out = model(**inputs)
+        (out.loss if cls is T5ForMultimodalGeneration else out.square().mean()).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-4)
+
+
+def test_bf16_autocast():
+    policy, value, inputs = small(), small(cls=T5ForMultimodalGenerationValueFunction), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = policy(**inputs).loss + value(**inputs).mean()
+    loss.backward()
+    assert_near(loss, policy(**inputs).loss + value(**inputs).mean(), 0.2)
+    assert all(p.grad.isfinite().all() for p in policy.parameters())
+
+
+def test_trainer_accumulation_is_exact(tmp_path):
+    """Two ragged micro-batches of 2 take the step of one batch of 4 (the loss is divided by the step's targets)."""
+    from transformers import Trainer, TrainingArguments
+
+    data = batch(rows=4, source=11)
+    rows = [{name: tensor[i] for name, tensor in data.items()} for i in range(4)]
+    after = []
+    for size, steps in ((4, 1), (2, 2)):
+        model = small(dropout_rate=0.0)
+        args = TrainingArguments(
+            output_dir=tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            learning_rate=0.1,
+            optim="sgd",
+            max_grad_norm=0,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        Trainer(model=model, args=args, train_dataset=rows).train()
+        after.append({name: p.detach() for name, p in model.named_parameters()})
+    torch.testing.assert_close(after[0], after[1], atol=1e-6, rtol=1e-4)
+    start = dict(small().named_parameters())
+    assert not torch.equal(after[0]["encoder.image_dense.weight"], start["encoder.image_dense.weight"])
+
+
+def test_lora_adapter_trains_generates_and_reloads(tmp_path):
+    from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+
+    small().save_pretrained(tmp_path / "base")
+    targets = ["q", "k", "v", "o", "wi", "wo", "image_dense", "gate_dense", "lm_head"]
+    config = LoraConfig(task_type=TaskType.SEQ_2_SEQ_LM, r=4, lora_alpha=8, target_modules=targets)
+    model = get_peft_model(T5ForMultimodalGeneration.from_pretrained(tmp_path / "base"), config)
+    inputs = batch()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):  # the second step moves lora_A: lora_B starts at zero
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        optimizer.step()
+    adapted = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("image_dense.lora_B" in name for name in adapted) and any("lm_head.lora_B" in n for n in adapted)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+    model.eval().save_pretrained(tmp_path / "adapter")
+    base = T5ForMultimodalGeneration.from_pretrained(tmp_path / "base")
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask", "image_ids")}
+    with torch.no_grad():
+        assert_near(again(**inputs).logits, model(**inputs).logits, 1e-5)
+        assert not torch.allclose(small()(**inputs).logits, model(**inputs).logits, atol=1e-2)
+        greedy = again.generate(**prompt, max_length=8)
+        merged = again.merge_and_unload()
+        assert torch.equal(merged.generate(**prompt, max_length=8), greedy)
+
+
+# -- checkpoints that do not fit -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    small(patch_size=(145, 1024)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(folder, *words, patch_size=(145, 1024), img_type="vit"):
+    with pytest.raises(UserError) as caught:
+        check_checkpoint(folder, patch_size, img_type, flag="--base_model_dir")
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith("--base_model_dir: ")
+    for word in words:
+        assert word in message, message
+
+
+def test_released_checkpoints_fit(released):
+    info = check_checkpoint(released.folder, (145, 1024), "vit")
+    assert info.tied is released.meta["tied"]
+    assert info.patch_size == (None, 1024)
+    assert {name: list(shape) for name, shape in info.shapes.items()} == released.meta["state_dict"]
+    assert info.has_value_function == ("value_state_dict" in released.meta)
+
+
+def test_what_passes(folder, tmp_path):
+    assert check_checkpoint(folder, (145, 1024), "vit").patch_size == (145, 1024)
+    assert check_checkpoint("declare-lab/flan-alpaca-base", (145, 1024), "vit") is None  # a hub id: nothing to read
+    small(patch_size=None).save_pretrained(tmp_path / "text")
+    assert check_checkpoint(tmp_path / "text", (145, 1024), "vit").patch_size is None  # fresh image layers
+    assert check_checkpoint(tmp_path / "text") is not None
+
+
+def test_features_of_another_kind(released, folder):
+    tensor = "encoder.image_dense.weight"
+    refused(released.folder, tensor, "1024", "--img_type detr gives 256", "--img_type vit", patch_size=(100, 256), img_type="detr")  # fmt: skip  # noqa: E501
+    refused(released.folder, tensor, "no --img_type is given", "use --img_type vit", patch_size=None, img_type=None)
+    refused(folder, "145 patches", "--img_type clip gives 49", patch_size=(49, 1024), img_type="clip")
+    with pytest.raises(UserError, match="patch_size gives 2048"):
+        T5ForMultimodalGeneration.from_pretrained(released.folder, patch_size=(49, 2048))
+
+
+def test_types_that_share_a_size_are_both_named(tmp_path):
+    small(patch_size=(None, 2048)).save_pretrained(tmp_path)
+    refused(tmp_path, "--img_type resnet or clip")
+
+
+def test_folders_without_a_model(tmp_path, folder):
+    refused(tmp_path / "absent" / "deep", "does not exist")
+    refused(tmp_path, "no config.json")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused(tmp_path, "LoRA adapter")
+    (folder / "model.safetensors").unlink()
+    refused(folder, "no weights", "model.safetensors", "pytorch_model.bin")
+    (folder / "config.json").write_text("{")
+    refused(folder, "config.json")
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    refused(folder, "'bert'", "T5")
+    (folder / "config.json").write_text('{"model_type": "t5", "d_model": "wide"}')
+    refused(folder, "d_model")
+
+
+def test_damaged_weights(folder, vit, tmp_path):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(folder, "model.safetensors", "damaged")
+    shutil.copytree(vit.folder, tmp_path / "bin")
+    weights = tmp_path / "bin" / "pytorch_model.bin"
+    weights.write_bytes(weights.read_bytes()[:-100_000])
+    refused(tmp_path / "bin", "pytorch_model.bin", "damaged")
+
+
+def test_tensors_that_are_absent_or_of_another_size(folder):
+    weights = load_file(folder / "model.safetensors")
+    name = "decoder.block.1.layer.1.EncDecAttention.k.weight"
+    save_file({k: v for k, v in weights.items() if k != name}, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "lacks", name)
+    with pytest.raises(UserError, match="EncDecAttention"):
+        T5ForMultimodalGeneration.from_pretrained(folder)
+    save_file({**weights, name: torch.zeros(5, 32)}, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, name, "[5, 32]", "[32, 32]")
+
+
+def test_sharded_checkpoints(folder, tmp_path):
+    model = T5ForMultimodalGeneration.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    shards = sorted((tmp_path / "shards").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert check_checkpoint(tmp_path / "shards", (145, 1024), "vit").shapes.keys() <= model.state_dict().keys()
+    again = T5ForMultimodalGeneration.from_pretrained(tmp_path / "shards")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    shards[-1].unlink()
+    refused(tmp_path / "shards", shards[-1].name, "absent")
+
+
+def test_old_pytorch_files_without_zip(folder):
+    model = T5ForMultimodalGeneration.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert check_checkpoint(folder, (145, 1024), "vit").patch_size == (145, 1024)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", VALUE_FUNCTION])
+def test_pickles_are_not_executed(folder, tmp_path, name):
+    bomb = Bomb(tmp_path / "exploded")
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    torch.save({"shared.weight": torch.zeros(2), "x": bomb}, folder / name)
+    load = T5ForMultimodalGenerationValueFunction.from_pretrained
+    with pytest.raises(UserError, match=name):
+        load(folder)
+    (folder / name).write_bytes(pickle.dumps(bomb))
+    with pytest.raises(UserError, match=name):
+        load(folder)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_value_function_of_another_model(folder):
+    save_value_function(small(patch_size=(6, 10), cls=T5ForMultimodalGenerationValueFunction), folder)
+    with pytest.raises(UserError, match=r"value_function.pth holds encoder.image_dense.weight as \[32, 10\]"):
+        T5ForMultimodalGenerationValueFunction.from_pretrained(folder)
+
+
+def test_unknown_names_say_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="neither a folder here nor a model the Hub gives"):
+        T5ForMultimodalGeneration.from_pretrained("nobody/no-such-model", cache_dir=tmp_path)
+
+
+def test_the_configs_image_field_has_a_name_of_its_own(tmp_path, t5_tokenizer):
+    """`patch_size` would be swallowed by the released model's argument of that name. Folders that have it load."""
+    from tests.tiny import make_model
+
+    folder = make_model(tmp_path / "model", patch_size=(5, 8))
+    told = json.loads((folder / "config.json").read_text())
+    assert told["image_patch_size"] == [5, 8] and "patch_size" not in told
+    assert T5ForMultimodalGeneration.from_pretrained(folder).config.patch_size == (5, 8)
+    again = T5ForMultimodalGeneration.from_pretrained(folder, patch_size=(5, 8))
+    again.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text()) == told
+    # a folder of an earlier version
+    told["patch_size"] = told.pop("image_patch_size")
+    (folder / "config.json").write_text(json.dumps(told))
+    assert check_checkpoint(folder, (5, 8)).patch_size == (5, 8)
+    old = T5ForMultimodalGeneration.from_pretrained(folder)
+    assert old.config.patch_size == (5, 8)
+    value = T5ForMultimodalGenerationValueFunction.from_pretrained(folder)
+    assert value.config.patch_size == (5, 8)
+    plain = make_model(tmp_path / "plain")
+    assert not {"patch_size", "image_patch_size"} & json.loads((plain / "config.json").read_text()).keys()
+
+
+def test_the_tokenizer_file_is_in_the_form_of_tokenizers_0_13(tmp_path, t5_tokenizer, problems):
+    from transformers import AutoTokenizer
+
+    from ares.portable import portable_tokenizer
+
+    t5_tokenizer("a prompt", truncation=True, max_length=3)  # what a run leaves in the tokenizer's state
+    t5_tokenizer.save_pretrained(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_text()
+    assert '"prepend_scheme"' in text
+    portable_tokenizer(tmp_path)
+    told = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert told["truncation"] is None and told["padding"] is None
+    for part in (told["pre_tokenizer"], told["decoder"]):
+        parts = part.get("pretokenizers") or part.get("decoders") or [part]
+        (metaspace,) = [one for one in parts if one["type"] == "Metaspace"]
+        assert metaspace["add_prefix_space"] is True and not {"prepend_scheme", "split"} & metaspace.keys()
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [problem["question"] + " " + problem["solution"] for problem in problems.values()][:200]
+    texts += ["", " ", "  two  blanks ", "x\ny", "naïve café 水 <extra_id_3>", "</s> a"]
+    assert again(texts)["input_ids"] == t5_tokenizer(texts)["input_ids"]
+    ids = again(texts)["input_ids"]
+    assert again.batch_decode(ids) == t5_tokenizer.batch_decode(ids)
+    before = (tmp_path / "tokenizer.json").read_bytes()
+    portable_tokenizer(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == before

@@ -1,0 +1,602 @@
+"""main.py and what it shares with the LoRA script: names, flags, data order, resume, predictions, two processes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import main as script
+from ares.cli import UserError
+from sft import run as sft_run
+from tests.conftest import ROOT, one_line_error, run_script
+from tests.tiny import make_data, make_model, write
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Several threads on a busy machine wait for each other; and equal bits need equal thread counts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory, sample):
+    return make_data(tmp_path_factory.mktemp("data"), sample)
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """A T5 without image layers, as flan-alpaca is."""
+    return make_model(tmp_path_factory.mktemp("models") / "plain")
+
+
+@pytest.fixture
+def flags(root, plain, t5_tokenizer_dir):
+    """Flags of a small run; later ones win."""
+    return [
+        *("--data_root", str(root), "--img_type", "vit", "--model", str(plain), "--tokenizer", str(t5_tokenizer_dir)),
+        *("--bs", "4", "--eval_bs", "3", "--lr", "0.003", "--input_len", "64", "--output_len", "16", "--epoch", "2"),
+    ]
+
+
+def predictions(folder: Path, split: str = "test") -> dict:
+    return json.loads((folder / f"predictions_ans_{split}.json").read_text())
+
+
+# -- names and flags -------------------------------------------------------------------------------------
+
+
+def test_run_name_is_the_released_one(monkeypatch):
+    argv = "--model declare-lab/flan-alpaca-base --img_type vit --prompt_format QCM-E --bs 8 --epoch 20 --lr 8e-5"
+    argv += " --output_len 512 --correction True --correction_file scienceqa/correction.json"
+    base = "baseline_declare-lab-flan-alpaca-base_vit_QCM-E_lr8e-05_bs{}_op512_ep20_seed42_scienceqa-correction"
+    assert script.run_name(script.parse_args(argv.split())) == base.format(8)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert script.run_name(script.parse_args(argv.split())) == base.format(32)
+    named = script.parse_args([*argv.split(), "--sep", "r1", "--w_train_le", "gold", "--user_msg", "mine"])
+    name = base.format(32).replace("baseline", "mine").replace("_seed42", "_r1_seed42_gold")
+    assert script.run_name(named) == name
+
+
+def test_plain_name_and_long_name():
+    args = script.parse_args(["--model", "a/b/"])
+    assert script.run_name(args) == "baseline_a-b_None_QCM-A_lr5e-05_bs16_op64_ep20_seed42"
+    names = [script.run_name(script.parse_args(["--model", "m/" + "ü" * 200 + end])) for end in "xy"]
+    assert all(len(name.encode()) <= 255 for name in names) and names[0] != names[1]
+    assert names[0].startswith("baseline_m-üü")
+
+
+def test_contradictions_come_together(tmp_path):
+    argv = f"--correction True --name_map x.json --bs 0 --lr 0 --evaluate_dir {tmp_path}/no --run_dir r"
+    with pytest.raises(UserError) as error:
+        script.parse_args(argv.split())
+    for word in ("--correction_file", "--img_type", "--bs", "--lr", "--run_dir", "--evaluate_dir"):
+        assert word in str(error.value)
+    with pytest.raises(UserError, match="--correction True only"):
+        script.parse_args(["--correction_file", "x.json"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ("--seed -1", "--seed must be in 0"),
+        ("--lr inf", "--lr must be a number"),
+        ("--save_minutes nan", "--save_minutes"),
+        ("--options A B A", "--options: A B A names a letter twice"),
+    ],
+)
+def test_values_out_of_range(extra, words):
+    with pytest.raises(UserError, match=words):
+        script.parse_args(extra.split())
+
+
+def test_evaluate_dir_names_the_flags_that_do_nothing(tmp_path, capsys):
+    script.parse_args(f"--evaluate_dir {tmp_path} --epoch 20 --lr 8e-5 --bs 8 --use_generate --final_eval".split())
+    assert capsys.readouterr().out == "note: no effect under --evaluate_dir: --bs --epoch --final_eval --lr\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"epoch": 3}, "--epoch 3 (was 2)"),
+        ({"bs": 8}, "--bs x processes 8 (was 4)"),
+        ({"bs": 2, "processes": 2}, ""),
+        ({"data_root": "/moved", "eval_bs": 1, "test_le": "x"}, ""),
+        ({"data_root": "/other", "train_data": "2"}, "--data_root /other (was d)"),
+        ({"train_data": "2"}, "files under --data_root"),
+        ({"use_generate": True}, "--use_generate True (was False)"),
+        ({"use_generate": True, "final_eval": True}, "--final_eval True (was False), --use_generate True (was False)"),
+    ],
+)
+def test_changed_flags(change, said):
+    old = {"epoch": 2, "bs": 4, "processes": 1, "data_root": "d", "train_data": "1", "eval_data": "1", "eval_bs": 2}
+    old |= {"final_eval": False, "use_generate": False, "test_le": None}
+    changed = ", ".join(sft_run.changed_flags(old, {**old, **change}))
+    assert (said in changed) if said else changed == ""
+
+
+# -- the order of the data -------------------------------------------------------------------------------
+
+
+def test_order_is_a_seeded_permutation_in_steps_of_like_length():
+    from sft.trainer import LengthGroupedOrder
+
+    lengths = torch.randint(20, 400, (1003, 2), generator=torch.Generator().manual_seed(1)).tolist()
+    order = LengthGroupedOrder(lengths, step=8, seed=42)
+    first = list(order)
+    assert sorted(first) == list(range(1003)) and list(order) == first and order.steps == 126
+    order.epoch = 1
+    assert list(order) != first and list(LengthGroupedOrder(lengths, 8, seed=43)) != first
+
+    def spread(indices, part):
+        steps = [[lengths[j][part] for j in indices[i : i + 8]] for i in range(0, 1000, 8)]
+        return sum(max(step) - min(step) for step in steps) / len(steps)
+
+    assert spread(first, 0) < 0.3 * spread(list(range(1003)), 0)  # prompts
+    assert spread(first, 1) < 0.15 * spread(list(range(1003)), 1)  # targets
+    # still shuffled: the steps do not come by length
+    heads = [lengths[first[i]] for i in range(0, 400, 8)]
+    assert heads != sorted(heads) and heads != sorted(heads, reverse=True)
+
+
+def test_shares_of_a_step_are_of_one_size_and_double_nothing():
+    from sft.trainer import LengthGroupedOrder, Shares
+
+    order = LengthGroupedOrder([(5 + i, 3) for i in range(19)], step=8, seed=1)
+    shares = [list(Shares(order, rank, 2)) for rank in (0, 1)]
+    assert [[len(batch) for batch in share] for share in shares] == [[4, 4, 1], [4, 4, 2]]
+    assert [a + b for a, b in zip(*shares, strict=True)] == [list(order)[i : i + 8] for i in (0, 8, 16)]
+    few = [list(Shares(LengthGroupedOrder([(5, 3)] * 9, 8, 1), rank, 4)) for rank in range(4)]
+    assert [len(share) for share in few] == [2] * 4 and len({share[1][0] for share in few}) == 1  # one sample for all
+
+
+def test_token_budget_batches_are_whole_small_and_shared():
+    from sft.trainer import TokenBudgetBatches
+
+    draw = torch.Generator().manual_seed(1)
+    sizes = [torch.randint(5, 200, (2,), generator=draw).tolist() for _ in range(301)]
+    alone = TokenBudgetBatches(sizes, 1000, seed=42)
+    first = list(alone)
+    assert sorted(i for batch in first for i in batch) == list(range(301)) and len(first) == len(alone)
+    for batch in first:
+        assert len(batch) * sum(max(sizes[i][part] for i in batch) for part in (0, 1)) <= 1000
+    assert len(first) < 120  # 301 samples in batches of five or so, not one by one
+    alone.epoch = 1
+    assert len(list(alone)) == len(first)
+    assert {frozenset(batch) for batch in alone} != {frozenset(batch) for batch in first}  # not the order alone
+    ranks = [list(TokenBudgetBatches(sizes, 1000, 42, rank, world=2)) for rank in (0, 1)]
+    assert len(ranks[0]) == len(ranks[1])
+    assert sorted(i for share in ranks for batch in share for i in batch) == list(range(301))
+    with pytest.raises(UserError, match="too few"):
+        TokenBudgetBatches(sizes[:1], 1000, 42, 0, world=2)
+
+
+def test_two_checkpoints_are_kept():
+    from sft.trainer import kept_checkpoints
+
+    two, four, six = found = [Path(f"run/checkpoint-{step}") for step in (2, 4, 6)]
+    assert kept_checkpoints(found, six, None) == {four, six}
+    assert kept_checkpoints(found, six, best_step=2) == {two, six}
+    assert kept_checkpoints(found, six, best_step=6) == {four, six}
+
+
+def test_order_is_the_same_with_any_workers(root, t5_tokenizer):
+    """What a worker makes of the seeded order is what the process itself makes of it."""
+    from sft.trainer import LengthGroupedOrder, lengths
+    from utils_data import Collator, RationaleDataset, load_data
+
+    args = script.parse_args(["--data_root", str(root), "--img_type", "vit", "--prompt_format", "QCM-E"])
+    data = load_data(args, {"train": "train"})
+    dataset = RationaleDataset(data.problems, data.qids["train"], t5_tokenizer, args)
+
+    def batches(workers):
+        order, collate = LengthGroupedOrder(lengths(dataset), 4, seed=3), Collator(0, data.features, with_qids=True)
+        return list(torch.utils.data.DataLoader(dataset, 4, sampler=order, collate_fn=collate, num_workers=workers))
+
+    plain = batches(0)
+    assert len({qid for batch in plain for qid in batch["qids"]}) == 24
+    for batch, other in zip(plain, batches(2), strict=True):
+        assert batch["qids"] == other["qids"]
+        assert all(torch.equal(batch[name], other[name]) for name in ("input_ids", "labels", "image_ids"))
+
+
+@pytest.mark.parametrize("kind", ["vit", "absent", "resnet"])
+def test_a_batch_is_pinned_as_far_as_torch_can(kind, monkeypatch):
+    """An expanded view ends the run when it is pinned - on a GPU only; here torch's refusal without one."""
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    from utils_data import Collator, batches_pin_themselves
+
+    if not batches_pin_themselves():
+        pytest.skip("this torch does not ask a batch; SFT's loader does not pin then")
+
+    def pinned(tensor, *device):
+        done.append(tensor.shape)
+        return torch.empty_strided(tensor.shape, tensor.stride()).copy_(tensor)  # as torch does it
+
+    done, image = [], torch.randn(3, 5, 8)
+    views = {"vit": image, "absent": torch.zeros(1, 1, 1).expand(3, 5, 8), "resnet": image[:, :1].expand(3, 5, 8)}
+    features = SimpleNamespace(gather=lambda qids: views[kind])
+    items = [{"qid": str(i), "input_ids": [5] * (i + 1), "labels": [6]} for i in range(3)]
+    batch = Collator(0, features, with_qids=True)(items)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    if kind != "vit":
+        with pytest.raises(RuntimeError, match="single memory location"):
+            pin_memory(dict(batch))
+        done.clear()
+    there = pin_memory(batch)
+    assert len(done) == 3 + (kind == "vit") and list(there) == list(batch) and there["qids"] == ["0", "1", "2"]
+    assert all(torch.equal(there[name], batch[name]) for name in there if name != "qids")
+
+
+# -- predictions -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def predictor_parts(root, t5_tokenizer, tmp_path_factory):
+    from model import T5ForMultimodalGeneration
+    from utils_data import Collator, RationaleDataset, load_data
+
+    argv = ["--data_root", str(root), "--img_type", "vit", "--output_len", "12", "--eval_bs", "3", "--use_generate"]
+    args = script.parse_args([*argv, "--prompt_format", "QCM-LEA", "--input_len", "80"])
+    data = load_data(args, {"train": "train", "val": "val", "test": "test"})
+    model = T5ForMultimodalGeneration.from_pretrained(
+        make_model(tmp_path_factory.mktemp("m"), patch_size=data.patch_size), dtype=torch.float32
+    )
+    with torch.no_grad():  # so that outputs depend on the prompt, not on the start token alone
+        model.lm_head.weight.mul_(40)
+    collator = Collator(t5_tokenizer.pad_token_id, data.features)
+    datasets = {name: RationaleDataset(data.problems, data.qids[name], t5_tokenizer, args) for name in data.qids}
+    return SimpleNamespace(args=args, data=data, model=model.eval(), collator=collator, datasets=datasets)
+
+
+def make_predictor(parts, t5_tokenizer, **changes):
+    from sft.predict import Predictor
+
+    args = SimpleNamespace(**{**vars(parts.args), **changes})
+    return Predictor(args, parts.data.problems, t5_tokenizer, parts.collator, torch.device("cpu"))
+
+
+def test_sorted_batches_give_what_one_row_at_a_time_gives(predictor_parts, t5_tokenizer):
+    parts, dataset = predictor_parts, predictor_parts.datasets["train"]
+    rows = make_predictor(parts, t5_tokenizer, eval_acc=2).predict(parts.model, dataset, "test")
+    assert len({tuple(row) for row in rows}) > len(rows) // 2  # the outputs differ, so their order is tested
+    for i, row in enumerate(rows):
+        inputs = parts.collator([dataset[i]])
+        inputs.pop("labels")
+        ids = parts.model.generate(**inputs, max_length=12, do_sample=False)[0, 1:].tolist()
+        while ids and ids[-1] == 0:
+            ids.pop()
+        assert row == ids
+        assert len(row) <= 11
+
+
+def test_argmax_is_of_teacher_forced_logits(predictor_parts, t5_tokenizer):
+    parts, dataset = predictor_parts, predictor_parts.datasets["test"]
+    rows = make_predictor(parts, t5_tokenizer, use_generate=False).predict(parts.model, dataset, "test")
+    for i, row in enumerate(rows):
+        with torch.no_grad():
+            wanted = parts.model(**parts.collator([dataset[i]])).logits[0].argmax(-1).tolist()
+        assert len(wanted) == len(dataset[i]["labels"]) and row == wanted
+
+
+def test_interrupted_split_goes_on_with_the_rows_it_has(predictor_parts, t5_tokenizer, tmp_path):
+    parts, dataset = predictor_parts, predictor_parts.datasets["train"]
+    predictor, model = make_predictor(parts, t5_tokenizer), parts.model
+    whole = predictor.predict(model, dataset, "whole")
+    encoded = []
+
+    def stop_after(calls):
+        def hook(module, args, kwargs):
+            encoded.append(len(kwargs["input_ids"]))
+            if len(encoded) > calls:
+                raise KeyboardInterrupt
+
+        return model.encoder.register_forward_pre_hook(hook, with_kwargs=True)
+
+    (tmp_path / "rows_7_1.jsonl").write_text("[0, [5, 6]]\n[1, [7")  # of another process; the kill cut a line
+    handle = stop_after(3)
+    with pytest.raises(KeyboardInterrupt):
+        predictor.predict(model, dataset, "killed", tmp_path)
+    handle.remove()
+    kept = sum(len(file.read_text().splitlines()) for file in tmp_path.glob("rows_0_*.jsonl"))
+    assert kept == 9
+    encoded.clear()
+    handle = stop_after(99)
+    rows = predictor.predict(model, dataset, "again", tmp_path)
+    handle.remove()
+    assert sum(encoded) == len(dataset) - kept - 1  # nothing twice
+    assert rows == [[5, 6], *whole[1:]]
+
+
+def test_prediction_files(predictor_parts, t5_tokenizer, tmp_path, capsys, monkeypatch):
+    parts = predictor_parts
+    predictor = make_predictor(parts, t5_tokenizer)
+    write(tmp_path / "adapter_config.json", {"any": "weights"})
+    loads = []
+
+    def load():
+        loads.append(1)
+        return parts.model
+
+    splits = {"test": parts.datasets["test"], "val": parts.datasets["test"], "train": parts.datasets["train"]}
+    predicted = []
+    monkeypatch.setattr(
+        predictor, "predict", lambda *a, _real=predictor.predict: predicted.append(a[2]) or _real(*a), raising=True
+    )
+    predictor.write(tmp_path, splits, load, [tmp_path])
+    assert predicted == ["predict test", "predict train"]  # val is the same rows here: not generated twice
+    test = predictions(tmp_path)
+    wanted = {"num_fail", "scores", "preds", "labels", "qids", "prompts", "answers", "settings"}
+    assert set(test) == wanted and set(predictions(tmp_path, "eval")) == wanted - {"num_fail", "scores"}
+    assert test["qids"] == parts.data.qids["test"] and len(test["preds"]) == len(test["qids"]) == len(test["answers"])
+    assert test["num_fail"] == test["answers"].count(None)
+    assert {"acc_average"} <= set(test["scores"]["answer"]) and {"bleu1", "rouge"} <= set(test["scores"]["rationale"])
+    assert predictions(tmp_path, "eval")["preds"] == test["preds"]
+    assert not list(tmp_path.glob(".predicting*"))
+
+    capsys.readouterr()
+    predictor.write(tmp_path, splits, load, [tmp_path])
+    assert len(loads) == 1 and capsys.readouterr().out.count("already there") == 3
+    make_predictor(parts, t5_tokenizer, output_len=9).write(tmp_path, {"val": splits["val"]}, load, [tmp_path])
+    write(tmp_path / "adapter_config.json", {"other": "weights"})
+    predictor.write(tmp_path, {"val": splits["val"]}, load, [tmp_path])
+    assert len(loads) == 3
+
+
+def test_predictions_depend_on_the_features_wherever_the_first_image_stands(predictor_parts, t5_tokenizer):
+    """Half of ScienceQA has no image: features made by another network must not pass for the same."""
+    from utils_data import Collator, RationaleDataset
+
+    parts, features = predictor_parts, predictor_parts.data.features
+    pictured = [qid for qid in parts.data.qids["train"] if qid in features.name_map]
+    bare = [qid for role in parts.data.qids.values() for qid in role if qid not in features.name_map][:9]
+    assert len(bare) == 9
+    dataset = RationaleDataset(parts.data.problems, [*bare, pictured[0]], t5_tokenizer, parts.args)
+    other = copy.copy(features)
+    other.name_map = {qid: (row + 1) % features.rows for qid, row in features.name_map.items()}
+    told = [
+        make_predictor(SimpleNamespace(**{**vars(parts), "collator": Collator(0, one)}), t5_tokenizer).settings(
+            dataset, ""
+        )
+        for one in (features, other)
+    ]
+    assert told[0]["data"] != told[1]["data"]
+
+
+def test_failed_answers_and_formats_without_one(predictor_parts, t5_tokenizer):
+    parts = predictor_parts
+    qids = parts.data.qids["test"]
+    gold = ["ABCDE"[parts.data.problems[qid]["answer"]] for qid in qids]
+    preds = [f"Because. The answer is ({letter})." for letter in gold]
+    predictor = make_predictor(parts, t5_tokenizer)
+    told = predictor.scores(qids, preds, preds)
+    assert told["num_fail"] == 0 and told["scores"]["answer"]["acc_average"] == "100.00"
+    broken = ["The answer is (E).", "no idea", *preds[2:]]
+    assert len(parts.data.problems[qids[0]]["choices"]) < 5
+    assert predictor.letters(qids, broken) == [None, None, *gold[2:]]
+    first, second = predictor.scores(qids, broken, preds), predictor.scores(qids, broken, preds)
+    assert first == second and first["num_fail"] == 2
+    rationale = make_predictor(parts, t5_tokenizer, prompt_format="QCM-E").scores(qids, preds, preds)
+    assert rationale["num_fail"] is None and set(rationale["scores"]) == {"rationale"}
+    answer = make_predictor(parts, t5_tokenizer, prompt_format="QCM-A").scores(qids, preds, preds)
+    assert set(answer["scores"]) == {"answer"}
+
+
+# -- training --------------------------------------------------------------------------------------------
+
+
+def test_train_from_a_plain_t5_then_evaluate_and_resume(flags, plain, tmp_path, capsys):
+    from model import T5ForMultimodalGeneration
+
+    run = tmp_path / "run"
+    argv = [*flags, "--prompt_format", "QCM-E", "--use_generate", "--epoch", "3", "--run_dir", str(run)]
+    script.main(argv)
+    out = capsys.readouterr().out
+    assert "eval_rougeL" in out and "best rougeL" in out
+    files = {path.name for path in run.iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "args.yaml"} <= files
+    assert {"trainer_state.json", "metrics.json"} <= files
+    assert {f"predictions_ans_{split}.json" for split in ("test", "eval", "train")} <= files
+    assert not [name for name in files if name.startswith(".")] and "training_args.bin" not in files
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["steps"] == 18 and metrics["last_loss"] < metrics["first_loss"] < 11
+    checkpoints = {path.name for path in run.glob("checkpoint-*")}
+    assert f"checkpoint-{metrics['best_step']}" in checkpoints and "checkpoint-18" in checkpoints
+    assert len(checkpoints) == 2
+    # the folder loads alone, with its image layers; what was best was saved; every parameter moved
+    model = T5ForMultimodalGeneration.from_pretrained(run)
+    assert tuple(model.config.patch_size) == (5, 8) and model.config.use_cache
+    best = load_file(run / f"checkpoint-{metrics['best_step']}" / "model.safetensors")
+    trained = load_file(run / "model.safetensors")
+    assert all(torch.equal(best[name], trained[name]) for name in trained)
+    start = T5ForMultimodalGeneration.from_pretrained(plain, patch_size=(5, 8), seed=42)
+    moved = {
+        name: not torch.equal(tensor, trained[name]) for name, tensor in start.state_dict().items() if name in trained
+    }
+    assert len(moved) == len(trained) and all(moved.values()), [name for name in moved if not moved[name]]
+
+    # the same command: nothing is done again. A kill before metrics.json: training is closed from its checkpoint
+    made = {path.name: path.stat().st_mtime_ns for path in run.glob("predictions*.json")}
+    (run / "metrics.json").unlink()
+    (run / "model.safetensors").unlink()
+    script.main(argv)
+    assert "going on from checkpoint-18" in capsys.readouterr().out
+    again = load_file(run / "model.safetensors")
+    assert all(torch.equal(again[name], trained[name]) for name in trained)
+    assert made == {path.name: path.stat().st_mtime_ns for path in run.glob("predictions*.json")}
+
+    # --evaluate_dir on our own folder: its tokenizer, its image size; a changed flag of the run is refused
+    (run / "predictions_ans_test.json").rename(tmp_path / "first.json")
+    script.main([*argv[:-2], "--evaluate_dir", str(run), "--tokenizer", str(run)])
+    first = json.loads((tmp_path / "first.json").read_text())
+    assert predictions(run)["preds"] == first["preds"] and predictions(run)["prompts"] == first["prompts"]
+    with pytest.raises(UserError, match=r"--lr 0.1 \(was 0.003\)"):
+        script.main([*argv, "--lr", "0.1"])
+    with pytest.raises(UserError, match="--run_dir"):
+        script.main([*argv[:-2], "--run_dir", str(plain)])
+
+
+def test_answer_format_final_eval_and_overwrite(flags, root, tmp_path, capsys):
+    argv = [*flags, "--final_eval", "--use_generate", "--output_dir", str(tmp_path), "--user_msg", "m"]
+    argv += ["--train_split", "minitrain", "--epoch", "1"]
+    script.main(argv)
+    name = script.run_name(script.parse_args(argv))
+    run = tmp_path / name
+    assert sorted(path.name for path in run.glob("predictions*")) == ["predictions_ans_test.json"]
+    told = predictions(run)
+    assert told["num_fail"] <= 8 and set(told["scores"]) == {"answer"}
+    assert told["qids"] == json.loads((root / "scienceqa/pid_splits.json").read_text())["test"]
+    assert "eval_accuracy" not in (run / "trainer_state.json").read_text()
+    with pytest.raises(UserError, match="--train_split train"):
+        script.main([*argv, "--train_split", "train"])
+    script.main([*argv, "--train_split", "train", "--overwrite"])
+    assert json.loads((run / "metrics.json").read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize("name", ["vit", "vit_tied"])
+def test_released_checkpoint_is_evaluated(name, fixtures, sample, t5_tokenizer_dir, tmp_path):
+    """A pytorch_model.bin with no image fields in its config and no tokenizer; features of the true shape."""
+    root = make_data(tmp_path / "data", sample, train=4, val=2, test=4, shape=(145, 1024))
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in ("config.json", "pytorch_model.bin", "generation_config.json"):
+        (model / file).symlink_to(fixtures / "model" / name / file)
+    argv = ["--data_root", str(root), "--img_type", "vit", "--tokenizer", str(t5_tokenizer_dir), "--output_len", "12"]
+    script.main([*argv, "--prompt_format", "QCM-LE", "--use_generate", "--evaluate_dir", str(model)])
+    assert len(predictions(model, "train")["preds"]) == 4 and len(predictions(model)["preds"]) == 4
+
+
+def test_two_processes_train_like_one(flags, root, tmp_path):
+    """2 x 4 and 1 x 8, without dropout: the same batches, losses over all real targets, so the same weights. The last
+    step of an epoch has 4 samples, none of them twice."""
+    argv = [*flags, "--train_split", "minitrain", "--final_eval", "--use_generate"]
+    argv += ["--model", str(make_model(tmp_path / "m", dropout=0.0))]
+    done = run_script("main.py", *argv, "--bs", "4", "--run_dir", tmp_path / "two", nproc=2)
+    assert "error" not in done.stderr
+    script.main([*argv, "--bs", "8", "--run_dir", str(tmp_path / "one")])
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    start = load_file(tmp_path / "m" / "model.safetensors")
+    for name, tensor in one.items():
+        # Adam divides by the gradient's size: rounding in the sum over ranks shows where the gradient is near 0
+        assert torch.allclose(tensor, two[name], atol=2e-4, rtol=0), (name, (tensor - two[name]).abs().max())
+    assert (one["shared.weight"] - start["shared.weight"]).abs().max() > 3e-3
+    ours, theirs = predictions(tmp_path / "one"), predictions(tmp_path / "two")
+    for key in ("qids", "prompts", "labels"):
+        assert ours[key] == theirs[key]
+    same = [a == b for a, b in zip(ours["preds"], theirs["preds"], strict=True)]
+    assert sum(same) >= len(same) - 1
+    assert "processes: 2" in (tmp_path / "two/args.yaml").read_text()
+
+
+def test_two_processes_with_a_token_budget_bf16_and_workers(flags, tmp_path):
+    """The flags of speed together: training still learns, in a few steps of many samples, and keeps fp32 weights."""
+    at = flags.index("--bs")
+    argv = [*flags[:at], *flags[at + 2 :], "--max_tokens", "400", "--final_eval", "--epoch", "1"]
+    done = run_script(
+        "main.py", *argv, "--precision", "bf16", "--workers", "1", "--run_dir", tmp_path / "run", nproc=2
+    )
+    assert "error" not in done.stderr
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert metrics["last_loss"] < metrics["first_loss"] and 2 <= metrics["steps"] <= 6  # 24 samples, 5 or so a batch
+    assert {tensor.dtype for tensor in load_file(tmp_path / "run/model.safetensors").values()} == {torch.float32}
+    assert predictions(tmp_path / "run")["settings"]["precision"] == "bf16"
+    with pytest.raises(UserError, match="--bs and --max_tokens"):
+        script.parse_args([*argv, "--bs", "8"])
+    with pytest.raises(UserError, match="--max_tokens 70 is less"):
+        script.parse_args([*argv, "--max_tokens", "70"])
+
+
+def kill_after(command: list, folder: Path, checkpoint: int, timeout: float = 300) -> str:
+    """Start `command`, SIGKILL it once a checkpoint of at least this step is whole; returns the newest one's name."""
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=env, **quiet)
+    deadline = time.monotonic() + timeout
+    whole: list[int] = []
+    while process.poll() is None and time.monotonic() < deadline:
+        whole = [int(path.parent.name.split("-")[1]) for path in folder.glob("checkpoint-*/complete")]
+        if whole and max(whole) >= checkpoint:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            return f"checkpoint-{max(int(path.parent.name.split('-')[1]) for path in folder.glob('*/complete'))}"
+        time.sleep(0.01)
+    process.kill()
+    pytest.fail(f"ended with {process.wait()} before it could be killed; checkpoints {whole}")
+
+
+def test_killed_training_ends_with_the_same_weights(flags, tmp_path):
+    """SIGKILL in the middle of the second of three epochs, dropout on: bit for bit the undisturbed run."""
+    argv = [*flags, "--train_split", "train", "--epoch", "3", "--use_generate"]
+    run = tmp_path / "killed"
+    command = ["main.py", *argv, "--run_dir", run, "--save_minutes", "0.00001"]
+    last = kill_after(command, run, checkpoint=8)
+    assert 8 <= int(last.split("-")[1]) < 18 and not (run / "metrics.json").exists()
+    (run / "checkpoint-17").mkdir(exist_ok=True)  # a save that a kill cut short: no marker
+    (run / "checkpoint-17" / "trainer_state.json").write_text("{")
+    done = run_script(*command, env={"OMP_NUM_THREADS": "1"})
+    assert f"going on from {last}" in done.stdout, done.stdout[-2000:]
+    script.main([*argv, "--run_dir", str(tmp_path / "whole")])
+    killed, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(killed[name], whole[name]) for name in whole)
+    states = [json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("killed", "whole")]
+    assert states[0]["best_metric"] == states[1]["best_metric"]
+    assert states[0]["best_global_step"] == states[1]["best_global_step"]
+    assert predictions(run)["preds"] == predictions(tmp_path / "whole")["preds"]
+
+
+# -- bad input, before a model is loaded -----------------------------------------------------------------
+
+
+def test_a_users_mistake_is_one_line(flags, tmp_path):
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty/config.json", {"model_type": "t5"})
+    one_line_error(run_script("main.py", *flags, "--model", tmp_path / "empty", check=False), "--model", "weights")
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--img_type", "detr"], ["--img_type", "detr"]),
+        (["--eval_le", "{short}", "--prompt_format", "QCMG-A"], ["--eval_le", "2", "6"]),
+        (["--correction", "True", "--correction_file", "{correction}"], ["--correction_file"]),
+        (["--run_dir", "/proc/none/run"], ["--run_dir", "/proc/none/run"]),
+        (["--data_root", "/nowhere"], ["--data_root"]),
+        (["--evaluate_dir", "{plain}"], ["--evaluate_dir", "image layers"]),
+    ],
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(extra, words, flags, root, plain, tmp_path, monkeypatch):
+    import model
+
+    def loaded(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(model.T5ForMultimodalGeneration, "from_pretrained", loaded)
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "short.json", {"preds": ["a", "b"]})
+    problems = json.loads((root / "scienceqa/problems.json").read_text())
+    problems.pop(next(iter(problems)))
+    write(tmp_path / "correction.json", problems)
+    places = {"short": tmp_path / "short.json", "correction": tmp_path / "correction.json", "plain": plain}
+    with pytest.raises(UserError) as error:
+        script.main([*flags, *(part.format(**places) for part in extra)])
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(flags, tmp_path):
+    with pytest.raises(UserError, match="--lr: the loss is"):
+        script.main([*flags, "--lr", "1e30", "--final_eval", "--run_dir", str(tmp_path / "r")])

@@ -1,0 +1,645 @@
+"""Reading the Teacher's replies: the released parser's cases, and any sentences in any accepted wrapping."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+import tracemalloc
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ares.sentences import is_finished, remove_repeats, sentence_columns, split_text
+from teacher.corrections import parse_correction
+from teacher.handoff import RATIONALE, REASON, REPLY, SCORES, Refused, parse_scores, read_scores
+from teacher.parsing import LONGEST, parse_verdict
+from teacher.reference import correct_rationale, score_sentences
+from utils_evaluate import extract_answer
+
+# Cases of fixtures/scores_parse.json where the released parser is no guide, with the right verdict and why.
+ACCEPT = {
+    "text_with_brace_colon_before": ([0.8, 0.5, 1.0], "braces in the text around the object are text"),
+    "score_quoted": ([0.8, 0.5, 1.0], "a quoted number is a number"),
+    "comma_space": ([0.8, 0.5, 1.0], "a blank after the comma means nothing"),
+    "single_line_json_3": ([0.8, 0.5, 1.0], "JSON may stand on one line"),
+    "single_line_json_1_comma": ([0.9], "a trailing comma"),
+    "value_comma_brace": ([0.9], "a trailing comma"),
+    "brace_in_sentence": ([0.3, 0.7], "braces inside a sentence belong to it"),
+    "close_brace_in_sentence": ([0.3, 0.7], "braces inside a sentence belong to it"),
+    "nested_object": ([0.8, 0.5, 1.0], "a wrapper object around the answer"),
+    "array_json": ([0.8, 0.5, 1.0], "a bare array of the right length (SPEC 7)"),
+    "reordered": ([0.8, 0.5, 1.0], "all sentences in another order are mapped by text (SPEC 7)"),
+    "value_neg_zero": ([0.0], "-0.0 is 0 (SPEC 7)"),
+}
+REFUSE = {
+    "score_nan": ("not_a_number", "nan compares false with both bounds and slipped through the range test"),
+    "score_underscore": ("not_a_number", "0_0 is Python's spelling, no score"),
+    "score_fullwidth": ("not_a_number", "Python's float takes full-width digits"),
+    "different_sentence_text": ("ambiguous", "keys that name no sentence; the released parser went by position"),
+    "missing_rationale": ("no_rationale", "nothing to score; the released parser returned without a word"),
+}
+REASONS = {  # both refuse: ours says why
+    "xxx_all": "placeholder", "xxx_last": "placeholder", "xxx_middle": "placeholder", "xxx_first": "placeholder",
+    "too_few": "wrong_count", "too_many": "wrong_count", "score_above_1": "out_of_range",
+    "score_negative": "out_of_range", "score_inf": "not_a_number", "score_words": "not_a_number",
+    "score_null": "not_a_number", "score_percent": "not_a_number", "score_range": "not_a_number",
+    "value_1.00001": "out_of_range", "empty_output": "no_reply", "whitespace_output": "no_reply",
+    "missing_output": "no_reply", "refusal": "no_json", "missing_open": "no_json", "missing_close": "no_json",
+    "missing_both": "no_json", "two_full_copies": "ambiguous",
+}  # fmt: skip
+
+
+def test_cases_of_the_released_parser(fixtures, tmp_path):
+    cases = json.loads((fixtures / "scores_parse.json").read_text())["cases"]
+    same, refused = 0, 0
+    for number, case in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, text in ((RATIONALE, case["rationale"]), (REPLY, case["output"])):
+            if text is not None:
+                (folder / name).write_bytes(text.encode())
+        name = case["name"]
+        if name in REFUSE or (case["scores"] is None and name not in ACCEPT):
+            with pytest.raises(Refused) as error:
+                read_scores(folder)
+            expected = REFUSE[name][0] if name in REFUSE else REASONS.get(name, error.value.reason)
+            assert error.value.reason == expected, (name, str(error.value))
+            assert (folder / REASON).read_text().startswith(error.value.reason) and not (folder / SCORES).exists()
+            refused += 1
+            continue
+        expected = ACCEPT[name][0] if name in ACCEPT else case["scores_float"]
+        assert read_scores(folder) == expected, name
+        assert str(read_scores(folder)[0])[0] != "-"
+        assert [float(line) for line in (folder / SCORES).read_text().splitlines()] == expected
+        assert not (folder / REASON).exists()
+        same += name not in ACCEPT
+    names = {case["name"] for case in cases}
+    assert names >= ACCEPT.keys() | REFUSE.keys() | REASONS.keys()
+    assert (len(cases), same, len(ACCEPT), refused) == (81, 32, 12, 37)
+
+
+def test_reason_and_scores_replace_each_other(tmp_path):
+    (tmp_path / RATIONALE).write_text('{\n"A.": xxx\n}\n')
+    (tmp_path / REPLY).write_text('{"A.": 2}')
+    with pytest.raises(Refused, match="out_of_range"):
+        read_scores(tmp_path)
+    (tmp_path / REPLY).write_text('{"A.": 0.2}')
+    assert read_scores(tmp_path) == [0.2]
+    assert not (tmp_path / REASON).exists() and (tmp_path / SCORES).read_text() == "0.2\n"
+    (tmp_path / REPLY).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(Refused, match="no_json"):
+        read_scores(tmp_path)
+    assert (tmp_path / REASON).exists() and not (tmp_path / SCORES).exists()
+
+
+@pytest.mark.parametrize(
+    "reply, sentences, expected",
+    [
+        ('{"scores": [0.1, 0.2]}', ["A.", "B."], [0.1, 0.2]),
+        ('Sure!\n```json\n{\n  "scores": [\n    0.1,\n    "0.2",\n  ]\n}\n```', ["A.", "B."], [0.1, 0.2]),
+        ("[0.1, 0.2]\n", ["A.", "B."], [0.1, 0.2]),
+        ("[0.1, 0.2, 0.3]", ["A.", "B."], "wrong_count"),
+        ("[0.1, 0.2]\n[0.1, 0.3]", ["A.", "B."], "ambiguous"),
+        ("As said in [1], nothing fits.", ["A."], "no_json"),
+        ("[0.1, nan]", ["A.", "B."], "not_a_number"),
+        ("[" * 100_000, ["A."], "no_json"),
+        # repeats: one score each, in their order; a JSON parser would keep the last only
+        ('{"A.": 0.7, "B.": 0.5, "A.": 0.0}', ["A.", "B.", "A."], [0.7, 0.5, 0.0]),
+        ('{"B.": 0.5, "A.": 0.7, "A.": 0.0}', ["A.", "B.", "A."], "ambiguous"),
+        ('{"B.": 0.5, "A.": 0.7, "A.": 0.7}', ["A.", "B.", "A."], [0.7, 0.5, 0.7]),
+        # the same answer twice is one answer; a form left empty beside the filled one is none
+        ('{"A.": 0.7}\nThat is:\n{"A.": 0.7}', ["A."], [0.7]),
+        ('Form: {"A.": xxx}\nFilled: {"A.": 0.7}', ["A."], [0.7]),
+        ('Like {"sentence": 0.5}: {"A.": 0.7, "B.": 0.1}', ["A.", "B."], [0.7, 0.1]),
+        # reworded sentences are nobody's
+        ('{"The A!": 0.7, "The B!": 0.1}', ["A.", "B."], "ambiguous"),
+        ('{"B.": 0.7, "The A!": 0.1}', ["A.", "B."], "ambiguous"),
+        # another order is seen through lost full stops, other case and added numbers
+        ('{"the b": 0.7, "The A!": 0.1, "E.": 0.3}', ["The A.", "The B.", "E."], [0.1, 0.7, 0.3]),
+        ('{"1. The B.": 0.7, "2. The A.": 0.1}', ["The A.", "The B."], [0.1, 0.7]),
+        ('{"the b": 0.7, "Reworded.": 0.1}', ["The A.", "The B."], "ambiguous"),
+        ('{"2": 0.7, "1": 0.1}', ["The A.", "The B."], [0.1, 0.7]),
+        ('{"1": 0.7, "2": 0.1}', ["The A.", "The B."], [0.7, 0.1]),
+        ('{"The A.": 0.7, "Overall": 0.1}', ["The A.", "The B."], "wrong_count"),
+        ('{"S.": 0.1, "x": high, "y": 0.2}', ["S.", "y"], "not_a_number"),
+        ('{"reworded": 0.1, "b": high, "c": 0.2, "d": 0.3}', ["S.", "T.", "U."], "not_a_number"),
+        ('{"A.": {"score": 0.5}}', ["A."], [0.5]),
+        ('{"A.": 0.5, "B.": }', ["A.", "B."], "no_json"),
+        ('{"A.": 0.5 or 0.6}', ["A."], "wrong_count"),
+        ('{"A.": .5, "B.": 1.}', ["A.", "B."], [0.5, 1.0]),
+        ('{"A.": 1e999}', ["A."], "out_of_range"),
+        ('{"A.": "xxx"}', ["A."], "placeholder"),
+        (None, ["A."], "no_reply"),
+        (b"\xef\xbb\xbf{\"A.\": 0.5}", ["A."], [0.5]),
+    ],
+)  # fmt: skip
+def test_score_verdicts(reply, sentences, expected):
+    if isinstance(expected, str):
+        with pytest.raises(Refused) as error:
+            parse_scores(reply, sentences)
+        assert error.value.reason == expected
+    else:
+        assert parse_scores(reply, sentences) == expected
+
+
+THREE = ["The ice melts.", "It is a change of state.", "So, the answer is B."]
+T1, T2, T3 = THREE
+SCORED = [0.1, 0.2, 0.3]
+ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
+
+
+@pytest.mark.parametrize(
+    "reply, sentences, expected",
+    [
+        # a score of the whole, or of something else, is no sentence's
+        ('{"A.": 0.9, "B.": 0.8, "overall_score": 0.2}', ["A.", "B.", "C."], "wrong_count"),
+        ('{"A.": 0.9, "B.": 0.8, "Overall": 0.2}', ["A.", "B.", "C."], "wrong_count"),
+        ('{"A.": 0.9, "B.": 0.8, "average score": 0.2}', ["A.", "B.", "C."], "wrong_count"),
+        ('{"A.": 0.9, "B.": 0.8, "final": 0.2}', ["A.", "B.", "C."], "ambiguous"),
+        ('{"A.": 0.9, "B.": 0.8, "confidence": 0.2}', ["A.", "B.", "C."], "wrong_count"),
+        ('{"confidence": 0.9, "A.": 0.8, "B.": 0.7}', ["A.", "B.", "C."], "wrong_count"),
+        ('{"A.": 0.9, "B.": 0.8, "C.": 0.7, "overall": 0.2}', ["A.", "B.", "C."], "wrong_count"),
+        ('{"score": 0.9}', ["A."], "ambiguous"),
+        ('{"temperature": 0.9, "top_p": 0.8}', ["A.", "B."], "ambiguous"),
+        # numbers name sentences, in any order; other sets of numbers do not
+        ('{"3": 0.3, "1": 0.1, "2": 0.2}', THREE, SCORED),
+        ('{"3.": 0.3, "1.": 0.1, "2.": 0.2}', THREE, SCORED),
+        ('{"Sentence 2": 0.2, "Sentence 1": 0.1, "Sentence 3": 0.3}', THREE, SCORED),
+        ('{"sentence_2": 0.2, "sentence_3": 0.3, "sentence_1": 0.1}', THREE, SCORED),
+        ('{"s3": 0.3, "S2": 0.2, "s1": 0.1}', THREE, SCORED),
+        ('{"#3": 0.3, "(2)": 0.2, "no. 1": 0.1}', THREE, SCORED),
+        ('{"2": 0.3, "0": 0.1, "1": 0.2}', THREE, SCORED),  # from 0
+        ('{"1": 0.3, "2": 0.1, "4": 0.2}', THREE, "ambiguous"),
+        ('{"1": 0.3, "2": 0.1, "2": 0.2}', THREE, "ambiguous"),
+        ('{"-1": 0.3, "2": 0.1, "3": 0.2}', THREE, "ambiguous"),
+        ('{"2": 0.3, "3": 0.1, "4": 0.2}', THREE, "ambiguous"),
+        ('{"Option 1": 0.3, "Option 2": 0.1, "Option 3": 0.2}', THREE, "ambiguous"),
+        (f'{{"1": 0.3, "2": 0.1, "{T3}": 0.2}}', THREE, "ambiguous"),
+        ('{"2": 0.7, "1": 0.1}', ["2.", "1."], "ambiguous"),  # by text or by number?
+        ('{"A": 0.3, "B": 0.1, "C": 0.2}', THREE, "ambiguous"),  # the options' letters
+        # case, blanks, quotes, ends, numbering, an ellipsis
+        ('{"so is b": 0.3, "THE ICE MELTS": 0.1, "It is a change of state": 0.2}', THREE, "ambiguous"),
+        ('{"so the answer is b": 0.3, "THE ICE MELTS": 0.1, "It  is a change of state!": 0.2}', THREE, SCORED),
+        ('{"\\"So, the answer is B.\\"": 0.3, "`The ice melts.`": 0.1, "**It is a change of state**": 0.2}', THREE,
+         SCORED),
+        ('{"So, the...": 0.3, "The ice ...": 0.1, "It is a ch…": 0.2}', THREE, SCORED),
+        ('{"So, ... is B.": 0.3, "The ice melts.": 0.1, "It is … of state.": 0.2}', THREE, SCORED),
+        ('{"The ...": 0.3, "Water...": 0.1}', ["The ice melts.", "The water is hot."], "ambiguous"),
+        ('{"...": 0.3, "It ...": 0.1}', ["The ice melts.", "It is hot."], "ambiguous"),
+        ('{"Sentence 2: It is a change of state.": 0.2, "(3) So, the answer is B.": 0.3, "1) The ice melts.": 0.1}',
+         THREE, SCORED),
+        ('{"Walk.": 0.1, "Ride a bus.": 0.2}', ["1. Walk.", "2. Ride a bus."], [0.1, 0.2]),
+        ('{"2. walk": 0.2, "1. walk": 0.1}', ["1. Walk.", "2. Walk."], [0.1, 0.2]),
+        ('{"x is < 2": 0.2, "X is > 2": 0.1}', ["x is > 2.", "x is < 2."], [0.1, 0.2]),
+        ('{"is it hot": 0.2, "It is.": 0.1}', ["Is it hot?", "Is it hot."], "ambiguous"),
+        ('{"It is hot.": 0.2, "Is it hot!": 0.1}', ["Is it hot?", "Is it hot."], "ambiguous"),
+        # JSON's escapes in keys, LaTeX raw and escaped
+        ('{"He said \\"no\\".": 0.2, "The \\u00e9t\\u00e9 is hot": 0.1, "It is \\\\frac{1}{2} of x.": 0.3}', ESCAPED,
+         SCORED),
+        ('{"He said \u201cno\u201d.": 0.2, "the été is hot": 0.1, "It is \\frac{1}{2} of x": 0.3}', ESCAPED, SCORED),
+        # one object per sentence
+        (f'{{"{T2}": {{"score": 0.2}}, "{T1}": {{"score": 0.1}}, "{T3}": {{"score": "0.3"}}}}', THREE, SCORED),
+        (f'{{"{T1[:-1]}": {{"score": 0.1}}, "{T2}": {{"score": 0.2}}, "{T3}": {{"rating": 0.3}}}}', THREE, SCORED),
+        # an array that is quoted, not the reply's own
+        ("I cannot score these sentences on the scale [0.0, 1.0].", ["A.", "B."], "no_json"),
+        ("I can't rate these. The scale is:\n[0.0, 1.0]\n", ["A.", "B."], "no_json"),
+        ("I'm sorry, scores lie in `[0.0, 1.0]`, but I have none.", ["A.", "B."], "no_json"),
+        ("Allowed: [0.0, 0.5, 1.0]\nNothing to score.", THREE, "no_json"),
+        ("Scores lie in\n```\n[0.0, 1.0]\n```\nbut nothing is there.", ["A.", "B."], "no_json"),
+        ("As said in\n[1]\nit is so.", ["A."], "no_json"),
+        ("Unable to answer; an example would be\n[0.3, 0.8]", ["A.", "B."], "no_json"),
+        ('{"scale": [0.0, 1.0]}', ["A.", "B."], "wrong_count"),
+        ("[0.0, 1.0]", ["A.", "B."], [0.0, 1.0]),
+        ("```json\n[0.0, 1.0]\n```", ["A.", "B."], [0.0, 1.0]),
+        ('Scores:\n{"scores": [0.0, 1.0]}', ["A.", "B."], [0.0, 1.0]),
+        ("Scores: [0.3, 0.8]", ["A.", "B."], [0.3, 0.8]),
+        # an answer that quotes the sentences and one by number that differs
+        ('{"A.": 0.7, "B.": 0.1}\n{"1": 0.7, "2": 0.2}', ["A.", "B."], "ambiguous"),
+        ('{"A.": 0.7, "B.": 0.1}\n{"1": 0.7, "2": 0.1}', ["A.", "B."], [0.7, 0.1]),
+        ('{"A.": 0.7}' + " " * (2 * LONGEST), ["A."], [0.7]),
+        ('{"A.": 0.7}' + "x" * LONGEST, ["A."], "too_long"),
+    ],
+)  # fmt: skip
+def test_a_number_counts_for_the_sentence_that_its_key_names(reply, sentences, expected):
+    test_score_verdicts(reply, sentences, expected)
+
+
+WORDS = "the a ice heat x state melts is not > < 2 3.5 B 'hot' (A) -5 so, \"no\" water".split()
+KEY_NOISE = {
+    "none": lambda key, data: key,
+    "case": lambda key, data: key.swapcase(),
+    "ends": lambda key, data: key.rstrip(".!?") + data.draw(st.sampled_from(["", "!", ".", " ."])),
+    "blanks": lambda key, data: f" {key.replace(' ', '  ')} ",
+    "quotes": lambda key, data: f"'{key}'",
+    "cut": lambda key, data: key[: data.draw(st.integers(1, len(key)))] + data.draw(st.sampled_from(["...", "…"])),
+    "number": lambda key, data: f"{data.draw(st.integers(1, 6))}. {key}",
+    "other": lambda key, data: data.draw(st.sampled_from(["overall", "1", "3", "Sentence 2", "score", "B"])),
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_noisy_keys_give_the_intended_scores_or_none(data):
+    """Every value names its own sentence (0.1, 0.2, ...); keys are noisy, shuffled, doubled or dropped."""
+    sentence = st.lists(st.sampled_from(WORDS), min_size=1, max_size=5).map(" ".join)
+    sentences = data.draw(st.lists(st.tuples(sentence, st.sampled_from(".!?")).map("".join), min_size=2, max_size=6,
+                                   unique_by=lambda text: text.lower().rstrip(".!?")))  # fmt: skip
+    scores = [(place + 1) / 10 for place in range(len(sentences))]
+    shuffled = data.draw(st.permutations(range(len(sentences))))
+    noise = [data.draw(st.sampled_from(sorted(KEY_NOISE))) for _ in shuffled]
+    keys = [KEY_NOISE[kind](sentences[place], data) for kind, place in zip(noise, shuffled, strict=True)]
+    pairs = [(json.dumps(key), scores[place]) for key, place in zip(keys, shuffled, strict=True)]
+    reply = LAYOUTS[data.draw(st.sampled_from(["lines", "indent", "one line", "no commas", "quoted"]))](pairs)
+    numbered = all(re.fullmatch(r"(?:Sentence )?\d", key) for key in keys)  # the value may then be another's
+    try:
+        found = parse_scores(reply, sentences)
+    except Refused:
+        assert set(noise) - {"none", "blanks"} or numbered
+    else:
+        assert found == scores or numbered
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_numbered_keys_in_any_order(data):
+    count, first = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([0, 1]))
+    name = data.draw(st.sampled_from(["{}", "{}.", "Sentence {}", "sentence_{}", "s{}", "S{}:", "({})"]))
+    scores = [place / 10 for place in range(count)]
+    pairs = [
+        (json.dumps(name.format(place + first)), scores[place]) for place in data.draw(st.permutations(range(count)))
+    ]
+    sentences = [f"It is {'very ' * place}hot." for place in range(count)]
+    assert parse_scores(LAYOUTS["one line"](pairs), sentences) == scores
+
+
+# -- any sentences, any wrapping -------------------------------------------------------------------------
+
+ONE_LINE = st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=40)
+NASTY = st.sampled_from(
+    ['a": 0.5, "b', '{"x": 1}', 'He said: "3:4".', "}", "{", '"', '\\"', "xxx", "[0.1]", "", "  ", "Time: 5:30, ok.",
+     'x": xxx,', "naïve café 水", "a\r", "\u2028", "```", "\\", '": 0.5}']
+)  # fmt: skip
+SENTENCES = st.lists(ONE_LINE | NASTY, min_size=1, max_size=6)
+TENTHS = st.integers(0, 10).map(lambda n: n / 10)
+
+QUOTES = {
+    "raw": lambda s: f'"{s}"',
+    "json": json.dumps,
+    "utf8": lambda s: json.dumps(s, ensure_ascii=False),
+}
+LAYOUTS = {
+    "lines": lambda pairs: "{\n" + ",\n".join(f"{k}: {v}" for k, v in pairs) + "\n}",
+    "indent": lambda pairs: "{\n" + ", \n".join(f"    {k} : {v}" for k, v in pairs) + ",\n}",
+    "one line": lambda pairs: "{" + ", ".join(f"{k}: {v}" for k, v in pairs) + "}",
+    "tight": lambda pairs: "{" + ",".join(f"{k}:{v}" for k, v in pairs) + "}",
+    "no commas": lambda pairs: "{\n" + "\n".join(f"{k}: {v}" for k, v in pairs) + "\n}",
+    "quoted": lambda pairs: "{" + ", ".join(f'{k}: "{v}"' for k, v in pairs) + "}",
+    "crlf": lambda pairs: "{\r\n" + ",\r\n".join(f"{k}: {v}" for k, v in pairs) + "\r\n}\r\n",
+    "array": lambda pairs: json.dumps([v for _, v in pairs]),
+    "scores": lambda pairs: json.dumps({"scores": [v for _, v in pairs]}, indent=2),
+}
+AROUND = {
+    "bare": "{}",
+    "fence": "```json\n{}\n```",
+    "prose": "Here are the scores:\n\n{}\n\nNote: the reasoning is fine.",
+    "wrapper": '{{\n"rationale": {}\n}}',
+    "bom": "\ufeff{}",
+    "braces": "I fill {{x}}:\n{}",
+}
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_any_sentences_in_any_wrapping(data):
+    sentences = data.draw(SENTENCES)
+    scores = data.draw(st.lists(TENTHS, min_size=len(sentences), max_size=len(sentences)))
+    quote = QUOTES[data.draw(st.sampled_from(sorted(QUOTES)))]
+    layout = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))]
+    around = AROUND[data.draw(st.sampled_from(sorted(AROUND)))]
+    array = layout([(quote(s), v) for s, v in zip(sentences, scores, strict=True)])
+    reply = around.format(array)
+    if array[0] == "[" and len(scores) > 1 and scores == scale(len(scores)) and re.search("Here|fill", reply):
+        with pytest.raises(Refused):  # with prose around it may be the scale that is quoted
+            parse_scores(reply, sentences)
+    else:
+        assert parse_scores(reply, sentences) == scores
+
+
+def scale(count):
+    return [round(place / (count - 1), 2) for place in range(count)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_order(data):
+    words = st.text("abcdefgh :{},'", min_size=1, max_size=12).map(lambda s: f"S {s}.")
+    sentences = data.draw(st.lists(words, min_size=2, max_size=6, unique=True))
+    scores = dict(zip(sentences, data.draw(st.lists(TENTHS, min_size=6, max_size=6)), strict=False))
+    shuffled = data.draw(st.permutations(sentences))
+    quote = QUOTES[data.draw(st.sampled_from(sorted(QUOTES)))]
+    reply = LAYOUTS["one line"]([(quote(s), scores[s]) for s in shuffled])
+    assert parse_scores(reply, sentences) == [scores[s] for s in sentences]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.binary(max_size=200)
+    | st.text(st.sampled_from('{}[]":,. \n0123456789x\\a-'), max_size=120)
+    | st.text(max_size=100)
+    | st.none(),
+    st.lists(ONE_LINE | NASTY, max_size=4),
+)
+def test_nothing_but_refused_is_raised(reply, sentences):
+    try:
+        scores = parse_scores(reply, sentences)
+        assert len(scores) == len(sentences) and all(0 <= score <= 1 for score in scores)
+    except Refused as refused:
+        assert re.fullmatch(r"[a-z_]+", refused.reason)
+    try:
+        assert parse_correction(reply, " ".join(sentences)).strip()
+    except Refused as refused:
+        assert re.fullmatch(r"[a-z_]+", refused.reason)
+
+
+# -- corrections -----------------------------------------------------------------------------------------
+
+BEFORE = "The ice melts. It gets hot"
+AFTER = "The ice melts. It gets hot, so it is a change of state."
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '{\n"Original rationale": "%s",\n"Final rationale": "%s"\n}',
+        '{"original rationale": "%s", "final rationale": "%s"}',
+        "{original rationale: %s, final rationale: %s}",
+        "{\nOriginal rationale: %s\nFinal rationale: %s\n}",
+        '{\n"original_rationale": "%s",\n"final_rationale": "%s",\n}',
+        '```json\n{"Original Rationale": "%s", "Final": "%s"}\n```\nI finished the last sentence.',
+        "{%s}\n**Final rationale**: {%s}",
+        'Original rationale: {"%s"}\nFinal rationale: {"%s"}',
+        "{\n**Original rationale:** %s\n**Final rationale:** %s\n}",
+    ],
+)
+def test_final_rationale_is_found(reply):
+    assert parse_correction(reply % (BEFORE, AFTER), BEFORE) == AFTER
+    over_lines = AFTER.replace(". ", ".\n")
+    assert parse_correction(reply % (BEFORE, over_lines), BEFORE) == AFTER  # on many lines
+    quoted = 'He said "melt". The set is {1, 2}.'
+    assert parse_correction(reply % (BEFORE, quoted), BEFORE) == quoted
+    # a rationale that looks like the form is stepped over
+    trap = "Write {final rationale: x}, he said."
+    assert parse_correction(reply % (trap, AFTER), trap) == AFTER
+
+
+def test_final_rationale_with_escapes():
+    reply = json.dumps({"Original rationale": BEFORE, "Final rationale": 'A "big"\nchange. {x}'}, indent=1)
+    assert parse_correction(reply, BEFORE) == 'A "big" change. {x}'
+    assert parse_correction(json.dumps({"Final rationale": BEFORE}), BEFORE) == BEFORE  # nothing to mend: a good reply
+    assert parse_correction(reply.encode(), BEFORE) == 'A "big" change. {x}'
+    assert parse_correction('{"Final rationale": "A \\ud83d big\\ud83d\\ude00 change."}', BEFORE) == "A big😀 change."
+
+
+def test_final_rationale_in_other_values():
+    """A list of sentences, Python's quotes, and the form of the request repeated before the answer."""
+    assert (
+        parse_correction('{"Original rationale": ["x."], "Final rationale": ["A b.", "C d."]}', BEFORE) == "A b. C d."
+    )
+    assert parse_correction(f"{{'Original rationale': '{BEFORE}', 'Final rationale': '{AFTER}'}}", BEFORE) == AFTER
+    echoed = '{"Original rationale": "the student\'s explanation", "Final rationale": "the corrected explanation"}'
+    assert parse_correction(f'{echoed}\n{{"Final rationale": "{AFTER}"}}', BEFORE) == AFTER
+    # words that also stand in such remarks are a rationale's as long as it says more
+    for text in ("No change is needed to make 1.0 mole.", "The answer is the same as the original color, red."):
+        assert parse_correction(json.dumps({"Final rationale": text}), BEFORE) == text
+    assert parse_correction('{"Final rationale": "None."}', "None.") == "None."
+
+
+@pytest.mark.parametrize(
+    "reply, reason",
+    [
+        (None, "no_reply"),
+        ("  \n", "no_reply"),
+        ("I cannot help with that.", "no_final"),
+        (AFTER, "no_final"),  # never a slice of the reply
+        (f'{{"Original rationale": "{BEFORE}"}}', "no_final"),
+        (f'{{"Original rationale": "{BEFORE}", "Final rationale": "The ice', "no_final"),  # cut at max_tokens
+        ("{final rationale: The ice", "no_final"),
+        ('{"Final rationale": ""}', "empty"),
+        ("{Final rationale: }", "empty"),
+        ('{"Final rationale": "..."}', "empty"),
+        ('{"Final rationale": "Unchanged."}', "unchanged"),
+        ('{"Final rationale": "No changes needed"}', "unchanged"),
+        ("{final rationale: same as the original}", "unchanged"),
+        ('{"Final rationale": "[Same as the original rationale]"}', "unchanged"),
+        ('{"Final rationale": "The original rationale is correct and needs no changes."}', "unchanged"),
+        ('{"Final rationale": "No corrections are needed; the explanation is already correct."}', "unchanged"),
+        ('{"Final rationale": "Identical to the one above."}', "unchanged"),
+        ('{"Final rationale": "N/A"}', "unchanged"),
+        ('{"Final rationale": "None"}', "unchanged"),
+        ('{"Final rationale": null}', "empty"),
+        ('{"Final rationale": []}', "empty"),
+        ('{"Final rationale": {"text": "A."}}', "no_final"),
+        ('{"Final rationale": [1, "A."]}', "no_final"),
+        ('{"Final rationale": true}', "no_final"),
+        (
+            '{"Original rationale": "the student\'s explanation", "Final rationale": "the corrected explanation"}',
+            "placeholder",
+        ),
+        ('{"Final rationale": "xxx"}', "placeholder"),
+        ('{"Final rationale": "A."}\n{"Final rationale": "B."}', "ambiguous"),
+    ],
+)
+def test_correction_refusals(reply, reason):
+    with pytest.raises(Refused) as error:
+        parse_correction(reply, BEFORE)
+    assert error.value.reason == reason
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=60),
+    st.text("abcdefg hijk:,{}\"'.", min_size=1, max_size=60).map(lambda s: f"Since {s} it is.")
+)  # fmt: skip
+def test_any_correction_in_json(before, after):
+    reply = json.dumps({"Original rationale": before, "Final rationale": after})
+    assert parse_correction(reply, before) == " ".join(after.split())
+
+
+REMARKS = """
+original_rationale / {original_rationale} / [original_rationale] / <original_rationale> / "original_rationale"
+${original_rationale} / {{original_rationale}} / `original_rationale` / **original rationale** / ORIGINAL_RATIONALE
+originalRationale / original rationale / Original. / (original) / _original rationale_ / *original*
+{Final rationale} / <final rationale> / [final_rationale] / "Final Rationale" / finalRationale / final_rationale
+same as original_rationale / Same as {original_rationale}. / same as the original / [same as original] / SAME
+(same as above) / Same. / the same / Same text as the original rationale. / identical to original_rationale
+It is identical to the student's explanation. / See above. / (see above) / see original_rationale
+See original rationale above / As above. / Refer to the original rationale. / copy of the original
+[Copy original rationale here] / Original kept. / unchanged / Unchanged. / (unchanged) / **Unchanged** / UNCHANGED
+<unchanged/> / [unchanged from original] / ~unchanged~ / Remains unchanged. / Left as is, unchanged.
+The explanation is unchanged. / No change / No changes. / (no changes needed) / No changes were made.
+no_changes_needed / No corrections necessary / No correction is necessary. / No edits / No edits required.
+No modifications needed; the original is correct. / Nothing to correct. / Nothing to change. / I made no changes.
+No revision is needed - the text is accurate. / There are no errors. / No errors found.
+No mistakes found; no changes made. / The original rationale is correct. / The original is correct as written.
+Correct as is. / Already correct. / It is already correct. / All sentences are correct.
+All sentences are correct, so no changes were made. / The rationale is accurate. / Correct. / N/A / n/a / n.a. / NA
+(N/A) / None / none. / Nil / not applicable / No / Ditto / The student's explanation doesn't need corrections.
+""".replace("\n", " / ").strip(" /").split(" / ")  # fmt: skip
+FORM_WORDS = """
+xxx / {xxx} / the corrected explanation / {corrected_rationale} / <corrected rationale>
+[Insert corrected rationale here] / {your corrected explanation} / corrected / [TODO] / <text> / revised_rationale
+"The improved explanation."
+""".replace("\n", " / ").strip(" /").split(" / ")  # fmt: skip
+TEXTS = """
+The original rationale of the experiment was to test heat. / The original is a copy of the Mona Lisa.
+See above the map. / No change of state occurs. / No corrections were made to the map of Ohio.
+The same number of particles is in both. / Original thirteen colonies wrote it. / The final answer is (A).
+Final velocity is not the original velocity. / The ice stays unchanged while it floats.
+None of the animals is a mammal. / It is not applicable to fish. / N/A is a label here.
+It is correct that ice melts. / The student's ice melts. / Nothing melts. / All sentences have a verb.
+No, ice is cold. / The text is written in Spanish. / 2 + 2 = 4, so no. / The corrected sentence has a comma.
+An identical magnet repels.
+""".replace("\n", " / ").strip(" /").split(" / ")  # fmt: skip
+FORMS = [
+    lambda text: json.dumps({"Original rationale": BEFORE, "Final rationale": text}),
+    lambda text: f'{{\n"original_rationale": "{BEFORE}",\n"final_rationale": "{text}"\n}}',
+    lambda text: f"{{original rationale: {BEFORE}\nfinal_rationale: {text}}}",
+    lambda text: f"**Original rationale**: {{{BEFORE}}}\n**Final rationale**: {{{text}}}",
+]
+
+
+def outcome(reply, rationale=BEFORE):
+    try:
+        return parse_correction(reply, rationale)
+    except Refused as refused:
+        return refused.reason
+
+
+@pytest.mark.parametrize("remark", REMARKS)
+def test_a_remark_means_unchanged(remark):
+    assert {outcome(form(remark)) for form in FORMS} == {"unchanged"}
+
+
+@pytest.mark.parametrize("words", FORM_WORDS)
+def test_a_word_of_the_form_is_no_rationale(words):
+    assert {outcome(form(words)) for form in FORMS} == {"placeholder"}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_rationale_may_hold_such_words(text):
+    assert {outcome(form(text)) for form in FORMS} == {text}
+
+
+def test_remarks_and_texts():
+    assert len(REMARKS) > 90 and len(FORM_WORDS) == 12 and len(TEXTS) > 18
+    assert outcome("final_rationale: {original_rationale}") == "unchanged"
+    for empty in ("", "...", "---", "—", "{}", "()", '\\"\\"'):
+        assert {outcome(form(empty)) for form in FORMS[1:3]} == {"empty"}, empty
+    beside = '{"Final rationale": "<final rationale>"}\n{"Final rationale": "A b."}\n{"Final rationale": "xxx"}'
+    assert outcome(beside) == "A b."
+    assert outcome("{final rationale: A \ud83d b.}") == "A b."  # UTF-8 cannot spell half of a pair
+    # a remark around the text that was sent; the text itself is one even if it is such words
+    for around in ("Same as the original: %s", "%s (no changes needed)", "[unchanged] %s"):
+        assert outcome(FORMS[0](around % BEFORE)) == "unchanged"
+    assert outcome(json.dumps({"Final rationale": "It is the same."}), "it is the same") == "It is the same."
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (r"It is \frac{1}{2} of 4.", r"It is \frac{1}{2} of 4."),
+        (r"It is \\frac{1}{2} of 4.", r"It is \frac{1}{2} of 4."),
+        (r"2 \times 3 \neq 7, \beta \rightarrow \theta.", r"2 \times 3 \neq 7, \beta \rightarrow \theta."),
+        (r"\text{ice} is \nu, \(x\) and 5\%.", r"\text{ice} is \nu, \(x\) and 5\%."),
+        (r"A.\nNow B.\tThen C.\r\nNext \"D\".", 'A. Now B. Then C. Next "D".'),
+        (r"\nnot all, \nor one, \nneon.", "not all, or one, neon."),
+        (r"caf\u00e9 a\/b \ud83d\ude00 \ud83d. \u12 \x", "café a/b 😀 . \\u12 \\x"),
+    ],
+)
+def test_escapes_are_decoded_where_they_are_ones(written, read):
+    assert outcome(f'{{"Original rationale": "x", "Final rationale": "{written}"}}') == read
+    assert outcome(f'{{"Final rationale": ["{written}"]}}') == read
+    assert outcome(f'{{"Final rationale": "He said "so". {written}"}}') == f'He said "so". {read}'
+
+
+# -- work: any text, in time and memory that grow with its length --------------------------------------------
+
+PROBLEM = {
+    "question": "Which boat is faster?", "choices": ["boat a a", "boat b 2"], "answer": 1, "hint": "", "image": None,
+    "lecture": "Speed is distance by time.", "solution": "One boat moved 240 miles. Boat b 2 is faster.",
+}  # fmt: skip
+UNITS = [
+    " ", "\n", " \n", '"', "\\", "{", "}", "[", "]", "{[", "1", "1.", ". ", ".", ",", ":", '"a": ', '"a": 1, ',
+    "'", "a", "A. ", "a ", "a.na", ".n", "\\n", "! ", '? "', "(", "*", "-", "final ", '"final rationale": ', '{"',
+    '{"a": {', "[0.1]\n", "Solution: ", '"verdict": "1"', '"reason": "', "option a ", "The ice melts. ",
+    '{"The ice melts.": 0.5, ', "0.5\n", "\\u00e9", '\\"', '{"a": "', '": "', "}{", "U.S. ", "...", '1, a {"',
+    "The answer is (A) ", "```\n", "'a': '", "\x03",
+]  # fmt: skip
+ICE = ["The ice melts.", "It is hot.", "a"]
+PARSERS = {
+    "scores": lambda text: parse_scores(text, ICE),
+    "scores of such sentences": lambda text: parse_scores(text, [text[:9], text[3:7], *[text[:6]] * 20]),
+    "a key": lambda text: parse_scores(f'{{"The ice melts.": 0.5, "{text}": 0.5}}', ICE),
+    "correction": lambda text: parse_correction(text, "The ice."),
+    "a quoted correction": lambda text: parse_correction('{"Final rationale": "' + text, "The ice."),
+    "a bare correction": lambda text: parse_correction("{final rationale: " + text + "}", "The ice."),
+    "a correction's key": lambda text: parse_correction('{"Final' + text, "The ice."),
+    "a correction as Python": lambda text: parse_correction("{'final rationale': '" + text + "'}", "The ice."),
+    "verdict": lambda text: parse_verdict('"verdict":' + text + '"verdict": 1, "reason": "' + text),
+    "sentences": lambda text: remove_repeats(split_text("So it is a" + text)),
+    "finished": is_finished,
+    "reference scores": lambda text: score_sentences(PROBLEM, split_text(text)),
+    "reference score of one": lambda text: score_sentences(PROBLEM, [text]),
+    "reference correction": lambda text: correct_rationale(PROBLEM, text),
+    "answer": lambda text: extract_answer("The answer is (" + text),
+}
+
+
+def work(parse, text, repeats=1):
+    """CPU seconds; the least of some repeats, since other processes only add."""
+    seconds = []
+    for _ in range(repeats):
+        started = time.process_time()
+        with contextlib.suppress(Refused):
+            parse(text)
+        seconds.append(time.process_time() - started)
+    return min(seconds)
+
+
+def assert_linear(parse, make, name):
+    """Four times the length takes about four times as long; a square would take sixteen times."""
+    short, long = make(4000), make(16000)
+    for repeats in (1, 3, 10):
+        once, fourfold = work(parse, short, repeats), work(parse, long, repeats)
+        if fourfold < 8 * once + 0.004:
+            return
+    pytest.fail(f"{name}: {once * 1000:.1f} ms for 4,000 characters, {fourfold * 1000:.1f} ms for 16,000")
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_work_grows_with_the_length(parser):
+    for unit in UNITS:
+        assert_linear(PARSERS[parser], lambda length, unit=unit: (unit * length)[:length], f"{parser} of {unit!r}")
+
+
+def test_work_on_ids_grows_with_their_number(t5_tokenizer):
+    for unit in UNITS:
+        some = t5_tokenizer(unit * 50, add_special_tokens=False).input_ids or [2]
+        assert_linear(
+            lambda ids: sentence_columns(ids, t5_tokenizer),
+            lambda length, some=some: (some * length)[: length // 4],
+            f"ids of {unit!r}",
+        )
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_memory_is_bounded(parser):
+    for unit in ("{", '"a": 1, ', '{"a": {', ". ", "a ", '"final rationale": ', '{"The ice melts.": 0.5, '):
+        tracemalloc.start()
+        work(PARSERS[parser], (unit * 40_000)[:40_000])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 40 * 2**20, (unit, peak)

@@ -1,0 +1,498 @@
+"""tools/doctor.py: silent on the sound sample, and one FAIL line, the right one, for each planted fault."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ares.cli import Stop, UserError
+from tests.conftest import one_line_error, run_script
+from tests.tiny import make_data, make_model, write
+from tools import doctor
+
+KEY = "sk-ant-test-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+
+
+def diagnose(capsys, *argv) -> tuple[int, dict[str, list[str]], str]:
+    """(exit status, status -> lines, everything said)."""
+    capsys.readouterr()
+    try:
+        doctor.main([str(word) for word in argv])
+        code = 0
+    except Stop as stop:
+        code = stop.status
+    said = capsys.readouterr()
+    lines: dict[str, list[str]] = {"ok": [], "info": [], "warn": [], "FAIL": []}
+    for line in said.out.splitlines():
+        if (status := line.split()[0]) in lines:
+            lines[status].append(line)
+    return code, lines, said.out + said.err
+
+
+def test_the_sound_sample_passes(sample, t5_tokenizer, tmp_path, capsys):
+    rows = len(json.loads((sample / "name_map.json").read_text()))
+    np.save(tmp_path / "resnet.npy", np.random.default_rng(0).standard_normal((rows, 2048), np.float32))
+    t5_tokenizer.save_pretrained(make_model(tmp_path / "model", patch_size=(512, 2048)))
+    code, lines, said = diagnose(
+        capsys, "--data_root", sample / "ScienceQA/data", "--images", sample / "images", "--use_caption",
+        "--caption_file", sample / "instruct_captions.json", "--img_type", "resnet", "--vision_features", tmp_path,
+        "--name_map", sample / "name_map.json", "--model", tmp_path / "model",
+    )  # fmt: skip
+    assert code == 0 and not lines["FAIL"], said
+    names = [line[6:16].strip() for line in said.splitlines() if line[:4].strip() in lines]
+    assert names == [
+        *("packages", "questions", "splits", "counts", "images", "captions", "features", "model", "tokenizer"),
+        *("devices", "disk", "api key"),
+    ]
+    assert "1473 questions" in said and "862 train, 321 val, 290 test" in said
+    assert re.search(r"images +\d+ images of 58 questions decode", said)
+    assert "778 rows of (512, 2048), all finite" in said and "719 captions" in said
+    assert any("664 of 1473 questions name an image that is not under" in line for line in lines["warn"])
+    assert "12,726 train" in lines["info"][0] and "11,208 feature rows" in lines["info"][0]
+    assert KEY not in said and "ANTHROPIC_API_KEY is set" in said
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory, sample, t5_tokenizer):
+    """A small folder in which nothing is wrong: real questions, real pictures of the test split, all files."""
+    folder = tmp_path_factory.mktemp("doctor")
+    data = make_data(folder / "data", sample, test=40)
+    problems, splits = (read(data / f"scienceqa/{name}.json") for name in ("problems", "pid_splits"))
+    for qid in problems:
+        if (sample / "images" / qid).is_dir():
+            shutil.copytree(sample / "images" / qid, data / "images" / qid, copy_function=shutil.copyfile)
+        elif problems[qid]["image"]:  # the sample's train images are not at hand
+            problems[qid]["image"] = None
+    write(data / "scienceqa/problems.json", problems)
+    write(data / "captions.json", {"captions": {qid: "A picture." for qid in problems}})
+    write(data / "scienceqa/correction.json", problems)
+    t5_tokenizer.save_pretrained(make_model(folder / "model", patch_size=(5, 8)))
+    assert len(list((data / "images").iterdir())) > 3 and splits["train"]
+    return folder
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+def flags(folder: Path) -> list[str]:
+    data = folder / "data"
+    return [
+        *("--data_root", str(data), "--caption_file", str(data / "captions.json"), "--use_caption"),
+        *("--img_type", "vit", "--model", str(folder / "model"), "--correction_file", "scienceqa/correction.json"),
+    ]
+
+
+def test_the_small_folder_passes(clean, capsys):
+    """The faults below say something only if this passes."""
+    code, lines, said = diagnose(capsys, *flags(clean), "--strict")
+    assert code == 0 and not lines["FAIL"], said
+    assert {line.split()[1] for line in lines["warn"]} <= {"devices"}
+
+
+def spoil(path: Path, change) -> None:
+    """Change a JSON file in place."""
+    value = read(path)
+    write(path, change(value) or value)
+
+
+def first_picture(data: Path) -> Path:
+    return sorted((data / "images").glob("*/image.png"))[0]
+
+
+def problem_change(**fields):
+    def plant(data: Path) -> list[str]:
+        path = data / "scienceqa/problems.json"
+        qid = list(read(path))[7]
+        spoil(path, lambda problems: problems[qid].update(fields))
+        return ["questions", f"question {qid}"]
+
+    return plant
+
+
+def cut_json(data):
+    path = data / "scienceqa/problems.json"
+    path.write_text(path.read_text()[:9999])
+    return ["questions", "problems.json is not JSON"]
+
+
+def lost_field(data):
+    qid = list(read(data / "scienceqa/problems.json"))[3]
+    spoil(data / "scienceqa/problems.json", lambda problems: problems[qid].pop("lecture") and None)
+    return ["questions", f"question {qid}: lacks lecture"]
+
+
+def unknown_split_id(data):
+    spoil(data / "scienceqa/pid_splits.json", lambda splits: splits["val"].append("999999"))
+    return ["splits", "split val names question 999999"]
+
+
+def twice_in_split(data):
+    spoil(data / "scienceqa/pid_splits.json", lambda splits: splits["train"].append(splits["train"][0]))
+    return ["splits", "split train names question", "twice"]
+
+
+def no_test_split(data):
+    spoil(data / "scienceqa/pid_splits.json", lambda splits: splits.pop("test") and None)
+    return ["splits", "--test_split", "no split test"]
+
+
+def truncated_png(data):
+    path = first_picture(data)
+    path.write_bytes(path.read_bytes()[:-2000])
+    return ["images", f"question {path.parent.name}", "does not decode"]
+
+
+def no_png(data):
+    path = first_picture(data)
+    path.write_text("<html>404 Not Found</html>")
+    return ["images", f"question {path.parent.name}", "is no PNG, JPEG, GIF or WebP"]
+
+
+def absent_image(data):
+    path = first_picture(data)
+    shutil.rmtree(path.parent)
+    return ["images", "--strict", f"first {path.parent.name}", "--images"]
+
+
+def foreign_captions(data):
+    write(data / "captions.json", {"captions": {"999999": "A cat."}})
+    return ["captions", "belong to another data set"]
+
+
+def caption_null(data):
+    spoil(data / "captions.json", lambda told: told["captions"].update({"1": None}))
+    return ["captions", "question 1 is null"]
+
+
+def too_few_rows(data):
+    features = np.load(data / "vision_features/vit.npy")
+    np.save(data / "vision_features/vit.npy", features[:-1])
+    return ["features", f"asks for row {len(features) - 1}", f"has only {len(features) - 1} rows"]
+
+
+def other_rows_than_recorded(data):
+    spoil(data / "vision_features/vit.json", lambda told: told.update(rows=11208))
+    return ["features", "says 11208", "extract_features.py"]
+
+
+def nan_in_features(data):
+    features = np.load(data / "vision_features/vit.npy")
+    features[4, 2, 1] = np.nan
+    np.save(data / "vision_features/vit.npy", features)
+    qid = next(qid for qid, row in read(data / "vision_features/name_map.json").items() if row == 4)
+    return ["features", f"row 4 of {data}/vision_features/vit.npy (question {qid}) holds NaN"]
+
+
+def wrong_shape(data):
+    (data / "vision_features/vit.json").unlink()
+    return ["features", "needs (N, 145, 1024)"]
+
+
+def pickled_features(data):
+    (data / "vision_features/vit.npy").unlink()
+    with open(data / "vision_features/vit.pth", "wb") as file:
+        pickle.dump(Path("x"), file)
+    return ["features", "vit.pth"]
+
+
+def foreign_name_map(data):
+    write(data / "vision_features/name_map.json", {"999999": 0})
+    return ["features", "too few of the questions", "0 of 5 in split test", "another data set"]
+
+
+def name_map_text(data):
+    spoil(data / "vision_features/name_map.json", lambda rows: rows.update({next(iter(rows)): "first"}))
+    return ["features", "'first', not a whole number"]
+
+
+def other_img_type(data):
+    shutil.rmtree(data.parent / "model")
+    (data.parent / "detr").rename(data.parent / "model")
+    return ["model", "encoder.image_dense.weight", "takes features of size 256", "--img_type detr"]
+
+
+def cut_weights(data):
+    path = data.parent / "model/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-500])
+    return ["model", "model.safetensors is damaged"]
+
+
+def no_tokenizer(data):
+    for path in data.parent.glob("model/*token*"):
+        path.unlink()
+    return ["tokenizer", "--tokenizer: none found"]
+
+
+def lost_correction(data):
+    train = read(data / "scienceqa/pid_splits.json")["train"]
+    spoil(data / "scienceqa/correction.json", lambda told: told.pop(train[2]) and None)
+    return ["correction", "lacks 1 of 24 train questions", train[2]]
+
+
+FAULTS = {
+    "answer out of range": problem_change(answer=5),
+    "one choice": problem_change(choices=["yes"]),
+    "hint null": problem_change(hint=None),
+    **{
+        function.__name__: function
+        for function in (
+            cut_json, lost_field, unknown_split_id, twice_in_split, no_test_split, truncated_png, no_png, absent_image,
+            foreign_captions, caption_null, too_few_rows, other_rows_than_recorded, nan_in_features, wrong_shape,
+            pickled_features, foreign_name_map, name_map_text, other_img_type, cut_weights, no_tokenizer,
+            lost_correction,
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault(fault, clean, tmp_path, capsys, t5_tokenizer):
+    folder = tmp_path / "place"
+    shutil.copytree(clean, folder)
+    if fault == "other_img_type":
+        t5_tokenizer.save_pretrained(make_model(folder / "detr", patch_size=(100, 256)))
+    check, *words = FAULTS[fault](folder / "data")
+    code, lines, said = diagnose(capsys, *flags(folder), "--strict")
+    assert code == 1, said
+    (line,) = lines["FAIL"]
+    assert line[6:16].strip() == check, line
+    for word in words:
+        assert word in line, line
+
+
+def test_a_nan_beyond_the_sampled_rows_is_found(clean, tmp_path, capsys):
+    """The stage scripts look at some rows, the doctor at all."""
+    import utils_data
+
+    data = tmp_path / "place/data"
+    shutil.copytree(clean, tmp_path / "place")
+    rows = 1000
+    features = np.ones((rows, 5, 8), np.float32)
+    sampled = np.linspace(0, rows - 1, utils_data.SAMPLE_ROWS, dtype=int)
+    features[sampled[3] + 1, 0, 0] = np.inf
+    np.save(data / "vision_features/vit.npy", features)
+    args = doctor.parse_args(flags(tmp_path / "place"))
+    utils_data.open_features(args)
+    code, lines, _ = diagnose(capsys, *flags(tmp_path / "place"))
+    assert code == 1 and f"row {sampled[3] + 1} of" in lines["FAIL"][0]
+    features[sampled[3], 0, 0] = np.nan
+    np.save(data / "vision_features/vit.npy", features)
+    with pytest.raises(UserError, match=f"row {sampled[3]} of .* holds NaN or infinity"):
+        utils_data.open_features(args)
+
+
+def test_key_is_told_but_never_shown(clean, monkeypatch, capsys):
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    code, lines, said = diagnose(capsys, "--data_root", clean / "data")
+    assert code == 0 and any("ANTHROPIC_API_KEY is not set" in line for line in lines["warn"])
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "sk ant secret")
+    code, lines, said = diagnose(capsys, "--data_root", clean / "data")
+    assert code == 1 and "ANTHROPIC_API_KEY holds characters" in lines["FAIL"][0] and "secret" not in said
+
+
+def test_packages():
+    doctor.packages("numpy>=1\n# tests and lint\nno-such-package>=1\n")
+    with pytest.raises(UserError, match="numpy>=99 is needed, .* is installed; no-such-package is not installed: pip"):
+        doctor.packages("# direct\nnumpy>=99\nno-such-package\n")
+
+
+def test_memory_of_a_gpu():
+    """base, 252 M parameters: 4 GB for SFT, 8 GB for RL, before activations."""
+    with pytest.raises(UserError, match=r"GPU 1 has 3.0 GB free; .* 4.0 GB in SFT and 8.1 GB in RL"):
+        doctor.memory_told(1, 3_000_000_000, 252_000_000)
+    assert "6.0 GB free" in doctor.memory_told(0, 6_000_000_000, 252_000_000)
+
+
+def test_status_of_real_launches(clean, tmp_path):
+    done = run_script("tools/doctor.py", "--data_root", clean / "data", "--vision_features", "x", check=False)
+    one_line_error(done, "--vision_features", "--img_type")
+    done = run_script("tools/doctor.py", "--data_root", tmp_path, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(r"^FAIL  questions +--data_root: .* holds neither", done.stdout, re.M)
+    assert "tools/doctor.py: error: 1 checks failed" in done.stderr
+
+
+# -- the same per split and stage; all faults in one go ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize("kind", ["features", "captions"])
+def test_a_split_without_its_features_or_captions(kind, split, clean, tmp_path, capsys):
+    """Where a stage would stop the doctor fails, and the other way round: features or captions of the others only."""
+    import argparse
+
+    import utils_data
+    from ares.cli import add_common_flags
+
+    data = tmp_path / "place/data"
+    shutil.copytree(clean, tmp_path / "place")
+    splits = read(data / "scienceqa/pid_splits.json")
+    pictured = [qid for qid in read(data / "scienceqa/problems.json")]
+    spoil(
+        data / "scienceqa/problems.json",
+        lambda all_: [all_[qid].update(image="image.png") for qid in pictured] and None,
+    )
+    rows = {qid: 0 for name in ("train", "val", "test") for qid in splits[name] if name != split}
+    everything = {qid: 0 for qid in pictured}
+    write(data / "vision_features/name_map.json", rows if kind == "features" else everything)
+    write(data / "captions.json", dict.fromkeys(rows if kind == "captions" else everything, "A picture."))
+    code, lines, said = diagnose(capsys, *flags(tmp_path / "place"))
+    failed = [line for line in lines["FAIL"] if line.split()[1] == kind]
+    assert code == 1 and len(failed) == 1, said
+    assert f"0 of {len(splits[split])} in split {split}" in failed[0]
+    parser = argparse.ArgumentParser()
+    add_common_flags(parser, output_len=64, lr=5e-5)
+    args = parser.parse_args(flags(tmp_path / "place")[:7])
+    for stage in ({"train": "train"}, {"train": "train", "val": "val", "test": "test"}):  # RL; SFT and LoRA
+        if split in stage:
+            with pytest.raises(UserError, match=f"0 of {len(splits[split])} in split {split}"):
+                utils_data.load_data(args, stage)
+        else:
+            utils_data.load_data(args, stage)
+
+
+@pytest.mark.parametrize(
+    "name", ["models/mm-cot-base-rationale", "experiments", "no-such/model", "./models/x", "a/b/c"]
+)
+def test_a_missing_model_folder_is_no_hub_id(name, clean, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, lines, said = diagnose(capsys, "--data_root", clean / "data", "--model", name)
+    failed = [line for line in lines["FAIL"] if line.split()[1] == "model"]
+    assert code == 1 and len(failed) == 1 and name.removeprefix("./") in failed[0] and "--model" in failed[0], said
+
+
+def test_a_model_in_the_cache_of_the_hub_is_one(clean, capsys, monkeypatch, tmp_path):
+    """As the hub's client lays it out."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--declare-lab--flan-alpaca-base/snapshots/0123"
+    shutil.copytree(clean / "model", snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs/main").write_text("0123")
+    code, lines, said = diagnose(
+        capsys,
+        "--data_root",
+        clean / "data",
+        "--model",
+        "declare-lab/flan-alpaca-base",
+        "--tokenizer",
+        clean / "model",
+    )
+    assert code == 0 and any("declare-lab/flan-alpaca-base is in the cache" in line for line in lines["ok"]), said
+
+
+def test_all_faults_in_one_go(clean, tmp_path, capsys):
+    """Five files are spoilt; one run names them all, and within a check every kind of fault."""
+    folder = tmp_path / "place"
+    shutil.copytree(clean, folder)
+    data = folder / "data"
+    path = data / "scienceqa/problems.json"
+    ids = list(read(path))
+    spoil(path, lambda found: found[ids[1]].update(answer=9) or found[ids[2]].pop("hint") and None)
+    for name in ("captions.json", "scienceqa/correction.json", "vision_features/name_map.json"):
+        (data / name).write_text("{")
+    (folder / "model/config.json").write_text("{")
+    code, lines, said = diagnose(capsys, *flags(folder))
+    assert {line.split()[1] for line in lines["FAIL"]} >= {"questions", "captions", "correction", "features", "model"}
+    (line,) = [line for line in lines["FAIL"] if line.split()[1] == "questions"]
+    assert f"question {ids[1]}: answer 9" in line and f"question {ids[2]}: lacks hint" in line
+
+
+def test_all_faults_of_splits_and_images_in_one_go(clean, tmp_path, capsys):
+    folder = tmp_path / "place"
+    shutil.copytree(clean, folder)
+    broken = sorted((folder / "data/images").glob("*/image.png"))[:3]
+    for path in broken:
+        path.write_bytes(b"no image")
+    code, lines, said = diagnose(capsys, *flags(folder), "--train_split", "trian", "--val_split", "vla")
+    (line,) = [line for line in lines["FAIL"] if line.split()[1] == "splits"]
+    assert "--train_split" in line and "--val_split" in line
+    (line,) = [line for line in lines["FAIL"] if line.split()[1] == "images"]
+    for path in broken:
+        assert f"question {path.parent.name}" in line
+    spoil(
+        folder / "data/scienceqa/pid_splits.json",
+        lambda splits: splits["val"].append("999999") or splits["test"].append(splits["test"][0]),
+    )
+    code, lines, said = diagnose(capsys, *flags(folder))
+    (line,) = [line for line in lines["FAIL"] if line.split()[1] == "splits"]
+    assert "split val names question 999999" in line and "split test names question" in line
+
+
+@pytest.mark.parametrize("record", [{"weights": "random", "weights_file": "seed 5"}, {"weights_file": "seed 5"}])
+def test_features_of_random_weights_are_warned_of(record, clean, tmp_path, capsys):
+    folder = tmp_path / "place"
+    shutil.copytree(clean, folder)
+    spoil(folder / "data/vision_features/vit.json", lambda told: told.update(record))
+    code, lines, said = diagnose(capsys, *flags(folder))
+    assert code == 0
+    assert any(line.split()[1] == "features" and "random weights" in line for line in lines["warn"]), said
+
+
+SETTINGS = [
+    ({"ALL_PROXY": "socks://user:hidden@localhost:1"}, "ALL_PROXY"),
+    ({"all_proxy": "socks5://user:hidden@localhost:1"}, "all_proxy"),
+    ({"HTTPS_PROXY": "ftp://localhost:1"}, "HTTPS_PROXY"),
+    ({"http_proxy": "socks4://localhost:1"}, "http_proxy"),
+    ({"SSL_CERT_FILE": "/nowhere/ca.pem"}, "SSL_CERT_FILE"),
+    ({"SSL_CERT_DIR": "/nowhere"}, "SSL_CERT_DIR"),
+    ({"SSL_CERT_FILE": "/etc/hostname"}, "SSL_CERT_FILE"),
+]
+
+
+@pytest.mark.parametrize(("environment", "name"), SETTINGS)
+def test_proxies_and_certificates_that_cannot_be_used(environment, name, clean, monkeypatch, capsys, tmp_path):
+    """The doctor and the Teacher's client say so in one line, which does not show a proxy's password."""
+    import asyncio
+
+    from teacher.claude import ClaudeTeacher
+
+    async def enter():
+        async with ClaudeTeacher():
+            pass
+
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(UserError) as refusal:
+        asyncio.run(enter())
+    said = str(refusal.value)
+    assert name in said and "hidden" not in said and "\n" not in said and "unset it" in said
+    code, lines, _ = diagnose(capsys, "--data_root", clean / "data")
+    assert code == 1 and [line for line in lines["FAIL"] if line.split()[1:3] == ["api", "key"] and name in line]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "ascii:strict"},
+        {"LC_ALL": "C", "LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"LC_ALL": "POSIX", "PYTHONUTF8": "0"},
+    ],
+)
+def test_a_terminal_without_utf8(environment, clean, tmp_path):
+    """A file name that it cannot show is shown as escapes; nothing fails, nothing is left out."""
+    folder = tmp_path / "d\u00e4t\u4e2d"
+    shutil.copytree(clean / "data", folder)
+    done = run_script("tools/doctor.py", "--data_root", folder, env=environment)
+    assert "sound:" in done.stdout and "Traceback" not in done.stderr
+    done = run_script("tools/doctor.py", "--data_root", folder / "n\u4e2d", env=environment, check=False)
+    assert done.returncode == 1 and "FAIL" in done.stdout and "Traceback" not in done.stderr
+    words = r"cli.print0('\u4e2d caf\u00e9') or cli.warn0('\u00fc') or cli.refuse(['\u4e2d'])"
+    code = f"from ares import cli; cli.run(lambda: {words})"
+    done = run_script("-c", code, env=environment, check=False)
+    assert done.returncode == 2 and "caf" in done.stdout and "error: " in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr

@@ -1,0 +1,384 @@
+"""tools/report.py: the numbers are those of the files, what is missing is said,
+
+No text can leave its block of data.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from ares import cli, files
+from ares.sentences import split_text
+from teacher import handoff, reference
+from teacher.reference import rationale_figures
+from tests.conftest import ROOT, one_line_error, run_script
+from tests.tools.report_tools import EVIL, NAME, make_problems, make_report, parts_of, picture, write_predictions
+from tools import report
+from tools.report_page import collect, page, plots, stages, teacher
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, t5_tokenizer):
+    return make_report(tmp_path_factory, t5_tokenizer)
+
+
+# -- the data ------------------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_files(world):
+    told = world.main["overview"]
+    base, sft, lora = told["figures"]
+    files = {
+        name: json.loads((world.root / name / "predictions_ans_test.json").read_text())
+        for name in ("base", "sft", "lora")
+    }
+    assert base["scores"] == files["base"]["scores"]["rationale"]
+    assert lora == {"rows": 8, "num_fail": 1, "scores": {"acc_average": 75.0, "acc_natural": 50.0}}
+    assert sft["scores"]["rouge"] > base["scores"]["rouge"]  # not in its file: computed, without the similarity
+    assert set(sft["scores"]) == {"bleu1", "bleu4", "rouge"}
+    for figures, name in ((base, "base"), (sft, "sft")):
+        file = files[name]
+        assert figures["rationale"] == pytest.approx(rationale_figures(world.problems, file["qids"], file["preds"]))
+    assert base["rationale"]["unfinished"] == 100 * 7 / 8 and sft["rationale"]["unfinished"] == 100 / 8
+    (line,) = told["rounds"]
+    assert line == json.loads((world.root / "rl/metrics.jsonl").read_text().splitlines()[0])
+    assert told["times"] == [{"name": "RL itself", "seconds": 12.5}]
+    scores, corrections = told["costs"]
+    assert (scores["replies"], scores["tokens_in"], scores["tokens_out"], scores["usd"]) == (8, 800, 160, 2.0)
+    assert (scores["began"], scores["ended"]) == ("2026-11-25T10:00:00Z", "2026-11-25T10:00:01Z")
+    assert corrections["replies"] == 0 and corrections["usd"] is None  # nobody wrote a reply.json
+    assert told["dropped"] == [
+        {"name": "RL round 0", "total": 8, "reasons": {"placeholder": 1}},
+        {"name": "corrections", "total": 4, "reasons": {"no_final": 1}},
+    ]
+
+
+def test_stages_row_by_row(world):
+    """Sentences, their scores and answers of each question, as the prediction files have them."""
+    for name, columns in zip(("base", "sft"), world.main["preds"], strict=False):
+        file = json.loads((world.root / name / "predictions_ans_test.json").read_text())
+        for qid, pred in zip(file["qids"], file["preds"], strict=True):
+            row, sentences = world.row[qid], split_text(pred)
+            assert [world.texts[i] for i in columns["s"][row]] == sentences
+            wanted = reference.score_sentences(world.problems[qid], sentences)
+            assert columns["p"][row] == [round(100 * score) for score in wanted]
+            assert columns["a"][row] == stages.NO_ANSWER
+    lora = world.main["preds"][2]
+    assert [lora["a"][world.row[qid]] for qid in world.splits["test"]] == [1, 0, stages.UNPARSED, 1, 1, 1, 1, 1]
+    assert [stage["answers"] for stage in world.main["stages"]] == [False, False, True]
+    trained = world.row[world.splits["train"][0]]
+    assert all(columns["s"][trained] is None for columns in world.main["preds"])
+
+
+def test_questions_as_in_the_data_folder(world):
+    columns = world.main["questions"]
+    assert columns["qid"] == world.splits["test"] + world.splits["train"]
+    for qid, row in world.row.items():
+        problem = world.problems[qid]
+        for name in ("question", "subject", "lecture", "solution"):
+            assert world.texts[columns[name][row]] == problem[name]
+        assert [world.texts[i] for i in columns["choices"][row]] == problem["choices"]
+        assert columns["answer"][row] == problem["answer"] and columns["image"][row] == (qid == "1")
+        assert columns["split"][row] == ("test" if qid in world.splits["test"] else "train")
+    assert len(world.texts) == len(set(world.texts)), "each text once"
+
+
+def test_samples_are_what_rl_was_trained_on(world):
+    """Scores, rewards and advantages of samples_round_0.jsonl; token rewards add up to the reward."""
+    lines = [json.loads(line) for line in (world.root / "rl/samples_round_0.jsonl").read_text().splitlines()]
+    samples = world.parts["details"]["samples"]
+    shown = {(each["k"], row): each for row, many in samples.items() for each in many}
+    assert len(lines) == 7 and len(shown) == 8
+    for line in lines:
+        each = shown.pop((line["action"], str(world.row[line["qid"]])))
+        assert [world.texts[i] for i in each["s"]] == [one["text"] for one in line["sentences"]]
+        assert each["p"] == [round(100 * one["score"]) for one in line["sentences"]]
+        assert each["adv"] == [round(1000 * one["advantage"]) for one in line["sentences"]]
+        assert each["reward"] == round(1000 * line["reward"])
+        assert sum(each["rewards"]) == pytest.approx(each["reward"], abs=len(each["rewards"]))  # rounded one by one
+        assert set(each["adv"]) <= set(each["advantages"]) and len(each["tokens"]) == len(each["advantages"])
+        pieces = [world.parts["details"]["pieces"][i] for i in each["tokens"]]
+        assert "".join(pieces).replace("▁", " ").strip().removesuffix("</s>") == line["rationale"]
+    ((_, spoilt),) = shown.items()
+    assert spoilt["reason"] == "placeholder" and "p" not in spoilt and "tokens" not in spoilt
+    last = world.row[world.splits["train"][-1]]
+    assert world.main["sampled"][str(last)]["dropped"] == ["placeholder"]
+
+
+def test_scores_by_position_count_every_sentence(world):
+    series = world.main["overview"]["series"]
+    lines = [json.loads(line) for line in (world.root / "rl/samples_round_0.jsonl").read_text().splitlines()]
+    assert series[0]["name"] == "RL samples" and series[0]["judges"] == ["teacher-1"]
+    assert [each["name"] for each in series[1:]] == [NAME, "sft"]
+    for position in range(collect.POSITIONS):
+        at = [line["sentences"][position]["score"] for line in lines if len(line["sentences"]) > position]
+        assert sum(series[0]["counts"][position]) == len(at)
+        if at:
+            assert series[0]["means"][position] == pytest.approx(sum(at) / len(at))
+            assert series[0]["counts"][position][9] == sum(score == 0.9 for score in at)
+    long = collect._by_position("x", [], [[0.5] * 9])
+    assert [sum(counts) for counts in long["counts"]] == [1, 1, 1, 1, 1, 4]
+
+
+def test_corrections_and_verdicts(world):
+    told = world.parts["details"]["corrections"]
+    first, _, third, _ = (told[str(world.row[qid])] for qid in world.splits["train"])
+    qid = world.splits["train"][0]
+    assert world.texts[first["original"]] == f"The capital is Hut{qid}."
+    assert world.texts[first["final"]] == f"The capital is Town{qid}."
+    assert third["reason"] == "no_final" and "final" not in third and world.texts[third["reply"]] == "I cannot help."
+    (file,) = world.main["verdicts"]
+    assert file["rows"][str(world.row["2"])] == [["ab", "a"], ["ba", "b"]] and len(file["rows"]) == 4
+
+
+def test_what_is_read_stays_as_it_is(world):
+    assert world.untouched
+
+
+def test_a_stage_shows_the_teachers_scores_where_it_scored_that_text(tmp_path):
+    problems, _ = make_problems()
+    write_predictions(tmp_path, "test", problems, ["2", "3"], ["Solution: It is so. Yes."] * 2)
+    stage = stages.read_stage(f"x={tmp_path}", ["test"], {}, problems)
+    stages.score_stage(stage, problems, {("2", ("It is so.", "Yes.")): [0.9, 0.1]})
+    own, other = stage.splits["test"].scores
+    assert stage.splits["test"].by_teacher == 1 and own == [0.9, 0.1]
+    assert other == reference.score_sentences(problems["3"], ["It is so.", "Yes."])
+
+
+def test_released_files_without_ids_follow_the_split(tmp_path):
+    problems, splits = make_problems()
+    write_predictions(tmp_path, "test", problems, splits["test"], ["The answer is (B)."] * 8)
+    path = tmp_path / "predictions_ans_test.json"
+    told = json.loads(path.read_text())
+    del told["qids"]
+    files.write_json(path, told | {"labels": ["The answer is (B)."] * 8})
+    made = stages.read_predictions(path, splits["test"], problems)
+    assert made.qids == splits["test"] and made.answers == [1] * 8 and not made.has_rationales
+    with pytest.raises(cli.UserError, match="8 rows.*7"):
+        stages.read_predictions(path, splits["test"][:-1], problems)
+
+
+def test_prediction_files_alone_make_a_report(tmp_path, monkeypatch, capsys):
+    """Neither data nor images nor RL: what the files say is shown, and what is missing is named."""
+    monkeypatch.chdir(tmp_path)
+    told = {"num_fail": 4, "scores": {}, "preds": ["Solution: It is so."], "labels": ["Solution: It is."]}
+    files.write_json("predictions_ans_test.json", told | {"prompts": ["Question: Is it so?"]})
+    report.main(["--stage", "mine=predictions_ans_test.json"])
+    parts = parts_of((tmp_path / "report.html").read_text())
+    texts = parts["texts"]["texts"]
+    assert parts["main"]["questions"]["qid"] == ["row-0"]
+    assert texts[parts["main"]["questions"]["question"][0]] == "Question: Is it so?"
+    assert texts[parts["main"]["preds"][0]["s"][0][0]] == "It is so."
+    assert parts["main"]["overview"]["curves"] == [] and "--data_root" in parts["main"]["notes"][0]
+    assert "1 questions, 1 stages" in capsys.readouterr().out
+
+
+def test_of_many_train_questions_the_dropped_ones_are_shown_first():
+    samples = [teacher.Sample(qid=str(n), action=0, sentences=["A."], scores=[1.0]) for n in range(100)]
+    samples[77].reason = samples[99].reason = "no_reply"
+    inputs = collect.Inputs([], ["test"], rounds=[teacher.Round(0, samples, ROOT)])
+    qids, left_out = collect.choose_questions(inputs, 10)
+    assert len(qids) == 10 and left_out == 90 and {"77", "99"} <= set(qids)
+    assert qids == sorted(qids, key=int) and int(qids[0]) < 10 and int(qids[7]) > 60, "evenly spread"
+    assert len(collect.choose_questions(inputs, 100)[0]) == 100 and collect.choose_questions(inputs, 0)[0] == []
+
+
+def test_the_spend_log_tells_the_cost_and_late_replies_are_named(tmp_path):
+    log = tmp_path / "teacher/spend.jsonl"
+    log.parent.mkdir()
+    entries = [
+        {"id": "a", "item": "0/p0/1", "most_usd": 1.0}, {"id": "a", "usd": 0.5, "outcome": "reply"},
+        {"id": "b", "item": "0/p0/2", "most_usd": 2.0},
+    ]  # fmt: skip
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    told = teacher.cost("x", [{"model": "m", "cost_usd": 0.1}], tmp_path)
+    assert (told["usd"], told["unknown_usd"], told["models"]) == (0.5, 2.0, ["m"])
+    assert teacher.cost("x", [{"model": "m", "cost_usd": None}], tmp_path / "none")["usd"] is None
+    scored, late = (teacher.Sample(qid=qid, action=0, sentences=["A."], scores=[1.0]) for qid in "12")
+    table = tmp_path / "samples_round_0.jsonl"
+    line = {"qid": "1", "action": 0, "reward": 0.5, "sentences": [{"text": "A.", "score": 1.0, "advantage": 0.2}]}
+    empty = {"qid": "3", "action": 0, "reward": 0.0, "sentences": []}
+    table.write_text(json.dumps(line) + "\n" + json.dumps(empty) + "\n")
+    each = teacher.Round(0, [scored, late], tmp_path)
+    teacher.add_training_view(each, table)
+    assert (scored.reason, scored.advantages, late.reason) == (None, [0.2], "late")
+    assert each.samples[2].qid == "3" and each.samples[2].scores == []
+
+
+def test_images_are_copied_or_embedded_once(world, tmp_path):
+    assert world.parts["images"]["of"] == {"0": [0]}
+    (embedded,) = world.parts["images"]["list"]
+    assert embedded["src"].startswith("data:image/png;base64,") and (embedded["w"], embedded["h"]) == (60, 40)
+    picture(tmp_path / "images/2/image.png", (2000, 1000))
+    (tmp_path / "images/3").mkdir()
+    (tmp_path / "images/3/image.png").write_text("no image")
+    from tools.report_page.pictures import collect_images
+
+    found = collect_images(tmp_path / "images", ["2", "3"], "copy", tmp_path / "out/page.html")
+    assert found["of"] == {0: [0]} and found["list"][0]["src"] == "page_images/2/image.png"
+    assert (tmp_path / "out/page_images/2/image.png").stat().st_size
+    small = collect_images(tmp_path / "images", ["2"], "embed", tmp_path / "out/page.html")["list"][0]
+    assert (small["w"], small["h"]) == (2000, 1000) and len(small["src"]) < 60_000
+
+
+def test_questions_folder_alone(world, tmp_path):
+    """A questions folder outside a run: scores from the replies themselves."""
+    output = tmp_path / "r.html"
+    place = world.root / "rl/questions_round0"
+    report.main(["--questions_dir", str(place), "--data_root", str(world.root / "data"), "--output", str(output)])
+    parts = parts_of(output.read_text())
+    samples = [each for many in parts["details"]["samples"].values() for each in many]
+    assert len(samples) == 8 == len(handoff.iter_items(place))
+    assert sum("p" in each for each in samples) == 7 and not any("adv" in each for each in samples)
+
+
+# -- the drawings ----------------------------------------------------------------------------------------------
+
+
+def test_curves_run_on_over_rounds():
+    lines = [
+        {"kind": kind, "round": number, "update": update, "entropy": 10 * number + update, "approx_kl": None}
+        for number in (0, 1) for update in (1, 2) for kind in (("update", "epoch") if update == 2 else ("update",))
+    ]  # fmt: skip
+    (curve,) = plots.curves(lines)
+    (line,) = curve["lines"]
+    assert curve["name"] == "entropy" and (line["x"], line["y"]) == ([1, 2, 3, 4], [1, 2, 11, 12])
+    assert (line["epoch_x"], line["epoch_y"]) == ([2, 4], [2, 12]) and curve["rounds"] == [3]
+    x, y = plots._thinned(list(range(1001)), [1.0] * 1001)
+    assert len(x) <= 500 and set(y) == {1.0}
+
+
+def test_png_files_for_papers(world):
+    from PIL import Image
+
+    names = {"reward", "kl", "entropy", "clip_fraction", "value_fit", "value_loss", "scores"}
+    assert {path.stem for path in world.png.iterdir()} == names
+    with Image.open(world.png / "kl.png") as image:
+        assert image.size[0] > 700 and image.getpixel((1, 1)) == (255, 255, 255, 255), "on white"
+        assert len(image.convert("RGB").getcolors(10**6)) > 50, "something is drawn"
+
+
+def test_drawings_take_the_pages_colours_and_hold_no_script(world):
+    for name in world.main["overview"]["curves"]:
+        svg = re.search(rf'<template id="figure-{name}">(.*?)</template>', world.page, re.DOTALL)[1]
+        assert "var(--series0)" in svg and "currentColor" in svg and "#1f5fa8" not in svg and "<style" not in svg
+    ids = re.findall(r' id="([^"]+)"', world.page)
+    assert len(ids) == len(set(ids))
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+
+def test_no_text_can_end_its_block(world):
+    assert world.page.count("<script") == 1 + len(world.parts) == world.page.count("</script")
+    assert EVIL in world.texts, "it is there, as text"
+    assert "window.pwned" in world.page and "<img" not in world.page and "<b id=evil" not in world.page
+    assert page.as_json("</script><!--") == '"\\u003c/script>\\u003c!--"'
+    assert collect.Texts().add("") == -1
+    broken = collect.Texts()
+    broken.add("half \ud83d a pair")
+    assert broken.list[0].encode() == "half \ufffd a pair".encode()
+
+
+def test_the_page_holds_no_address(world):
+    """Nothing to load from anywhere: the only URLs are names of XML dialects."""
+    urls = set(re.findall(r"""https?://[^\s"'<>)]+""", world.page))
+    assert urls <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert "default-src 'none'" in world.page
+
+
+def test_scores_can_be_read_on_their_colours():
+    """WCAG AA: text on every score colour, muted text and links, in both themes; curves have the page's colours."""
+    css = (ROOT / "tools/report_page/style.css").read_text()
+    light, dark = re.findall(r":root[^{]*\{(.*?)\n\}", css, re.DOTALL)[:2]
+    for block in (light, dark):
+        colors = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+        for name in (*(f"s{i}" for i in range(11)), "card", "page", "picked", "added", "removed"):
+            assert contrast(colors["ink"], colors[name]) >= 4.5, name
+        for name in ("muted", "accent"):
+            assert min(contrast(colors[name], colors[at]) for at in ("card", "page")) >= 4.5, name
+        assert contrast(colors["on-accent"], colors["accent"]) >= 4.5
+    for i in range(2):
+        assert f"--series{i}: {plots.SERIES[i]}" in light
+
+
+def contrast(a: str, b: str) -> float:
+    def luminance(color):
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+# -- bad input -----------------------------------------------------------------------------------------------------
+
+BAD = {
+    "nothing": ([], "nothing to show"),
+    "no_name": (["--stage", "folder"], "NAME=FOLDER"),
+    "no_folder": (["--stage", "a=nowhere"], "nowhere does not exist"),
+    "twice": (["--stage", "a=x", "--stage", "a=y"], "named twice"),
+    "both": (["--run", ".", "--questions_dir", "."], "one of the two"),
+    "no_run": (["--run", "nowhere"], "--run: nowhere is no folder"),
+    "empty_stage": (["--stage", "a=empty"], "no predictions_ans"),
+    "no_questions": (["--questions_dir", "empty"], "holds no"),
+    "bad_root": (["--stage", "a=ok.json", "--data_root", "empty"], "--data_root"),
+    "stranger": (["--stage", "a=ok.json", "--data_root", "data"], "question 999"),
+    "scores": (["--stage", "a=scores.json"], "scores.json: scores are not"),
+    "labels": (["--stage", "a=labels.json"], "labels.json: labels is no list of one text for each of its 1 rows"),
+    "metrics": (["--run", "run"], "metrics.jsonl: line 1 has no kind, round and update"),
+    "samples": (["--run", "cut"], "samples_round_0.jsonl: line 1 is not JSON"),
+    "verdicts": (["--stage", "a=ok.json", "--win_rate", "ok.json"], '"systems"'),
+    "times": (["--stage", "a=ok.json", "--times", "list.json"], "--times"),
+    "no_train": (["--stage", "a=ok.json", "--train_questions", "5"], "--train_questions has no use"),
+    "empty_run": (["--run", "empty"], "neither metrics.jsonl nor questions"),
+    "captions": (["--stage", "a=ok.json", "--data_root", "data", "--caption_file", "nowhere"], "--caption_file"),
+    "images": (["--stage", "a=ok.json", "--images", "nowhere"], "--images"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_end_with_one_line(name, tmp_path, monkeypatch):
+    argv, words = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    problems, splits = make_problems()
+    files.write_json("data/scienceqa/problems.json", problems)
+    files.write_json("data/scienceqa/pid_splits.json", splits)
+    files.write_json("ok.json", {"preds": ["Solution: a."], "qids": ["999"]})
+    files.write_json("list.json", ["x"])
+    files.write_json(
+        "scores.json", {"preds": ["Solution: a."], "qids": ["1"], "scores": {"rationale": {"rouge": "high"}}}
+    )
+    files.write_json("labels.json", {"preds": ["Solution: a."], "qids": ["1"], "labels": ["x", "y"]})
+    files.write_text("run/metrics.jsonl", '{"loss": 1}\n')
+    handoff.write_rationale(handoff.question_dir("cut/questions", 0, 0, "1"), ["So."])
+    files.write_text("cut/samples_round_0.jsonl", '{"qid": "1", "acti')
+    if name in ("verdicts", "times", "images", "captions"):
+        files.write_json("ok.json", {"preds": ["Solution: a."], "qids": ["1"]})
+    with pytest.raises(cli.UserError) as error:
+        report.main(argv)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_mistakes_exit_with_status_2(tmp_path):
+    one_line_error(run_script(ROOT / "tools/report.py", "--stage", "x", cwd=tmp_path, check=False), "NAME=FOLDER")
+
+
+def test_a_released_file_of_rationales_shows_no_answers(tmp_path, sample, problems):
+    from tests.tools.test_results import released_file
+    from tools.report_page import stages
+
+    splits = json.loads((sample / "ScienceQA/data/scienceqa/pid_splits.json").read_text())
+    for asked, parts in (("A", (True, False)), ("E", (False, True)), ("ALE", (True, True))):
+        released_file(tmp_path / f"{asked}.json", problems, splits["test"], asked, garbled=20)
+        read = stages.read_predictions(tmp_path / f"{asked}.json", splits["test"], problems)
+        assert (read.has_answers, read.has_rationales) == parts
+        shown = stages.stage_figures(read, None)
+        assert ("acc_average" in shown["scores"]) == ("num_fail" in shown) == parts[0]
+        assert ("similarity" in shown["scores"]) == parts[1] and "similariry" not in shown["scores"]

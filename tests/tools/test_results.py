@@ -1,0 +1,245 @@
+"""tools/results.py: the figures are the files', intervals and tests are what they say, every format holds the same."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import random
+import statistics
+
+import pytest
+
+from ares import cli, files
+from ares.intervals import mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
+from teacher.reference import rationale_figures
+from tests.conftest import ROOT
+from tools import results
+
+SEEDS = [ROOT / f"demo/results/seed{seed}.json" for seed in range(3)]
+
+
+def table(capsys, *argv) -> str:
+    results.main([str(each) for each in argv])
+    return capsys.readouterr().out
+
+
+def figures(text: str) -> dict[tuple[str, str], dict[str, str]]:
+    """(row, column) -> the CSV's line."""
+    return {(line["row"], line["column"]): line for line in csv.DictReader(io.StringIO(text))}
+
+
+def test_numbers_of_the_committed_demo_results_equal_the_files(capsys):
+    """Each file alone figure by figure in full precision, the three together as mean and deviation."""
+    told = [json.loads(path.read_text()) for path in SEEDS]
+    for path, file in zip(SEEDS, told, strict=True):
+        found = figures(table(capsys, "--system", f"demo={path}", "--format", "csv", "--published", "none"))
+        expected = {("demo: LoRA", name.removeprefix("acc_")): float(value) for name, value in file["answers"].items()}
+        for stage, values in file["rationales"].items():
+            for name, value in values.items():
+                expected[f"demo: {stage}", {"rouge_l": "rouge"}.get(name, name)] = value
+        assert {key: float(line["value"]) for key, line in found.items()} == expected
+    systems = [word for path in SEEDS for word in ("--system", f"demo={path}")]
+    found = figures(table(capsys, *systems, "--format", "csv"))
+    for stage in told[0]["rationales"]:
+        scores = [file["rationales"][stage]["score"] for file in told]
+        line = found[f"demo: {stage} (3 seeds)", "score"]
+        assert float(line["value"]) == pytest.approx(statistics.fmean(scores))
+        assert float(line["deviation"]) == pytest.approx(statistics.stdev(scores)) and line["seeds"] == "3"
+    averages = [float(file["answers"]["acc_average"]) for file in told]
+    shown = f"{statistics.fmean(averages):.2f} ± {statistics.stdev(averages):.2f}"
+    text = table(capsys, *systems, "--each")
+    assert shown in text and all(file["answers"]["acc_average"] in text for file in told)
+    assert "| 85.31 |" in text and "arXiv 2302.00923v5" in text and "| demo: LoRA (seed1) |" in text
+    latex = table(capsys, *systems, "--format", "latex", "--published", "none")
+    assert shown.replace("±", r"$\pm$") in latex and r"accuracy \%" in latex and latex.count(r"\begin{table}") == 2
+
+
+def test_any_label_stands_in_latex_as_it_is_written(capsys):
+    r"""`<`, `>` and `|` are other letters in LaTeX's own fonts; `[` behind a row's `\\` would be its argument."""
+    latex = table(capsys, "--system", f"[a|b] 5% <x>_{{y}} \\ & #1={SEEDS[0]}", "--format", "latex")
+    written = r"{}[a\textbar{}b] 5\% \textless{}x\textgreater{}\_\{y\} \textbackslash{} \& \#1: LoRA & "
+    assert "\n" + written in latex
+
+
+@pytest.fixture
+def systems(tmp_path, sample):
+    """Answers of two systems on the sample's test questions, right with 80 and 60 %, and what is known of each."""
+    data_root = sample / "ScienceQA/data"
+    problems = json.loads((data_root / "scienceqa/problems.json").read_text())
+    qids = json.loads((data_root / "scienceqa/pid_splits.json").read_text())["test"]
+    dice, right = random.Random(5), {}
+    for name, skill in (("good", 0.8), ("fair", 0.6)):
+        right[name] = {qid: dice.random() < skill for qid in qids}
+        preds = []
+        for qid in qids:
+            wrong = (problems[qid]["answer"] + 1) % len(problems[qid]["choices"])
+            preds.append(f"The answer is ({'ABCDE'[problems[qid]['answer'] if right[name][qid] else wrong]}).")
+        average = f"{100 * sum(right[name].values()) / len(qids):.2f}"
+        (tmp_path / name).mkdir()
+        content = {"num_fail": 0, "scores": {"answer": {"acc_average": average}}, "preds": preds, "labels": preds,
+                   "qids": qids}  # fmt: skip
+        (tmp_path / name / "predictions_ans_test.json").write_text(json.dumps(content))
+    return tmp_path, data_root, right
+
+
+def test_answers_get_an_interval_and_a_test(systems, capsys):
+    folder, data_root, right = systems
+    argv = ["--system", f"good={folder / 'good'}", "--system", f"fair={folder / 'fair'}", "--data_root", data_root,
+            "--compare", "good", "fair", "--format", "csv", "--published", "none"]  # fmt: skip
+    found = figures(table(capsys, *argv))
+    n = len(right["good"])
+    line = found["good", "average"]
+    share = sum(right["good"].values()) / n
+    half = 196 * math.sqrt(share * (1 - share) / n)  # per cent, normal approximation
+    assert float(line["low"]) == pytest.approx(100 * share - half, abs=0.7)
+    assert float(line["high"]) == pytest.approx(100 * share + half, abs=0.7)
+    only_good = sum(right["good"][qid] and not right["fair"][qid] for qid in right["good"])
+    only_fair = sum(right["fair"][qid] and not right["good"][qid] for qid in right["good"])
+    assert float(found["answers", "p"]["value"]) == pytest.approx(mcnemar(only_good, only_fair))
+    assert float(found["answers", "difference"]["value"]) == pytest.approx(100 * (only_good - only_fair) / n)
+
+
+def test_rationales_are_compared_question_by_question(tmp_path, sample, capsys):
+    """Gold texts against the same cut in half: better by ROUGE-L and by the sentence score, with p and interval."""
+    data_root = sample / "ScienceQA/data"
+    problems = json.loads((data_root / "scienceqa/problems.json").read_text())
+    qids = [qid for qid in json.loads((data_root / "scienceqa/pid_splits.json").read_text())["test"]
+            if problems[qid]["solution"].strip()][:60]  # fmt: skip
+    golds = [problems[qid]["solution"] for qid in qids]
+    golds = [f"Solution: {gold}" for gold in golds]  # as a stage writes them
+    for name, preds in (("whole", golds), ("half", [text[: len(text) // 2] for text in golds])):
+        content = {"preds": preds, "labels": golds, "qids": qids}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    argv = ["--system", f"whole={tmp_path / 'whole.json'}", "--system", f"half={tmp_path / 'half.json'}",
+            "--data_root", data_root, "--compare", "whole", "half", "--format", "csv"]  # fmt: skip
+    found = figures(table(capsys, *argv))
+    for row in ("ROUGE-L", "sentence score"):
+        line = found[row, "difference"]
+        assert 0 < float(line["low"]) < float(line["value"]) < float(line["high"])
+        assert float(found[row, "p"]["value"]) < 0.01
+    assert float(found["whole", "rouge"]["value"]) == pytest.approx(100, abs=0.01)
+    assert float(found["half", "unfinished"]["value"]) > 80
+    assert float(found["whole", "words"]["value"]) == pytest.approx(rationale_figures(problems, qids, golds)["words"])
+    # short ones good, long ones poor: the figure is a mean over sentences, and so is its interval
+    preds = [gold if i % 2 else "It is so. " * 30 for i, gold in enumerate(golds)]
+    (tmp_path / "odd.json").write_text(json.dumps({"preds": preds, "labels": golds, "qids": qids}))
+    found = figures(
+        table(capsys, "--system", f"odd={tmp_path / 'odd.json'}", "--data_root", data_root, "--format", "csv")
+    )
+    score = {name: float(found["odd", "score"][name]) for name in ("low", "value", "high")}
+    assert 0 < score["low"] < score["value"] < score["high"] < 0.3
+
+
+def test_a_win_rate_stands_in_the_table(tmp_path, capsys):
+    row = {"questions": 9, "win": 60.0, "tie": 20.0, "loss": 20.0, "win_rate": 70.0, "win_rate_interval": [60.0, 79.5]}
+    told = {"systems": ["A", "B"], "judge": {"model": "claude-haiku-5-5"}, "protocol": "paper",
+            "summary": {"rows": {"average": row}, "position": {"first": 52.0}}, "verdicts": []}  # fmt: skip
+    path = tmp_path / "win_rate.json"
+    path.write_text(json.dumps(told))
+    text = table(capsys, "--win_rate", path)
+    assert "| A against B | 70.00 [60.00, 79.50] | 60.00 |" in text and "one random order a pair, 9 questions" in text
+    assert "69.76" in text and "GPT-4o judges" in text
+    path.write_text("{}")
+    with pytest.raises(cli.UserError, match="is not what tools/win_rate.py writes"):
+        results.main(["--win_rate", str(path)])
+
+
+def test_intervals_and_tests_have_their_known_values():
+    assert mcnemar(1, 9) == pytest.approx(2 * 11 / 1024) and mcnemar(0, 0) == mcnemar(5, 5) == 1.0
+    assert mcnemar(0, 3000) == 2 / 2**3000 or mcnemar(0, 3000) == 0.0  # no overflow
+    assert shares_interval([30, 70], (1, 0), seed=1) == shares_interval([30, 70], (1, 0), seed=1)
+    assert all(map(math.isnan, shares_interval([0, 0], (1, 0))))
+    dice = random.Random(0)
+    assert all(map(math.isnan, ratio_interval([(0, 0)] * 3)))
+    assert ratio_interval([(1, 2)] * 30 + [(0, 0)] * 30) == (0.5, 0.5)
+    assert ratio_interval([(1, 1)] * 30 + [(0, 1)] * 70, seed=1) == shares_interval([30, 70], (1, 0), seed=1)
+    covered = 0
+    for trial in range(100):  # a 95 % interval holds the true mean in about 95 of 100 trials
+        low, high = mean_interval([dice.gauss(0, 1) for _ in range(60)], seed=trial)
+        covered += low <= 0 <= high
+    assert 87 <= covered <= 100
+    noise = [dice.gauss(0, 1) for _ in range(200)]
+    assert paired_difference(noise, noise)["p"] == 1.0
+    assert paired_difference([x + 0.5 for x in noise], [0.0] * 200)["p"] < 0.001
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "at least one --system"),
+        (["--system", "x=/nowhere"], "does not exist"),
+        (["--system", f"d={SEEDS[0]}", "--compare", "d", "e"], "no --system is called e"),
+        (["--system", f"d={SEEDS[0]}", "--images", "x"], "--images"),
+    ],
+)
+def test_mistakes_end_in_one_line(argv, words):
+    with pytest.raises(cli.UserError, match=words):
+        results.main(argv)
+
+
+@pytest.mark.parametrize(
+    "told, words",
+    [
+        ({"preds": ["So."]}, "no scores; give its --data_root"),
+        ({"preds": ["So."], "scores": {"answer": {"acc_average": "n/a"}}}, "scores are not"),
+        ({"preds": ["So."], "scores": 3}, "scores are not"),
+        ({"rationales": {"RL": 3}}, "scores are not"),
+    ],
+)
+def test_a_file_without_figures_is_named(told, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files.write_json("told.json", told)
+    with pytest.raises(cli.UserError, match=f"--system x: told.json.*{words}"):
+        results.main(["--system", "x=told.json"])
+
+
+def test_a_data_folder_that_nobody_asked_for_stops_no_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    argv = ["--system", f"demo={SEEDS[0]}", "--published", "none"]
+    assert "demo: LoRA" in table(capsys, *argv)
+    for more in (["--data_root", "data"], ["--dataset", "aokvqa"]):
+        with pytest.raises(cli.UserError, match="--data"):
+            results.main([*argv, *more])
+
+
+def released_file(path, problems, qids, asked: str, garbled: int = 0) -> None:
+    """As the released code writes it: no ids, both parts' scores whatever was asked, `similariry`."""
+    letters = ["ABCDE"[problems[qid]["answer"]] for qid in qids]
+    solutions = [f"Solution: {problems[qid]['solution']}".replace("\n", " ") for qid in qids]
+    answers = [f"The answer is ({letter})." for letter in letters]
+    both = {"A": answers, "E": solutions, "LEA": [f"{s} {a}" for s, a in zip(solutions, answers, strict=True)],
+            "ALE": [f"{a} BECAUSE: {s}" for s, a in zip(solutions, answers, strict=True)]}  # fmt: skip
+    labels = both[asked]
+    preds = ["Nothing to read." if i < garbled else text for i, text in enumerate(labels)]
+    guessed = f"{100 * (len(qids) - garbled) / len(qids) - 1.3:.2f}" if "A" in asked else "21.00"
+    scores = {"answer": {"acc_average": guessed, "acc_has_image": guessed},
+              "rationale": {"bleu1": 40.0, "bleu4": 30.0, "rouge": 55.5, "similariry": 88.25}}  # fmt: skip
+    fails = garbled if "A" in asked else len(qids)
+    path.write_text(json.dumps({"num_fail": fails, "scores": scores, "preds": preds, "labels": labels}))
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+@pytest.mark.parametrize(("asked", "tables"), [("A", {"answers"}), ("E", {"rationales"}),
+                                               ("LEA", {"answers", "rationales"}),
+                                               ("ALE", {"answers", "rationales"})])  # fmt: skip
+def test_a_released_file_gets_the_rows_it_was_asked_for(asked, tables, with_data, tmp_path, sample, problems, capsys):
+    data_root = sample / "ScienceQA/data"
+    qids = json.loads((data_root / "scienceqa/pid_splits.json").read_text())["test"]
+    released_file(tmp_path / "file.json", problems, qids, asked, garbled=30)
+    argv = ["--system", f"it={tmp_path / 'file.json'}", "--format", "csv", "--published", "none"]
+    found = figures(table(capsys, *argv, *(["--data_root", data_root] if with_data else [])))
+    columns = {column for _, column in found}
+    assert ("average" in columns) == ("num_fail" in columns) == ("answers" in tables)
+    assert ("rouge" in columns) == ("similarity" in columns) == ("words" in columns) == ("rationales" in tables)
+    assert "similariry" not in columns
+    for line in found.values():
+        if line["low"]:
+            assert float(line["low"]) <= float(line["value"]) <= float(line["high"]), line
+    if "answers" in tables:
+        assert found["it", "num_fail"]["value"] == "30.0" and (found["it", "average"]["low"] != "") == with_data
+    if "rationales" in tables:
+        assert float(found["it", "similarity"]["value"]) == 88.25
+        assert found["it", "rouge"]["low"] == ""  # 55.5 is not the mean of these texts

@@ -1,0 +1,1 @@
+"""Scripts that are not steps of the paper."""

@@ -1,0 +1,77 @@
+"""The questions' images for the page: small ones inside the file, or a copy of the folder beside it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ares import cli, files
+from ares.data_folder import question_images
+from ares.images import as_rgb, media_type, open_image, pixels, upright
+
+THUMBNAIL = 480  # pixels of the longer edge
+SMALL = 24_000  # bytes; a file of at most this size is embedded as it is
+MODES = ("copy", "embed", "none")
+
+
+def collect_images(images: Path, qids: Sequence[str], mode: str, output: Path) -> dict[str, Any]:
+    """{"list": [{"src", "w", "h"}], "of": {row: [index]}} of the questions that have image files.
+
+    `mode` copy: files go to `{output's stem}_images/{qid}/`; embed: thumbnails as data URLs, equal ones once.
+    A file that is no image is left out, and that is said.
+    """
+    folder = output.parent / f"{output.stem}_images"
+    found: dict[str, Any] = {"list": [], "of": {}}
+    index: dict[str, int] = {}
+    bad = []
+    for row, qid in enumerate(cli.progress(qids, desc="images", unit="question")):
+        for path in question_images(images, qid):
+            size = pixels(path)
+            source = None if size is None else _embedded(path) if mode == "embed" else _copied(path, folder / qid)
+            if source is None:
+                bad.append(path)
+                continue
+            if source not in index:
+                index[source] = len(found["list"])
+                width, height = size
+                found["list"].append({"src": source, "w": width, "h": height})
+            found["of"].setdefault(row, []).append(index[source])
+    if bad:
+        cli.warn0(f"{len(bad)} files are no images that Pillow reads and are left out (the first is {bad[0]})")
+    return found
+
+
+def _embedded(path: Path) -> str | None:
+    data = path.read_bytes()
+    kind = media_type(data[:12])
+    if kind is None or len(data) > SMALL:
+        try:
+            with open_image(data) as image:
+                image = as_rgb(upright(image))
+                image.thumbnail((THUMBNAIL, THUMBNAIL))
+                out = io.BytesIO()
+                image.save(out, format="WEBP", quality=75)
+        except (OSError, ValueError):
+            return None
+        data, kind = out.getvalue(), "image/webp"
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _copied(path: Path, folder: Path) -> str:
+    target = folder / path.name
+    if not (target.is_file() and _same(path, target)):
+        with files.atomic_path(target) as temporary:
+            shutil.copyfile(path, temporary)
+    return "/".join(quote(part) for part in (folder.parent.name, folder.name, path.name))
+
+
+def _same(path: Path, other: Path) -> bool:
+    if path.stat().st_size != other.stat().st_size:
+        return False
+    return hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(other.read_bytes()).digest()

@@ -1,0 +1,66 @@
+"""Rewards and advantages of single tokens, computed anew from a round's rollouts (needs torch and the tokenizer).
+
+The same functions as in training (rl/experience.py) on the same files give the same numbers; nothing is whitened here.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ares import files
+from ares.cli import UserError, in_one_line
+from tools.report_page.teacher import Round
+
+
+def add_tokens(run: Path, each: Round, shown: Collection[str]) -> str | None:
+    """Give the samples of the questions in `shown` their `tokens`; returns why that cannot be, or None."""
+    folder = run / str(each.number)
+    settings = next((file for file in (folder / "args.yaml", run / "args.yaml") if file.is_file()), None)
+    if settings is None or not (run / f"rollouts/round_{each.number}/scores.json").is_file():
+        return "rollouts of the run folder are needed"
+    if not (folder / "tokenizer.json").is_file():
+        return "the finished round's folder, with its tokenizer, is needed"
+    try:
+        from transformers import AutoTokenizer
+
+        from rl.experience import experience
+        from rl.rollouts import Store, read_decision, scored
+    except ImportError as error:
+        return f"{error.name} is not installed"
+    args = argparse.Namespace(**files.read_yaml(settings, "--run"))
+    store = Store(run, each.number)
+    rows, scores = scored(store.load(), read_decision(store.scores_file))
+    wanted = [row for row, qid in enumerate(rows.qids) if qid in shown]
+    if not wanted:
+        return None
+    rows, scores = rows.select(wanted), [scores[row] for row in wanted]
+    try:
+        kl_coef = getattr(args, "kl_coef", args.init_kl_coef)  # --target_kl may have moved it
+        data = experience(rows, scores, args, kl_coef)
+    except (AttributeError, TypeError, KeyError) as error:
+        raise UserError(f"--run: {settings} does not hold the flags of RL ({in_one_line(error, 80)})") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:
+        return f"no tokenizer can be loaded from {folder} ({in_one_line(error, 120)})"
+    samples = {(sample.action, sample.qid): sample for sample in each.samples}
+    for row in range(len(rows)):
+        sample = samples.get((rows.action[row], rows.qids[row]))
+        if sample is not None:
+            sample.tokens = _of_row(rows, data, scores, row, args.neutral_score, tokenizer)
+    return None
+
+
+def _of_row(rows: Any, data: Any, scores: list, row: int, neutral: float, tokenizer: Any) -> dict[str, list]:
+    from rl.experience import token_rewards
+
+    begin, length = int(rows.offsets[row]), int(rows.lengths[row])
+    rewards = token_rewards(rows, scores, [row], neutral, data.kl_coef)[1][0, :length]
+    return {
+        "pieces": tokenizer.convert_ids_to_tokens(rows.tokens[begin : begin + length].tolist()),
+        "rewards": rewards.tolist(),
+        "advantages": data.advantages[begin : begin + length].tolist(),
+    }

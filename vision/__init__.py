@@ -1,0 +1,1 @@
+"""Vision networks and the features made with them."""

@@ -1,0 +1,347 @@
+"""Vision networks: an image file in, its patch features out. What extract_features.py runs over a folder.
+
+    encoder = load_encoder("vit", weights="random")
+    encoder([encoder.transform(read_image(path))]).shape  # (1, 145, 1024)
+
+The four kinds are those of MM-CoT (arXiv 2302.00923): ViT's token states, CLIP's grid before its attention pool,
+ResNet's pooled vector (the model repeats it), DETR's last decoder states. Leaves out reading feature files
+(vision/features.py). torch is imported by the functions that need it, so that flags are checked before it loads.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ares.cli import UserError, warn0
+from ares.data_folder import question_images
+from ares.images import eight_bit, open_image, upright
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+# the networks of the published features; all are timm's but detr, which is transformers'
+MODEL_NAMES = {
+    "vit": "vit_large_patch32_384.orig_in21k_ft_in1k",
+    "clip": "resnet50_clip.openai",
+    "resnet": "resnet50.tv_in1k",
+    "detr": "facebook/detr-resnet-101-dc5",
+}
+SPLITS = ("train", "val", "test")
+RESNET_REPEATS = 512  # patches that the model sees of resnet's one vector
+SHORTEST_SIDE = 224  # pixels, of an image for detr, as released
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# -- images ----------------------------------------------------------------------------------------------
+
+
+def list_images(folder: str | Path, splits: Sequence[str] | None = None, flag: str = "--data_root") -> dict[str, Path]:
+    """qid -> image file, sorted by number: `{qid}/image.png`, else the first choice image.
+
+    `splits` names subfolders that hold the questions' folders; by default train, val and test are looked through
+    where they are there. Raises UserError if a folder is absent, holds no image, or a question comes twice.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{flag}: {folder} is no folder; name the folder that holds {{qid}}/image.png")
+    found = [name for name in splits or SPLITS if (folder / name).is_dir()]
+    if splits and len(found) < len(splits):
+        raise UserError(f"--splits: no folder {', '.join(sorted(set(splits) - set(found)))} in {folder}")
+    images: dict[str, Path] = {}
+    for root in [folder / name for name in found] or [folder]:
+        for place in root.iterdir():
+            files = question_images(root, place.name) if place.is_dir() else []
+            if files and place.name in images:
+                raise UserError(
+                    f"{flag}: question {place.name} has two folders, {images[place.name].parent} and {place}"
+                )
+            if files:
+                images[place.name] = files[0]
+    if not images:
+        raise UserError(f"{flag}: no {{qid}}/image.png or {{qid}}/choice_0.png in {folder}")
+    return {qid: images[qid] for qid in sorted(images, key=_by_number)}
+
+
+def _by_number(qid: str) -> tuple[int, int, str]:
+    """Sort key: numbers by value, then everything else by name."""
+    return (0, int(qid), qid) if qid.isdecimal() else (1, 0, qid)
+
+
+def read_image(path: str | Path, turned: bool = False) -> Image.Image:
+    """The decoded image as RGB. Raises OSError or ValueError where the file is broken, or too large to decode.
+
+    `turned` applies the EXIF orientation. The published features were made without: those of a data set stay so.
+    """
+    with open_image(path) as image:
+        return eight_bit(upright(image) if turned else image).convert("RGB")
+
+
+# -- networks --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Encoder:
+    """A vision network and how to feed it.
+
+    `stored` is the shape of one image's features in the file, (patches, dim) or, for resnet, (dim,); `shape` is what
+    the model sees, (patches, dim) always.
+    """
+
+    img_type: str
+    model_name: str
+    weights: str  # "pretrained", "random" or "local"
+    network: Any
+    transform: Callable[[Image.Image], torch.Tensor]
+    stored: tuple[int, ...] = ()
+
+    def __call__(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Features of transformed images, float32 (B, *stored) on the CPU. Images may differ in size."""
+        import torch
+
+        groups = by_size(images)
+        order = torch.tensor([place for places, _ in groups for place in places])
+        return torch.cat([self.features(pixels) for _, pixels in groups])[order.argsort()]
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features of images of one size (B, 3, H, W): float32 (B, *stored) on the CPU."""
+        import torch
+
+        with torch.inference_mode():
+            return self._forward(pixels.to(next(self.network.parameters()).device, non_blocking=True)).float().cpu()
+
+    def _forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self.img_type == "detr":
+            return self.network(pixel_values=pixels).last_hidden_state  # (B, queries, d)
+        features = self.network.forward_features(pixels)  # (B, tokens, d), or (B, d, H, W), or (B, H, W, d)
+        if self.img_type == "resnet":
+            return self.network.forward_head(features, pre_logits=True)  # (B, d)
+        if features.ndim == 4:
+            grid = features.permute(0, 2, 3, 1) if features.shape[1] == self.network.num_features else features
+            features = grid.flatten(1, 2)
+        return features
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (RESNET_REPEATS, *self.stored) if len(self.stored) == 1 else self.stored
+
+
+def by_size(images: Sequence[torch.Tensor]) -> list[tuple[list[int], torch.Tensor]]:
+    """(places, images stacked) for every size among them: no padding enters anything."""
+    import torch
+
+    places: dict[tuple, list[int]] = {}
+    for place, image in enumerate(images):
+        places.setdefault(tuple(image.shape), []).append(place)
+    return [(alike, torch.stack([images[place] for place in alike])) for _, alike in sorted(places.items())]
+
+
+class LiveFeatures:
+    """Features of pictures made on the spot, to be gathered like `utils_features.VisionFeatures`.
+
+    Args:
+        pictures: qid -> image file, or None for a question without one: zeros.
+        turned: apply the EXIF orientation (`read_image`).
+    """
+
+    def __init__(self, encoder: Encoder, pictures: Mapping[str, Path | None], turned: bool = False):
+        self.shape = encoder.shape
+        shown = {qid: path for qid, path in pictures.items() if path is not None}
+        rows = encoder([encoder.transform(read_image(path, turned)) for path in shown.values()]) if shown else []
+        self.rows = dict(zip(shown, rows, strict=True))
+
+    def gather(self, qids: Sequence[str]) -> torch.Tensor:
+        """float32 (B, patches, dim); a single vector is repeated over all patches."""
+        import torch
+
+        blank = torch.zeros(self.shape)
+        return torch.stack([self.rows[qid].expand(self.shape) if qid in self.rows else blank for qid in qids])
+
+
+def pick_device(asked: str | None) -> str:
+    """--device, else cuda if there is one. Raises UserError where nothing can be computed on it."""
+    import torch
+
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=asked).cpu()
+    except Exception as error:  # torch's words for an unknown name, an absent driver and a number too high differ
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"--device: {asked} cannot be used here ({reason}); name another, such as cpu") from error
+    return asked
+
+
+def load_encoder(
+    img_type: str,
+    model_name: str | None = None,
+    weights: str = "pretrained",
+    device: str = "cpu",
+    seed: int = 0,
+    flag: str = "--weights",
+) -> Encoder:
+    """Build the network of `img_type`.
+
+    Args:
+        model_name: another network of that kind: a timm model, for detr a transformers DETR. Default `MODEL_NAMES`.
+        weights: "pretrained" asks the hub once; "random" draws them from `seed`; anything else is a file or folder.
+        flag: the flag that named `weights`, for messages.
+
+    Raises UserError if the name is unknown or the weights cannot be had or do not fit.
+    """
+    import torch
+
+    name = model_name or MODEL_NAMES[img_type]
+    kind = weights if weights in ("pretrained", "random") else "local"
+    if kind == "local" and not Path(weights).exists():
+        raise UserError(f"{flag}: {weights} does not exist")
+    if kind == "pretrained":
+        offline_unless_reachable()
+    if kind == "random":
+        warn0(f"{name}: RANDOM WEIGHTS - the features hold colours and layout at best; for trials only")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network, transform = (_load_detr if img_type == "detr" else _load_timm)(name, kind, weights, flag)
+    network.eval().requires_grad_(False).to(device)
+    encoder = Encoder(img_type, name, kind, network, transform)
+    from PIL import Image
+
+    encoder.stored = tuple(encoder([transform(Image.new("RGB", (64, 64)))]).shape[1:])
+    if len(encoder.stored) != (1 if img_type == "resnet" else 2):
+        raise UserError(f"--model_name: {name} gives features of shape {encoder.stored}; name another for {img_type}")
+    return encoder
+
+
+def _load_timm(name: str, kind: str, weights: str, flag: str) -> tuple[Any, Callable]:
+    import timm
+
+    if not timm.is_model(name):
+        near = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:3]) or "none"
+        raise UserError(f"--model_name: timm {timm.__version__} has no model {name} (similar: {near})")
+    # timm gets tensors, never a path: it has readers that execute what a file pickles
+    source = {"pretrained_cfg_overlay": {"state_dict": read_weights(Path(weights), flag)}} if kind == "local" else {}
+    try:
+        # with its own number of classes: timm refuses some published heads otherwise, and nothing uses them
+        network = timm.create_model(name, pretrained=kind != "random", **source)
+    except Exception as error:  # hub, HTTP and shape errors of three libraries
+        raise _no_weights(name, kind, weights, flag, error) from error
+    for settings in (network.pretrained_cfg, network.default_cfg):
+        settings.pop("state_dict", None)  # a second copy of the weights
+    config = timm.data.resolve_model_data_config(network)
+    return network, timm.data.create_transform(**config, is_training=False)
+
+
+def read_weights(path: Path, flag: str = "--weights") -> dict[str, torch.Tensor]:
+    """The state dict in a .safetensors or PyTorch file, or in the first such file of a folder; nothing is executed.
+
+    Training checkpoints are looked into as timm does: EMA weights first, then `state_dict`, then `model`. Raises
+    UserError.
+    """
+    import torch
+    from timm.models import clean_state_dict
+
+    if path.is_dir():
+        files = [*sorted(path.glob("*.safetensors")), *sorted(path.glob("*.bin"))]
+        if not files:
+            raise UserError(f"{flag}: {path} holds no .safetensors or .bin file; name the file")
+        path = files[0]
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of pickle protocols that torch does not write
+                state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{flag}: {path} holds pickled objects, which are never executed, or is damaged; save its state dict alone"
+        ) from error
+    except Exception as error:  # two libraries, each with its own errors for a damaged file
+        raise UserError(f"{flag}: cannot read {path} ({_reason(error)})") from error
+    inner = ("state_dict_ema", "model_ema", "state_dict", "model")
+    if isinstance(state, dict):
+        state = next((state[name] for name in inner if isinstance(state.get(name), dict)), state)
+    if not isinstance(state, dict) or not state or not all(isinstance(each, torch.Tensor) for each in state.values()):
+        raise UserError(f"{flag}: {path} is not a state dict (name -> tensor)")
+    return clean_state_dict(state)
+
+
+def _load_detr(name: str, kind: str, weights: str, flag: str) -> tuple[Any, Callable]:
+    from torchvision import transforms
+    from transformers import DetrConfig, DetrModel
+
+    try:
+        if kind == "random" and not Path(name).is_dir():
+            # ResNet-101-DC5: dilated last stage, stride 16
+            backbone = {"model_type": "timm_backbone", "backbone": "resnet101", "features_only": True}
+            backbone |= {"use_pretrained_backbone": False, "out_indices": [1, 2, 3, 4], "output_stride": 16}
+            network = DetrModel(DetrConfig(backbone_config=backbone, dilation=True))
+        elif kind == "random":
+            network = DetrModel(DetrConfig.from_pretrained(name))
+        else:
+            network = DetrModel.from_pretrained(weights if kind == "local" else name)
+    except Exception as error:
+        raise _no_weights(name, kind, weights, flag, error) from error
+    transform = transforms.Compose(
+        [
+            transforms.Resize(SHORTEST_SIDE),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+    return network, transform
+
+
+def offline_unless_reachable() -> None:
+    """One attempt to reach the hub; where it fails, what is not cached fails at once, not after minutes of retries."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # whatever the HTTP library of this version of the hub client raises
+        constants.HF_HUB_OFFLINE = True
+
+
+def _reason(error: Exception) -> str:
+    """A library's error on one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:160]
+
+
+def hub_failure(error: Exception) -> str:
+    """Why something could not be had from the hub, on one line."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "not in the cache, and the hub cannot be reached"
+    return _reason(error)
+
+
+def _no_weights(name: str, kind: str, weights: str, flag: str, error: Exception) -> UserError:
+    if kind == "local":
+        return UserError(f"{flag}: {weights} does not fit {name} ({_reason(error)})")
+    if kind == "random":
+        return UserError(f"--model_name: cannot build {name} ({_reason(error)})")
+    return UserError(
+        f"--model_name: no weights of {name} from the hub ({hub_failure(error)}); download them elsewhere and name "
+        f"them by {flag} PATH" + ", or try things out with --random_weights" * (flag == "--weights")
+    )
+
+
+def weights_identity(weights: str) -> str:
+    """A short text that changes when `--weights` names other weights: the kind, or file name and size in bytes."""
+    path = Path(weights)
+    if weights in ("pretrained", "random"):
+        return weights
+    return f"{path.name} ({os.path.getsize(path)} bytes)" if path.is_file() else path.name
