@@ -9,15 +9,16 @@ does not hold the others. Leaves out sampling (rl/rollouts.py) and beams.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from model import CACHE
-
+# transformers 5.18 or so renamed the argument
+CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else "past_key_values"
 LEAVE = 0.75  # rows leave once no more than this share is unfinished: each time keys and values are copied
 CHECK_STEPS = 8  # on a GPU: whether rows are done costs a synchronisation
 

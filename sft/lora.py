@@ -14,7 +14,6 @@ import warnings
 from pathlib import Path
 
 from ares import files
-from ares.checkpoints import load_state_dict
 from ares.cli import UserError, in_one_line, print0
 from ares.portable import portable_adapter
 
@@ -123,6 +122,8 @@ def _read_weights(folder: Path, flag: str) -> dict:
     """The adapter's tensors. Raises UserError, naming `flag`, if the file is damaged or holds pickled objects."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+    from ares.checkpoints import load_state_dict
 
     path = folder / "adapter_model.safetensors"
     if not path.is_file():

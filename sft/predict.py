@@ -2,8 +2,8 @@
 
 Rows are sorted by length and dealt out to the processes; each batch is either generated greedily (--use_generate:
 ares/decoding.py) or read off as the arg-max of teacher-forced logits. `predictions_ans_{test,eval,train}.json` are
-written one by one as each split is done; a killed split goes on where it stopped (`.predicting_{split}/`). A file that was
-made with the same weights, prompts and settings is kept.
+written one by one as each split is done; a killed split goes on where it stopped (`.predicting_{split}/`). A file that
+was made with the same weights, prompts and settings is kept.
 
 Leaves out the scores' formulas (utils_evaluate.py). Used by sft/run.py:
 
