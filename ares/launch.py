@@ -26,7 +26,7 @@ from typing import Any
 from ares import cli
 from ares.cli import UserError, print0
 
-LOCK = ".lock"  # in a run folder; empty while nothing runs there
+LOCK = ".lock"  # in a run folder while a launch works there
 # Number of tasks as job launchers set it. Only torchrun and accelerate set WORLD_SIZE and RANK, which are needed too.
 TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -150,20 +150,27 @@ def only_one(path: str | os.PathLike, what: str) -> Iterator[None]:
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    try:
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(f"{what}: {_holder(file)} is running there; wait for it, or end it") from None
+                holder = _holder(file)
+                os.close(file)
+                raise UserError(f"{what}: {holder} is running there; wait for it, or end it") from None
             cli.warn0(f"{what}: the disk has no file locks ({error.strerror}); do not start a second run there")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                break
+        os.close(file)  # the launch that ended meanwhile has removed the file: lock the new one
+    try:
         about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(about).encode(), 0)
         yield
-        os.ftruncate(file, 0)  # the file stays: removing it would let two launches lock two files of one name
     finally:
+        path.unlink(missing_ok=True)  # while it is locked
         os.close(file)
 
 
