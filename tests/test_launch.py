@@ -131,6 +131,40 @@ def test_a_second_launch_in_one_folder_is_refused(stage, world, tmp_path):
     assert len(list(folder.rglob("*"))) > len(before)
 
 
+def test_the_lock_ends_with_its_holder_however_it_ends(tmp_path):
+    """A killed holder's file locks nobody out, one that ends removes it, and of many that try at once one has it."""
+    import subprocess
+    import sys
+    from concurrent.futures import ThreadPoolExecutor
+
+    path = tmp_path / launch.LOCK
+    code = (
+        f"import os; from ares import launch; launch.only_one({str(path)!r}, 'x').__enter__(); os.kill(os.getpid(), 9)"
+    )
+    from tests.conftest import ROOT
+
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -9 and path.exists()
+    inside, most = [], []
+
+    def work(i):
+        try:
+            with launch.only_one(path, "x"):
+                inside.append(i)
+                most.append(len(inside))
+                inside.remove(i)
+                return 1
+        except UserError:
+            return 0
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(work, range(400))) >= 1
+    assert max(most) == 1 and not path.exists()
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError), launch.only_one(path, "x"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_a_second_launch_of_rl_beside_a_real_one(world, tmp_path, nproc):
     import signal
