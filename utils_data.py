@@ -22,8 +22,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ares import data_folder as files
-from ares.checkpoints import img_shape
-from ares.cli import UserError, print0, refuse, warn0
+from ares.cli import UserError, img_shape, print0, refuse, warn0
 from ares.files import read_json
 from ares.predictions import texts_by_qid
 from utils_prompt import build_train_pair, normalize, option_letters

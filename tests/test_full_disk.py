@@ -22,7 +22,6 @@ from teacher import handoff
 from tests.api_server import ApiServer
 from tests.disk import fill, small_disk
 from tests.rl import rl_tools
-from tests.sft.test_sft import one_thread  # noqa: F401
 from tests.teacher.teacher_tools import client, many_items
 from tools import prepare_data, report
 

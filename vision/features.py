@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ares.checkpoints import img_shape
-from ares.cli import UserError, warn0
+from ares.cli import UserError, img_shape, warn0
 from ares.files import atomic_path, one_at_a_time, read_json
 
 WHOLE = 2**28  # bytes: features up to this size are hashed whole

@@ -56,15 +56,6 @@ class Released:
         return {"decoder_input_ids": actions, "decoder_attention_mask": mask}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small lose by threads: on busy cores two are eight times slower than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def released(request, fixtures):
     return Released(fixtures / "model" / request.param)
@@ -723,7 +714,7 @@ def test_the_configs_image_field_has_a_name_of_its_own(tmp_path, t5_tokenizer):
 def test_the_tokenizer_file_is_in_the_form_of_tokenizers_0_13(tmp_path, t5_tokenizer, problems):
     from transformers import AutoTokenizer
 
-    from ares.portable import portable_tokenizer
+    from ares.checkpoints import portable_tokenizer
 
     t5_tokenizer("a prompt", truncation=True, max_length=3)  # what a run leaves in the tokenizer's state
     t5_tokenizer.save_pretrained(tmp_path)
