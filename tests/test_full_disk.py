@@ -104,17 +104,8 @@ def training(world, *more) -> list[str]:
             "--lr",
             "0.01",
         ),
-        *(
-            "--epoch",
-            "1",
-            "--output_len",
-            "12",
-            "--input_len",
-            "64",
-            "--final_eval",
-            "--use_generate",
-            *map(str, more),
-        ),
+        *("--epoch", "1", "--output_len", "12", "--input_len", "64", "--final_eval", "--use_generate"),
+        *map(str, more),
     ]
 
 
