@@ -69,13 +69,17 @@ def test_folder_name_is_the_released_one(tuned, monkeypatch):
 
 
 def test_targets_are_every_linear_but_the_one_without_effect(tuned, tmp_path, capsys):
-    args = script.parse_args(["--model", str(tuned)])
+    args = script.parse_args(
+        ["--model", str(tuned), "--lora_alpha", "7", "--lora_dropout", "0.2", "--lora_bias", "all"]
+    )
     model = base(tuned)
     linears = {n.rpartition(".")[2] for n, module in model.named_modules() if isinstance(module, nn.Linear)}
     adapted = script.add_adapter(model, args)
     assert adapted_modules(adapted) == linears - {"out_proj"} >= {"image_dense", "gate_dense", "lm_head", "wi_1"}
     trains = [name for name, p in adapted.named_parameters() if p.requires_grad]
-    assert trains and all("lora_" in name for name in trains)
+    assert trains and all("lora_" in name or name.endswith("bias") for name in trains)
+    config = adapted.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (32, 7, 0.2, "all")
     adapted(**batch()).loss.backward()
     # B starts at 0, so at first only B has a gradient: each of them, which out_proj's would not
     assert all(p.grad.abs().max() > 0 for name, p in adapted.named_parameters() if "lora_B" in name)
@@ -102,6 +106,7 @@ def test_train_resume_and_evaluate(flags, tuned, capsys):
     assert {"metrics.json", "tokenizer.json"} <= files and "model.safetensors" not in files
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_2_SEQ_LM" and config["r"] == 4 and "out_proj" not in config["target_modules"]
+    assert (config["lora_alpha"], config["lora_dropout"], config["bias"]) == (64, 0.05, "none")
     weights = load_file(folder / "adapter_model.safetensors")
     assert all("lora_" in name for name in weights)  # no copy of lm_head
     assert all(tensor.abs().max() > 0 for tensor in weights.values())

@@ -21,6 +21,7 @@ import main as script
 from ares.cli import UserError
 from sft import run as sft_run
 from sft.batching import LengthGroupedBatches, TokenBudgetBatches, lengths, prediction_batches
+from sft.predict import _made_with
 from sft.trainer import kept_checkpoints
 from tests.conftest import ROOT, run_script
 from tests.tiny import make_data, make_model, predictions, write
@@ -87,14 +88,73 @@ def test_evaluate_dir_names_the_flags_that_do_nothing(tmp_path, capsys):
         ({"data_root": "/other", "train_data": "2"}, "--data_root /other (was d)"),
         ({"train_data": "2"}, "files under --data_root"),
         ({"use_generate": True}, "--use_generate True (was False)"),
+        ({"train_features": "g"}, "--vision_features or --name_map"),
+        ({"tokenizer_pieces": "u"}, "--tokenizer"),
+        ({"eval_features": "new"}, ""),  # earlier versions recorded none
         ({"use_generate": True, "final_eval": True}, "--final_eval True (was False), --use_generate True (was False)"),
     ],
 )
 def test_changed_settings(change, said):
     old = {"epoch": 2, "bs": 4, "processes": 1, "data_root": "d", "train_data": "1", "eval_data": "1", "eval_bs": 2}
-    old |= {"final_eval": False, "use_generate": False, "test_le": None}
+    old |= {
+        "final_eval": False,
+        "use_generate": False,
+        "test_le": None,
+        "train_features": "f",
+        "tokenizer_pieces": "t",
+    }
     changed = ", ".join(sft_run.changed_settings(old, {**old, **change}))
     assert (said in changed) if said else changed == ""
+
+
+def test_evaluation_flags_may_change_where_no_epoch_is_evaluated():
+    old = {"bs": 4, "processes": 1, "final_eval": True, "use_generate": True, "eval_data": "1", "eval_le": "a"}
+    assert sft_run.changed_settings(old, {**old, "use_generate": False, "eval_data": "2", "eval_le": "b"}) == []
+    old["final_eval"] = False
+    changed = sft_run.changed_settings(old, {**old, "use_generate": False, "eval_data": "2", "eval_le": "b"})
+    assert changed == ["--eval_le b (was a)", "--use_generate False (was True)"]
+
+
+def test_a_run_folder_is_resumed_or_cleared(tmp_path, capsys):
+    """Incomplete checkpoints are removed, damaged ones skipped; --overwrite removes what a run writes, only that."""
+    settings = {"bs": 4, "processes": 1, "final_eval": True, "lr": 0.1}
+    assert sft_run.open_run(tmp_path, settings, overwrite=False) is None
+    for step in (2, 4, 10, 12):
+        write(tmp_path / f"checkpoint-{step}/trainer_state.json", {"global_step": step})
+        (tmp_path / f"checkpoint-{step}/complete").touch()
+    (tmp_path / "checkpoint-12/complete").unlink()
+    assert sft_run.open_run(tmp_path, settings, False) == str(tmp_path / "checkpoint-10")
+    assert not (tmp_path / "checkpoint-12").exists()
+    (tmp_path / "checkpoint-10/trainer_state.json").write_text("{")
+    assert sft_run.open_run(tmp_path, settings, False) == str(tmp_path / "checkpoint-4")
+    assert "looking for an older checkpoint" in capsys.readouterr().err
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").unlink()
+    with pytest.raises(UserError, match="checkpoint-2.*remove them to train from the beginning"):
+        sft_run.open_run(tmp_path, settings, False)
+    for name in (
+        "metrics.json",
+        "config.json",
+        "predictions_ans_test.json",
+        ".predicting_test/settings.json",
+        "my.txt",
+    ):
+        write(tmp_path / name, {})
+    assert sft_run.open_run(tmp_path, settings, False) == "done"
+    with pytest.raises(UserError, match=r"--lr 0.2 \(was 0.1\)"):
+        sft_run.open_run(tmp_path, {**settings, "lr": 0.2}, False)
+    assert sft_run.open_run(tmp_path, {**settings, "lr": 0.2}, overwrite=True) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["args.yaml", "my.txt"]
+    write(tmp_path / "other/config.json", {})
+    with pytest.raises(UserError, match="did not write"):
+        sft_run.open_run(tmp_path / "other", settings, True)
+
+
+def test_max_tokens_may_be_just_one_sample():
+    argv = "--input_len 30 --output_len 10 --max_tokens".split()
+    assert script.parse_args([*argv, "40"]).max_tokens == 40
+    with pytest.raises(UserError, match="--max_tokens 39 is less than one sample may have .*, 40"):
+        script.parse_args([*argv, "39"])
 
 
 # -- the order of the data -------------------------------------------------------------------------------
@@ -337,8 +397,16 @@ def test_prediction_files(predictor_parts, t5_tokenizer, tmp_path, capsys, monke
     assert not list(tmp_path.glob(".predicting*"))
 
     capsys.readouterr()
+    for name in ("test", "eval"):  # earlier versions recorded no digests of tokenizer and features
+        old = predictions(tmp_path, name)
+        del old["settings"]["tokenizer"], old["settings"]["features"]
+        write(tmp_path / f"predictions_ans_{name}.json", old)
     predictor.write(tmp_path, splits, load, [tmp_path])
     assert len(loads) == 1 and capsys.readouterr().out.count("already there") == 3
+    made = predictions(tmp_path, "train")
+    for key, value in {"tokenizer": "t", "features": "f", "seed": 7, "data": "d"}.items():
+        write(tmp_path / "predictions_ans_train.json", {**made, "settings": {**made["settings"], key: value}})
+        assert not _made_with(tmp_path / "predictions_ans_train.json", made["settings"]), key
     make_predictor(parts, t5_tokenizer, output_len=9).write(tmp_path, {"val": splits["val"]}, load, [tmp_path])
     write(tmp_path / "adapter_config.json", {"other": "weights"})
     predictor.write(tmp_path, {"val": splits["val"]}, load, [tmp_path])
@@ -365,6 +433,44 @@ def test_predictions_depend_on_the_features_wherever_the_first_image_stands(pred
     assert told[0]["data"] != told[1]["data"]
 
 
+def test_metric_of_an_epoch(predictor_parts, t5_tokenizer, monkeypatch):
+    """Accuracy of the letters that were read for A (none read is wrong), ROUGE-L against the targets otherwise."""
+    parts, dataset = predictor_parts, predictor_parts.datasets["test"]
+    gold = ["ABCDE"[parts.data.problems[qid]["answer"]] for qid in dataset.qids]
+    texts = [f"The answer is ({letter})." for letter in gold[:6]] + ["no idea", "The answer is (E)."]
+    assert len(texts) == len(gold) == 8 and gold[7] != "E"
+    for prompt_format, rows, expected in (
+        ("QCM-A", t5_tokenizer(texts)["input_ids"], {"accuracy": 75.0}),
+        ("QCM-LEA", dataset.labels, {"rougeL": pytest.approx(100)}),
+        ("QCM-LEA", dataset.labels[:4] + [[1]] * 4, {"rougeL": pytest.approx(50)}),
+    ):
+        predictor = make_predictor(parts, t5_tokenizer, prompt_format=prompt_format)
+        monkeypatch.setattr(predictor, "predict", lambda model, dataset, desc, rows=rows: rows)
+        assert predictor.evaluate(parts.model, dataset) == expected
+
+
+def test_digests_see_every_part(predictor_parts, tmp_path):
+    from sft.predict import digest, tokenizer_digest, weights_digest
+
+    item = {"qid": "1", "input_ids": [5, 6, 1], "labels": [7, 1]}
+    changes = [{}, {"qid": "2"}, {"input_ids": [5, 1]}, {"labels": [8, 1]}, {"input_ids": [5, 6], "labels": [1, 7, 1]}]
+    made = [digest([{**item, **change}]) for change in changes]
+    assert len(set(made)) == len(made) and digest([item, item]) != digest([item]) == made[0]
+
+    pieces = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1}, pad_token_id=0, eos_token_id=1)
+    others = ({"pad_token_id": 1}, {"eos_token_id": 0}, {"get_vocab": lambda: {"a": 1, "b": 0}})
+    made = [tokenizer_digest(SimpleNamespace(**{**vars(pieces), **change})) for change in ({}, *others)]
+    assert len(set(made)) == 4
+
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    first = weights_digest([tmp_path])
+    (tmp_path / "adapter_config.json").write_text("{}")
+    second = weights_digest([tmp_path])
+    (tmp_path / "notes.txt").write_text("not a weight")
+    assert first != second == weights_digest([tmp_path])
+    assert weights_digest(["hub/a"]) != weights_digest(["hub/b"])
+
+
 def test_failed_answers_and_formats_without_one(predictor_parts, t5_tokenizer):
     parts = predictor_parts
     qids = parts.data.qids["test"]
@@ -385,6 +491,59 @@ def test_failed_answers_and_formats_without_one(predictor_parts, t5_tokenizer):
 
 
 # -- training --------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_is_the_released_one(tmp_path):
+    """The defaults of transformers' Trainer: AdamW with weight decay, linear decay from the first step, clip 1."""
+    from sft.trainer import set_up
+
+    args = script.parse_args("--bs 4 --lr 8e-5 --epoch 3 --seed 7 --precision fp32".split())
+    made = set_up(args, tmp_path, examples=1000)
+    assert (made.learning_rate, made.num_train_epochs, made.seed, made.per_device_train_batch_size) == (8e-5, 3, 7, 4)
+    assert (made.weight_decay, made.max_grad_norm, made.warmup_steps) == (0.01, 1.0, 0)
+    assert (made.adam_beta1, made.adam_beta2, made.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert made.lr_scheduler_type == "linear" and made.logging_steps == 50 and not made.logging_nan_inf_filter
+    assert (made.metric_for_best_model, made.greater_is_better, made.eval_strategy) == ("accuracy", True, "epoch")
+    args = script.parse_args("--bs 4 --prompt_format QCM-LE --final_eval --precision fp32".split())
+    assert set_up(args, tmp_path, examples=24).logging_steps == 3
+    assert set_up(args, tmp_path, examples=1).eval_strategy == "no"
+    args.final_eval = False
+    assert set_up(args, tmp_path, examples=24).metric_for_best_model == "rougeL"
+
+
+def test_models_are_built_from_the_seed(tmp_path):
+    """A fresh adapter draws from the global random state."""
+    from sft.trainer import train
+
+    def build():
+        raise UserError(f"seed {torch.initial_seed()}")
+
+    torch.manual_seed(1)
+    with pytest.raises(UserError, match="seed 7"):
+        train(SimpleNamespace(seed=7), SimpleNamespace(output_dir=tmp_path), build, {}, None, None)
+
+
+def test_saves_within_an_epoch_follow_the_clock(monkeypatch):
+    from sft import trainer
+
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: clock.now)
+    every, args = trainer.SaveEvery(0.5, steps_per_epoch=4), SimpleNamespace(world_size=1)
+    every.on_train_begin(args, None, None)
+    saved = []
+    for step, now in ((1, 129), (2, 131), (3, 140), (4, 200), (5, 201), (6, 260)):
+        clock.now = now
+        control = SimpleNamespace(should_save=False)
+        every.on_step_end(args, SimpleNamespace(global_step=step), control)
+        if control.should_save:
+            saved.append(step)
+            every.on_save(args, None, control)
+    assert saved == [2, 5, 6]  # step 4 ends the epoch, which is saved anyway
+    never = trainer.SaveEvery(0, steps_per_epoch=4)
+    never.on_train_begin(args, None, None)
+    clock.now, control = 10**6, SimpleNamespace(should_save=False)
+    never.on_step_end(args, SimpleNamespace(global_step=1), control)
+    assert not control.should_save
 
 
 def test_train_from_a_plain_t5_then_evaluate_and_resume(trained, plain, tmp_path, capsys):
