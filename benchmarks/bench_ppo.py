@@ -61,7 +61,7 @@ class Bench:
             (int(n), world.prompts.lengths[qid])
             for n, qid in zip(data.rollouts.lengths, data.rollouts.qids, strict=True)
         ]
-        plan = experience.plan_epoch(lengths, args.rl_batch_size, 1, args.ga_step, args.seed)
+        plan = minibatches.plan_epoch(lengths, args.rl_batch_size, 1, args.ga_step, args.seed)
         self.plan = plan[:-1]  # the last update may be short
         self.optimizer = released_recipe.optimizer_of(self.trainer.raw, 1e-12)
 
@@ -112,8 +112,8 @@ def make_experience(world: rl_common.World, args: argparse.Namespace) -> experie
         for begin in range(0, len(items), 32):
             qids = [item["qid"] for item in items[begin : begin + 32]]
             chunk = actions[begin * K : (begin + len(qids)) * K]
-            scores = sampling.score(world.models.policy, world.prompts.batch(qids), chunk, K)
-            parts.append(scores[ppo.action_mask(chunk)])
+            scores = sampling.evaluate_actions(world.models.policy, world.prompts.batch(qids), chunk, K)
+            parts.append(scores[action_mask(chunk)])
     logprobs = torch.cat(parts)
 
     def near(x):

@@ -84,12 +84,12 @@ class Bench:
         wide = released_rl.padded_actions(actions, self.args.output_len).to(self.world.device)
         models, said = self.world.models, []
         for name, model in (("logprobs", models.policy), ("values", models.value_function)):
-            got = sampling.score(model, prompt, actions, k, value=name == "values")
+            got = sampling.evaluate_actions(model, prompt, actions, k, value=name == "values")
             want = released_rl.score(model, repeated, wide).cpu()[:, : got.size(1)]
             said.append(common.check(f"{name} of the same ids", got.detach(), want.detach(), 5e-4))
         theirs = self.released_batch(prompt, lengths)
         for side, found in (("ours", ours), ("released", theirs)):
-            written = ppo.action_mask(found["actions"]).sum(1)
+            written = action_mask(found["actions"]).sum(1)
             said.append(common.check(f"lengths written, {side}", written.tolist(), lengths.tolist()))
         return said
 

@@ -40,7 +40,7 @@ def score(model: nn.Module, prompt: dict[str, Tensor], actions: Tensor) -> Tenso
     """Log-probabilities by a policy, values by a value function, (B, T); 0 in padding."""
     out = model(**padded(prompt), decoder_input_ids=actions[:, :-1])
     scores = out if isinstance(out, Tensor) else all_logprobs(out.logits, actions)
-    return scores.float() * ppo.action_mask(actions)
+    return scores.float() * action_mask(actions)
 
 
 class EndAt:
@@ -98,7 +98,7 @@ def update(trainer: Any, optimizer: torch.optim.Optimizer, step: list, output_le
         actions = padded_actions(roll.actions(minibatch)[0], output_len).to(device)
         adv = advantages[[place[row] for row in minibatch]]
         adv = F.pad(adv, (0, T - adv.size(1))).to(device)
-        mask = ppo.action_mask(actions)
+        mask = action_mask(actions)
         prompt = padded(trainer.prompts.batch([roll.qids[row] for row in minibatch]))
 
         logits = policy(**prompt, decoder_input_ids=actions[:, :-1], use_cache=False).logits

@@ -58,7 +58,7 @@ def make_world(args: argparse.Namespace, questions: int) -> World:
 @contextlib.contextmanager
 def ending(lengths: Tensor) -> Iterator[None]:
     """Within, text i of our sampling ends after lengths[i] tokens, and no sooner."""
-    numbers, draw = sampling.numbers, sampling.draw
+    numbers, draw = sampling.uniform_noise, sampling.draw
 
     def numbers_until(rows: int, length: int, seed: int) -> Tensor:
         return numbers(rows, length, seed).masked_fill(torch.arange(length) >= lengths[:, None], PAST_END)
@@ -67,8 +67,8 @@ def ending(lengths: Tensor) -> Iterator[None]:
         logits[:, sampling.EOS] = -torch.inf
         return draw(logits, how, u.clamp(max=0.5)).masked_fill(u == PAST_END, sampling.EOS)
 
-    sampling.numbers, sampling.draw = numbers_until, draw_until
+    sampling.uniform_noise, sampling.draw = numbers_until, draw_until
     try:
         yield
     finally:
-        sampling.numbers, sampling.draw = numbers, draw
+        sampling.uniform_noise, sampling.draw = numbers, draw

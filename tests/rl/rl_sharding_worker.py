@@ -48,9 +48,9 @@ def main(folder: Path, checkpointing: bool) -> None:
     second.train()
 
     rank = torch.distributed.get_rank()
-    state = sharding.whole_state(second.raw, rank == 0)
-    policy = sharding.whole_state(second.raw.policy, rank == 0)
-    value = sharding.whole_state(second.raw.value_function, rank == 0)
+    state = sharding.full_state(second.raw, rank == 0)
+    policy = sharding.full_state(second.raw.policy, rank == 0)
+    value = sharding.full_state(second.raw.value_function, rank == 0)
     optimizer = ppo_trainer.optimizer_state(second.optimizer, second.names, rank == 0)
     if rank == 0:
         torch.save({"model": state, "optimizer": optimizer}, folder / "whole.pth")

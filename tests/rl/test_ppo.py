@@ -35,9 +35,9 @@ def plain_gae(rewards, values, n, gamma, lam):
 
 
 def head(logits, labels):
-    """`ppo.head_logprobs` of given logits (B, T, V) and labels (B, T): the head is the identity."""
+    """`head.head_logprobs` of given logits (B, T, V) and labels (B, T): the head is the identity."""
     states, V = logits.flatten(0, 1), logits.size(-1)
-    logprobs, entropy = ppo.head_logprobs(states, torch.eye(V, dtype=logits.dtype), labels.flatten())
+    logprobs, entropy = head.head_logprobs(states, torch.eye(V, dtype=logits.dtype), labels.flatten())
     return logprobs.view(labels.shape), entropy.view(labels.shape)
 
 
@@ -246,7 +246,7 @@ def test_shares_of_a_step_add_up():
 
 def test_mask_counts_the_end_token_and_not_the_start():
     actions = torch.tensor([[0, 5, 6, 1, 0, 0], [0, 7, 1, 0, 0, 0], [0, 5, 5, 5, 5, 5]])
-    assert ppo.action_mask(actions).tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
+    assert action_mask(actions).tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
 
 
 def test_sentence_reward_belongs_to_the_choice_of_its_last_token():
@@ -283,7 +283,7 @@ def test_head_logprobs_and_entropies_have_the_values_and_gradients_of_a_plain_so
     up = torch.randn(2, 13, generator=g, dtype=torch.float64)
     log_p = (states @ weight.T).log_softmax(-1)
     want = log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-    got = ppo.head_logprobs(states, weight, labels)
+    got = head.head_logprobs(states, weight, labels)
     for ours, plain in zip(got, want, strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
     for part in ([0], [1], [0, 1]):
@@ -307,7 +307,7 @@ def test_head_logprobs_in_fp32_at_the_real_vocabulary(monkeypatch):
     for keep in (0, 2**25):
         monkeypatch.setattr(ppo, "KEEP", keep)
         states, weight = (one.detach().clone().requires_grad_() for one in (plain_states, plain_weight))
-        got = ppo.head_logprobs(states, weight, labels)
+        got = head.head_logprobs(states, weight, labels)
         torch.testing.assert_close(got, (want, entropy), atol=2e-5, rtol=0)
         (got[0] * up).sum().backward()
         for ours, plain in ((states, plain_states), (weight, plain_weight)):
@@ -331,7 +331,7 @@ def test_logits_never_dominate_memory(monkeypatch):
         monkeypatch.setattr(ppo, "KEEP", keep)
         held.clear(), largest.clear()
         with Watch(), torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
-            logprobs, _ = ppo.head_logprobs(states, weight, labels)
+            logprobs, _ = head.head_logprobs(states, weight, labels)
             kept = sum(t.numel() for t in logprobs.grad_fn.kept)
             logprobs.sum().backward()
         assert max(largest) <= 1500 and max(t.numel() for t in held) <= 1500
@@ -365,7 +365,7 @@ def test_sure_tokens_keep_their_gradient_in_half_precision(monkeypatch, keep):
     assert 0.992 < log_p.exp().diag().min() and log_p.exp().diag().max() < 0.9999
     log_p.diag().sum().backward()
     weight.requires_grad_()
-    ppo.head_logprobs(states, weight, labels)[0].sum().backward()
+    head.head_logprobs(states, weight, labels)[0].sum().backward()
     torch.testing.assert_close(weight.grad.double(), plain.grad, rtol=2**-8, atol=0)
 
 
@@ -374,7 +374,7 @@ def test_head_logprobs_under_autocast_are_those_of_a_linear_layer_under_it():
     states, labels = torch.randn(6, 16, generator=g), torch.randint(0, 50, (6,), generator=g)
     layer = torch.nn.Linear(16, 50, bias=False)
     with torch.autocast("cpu", torch.bfloat16):
-        got, _ = ppo.head_logprobs(states, layer.weight, labels)
+        got, _ = head.head_logprobs(states, layer.weight, labels)
         logits = layer(states)
     want = logits.float().log_softmax(-1).gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

@@ -208,7 +208,7 @@ def test_two_processes_then_a_second_round(world, collected, tmp_path):
     assert sum(len((item.folder / handoff.SCORES).read_text().split()) for item in items) == teacher.sentences > 10
 
     # who samples a batch makes no difference
-    one, two = rollouts.Store(collected, 0).load(), rollouts.Store(run, 0).load()
+    one, two = rollouts.RolloutStore(collected, 0).load(), rollouts.RolloutStore(run, 0).load()
     assert one.keys() == two.keys() and torch.equal(one.tokens, two.tokens)
     torch.testing.assert_close(one.logprobs, two.logprobs, atol=1e-5, rtol=1e-5)
     assert set(one.rank) == {0} and set(two.rank) == {0, 1}
@@ -351,7 +351,7 @@ def test_a_round_that_others_wrote_and_the_model_to_start_from_are_never_in_the_
 
 def test_a_batch_that_is_deleted_as_told_is_sampled_again(world, collected, tmp_path, capsys):
     run = copy(collected, tmp_path / "run")
-    shard = rollouts.Store(run, 0).shard(1)
+    shard = rollouts.RolloutStore(run, 0).shard(1)
     before = rollouts.Rollouts.load(shard).tokens.clone()  # mapped
     shard.write_text("torn")
     with pytest.raises(UserError, match="delete it and run again"):
@@ -440,7 +440,7 @@ def test_text_only_greedy_two_rounds(world, tmp_path, capsys):
     out = capsys.readouterr()
     assert "sampling one" in out.err
     assert {item.action for item in handoff.iter_items(run / "questions_round1")} == {0}
-    assert (run / "1/model.safetensors").exists() and len(rollouts.Store(run, 1).load()) == QUESTIONS
+    assert (run / "1/model.safetensors").exists() and len(rollouts.RolloutStore(run, 1).load()) == QUESTIONS
     assert {int(state["step"]) for state in optimizer(run / "1")["state"].values()} == {4}
 
 
@@ -494,7 +494,7 @@ def test_without_reward_the_policy_only_decays(world, collected, tmp_path):
 )
 def test_plan_covers_every_row_once_and_keeps_processes_in_step(rows, processes, accumulation):
     lengths = [((7 * i) % 13 + 1, (5 * i) % 11 + 1) for i in range(rows)]
-    plan = experience.plan_epoch(lengths, 2, processes, accumulation, seed=5)
+    plan = minibatches.plan_epoch(lengths, 2, processes, accumulation, seed=5)
     flat = [row for step in plan for group in step for minibatch in group for row in minibatch]
     assert sorted(flat) == list(range(rows))
     assert all(len(group) == processes for step in plan for group in step)  # nobody runs more minibatches than others
@@ -502,11 +502,11 @@ def test_plan_covers_every_row_once_and_keeps_processes_in_step(rows, processes,
     size = 2 * processes * accumulation
     assert [sum(len(m) for g in step for m in g) for step in plan[:-1]] == [size] * (len(plan) - 1)
     assert len(plan) == math.ceil(rows / size)
-    same = experience.plan_epoch(lengths, 2, 1, processes * accumulation, seed=5)
+    same = minibatches.plan_epoch(lengths, 2, 1, processes * accumulation, seed=5)
     sets = [[{r for g in step for m in g for r in m} for step in one] for one in (plan, same)]
     assert sets[0] == sets[1]  # which rows share a step depends on its size alone
     if rows > size:
-        other = experience.plan_epoch(lengths, 2, processes, accumulation, seed=6)
+        other = minibatches.plan_epoch(lengths, 2, processes, accumulation, seed=6)
         assert sets[0] != [{r for g in step for m in g for r in m} for step in other]
 
 
@@ -518,8 +518,8 @@ def test_passes_hold_the_rows_of_their_update_within_the_tokens_given(processes,
     def padded(rows) -> int:
         return len(rows) * (max(lengths[r][0] for r in rows) + max(lengths[r][1] for r in rows)) if rows else 0
 
-    for step in experience.plan_epoch(lengths, 3, processes, 4, seed=5):
-        found = experience.passes(step, lengths, tokens)
+    for step in minibatches.plan_epoch(lengths, 3, processes, 4, seed=5):
+        found = minibatches.micro_batches(step, lengths, tokens)
         for process in range(processes):
             assert [r for group in found for r in group[process]] == [r for group in step for r in group[process]]
         for group in found:
@@ -540,7 +540,7 @@ def test_rows_of_like_length_share_a_minibatch():
 
     shuffled = by_rationale = ours = 0
     order = torch.randperm(256, generator=torch.Generator().manual_seed(3)).tolist()
-    for begin, step in zip(range(0, 256, 64), experience.plan_epoch(lengths, 8, 1, 8, seed=3), strict=True):
+    for begin, step in zip(range(0, 256, 64), minibatches.plan_epoch(lengths, 8, 1, 8, seed=3), strict=True):
         rows = order[begin : begin + 64]
         shuffled += padded([rows[i : i + 8] for i in range(0, 64, 8)])
         rows = sorted(rows, key=lambda row: lengths[row][0])
@@ -646,7 +646,7 @@ def test_an_export_without_its_rollouts_ends_every_rank(left, world, tmp_path):
 
 
 def test_a_process_that_waits_for_files_ends_with_the_one_that_failed(tmp_path, monkeypatch):
-    store = rollouts.Store(tmp_path, 0)
+    store = rollouts.RolloutStore(tmp_path, 0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="no reply"), rollouts.failure_shared(store):
         raise UserError("no reply can be used")

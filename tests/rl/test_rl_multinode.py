@@ -129,7 +129,7 @@ def test_one_of_two_processes_killed_while_sampling_loses_only_what_it_had_in_ha
     assert not (run / "questions/mmcot_finished_signal.txt").exists()
     there = {path.name: path.stat().st_mtime_ns for path in run.glob("rollouts/round_0/batch_*")}
     launch(world, run, phase="collect")
-    left, right = rollouts.Store(run, 0).load(), rollouts.Store(collected, 0).load()
+    left, right = rollouts.RolloutStore(run, 0).load(), rollouts.RolloutStore(collected, 0).load()
     assert there and all((run / "rollouts/round_0" / name).stat().st_mtime_ns == when for name, when in there.items())
     assert left.keys() == right.keys() and torch.equal(left.tokens, right.tokens)
     torch.testing.assert_close(left.logprobs, right.logprobs, atol=1e-5, rtol=1e-5)

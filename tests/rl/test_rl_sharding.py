@@ -91,9 +91,9 @@ assert accelerator.distributed_type.value == "FSDP" and os.environ["FSDP_CPU_RAM
 how = sharding.sharding_of(accelerator)
 model = sharding.shard(ActorCritic(*models(torch.float32)).to(accelerator.device), how)
 assert how.device_type == "cuda" and all(isinstance(p, DTensor) for p in model.parameters())
-state = sharding.whole_state(model, True)
+state = sharding.full_state(model, True)
 assert all(not isinstance(t, DTensor) and t.device.type == "cpu" for t in state.values())
-sharding.load_whole(model, state)
+sharding.load_full_state(model, state)
 print("sharded", len(state))
 """
     (tmp_path / "check.py").write_text(code)

@@ -152,7 +152,7 @@ def test_gradient_of_the_whole_loss_agrees_with_a_float64_rederivation(tmp_path,
     for seed in (0, 1):
         trainer = make_trainer(tmp_path, rows=7 + seed, seed=seed, **changes)
         args = trainer.args
-        plan = experience.plan_epoch(lengths(trainer), args.rl_batch_size, 1, args.ga_step, seed)
+        plan = minibatches.plan_epoch(lengths(trainer), args.rl_batch_size, 1, args.ga_step, seed)
         for step in (plan[0], plan[-1]):  # a full update and the short last one
             got = gradients(trainer, step)
             names, parameters = zip(*((n, p) for n, p in trainer.raw.named_parameters() if n in got), strict=True)
@@ -169,7 +169,7 @@ def first_update(trainer) -> dict:
     """The logged line of the first update."""
     seen = []
     trainer.metrics.log = lambda kind, number, update, values, **place: seen.append(values)
-    plan = experience.plan_epoch(lengths(trainer), 2, 1, trainer.args.ga_step, 0)
+    plan = minibatches.plan_epoch(lengths(trainer), 2, 1, trainer.args.ga_step, 0)
     trainer._update(plan[0], 10)
     return seen[0]
 

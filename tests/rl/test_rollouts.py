@@ -60,7 +60,7 @@ def test_padding_puts_each_row_where_it_belongs():
     assert actions.shape[1] == mask.shape[1] + 1 and (actions[:, 0] == 0).all()
     for i, row in enumerate((4, 1)):
         assert actions[i][actions[i] != 0].tolist() == whole.ids(row)[1:]
-        assert torch.equal(mask[i], ppo.action_mask(actions)[i])
+        assert torch.equal(mask[i], action_mask(actions)[i])
     values, _ = whole.pad(whole.values, [4, 1])
     begin = int(whole.offsets[1])
     assert torch.equal(values[1][mask[1]], whole.values[begin : begin + int(whole.lengths[1])])
@@ -87,12 +87,12 @@ def test_a_small_split_is_shared_out_and_the_plan_kept_on_another_number_of_proc
     """64 questions at --bs 64 would leave all but one process idle."""
     prompts = SimpleNamespace(lengths={f"q{i}": i for i in range(64)}, fingerprint=lambda: "same")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    store = rollouts.Store(tmp_path, 0)
+    store = rollouts.RolloutStore(tmp_path, 0)
     plan = store.plan(prompts, 64, 2)
     assert [len(batch) for batch in plan] == [16] * 4
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert store.plan(prompts, 64, 2) == plan
-    assert [len(batch) for batch in rollouts.Store(tmp_path, 1).plan(prompts, 24, 2)] == [24, 24, 16]
+    assert [len(batch) for batch in rollouts.RolloutStore(tmp_path, 1).plan(prompts, 24, 2)] == [24, 24, 16]
     with pytest.raises(UserError, match="not those of the rollouts"):
         store.plan(SimpleNamespace(lengths=prompts.lengths, fingerprint=lambda: "other"), 64, 2)
 
@@ -107,7 +107,7 @@ def test_seeds_differ_and_stay():
 
 
 def test_collect_goes_on_where_it_was_killed(tmp_path, t5_tokenizer):
-    store = rollouts.Store(tmp_path, 0)
+    store = rollouts.RolloutStore(tmp_path, 0)
     batches = [["a", "b"], ["c", "d"], ["e"]]
     made = []
 
@@ -145,7 +145,7 @@ def exported(tmp_path):
     rows.sentence_counts[:] = torch.tensor([2, 0, 1, 3, 2, 0, 1, 1, 2, 1])
     rows.columns = torch.ones(13, dtype=torch.int32)
     rows.__post_init__()
-    store = rollouts.Store(tmp_path, 0)
+    store = rollouts.RolloutStore(tmp_path, 0)
     for row in rollouts.rows_with_sentences(rows):
         folder = rollouts.question_folder(rows, row, store.questions)
         handoff.write_rationale(folder, [f"Sentence {i}." for i in range(int(rows.sentence_counts[row]))])

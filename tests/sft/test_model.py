@@ -149,11 +149,11 @@ def test_logprobs_of_given_actions(released, policy, source):
     """As PPO computes them: the encoder once, the decoder on its states, the label's logit minus logsumexp."""
     expected = released.expected
     actions = expected["greedy_ids" if source == "greedy" else "actions2"]
-    mask = ppo.action_mask(actions)
+    mask = action_mask(actions)
     with torch.no_grad():
         states = actor_critic.encode(policy, released.prompt)
         logprobs, _ = actor_critic.policy_logprobs(
-            policy, states, released.prompt["attention_mask"], None, actions, actor_critic.places_of(mask)
+            policy, states, released.prompt["attention_mask"], None, actions, actor_critic.flat_index(mask)
         )
     assert_near(logprobs[mask], expected[f"{source}_logprobs"][mask], 2e-3)
 
