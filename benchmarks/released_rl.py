@@ -1,4 +1,4 @@
-"""RL's stages done the released way (SPEC 10 and issue 5's account of it; written anew): the same model and maths.
+"""RL's stages done the released way (as published; written anew): the same model and maths.
 
 Every prompt padded to 512, every rationale to --output_len; k separate passes of sampling without a key-value cache;
 the prompt encoded again for each pass, sample and model; fp32; attention by plain products; log-probabilities from
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ares.decoding import action_mask
 from rl import ppo
 
 INPUT = 512

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from model import save_value_function
 from rl import sharding
-from rl import trainer as ppo_trainer
+from rl.optimizer import optimizer_state
 from tests.rl.test_rl_trainer import make_trainer
 
 
@@ -51,7 +51,7 @@ def main(folder: Path, checkpointing: bool) -> None:
     state = sharding.full_state(second.raw, rank == 0)
     policy = sharding.full_state(second.raw.policy, rank == 0)
     value = sharding.full_state(second.raw.value_function, rank == 0)
-    optimizer = ppo_trainer.optimizer_state(second.optimizer, second.names, rank == 0)
+    optimizer = optimizer_state(second.optimizer, second.names, rank == 0)
     if rank == 0:
         torch.save({"model": state, "optimizer": optimizer}, folder / "whole.pth")
         second.raw.policy.save_pretrained(folder / "saved", state_dict=policy)

@@ -82,9 +82,10 @@ def test_on_a_gpu_accelerates_configuration_shards_the_parameters(tmp_path):
 import os, sys, torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
-import run_mm_cot_rl, sharding
-from tests.test_rl_trainer import models
-from ppo_trainer import ActorCritic
+import run_mm_cot_rl
+from rl import sharding
+from rl.actor_critic import ActorCritic
+from tests.rl.test_rl_trainer import models
 accelerator = Accelerator(mixed_precision="bf16")
 run_mm_cot_rl.check_processes(accelerator)
 assert accelerator.distributed_type.value == "FSDP" and os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"

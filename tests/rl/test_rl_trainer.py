@@ -11,8 +11,8 @@ import torch
 import run_mm_cot_rl
 from ares import cli, files
 from ares.cli import UserError
-from rl import experience, metrics, rollouts, run_folder
 from rl import flags as rl_flags
+from rl import metrics, minibatches, optimizer, ppo, rollouts, run_folder
 from rl import trainer as ppo_trainer
 from tests.rl.test_rollouts import random_rollouts
 
@@ -78,7 +78,7 @@ def make_trainer(tmp_path, rows=9, seed=0, dtype=torch.float64, sharded=None, **
             rolls.logprobs[begin : begin + n] = logprobs + 0.3 * torch.randn(n, generator=g, dtype=dtype)
             rolls.ref_logprobs[begin : begin + n] = logprobs + 0.3 * torch.randn(n, generator=g, dtype=dtype)
     scores = [[((7 * i + 3 * j) % 11) / 10 for j in range(int(n))] for i, n in enumerate(rolls.sentence_counts)]
-    data = experience.experience(rolls, scores, args)
+    data = ppo.compute_advantages(rolls, scores, args, args.init_kl_coef)
     log = metrics.Metrics(tmp_path, "none", {})
     return ppo_trainer.PpoTrainer(
         policy, None if args.algo == "rloo" else value_function, data, prompts, args, Accelerator(cpu=True),
@@ -206,7 +206,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
 
 
 def test_schedules_end_where_they_should():
-    at = [[ppo_trainer.scheduled_lr(kind, 2.0, done, 8) for done in (0, 4, 7, 8)] for kind in rl_flags.SCHEDULES]
+    at = [[optimizer.scheduled_lr(kind, 2.0, done, 8) for done in (0, 4, 7, 8)] for kind in rl_flags.SCHEDULES]
     constant, linear, cosine = at
     assert constant == [2.0] * 4 and linear == [2.0, 1.0, 0.25, 0.0]
     assert cosine == pytest.approx([2.0, 1.0, 1 + math.cos(math.pi * 7 / 8), 0.0])
@@ -259,11 +259,12 @@ def test_checkpointed_gradients_are_those_of_eval_mode_and_blocks_run_twice(tmp_
         torch.testing.assert_close(found[1][name], tensor, atol=1e-12, rtol=1e-9, msg=name)
 
 
-def test_rloo_advantages_are_those_of_a_plain_loop():
+def test_rloo_advantages_are_those_of_a_plain_loop(monkeypatch):
     rows = random_rollouts(9)
     scores = [[0.1 * (i + j) % 1 for j in range(int(n))] for i, n in enumerate(rows.sentence_counts)]
     args = SimpleNamespace(neutral_score=0.5, init_kl_coef=0.3, gamma=0.9, algo="rloo")
-    data = experience.experience(rows, scores, args, chunk=3)  # never parts a question's two rows
+    monkeypatch.setattr(ppo, "CHUNK_ROWS", 3)
+    data = ppo.compute_advantages(rows, scores, args, 0.3)  # never parts a question's two rows
     to_go = []
     for row in range(9):
         begin, n = int(rows.offsets[row]), int(rows.lengths[row])

@@ -10,7 +10,8 @@ import torch
 
 from ares import files
 from ares.cli import UserError
-from rl import ppo, rollouts
+from ares.decoding import action_mask
+from rl import rollouts
 from teacher import handoff
 from tests.rl import rl_tools
 

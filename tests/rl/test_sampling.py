@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
-from rl import actor_critic, ppo, rollouts, sampling
+from ares import decoding
+from ares.decoding import action_mask
+from rl import actor_critic, minibatches, rollouts, sampling
 from rl.sampling import Sampling
 from teacher import handoff
 from tests.rl import rl_tools
@@ -92,7 +95,7 @@ def test_the_step_decoder_gives_the_logits_of_a_whole_pass(tied, monkeypatch):
     """Every position, while rows and whole questions leave the batch and memory grows: fp32, within 1e-4."""
     from model import MultimodalT5Config, T5ForMultimodalGeneration
 
-    monkeypatch.setattr(sampling, "FIRST_LENGTH", 3)
+    monkeypatch.setattr(decoding, "FIRST_LENGTH", 3)
     torch.manual_seed(0)
     config = MultimodalT5Config(
         vocab_size=90, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0,
@@ -137,7 +140,7 @@ def test_a_rationale_does_not_depend_on_who_leaves_the_batch_and_when(models, t5
     prompt = prompt_batch(t5_tokenizer)
     found = []
     for share in (0.0, 0.5, 1.0):  # nobody ever leaves; half must have ended; each at once
-        monkeypatch.setattr(sampling, "KEEP_SHARE", share)
+        monkeypatch.setattr(decoding, "KEEP_SHARE", share)
         found.append(sampling.sample_batch(models, prompt, SOME, seed=5)["actions"])
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     lengths = action_mask(found[0]).sum(1)
@@ -179,7 +182,7 @@ def test_rows_leave_when_they_have_ended(models, t5_tokenizer, monkeypatch):
     prompt, sizes = prompt_batch(t5_tokenizer), []
     step = decoding.StepDecoder.step
     monkeypatch.setattr(decoding.StepDecoder, "step", lambda self, t: sizes.append(len(t)) or step(self, t))
-    monkeypatch.setattr(sampling, "KEEP_SHARE", 1.0)
+    monkeypatch.setattr(decoding, "KEEP_SHARE", 1.0)
     actions = sampling.sample_batch(models, prompt, SOME, seed=5)["actions"]
     assert sum(sizes) == int(action_mask(actions).sum()) < 9 * max(len(sizes), 1)
 
@@ -237,28 +240,27 @@ def test_top_is_topk(size):
         assert torch.equal(values, want.values) and torch.equal(ids, want.indices)
 
 
-def test_rows_of_like_length_are_scored_together():
-    lengths = torch.tensor([5, 90, 40, 88, 3, 61, 0])
-    groups = [group.tolist() for group in sampling.length_groups(lengths, 200)]
-    assert groups == [[1, 3], [5], [2], [0], [4], [6]]
-    assert [g.tolist() for g in sampling.length_groups(torch.tensor([4, 4, 4, 4, 4]), 8)] == [[0, 1], [2, 3], [4]]
-
-
 def test_groups_of_like_length_cost_least():
     assert minibatches.length_groups([5, 5, 5]) == [[0, 1, 2]]
     assert minibatches.length_groups([10, 300, 12, 290]) == [[1, 3], [2, 0]]
     g = torch.Generator().manual_seed(0)
-    for n in (1, 2, 5, 6):
+    for n, tokens in itertools.product((1, 2, 5, 6), (150, 300, math.inf)):
         lengths = torch.randint(1, 200, (n,), generator=g).tolist()
-        groups = minibatches.length_groups(lengths)
+        groups = minibatches.length_groups(lengths, tokens)
         assert sorted(row for rows in groups for row in rows) == list(range(n))
+        assert all(len(rows) == 1 or len(rows) * lengths[rows[0]] <= tokens for rows in groups)
         cuts = [[0, *cut, n] for r in range(n) for cut in itertools.combinations(range(1, n), r)]
         got = sum(len(rows) * lengths[rows[0]] + minibatches.GROUP_COST for rows in groups)
-        assert got == min(cost_of(cut, sorted(lengths, reverse=True)) for cut in cuts)
+        assert got == min(cost_of(cut, sorted(lengths, reverse=True), tokens) for cut in cuts)
+    assert minibatches.length_groups([4, 4, 4, 4, 4], 8) == [[0], [1, 2], [3, 4]]
+    assert minibatches.length_groups([]) == []
 
 
-def cost_of(edges: list[int], falling: list[int]) -> int:
-    return sum((b - a) * falling[a] + minibatches.GROUP_COST for a, b in itertools.pairwise(edges))
+def cost_of(edges: list[int], falling: list[int], tokens: float) -> float:
+    groups = [(b - a, falling[a]) for a, b in itertools.pairwise(edges)]
+    if any(n > 1 and n * longest > tokens for n, longest in groups):
+        return math.inf
+    return sum(n * longest + minibatches.GROUP_COST for n, longest in groups)
 
 
 @pytest.mark.parametrize("question", [None, [0, 2, 2, 1]], ids=["own", "shared"])
@@ -273,7 +275,7 @@ def test_groups_of_like_length_change_no_number(models, t5_tokenizer, monkeypatc
         actions[row, 1 : n + 1] = torch.arange(100, 100 + n)
     mask, found = action_mask(actions), []
     for cost in (0, 10**6):  # a group for each length; one group
-        monkeypatch.setattr(actor_critic, "GROUP_COST", cost)
+        monkeypatch.setattr(minibatches, "GROUP_COST", cost)
         states = actor_critic.encode(models.policy, prompt)
         real = states * prompt["attention_mask"][..., None]
         how = (states, prompt["attention_mask"], question, actions)
@@ -366,13 +368,11 @@ def test_offload_brings_each_model_to_its_device_in_turn():
 
 def test_rows_of_one_question_share_its_encoding_and_its_gradient(models, t5_tokenizer):
     """Encoded once for three rows against once for each row: values and gradients, fp32 within 1e-5."""
-    from rl import trainer
-
     prompt = prompt_batch(t5_tokenizer)
     question = torch.tensor([2, 0, 2, 1, 2])
     actions = torch.cat([torch.zeros(5, 1, dtype=torch.long), torch.randint(3, 900, (5, 7))], 1)
     places = actor_critic.flat_index(torch.ones(5, 7, dtype=torch.bool))
-    model = trainer.ActorCritic(models.policy, models.value_function).requires_grad_(True)
+    model = actor_critic.ActorCritic(models.policy, models.value_function).requires_grad_(True)
     found = []
     for rows in (question, None):
         given = prompt if rows is not None else {name: tensor[question] for name, tensor in prompt.items()}
@@ -400,5 +400,7 @@ def test_on_a_gpu_the_same_ids_get_the_same_numbers(world, t5_tokenizer):
         want = sampling.evaluate_actions(model, prompt, sampled["actions"], 3, value=name == "values")
         torch.testing.assert_close(sampled[name], want, atol=1e-3, rtol=1e-3)
     with torch.autocast("cuda", torch.bfloat16):
-        sampled = sampling.sample_batch(sampling.Models(*map(actor_critic.cast_linears_bf16, two)), there, SOME, seed=7)
+        sampled = sampling.sample_batch(
+            sampling.Models(*map(actor_critic.cast_linears_bf16, two)), there, SOME, seed=7
+        )
     assert all(sampled[name].isfinite().all() for name in ("logprobs", "ref_logprobs", "values"))

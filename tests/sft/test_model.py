@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from ares.cli import UserError
+from ares.decoding import action_mask
 from model import (
     EMBEDDINGS,
     VALUE_FUNCTION,
@@ -23,7 +24,7 @@ from model import (
     choose_attention,
     save_value_function,
 )
-from rl import actor_critic, ppo
+from rl import actor_critic
 
 KINDS = ("vit", "vit_tied")
 BOTH = (T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction)
