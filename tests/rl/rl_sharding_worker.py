@@ -1,6 +1,6 @@
 """What each of two CPU processes runs in test_rl_sharding.py: PPO cut by torch's own FSDP2, stopped and gone on with.
 
-torchrun --nproc_per_node 2 -m tests.rl_sharding_worker FOLDER {checkpointing,plain}
+torchrun --nproc_per_node 2 -m tests.rl.rl_sharding_worker FOLDER {checkpointing,plain}
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from model import save_value_function
 from rl import sharding
 from rl.optimizer import optimizer_state
-from tests.rl.test_rl_trainer import make_trainer
+from tests.rl.rl_tools import make_trainer
 
 
 class Stopped(Exception):

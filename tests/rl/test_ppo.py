@@ -13,6 +13,7 @@ import torch
 from ares import head as head_module
 from ares.decoding import action_mask
 from rl import ppo
+from tests.rl.rl_tools import random_rollouts
 
 CASES = range(20)
 
@@ -443,3 +444,77 @@ def test_rloo_leaves_the_own_sample_out():
     expected = [[3 - 3, 3 - 0.5, 2 - 0], [2 - 3.5, 1 - 1.5, 0], [4 - 2.5, 0, 0], [0, 0, 0]]  # the last is alone
     torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float32))
     assert advantages[:3, 0].sum() == 0
+
+
+def test_whitening_of_constant_advantages_gives_zeros():
+    for value in (0.0, 0.3, -1e4):
+        x = torch.full((3, 4), value)
+        mask = torch.arange(4) < torch.tensor([[4], [2], [1]])
+        white = ppo.masked_whiten(x, mask)
+        assert white.isfinite().all() and white.abs().max() < 1e-2
+    one = torch.tensor([[1.0, 3.0]])
+    assert ppo.masked_whiten(one, one > 0).tolist() == [[pytest.approx(-1), pytest.approx(1)]]
+
+
+def test_masked_mean_divides_by_the_mask_or_what_is_given():
+    x, mask = torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[True, True, False]])
+    assert ppo.masked_mean(x, mask) == 1.5 and ppo.masked_mean(x, mask, 6) == 0.5
+    assert ppo.masked_mean(x, torch.zeros_like(mask)) == 0
+
+
+def test_the_loss_of_a_pass_and_its_diagnostics_are_those_of_a_plain_loop():
+    """float64, a pass of a step with more positions than its own; entropy bonus and clipped values included."""
+    case, total = random_case(11), 100
+    g = torch.Generator().manual_seed(0)
+    entropy, mask = torch.rand(case["mask"].shape, generator=g, dtype=torch.float64), case["mask"]
+    args = SimpleNamespace(algo="ppo", entropy_coef=0.3, vf_coef=0.7, clip_range=0.2, vf_clip_range=0.1)
+    mb = ppo.MiniBatch(case["old"], case["ref"], case["values"], case["rewards"], case["rewards"] - 1)
+    loss, sums = ppo.ppo_loss(case["new"], entropy, case["new_values"], mb, mask, args, total)
+    want = dict.fromkeys(ppo.SUMS, 0.0)
+    for b, t in mask.nonzero().tolist():
+        r = math.exp(case["new"][b, t] - case["old"][b, t])
+        ref, A = float(case["ref"][b, t] - case["new"][b, t]), float(mb.advantages[b, t])
+        R, V, V_old = (float(one[b, t]) for one in (mb.returns, case["new_values"], case["values"]))
+        plain, clipped = -A * r, -A * min(max(r, 0.8), 1.2)
+        near = V_old + min(max(V - V_old, -0.1), 0.1)
+        found = {
+            "policy_loss": max(plain, clipped), "value_loss": max((V - R) ** 2, (near - R) ** 2),
+            "approx_kl": r - 1 - math.log(r), "kl_ref": r * (math.exp(ref) - 1 - ref), "entropy": float(entropy[b, t]),
+            "clipfrac": float(clipped > plain), "ret": R, "ret2": R * R, "err": R - V, "err2": (R - V) ** 2, "n": 1,
+        }  # fmt: skip
+        want = {name: want[name] + found[name] for name in want}
+    assert dict(zip(ppo.SUMS, sums.tolist(), strict=True)) == pytest.approx(want)
+    assert loss.item() == pytest.approx(
+        (want["policy_loss"] + 0.7 * want["value_loss"] - 0.3 * want["entropy"]) / total
+    )
+    means = ppo.diagnostics(sums.tolist(), args)
+    n = int(mask.sum())
+    assert means["positions"] == n and means["kl_ref"] == pytest.approx(want["kl_ref"] / n)
+    assert means["loss"] == pytest.approx(loss.item() * total / n)
+
+
+def test_statistics_of_rows_are_those_of_their_sentences():
+    rows = random_rollouts(9)
+    rows.tokens[rows.offsets[2] + rows.lengths[2] - 1] = 1  # rows 2 and 5 end with `</s>`
+    rows.tokens[rows.offsets[5] + rows.lengths[5] - 1] = 1
+    scores = [[0.1 * (i + j) % 1 for j in range(int(n))] for i, n in enumerate(rows.sentence_counts)]
+    args = SimpleNamespace(neutral_score=0.4, gamma=0.9, gae_lambda=0.8, algo="ppo")
+    data = ppo.compute_advantages(rows, scores, args, kl_coef=0.3)
+    some = [2, 3, 5, 8]
+    stats, flat = data.row_stats(some), [score for row in some for score in scores[row]]
+    kl = [
+        float((rows.logprobs - rows.ref_logprobs)[b : b + n].sum())
+        for b, n in zip(rows.offsets, rows.lengths, strict=False)
+    ]
+    sentence = [sum(score - 0.4 for score in scores[row]) for row in some]
+    assert stats["sentences"] == len(flat) and stats["mean_sentence_score"] == pytest.approx(sum(flat) / len(flat))
+    assert stats["sentence_reward"] == pytest.approx(sum(sentence) / 4, abs=1e-6)
+    assert stats["reward"] == pytest.approx(
+        sum(s - 0.3 * kl[r] for s, r in zip(sentence, some, strict=False)) / 4, abs=1e-5
+    )
+    assert stats["length"] == pytest.approx(sum(int(rows.lengths[row]) for row in some) / 4)
+    assert stats["share_ended"] == 0.5
+    assert ppo.kl_per_rationale(rows).tolist() == pytest.approx(kl, abs=1e-5)
+    empty = rows.select([row for row in range(9) if int(rows.sentence_counts[row]) == 0])
+    none = ppo.compute_advantages(empty, [[] for _ in range(len(empty))], args, 0.3).row_stats(range(len(empty)))
+    assert len(empty) and math.isnan(none["mean_sentence_score"])

@@ -27,7 +27,16 @@ from rl import minibatches, ppo, rollouts, run_folder
 from teacher import handoff
 from tests.conftest import ROOT, one_line_error, run_script
 from tests.rl import rl_tools
-from tests.rl.test_rollouts import random_rollouts
+from tests.rl.rl_tools import (
+    DIAGNOSTICS,
+    flags,
+    launch,
+    metrics_of,
+    optimizer_of,
+    random_rollouts,
+    weights,
+    weights_of_base,
+)
 
 QUESTIONS = 7  # k = 2 gives 14 rationales: no multiple of any step below
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -42,24 +51,6 @@ def world(tmp_path_factory, sample, t5_tokenizer, t5_tokenizer_dir):
     return SimpleNamespace(tmp=tmp, data=data, base=base, tokenizer=t5_tokenizer_dir)
 
 
-def flags(world, run: Path, **changes) -> list[str]:
-    """The command line of a small run; `None` drops a flag."""
-    chosen = {
-        "data_root": world.data, "caption_file": world.data / "captions.json", "use_caption": "", "img_type": "vit",
-        "prompt_format": "QCM-E", "base_model_dir": world.base, "ref_model": world.base, "k_actions": 2, "bs": 3,
-        "output_len": 24, "do_sample": True, "top_k": 50, "rl_batch_size": 2, "ga_step": 2, "rl_epochs": 2,
-        "epochs": 1, "lr": 1e-3, "init_kl_coef": 0.01, "gamma": 1.0, "run_dir": run, "poll_seconds": 0.2,
-        "settle_seconds": 0.2, "report_to": "none",
-    } | changes  # fmt: skip
-    words = [(f"--{key}", str(value)) for key, value in chosen.items() if value is not None]
-    return [word for pair in words for word in pair if word]
-
-
-def launch(world, run: Path, **changes) -> None:
-    """Run in this process."""
-    run_mm_cot_rl.main(flags(world, run, **changes))
-
-
 @pytest.fixture(scope="module")
 def collected(world):
     """A run folder after `--phase collect` in one process, answered."""
@@ -72,19 +63,6 @@ def collected(world):
 def copy(collected: Path, to: Path) -> Path:
     shutil.copytree(collected, to)  # copies modification times: the signals stay younger than the export
     return to
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Policy and value function of a round folder."""
-    from safetensors.torch import load_file
-
-    value = torch.load(folder / "value_function.pth", weights_only=True)
-    return load_file(folder / "model.safetensors") | {f"value.{name}": tensor for name, tensor in value.items()}
-
-
-def metrics(run: Path, kind: str) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 # -- flags -----------------------------------------------------------------------------------------------
@@ -183,10 +161,6 @@ ROUND_FILES = {
     "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
     "value_function.pth", "optimizer_state.pth", "args.yaml",
 }  # fmt: skip
-DIAGNOSTICS = (
-    "policy_loss value_loss loss approx_kl kl_ref entropy clipfrac explained_variance grad_norm lr "
-    "mean_sentence_score sentences reward length share_ended share_dropped"
-).split()
 
 
 def test_two_processes_then_a_second_round(world, collected, tmp_path):
@@ -214,7 +188,7 @@ def test_two_processes_then_a_second_round(world, collected, tmp_path):
     before, after = weights_of_base(world.base), weights(run / "0")
     still = [name for name in before if torch.equal(before[name], after[name])]
     assert still == [], "every parameter of the policy moves"
-    updates, epochs, (rollout,) = metrics(run, "update"), metrics(run, "epoch"), metrics(run, "rollout")
+    updates, epochs, (rollout,) = metrics_of(run, "update"), metrics_of(run, "epoch"), metrics_of(run, "rollout")
     assert len(epochs) == 2 and len(updates) == 2 * math.ceil(14 / (2 * 2 * 2))
     for line in updates + epochs:
         assert all(math.isfinite(line[name]) for name in DIAGNOSTICS), line
@@ -231,22 +205,12 @@ def test_two_processes_then_a_second_round(world, collected, tmp_path):
     launch(world, run, base_model_dir=run / "0", continue_train=True, run_dir=None, ref_model=None)
     teacher.join(5)
     assert {path.name for path in run.iterdir()} >= {"0", "1", "questions_round0", "questions_round1"}
-    second = [line for line in metrics(run, "rollout") if line["round"] == 1][0]
+    second = [line for line in metrics_of(run, "rollout") if line["round"] == 1][0]
     assert second["rationales"] == 12 and second["dropped_no_reply"] == 2
     assert second["share_dropped"] == pytest.approx(2 / 14)
     assert f"reference: {world.base}" in (run / "1/args.yaml").read_text()  # still the first round's reference
-    steps = {int(state["step"]) for state in optimizer(run / "1")["state"].values()}
+    steps = {int(state["step"]) for state in optimizer_of(run / "1")["state"].values()}
     assert steps == {4 + 2 * math.ceil(12 / 4)}, "the optimizer went on from round 0"
-
-
-def weights_of_base(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
-
-
-def optimizer(folder: Path) -> dict:
-    return torch.load(folder / "optimizer_state.pth", weights_only=True)
 
 
 @pytest.mark.parametrize("passes", [{}, {"pass_tokens": 10**6}], ids=["minibatches", "joined"])
@@ -266,12 +230,12 @@ def test_one_process_and_two_make_the_same_update(world, collected, tmp_path, pa
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-6, rtol=0, msg=name)
-    left, right = optimizer(one / "0"), optimizer(two / "0")
+    left, right = optimizer_of(one / "0"), optimizer_of(two / "0")
     assert left["names"] == right["names"]
     for place, name in enumerate(left["names"]):
         x, y = (saved["state"][place]["exp_avg"] for saved in (left, right))  # 0.1 x the gradient
         assert float((x - y).norm()) <= 1e-5 * float(x.norm()), name
-    ((x,), (y,)) = metrics(one, "update"), metrics(two, "update")
+    ((x,), (y,)) = metrics_of(one, "update"), metrics_of(two, "update")
     for name in DIAGNOSTICS:
         assert x[name] == pytest.approx(y[name], rel=1e-5, abs=1e-6), name
 
@@ -297,7 +261,7 @@ def test_killed_in_ppo_and_again_gives_the_same_weights(world, collected, tmp_pa
     a, b = weights(whole / "0"), weights(cut / "0")
     assert all(torch.equal(a[name], b[name]) for name in a), "bit-equal on one thread of one CPU"
     for kind in ("rollout", "update", "epoch"):
-        assert metrics(whole, kind) == metrics(cut, kind)
+        assert metrics_of(whole, kind) == metrics_of(cut, kind)
     assert not (cut / "state").exists()
 
 
@@ -440,7 +404,7 @@ def test_text_only_greedy_two_rounds(world, tmp_path, capsys):
     assert "sampling one" in out.err
     assert {item.action for item in handoff.iter_items(run / "questions_round1")} == {0}
     assert (run / "1/model.safetensors").exists() and len(rollouts.RolloutStore(run, 1).load()) == QUESTIONS
-    assert {int(state["step"]) for state in optimizer(run / "1")["state"].values()} == {4}
+    assert {int(state["step"]) for state in optimizer_of(run / "1")["state"].values()} == {4}
 
 
 def test_released_checkpoint_is_accepted(world, fixtures, tmp_path):
@@ -482,7 +446,7 @@ def test_without_reward_the_policy_only_decays(world, collected, tmp_path):
     for name, tensor in before.items():
         decays = tensor.ndim > 1 and "bias" not in name
         torch.testing.assert_close(after[name], tensor * shrunk if decays else tensor, atol=1e-7, rtol=1e-6, msg=name)
-    assert all(line["kl_ref"] == pytest.approx(0, abs=1e-4) for line in metrics(run, "update"))
+    assert all(line["kl_ref"] == pytest.approx(0, abs=1e-4) for line in metrics_of(run, "update"))
 
 
 # -- the parts -------------------------------------------------------------------------------------------

@@ -12,78 +12,8 @@ import run_mm_cot_rl
 from ares import cli, files
 from ares.cli import UserError
 from rl import flags as rl_flags
-from rl import metrics, minibatches, optimizer, ppo, rollouts, run_folder
-from rl import trainer as ppo_trainer
-from tests.rl.test_rollouts import random_rollouts
-
-VOCABULARY, PATCHES = 60, (3, 5)
-
-
-class Prompts:
-    """Stands where rollouts.Prompts does: ragged prompts and image features by question id."""
-
-    def __init__(self, qids, dtype):
-        g = torch.Generator().manual_seed(5)
-        self.ids = {
-            q: torch.randint(2, VOCABULARY, (3 + i % 4,), generator=g) for i, q in enumerate(sorted(set(qids)))
-        }
-        self.images = {q: torch.randn(*PATCHES, generator=g, dtype=dtype) for q in self.ids}
-        self.lengths = {q: len(ids) for q, ids in self.ids.items()}
-
-    def batch(self, qids):
-        ids = torch.nn.utils.rnn.pad_sequence([self.ids[q] for q in qids], batch_first=True)
-        images = torch.stack([self.images[q] for q in qids])
-        return {"input_ids": ids, "attention_mask": (ids != 0).long(), "image_ids": images}
-
-
-def arguments(**changes) -> SimpleNamespace:
-    """The flags that the trainer reads, as parsed from no flags but these."""
-    args = run_mm_cot_rl.parse_args(["--base_model_dir", "."])
-    chosen = {"rl_batch_size": 2, "ga_step": 2, "rl_epochs": 2, "lr": 1e-2, "log_term": 10**6, "save_minutes": 1e6}
-    return SimpleNamespace(**(vars(args) | chosen | changes))
-
-
-def models(dtype, seed=0):
-    from model import MultimodalT5Config, T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction
-
-    torch.manual_seed(seed)
-    made = []
-    for cls in (T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction):
-        config = MultimodalT5Config(
-            vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, dropout_rate=0.1,
-            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False, initializer_factor=0.1,
-        )  # fmt: skip
-        made.append(cls(config, PATCHES).to(dtype).eval())
-    return made
-
-
-def make_trainer(tmp_path, rows=9, seed=0, dtype=torch.float64, sharded=None, **changes):
-    """A trainer on random ragged rollouts whose stored numbers are near what the policy says, as after sampling."""
-    from accelerate import Accelerator
-
-    args = arguments(**changes)
-    policy, value_function = models(dtype, seed)
-    rolls = random_rollouts(rows, seed)
-    prompts = Prompts(rolls.qids, dtype)
-    g = torch.Generator().manual_seed(seed)
-    for name in rollouts.FIELDS[1:]:
-        setattr(rolls, name, getattr(rolls, name).to(dtype))
-    with torch.no_grad():
-        for row in range(rows):  # some ratios beyond the clip range, some within
-            begin, n = int(rolls.offsets[row]), int(rolls.lengths[row])
-            actions = torch.tensor([rolls.ids(row)])
-            logits = policy(**prompts.batch([rolls.qids[row]]), decoder_input_ids=actions[:, :-1]).logits
-            logprobs = logits[0].log_softmax(-1)[torch.arange(n), actions[0, 1:]]
-            rolls.logprobs[begin : begin + n] = logprobs + 0.3 * torch.randn(n, generator=g, dtype=dtype)
-            rolls.ref_logprobs[begin : begin + n] = logprobs + 0.3 * torch.randn(n, generator=g, dtype=dtype)
-    scores = [[((7 * i + 3 * j) % 11) / 10 for j in range(int(n))] for i, n in enumerate(rolls.sentence_counts)]
-    data = ppo.compute_advantages(rolls, scores, args, args.init_kl_coef)
-    log = metrics.Metrics(tmp_path, "none", {})
-    return ppo_trainer.PpoTrainer(
-        policy, None if args.algo == "rloo" else value_function, data, prompts, args, Accelerator(cpu=True),
-        tmp_path, log, 0, sharded=sharded,
-    )  # fmt: skip
+from rl import metrics, minibatches, optimizer, ppo, run_folder
+from tests.rl.rl_tools import make_trainer, random_rollouts
 
 
 def gradients(trainer, step) -> dict[str, torch.Tensor]:
@@ -219,6 +149,25 @@ def test_the_learning_rate_used_is_the_scheduled_one(tmp_path):
     trainer.train()
     rates = [lr for kind, lr in used if kind == "update"]
     assert rates == pytest.approx([1e-2 * (1 - i / 6) for i in range(6)])  # 9 rows: 3 updates x 2 epochs
+
+
+def test_every_epoch_and_round_has_another_order(tmp_path):
+    orders = {}
+    for number in (0, 1):
+        trainer = make_trainer(tmp_path, rows=9, rl_epochs=3)
+        trainer.number = number
+        update = trainer._update
+
+        def seen(step, total, number=number, trainer=trainer, update=update):
+            orders.setdefault((number, trainer.position.epoch), []).append(step)
+            return update(step, total)
+
+        trainer._update = seen
+        trainer.train()
+    flat = [[sorted(row for group in step for rows in group for row in rows) for step in one]
+            for one in orders.values()]  # fmt: skip
+    assert len(flat) == 6 and all(sorted(sum(one, [])) == list(range(9)) for one in flat)
+    assert all(flat[i] != flat[j] for i in range(6) for j in range(i))
 
 
 def test_an_epoch_ends_early_when_the_policy_runs_away(tmp_path):

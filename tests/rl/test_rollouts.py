@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from types import SimpleNamespace
 
 import pytest
@@ -11,30 +10,11 @@ import torch
 from ares import files
 from ares.cli import UserError
 from ares.decoding import action_mask
+from ares.sentences import sentence_columns
 from rl import rollouts
 from teacher import handoff
 from tests.rl import rl_tools
-
-
-def random_rollouts(rows: int, seed: int = 0) -> rollouts.Rollouts:
-    """Ragged rollouts with made-up numbers; ids of row i are i + 10, i + 11, ..."""
-    rng = random.Random(seed)
-    lengths = torch.tensor([rng.randint(1, 9) for _ in range(rows)])
-    counts = torch.tensor([rng.randint(0, int(n)) for n in lengths])
-    total = int(lengths.sum())
-    return rollouts.Rollouts(
-        qids=[f"q{i // 2}" for i in range(rows)],
-        action=[i % 2 for i in range(rows)],
-        rank=[i % 3 for i in range(rows)],
-        lengths=lengths,
-        sentence_counts=counts,
-        columns=torch.cat([torch.arange(1, int(c) + 1) for c in counts]).int(),
-        tokens=torch.cat([torch.arange(i + 10, i + 10 + int(n)) for i, n in enumerate(lengths)]).int(),
-        **{
-            name: torch.randn(total, generator=torch.Generator().manual_seed(seed + j))
-            for j, name in enumerate(rollouts.FIELDS[1:])
-        },
-    )
+from tests.rl.rl_tools import random_rollouts
 
 
 def same(a: rollouts.Rollouts, b: rollouts.Rollouts) -> bool:
@@ -95,6 +75,8 @@ def test_a_small_split_is_shared_out_and_the_plan_kept_on_another_number_of_proc
     assert store.plan(prompts, 64, 2) == plan
     assert [len(batch) for batch in rollouts.RolloutStore(tmp_path, 1).plan(prompts, 24, 2)] == [24, 24, 16]
     with pytest.raises(UserError, match="not those of the rollouts"):
+        store.plan(prompts, 64, 3)  # another k
+    with pytest.raises(UserError, match="not those of the rollouts"):
         store.plan(SimpleNamespace(lengths=prompts.lengths, fingerprint=lambda: "other"), 64, 2)
 
 
@@ -134,6 +116,24 @@ def test_collect_goes_on_where_it_was_killed(tmp_path, t5_tokenizer):
     assert made == [0, 1, 1, 2] and lost.exists()
     assert handoff.exported(store.questions) and len(store.load()) == 5
     assert files.read_json(store.collected_file, "test") == {"batches": 3, "samples": 5, "sentences": 10}
+
+
+def test_an_unfinished_rationale_keeps_its_last_token_and_the_reward_column_of_its_last_sentence(t5_tokenizer):
+    """From sampled ids to stored rows: one that ends with `</s>`, one cut in a word, one cut at a full stop."""
+    texts = ["The sun is a star. It is hot.", "The moon is a rock. It is very", "Ice is cold. Fire is hot."]
+    ids = [t5_tokenizer(text)["input_ids"] for text in texts]
+    ids = [ids[0], ids[1][:-1], ids[2][:-1]]  # without `</s>`: as cut at --output_len
+    T = max(map(len, ids))
+    actions = torch.tensor([[0, *row] + [0] * (T - len(row)) for row in ids])
+    numbers = {name: torch.arange(3 * T).view(3, T).float() for name in rollouts.FIELDS[1:]}
+    rows = rollouts.to_rollouts({"actions": actions, **numbers}, ["a", "b", "c"], 1, 0, t5_tokenizer)
+    for row in range(3):
+        assert rows.ids(row) == [0, *ids[row]]
+        assert rows.row_columns(row) == sentence_columns([0, *ids[row]], t5_tokenizer)
+        assert rows.row_columns(row)[-1] == len(ids[row]) - (row == 0) or row == 0
+        begin = int(rows.offsets[row])
+        assert rows.values[begin : begin + len(ids[row])].tolist() == list(range(row * T, row * T + len(ids[row])))
+    assert [len(rows.row_columns(row)) for row in range(3)] == [2, 2, 2]
 
 
 # -- replies ---------------------------------------------------------------------------------------------

@@ -227,6 +227,8 @@ def test_draws_follow_their_probabilities_and_never_give_the_pad():
         share = torch.bincount(drawn, minlength=6) / 40_000
         assert share[0] == 0 and ((share > 0) == (want > 0)).all()
         torch.testing.assert_close(share, want, atol=0.01, rtol=0)  # four standard deviations
+    every = Sampling(1, True, 0, 1.0, 9)
+    assert sampling.draw(logits[:2].clone(), every, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 5]
     ends = sampling.draw(logits[:2].clone(), Sampling(1, True, 3, 1.0, 9), torch.tensor([0.0, 1 - 2**-24]))
     assert ends.tolist() == [3, 5]
 
@@ -364,6 +366,34 @@ def test_offload_brings_each_model_to_its_device_in_turn():
         with three.on_device(three.reference):
             assert seen[len(parked) :] == [("reference", "cpu")]  # the policy's device
         assert len(seen) == (4 if offload else 1)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_policy_logprobs_are_those_of_the_models_own_logits(tied):
+    """A tied T5 scales its states before the head: log-probabilities and entropies in fp32 within 1e-5."""
+    from model import MultimodalT5Config, T5ForMultimodalGeneration
+
+    torch.manual_seed(0)
+    config = MultimodalT5Config(
+        vocab_size=90, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        feed_forward_proj="relu" if tied else "gated-gelu", tie_word_embeddings=tied, initializer_factor=0.3,
+    )  # fmt: skip
+    policy = T5ForMultimodalGeneration(config).eval().requires_grad_(False)
+    assert (policy.config.head_scale != 1) == tied
+    ids, mask = torch.randint(2, 90, (2, 6)), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    actions = torch.cat([torch.zeros(2, 1, dtype=torch.long), torch.randint(2, 90, (2, 7))], 1)
+    actions[1, 5:] = 0
+    real = action_mask(actions)
+    log_p = policy(input_ids=ids, attention_mask=mask, decoder_input_ids=actions[:, :-1]).logits.log_softmax(-1)
+    states = actor_critic.encode(policy, {"input_ids": ids, "attention_mask": mask})
+    index = actor_critic.flat_index(real)
+    logprobs, entropy = actor_critic.policy_logprobs(policy, states, mask, None, actions, index)
+    want = log_p.gather(-1, actions[:, 1:, None]).squeeze(-1) * real
+    torch.testing.assert_close(logprobs, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1) * real, atol=1e-5, rtol=1e-5)
+    again, none = actor_critic.policy_logprobs(policy, states, mask, None, actions, index, with_entropy=False)
+    torch.testing.assert_close(again, logprobs, atol=1e-6, rtol=0)
+    assert not none.any()
 
 
 def test_rows_of_one_question_share_its_encoding_and_its_gradient(models, t5_tokenizer):
