@@ -60,12 +60,20 @@ def collected(old):
 
 
 def same_weights(one, two, base) -> None:
-    """Within 1e-5 after 8 updates of up to 1e-3 in fp32: the head's gradient is summed in another order."""
-    a, b = weights(one / "0"), weights(two / "0")
-    start = rl_tools.weights_of_base(base)
-    assert a.keys() == b.keys() and max(float((a[name] - start[name]).abs().max()) for name in start) > 9e-4
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=0, msg=name)
+    """The distance is at most 1% of what 8 updates moved, per tensor: the head's gradient is summed in another order.
+
+    The bias of the image attention's keys is not compared: the soft-max does not depend on it, so its gradient is
+    rounding noise, which AdamW scales up.
+    """
+    a, b, start = weights(one / "0"), weights(two / "0"), rl_tools.weights_of_base(base)
+    assert a.keys() == b.keys()
+    for name in start:
+        x, y, z = (each[name].double() for each in (a, b, start))
+        if name.endswith("in_proj_bias"):
+            x, y, z = (torch.cat([each.chunk(3)[0], each.chunk(3)[2]]) for each in (x, y, z))
+        assert 1e-3 < (y - z).norm() and (x - y).norm() <= 0.01 * (y - z).norm(), name
+    for name in a.keys() - start.keys():
+        torch.testing.assert_close(a[name], b[name], atol=2e-3 if "in_proj_bias" in name else 1e-4, rtol=0, msg=name)
 
 
 @pytest.fixture(scope="module")
