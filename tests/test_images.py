@@ -290,3 +290,10 @@ def test_cut_files_are_broken(kind, tmp_path):
             read_image(path)
         with pytest.raises(UserError, match="question 7 (does not decode|is no PNG)"):
             images.load_image(path, "7")
+
+
+def test_there_is_one_opener():
+    scripts = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0] not in ("tests", "benchmarks")]
+    scripts = [path for path in scripts if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)]
+    assert len(scripts) > 40
+    assert [path.name for path in scripts if "Image.open(" in path.read_text()] == ["images.py"]
