@@ -171,6 +171,8 @@ def only_one(path: str | os.PathLike, what: str) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is locked
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)  # a forked worker process may hold the file, too
         os.close(file)
 
 
