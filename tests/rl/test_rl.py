@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import signal
 import subprocess
@@ -331,7 +332,8 @@ def test_overwrite_starts_anew_and_keeps_paid_replies(world, collected, tmp_path
 
 def test_the_commands_after_collecting_name_the_data(tmp_path):
     argv = f"--base_model_dir {tmp_path} --data_root data --dataset aokvqa --images pictures --phase collect".split()
-    first, second, third = run_folder.next_commands(run_mm_cot_rl.parse_args(argv), tmp_path, argv).splitlines()
+    commands = run_folder.next_commands(run_mm_cot_rl.parse_args(argv), tmp_path, argv)
+    first, second, third = (shlex.join(map(str, words)) for words in commands)
     for command in (first, second):
         assert command.endswith(" --data_root data --dataset aokvqa --images pictures")
     assert third.endswith("--images pictures --phase train")
