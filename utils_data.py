@@ -177,7 +177,8 @@ def open_features(args: argparse.Namespace) -> VisionFeatures:
 
 def check_coverage(features: VisionFeatures, problems: Mapping[str, Any], qids: Iterable[str]) -> None:
     """Warn of questions that name an image but have no feature row (they get zeros); UserError if that is all."""
-    nothing, some = "--name_map: no feature row", "have no feature row and get zeros"
+    nothing = f"--name_map: no feature row of {features.path}"
+    some = "have no feature row and get zeros"
     files.check_pictured(features.name_map, problems, qids, nothing, some)
 
 
