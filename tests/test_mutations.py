@@ -47,8 +47,8 @@ from tests import report_tools
 from tests.conftest import ROOT
 from tests.tiny import PATCHES, make_data, make_model, write
 
-PARTS = 7  # values of a JSON or YAML file that are changed, one at a time
-SEED = 12
+PARTS = int(os.environ.get("ARES_MUTATIONS", 7))
+SEED = int(os.environ.get("ARES_MUTATION_SEED", 12))
 
 
 # -- what can happen to a file -------------------------------------------------------------------------------
