@@ -13,7 +13,7 @@ from ares import files
 from ares.cli import UserError
 from rl.metrics import Metrics
 from sft import run as sft_run
-from tests.rl.test_rl_trainer import make_trainer
+from tests.rl.rl_tools import make_trainer
 from tests.tools.report_tools import parts_of
 from tools import report
 

@@ -394,7 +394,7 @@ def launch_captions(folder):
 def launch_rl_state(folder):
     """What a restarted RL run reads of its own, without its models."""
     place = folder / "run/rollouts/round_0"
-    store = rollouts.Store(folder / "run", 0)
+    store = rollouts.RolloutStore(folder / "run", 0)
     run_folder.refuse_changes(place / "flags_sampling.json", {"seed": 42, "top_k": 50})
     run_folder.reopen(place)
     splits = json.loads((folder / "data/scienceqa/pid_splits.json").read_text())
@@ -419,7 +419,7 @@ def launch_sft_state(folder):
 
 
 def launch_optimizer(folder):
-    from ppo_trainer import read_optimizer
+    from rl.optimizer import read_optimizer
 
     read_optimizer(folder / "state/slot_0.pth", [])
 

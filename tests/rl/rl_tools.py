@@ -35,6 +35,10 @@ class Teacher(threading.Thread):
 
 # -- a small run -----------------------------------------------------------------------------------------
 
+ROUND_FILES = {
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "value_function.pth", "optimizer_state.pth", "args.yaml",
+}  # fmt: skip
 DIAGNOSTICS = (
     "policy_loss value_loss loss approx_kl kl_ref entropy clipfrac explained_variance grad_norm lr "
     "mean_sentence_score sentences reward length share_ended share_dropped"

@@ -28,6 +28,7 @@ from tests.conftest import ROOT, one_line_error, run_script
 from tests.rl import rl_tools
 from tests.rl.rl_tools import (
     DIAGNOSTICS,
+    ROUND_FILES,
     flags,
     launch,
     metrics_of,
@@ -155,11 +156,6 @@ def test_a_folder_without_weights_exits_with_two(world, tmp_path):
 
 
 # -- the whole path --------------------------------------------------------------------------------------
-
-ROUND_FILES = {
-    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    "value_function.pth", "optimizer_state.pth", "args.yaml",
-}  # fmt: skip
 
 
 def test_two_processes_then_a_second_round(world, collected, tmp_path):

@@ -24,7 +24,7 @@ from ares.cli import UserError
 from teacher import handoff
 from tests.conftest import ROOT
 from tests.rl import rl_tools
-from tests.rl.test_rl import ROUND_FILES, flags, metrics
+from tests.rl.rl_tools import ROUND_FILES, flags, metrics_of
 from tests.sft.test_sft import one_thread  # noqa: F401
 
 QUESTIONS = 7  # k = 2 gives 14 rationales; a few hold no sentence, about which the Teacher is not asked
@@ -90,7 +90,7 @@ def still_waiting(questions: Path) -> None:
 def check_trained(run: Path) -> dict:
     """The round is saved, every exported sentence was scored; returns the round's line of metrics.jsonl."""
     assert {path.name for path in (run / "0").iterdir()} - {"special_tokens_map.json"} == ROUND_FILES
-    (rollout,) = metrics(run, "rollout")
+    (rollout,) = metrics_of(run, "rollout")
     scored = list((run / "questions_round0").glob(f"[01]/p0/*/{handoff.SCORES}"))
     assert rollout["sentences"] == sum(len(path.read_text().split()) for path in scored) > 10
     return rollout
