@@ -392,8 +392,16 @@ _VERDICT = re.compile(r"""["']?\bverdict\b["']?\s?:\s?["']?\s?(1|2|tie)\b(?!["']
 _WHY = re.compile(rf'"reason"\s?:\s?({STRING})', re.DOTALL)
 
 
-def parse_verdict(reply: str | bytes | None) -> tuple[str, str]:
-    """("1" | "2" | "tie", the reason given or "") from a judge's raw reply.
+@dataclass(frozen=True)
+class Verdict:
+    """A judge's comparison of two texts: which is better, "1", "2" or "tie", and the reason given or ""."""
+
+    better: str
+    reason: str
+
+
+def parse_verdict(reply: str | bytes | None) -> Verdict:
+    """The verdict in a judge's raw reply.
 
     Raises Refused, and nothing else, for any text or bytes: without a verdict, or with two that differ.
     """
@@ -404,4 +412,4 @@ def parse_verdict(reply: str | bytes | None) -> tuple[str, str]:
     if len(found) > 1:
         raise Refused("ambiguous", f"it holds the verdicts {' and '.join(sorted(found))}")
     why = _WHY.search(text)
-    return found.pop(), unescape(why[1][1:-1]) if why else ""
+    return Verdict(found.pop(), unescape(why[1][1:-1]) if why else "")

@@ -21,12 +21,14 @@ from teacher.handoff import (
     is_done,
     mark_done,
     mark_exported,
+    place_images,
+    prepare_request,
     question_dir,
     read_rationale,
+    read_rationales,
     write_rationale,
 )
 from teacher.prompts import correction_request, scoring_request
-from teacher.requests import place_images, prepare_request, read_rationales
 from tests.conftest import ROOT, one_line_error, run_script
 
 SH = ROOT / "preprocessing_after_RL" / "processing_sentence_level_feedback.sh"

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from ares.sentences import is_finished, remove_repeats, sentence_columns, split_text
 from teacher.corrections import parse_correction
-from teacher.handoff import RATIONALE, REASON, REPLY, SCORES, Refused, parse_scores, read_scores
-from teacher.parsing import LONGEST, parse_verdict
+from teacher.handoff import RATIONALE, REASON, REPLY, SCORES
+from teacher.parsing import LONGEST, Refused, parse_scores, parse_verdict
 from teacher.reference import correct_rationale, score_sentences
+from teacher.reply_files import read_scores
 from utils_evaluate import extract_answer
 
 # Cases of fixtures/scores_parse.json where the released parser is no guide, with the right verdict and why.

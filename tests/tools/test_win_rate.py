@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ares import cli
 from teacher import claude
-from teacher.handoff import Refused, parse_verdict
+from teacher.parsing import Refused, Verdict, parse_verdict
 from teacher.prompts import judge_request
 from tests.api_server import KEY, ApiServer, Fault
 from tests.conftest import one_line_error, run_script
@@ -197,7 +197,7 @@ def test_text_of_rationales_is_data(problems):
 )
 def test_verdicts(reply, verdict):
     if isinstance(verdict, tuple):
-        assert parse_verdict(reply) == verdict
+        assert parse_verdict(reply) == Verdict(*verdict)
     else:
         with pytest.raises(Refused) as refused:
             parse_verdict(reply)
@@ -207,7 +207,7 @@ def test_verdicts(reply, verdict):
 @given(st.one_of(st.binary(), st.text(), st.text(alphabet='{}":verdict12tie \n')))
 def test_any_bytes_give_a_verdict_or_a_refusal(reply):
     try:
-        assert parse_verdict(reply)[0] in ("1", "2", "tie")
+        assert parse_verdict(reply).better in ("1", "2", "tie")
     except Refused:
         pass
 
