@@ -299,13 +299,3 @@ def test_rationales_by_id_never_by_place(tmp_path):
     assert read_rationales(path, ["1", "2", "3"]) == {"2": "b", "1": "a"}
     path.write_text(json.dumps({"preds": ["a", "b"]}))
     assert read_rationales(path, ["1", "2"]) == {"1": "a", "2": "b"}
-
-
-def test_scripts_need_no_torch():
-    for script in (ROOT / "preprocessing_for_correction_feedback.py", SH.with_suffix(".py")):
-        code = (
-            f"import runpy, sys; runpy.run_path({str(script)!r}); "
-            "sys.exit(', '.join({'torch', 'transformers'} & sys.modules.keys()) or 0)"
-        )
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr

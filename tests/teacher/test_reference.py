@@ -126,6 +126,11 @@ def test_lecture_hint_and_openings_are_neutral(problems):
         ("One boat moved 235 miles in 10 hours.", (0.2, 0.45)),  # a wrong number
         ("A boat moved 240 miles in just 10 hours.", (0.6, 1.0)),  # other words
         ("One boat moved 240", (0.0, 0.3)),  # breaks off
+        ("Let's look at which boat was moving at a higher", (0.1, 0.3)),  # an opening that breaks off
+        ("To find the higher speed, we need to compare the distance that", (0.1, 0.3)),
+        ("One boat boat moved 240 miles in 10 hours.", (0.1, 0.3)),  # stutters
+        ("The boat that moved 240 miles in 10 hours.", (0.1, 0.3)),  # the bare name of the gold choice
+        ("The answer is not (C).", 0.0),
         ("Look at the distance each boat moved.", 0.5),  # an opening, though gold has it
         ("Speed depends on distance and time.", 0.5),  # true, but only the lecture says it
         ("An object's speed tells you how slow the object is moving.", (0.0, 0.45)),
@@ -228,12 +233,12 @@ def test_correction_raises_scores_and_mends(problems, speed):
     assert correct_rationale(speed, rationale) == " ".join(gold(speed))
 
 
-def test_deterministic_and_total(problems):
+def test_any_text_has_scores_and_a_correction(problems):
     rng = random.Random(2)
     for problem in problems[:30]:
         text = "".join(rng.choice("ab<1>(B) .!?\n\"{}0\\n'é") for _ in range(80))
-        assert score_sentences(problem, [text, ""]) == score_sentences(problem, [text, ""])
-        assert correct_rationale(problem, text) == correct_rationale(problem, text)
+        assert all(0 <= score <= 1 for score in score_sentences(problem, [text, ""]))
+        assert score_sentences(problem, split_text(correct_rationale(problem, text)))[-1] >= 0.5
 
 
 def test_an_answer_that_is_no_choice_is_wrong_and_corrected():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import time
 import tracemalloc
@@ -14,10 +15,20 @@ from hypothesis import strategies as st
 
 from ares.sentences import is_finished, remove_repeats, sentence_columns, split_text
 from teacher.corrections import parse_correction
-from teacher.handoff import RATIONALE, REASON, REPLY, SCORES
+from teacher.handoff import RATIONALE, REASON, REFUSED_REPLY, REPLY, SCORES, SIDECAR
+from teacher.interface import CORRECT, JUDGE, SCORE
 from teacher.parsing import LONGEST, Refused, parse_scores, parse_verdict
 from teacher.reference import correct_rationale, score_sentences
-from teacher.reply_files import read_scores
+from teacher.reply_files import (
+    is_answered,
+    read_reply,
+    read_scores,
+    read_sidecar,
+    reading,
+    reason_of,
+    set_cut_reply_aside,
+    write_reply,
+)  # fmt: skip
 from utils_evaluate import extract_answer
 
 # Cases of fixtures/scores_parse.json where the released parser is no guide, with the right verdict and why.
@@ -80,6 +91,70 @@ def test_cases_of_the_released_parser(fixtures, tmp_path):
     names = {case["name"] for case in cases}
     assert names >= ACCEPT.keys() | REFUSE.keys() | REASONS.keys()
     assert (len(cases), same, len(ACCEPT), refused) == (81, 32, 12, 37)
+
+
+def test_files_that_hold_the_result_already_are_not_written_again(tmp_path):
+    """A round has 50,904 of them, and RL reads them all after the Teacher's client did."""
+    (tmp_path / RATIONALE).write_text('{\n"A.": xxx,\n"B.": xxx\n}\n')
+    for reply, result in (('{"A.": 1, "B.": 0}', SCORES), ("no scores", REASON)):
+        (tmp_path / REPLY).write_text(reply)
+        inodes = set()
+        for _ in range(2):
+            with contextlib.suppress(Refused):
+                assert read_scores(tmp_path) == [1.0, 0.0]
+            inodes.add((tmp_path / result).stat().st_ino)
+        assert len(inodes) == 1
+    (tmp_path / SCORES).symlink_to(tmp_path / "elsewhere")  # a link there is replaced, never written through
+    (tmp_path / "elsewhere").write_text("1.0\n0.0\n")
+    (tmp_path / REPLY).write_text('{"A.": 1, "B.": 0}')
+    read_scores(tmp_path)
+    assert not (tmp_path / SCORES).is_symlink() and (tmp_path / SCORES).read_text() == "1.0\n0.0\n"
+
+
+def test_the_clients_reason_stays_while_there_is_no_reply(tmp_path):
+    (tmp_path / RATIONALE).write_text('{\n"A.": xxx\n}\n')
+    (tmp_path / SCORES).write_text("0.5\n")
+    (tmp_path / REASON).write_text("api_400: too odd\n")
+    with pytest.raises(Refused, match="no_reply"):
+        read_scores(tmp_path)
+    assert (tmp_path / REASON).read_text() == "api_400: too odd\n" and not (tmp_path / SCORES).exists()
+
+
+def test_when_an_item_needs_no_asking_again(tmp_path):
+    (tmp_path / RATIONALE).write_text('{\n"A.": xxx\n}\n')
+    assert not is_answered(SCORE, tmp_path)
+    (tmp_path / REPLY).write_text('{"A.": 0.2}')
+    assert is_answered(SCORE, tmp_path) and (tmp_path / SCORES).read_text() == "0.2\n"
+    (tmp_path / REPLY).write_text("I would rather not.")
+    os.utime(tmp_path / SCORES, (1, 1))  # scores of an older reply say nothing of this one
+    assert not is_answered(SCORE, tmp_path)
+    (tmp_path / SCORES).touch()  # nor does an empty file
+    assert not is_answered(SCORE, tmp_path)
+    for reply, answered in (
+        ("{final rationale: unchanged}", True),
+        ("{final rationale: A b.}", True),
+        ("A b.", False),
+    ):
+        (tmp_path / REPLY).write_text(reply)
+        assert is_answered(CORRECT, tmp_path) == answered, reply
+        refused = reading(CORRECT, reply, ["A."])
+        assert (refused is None) == answered
+    (tmp_path / REPLY).write_text('{"verdict": "2"}')
+    assert is_answered(JUDGE, tmp_path) and read_reply(JUDGE, tmp_path) == "2" and reading(JUDGE, "?", ()) is not None
+
+
+def test_a_reply_is_flushed_to_disk_after_its_sidecar(tmp_path, monkeypatch):
+    """A kill or a power cut may leave a sidecar without a reply, never a reply without its sidecar."""
+    (tmp_path / REASON).write_text("no_reply\n")
+    events, replace, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "replace", lambda source, to: replace(source, to) or events.append(os.path.basename(to)))
+    monkeypatch.setattr(os, "fsync", lambda file: fsync(file) or events.append("flush"))
+    write_reply(tmp_path, "{}", {"model": "m"}, [0.5])
+    assert events == [SIDECAR, "flush", REPLY, SCORES] and not (tmp_path / REASON).exists()
+    assert read_sidecar(tmp_path) == {"model": "m"}
+    set_cut_reply_aside(tmp_path, "{", "max_tokens")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([REASON, SIDECAR, REFUSED_REPLY])
+    assert reason_of(tmp_path) == "max_tokens"
 
 
 def test_reason_and_scores_replace_each_other(tmp_path):
