@@ -40,39 +40,13 @@ _NUMBER_WORDS = {
 _COLOURS = "red blue green yellow orange purple black white brown pink gray grey violet cyan magenta".split()
 # words that reverse a statement when one replaces another
 _OPPOSITES = (
-    "north south east west",
-    "left right",
-    "more less fewer",
-    "most least fewest",
-    "higher lower",
-    "high low",
-    "larger smaller bigger",
-    "largest smallest biggest",
-    "large small big",
-    "hot cold warm cool",
-    "hotter colder warmer cooler",
-    "faster slower",
-    "fast slow",
-    "before after",
-    "above below under",
-    "increase decrease",
-    "attract repel",
-    "push pull",
-    "stronger weaker",
-    "strong weak",
-    "nearer farther closer",
-    "near far",
-    "heavier lighter",
-    "heavy light",
-    "longer shorter",
-    "long short",
-    "up down",
-    "top bottom",
-    "same different",
-    "always sometimes",
-    "first second third last",
-    "inside outside",
-)
+    "north south east west / left right / more less fewer / most least fewest / higher lower / high low / "
+    "larger smaller bigger / largest smallest biggest / large small big / hot cold warm cool / "
+    "hotter colder warmer cooler / faster slower / fast slow / before after / above below under / "
+    "increase decrease / attract repel / push pull / stronger weaker / strong weak / nearer farther closer / "
+    "near far / heavier lighter / heavy light / longer shorter / long short / up down / top bottom / "
+    "same different / always sometimes / first second third last / inside outside"
+).split(" / ")
 ANSWER_WORDS = frozenset("answer option choic correct right".split())  # as stemmed
 _THEREFORE = re.compile(r"^(?:so|therefore|thus|hence|then|this means)\b", re.I)
 

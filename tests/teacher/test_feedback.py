@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -34,7 +35,7 @@ from teacher.handoff import (
     stale_signal,
     wait_for_feedback,
     write_rationale,
-)
+)  # fmt: skip
 
 
 def export(questions: Path, action: int, rank: int, qid: str, *sentences: str) -> Path:
@@ -169,6 +170,9 @@ def test_signal_made_by_hand(tmp_path):
     for content in (b"finished", b"\xff\xfe", b"[]", b'{"exported_ns": "x"}'):
         (tmp_path / EXPORTED).write_bytes(content)
         assert not is_done(tmp_path, 0)
+    (tmp_path / EXPORTED).write_text('{"exported_ns": 99999999999999999999}')  # later than the file itself
+    mark_done(tmp_path, 0)
+    assert is_done(tmp_path, 0)
 
 
 # -- waiting ---------------------------------------------------------------------------------------------
@@ -212,21 +216,23 @@ def test_waits_for_signals_and_replies(tmp_path, capfd):
     assert "Waiting for the feedback" in err and "4/4" in err and "warning" not in err
 
 
-def test_settles_when_replies_are_copied_after_the_signal(tmp_path, capfd):
-    folders = [export(tmp_path, 0, 0, str(qid)) for qid in range(6)]
+def test_a_signal_or_a_reply_restarts_the_settle_time(tmp_path, monkeypatch, capfd):
+    """A slow copy by hand brings `llm_done.txt` before the replies. The clock moves with each sleep."""
+    folders = [export(tmp_path, 0, 0, str(qid)) for qid in range(3)]
     mark_exported(tmp_path)
-    mark_done(tmp_path, 0)
-    thread, result = waiter(tmp_path, [0], poll_seconds=0.05, settle_seconds=1.0)
-    for folder in folders[:5]:  # longer in all than settle_seconds: each reply starts the clock anew
-        time.sleep(0.4)
-        answer(folder)
-        assert thread.is_alive()
-    begun = time.monotonic()
-    thread.join(10)
-    assert [item.qid for item in result[0]] == ["5"]
-    assert 0.8 <= time.monotonic() - begun < 5
+    answer(folders[0])
+    sleeps, events = [], {5: lambda: mark_done(tmp_path, 0), 10: lambda: answer(folders[1])}
+
+    def sleep(seconds):
+        sleeps.append(seconds)
+        events.get(len(sleeps), int)()
+
+    monkeypatch.setattr(handoff, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: sum(sleeps)))
+    assert wait_for_feedback(tmp_path, [0], poll_seconds=10, settle_seconds=65) == [Item(tmp_path, 0, 0, "2")]
+    assert sleeps == [10] * 16 + [5]  # the signal after 50 s, a reply after 100 s, then 65 s of nothing
     out, err = capfd.readouterr()
-    assert "5 of 6" in out and "1 rationales without a reply are dropped" in err and "/0/p0/5" in err
+    assert "2 of 3 rationales answered" in out and "1 rationales without a reply are dropped" in err
+    assert "no new reply for 65 s" in err and "/0/p0/2" in err
 
 
 def test_stale_signal_is_ignored_and_said(tmp_path, capfd):

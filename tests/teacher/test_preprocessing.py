@@ -15,8 +15,10 @@ from teacher.handoff import (
     DONE,
     IMAGE,
     RATIONALE,
+    REASON,
     REPLY,
     REQUEST,
+    SCORES,
     SIDECAR,
     is_done,
     mark_done,
@@ -27,7 +29,7 @@ from teacher.handoff import (
     read_rationale,
     read_rationales,
     write_rationale,
-)
+)  # fmt: skip
 from teacher.prompts import correction_request, scoring_request
 from tests.conftest import ROOT, one_line_error, run_script
 
@@ -127,7 +129,7 @@ def test_the_manual_copy_and_a_second_round(tmp_path, sample, data_root, problem
         assert (folder / REQUEST).read_text() == scoring_request(problems[qid], sentences)
         if number == 0:
             for k in range(2):
-                for name in (REPLY, SIDECAR):
+                for name in (REPLY, SIDECAR, SCORES, REASON):
                     (question_dir(desk, k, 0, qid) / name).write_text(f"reply of round {number}")
                 mark_done(desk, k)
             (question_dir(desk, 0, 0, pictured[1]) / REPLY).write_text("still good")
@@ -135,7 +137,7 @@ def test_the_manual_copy_and_a_second_round(tmp_path, sample, data_root, problem
     assert "2 replies to older rationales set aside" in done.stdout
     for k in range(2):
         folder = question_dir(desk, k, 0, qid)
-        assert not (folder / REPLY).exists() and not (folder / SIDECAR).exists()
+        assert not any((folder / name).exists() for name in (REPLY, SIDECAR, SCORES, REASON))
         assert (folder / f"older_{REPLY}").read_text() == "reply of round 0"  # paid for: kept
         assert not (desk / str(k) / DONE).exists()
     assert (question_dir(desk, 0, 0, pictured[1]) / REPLY).read_text() == "still good"

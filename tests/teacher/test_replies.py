@@ -171,6 +171,12 @@ def test_reason_and_scores_replace_each_other(tmp_path):
     assert (tmp_path / REASON).exists() and not (tmp_path / SCORES).exists()
 
 
+THREE = ["The ice melts.", "It is a change of state.", "So, the answer is B."]
+T1, T2, T3 = THREE
+SCORED = [0.1, 0.2, 0.3]
+ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
+
+
 @pytest.mark.parametrize(
     "reply, sentences, expected",
     [
@@ -210,26 +216,6 @@ def test_reason_and_scores_replace_each_other(tmp_path):
         ('{"A.": "xxx"}', ["A."], "placeholder"),
         (None, ["A."], "no_reply"),
         (b"\xef\xbb\xbf{\"A.\": 0.5}", ["A."], [0.5]),
-    ],
-)  # fmt: skip
-def test_score_verdicts(reply, sentences, expected):
-    if isinstance(expected, str):
-        with pytest.raises(Refused) as error:
-            parse_scores(reply, sentences)
-        assert error.value.reason == expected
-    else:
-        assert parse_scores(reply, sentences) == expected
-
-
-THREE = ["The ice melts.", "It is a change of state.", "So, the answer is B."]
-T1, T2, T3 = THREE
-SCORED = [0.1, 0.2, 0.3]
-ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
-
-
-@pytest.mark.parametrize(
-    "reply, sentences, expected",
-    [
         # a score of the whole, or of something else, is no sentence's
         ('{"A.": 0.9, "B.": 0.8, "overall_score": 0.2}', ["A.", "B.", "C."], "wrong_count"),
         ('{"A.": 0.9, "B.": 0.8, "Overall": 0.2}', ["A.", "B.", "C."], "wrong_count"),
@@ -300,7 +286,12 @@ ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
     ],
 )  # fmt: skip
 def test_a_number_counts_for_the_sentence_that_its_key_names(reply, sentences, expected):
-    test_score_verdicts(reply, sentences, expected)
+    if isinstance(expected, str):
+        with pytest.raises(Refused) as error:
+            parse_scores(reply, sentences)
+        assert error.value.reason == expected
+    else:
+        assert parse_scores(reply, sentences) == expected
 
 
 WORDS = "the a ice heat x state melts is not > < 2 3.5 B 'hot' (A) -5 so, \"no\" water".split()
@@ -594,19 +585,10 @@ def outcome(reply, rationale=BEFORE):
         return refused.reason
 
 
-@pytest.mark.parametrize("remark", REMARKS)
-def test_a_remark_means_unchanged(remark):
-    assert {outcome(form(remark)) for form in FORMS} == {"unchanged"}
-
-
-@pytest.mark.parametrize("words", FORM_WORDS)
-def test_a_word_of_the_form_is_no_rationale(words):
-    assert {outcome(form(words)) for form in FORMS} == {"placeholder"}
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_a_rationale_may_hold_such_words(text):
-    assert {outcome(form(text)) for form in FORMS} == {text}
+@pytest.mark.parametrize("text", REMARKS + FORM_WORDS + TEXTS)
+def test_remarks_and_words_of_the_form_are_no_rationale_but_one_may_hold_such_words(text):
+    expected = "unchanged" if text in REMARKS else "placeholder" if text in FORM_WORDS else text
+    assert {outcome(form(text)) for form in FORMS} == {expected}
 
 
 def test_remarks_and_texts():
