@@ -49,8 +49,7 @@ def prepare(folder: Path, problem: Mapping[str, Any], rationale: str, images: Se
     if not known:
         aside = handoff.set_reply_aside(folder)
         handoff.write_rationale(folder, [rationale])
-    handoff.place_images(folder, images)
-    handoff.write_request(folder, correction_request(problem, rationale))  # last: its presence says "ready"
+    handoff.write_request(folder, correction_request(problem, rationale), images)
     return aside
 
 

@@ -214,13 +214,16 @@ def prepare_request(folder: str | os.PathLike, text: str, sentences: Sequence[st
     before = (request_text(folder) or "") if os.path.lexists(Path(folder, REQUEST)) else None
     outdated = before is not None and form(sentences) not in before  # the words around the form may be others
     aside = outdated and set_reply_aside(folder)
-    place_images(folder, images)
-    write_request(folder, text)  # last: its presence says "ready"
+    write_request(folder, text, images)
     return aside
 
 
-def write_request(folder: str | os.PathLike, text: str) -> None:
-    """Write the request's text unless it is there. Raises UserError for a link, a FIFO or the like in its place."""
+def write_request(folder: str | os.PathLike, text: str, images: Sequence[Path] = ()) -> None:
+    """Write the images, then the text, which says that the folder is ready; what is there already stays untouched.
+
+    Raises UserError for a link, a FIFO or the like in the place of the text, or for an image that is no regular file.
+    """
+    place_images(folder, images)
     if request_text(folder) != text:
         files.write_text(Path(folder) / REQUEST, text, flush=False)
 

@@ -231,6 +231,7 @@ def test_a_signal_or_a_reply_restarts_the_settle_time(tmp_path, monkeypatch, cap
     assert wait_for_feedback(tmp_path, [0], poll_seconds=10, settle_seconds=65) == [Item(tmp_path, 0, 0, "2")]
     assert sleeps == [10] * 16 + [5]  # the signal after 50 s, a reply after 100 s, then 65 s of nothing
     out, err = capfd.readouterr()
+    assert "has all its replies" not in out, "nothing to touch while replies are missing"
     assert "2 of 3 rationales answered" in out and "1 rationales without a reply are dropped" in err
     assert "no new reply for 65 s" in err and "/0/p0/2" in err
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ares.cli import UserError
 from teacher.handoff import (
     DONE,
     IMAGE,
@@ -29,6 +30,7 @@ from teacher.handoff import (
     read_rationale,
     read_rationales,
     write_rationale,
+    write_request,
 )  # fmt: skip
 from teacher.prompts import correction_request, scoring_request
 from tests.conftest import ROOT, one_line_error, run_script
@@ -202,6 +204,9 @@ def test_images_are_linked_or_copied_and_replaced_when_they_change(tmp_path):
     place_images(folder, [link])
     assert not (folder / "choice_0.png").is_symlink() and (folder / "choice_0.png").read_bytes() == b"two"
     assert sorted(p.name for p in folder.iterdir()) == ["choice_0.png", "image.png"]
+    with pytest.raises(UserError, match="absent.png is no regular file"):
+        write_request(folder, "text", [tmp_path / "absent.png"])
+    assert not (folder / REQUEST).exists()  # it would say that the folder is ready
 
 
 def test_images_are_copied_where_links_are_refused(tmp_path, monkeypatch):
@@ -287,8 +292,6 @@ def test_correction_one_line_errors(tmp_path, sample, data_root, problems):
     ],
 )
 def test_rationales_file_is_checked(tmp_path, content, words):
-    from ares.cli import UserError
-
     path = tmp_path / "r.json"
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=words):
