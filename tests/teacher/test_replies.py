@@ -17,7 +17,7 @@ from ares.sentences import is_finished, remove_repeats, sentence_columns, split_
 from teacher.corrections import parse_correction
 from teacher.handoff import RATIONALE, REASON, REFUSED_REPLY, REPLY, SCORES, SIDECAR
 from teacher.interface import CORRECT, JUDGE, SCORE
-from teacher.parsing import LONGEST, Refused, parse_scores, parse_verdict
+from teacher.parsing import LONGEST, Refused, Verdict, parse_scores, parse_verdict
 from teacher.reference import correct_rationale, score_sentences
 from teacher.reply_files import (
     is_answered,
@@ -139,6 +139,7 @@ def test_when_an_item_needs_no_asking_again(tmp_path):
         assert is_answered(CORRECT, tmp_path) == answered, reply
         refused = reading(CORRECT, reply, ["A."])
         assert (refused is None) == answered
+    assert reading(SCORE, '{"A.": 0.2}', ["A."]) == [0.2] and reading(SCORE, "?", ["A."]).reason == "no_json"
     (tmp_path / REPLY).write_text('{"verdict": "2"}')
     assert is_answered(JUDGE, tmp_path) and read_reply(JUDGE, tmp_path) == "2" and reading(JUDGE, "?", ()) is not None
 
@@ -196,6 +197,9 @@ ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
         ('{"A.": 0.7}\nThat is:\n{"A.": 0.7}', ["A."], [0.7]),
         ('Form: {"A.": xxx}\nFilled: {"A.": 0.7}', ["A."], [0.7]),
         ('Like {"sentence": 0.5}: {"A.": 0.7, "B.": 0.1}', ["A.", "B."], [0.7, 0.1]),
+        # a sentence that begins like another
+        ('{"a": 0.5, "b": 0.9, "a": 0.1, "X": 0.3}', ["X", "a", 'a": 0.5, "b'], [0.3, 0.1, 0.9]),
+        ('{"A.": 0.1, "A.": 0.1}', ["A.", "B."], "ambiguous"),  # one sentence twice is not both
         # reworded sentences are nobody's
         ('{"The A!": 0.7, "The B!": 0.1}', ["A.", "B."], "ambiguous"),
         ('{"B.": 0.7, "The A!": 0.1}', ["A.", "B."], "ambiguous"),
@@ -249,6 +253,7 @@ ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
          SCORED),
         ('{"So, the...": 0.3, "The ice ...": 0.1, "It is a ch…": 0.2}', THREE, SCORED),
         ('{"So, ... is B.": 0.3, "The ice melts.": 0.1, "It is … of state.": 0.2}', THREE, SCORED),
+        ('{"The ...": 0.3, "The water is hot.": 0.1}', ["The ice melts.", "The water is hot."], "ambiguous"),
         ('{"The ...": 0.3, "Water...": 0.1}', ["The ice melts.", "The water is hot."], "ambiguous"),
         ('{"...": 0.3, "It ...": 0.1}', ["The ice melts.", "It is hot."], "ambiguous"),
         ('{"Sentence 2: It is a change of state.": 0.2, "(3) So, the answer is B.": 0.3, "1) The ice melts.": 0.1}',
@@ -257,6 +262,7 @@ ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
         ('{"2. walk": 0.2, "1. walk": 0.1}', ["1. Walk.", "2. Walk."], [0.1, 0.2]),
         ('{"x is < 2": 0.2, "X is > 2": 0.1}', ["x is > 2.", "x is < 2."], [0.1, 0.2]),
         ('{"is it hot": 0.2, "It is.": 0.1}', ["Is it hot?", "Is it hot."], "ambiguous"),
+        ('{"IS IT HOT": 0.2, "Is it hot?": 0.1}', ["Is it hot?", "Is it hot."], "ambiguous"),
         ('{"It is hot.": 0.2, "Is it hot!": 0.1}', ["Is it hot?", "Is it hot."], "ambiguous"),
         # JSON's escapes in keys, LaTeX raw and escaped
         ('{"He said \\"no\\".": 0.2, "The \\u00e9t\\u00e9 is hot": 0.1, "It is \\\\frac{1}{2} of x.": 0.3}', ESCAPED,
@@ -621,6 +627,40 @@ def test_escapes_are_decoded_where_they_are_ones(written, read):
     assert outcome(f'{{"Original rationale": "x", "Final rationale": "{written}"}}') == read
     assert outcome(f'{{"Final rationale": ["{written}"]}}') == read
     assert outcome(f'{{"Final rationale": "He said "so". {written}"}}') == f'He said "so". {read}'
+
+
+# -- verdicts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reply, verdict",
+    [
+        ('{"reason": "a \\"b\\"", "verdict": "1"}', ("1", 'a "b"')),
+        ('```json\n{"verdict": 2}\n```', ("2", "")),
+        ("verdict: Tie", ("tie", "")),
+        ('{"verdict": "1", "verdict": "2"}', "ambiguous"),
+        ('{"verdict": "1" or "2"}', "no_verdict"),
+        ('{"verdict": "12"}', "no_verdict"),
+        ("The first is better.", "no_verdict"),
+        (" ", "no_reply"),
+        (None, "no_reply"),
+    ],
+)
+def test_verdicts(reply, verdict):
+    if isinstance(verdict, tuple):
+        assert parse_verdict(reply) == Verdict(*verdict)
+    else:
+        with pytest.raises(Refused) as refused:
+            parse_verdict(reply)
+        assert refused.value.reason == verdict
+
+
+@given(st.one_of(st.binary(), st.text(), st.text(alphabet='{}":verdict12tie \n')))
+def test_any_bytes_give_a_verdict_or_a_refusal(reply):
+    try:
+        assert parse_verdict(reply).better in ("1", "2", "tie")
+    except Refused:
+        pass
 
 
 # -- work: any text, in time and memory that grow with its length --------------------------------------------
