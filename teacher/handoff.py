@@ -1,4 +1,4 @@
-"""What lies in a questions folder, through which RL and the Teacher exchange files: names, order of writing, signals.
+"""The questions folder, through which RL and the Teacher exchange files: names, order of writing, signals.
 
     {questions}/{k}/p{rank}/{qid}/       sample k of question `qid`, made by RL process `rank`; written in this order:
         rationale_from_mm_cot.txt        RL: the sentences, as the form that the Teacher fills in
@@ -324,7 +324,7 @@ def mark_done(questions: str | os.PathLike, action: int) -> None:
 
 
 def is_done(questions: str | os.PathLike, action: int) -> bool:
-    """Whether an action's signal is there and not older than the export (`stale_signal` tells the two apart)."""
+    """Whether an action's signal is there and not older than the export (`stale_signal` says which)."""
     return Path(questions, str(action), DONE).exists() and not stale_signal(questions, action)
 
 

@@ -2,7 +2,7 @@
 
 It replaces Claude where there is no key (demo, tests, a first try). It knows nothing of the world and sees no
 image: it compares words with the gold solution, the lecture, the hint, the question and the choices. Deterministic;
-scores are steps of 0.1. A paraphrase, a right sentence in quite other words than gold's, gets less than it deserves.
+scores are steps of 0.1. A paraphrase, a right sentence in other words than gold's, gets less than it deserves.
 It is called by teacher/client.py: `python haiku.py --teacher reference`.
 
 How two sentences are compared (`similarity`, 0-1) is in teacher/text_similarity.py. A similarity of 0.9 or more scores
@@ -283,9 +283,9 @@ def conclusion(problem: Mapping[str, Any]) -> str:
 def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
     """The corrected rationale, one line.
 
-    Right, neutral and opening sentences stay as they are; exact repeats go; an unfinished or wrong sentence gives
-    place to the unused gold sentence nearest to it (if all are said already, to nothing); where the gold answer is
-    not said in the end, the gold sentence that says it, or `The answer is (X).`, is added.
+    Keeps right, neutral and opening sentences; removes exact repeats; replaces an unfinished or wrong sentence by the
+    unused gold sentence nearest to it (removes it if all are said already); if nothing says the gold answer, adds the
+    gold sentence that does, or `The answer is (X).`.
     """
     material = _Material(problem)
     sentences = split_text(rationale)

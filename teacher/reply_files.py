@@ -102,7 +102,7 @@ def _write_result(folder: Path, result: list[float] | str | Refused | None) -> N
 
 
 def set_cut_reply_aside(folder: Path, text: str, stop_reason: str) -> None:
-    """Keep a reply that can be read but was cut off under a name that nobody takes for a reply."""
+    """Keep a reply that can be read but was cut off under another name, so that it is not read as one."""
     files.write_text(folder / REFUSED_REPLY, text)
     (folder / REPLY).unlink(missing_ok=True)
     (folder / SCORES).unlink(missing_ok=True)

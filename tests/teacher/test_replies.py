@@ -523,6 +523,7 @@ def test_final_rationale_in_other_values():
         ),
         ('{"Final rationale": "xxx"}', "placeholder"),
         ('{"Final rationale": "A."}\n{"Final rationale": "B."}', "ambiguous"),
+        ('{"Final rationale": "A."}\n' * 21, "ambiguous"),  # more than are read
     ],
 )
 def test_correction_refusals(reply, reason):
