@@ -84,7 +84,6 @@ class Judgement:
     score: float
     kind: str  # repeat, contradiction, gold, opening, conclusion, elimination, neutral
     gold: int | None = None  # index among the gold sentences, where the sentence says one
-    finished: bool = True
 
 
 def judge(problem: Mapping[str, Any], sentences: Sequence[str]) -> list[Judgement]:
@@ -162,16 +161,16 @@ def _judge_one(sentence: Sentence, material: _Material, used: set[int]) -> Judge
                 return Judgement(1.0, "gold", index)
             return Judgement(0.5, "opening" if opening else "neutral", index)
     if not sentence.content:
-        return Judgement(0.2 if sentence.tokens else 0.0, "neutral", finished=sentence.finished)
+        return Judgement(0.2 if sentence.tokens else 0.0, "neutral")
     if _contradicts(sentence, material):
-        return Judgement(0.0, "contradiction", finished=sentence.finished)
+        return Judgement(0.0, "contradiction")
 
     limit = 0.3 if _is_broken(sentence, material) else 1.0
     known = share(sentence.content, material.words)
     if opening:
         rest = Sentence(sentence.text[opening.end() :], material.options).content - _OPENING_WORDS
         on_topic = not rest or share(rest, material.words) >= 0.6
-        return Judgement(min(limit, 0.5 if on_topic else 0.3), "opening", finished=sentence.finished)
+        return Judgement(min(limit, 0.5 if on_topic else 0.3), "opening")
 
     candidates = [Judgement(0.0, "neutral")]
     for index, gold in enumerate(material.gold):
@@ -185,7 +184,7 @@ def _judge_one(sentence: Sentence, material: _Material, used: set[int]) -> Judge
         restated = max((containment(sentence, other) for other in material.neutral), default=0.0)
         candidates.append(Judgement(min(0.5, score_of(restated)), "neutral"))
     best = max(candidates, key=lambda judgement: judgement.score)
-    return Judgement(min(limit, best.score), best.kind, best.gold, sentence.finished)
+    return Judgement(min(limit, best.score), best.kind, best.gold)
 
 
 def _contradicts(sentence: Sentence, material: _Material) -> bool:
@@ -290,11 +289,10 @@ def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
     material = _Material(problem)
     sentences = split_text(rationale)
     judgements = judge(problem, sentences)
-    kept = [judgement.score >= 0.5 and judgement.finished for judgement in judgements]
-    used = {judgement.gold for judgement, keep in zip(judgements, kept, strict=True) if keep}
+    used = {judgement.gold for judgement in judgements if judgement.score >= 0.5}
     final = []
-    for text, judgement, keep in zip(sentences, judgements, kept, strict=True):
-        if keep:
+    for text, judgement in zip(sentences, judgements, strict=True):
+        if judgement.score >= 0.5:
             final.append(text)
         elif judgement.kind != "repeat":
             unused = [index for index in range(len(material.gold)) if index not in used]
