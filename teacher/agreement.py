@@ -12,9 +12,9 @@ import statistics
 from collections.abc import Sequence
 
 from ares import cli
-from teacher import handoff
 from teacher.handoff import Item, Refused
 from teacher.interface import Request, Stopped, Unanswered
+from teacher.parsing import parse_scores
 from teacher.session import Session
 
 LAST_POSITION = 6  # later sentences share a line
@@ -65,12 +65,12 @@ async def _scores(session: Session, item: Item) -> list[float]:
     key = session.teacher.key(request)
     known = session.cache.get(key)
     if known is not None:
-        return handoff.parse_scores(known["text"], list(request.sentences))
+        return parse_scores(known["text"], list(request.sentences))
     for attempt in range(session.attempts):
         reply = await session.teacher.answer(request)
         session.report.add(reply)
         try:
-            scores = handoff.parse_scores(reply.text, list(request.sentences))
+            scores = parse_scores(reply.text, list(request.sentences))
         except Refused as refused:
             if attempt + 1 == session.attempts:
                 raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 
-from teacher.handoff import Item, Items
+from teacher.handoff import Item
 
 _OPEN, _ANSWERED = 1, 2
 
@@ -67,7 +67,7 @@ class Groups:
     """
 
     def __init__(self) -> None:
-        self.items = Items()
+        self.items: list[Item] = []
         self._first = Numbers()  # digest of the request -> number of the group
         self._next = array("i")  # number of an item -> the next one of its group
         self._state = bytearray()

@@ -18,10 +18,10 @@ from ares import cli, files, images
 from haiku_for_correction_feedback import edit_distance
 from teacher import agreement, api_errors, budget, claude, handoff, pacing, prices
 from teacher.budget import Ledger, read_log
+from teacher.handoff import REFUSED_REPLY
 from teacher.interface import SCORE, Reply, Request, Stopped
 from teacher.prompts import PROMPT_VERSION
 from teacher.reply_cache import ReplyCache
-from teacher.reply_files import REFUSED_REPLY
 from tests.api_server import KEY, ApiServer, Fault, fill_form, score_by_text
 from tests.conftest import one_line_error, run_script
 from tests.teacher.teacher_tools import client, lay_out, lines_of, many_items, scores

@@ -16,7 +16,7 @@ import haiku
 import haiku_for_correction_feedback
 import preprocessing_for_correction_feedback
 from ares import cli, files
-from teacher import claude, handoff
+from teacher import claude, handoff, reply_files
 from teacher.api_errors import is_account_refusal, redact
 from teacher.budget import read_log
 from teacher.interface import same_model
@@ -144,7 +144,7 @@ def test_the_sentence_and_the_question_are_kept(server, questions, capsys):
     (bad.folder / handoff.REPLY).unlink()
     (bad.folder / handoff.REASON).write_text("api_400: messages: this one is too odd\n")
     with pytest.raises(handoff.Refused, match="no_reply"):
-        handoff.read_scores(bad.folder)
+        reply_files.read_scores(bad.folder)
     assert "too odd" in (bad.folder / handoff.REASON).read_text(), "RL does not write over it"
 
 
