@@ -23,9 +23,11 @@ from typing import Any
 from ares import cli, files
 from ares.data_folder import find_dataset, find_images, load_problems, load_splits, split_qids
 from teacher import client, estimate, handoff
+from teacher.interface import CORRECT, Teacher
 from teacher.prompts import WORDING
-from teacher.reply_files import REFUSED_REPLY, reason_of
+from teacher.reply_files import REFUSED_REPLY, read_reply, reason_of
 from teacher.requests import read_rationales
+from teacher.session import Session
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -70,7 +72,7 @@ def final_rationales(
                 missing.append(qid)
             continue
         try:
-            final[qid] = client.read_reply(client.CORRECT, folders[qid])
+            final[qid] = read_reply(CORRECT, folders[qid])
             counts["unchanged" if final[qid] == rationale else "replaced"] += 1
         except handoff.Refused as refused:
             final[qid] = rationale
@@ -155,9 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         rationales = {**wanted, **rationales}
     output = Path(args.output or Path(args.data_root) / dataset / "correction.json")
 
-    def session_with(each: client.Teacher) -> client.Session:
+    def session_with(each: Teacher) -> Session:
         more = {"wording": WORDING, "problems": problems, "images_dir": find_images(args)}
-        return client.make_session(args.correction_dir, each, client.CORRECT, args, **more)
+        return client.make_session(args.correction_dir, each, CORRECT, args, **more)
 
     if args.estimate or args.show:
         session = session_with(client.make_teacher(args))

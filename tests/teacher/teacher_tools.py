@@ -88,5 +88,5 @@ def batch_client(argv, log, environment) -> None:
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     sys.argv = ["haiku.py", *argv]
-    batches.SETTLE_SECONDS, batches._BACKOFF, batches.MAX_COUNT = 0.2, 0.001, 4
+    batches.SETTLE_SECONDS, batches.BACKOFF, batches.MAX_COUNT = 0.2, 0.001, 4
     cli.run(lambda: haiku.main(argv))

@@ -12,18 +12,18 @@ import pytest
 
 import haiku
 from ares import cli
-from teacher import batches, claude, handoff
+from teacher import batches, budget, handoff
 from teacher.budget import read_log
 from tests.api_server import KEY, ApiServer, Batch, Fault, _Handler, fill_form, score_by_text
 from tests.teacher.teacher_tools import client, lay_out, lines_of, many_items, scores
 
-QUICK = "from ares import batches; batches.SETTLE_SECONDS = 0.3; batches._BACKOFF = 0.05\n"
+QUICK = "from teacher import batches, session; batches.SETTLE_SECONDS = 0.3; batches.BACKOFF = 0.05\n"
 
 
 @pytest.fixture
 def server(monkeypatch, api_environment):
     monkeypatch.setattr(batches, "SETTLE_SECONDS", 0.05)
-    monkeypatch.setattr(batches, "_BACKOFF", 0.002)
+    monkeypatch.setattr(batches, "BACKOFF", 0.002)
     with ApiServer(score_by_text) as server:
         server.most_batches = 30
         yield server
@@ -431,11 +431,11 @@ def test_a_damaged_record_is_named(server, questions):
 # -- the client dies ---------------------------------------------------------------------------------------
 
 DIE_BEFORE_CREATION = QUICK + (
-    "save = batches.Store.save\n"
+    "save = batches.BatchStore.save\n"
     "def dying(self, record):\n"
     "    save(self, record)\n"
     "    if record.batch is None: os.kill(os.getpid(), signal.SIGKILL)\n"
-    "batches.Store.save = dying\n"
+    "batches.BatchStore.save = dying\n"
 )
 DIE_BEFORE_THE_ID = QUICK + (
     "from anthropic.resources.messages.batches import AsyncBatches\n"
@@ -449,13 +449,12 @@ DIE_WHILE_POLLING = QUICK + (
     "async def dying(self, record):\n    os.kill(os.getpid(), signal.SIGKILL)\nbatches._Batches.ended = dying\n"
 )
 DIE_WHILE_COLLECTING = QUICK + (
-    "from ares.answering import Session\n"
-    "lay_down, count = Session.lay_down, []\n"
+    "save_reply, count = session.Session.save_reply, []\n"
     "def dying(self, *about):\n"
     "    count.append(1)\n"
     "    if len(count) > 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-    "    return lay_down(self, *about)\n"
-    "Session.lay_down = dying\n"
+    "    return save_reply(self, *about)\n"
+    "session.Session.save_reply = dying\n"
 )
 
 
@@ -521,4 +520,4 @@ def test_flags(monkeypatch):
     ):
         with pytest.raises(cli.UserError, match=words):
             haiku.parse_args(wrong)
-    assert claude.price_of("claude-haiku-5-5").usd(1e6, 1e6, batch=True) == pytest.approx(0.3)
+    assert budget.price_of("claude-haiku-5-5").usd(1e6, 1e6, batch=True) == pytest.approx(0.3)

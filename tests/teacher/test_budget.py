@@ -16,7 +16,7 @@ import pytest
 import haiku
 from ares import cli, files, images
 from haiku_for_correction_feedback import edit_distance
-from teacher import agreement, api_errors, budget, claude, handoff, pacing, prices
+from teacher import api_responses, api_teacher, budget, claude, estimate, handoff
 from teacher.budget import Ledger, read_log
 from teacher.interface import SCORE, Reply, Request, Stopped
 from teacher.prompts import PROMPT_VERSION
@@ -29,7 +29,7 @@ from tests.teacher.teacher_tools import client, lay_out, lines_of, many_items, s
 
 @pytest.fixture
 def server(monkeypatch, api_environment):
-    monkeypatch.setattr(claude, "BACKOFF", 0.02)
+    monkeypatch.setattr(api_teacher, "BACKOFF", 0.02)
     with ApiServer(score_by_text) as server:
         yield server
 
@@ -131,7 +131,7 @@ def test_ledger_waits_for_what_is_on_its_way(tmp_path):
 
 def test_pace_halves_once_per_burst_and_recovers():
     async def scenario():
-        pace = pacing.Pace(16)
+        pace = api_teacher.Pace(16)
         began = time.monotonic()
         await asyncio.gather(*(pace.enter() for _ in range(16)))
         for _ in range(16):
@@ -141,7 +141,7 @@ def test_pace_halves_once_per_burst_and_recovers():
         await asyncio.gather(*(pace.enter() for _ in range(8)))
         late = asyncio.ensure_future(pace.enter())
         await asyncio.sleep(0.01)
-        assert not late.done() and pace.in_flight == 8
+        assert not late.done() and pace.in_flight.total() == 8
         pace.leave()
         await asyncio.wait_for(late, 1)
         for _ in range(400):
@@ -233,21 +233,21 @@ def test_retry_after_holds_everybody_back(server, questions):
     server.plan = plan
     ask(server, questions, "--concurrency", "1")
     assert times[1] - times[0] >= 1.0
-    assert api_errors.retry_after({"retry-after-ms": "1500"}) == 1.5
-    assert api_errors.retry_after({"retry-after": "7"}) == 7.0 and api_errors.retry_after({}) is None
-    assert api_errors.retry_after({"retry-after": "Wed, 21 Oct 2065 07:28:00 GMT"}) > 1e9
-    assert api_errors.retry_after({"retry-after": "nan"}) is None
+    assert api_responses.retry_after({"retry-after-ms": "1500"}) == 1.5
+    assert api_responses.retry_after({"retry-after": "7"}) == 7.0 and api_responses.retry_after({}) is None
+    assert api_responses.retry_after({"retry-after": "Wed, 21 Oct 2065 07:28:00 GMT"}) > 1e9
+    assert api_responses.retry_after({"retry-after": "nan"}) is None
 
 
 def test_retry_after_nothing_still_pauses(server, questions, monkeypatch):
     """Else the tries are used up within milliseconds, and the run ends."""
-    pauses, sleep = [], pacing.Pace.sleep
+    pauses, sleep = [], api_teacher.Pace.sleep
 
     async def counted(self, seconds):
         pauses.append(seconds)
         await sleep(self, 0)
 
-    monkeypatch.setattr(pacing.Pace, "sleep", counted)
+    monkeypatch.setattr(api_teacher.Pace, "sleep", counted)
     server.faults.extend([Fault(429, headers={"retry-after": "0"})] * 3)
     ask(server, questions, "--concurrency", "1")
     assert len(pauses) == 3 and pauses == sorted(pauses) and pauses[0] > 0
@@ -264,7 +264,7 @@ def test_one_bad_request_does_not_stop_the_others(server, questions):
 def test_ctrl_c_waits_for_replies_in_flight(server, questions):
     server.latency = 0.4
     running = client(
-        *flags(server, questions, "--concurrency", "6"), patch="from ares import claude; claude.START = 6"
+        *flags(server, questions, "--concurrency", "6"), patch="from teacher import api_teacher; api_teacher.START = 6"
     )
     deadline = time.monotonic() + 60
     while not server.in_flight and time.monotonic() < deadline:
@@ -508,12 +508,12 @@ def test_check_knows_each_teachers_own_price(server, questions, sample):
 
 
 def test_agreement_by_position():
-    lines = agreement.report([[0.1, 0.5], [0.9], None], [[0.2, 0.9], [0.9], [1.0]])
+    lines = estimate.agreement_lines([[0.1, 0.5], [0.9], None], [[0.2, 0.9], [0.9], [1.0]])
     assert lines[0] == "2 of 3 rationales scored by both, 3 sentences"
     assert lines[2].split() == ["all", "3", "0.167", "0.866", "66.7%"]
     assert lines[3].split() == ["1", "2", "0.050", "1.000", "100.0%"]
     assert lines[4].split() == ["2", "1", "0.400", "-", "0.0%"]
-    assert agreement.report([None], [None]) == ["0 of 1 rationales scored by both, 0 sentences"]
+    assert estimate.agreement_lines([None], [None]) == ["0 of 1 rationales scored by both, 0 sentences"]
 
 
 # -- watching ------------------------------------------------------------------------------------------------
@@ -570,8 +570,8 @@ def test_plain_requests_for_gateways(server, questions):
 
 
 def test_prices():
-    assert prices.price_of("claude-haiku-5-5") == prices.Price(0.10, 0.50)
-    assert prices.cost_usd(prices.price_of("claude-haiku-4-5"), {"input_tokens": 10**6}, batch=True) == 0.5
+    assert budget.price_of("claude-haiku-5-5") == budget.Price(0.10, 0.50)
+    assert budget.cost_usd(budget.price_of("claude-haiku-4-5"), {"input_tokens": 10**6}, batch=True) == 0.5
 
 
 MILLION = 10**6

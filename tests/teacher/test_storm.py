@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 import haiku
-from teacher import claude, handoff
+from teacher import api_teacher, handoff
 from teacher.budget import read_log
 from tests import api_server
 from tests.api_server import LOST, SPOILT, ApiServer, Fault, score_by_text
@@ -40,7 +40,7 @@ FAULTS = {
     **{kind: Fault(0, kind=kind) for kind in ("reset", "truncated_json", "hang", "slow", "prose", *SPOILT)},
 }
 # short times, so that a storm of hours takes seconds; what is done is the same
-QUICK = "from ares import claude; claude.BACKOFF, claude.MAX_BACKOFF = 0.05, 0.4"
+QUICK = "from teacher import api_teacher; api_teacher.BACKOFF, api_teacher.MAX_BACKOFF = 0.05, 0.4"
 
 
 def flags(server, questions, *more):
@@ -301,7 +301,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     monkeypatch.delenv("ANTHROPIC_BASE_URL", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.setattr(claude, "BACKOFF", 0.02)
+    monkeypatch.setattr(api_teacher, "BACKOFF", 0.02)
 
 
 @pytest.mark.parametrize("name", sorted(FAULTS))

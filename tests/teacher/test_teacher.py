@@ -17,10 +17,10 @@ import preprocessing_for_correction_feedback
 from ares import cli, files
 from ares.images import media_type
 from ares.sentences import split_text
-from teacher import claude, client, handoff
-from teacher.api_errors import said
+from teacher import api_teacher, claude, handoff
+from teacher.api_responses import said
+from teacher.budget import cost_usd, price_of
 from teacher.interface import CORRECT, SCORE, Request, custom_id
-from teacher.prices import cost_usd, price_of
 from teacher.prompts import PROMPT_VERSION, WORDING, correction_request, scoring_request
 from teacher.reply_files import REFUSED_REPLY
 from teacher.requests import place_images, set_reply_aside
@@ -32,7 +32,7 @@ PICTURE, CHOICES, TEXT = "952", "363", "155"  # test questions: an image; choice
 
 @pytest.fixture
 def server(monkeypatch, api_environment):
-    monkeypatch.setattr(claude, "BACKOFF", 0.05)
+    monkeypatch.setattr(api_teacher, "BACKOFF", 0.05)
     with ApiServer() as server:
         yield server
 
@@ -234,7 +234,7 @@ def test_unknown_and_retired_models(server, questions, model, words):
 
 
 def test_overload_that_lasts(server, questions, monkeypatch):
-    monkeypatch.setattr(claude, "MAX_RETRIES", 1)
+    monkeypatch.setattr(api_teacher, "MAX_RETRIES", 1)
     server.faults.extend([Fault(529)] * 20)
     with pytest.raises(cli.UserError, match="529.*same command again"):
         ask(server, questions, "--concurrency", "1")
@@ -242,7 +242,7 @@ def test_overload_that_lasts(server, questions, monkeypatch):
 
 def test_server_that_is_not_there(questions, monkeypatch):
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    monkeypatch.setattr(claude, "MAX_RETRIES", 0)
+    monkeypatch.setattr(api_teacher, "MAX_RETRIES", 0)
     with pytest.raises(cli.UserError, match="--base_url.*127.0.0.1:9"):
         haiku.main(["--questions_dir", str(questions), "--base_url", "http://127.0.0.1:9", "--data_root", "none"])
 
@@ -280,7 +280,7 @@ def test_complete_scores_count_though_the_reply_stopped_at_max_tokens(server, qu
 def test_a_defect_lets_the_others_come_home(server, questions, monkeypatch):
     """Six requests on their way, the first of which meets a defect of ours: the other five were paid for."""
     server.latency = 0.3
-    monkeypatch.setattr(claude, "START", 6)
+    monkeypatch.setattr(api_teacher, "START", 6)
     taken = []
     real = claude.ClaudeTeacher.reply
 
@@ -523,9 +523,8 @@ def test_media_types_by_content():
 
 def test_room_for_the_reply():
     request = Request("id", SCORE, "1", "text", ("a" * 600, "b" * 600))
-    quiet, free = claude.family_of("claude-haiku-5-5"), claude.family_of("my-gateway-model")
-    assert 600 <= claude.max_tokens(request, quiet) <= 1200
-    assert claude.max_tokens(request, free) - claude.max_tokens(request, quiet) >= 1024
+    quiet, thinking = (claude.ClaudeTeacher(model).max_tokens(request) for model in ("claude-haiku-5-5", "mine"))
+    assert 600 <= quiet <= 1200 and thinking - quiet >= 1024
     assert cost_usd(price_of("my-gateway-model"), {"input_tokens": 5}) is None
     assert cost_usd(price_of("claude-haiku-4-5-20251001"), {"input_tokens": 10**6, "output_tokens": 10**6}) == 6.0
 
@@ -538,7 +537,3 @@ def test_teacher_prompts_hold_what_the_teacher_needs(problems):
     assert text.endswith('{\n"One.": xxx,\n"Two "2".": xxx\n}')
     assert "the image" not in scoring_request(problems[TEXT], ["One."])
     assert correction_request(problem, "It is {one}.\nSo").endswith("It is {one}. So\n")
-
-
-def test_teacher_keeps_its_public_names():
-    assert {"Request", "Reply", "Teacher", "ReferenceTeacher", "ClaudeTeacher"} <= set(client.__all__)

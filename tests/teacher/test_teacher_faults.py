@@ -16,11 +16,11 @@ import haiku
 import haiku_for_correction_feedback
 import preprocessing_for_correction_feedback
 from ares import cli, files
-from teacher import claude, handoff
-from teacher.api_errors import is_account_refusal, redact
+from teacher import api_teacher, claude, handoff
+from teacher.api_responses import is_account_refusal, redact
+from teacher.api_teacher import START
 from teacher.budget import read_log
 from teacher.interface import same_model
-from teacher.pacing import START
 from tests.api_server import KEY, ApiServer, Fault, fill_form
 from tests.conftest import one_line_error, run_script
 from tests.teacher.teacher_tools import lay_out, many_items, scores
@@ -30,7 +30,7 @@ from tools import win_rate
 
 @pytest.fixture
 def server(monkeypatch, api_environment):
-    monkeypatch.setattr(claude, "BACKOFF", 0.02)
+    monkeypatch.setattr(api_teacher, "BACKOFF", 0.02)
     with ApiServer() as server:
         yield server
 
@@ -193,7 +193,7 @@ def test_errors_that_pass_do_not_end_the_run(server, pictures):
     server.plan = plan
     with pytest.raises(cli.UserError, match=f"api_500 1.*question {never.qid}: boom"):
         ask(server, pictures)
-    assert len(scores(pictures)) == 15 and seen[text] <= claude.MAX_RETRIES + 1
+    assert len(scores(pictures)) == 15 and seen[text] <= api_teacher.MAX_RETRIES + 1
 
 
 # -- replies of other forms ------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ares import cli
-from teacher import claude
+from teacher import api_teacher
 from teacher.handoff import Refused, parse_verdict
 from teacher.prompts import judge_request
 from tests.api_server import KEY, ApiServer, Fault
@@ -70,7 +70,7 @@ def judge(asked) -> tuple[str, str]:
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    monkeypatch.setattr(claude, "BACKOFF", 0.02)
+    monkeypatch.setattr(api_teacher, "BACKOFF", 0.02)
     with ApiServer(judge) as server:
         yield server
 

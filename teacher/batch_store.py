@@ -1,14 +1,11 @@
 """The records of Message Batches, one file each: what must outlive the client (teacher/batches.py says when).
 
-    {questions_dir}/teacher/batches/{nonce}.json   intent -> submitted -> collected
-
-No record with a batch id is ever deleted here. Collected ones stay too: they count how often an item was asked.
+{questions_dir}/teacher/batches/{nonce}.json   intent -> submitted -> collected
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,6 @@ class Record:
     """
 
     nonce: str
-    hash: str
     count: int
     model: str
     time: float
@@ -41,16 +37,37 @@ class Record:
     batch: str | None = None
     from_list: bool = False
     not_ours: list[str] = field(default_factory=list)
+    hash: str = ""  # unused; older records have it
+
+    @property
+    def entry(self) -> str:
+        """Its id in the spend log."""
+        return f"batch-{self.nonce}"
+
+    def is_sound(self) -> bool:
+        """Whether the fields have the types that the client relies on."""
+        return (
+            isinstance(self.count, int)
+            and isinstance(self.model, str)
+            and isinstance(self.time, int | float)
+            and isinstance(self.most_usd, int | float | None)
+            and self.state in (INTENT, SUBMITTED, COLLECTED)
+            and isinstance(self.batch, str | None)
+            and (self.state != SUBMITTED or bool(self.batch))
+            and isinstance(self.not_ours, list)
+            and isinstance(self.asked, dict)
+            and all(
+                isinstance(asked, dict)
+                and all(isinstance(asked.get(name), str) for name in ("item", "text", "key"))
+                and asked["item"].partition("/")[0].isdecimal()
+                and isinstance(asked.get("attempt"), int)
+                for asked in self.asked.values()
+            )
+        )
 
 
-_KINDS = {
-    "nonce": str, "hash": str, "count": int, "model": str, "time": (int, float), "most_usd": (int, float, type(None)),
-    "asked": dict, "state": str, "batch": (str, type(None)), "not_ours": list,
-}  # fmt: skip
-
-
-class Store:
-    """The records of a questions folder."""
+class BatchStore:
+    """The records of a questions folder. Collected ones are kept: they count how often an item was asked."""
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
@@ -58,68 +75,35 @@ class Store:
     def path(self, record: Record) -> Path:
         return self.folder / f"{record.nonce}.json"
 
-    def records(self) -> Iterator[Record]:
-        """All records, in no order. Raises UserError for one that cannot be read."""
-        for path in sorted(self.folder.glob("*.json")):
+    def records(self) -> list[Record]:
+        """All records, oldest first. Raises UserError for one that cannot be read."""
+        found = []
+        for path in self.folder.glob("*.json"):
             try:
                 record = Record(**files.parse_json(files.read_shared(path).decode("utf-8-sig")))
-                if record.nonce != path.stem or not _is_sound(record):  # the nonce names the file that is written next
+                if record.nonce != path.stem or not record.is_sound():  # the nonce names the file that is written next
                     raise ValueError("not a batch record")
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 raise UserError(
                     f"{path} is damaged ({in_one_line(error, 160)}); it names a batch that was paid for: mend it, or "
                     "delete it to have its requests asked again"
                 ) from None
-            yield record
+            found.append(record)
+        return sorted(found, key=lambda record: record.time)
 
     def pending(self) -> list[Record]:
         """Batches whose results are not collected, oldest first. Raises UserError for a damaged record."""
-        pending = [record for record in self.records() if record.state != COLLECTED]
-        return sorted(pending, key=lambda record: record.time)
-
-    def known_ids(self) -> set[str]:
-        return {record.batch for record in self.records() if record.batch}
+        return [record for record in self.records() if record.state != COLLECTED]
 
     def save(self, record: Record) -> None:
         """Raises UserError if the file cannot be written."""
         files.write_json(self.path(record), asdict(record), indent=None)
 
-    def drop_intent(self, record: Record) -> None:
-        """Delete the record of a batch that was not created."""
-        if record.batch is not None:
-            raise ValueError(f"{record.batch} exists")
-        self.path(record).unlink(missing_ok=True)
-
     def refuse_pending(self) -> None:
-        """Raise UserError if batches are out: asking live would pay for the same items again."""
-        pending = self.pending()
-        if pending:
+        """Raise UserError if batches are pending: asking live would pay for the same items again."""
+        if pending := self.pending():
             model = ", ".join(sorted({record.model for record in pending}))
             raise UserError(
                 f"{len(pending)} batches with {sum(record.count for record in pending)} requests are out "
                 f"({self.folder}, asked of {model}); collect them with --batch, or remove that folder to give them up"
             )
-
-
-def _is_sound(record: Record) -> bool:
-    """Whether the fields have the types that the client relies on."""
-    return (
-        isinstance(record.count, int)
-        and isinstance(record.model, str)
-        and isinstance(record.time, int | float)
-        and isinstance(record.most_usd, int | float | None)
-        and record.state in (INTENT, SUBMITTED, COLLECTED)
-        and isinstance(record.batch, str | None)
-        and (record.state != SUBMITTED or bool(record.batch))
-        and isinstance(record.not_ours, list)
-        and isinstance(record.asked, dict)
-        and all(
-            isinstance(asked, dict)
-            and isinstance(asked.get("item"), str)
-            and asked["item"].partition("/")[0].isdecimal()
-            and isinstance(asked.get("text"), str)
-            and isinstance(asked.get("key"), str)
-            and isinstance(asked.get("attempt"), int)
-            for asked in record.asked.values()
-        )
-    )
