@@ -26,7 +26,7 @@ from teacher.budget import read_log
 from tests import api_server
 from tests.api_server import LOST, SPOILT, ApiServer, Fault, score_by_text
 from tests.conftest import ROOT
-from tests.teacher.teacher_tools import KEY, batch_client, client, lines_of, many_items, scores
+from tests.teacher.teacher_tools import KEY, batch_client, client, lines_of, many_items, paid_usd, scores
 
 FULL = os.environ.get("ARES_STORM") == "full"
 ITEMS, KILLS, CONCURRENCY = (5000, 10, 32) if FULL else (360, 4, 16)
@@ -286,7 +286,7 @@ def test_batch_storm(api_environment, tmp_path, problems, seed):
         records = [json.loads(path.read_text()) for path in (questions / "teacher/batches").glob("*.json")]
         kept = {record["batch"] for record in records} | {id for record in records for id in record["not_ours"]}
         assert {batch.id for batch in server.batches} <= kept | set(deleted), "no record of a paid batch is lost"
-        paid = (server.billed["batch_input_tokens"] * 0.10 + server.billed["batch_output_tokens"] * 0.50) / 2e6
+        paid = paid_usd(server, batch=True)
     totals = read_log(questions / "teacher/spend.jsonl")
     assert totals.usd - 1e-9 <= paid <= totals.usd + totals.unknown_usd + 1e-9
     print(f"{stormy} batches in the storm, {len(server.batches)} in all, {len(deleted)} given up; {dict(ended)}")
@@ -326,7 +326,7 @@ def test_each_fault_alone(quick, tmp_path, problems, name):
         firsts = {asked.text: asked for asked in reversed(server.asked)}
         seconds = [asked for asked in server.asked if asked is not firsts[asked.text]]  # in any order
         assert all(len(asked.notes) == 1 + (name in SPOILT) for asked in seconds)
-        paid = (server.billed["input_tokens"] * 0.10 + server.billed["output_tokens"] * 0.50) / 1e6
+        paid = paid_usd(server)
     assert replies_on_disk(folders) == set(folders)
     totals = read_log(questions / "teacher/spend.jsonl")
     assert totals.requests == len(server.log) and totals.outcomes.get("lost", 0) == (3 if name in LOST else 0)
