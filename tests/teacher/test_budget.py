@@ -14,8 +14,7 @@ from teacher import api_responses, api_teacher, budget, claude, handoff
 from teacher.budget import Ledger, read_log
 from teacher.interface import SCORE, Reply, Request, Stopped
 from teacher.reply_files import REFUSED_REPLY
-from tests.api_server import KEY, ApiServer, Fault, fill_form, score_by_text
-from tests.conftest import run_script
+from tests.api_server import KEY, Fault, fill_form
 from tests.teacher.teacher_tools import (
     ask,
     client,
@@ -35,10 +34,6 @@ def questions(tmp_path, problems):
     return root
 
 
-def environment(tmp_path, key=KEY):
-    return {"ANTHROPIC_API_KEY": key, "ANTHROPIC_BASE_URL": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-
-
 # -- acceptance: one clear line, exit 2 or 3, nothing lost ---------------------------------------------------
 
 
@@ -53,21 +48,19 @@ def environment(tmp_path, key=KEY):
     ],
     ids=["no key", "retired model", "unknown model", "budget", "bad key"],
 )
-def test_runs_that_stop_say_why_and_lose_nothing(api_environment, tmp_path, questions, more, key, status, words):
-    with ApiServer(score_by_text) as server:
-        command = ["haiku.py", *flags(server, questions, *more)]
-        done = run_script(*command, check=False, env=environment(tmp_path, key))
-        assert done.returncode == status, done.stderr
-        lines = [line for line in done.stderr.splitlines() if "error:" in line]
-        assert len(lines) == 1 and "Traceback" not in done.stderr and all(word in lines[0] for word in words), lines
-        kept = scores(questions)
-        assert bool(kept) == (status == 3) and len(kept) < 24
-        paid = paid_usd(server)
-        assert paid <= 0.001
-        before = len(server.asked)
-        ask(server, questions)
-        assert len(scores(questions)) == 24 and kept.items() <= scores(questions).items()
-        assert len(server.asked) == before + 24 - len(kept), "what was paid for is not asked again"
+def test_runs_that_stop_say_why_and_lose_nothing(server, questions, monkeypatch, more, key, status, words):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", key)
+    with pytest.raises(cli.UserError) as error:
+        ask(server, questions, *more)
+    assert getattr(error.value, "status", 2) == status and "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words), str(error.value)
+    kept = scores(questions)
+    assert bool(kept) == (status == 3) and len(kept) < 24 and paid_usd(server) <= 0.001
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    before = len(server.asked)
+    ask(server, questions)
+    assert len(scores(questions)) == 24 and kept.items() <= scores(questions).items()
+    assert len(server.asked) == before + 24 - len(kept), "what was paid for is not asked again"
 
 
 def test_a_budget_is_never_passed_and_nearly_used(server, questions):

@@ -15,6 +15,7 @@ from tests.api_server import KEY
 from tests.teacher.teacher_tools import (
     ask,
     lay_out,
+    many_items,
     paid_usd,
     scores,
 )
