@@ -104,6 +104,6 @@ class BatchStore:
         if pending := self.pending():
             model = ", ".join(sorted({record.model for record in pending}))
             raise UserError(
-                f"{len(pending)} batches with {sum(record.count for record in pending)} requests are out "
+                f"{len(pending)} batches with {sum(record.count for record in pending)} requests are pending "
                 f"({self.folder}, asked of {model}); collect them with --batch, or remove that folder to give them up"
             )

@@ -67,12 +67,12 @@ def ask_in_batches(session: Session, store: BatchStore, submit_only: bool, poll_
     pending = store.pending()
     other = next((record.model for record in pending if record.model != session.teacher.model), None)
     if other:
-        raise UserError(f"--teacher_model: the batches that are out were asked of {other}; name it to collect them")
+        raise UserError(f"--teacher_model: the pending batches were asked of {other}; name it to collect them")
     asked = {int(asked["item"].partition("/")[0]) for record in pending for asked in record.asked.values()}
     lost = sorted(action for action in asked - set(session.waiting) if (session.root / str(action)).is_dir())
     if lost:
         raise UserError(
-            f"--actions: the batches that are out hold action {lost[0]}, too, whose replies would be lost; leave "
+            f"--actions: the pending batches hold action {lost[0]}, too, whose replies would be lost; leave "
             "--actions out to collect them"
         )
     if session.open or pending:
@@ -132,7 +132,7 @@ class _Batches:
         if self.submit_only:
             await self.submit()
             count = sum(record.count for record in self.pending)
-            cli.print0(f"{len(self.pending)} batches with {count} requests are out; collect them with --batch")
+            cli.print0(f"{len(self.pending)} batches with {count} requests are pending; collect them with --batch")
             if self.todo:
                 raise self.over_budget()
             return
@@ -149,7 +149,7 @@ class _Batches:
                 bar.update(before - len(self.session.open))
             if self.ends:
                 raise max(self.ends, key=lambda end: getattr(end, "status", 0))
-            bar.set_postfix_str(f"{len(self.pending)} batches out, {len(self.todo)} to ask again")
+            bar.set_postfix_str(f"{len(self.pending)} batches pending, {len(self.todo)} to ask again")
             if not ended:
                 await asyncio.sleep(self.poll_seconds)
 
@@ -373,14 +373,14 @@ class _Batches:
     async def results(self, record: Record) -> tuple[dict[str, Reply | Failed], Exception | None]:
         """(outcome of each request by custom_id, the error that kept the others from arriving).
 
-        Without outcomes the batch is lost, or not ours; both are then dealt with.
+        Without outcomes the batch is lost, or not ours; both cases are handled here.
         """
         for attempt in range(TRIES):
             found: dict[str, Reply | Failed] = {}
             foreign, error = 0, None
             try:
                 async for custom_id, outcome in self.teacher.batch_results(record.batch):
-                    if custom_id in record.asked:
+                    if isinstance(custom_id, str) and custom_id in record.asked:
                         found[custom_id] = outcome
                     else:
                         foreign += 1

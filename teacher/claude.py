@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import importlib
 import inspect
+import json
 import os
 import re
 from collections.abc import AsyncIterator, Mapping
@@ -274,41 +275,55 @@ class ClaudeTeacher(ApiTeacher):
         return status == "ended"
 
     async def batch_results(self, batch_id: str) -> AsyncIterator[tuple[str | None, Reply | Failed]]:
-        """(custom_id, outcome) of each line of a batch's results. Raises ApiError, and what a broken stream raises.
+        """(custom_id, outcome) of each line of a batch's results.
 
-        From the documented path below our own address: the SDK's `results` follows `results_url`, which may be
-        missing, or send the key to another host.
+        Raises ApiError, what a broken stream raises, and at the end ValueError if a line was no JSON. From the
+        documented path below our own address: the SDK's `results` follows `results_url`, which may be missing, or
+        send the key to another host.
         """
         from anthropic.resources.messages import batches as sdk
 
+        rest, damage = b"", None
         try:
-            lines = await self._patient().get(
+            response = await self._patient().get(
                 f"/v1/messages/batches/{quote(batch_id, safe='')}/results",
                 cast_to=sdk.AsyncJSONLDecoder[sdk.MessageBatchIndividualResponse],
                 options={"headers": {"Accept": "application/binary"}},
                 stream=True,
             )
-            async for line in lines:
-                yield getattr(line, "custom_id", None), self._outcome(getattr(line, "result", None), batch_id)
+            # read to its end whatever a line holds: a stream that is dropped midway prints tracebacks at exit
+            async for chunk in response.http_response.aiter_bytes():
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    try:
+                        yield self._outcome(json.loads(line), batch_id)
+                    except ValueError as error:
+                        damage = error
+            if rest.strip():
+                yield self._outcome(json.loads(rest), batch_id)
         except Exception as error:
             raise translated(error) from None
+        if damage is not None:
+            raise damage
 
-    def _outcome(self, result: Any, batch_id: str) -> Reply | Failed:
-        """A small record of a result: 100,000 of the SDK's own objects would fill the memory."""
-        kind = getattr(result, "type", None)
+    def _outcome(self, line: Any, batch_id: str) -> tuple[str | None, Reply | Failed]:
+        """(custom_id, outcome) of one line of a batch's results."""
+        line = line if isinstance(line, dict) else {}
+        result = line.get("result") if isinstance(line.get("result"), dict) else {}
+        kind, custom_id = result.get("type"), line.get("custom_id")
         if kind == "errored":
-            error = error_body(result.error)
+            error = error_body(result.get("error"))
             why = redact(" ".join(str(error["message"] or "")[:4000].split()), self.secret)[:300]
             name = str(error["type"] or "unknown")
-            account = is_account_refusal(result.error) or name in ("authentication_error", "permission_error")
-            return Failed(f"errored_{name}", why, not account and name not in TEMPORARY, account)
+            account = is_account_refusal(result.get("error")) or name in ("authentication_error", "permission_error")
+            return custom_id, Failed(f"errored_{name}", why, not account and name not in TEMPORARY, account)
         if kind in ("expired", "canceled"):
-            return Failed(kind, "the batch ended before this request was processed")
+            return custom_id, Failed(kind, "the batch ended before this request was processed")
         try:
-            return self.reply(read_message(result.message.to_dict(warnings=False)), batch=batch_id)
+            return custom_id, self.reply(read_message(result.get("message")), batch=batch_id)
         except (ApiError, AttributeError, TypeError, ValueError) as error:
             why = said(error, self.secret)
-            return Failed("broken_reply", why, account=is_account_refusal(error), charged=True)
+            return custom_id, Failed("broken_reply", why, account=is_account_refusal(error), charged=True)
 
     def _patient(self) -> anthropic.AsyncAnthropic:
         return self.client.with_options(max_retries=6)  # free calls

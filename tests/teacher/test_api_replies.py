@@ -93,11 +93,16 @@ def test_what_is_no_reply_is_shown_after_a_few_requests(server, questions, name)
     server.plan = lambda asked: Fault(200, body=UNREADABLE[name], content_type="text/html")
     with pytest.raises(cli.UserError) as error:
         ask(server, questions)
-    told = str(error.value)
-    assert len(server.log) <= 2 * START and "cannot reach" not in told and "\n" not in told and len(told) < 500
-    assert KEY not in told
+    shown_text = str(error.value)
+    assert (
+        len(server.log) <= 2 * START
+        and "cannot reach" not in shown_text
+        and "\n" not in shown_text
+        and len(shown_text) < 500
+    )
+    assert KEY not in shown_text
     shown = {"empty": "an empty body", "error": "not for you", "key": "who is ***"}
-    assert shown.get(name, UNREADABLE[name].decode()[:60]) in told
+    assert shown.get(name, UNREADABLE[name].decode()[:60]) in shown_text
     assert not scores(questions)
 
 

@@ -100,23 +100,23 @@ def test_what_keeps_failing_is_reported_by_reason(server, questions):
 
 
 def test_unusable_replies_are_asked_again_with_the_reason(server, questions):
-    told = []
+    notes_seen = []
 
     def respond(asked):
-        told.append(asked.notes)
+        notes_seen.append(asked.notes)
         return fill_form(asked) if len(asked.notes) > 1 else ("I like it.", "end_turn")
 
     server.respond = respond
     ask_in_batches(server, questions)
     assert [len(batch.requests) for batch in server.batches] == [12, 12]
-    assert all("no_json" in notes[1] for notes in told[12:])
+    assert all("no_json" in notes[1] for notes in notes_seen[12:])
 
 
 def test_submit_now_collect_later(server, questions, capsys):
     server.batch_seconds = 1000
     ask_in_batches(server, questions, "--submit-only")
-    assert "1 batches with 12 requests are out" in capsys.readouterr().out and not scores(questions)
-    with pytest.raises(cli.UserError, match="1 batches with 12 requests are out.*--batch"):
+    assert "1 batches with 12 requests are pending" in capsys.readouterr().out and not scores(questions)
+    with pytest.raises(cli.UserError, match="1 batches with 12 requests are pending.*--batch"):
         haiku.main(["--questions_dir", str(questions), "--base_url", server.url, "--data_root", "none"])
     with pytest.raises(cli.UserError, match="--teacher_model.*claude-haiku-5-5"):
         ask_in_batches(server, questions, "--teacher_model", "claude-haiku-4-5-20251001")
@@ -129,7 +129,7 @@ def test_submit_now_collect_later(server, questions, capsys):
 
 def test_collecting_some_actions_does_not_throw_away_the_others(server, questions):
     ask_in_batches(server, questions, "--submit-only")
-    with pytest.raises(cli.UserError, match="--actions: the batches that are out hold action 1"):
+    with pytest.raises(cli.UserError, match="--actions: the pending batches hold action 1"):
         ask_in_batches(server, questions, "--actions", "0")
     ask_in_batches(server, questions)
     assert len(scores(questions)) == 12 and len(server.batches) == 1

@@ -91,7 +91,7 @@ def test_pending_batches_are_of_one_model_and_one_teacher(server, questions, sam
     ask_in_batches(server, questions, "--submit-only")
     with pytest.raises(cli.UserError, match="--teacher_model.*claude-haiku-5-5"):
         ask_in_batches(server, questions, "--teacher_model", "claude-haiku-4-5-20251001")
-    with pytest.raises(cli.UserError, match="12 requests are out .*asked of claude-haiku-5-5.*--batch"):
+    with pytest.raises(cli.UserError, match="12 requests are pending .*asked of claude-haiku-5-5.*--batch"):
         haiku.main(["--questions_dir", str(questions), "--teacher", "reference", "--data_root", str(data)])
     assert not scores(questions)
 

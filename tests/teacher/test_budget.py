@@ -183,7 +183,7 @@ def test_a_budget_serves_one_run_after_another():
 
 
 def test_nothing_leaves_after_the_end_though_it_waited_for_money(server, monkeypatch):
-    """Ctrl-C while requests wait for the budget: those on their way come home, those that waited are not sent."""
+    """Ctrl-C while requests wait for the budget: replies in flight are saved, those that waited are not sent."""
     server.latency = 0.3
 
     async def scene():

@@ -107,10 +107,10 @@ def test_estimate_needs_no_key_and_pays_nothing(server, questions, capsys, monke
 def test_estimate_is_near_what_is_then_paid(server, questions, capsys):
     ask(server, questions, "--estimate")
     out = capsys.readouterr().out
-    told = float(out.split("per million tokens")[1].split("$")[1].split(" live")[0])
+    estimated = float(out.split("per million tokens")[1].split("$")[1].split(" live")[0])
     ask(server, questions)
     paid = paid_usd(server)
-    assert 0.5 < told / paid < 2.5, (told, paid)  # the server counts 3 and 4 characters a token
+    assert 0.5 < estimated / paid < 2.5, (estimated, paid)  # the server counts 3 and 4 characters a token
 
 
 def test_show_prints_the_request(server, questions, capsys, problems, sample, monkeypatch):

@@ -272,11 +272,11 @@ def test_after_a_bug_the_replies_in_flight_are_saved(server, questions, monkeypa
     def reply(self, message, *about, **more):
         taken.append(message)
         if len(taken) == 1:
-            raise LookupError("a defect")
+            raise LookupError("a bug")
         return real(self, message, *about, **more)
 
     monkeypatch.setattr(claude.ClaudeTeacher, "reply", reply)
-    with pytest.raises(LookupError, match="a defect"):
+    with pytest.raises(LookupError, match="a bug"):
         ask(server, questions, "--concurrency", "6", "--max_usd", "1")
     assert len(taken) == len({asked.text for asked in server.asked}) == 5  # one rationale is there twice
     items = handoff.iter_items(questions)

@@ -109,9 +109,9 @@ def test_the_sentence_and_the_question_are_kept(server, questions, capsys):
     server.plan = lambda asked: Fault(400, "messages: this one is too odd") if asked.text == text else None
     with pytest.raises(cli.UserError) as error:
         ask(server, questions)
-    for told in (str(error.value), capsys.readouterr().out):
-        assert "api_400 1" in told or "1 unusable" in told
-        assert "messages: this one is too odd" in told and f"question {bad.qid}" in told
+    for text_shown in (str(error.value), capsys.readouterr().out):
+        assert "api_400 1" in text_shown or "1 unusable" in text_shown
+        assert "messages: this one is too odd" in text_shown and f"question {bad.qid}" in text_shown
     assert (bad.folder / handoff.REASON).read_text() == "api_400: messages: this one is too odd\n"
     assert len(scores(questions)) == 11
     server.plan = lambda asked: None
