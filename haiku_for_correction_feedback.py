@@ -24,8 +24,9 @@ from typing import Any
 from ares import cli, files
 from ares.data_folder import find_dataset, find_images, load_problems, load_splits, split_qids
 from teacher import client, estimate, handoff, reply_files
-from teacher.interface import CORRECT
+from teacher.interface import CORRECT, Teacher
 from teacher.prompts import WORDING
+from teacher.session import Session
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rationales = {**wanted, **rationales}
     output = Path(args.output or Path(args.data_root) / dataset / "correction.json")
 
-    def session_with(each: client.Teacher) -> client.Session:
+    def session_with(each: Teacher) -> Session:
         more = {"wording": WORDING, "problems": problems, "images_dir": find_images(args)}
         return client.make_session(args.correction_dir, each, CORRECT, args, **more)
 

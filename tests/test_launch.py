@@ -138,7 +138,7 @@ def test_the_lock_ends_with_its_holder_however_it_ends(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
     path = tmp_path / launch.LOCK
-    code = f"import os\nfrom ares import launch\nheld = launch.only_one({str(path)!r}, 'x')\nheld.__enter__()\n"
+    code = f"import os\nfrom ares import launch\nheld = files.only_one({str(path)!r}, 'x')\nheld.__enter__()\n"
     from tests.conftest import ROOT
 
     done = subprocess.run([sys.executable, "-c", code + "os.kill(os.getpid(), 9)"], cwd=ROOT)
@@ -147,7 +147,7 @@ def test_the_lock_ends_with_its_holder_however_it_ends(tmp_path):
 
     def work(i):
         try:
-            with launch.only_one(path, "x"):
+            with files.only_one(path, "x"):
                 inside.append(i)
                 most.append(len(inside))
                 inside.remove(i)
@@ -159,7 +159,7 @@ def test_the_lock_ends_with_its_holder_however_it_ends(tmp_path):
         assert sum(pool.map(work, range(400))) >= 1
     assert max(most) == 1 and not path.exists()
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError), launch.only_one(path, "x"):
+    with pytest.raises(OSError), files.only_one(path, "x"):
         pass
     assert not (tmp_path / "elsewhere").exists()
 

@@ -33,7 +33,7 @@ from ares import cli, files
 from rl import metrics, rollouts, run_folder
 from sft import run as sft_run
 from teacher import budget, handoff
-from teacher.batch_records import Record, Store
+from teacher.batch_store import BatchStore, Record
 from teacher.reply_cache import ReplyCache
 from tests.conftest import ROOT
 from tests.tiny import PATCHES, make_data, make_model, write
@@ -210,7 +210,7 @@ def clean(tmp_path_factory, sample, t5_tokenizer):
     log.close()
     record = Record("ab", "0" * 64, 1, "claude-haiku-5-5", 1.0, 0.5, {"ab-0": {"item": f"0/p0/{qid}", "text": "0",
                     "attempt": 1, "failures": 0}}, "collected", "msgbatch_1")  # fmt: skip
-    Store(folder / "questions/teacher/batches").save(record)
+    BatchStore(folder / "questions/teacher/batches").save(record)
     cache = ReplyCache(folder / "cache")
     cache.put("0" * 64, '{"One.": 1.0}', {"model": "x", "usage": {"input_tokens": 1}})
     cache.close()

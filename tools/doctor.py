@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 from ares import cli, data_folder, images
 from ares.cli import IMG_TYPES, Stop, UserError, print0, run, warn0
 from teacher import claude
-from teacher.api_errors import KEY
+from teacher.claude import KEY
 from teacher.handoff import images_of_questions
 
 PUBLIC = {

@@ -30,7 +30,9 @@ from ares.data_folder import find_dataset, find_images, load_problems, load_spli
 from ares.intervals import ratio_interval, shares_interval
 from ares.predictions import predictions_file, split_label, texts_by_qid
 from teacher import client, estimate, handoff
+from teacher.claude import DEFAULT_MODEL
 from teacher.handoff import place_images, request_text, set_reply_aside, write_request
+from teacher.interface import JUDGE
 from teacher.parsing import parse_verdict
 from teacher.prompts import JUDGE_WORDING, judge_request
 from utils_evaluate import CATEGORIES
@@ -61,9 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument("--seed", type=int, default=0, help="of random orders, of --questions, of intervals")
     how.add_argument("--output", metavar="DIR", help="requests, replies, win_rate.json (default: win_rate/{A}_vs_{B})")
     client.add_teacher_flags(parser)
-    how.add_argument(
-        "--judge_model", dest="teacher_model", default=client.DEFAULT_MODEL, help="the same as --teacher_model"
-    )
+    how.add_argument("--judge_model", dest="teacher_model", default=DEFAULT_MODEL, help="the same as --teacher_model")
     args = parser.parse_args(argv)
     given = cli.given_flags(parser, argv)
     wrong = ["--questions must be at least 1"] if args.questions is not None and args.questions < 1 else []
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         items = lay_out(args, problems, a, b)
         # without --with_image no image is missed
         seen = problems if args.with_image else {qid: {**problems[qid], "image": None} for qid in a}
-        session = client.make_session(args.output, each, client.JUDGE, args, wording=JUDGE_WORDING, problems=seen)
+        session = client.make_session(args.output, each, JUDGE, args, wording=JUDGE_WORDING, problems=seen)
         if args.show:
             return estimate.show(session, items, args.show)
         if args.estimate:

@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 
 from ares import cli
-from teacher import claude
+from teacher import api_teacher
 from teacher.prompts import judge_request
 from tests.api_server import KEY, ApiServer, Fault
 from tests.conftest import one_line_error, run_script
@@ -67,7 +67,7 @@ def judge(asked) -> tuple[str, str]:
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    monkeypatch.setattr(claude, "BACKOFF", 0.02)
+    monkeypatch.setattr(api_teacher, "BACKOFF", 0.02)
     with ApiServer(judge) as server:
         yield server
 
