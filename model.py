@@ -18,6 +18,7 @@ plain T5: text only.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from dataclasses import dataclass, field
@@ -44,11 +45,12 @@ from ares.checkpoints import (
     read_shapes,
 )
 from ares.cli import UserError, img_shape, in_one_line
-from ares.decoding import CACHE
 from ares.files import atomic_path
 from ares.head import label_loss
 
 VALUE_FUNCTION = "value_function.pth"
+# transformers 5.18 or so renamed the argument
+CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else "past_key_values"
 FUSION = ("encoder.image_dense.", "encoder.mha_layer.", "encoder.gate_dense.")
 EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # one tensor with shared.weight, always
 
