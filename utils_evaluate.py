@@ -26,7 +26,7 @@ FILE_NAMES = {"test": "test", "val": "eval", "train": "train"}  # predictions_an
 
 
 def prediction_file(folder: str | Path, split: str) -> Path:
-    """Where a stage's predictions of a split lie: `predictions_ans_{test,eval,train}.json`."""
+    """The file of a stage's predictions of a split: `predictions_ans_{test,eval,train}.json`."""
     return Path(folder) / f"predictions_ans_{FILE_NAMES[split]}.json"
 
 
@@ -117,7 +117,7 @@ def bleu(target: str, prediction: str, orders: Sequence[int] = (1, 4)) -> list[f
 def rouge_l(target: str, prediction: str) -> float | None:
     """ROUGE-L f of one pair as `Rouge().get_scores(target, prediction)` of the `rouge` package (1.0.1) gives it.
 
-    That is: of the distinct words of each text, the share that lies on the longest common subsequence of any two of
+    That is: of the distinct words of each text, the share on the longest common subsequence of any two of
     their sentences (cut at "."). None where the package raises: a text without a sentence. Written out because the
     package takes four times as long and overruns Python's stack on a sentence of a thousand words.
     """
