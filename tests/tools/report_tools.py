@@ -46,6 +46,22 @@ def write_predictions(folder: Path, split: str, problems: dict, qids: list[str],
     )
 
 
+def released_file(path, problems, qids, asked: str, garbled: int = 0) -> None:
+    """As the released code writes it: no ids, both parts' scores whatever was asked, `similariry`."""
+    letters = ["ABCDE"[problems[qid]["answer"]] for qid in qids]
+    solutions = [f"Solution: {problems[qid]['solution']}".replace("\n", " ") for qid in qids]
+    answers = [f"The answer is ({letter})." for letter in letters]
+    both = {"A": answers, "E": solutions, "LEA": [f"{s} {a}" for s, a in zip(solutions, answers, strict=True)],
+            "ALE": [f"{a} BECAUSE: {s}" for s, a in zip(solutions, answers, strict=True)]}  # fmt: skip
+    labels = both[asked]
+    preds = ["Nothing to read." if i < garbled else text for i, text in enumerate(labels)]
+    guessed = f"{100 * (len(qids) - garbled) / len(qids) - 1.3:.2f}" if "A" in asked else "21.00"
+    scores = {"answer": {"acc_average": guessed, "acc_has_image": guessed},
+              "rationale": {"bleu1": 40.0, "bleu4": 30.0, "rouge": 55.5, "similariry": 88.25}}  # fmt: skip
+    fails = garbled if "A" in asked else len(qids)
+    path.write_text(json.dumps({"num_fail": fails, "scores": scores, "preds": preds, "labels": labels}))
+
+
 def make_world(root: Path, tokenizer) -> SimpleNamespace:
     """Write everything under `root`; the result names the places and what was planted."""
     problems, splits = make_problems()

@@ -15,15 +15,9 @@ from ares.sentences import split_text
 from teacher import handoff, reference
 from teacher.reference import rationale_figures
 from tests.conftest import ROOT, one_line_error, run_script
-from tests.tools.report_tools import EVIL, NAME, make_problems, make_report, parts_of, picture, write_predictions
+from tests.tools.report_tools import EVIL, NAME, make_problems, parts_of, picture, released_file, write_predictions
 from tools import report
 from tools.report_page import collect, page, plots, stages, teacher
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, t5_tokenizer):
-    return make_report(tmp_path_factory, t5_tokenizer)
-
 
 # -- the data ------------------------------------------------------------------------------------------------
 
@@ -155,10 +149,10 @@ def test_released_files_without_ids_follow_the_split(tmp_path):
     told = json.loads(path.read_text())
     del told["qids"]
     files.write_json(path, told | {"labels": ["The answer is (B)."] * 8})
-    made = stages.read_predictions(path, splits["test"], problems)
-    assert made.qids == splits["test"] and made.answers == [1] * 8 and not made.has_rationales
-    with pytest.raises(cli.UserError, match="8 rows.*7"):
-        stages.read_predictions(path, splits["test"][:-1], problems)
+    made = stages.read_split(path, splits["test"], problems)
+    assert made.file.qids == splits["test"] and made.answers == [1] * 8 and not made.has_rationales
+    with pytest.raises(cli.UserError, match="8 rationales.*7"):
+        stages.read_split(path, splits["test"][:-1], problems)
 
 
 def test_prediction_files_alone_make_a_report(tmp_path, monkeypatch, capsys):
@@ -322,8 +316,8 @@ BAD = {
     "no_name": (["--stage", "folder"], "NAME=FOLDER"),
     "no_folder": (["--stage", "a=nowhere"], "nowhere does not exist"),
     "twice": (["--stage", "a=x", "--stage", "a=y"], "named twice"),
-    "both": (["--run", ".", "--questions_dir", "."], "one of the two"),
-    "no_run": (["--run", "nowhere"], "--run: nowhere is no folder"),
+    "both": (["--run", ".", "--questions_dir", "."], "give one of --run and --questions_dir"),
+    "no_run": (["--run", "nowhere"], "--run: nowhere is not a folder"),
     "empty_stage": (["--stage", "a=empty"], "no predictions_ans"),
     "no_questions": (["--questions_dir", "empty"], "holds no"),
     "bad_root": (["--stage", "a=ok.json", "--data_root", "empty"], "--data_root"),
@@ -334,7 +328,7 @@ BAD = {
     "samples": (["--run", "cut"], "samples_round_0.jsonl: line 1 is not JSON"),
     "verdicts": (["--stage", "a=ok.json", "--win_rate", "ok.json"], '"systems"'),
     "times": (["--stage", "a=ok.json", "--times", "list.json"], "--times"),
-    "no_train": (["--stage", "a=ok.json", "--train_questions", "5"], "--train_questions has no use"),
+    "no_train": (["--stage", "a=ok.json", "--train_questions", "5"], "--train_questions has no effect"),
     "empty_run": (["--run", "empty"], "neither metrics.jsonl nor questions"),
     "captions": (["--stage", "a=ok.json", "--data_root", "data", "--caption_file", "nowhere"], "--caption_file"),
     "images": (["--stage", "a=ok.json", "--images", "nowhere"], "--images"),
@@ -371,13 +365,10 @@ def test_mistakes_exit_with_status_2(tmp_path):
 
 
 def test_a_released_file_of_rationales_shows_no_answers(tmp_path, sample, problems):
-    from tests.tools.test_results import released_file
-    from tools.report_page import stages
-
     splits = json.loads((sample / "ScienceQA/data/scienceqa/pid_splits.json").read_text())
     for asked, parts in (("A", (True, False)), ("E", (False, True)), ("ALE", (True, True))):
         released_file(tmp_path / f"{asked}.json", problems, splits["test"], asked, garbled=20)
-        read = stages.read_predictions(tmp_path / f"{asked}.json", splits["test"], problems)
+        read = stages.read_split(tmp_path / f"{asked}.json", splits["test"], problems)
         assert (read.has_answers, read.has_rationales) == parts
         shown = stages.stage_figures(read, None)
         assert ("acc_average" in shown["scores"]) == ("num_fail" in shown) == parts[0]

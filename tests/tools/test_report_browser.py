@@ -7,17 +7,13 @@ import time
 import pytest
 
 from ares import files
+from ares.predictions import Predictions
 from ares.sentences import split_text
 from tests.conftest import ROOT
 from tests.tools import browser as browsers
-from tests.tools.report_tools import EVIL, NAME, make_report
+from tests.tools.report_tools import EVIL, NAME
 from tools import report
 from tools.report_page import collect, page, stages
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, t5_tokenizer):
-    return make_report(tmp_path_factory, t5_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -264,9 +260,10 @@ def scienceqa_sized() -> collect.Inputs:
         sentences = [split_text(pred) for pred in preds]
         scores = [[draw.randint(0, 10) / 10 for _ in each] for each in sentences]
         answers = [draw.randint(-1, 2) for _ in preds]
-        told = stages.Predictions(ROOT, list(problems), preds, preds, None, answers, sentences, {}, True, True, scores)
-        told.told = {"scores": {"rationale": {"rouge": 50.0}, "answer": {"acc_average": "50.00"}}}
-        made.append(stages.Stage(name, name.lower(), {"test": told}))
+        figures = {"rationale": {"rouge": 50.0}, "answer": {"acc_average": 50.0}}
+        file = Predictions(ROOT, preds, list(problems), preds, preds, scores=figures)
+        split = stages.SplitPredictions(file, True, True, answers, sentences, scores)
+        made.append(stages.Stage(name, name.lower(), {"test": split}))
     return collect.Inputs(made, ["test"], problems, {}, dict.fromkeys(problems, "test"))
 
 

@@ -15,6 +15,7 @@ from ares import cli, files
 from ares.intervals import mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
 from teacher.reference import rationale_figures
 from tests.conftest import ROOT
+from tests.tools.report_tools import released_file
 from tools import results
 
 SEEDS = [ROOT / f"demo/results/seed{seed}.json" for seed in range(3)]
@@ -203,22 +204,6 @@ def test_a_data_folder_that_nobody_asked_for_stops_no_table(tmp_path, monkeypatc
     for more in (["--data_root", "data"], ["--dataset", "aokvqa"]):
         with pytest.raises(cli.UserError, match="--data"):
             results.main([*argv, *more])
-
-
-def released_file(path, problems, qids, asked: str, garbled: int = 0) -> None:
-    """As the released code writes it: no ids, both parts' scores whatever was asked, `similariry`."""
-    letters = ["ABCDE"[problems[qid]["answer"]] for qid in qids]
-    solutions = [f"Solution: {problems[qid]['solution']}".replace("\n", " ") for qid in qids]
-    answers = [f"The answer is ({letter})." for letter in letters]
-    both = {"A": answers, "E": solutions, "LEA": [f"{s} {a}" for s, a in zip(solutions, answers, strict=True)],
-            "ALE": [f"{a} BECAUSE: {s}" for s, a in zip(solutions, answers, strict=True)]}  # fmt: skip
-    labels = both[asked]
-    preds = ["Nothing to read." if i < garbled else text for i, text in enumerate(labels)]
-    guessed = f"{100 * (len(qids) - garbled) / len(qids) - 1.3:.2f}" if "A" in asked else "21.00"
-    scores = {"answer": {"acc_average": guessed, "acc_has_image": guessed},
-              "rationale": {"bleu1": 40.0, "bleu4": 30.0, "rouge": 55.5, "similariry": 88.25}}  # fmt: skip
-    fails = garbled if "A" in asked else len(qids)
-    path.write_text(json.dumps({"num_fail": fails, "scores": scores, "preds": preds, "labels": labels}))
 
 
 @pytest.mark.parametrize("with_data", [True, False])
