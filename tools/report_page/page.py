@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SCRIPTS = ("base.js", "data.js", "diff.js", "list.js", "detail.js", "overview.js", "main.js")
+SCRIPTS = ("base.js", "data.js", "list.js", "detail.js", "overview.js", "main.js")
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: file: 'self'"
 
