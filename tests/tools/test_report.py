@@ -1,7 +1,4 @@
-"""tools/report.py: the numbers are those of the files, what is missing is said,
-
-No text can leave its block of data.
-"""
+"""tools/report.py: its numbers are those of the files, missing inputs are named, no text can leave its data block."""
 
 from __future__ import annotations
 
@@ -373,3 +370,54 @@ def test_a_released_file_of_rationales_shows_no_answers(tmp_path, sample, proble
         shown = stages.stage_figures(read, None)
         assert ("acc_average" in shown["scores"]) == ("num_fail" in shown) == parts[0]
         assert ("similarity" in shown["scores"]) == parts[1] and "similariry" not in shown["scores"]
+
+
+def strict_parts(page_text: str) -> dict:
+    """The data blocks as JSON.parse reads them: NaN and Infinity are errors."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} in the page: a browser would show nothing")
+
+    blocks = re.findall(r'<script type="application/json" id="(\w+)">(.*?)</script', page_text, flags=re.DOTALL)
+    return {name: json.loads(text, parse_constant=refuse) for name, text in blocks}
+
+
+def test_figures_that_are_no_numbers_never_blank_the_page(world, tmp_path, monkeypatch):
+    """NaN and infinity in metrics, scores, times, trainer states, win rates and the spend log."""
+    monkeypatch.chdir(tmp_path)
+    nan = float("nan")
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [json.loads(line) for line in (world.root / "rl/metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for name, value in line.items():
+            if isinstance(value, float):
+                line[name] = float("inf") if line["update"] == 2 else nan
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    scores = {"rationale": {"bleu1": nan, "rouge": float("inf"), "bleu4": 20.0}}
+    told = {"preds": ["Solution: So."], "qids": ["1"], "scores": scores}
+    (stage / "predictions_ans_test.json").write_text(json.dumps(told))
+    (stage / "trainer_state.json").write_text(json.dumps({"log_history": [{"train_runtime": nan}]}))
+    verdicts = {"systems": ["A", "B"], "verdicts": [], "judge": {"model": nan}, "summary": {"identical": nan}}
+    (tmp_path / "win_rate.json").write_text(json.dumps(verdicts))
+    report.main(["--stage", "s=stage", "--run", "run", "--win_rate", "win_rate.json", "--image_mode", "none"])
+    parts = strict_parts((tmp_path / "report.html").read_text())
+    shown = parts["main"]["overview"]
+    assert shown["figures"][0]["scores"] == {"bleu4": 20.0}
+    assert shown["rounds"][0]["reward"] is None and shown["rounds"][0]["rationales"] == 7 and shown["times"] == []
+    assert page.as_json({"a": [1.5, nan, -float("inf")], "b": "<NaN>"}) == '{"a":[1.5,null,null],"b":"\\u003cNaN>"}'
+
+
+def test_unread_answers_above_5_percent_are_noted(tmp_path, sample, problems, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    qids = json.loads((sample / "ScienceQA/data/scienceqa/pid_splits.json").read_text())["test"]
+    for garbled, noted in ((15, True), (14, False)):  # of 290
+        released_file(tmp_path / "file.json", problems, qids, "A", garbled=garbled)
+        report.main(["--stage", "it=file.json", "--data_root", str(sample / "ScienceQA/data"), "--image_mode", "none"])
+        notes = parts_of((tmp_path / "report.html").read_text())["main"]["notes"]
+        assert (
+            notes
+            == [f"it (file.json): {garbled} of 290 answers could not be read; each counts as a random choice"] * noted
+        )

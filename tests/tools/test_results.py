@@ -228,3 +228,77 @@ def test_a_released_file_gets_the_rows_it_was_asked_for(asked, tables, with_data
     if "rationales" in tables:
         assert float(found["it", "similarity"]["value"]) == 88.25
         assert found["it", "rouge"]["low"] == ""  # 55.5 is not the mean of these texts
+
+
+def kinds_of_files(tmp_path, problems, qids) -> dict:
+    """Name -> a file of the split's first 40 questions, by what it holds."""
+    some = [qid for qid in qids if problems[qid]["solution"]][:40]
+    answers = [f"The answer is ({'ABCDE'[problems[qid]['answer']]})." for qid in some]
+    rationales = [f"Solution: {problems[qid]['solution']}" for qid in some]
+    both = [f"{text} {answer}" for text, answer in zip(rationales, answers, strict=True)]
+    others = {"preds": answers[:10], "labels": answers[:10], "qids": qids[-10:]}
+    contents = {name: {"preds": texts, "labels": texts, "qids": some}
+                for name, texts in (("answers", answers), ("rationales", rationales), ("both", both))}  # fmt: skip
+    contents["elsewhere"] = others
+    found = {"demo": SEEDS[0]}
+    for name, content in contents.items():
+        found[name] = tmp_path / f"{name}.json"
+        files.write_json(found[name], content)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        (("rationales", "answers"), "A holds rationales and B holds answers"),
+        (("answers", "rationales"), "A holds answers and B holds rationales"),
+        (("answers", "elsewhere"), "elsewhere.json have no question in common"),
+        (("elsewhere", "both"), "both.json have no question in common"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_says_what_is_wrong(pair, words, tmp_path, sample, problems):
+    data_root = sample / "ScienceQA/data"
+    qids = json.loads((data_root / "scienceqa/pid_splits.json").read_text())["test"]
+    paths = kinds_of_files(tmp_path, problems, qids)
+    argv = [word for label, name in zip("AB", pair, strict=True) for word in ("--system", f"{label}={paths[name]}")]
+    with pytest.raises(cli.UserError, match=words) as error:
+        results.main([*argv, "--data_root", str(data_root), "--compare", "A", "B"])
+    assert ("in common" in str(error.value)) == ("in common" in words)
+
+
+def test_files_of_one_label_are_compared_by_kind(tmp_path, sample, problems, capsys):
+    """A label may have a rationale stage and an answer stage, in any order; a file of both kinds counts for both."""
+    data_root = sample / "ScienceQA/data"
+    qids = json.loads((data_root / "scienceqa/pid_splits.json").read_text())["test"]
+    paths = kinds_of_files(tmp_path, problems, qids)
+    argv = ["--system", f"A={paths['rationales']}", "--system", f"A={paths['answers']}", "--system",
+            f"B={paths['both']}", "--data_root", data_root, "--compare", "A", "B", "--format", "csv"]  # fmt: skip
+    found = figures(table(capsys, *argv))
+    tested = {row: line["value"] for (row, column), line in found.items() if line["table"] == "A minus B"
+              and column == "questions"}  # fmt: skip
+    assert tested == {"answers": "40", "ROUGE-L": "40", "sentence score": "40"}
+    assert found["answers", "difference"]["value"] == "0.0" and found["answers", "p"]["value"] == "1.0"
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+def test_unread_answers_above_5_percent_are_noted_in_the_tables(with_data, tmp_path, sample, problems, capsys):
+    data_root = sample / "ScienceQA/data"
+    qids = json.loads((data_root / "scienceqa/pid_splits.json").read_text())["test"]
+    for garbled, noted in ((15, True), (14, False)):  # of 290
+        released_file(tmp_path / "file.json", problems, qids, "A", garbled=garbled)
+        argv = ["--system", f"it={tmp_path / 'file.json'}", *(["--data_root", data_root] if with_data else [])]
+        for form in ("markdown", "latex"):
+            text = table(capsys, *argv, "--format", form)
+            assert (f"{garbled} of 290 answers could not be read" in text) == noted
+    told = json.loads(SEEDS[1].read_text())
+    told["answers"]["num_fail"] = 64
+    files.write_json(tmp_path / "table.json", told)
+    assert "64 of 200 answers could not be read" in table(capsys, "--system", f"demo={tmp_path / 'table.json'}")
+
+
+def test_figures_that_are_no_numbers_are_skipped(tmp_path, capsys):
+    """NaN, as json.dump writes it, in scores and in a win rate."""
+    scores = {"rationale": {"bleu1": float("nan"), "rouge": 50.0}}
+    (tmp_path / "p.json").write_text(json.dumps({"preds": ["So it is."], "scores": scores}))
+    found = figures(table(capsys, "--system", f"x={tmp_path / 'p.json'}", "--format", "csv", "--published", "none"))
+    assert {column for _, column in found} == {"rouge", "repeated", "unfinished", "words"}
