@@ -1,12 +1,12 @@
 """A policy that ends its texts where the gold targets end, so that generation is timed at real lengths.
 
-Weights that were never trained write no `</s>`, and each text would run to --output_len. Here the gold length of each
-prompt rides in a few coordinates of its first encoder state, hardly visible to the attention, and once a text is that
-long `</s>` gets the largest logit. Any way of decoding sees it alike: with or without a cache, sorted, in smaller
-batches, sampled or greedy. Used by both sides of a benchmark.
+Untrained weights never write `</s>`, so each text would run to --output_len. Here the gold length of each prompt is
+encoded in a few coordinates of its first encoder state, too small to change the attention, and `</s>` gets the largest
+logit once a text has that length. That works for any way of decoding: with or without a cache, sorted, in smaller
+batches, sampled or greedy.
 
     model = EndingPolicy.from_pretrained(folder)
-    model.know(dataset)            # prompts -> lengths of their targets
+    model.know(dataset)            # remember the lengths of the targets by prompt
     model.ending = False           # scoring passes: leave the logits alone
 """
 

@@ -240,7 +240,7 @@ def make_world(world: Path, sample: Path) -> None:
     """Seven real questions, a tokenizer trained on their texts (a saved state of 1 MB, not 50), a tiny model."""
     from transformers import AutoTokenizer
 
-    from demo.make_tokenizer import make_tokenizer, texts_of
+    from demo.make_model import make_tokenizer, texts_of
 
     data = rl_tools.make_data(world, sample, 7)
     size = make_tokenizer(texts_of(world), world / "tokenizer", vocab_size=900)

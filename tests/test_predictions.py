@@ -16,8 +16,9 @@ def write(path, content):
 
 
 def test_a_file_of_ours_and_a_released_one(tmp_path):
-    ours = {"preds": ["So.", "Yes."], "qids": ["7", 3], "labels": ["a", "b"], "prompts": ["p", "q"], "answers": ["A", None],
-            "num_fail": 1, "scores": {"answer": {"acc_average": "50.00"}}, "settings": {"seed": 5}}  # fmt: skip
+    ours = {"preds": ["So.", "Yes."], "qids": ["7", 3], "labels": ["a", "b"], "prompts": ["p", "q"],
+            "answers": ["A", None], "num_fail": 1, "scores": {"answer": {"acc_average": "50.00"}},
+            "settings": {"seed": 5}}  # fmt: skip
     read = read_predictions(write(tmp_path / "ours.json", ours), "--x", ["1", "2", "3"])
     assert read.by_qid() == {"7": "So.", "3": "Yes."} and (read.num_fail, read.seed) == (1, 5)
     assert (read.labels, read.prompts, read.letters) == (["a", "b"], ["p", "q"], ["A", None])
