@@ -51,8 +51,8 @@ class Question:
 
 
 def conclude(answer: str) -> str:
-    """The last sentence of a rationale, which names the answer. It has one form only: with "So, it is the answer." too,
-    a tiny model generates "So, the answer is the answer is ..."."""
+    """The last sentence of a rationale, which names the answer. It has one form only: with "So, it is the answer." as
+    another, a tiny model generates "So, the answer is the answer is ..."."""
     return f"So, the answer is {answer}."
 
 
