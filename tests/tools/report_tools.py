@@ -95,9 +95,9 @@ def make_world(root: Path, tokenizer) -> SimpleNamespace:
         {"qid": "4", "order": "ab", "winner": "tie"}, {"qid": "4", "order": "ba", "winner": "b"},
     ]  # fmt: skip
     judge = {"teacher": "api", "model": "judge-1", "prompt_version": "judge-3", "with_image": False}
-    told = {"systems": ["base", "sft"], "judge": judge, "protocol": "both", "summary": {"identical": 17}}
-    told["verdicts"] = verdicts
-    files.write_json(root / "win_rate.json", told)
+    data = {"systems": ["base", "sft"], "judge": judge, "protocol": "both", "summary": {"identical": 17}}
+    data["verdicts"] = verdicts
+    files.write_json(root / "win_rate.json", data)
     files.write_json(root / "stages.json", {"stages": {"rl": {"title": "RL itself", "seconds": 12.5}}})
     return SimpleNamespace(root=root, problems=problems, splits=splits)
 

@@ -20,8 +20,8 @@ from tools.report_page import collect, page, plots, stages, teacher
 
 
 def test_figures_are_those_of_the_files(world):
-    told = world.main["overview"]
-    base, sft, lora = told["figures"]
+    data = world.main["overview"]
+    base, sft, lora = data["figures"]
     files = {
         name: json.loads((world.root / name / "predictions_ans_test.json").read_text())
         for name in ("base", "sft", "lora")
@@ -34,14 +34,14 @@ def test_figures_are_those_of_the_files(world):
         file = files[name]
         assert figures["rationale"] == pytest.approx(rationale_figures(world.problems, file["qids"], file["preds"]))
     assert base["rationale"]["unfinished"] == 100 * 7 / 8 and sft["rationale"]["unfinished"] == 100 / 8
-    (line,) = told["rounds"]
+    (line,) = data["rounds"]
     assert line == json.loads((world.root / "rl/metrics.jsonl").read_text().splitlines()[0])
-    assert told["times"] == [{"name": "RL itself", "seconds": 12.5}]
-    scores, corrections = told["costs"]
+    assert data["times"] == [{"name": "RL itself", "seconds": 12.5}]
+    scores, corrections = data["costs"]
     assert (scores["replies"], scores["tokens_in"], scores["tokens_out"], scores["usd"]) == (8, 800, 160, 2.0)
     assert (scores["began"], scores["ended"]) == ("2026-11-25T10:00:00Z", "2026-11-25T10:00:01Z")
     assert corrections["replies"] == 0 and corrections["usd"] is None  # nobody wrote a reply.json
-    assert told["dropped"] == [
+    assert data["dropped"] == [
         {"name": "RL round 0", "total": 8, "reasons": {"placeholder": 1}},
         {"name": "corrections", "total": 4, "reasons": {"no_final": 1}},
     ]
@@ -115,8 +115,8 @@ def test_scores_by_position_count_every_sentence(world):
 
 
 def test_corrections_and_verdicts(world):
-    told = world.parts["details"]["corrections"]
-    first, _, third, _ = (told[str(world.row[qid])] for qid in world.splits["train"])
+    data = world.parts["details"]["corrections"]
+    first, _, third, _ = (data[str(world.row[qid])] for qid in world.splits["train"])
     qid = world.splits["train"][0]
     assert world.texts[first["original"]] == f"The capital is Hut{qid}."
     assert world.texts[first["final"]] == f"The capital is Town{qid}."
@@ -143,9 +143,9 @@ def test_released_files_without_ids_follow_the_split(tmp_path):
     problems, splits = make_problems()
     write_predictions(tmp_path, "test", problems, splits["test"], ["The answer is (B)."] * 8)
     path = tmp_path / "predictions_ans_test.json"
-    told = json.loads(path.read_text())
-    del told["qids"]
-    files.write_json(path, told | {"labels": ["The answer is (B)."] * 8})
+    data = json.loads(path.read_text())
+    del data["qids"]
+    files.write_json(path, data | {"labels": ["The answer is (B)."] * 8})
     made = stages.read_split(path, splits["test"], problems)
     assert made.file.qids == splits["test"] and made.answers == [1] * 8 and not made.has_rationales
     with pytest.raises(cli.UserError, match="8 rationales.*7"):
@@ -155,8 +155,8 @@ def test_released_files_without_ids_follow_the_split(tmp_path):
 def test_prediction_files_alone_make_a_report(tmp_path, monkeypatch, capsys):
     """Neither data nor images nor RL: what the files say is shown, and what is missing is named."""
     monkeypatch.chdir(tmp_path)
-    told = {"num_fail": 4, "scores": {}, "preds": ["Solution: It is so."], "labels": ["Solution: It is."]}
-    files.write_json("predictions_ans_test.json", told | {"prompts": ["Question: Is it so?"]})
+    data = {"num_fail": 4, "scores": {}, "preds": ["Solution: It is so."], "labels": ["Solution: It is."]}
+    files.write_json("predictions_ans_test.json", data | {"prompts": ["Question: Is it so?"]})
     report.main(["--stage", "mine=predictions_ans_test.json"])
     parts = parts_of((tmp_path / "report.html").read_text())
     texts = parts["texts"]["texts"]
@@ -185,8 +185,8 @@ def test_the_spend_log_tells_the_cost_and_late_replies_are_named(tmp_path):
         {"id": "b", "item": "0/p0/2", "most_usd": 2.0},
     ]  # fmt: skip
     log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    told = teacher.cost("x", [{"model": "m", "cost_usd": 0.1}], tmp_path)
-    assert (told["usd"], told["unknown_usd"], told["models"]) == (0.5, 2.0, ["m"])
+    data = teacher.cost("x", [{"model": "m", "cost_usd": 0.1}], tmp_path)
+    assert (data["usd"], data["unknown_usd"], data["models"]) == (0.5, 2.0, ["m"])
     assert teacher.cost("x", [{"model": "m", "cost_usd": None}], tmp_path / "none")["usd"] is None
     scored, late = (teacher.Sample(qid=qid, action=0, sentences=["A."], scores=[1.0]) for qid in "12")
     table = tmp_path / "samples_round_0.jsonl"
@@ -361,11 +361,10 @@ def test_mistakes_exit_with_status_2(tmp_path):
     one_line_error(run_script(ROOT / "tools/report.py", "--stage", "x", cwd=tmp_path, check=False), "NAME=FOLDER")
 
 
-def test_a_released_file_of_rationales_shows_no_answers(tmp_path, sample, problems):
-    splits = json.loads((sample / "ScienceQA/data/scienceqa/pid_splits.json").read_text())
+def test_a_released_file_of_rationales_shows_no_answers(tmp_path, few):
     for asked, parts in (("A", (True, False)), ("E", (False, True)), ("ALE", (True, True))):
-        released_file(tmp_path / f"{asked}.json", problems, splits["test"], asked, garbled=20)
-        read = stages.read_split(tmp_path / f"{asked}.json", splits["test"], problems)
+        released_file(tmp_path / f"{asked}.json", few.problems, few.qids, asked, garbled=7)
+        read = stages.read_split(tmp_path / f"{asked}.json", few.qids, few.problems)
         assert (read.has_answers, read.has_rationales) == parts
         shown = stages.stage_figures(read, None)
         assert ("acc_average" in shown["scores"]) == ("num_fail" in shown) == parts[0]
@@ -397,8 +396,8 @@ def test_figures_that_are_no_numbers_never_blank_the_page(world, tmp_path, monke
     stage = tmp_path / "stage"
     stage.mkdir()
     scores = {"rationale": {"bleu1": nan, "rouge": float("inf"), "bleu4": 20.0}}
-    told = {"preds": ["Solution: So."], "qids": ["1"], "scores": scores}
-    (stage / "predictions_ans_test.json").write_text(json.dumps(told))
+    data = {"preds": ["Solution: So."], "qids": ["1"], "scores": scores}
+    (stage / "predictions_ans_test.json").write_text(json.dumps(data))
     (stage / "trainer_state.json").write_text(json.dumps({"log_history": [{"train_runtime": nan}]}))
     verdicts = {"systems": ["A", "B"], "verdicts": [], "judge": {"model": nan}, "summary": {"identical": nan}}
     (tmp_path / "win_rate.json").write_text(json.dumps(verdicts))
@@ -410,14 +409,13 @@ def test_figures_that_are_no_numbers_never_blank_the_page(world, tmp_path, monke
     assert page.as_json({"a": [1.5, nan, -float("inf")], "b": "<NaN>"}) == '{"a":[1.5,null,null],"b":"\\u003cNaN>"}'
 
 
-def test_unread_answers_above_5_percent_are_noted(tmp_path, sample, problems, monkeypatch):
+def test_unread_answers_above_5_percent_are_noted(tmp_path, few, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    qids = json.loads((sample / "ScienceQA/data/scienceqa/pid_splits.json").read_text())["test"]
-    for garbled, noted in ((15, True), (14, False)):  # of 290
-        released_file(tmp_path / "file.json", problems, qids, "A", garbled=garbled)
-        report.main(["--stage", "it=file.json", "--data_root", str(sample / "ScienceQA/data"), "--image_mode", "none"])
+    for garbled, noted in ((4, True), (3, False)):  # of 60
+        released_file(tmp_path / "file.json", few.problems, few.qids, "A", garbled=garbled)
+        report.main(["--stage", "it=file.json", "--data_root", str(few.root), "--image_mode", "none"])
         notes = parts_of((tmp_path / "report.html").read_text())["main"]["notes"]
         assert (
             notes
-            == [f"it (file.json): {garbled} of 290 answers could not be read; each counts as a random choice"] * noted
+            == [f"it (file.json): {garbled} of 60 answers could not be read; each counts as a random choice"] * noted
         )

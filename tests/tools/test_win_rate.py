@@ -76,9 +76,10 @@ def compare(systems, data_root, output, server, *more):
 
 def test_a_judge_of_known_bias(server, systems, data_root, problems, tmp_path, capsys):
     """The planted win rate lies in its interval, the planted bias is reported, and a second run asks nothing."""
-    told = compare(systems, data_root, tmp_path / "out", server)
+    output = tmp_path / "out"
+    result = compare(systems, data_root, output, server)
     assert len(server.log) == 2 * N  # every pair in both orders
-    summary = told["summary"]
+    summary = result["summary"]
     row, bias = summary["rows"]["average"], summary["position"]
     assert row["questions"] == N and summary["unanswered"] == summary["identical"] == 0
     low, high = row["decided_interval"]
@@ -90,9 +91,9 @@ def test_a_judge_of_known_bias(server, systems, data_root, problems, tmp_path, c
     low, high = bias["first_interval"]
     assert low <= 100 * (0.5 * (1 - FIRST) + FIRST) <= high and low > 50
     # the verdicts say what was planted, question by question, and the report can read them
-    assert told["systems"] == ["A", "B"] and told["protocol"] == "both"
-    assert Counter(verdict["order"] for verdict in told["verdicts"]) == {"ab": N, "ba": N}
-    for verdict in told["verdicts"]:
+    assert result["systems"] == ["A", "B"] and result["protocol"] == "both"
+    assert Counter(verdict["order"] for verdict in result["verdicts"]) == {"ab": N, "ba": N}
+    for verdict in result["verdicts"]:
         text = (tmp_path / "out" / str("ab ba".split().index(verdict["order"])) / "p0" / verdict["qid"]
                 / "input_for_llm.txt").read_text()  # fmt: skip
         planted = "a" if draw(text, "taste") < BETTER else "b"
@@ -102,8 +103,8 @@ def test_a_judge_of_known_bias(server, systems, data_root, problems, tmp_path, c
     subjects = [summary["rows"][name]["questions"] for name in ("natural", "social", "language")]
     assert sum(subjects) == N and {"has_image", "grade_1_6", "grade_7_12"} <= summary["rows"].keys()
     assert "position: the one shown first wins" in capsys.readouterr().out
-    again = compare(systems, data_root, tmp_path / "out", server)
-    assert len(server.log) == 2 * N and again == told
+    again = compare(systems, data_root, output, server)
+    assert len(server.log) == 2 * N and again == result
 
 
 def test_paper_protocol_and_what_stops_a_run(server, systems, data_root, tmp_path):
@@ -114,15 +115,15 @@ def test_paper_protocol_and_what_stops_a_run(server, systems, data_root, tmp_pat
     paid = len(server.log)
     assert 0 < paid < N
     server.faults.append(Fault(0, kind="chatter"))
-    told = compare(systems, data_root, output, server, "--protocol", "paper")
+    result = compare(systems, data_root, output, server, "--protocol", "paper")
     assert len(server.log) == N + 1  # the one without a verdict was asked again
-    orders = Counter(verdict["order"] for verdict in told["verdicts"])
+    orders = Counter(verdict["order"] for verdict in result["verdicts"])
     assert orders.total() == N and 0.35 * N < orders["ab"] < 0.65 * N
-    low, high = told["summary"]["rows"]["average"]["win_rate_interval"]
+    low, high = result["summary"]["rows"]["average"]["win_rate_interval"]
     assert low <= 100 * ((1 - FIRST) * BETTER + FIRST / 2) <= high
-    assert told["summary"]["position"]["same_in_both_orders"] is None
+    assert result["summary"]["position"]["same_in_both_orders"] is None
     other = compare(systems, data_root, tmp_path / "other", server, "--protocol", "paper", "--seed", "1")
-    assert [v["order"] for v in other["verdicts"]] != [v["order"] for v in told["verdicts"]]
+    assert [v["order"] for v in other["verdicts"]] != [v["order"] for v in result["verdicts"]]
 
 
 def test_other_texts_are_judged_anew_and_images_go_by_flag(server, systems, sample, data_root, tmp_path):
@@ -130,9 +131,9 @@ def test_other_texts_are_judged_anew_and_images_go_by_flag(server, systems, samp
     compare(systems, data_root, output, server, *few)
     assert not any("text_only" in path.read_text() for path in output.glob("0/p0/*/reply.json")), "none was wanted"
     assert len(server.log) == 80 and not any(asked.images for asked in server.asked)
-    told = json.loads((tmp_path / "a.json").read_text())
-    told["preds"] = [text.replace("By the first system", "By the first system, mended") for text in told["preds"]]
-    (tmp_path / "a.json").write_text(json.dumps(told))
+    result = json.loads((tmp_path / "a.json").read_text())
+    result["preds"] = [text.replace("By the first system", "By the first system, mended") for text in result["preds"]]
+    (tmp_path / "a.json").write_text(json.dumps(result))
     compare(systems, data_root, output, server, *few)
     assert len(server.log) == 160
     compare(systems, data_root, output, server, *few, "--with_image", "--images", str(sample / "images"))
@@ -140,8 +141,8 @@ def test_other_texts_are_judged_anew_and_images_go_by_flag(server, systems, samp
     assert pictured and len(server.log) == 160 + len(pictured), "only requests that changed are asked again"
     assert all(asked.content_types[0] == "image" and "the image and the correct" in asked.text for asked in pictured)
     before = len(server.log)
-    told["preds"] = [text.replace("mended", "mended once more") for text in told["preds"]]
-    (tmp_path / "a.json").write_text(json.dumps(told))
+    result["preds"] = [text.replace("mended", "mended once more") for text in result["preds"]]
+    (tmp_path / "a.json").write_text(json.dumps(result))
     compare(systems, data_root, output, server, *few)
     assert len(server.log) == before + 80 and not any(asked.images for asked in server.asked[before:])
 
@@ -184,7 +185,7 @@ def test_protocols_and_splits_have_a_result_each(data_root, problems, tmp_path, 
     win_rate.main([*argv["val"], "--protocol", "paper"])
     win_rate.main(argv["val"])
     written = {path.name: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
-    assert {name: (told["protocol"], told["split"]) for name, told in written.items()} == {
+    assert {name: (result["protocol"], result["split"]) for name, result in written.items()} == {
         "win_rate.json": ("both", "test"), "win_rate_paper.json": ("paper", "test"),
         "win_rate_val.json": ("both", "val"), "win_rate_paper_val.json": ("paper", "val"),
     }  # fmt: skip
