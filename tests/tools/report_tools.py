@@ -146,11 +146,11 @@ def make_rl(run: Path, problems: dict, qids: list[str], tokenizer) -> None:
 
 
 def make_corrections(folder: Path, problems: dict, qids: list[str]) -> None:
-    """A changed one, one that breaks out of the page, and one that holds no final text."""
+    """One with a repetition, one that breaks out of the page, one without a final text, and a changed one."""
     for number, qid in enumerate(qids):
         place = handoff.question_dir(folder, 0, 0, qid)
-        original = f"The capital is Hut{qid}."
-        final = f"The capital is Town{qid}." + (f" {EVIL}" if number == 1 else "")
+        original = f"The capital is Hut{qid}." if number else f"The capital is Town{qid}. It is. It is."
+        final = f"The capital is Town{qid}." + ("" if number > 1 else f" {EVIL}" if number else " It is.")
         handoff.write_rationale(place, [original])
         text = json.dumps({"Original rationale": original, "Final rationale": final})
         files.write_text(place / handoff.REPLY, "I cannot help." if number == 2 else text)

@@ -56,7 +56,7 @@ def test_stages_row_by_row(world):
             assert [world.texts[i] for i in columns["s"][row]] == sentences
             wanted = reference.score_sentences(world.problems[qid], sentences)
             assert columns["p"][row] == [round(100 * score) for score in wanted]
-            assert columns["a"][row] == stages.NO_ANSWER
+            assert columns["a"][row] == stages.NO_ANSWER and columns["w"][row] == -1
     lora = world.main["preds"][2]
     assert [lora["a"][world.row[qid]] for qid in world.splits["test"]] == [1, 0, stages.UNPARSED, 1, 1, 1, 1, 1]
     assert [stage["answers"] for stage in world.main["stages"]] == [False, False, True]
@@ -97,6 +97,8 @@ def test_samples_are_what_rl_was_trained_on(world):
     assert spoilt["reason"] == "placeholder" and "p" not in spoilt and "tokens" not in spoilt
     last = world.row[world.splits["train"][-1]]
     assert world.main["sampled"][str(last)]["dropped"] == ["placeholder"]
+    lowest = {row: min(score for each in many for score in each.get("p", ())) for row, many in samples.items()}
+    assert {row: known["low"] for row, known in world.main["sampled"].items()} == lowest
 
 
 def test_scores_by_position_count_every_sentence(world):
@@ -112,14 +114,19 @@ def test_scores_by_position_count_every_sentence(world):
             assert series[0]["counts"][position][9] == sum(score == 0.9 for score in at)
     long = collect._by_position("x", [], [[0.5] * 9])
     assert [sum(counts) for counts in long["counts"]] == [1, 1, 1, 1, 1, 4]
+    assert collect._by_position("x", [], [[0.56, 0.54, 1.0]])["counts"][:3] == [
+        [int(step == place) for step in range(11)] for place in (6, 5, 10)
+    ]
+    late = teacher.Sample(qid="1", action=0, sentences=["A."], scores=[1.0], reason="late")
+    assert collect.score_series(collect.Inputs([], ["test"], rounds=[teacher.Round(0, [late], ROOT)]), "test") == []
 
 
 def test_corrections_and_verdicts(world):
     data = world.parts["details"]["corrections"]
     first, _, third, _ = (data[str(world.row[qid])] for qid in world.splits["train"])
     qid = world.splits["train"][0]
-    assert world.texts[first["original"]] == f"The capital is Hut{qid}."
-    assert world.texts[first["final"]] == f"The capital is Town{qid}."
+    assert world.texts[first["original"]] == f"The capital is Town{qid}. It is. It is."
+    assert world.texts[first["final"]] == f"The capital is Town{qid}. It is."
     assert third["reason"] == "no_final" and "final" not in third and world.texts[third["reply"]] == "I cannot help."
     (file,) = world.main["verdicts"]
     assert file["rows"][str(world.row["2"])] == [["ab", "a"], ["ba", "b"]] and len(file["rows"]) == 4
@@ -148,6 +155,8 @@ def test_released_files_without_ids_follow_the_split(tmp_path):
     files.write_json(path, data | {"labels": ["The answer is (B)."] * 8})
     made = stages.read_split(path, splits["test"], problems)
     assert made.file.qids == splits["test"] and made.answers == [1] * 8 and not made.has_rationales
+    files.write_json(path, {"preds": ["The answer is (C)."] * 8})  # question 1 has two options
+    assert stages.read_split(path, splits["test"], problems).answers == [stages.UNPARSED] + [2] * 7
     with pytest.raises(cli.UserError, match="8 rationales.*7"):
         stages.read_split(path, splits["test"][:-1], problems)
 
@@ -157,14 +166,15 @@ def test_prediction_files_alone_make_a_report(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = {"num_fail": 4, "scores": {}, "preds": ["Solution: It is so."], "labels": ["Solution: It is."]}
     files.write_json("predictions_ans_test.json", data | {"prompts": ["Question: Is it so?"]})
-    report.main(["--stage", "mine=predictions_ans_test.json"])
+    files.write_json("other_test.json", data | {"prompts": ["Another prompt"]})
+    report.main(["--stage", "mine=predictions_ans_test.json", "--stage", "other=other_test.json"])
     parts = parts_of((tmp_path / "report.html").read_text())
     texts = parts["texts"]["texts"]
     assert parts["main"]["questions"]["qid"] == ["row-0"]
     assert texts[parts["main"]["questions"]["question"][0]] == "Question: Is it so?"
     assert texts[parts["main"]["preds"][0]["s"][0][0]] == "It is so."
     assert parts["main"]["overview"]["curves"] == [] and "--data_root" in parts["main"]["notes"][0]
-    assert "1 questions, 1 stages" in capsys.readouterr().out
+    assert "1 questions, 2 stages" in capsys.readouterr().out and parts["main"]["questions"]["answer"] == [-1]
 
 
 def test_of_many_train_questions_the_dropped_ones_are_shown_first():
@@ -188,14 +198,21 @@ def test_the_spend_log_tells_the_cost_and_late_replies_are_named(tmp_path):
     data = teacher.cost("x", [{"model": "m", "cost_usd": 0.1}], tmp_path)
     assert (data["usd"], data["unknown_usd"], data["models"]) == (0.5, 2.0, ["m"])
     assert teacher.cost("x", [{"model": "m", "cost_usd": None}], tmp_path / "none")["usd"] is None
-    scored, late = (teacher.Sample(qid=qid, action=0, sentences=["A."], scores=[1.0]) for qid in "12")
+    abouts = [{"model": model, "cost_usd": usd, "usage": {"input_tokens": 5, "output_tokens": 2}, "time": time}
+              for model, usd, time in (("m", 0.25, "2026-01-02"), ("k", 0.5, "2026-01-01"))]  # fmt: skip
+    copied = abouts[0] | {"copied_from": "0/p0/1", "time": "2026-01-03"}
+    cost = teacher.cost("x", [*abouts, copied, {}], tmp_path / "none")
+    assert (cost["replies"], cost["asked"], cost["tokens_in"], cost["tokens_out"]) == (3, 2, 10, 4)
+    assert (cost["usd"], cost["models"]) == (1.0, ["k", "m"])
+    assert (cost["began"], cost["ended"]) == ("2026-01-01", "2026-01-03")
+    scored, late = (teacher.Sample(qid=qid, action=0, sentences=["A."], scores=[0.3]) for qid in "12")
     table = tmp_path / "samples_round_0.jsonl"
     line = {"qid": "1", "action": 0, "reward": 0.5, "sentences": [{"text": "A.", "score": 1.0, "advantage": 0.2}]}
     empty = {"qid": "3", "action": 0, "reward": 0.0, "sentences": []}
     table.write_text(json.dumps(line) + "\n" + json.dumps(empty) + "\n")
     each = teacher.Round(0, [scored, late], tmp_path)
     teacher.add_training_view(each, table)
-    assert (scored.reason, scored.advantages, late.reason) == (None, [0.2], "late")
+    assert (scored.reason, scored.scores, scored.advantages, late.reason) == (None, [1.0], [0.2], "late")
     assert each.samples[2].qid == "3" and each.samples[2].scores == []
 
 

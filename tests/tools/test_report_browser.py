@@ -39,6 +39,10 @@ def text(driver, selector) -> str:
     return "\n".join(each.text for each in css(driver, selector))
 
 
+def listed(driver) -> list[str]:
+    return [row.get_attribute("id") for row in css(driver, ".row")]
+
+
 def choose(driver, name: str, words: str) -> None:
     from selenium.webdriver.support.ui import Select
 
@@ -62,11 +66,20 @@ def press(driver, keys: str) -> None:
 def test_overview_shows_the_figures(tab, world):
     shown = text(tab, "#overview")
     figures = world.main["overview"]["figures"]
-    for words in ("75.00", "55.13", f"{figures[1]['rationale']['score']:.3f}", "$2.00", "placeholder 1", "RL itself"):
+    for words in (
+        "75.00",
+        "55.13",
+        f"{figures[1]['rationale']['score']:.3f}",
+        "$2.00",
+        "placeholder 1",
+        "RL itself",
+        "12.50",
+    ):
         assert words in shown, words
     assert len(css(tab, "#overview .figures svg")) == 6 and len(css(tab, "#overview .scores svg")) == 1
     assert "-0.0" not in shown and "−0.0" not in shown, "no sign before a zero"
-    assert text(tab, "#overview td.best"), "the best stage stands out"
+    best = {cell.text for cell in css(tab, "#overview td.best")}
+    assert "12.5" in best and "87.5" not in best, "fewer unfinished rationales are better"
     assert not css(tab, "#overview .none"), "nothing is missing here"
     assert "sft judge-1 both 0 2 1 1 17" in shown, "judge, protocol, verdicts, equal texts"
     assert tab.execute_script("return performance.getEntriesByType('resource').length") == 0, "nothing is fetched"
@@ -89,9 +102,29 @@ def test_filters_search_and_keys(tab, world):
         ("change", f"{NAME} → sft: improved", world.splits["test"][:-1]),
     ):  # fmt: skip
         choose(tab, name, words)
-        found = [row.get_attribute("id") for row in css(tab, ".row")]
-        assert found == [f"row-{world.row[qid]}" for qid in qids], words
+        assert listed(tab) == [f"row-{world.row[qid]}" for qid in qids], words
         choose(tab, name, "all")
+    test = world.splits["test"]
+    scores = [world.main["preds"][stage]["p"] for stage in (0, 1)]
+    lows = {qid: min(*scores[0][world.row[qid]], *scores[1][world.row[qid]]) for qid in test}
+    lows |= {qid: world.main["sampled"][str(world.row[qid])]["low"] for qid in world.splits["train"]}
+    low = sorted(set(lows.values()))[0]
+    assert low in (0, 20, 40, 60, 80), "a bound of the filter"
+    choose(tab, "low", f"at most {low / 100}")
+    assert listed(tab) == [f"row-{world.row[qid]}" for qid in lows if lows[qid] <= low]
+    choose(tab, "low", "all")
+    choose(tab, "split", "test")
+
+    def gain(qid):
+        means = [sum(columns[world.row[qid]]) / len(columns[world.row[qid]]) for columns in scores]
+        return round(means[1]) - round(means[0])
+
+    for words, sign in (("largest gain, first to last stage", -1), ("largest loss, first to last stage", 1)):
+        choose(tab, "sort", words)
+        found = [gain(test[world.main["questions"]["qid"].index(qid)]) for qid in
+                 (world.main["questions"]["qid"][int(name[4:])] for name in listed(tab))]  # fmt: skip
+        assert [sign * each for each in found] == sorted(sign * each for each in found) and len(set(found)) > 1
+    tab.find_element("id", "reset").click()
     tab.find_element("id", "search").send_keys("Land5 map")
     assert text(tab, "#count") == "1 of 12 questions"
     css(tab, ".row")[0].click()
@@ -106,6 +139,10 @@ def test_filters_search_and_keys(tab, world):
     assert "Land4" in text(tab, "#detail h2")
     tab.find_element("id", "next").click()
     assert "Land5" in text(tab, "#detail h2")
+    press(tab, "j" * 20)
+    last = world.main["questions"]["qid"][-1]
+    assert f"Land{last}" in text(tab, "#detail h2") and not tab.find_element("id", "next").is_enabled()
+    tab.get(f"{world.output.as_uri()}#qid=5")
     press(tab, "/")
     press(tab, "jjj")  # typed, not obeyed
     assert tab.find_element("id", "search").get_attribute("value") == "jjj" and "Land5" in text(tab, "#detail h2")
@@ -129,6 +166,7 @@ def test_one_question_shows_everything(tab, world):
     for words in ("RL samples", "Sample 0", "Sample 1", "dropped: placeholder", "Correction", "✓ gold", f"Town{qid}"):
         assert words in shown, words
     assert (text(tab, "#detail del"), text(tab, "#detail ins")) == (f"removed\nHut{qid}.", f"added\nTown{qid}.")
+    assert f"The capital is Hut{qid}. Town{qid}." in shown, "what is removed comes before what is added"
     assert not css(tab, ".tok")
     press(tab, "t")
     sample = world.parts["details"]["samples"][str(world.row[qid])][1]
@@ -146,6 +184,10 @@ def test_one_question_shows_everything(tab, world):
     columns = world.main["preds"]
     wanted = [score for stage in (0, 1) for score in columns[stage]["p"][world.row["2"]]]
     assert [round(100 * float(number)) for number in numbers] == wanted
+    means = [sum(columns[stage]["p"][world.row["2"]]) / len(columns[stage]["p"][world.row["2"]]) for stage in (0, 1)]
+    assert [float(each.text) for each in css(tab, "#detail .mean .chip")] == [round(mean) / 100 for mean in means]
+    tab.get(f"{world.output.as_uri()}#qid={world.splits['train'][0]}")
+    assert text(tab, "#detail .stage .text del") == "It is." and not css(tab, "#detail .stage .text ins")
 
 
 def test_text_of_models_is_shown_and_never_run(tab, world):
