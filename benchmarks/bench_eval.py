@@ -88,14 +88,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         common.check("greedy ids of every question", sides.released_ids, sides.our_ids),
         common.check("scores", torch.tensor([released[n] for n in ours]), torch.tensor(list(ours.values())), 1e-4),
     ]
-    times: dict[str, list[float]] = {"released": [], "ours": []}
-    for _ in range(args.repeats):
-        both = common.seconds(sides.released, device) + sides.pass_seconds  # the test split is generated twice
-        times["released"].append(both / args.rows)
-        times["ours"].append(common.seconds(sides.ours, device) / args.rows)
-    ratios = [slow / fast for slow, fast in zip(times["released"], times["ours"], strict=True)]
-    result = {name: common.spread(values) for name, values in (*times.items(), ("ratio", ratios))}
 
+    def seconds(function, device) -> float:
+        took = common.seconds(function, device)
+        return took + sides.pass_seconds if function == sides.released else took  # the split is generated twice
+
+    result = common.compare(sides.released, sides.ours, args, (args.rows, args.rows), warm_up=False, time_of=seconds)
     scaling = growth(sides, 8 * args.rows)
     common.profile(sides.ours, args)
     common.report(

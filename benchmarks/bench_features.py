@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder = load_encoder("vit", name, "random", args.device)
 
     def ours(count: int) -> float:
-        """Seconds per image."""
-        return extract(args, name, [found[n % len(found)] for n in range(count)])[0] / count
+        """Seconds of the script for `count` images."""
+        return extract(args, name, [found[n % len(found)] for n in range(count)])[0]
 
     def released() -> torch.Tensor:
         return released_recipe.image_features(encoder, found[: args.images])
@@ -81,14 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     features = torch.from_numpy(extract(args, name, found[: args.images])[1])
     equal = [common.check("features of every image", released(), features, 1e-3)]
     many = MORE * args.images
-    times: dict[str, list[float]] = {"released": [], "ours": []}
-    for _ in range(args.repeats):
-        times["released"].append(common.seconds(released, device) / args.images)
-        times["ours"].append(ours(many))
-    ratios = [slow / fast for slow, fast in zip(times["released"], times["ours"], strict=True)]
-    result = {side: common.spread(values) for side, values in (*times.items(), ("ratio", ratios))}
+    result = common.compare(
+        released, lambda: ours(many), args, (args.images, many), warm_up=False,
+        time_of=lambda function, device: function() if function is not released else common.seconds(released, device),
+    )  # fmt: skip
     per_image = result["ours"]["median"]
-    scaling = {f"{n}x": ours(n * many) / per_image for n in (2, 4)} if args.size == "tiny" else {}
+    scaling = {f"{n}x": ours(n * many) / (n * many) / per_image for n in (2, 4)} if args.size == "tiny" else {}
     pixels = [encoder.transform(released_recipe.read(path)) for path in found[: min(8, args.images)]]
     common.profile(lambda: encoder(pixels), args)
     products = limits.products(lambda: encoder(pixels))

@@ -287,11 +287,13 @@ def compare(
     args: argparse.Namespace,
     work: tuple[float, float] = (1, 1),
     warm_up: bool = True,
+    time_of: Callable[[Callable[[], Any], Any], float] = seconds,
 ) -> dict[str, Any]:
     """Both sides interleaved (A B, B A, ...) `--repeats` times, after one untimed call of ours.
 
-    `work`: units (samples, questions) that a call of either does; times are per unit. Returns medians and ranges in
-    seconds, and the ratio released / ours of neighbouring calls: its median and range.
+    `work`: units (samples, questions) that a call of either does; times are per unit. `time_of(function, device)`
+    calls a side and returns its seconds. Returns medians and ranges in seconds, and the ratio released / ours of
+    neighbouring calls: its median and range.
     """
     if warm_up:
         ours()
@@ -299,7 +301,7 @@ def compare(
     for repeat in range(args.repeats):
         pair = [("released", released, work[0]), ("ours", ours, work[1])]
         for name, function, units in pair if repeat % 2 == 0 else reversed(pair):
-            times[name].append(seconds(function, args.device) / units)
+            times[name].append(time_of(function, args.device) / units)
     ratios = [slow / fast for slow, fast in zip(times["released"], times["ours"], strict=True)]
     return {name: spread(values) for name, values in (*times.items(), ("ratio", ratios))}
 
