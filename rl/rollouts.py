@@ -397,4 +397,10 @@ def scored(rollouts: Rollouts, decision: dict) -> tuple[Rollouts, list[list[floa
     """The rows that count and their scores, one list per row."""
     keys = rollouts.keys()
     rows = [row for row, key in enumerate(keys) if key in decision["scores"]]
+    odd = next((row for row in rows if len(decision["scores"][keys[row]]) != rollouts.sentence_counts[row]), None)
+    if odd is not None:
+        raise UserError(
+            f"scores.json gives {len(decision['scores'][keys[odd]])} scores to {keys[odd]}, which has "
+            f"{int(rollouts.sentence_counts[odd])} sentences; delete it: they are then read from the replies again"
+        )
     return rollouts.select(rows), [decision["scores"][keys[row]] for row in rows]

@@ -222,7 +222,7 @@ class PpoTrainer:
             checkpoint_gradients(self.raw)
         roll = data.rollouts
         self.lengths = list(zip(roll.lengths.tolist(), (prompts.lengths[qid] for qid in roll.qids), strict=True))
-        self.stop_epoch = False
+        self.stop_epoch, self.ctrl_c = False, launch.CtrlC()
         self.position, self.saved_at, self.saves = Position(), time.monotonic(), 0
 
     @property
@@ -235,7 +235,7 @@ class PpoTrainer:
 
         Ctrl-C saves after the update at hand and ends with KeyboardInterrupt, on every process.
         """
-        with launch.CtrlC() as self.ctrl_c:
+        with self.ctrl_c:
             self._epochs()
 
     def _epochs(self) -> None:

@@ -22,6 +22,10 @@ from teacher.interface import JUDGE, SCORE
 REFUSED_REPLY = f"unusable_{handoff.REPLY}"  # reads well, but its stop reason says that it is not the whole reply
 
 
+_SIDECAR_KINDS = {"teacher": str, "model": str, "time": str, "copied_from": str, "usage": dict,
+                  "cost_usd": (int, float, type(None))}  # fmt: skip
+
+
 def read_reply(kind: str, folder: Path) -> list[float] | str:
     """What an item's reply says: scores (`score.txt` is written), the corrected rationale, or a verdict.
 
@@ -56,7 +60,8 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
         about = files.parse_json(files.read_shared(folder / handoff.SIDECAR).decode("utf-8"), nan=True)
     except (OSError, ValueError):
         return {}
-    return about if isinstance(about, dict) else {}
+    fits = about.items() if isinstance(about, dict) else ()
+    return {name: value for name, value in fits if isinstance(value, _SIDECAR_KINDS.get(name, object))}
 
 
 def is_answered(kind: str, folder: Path) -> bool:

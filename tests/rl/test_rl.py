@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,6 @@ import torch
 
 import run_mm_cot_rl
 from ares import files
-from ares import launch as launch_lock
 from ares.cli import UserError
 from rl import experience, rollouts, run_folder
 from rl import flags as rl_flags
@@ -199,7 +199,7 @@ def test_two_processes_then_a_second_round(world, collected, tmp_path):
     said = done.stdout.splitlines()
     assert said.index("Rationale Finished") < said.index("Waiting for the feedback")
     assert "2 process(es) on cpu" in done.stdout
-    assert {path.name for path in run.iterdir()} - {launch_lock.LOCK} == {
+    assert {path.name for path in run.iterdir()} == {
         "0", "args.yaml", "metrics.jsonl", "questions_round0", "rollouts", "samples_round_0.jsonl", "tensorboard"
     }  # fmt: skip
     assert {path.name for path in (run / "0").iterdir()} - {"special_tokens_map.json"} == ROUND_FILES
@@ -332,7 +332,8 @@ def test_overwrite_starts_anew_and_keeps_paid_replies(world, collected, tmp_path
 
 def test_the_commands_after_collecting_name_the_data(tmp_path):
     argv = f"--base_model_dir {tmp_path} --data_root data --dataset aokvqa --images pictures --phase collect".split()
-    first, second, third = run_folder.next_commands(run_mm_cot_rl.parse_args(argv), tmp_path, argv).splitlines()
+    commands = run_folder.next_commands(run_mm_cot_rl.parse_args(argv), tmp_path, argv)
+    first, second, third = (shlex.join(map(str, words)) for words in commands)
     for command in (first, second):
         assert command.endswith(" --data_root data --dataset aokvqa --images pictures")
     assert third.endswith("--images pictures --phase train")

@@ -171,9 +171,10 @@ def test_a_jpeg_called_png_travels_as_jpeg(server, questions):
     assert {kind for asked in server.asked for kind, _, _ in asked.images} == {"image/png", "image/jpeg"}
 
 
-def test_an_absent_image_is_said(server, questions, sample, capsys):
+def test_an_absent_image_is_said(server, questions, sample, capsys, tmp_path):
+    shutil.copytree(sample / "ScienceQA/data/scienceqa", tmp_path / "bare/scienceqa")  # without the sample's images
     (handoff.question_dir(questions, 0, 0, PICTURE) / "image.png").unlink()
-    ask(server, questions, data_root=sample / "ScienceQA/data")
+    ask(server, questions, data_root=tmp_path / "bare")
     assert "1 asked without the image" in capsys.readouterr().out
     assert "not found" in sidecar(handoff.question_dir(questions, 0, 0, PICTURE))["text_only"]
     shutil.rmtree(questions / "1")

@@ -6,6 +6,7 @@ The same functions as in training (rl/experience.py) on the same files give the 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ def add_tokens(run: Path, each: Round, shown: Collection[str]) -> str | None:
     try:
         kl_coef = getattr(args, "kl_coef", args.init_kl_coef)  # --target_kl may have moved it
         data = experience(rows, scores, args, kl_coef)
-    except (AttributeError, TypeError, KeyError) as error:
+        if not math.isfinite(float(data.advantages.sum()) + float(args.neutral_score)):
+            raise TypeError("a flag is no usual number")
+    except (AttributeError, TypeError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"--run: {settings} does not hold the flags of RL ({in_one_line(error, 80)})") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
