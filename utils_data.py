@@ -24,8 +24,7 @@ from torch.utils.data import Dataset
 from ares import data_folder as files
 from ares.checkpoints import img_shape
 from ares.cli import UserError, print0, refuse, warn0
-from ares.files import read_json
-from ares.predictions import texts_by_qid
+from ares.predictions import read_predictions
 from utils_prompt import build_train_pair, normalize, option_letters
 from vision.features import VisionFeatures
 
@@ -192,7 +191,7 @@ def read_le(path: str | Path, qids: Sequence[str], flag: str) -> dict[str, str]:
 
     Raises UserError naming `flag` if one is missing, or if a file without ids has another length than the split.
     """
-    by_qid = texts_by_qid(read_json(path, flag), path, flag, qids)
+    by_qid = read_predictions(path, flag, qids).by_qid()
     absent = [qid for qid in qids if qid not in by_qid]
     if absent:
         raise UserError(
