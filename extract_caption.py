@@ -18,7 +18,8 @@ from typing import Any
 
 from ares.cli import HelpFormatter, UserError, print0, progress, refuse, run, warn0
 from ares.files import read_json, writable_dir, write_json
-from vision.networks import hub_failure, list_images, offline_unless_reachable, pick_device, read_image
+from vision.extraction import list_images
+from vision.networks import hub_failure, offline_unless_reachable, pick_device, read_image
 
 PROMPT = "Write a short description for the image."
 

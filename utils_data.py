@@ -54,13 +54,11 @@ def load_data(args: argparse.Namespace, splits: Mapping[str, str]) -> Data:
     """
     args = argparse.Namespace(**{**_OUR_FLAGS, **vars(args)})
     refuse(data_flag_faults(args))
-    dataset = files.find_dataset(args.data_root, args.dataset)
-    problems = files.load_problems(args.data_root, dataset)
-    all_splits = files.load_splits(args.data_root, dataset, problems)
-    files.check_overlap(
-        all_splits, splits.get("train", ""), [splits[role] for role in ("val", "test") if role in splits]
-    )
-    qids = {role: files.split_qids(all_splits, name, f"--{role}_split") for role, name in splits.items()}
+    data = files.read_data_folder(args.data_root, args.dataset)
+    problems = data.problems
+    evaluated = [splits[role] for role in ("val", "test") if role in splits]
+    files.check_overlap(data.splits, splits.get("train", ""), evaluated)
+    qids = {role: data.split(name, f"--{role}_split") for role, name in splits.items()}
     used = list(dict.fromkeys(qid for role in qids.values() for qid in role))
     for qid in used:
         option_letters(problems[qid], args.options, qid)
@@ -73,7 +71,7 @@ def load_data(args: argparse.Namespace, splits: Mapping[str, str]) -> Data:
     features = open_features(args) if args.img_type is not None else None
     if features is not None:
         check_coverage(features, problems, by_split)
-    return Data(dataset, problems, qids, features, features.shape if features is not None else None)
+    return Data(data.dataset, problems, qids, features, features.shape if features is not None else None)
 
 
 def load_data_std(args: argparse.Namespace) -> tuple[files.Problems, dict[str, list[str]]]:

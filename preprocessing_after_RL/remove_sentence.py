@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from ares import cli, files  # noqa: E402
 from ares.cli import UserError, print0  # noqa: E402
-from ares.data_folder import find_dataset, load_problems, load_splits, split_qids  # noqa: E402
+from ares.data_folder import read_data_folder  # noqa: E402
 from ares.sentences import remove_repeats, split_text  # noqa: E402
 
 OUTPUT = "remove_repetitive_sentences.json"
@@ -100,10 +100,8 @@ def read_predictions(path: Path) -> tuple[list[str], list[str] | None]:
 
 def qids_of_split(args: argparse.Namespace, rows: int, qids: list[str] | None) -> list[str]:
     """Ids for `rows` predictions in split order; ids that the file has are kept, and must be of that split."""
-    dataset = find_dataset(args.data_root, args.dataset)
     name = args.split or "train"
-    splits = load_splits(args.data_root, dataset, load_problems(args.data_root, dataset))
-    of_split = split_qids(splits, name, "--split")
+    of_split = read_data_folder(args.data_root, args.dataset).split(name, "--split")
     if qids is None:
         if len(of_split) != rows:
             raise UserError(

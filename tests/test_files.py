@@ -22,6 +22,7 @@ import haiku_for_correction_feedback
 import preprocessing_for_correction_feedback
 from ares import cli, files
 from ares.cli import UserError
+from ares.launch import only_one
 from teacher import handoff
 from tests.api_server import ApiServer
 from tests.conftest import ROOT
@@ -368,19 +369,19 @@ def test_the_scripts_own_end_turns_a_full_disk_into_one_line(disk, capsys):
 
 def test_only_one_says_who_holds_the_lock_and_ends_with_the_process(tmp_path):
     lock = tmp_path / "run/lock"
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ares import files\n"
-    code += f"with files.only_one({str(lock)!r}, 'x'): print('held', flush=True); sys.stdin.read()"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ares.launch import only_one\n"
+    code += f"with only_one({str(lock)!r}, 'x'): print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     for _ in range(2):  # a refused one leaves the holder's name there
         with pytest.raises(UserError, match=f"--run_dir r: process {holder.pid} on .*since .*"):
-            with files.only_one(lock, "--run_dir r"):
+            with only_one(lock, "--run_dir r"):
                 pass
     holder.kill()
     holder.wait()
-    with files.only_one(lock, "--run_dir r"):
+    with only_one(lock, "--run_dir r"):
         worker = multiprocessing.get_context("fork").Process(target=__import__("time").sleep, args=(30,))
         worker.start()  # inherits the file
-    with files.only_one(lock, "--run_dir r"):
+    with only_one(lock, "--run_dir r"):
         pass
     worker.kill()

@@ -190,7 +190,7 @@ def test_freed_memory_is_kept_where_that_was_asked_for():
     """Page faults of 20 tensors of 64 MB one after the other: of all of them, or of the first few."""
     script = """
 import resource, torch
-from ares.memory import keep_freed_memory
+from vision.extraction import keep_freed_memory
 if {keep}: keep_freed_memory()
 torch.ones(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

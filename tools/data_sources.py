@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ares.cli import UserError, progress
-from ares.data_folder import Problems, load_problems, load_splits, problem_fault, question_images
+from ares.data_folder import Problems, problem_fault, question_images, read_data_folder
 from ares.files import read_json
 from ares.sentences import is_finished
 
@@ -64,8 +64,8 @@ def open_source(dataset: str, where: str, images: str | None) -> Source:
 
 
 def _scienceqa_folder(folder: Path, images: str | None) -> Source:
-    problems = load_problems(folder.parent, folder.name)
-    splits = load_splits(folder.parent, folder.name, problems)
+    data = read_data_folder(folder.parent, folder.name)
+    problems, splits = data.problems, data.splits
     absent = [name for name in SPLITS if name not in splits]
     if absent:
         raise UserError(f"--source: {folder}/pid_splits.json has no split {absent[0]}; copy the whole folder")

@@ -30,13 +30,12 @@ from ares.cli import IMG_TYPES, PROMPT_FORMATS, UserError, print0, run
 from ares.data_folder import (
     CAPTION_DEFAULT,
     find_captions,
-    find_dataset,
     find_feature_file,
     find_images,
     load_captions,
-    load_problems,
     problem_fault,
     question_images,
+    read_data_folder,
 )
 from ares.files import read_json, read_yaml
 from sft import run as sft_run
@@ -184,11 +183,10 @@ def the_question(args: argparse.Namespace, use_caption: bool) -> Question:
         if args.caption and not use_caption:
             raise UserError("--caption: the model was trained without captions; drop it, or say it in --hint")
         return Question("question", problem, Path(args.image) if args.image else None, False)
-    dataset = find_dataset(args.data_root, args.dataset)
-    problems = load_problems(args.data_root, dataset)
-    if args.qid not in problems:
-        raise UserError(f"--qid: {args.data_root}/{dataset}/problems.json has no question {args.qid}")
-    problem = problems[args.qid]
+    data = read_data_folder(args.data_root, args.dataset)
+    if args.qid not in data.problems:
+        raise UserError(f"--qid: {args.data_root}/{data.dataset}/problems.json has no question {args.qid}")
+    problem = data.problems[args.qid]
     problem["caption"] = caption_of(args, use_caption)
     folder = find_images(args)
     images = question_images(folder, args.qid) if folder else []

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from ares.checkpoints import img_shape
-from ares.cli import UserError, warn0
-from ares.files import atomic_path, one_at_a_time, read_json
+from ares.cli import DiskError, UserError, warn0
+from ares.files import atomic_path, read_json
+from ares.launch import only_one
 
 WHOLE = 2**28  # bytes: features up to this size are hashed whole
 
@@ -199,7 +200,7 @@ def _mappable_copy(path: Path) -> Path:
     if is_made():
         return copy
     try:
-        with one_at_a_time(path.with_name(f".{path.name}.lock")):
+        with only_one(path.with_name(f".{path.name}.lock"), f"{path}", required=False, wait=True):
             if not is_made():
                 stamp = path.stat().st_mtime_ns
                 tensor = torch.load(path, weights_only=True, map_location="cpu")
@@ -211,10 +212,11 @@ def _mappable_copy(path: Path) -> Path:
                     with open(temporary, "wb") as file:
                         np.save(file, tensor.numpy())
                     os.utime(temporary, ns=(stamp, stamp))
-    except OSError as error:
+    except (DiskError, OSError) as error:
+        reason = getattr(error.__cause__ or error, "strerror", None) or error
         raise UserError(
             f"--vision_features: {path} was saved by a torch before 1.6, cannot be mapped, and no copy can be written "
-            f"beside it ({error.strerror or error}); make its folder writable, or load it once and save it again"
+            f"beside it ({reason}); make its folder writable, or load it once and save it again"
         ) from error
     return copy
 

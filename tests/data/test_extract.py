@@ -21,8 +21,9 @@ from ares.cli import UserError
 from ares.data_folder import load_captions, load_name_map
 from ares.images import load_image
 from tests.conftest import ROOT, one_line_error, run_script
+from vision import extraction
 from vision.features import VisionFeatures
-from vision.networks import list_images, load_encoder, read_image
+from vision.networks import load_encoder, read_image
 
 TRIAL = ["--model_name", "test_vit", "--random_weights", "--workers", "0", "--batch_size", "4"]
 
@@ -140,11 +141,9 @@ def test_kill_and_run_again(images, tmp_path):
 
 
 def test_on_a_cpu_images_are_decoded_in_this_process_and_on_a_gpu_by_one_per_core(monkeypatch):
-    import extract_features
-
-    monkeypatch.setattr(extract_features.os, "sched_getaffinity", lambda pid: set(range(40)))
-    assert [extract_features.decoders(asked, "cpu") for asked in (None, 0, 3)] == [0, 0, 3]
-    assert [extract_features.decoders(asked, "cuda") for asked in (None, 0, 3)] == [16, 0, 3]
+    for cores, workers in ((40, 16), (5, 5)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+        assert extraction.default_workers("cpu") == 0 and extraction.default_workers("cuda") == workers
 
 
 def test_decoding_processes_on_any_python(images, tmp_path, monkeypatch):
@@ -165,7 +164,7 @@ def test_other_settings_start_over(images, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(extract_features.Rows, "finish", stop)
+        patched.setattr(extraction.FeatureStore, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
             extract(images, tmp_path / "a", *TRIAL)
     extract(images, tmp_path / "a", *TRIAL, "--seed", "5")
@@ -221,19 +220,19 @@ def test_pictures_of_every_kind_are_read_or_refused(tmp_path, monkeypatch):
 def test_stopped_at_the_very_end_nothing_is_lost(images, tmp_path, monkeypatch, capsys):
     """The finished rows of a .npy are the file itself, moved in one step."""
     flags = ["--img_type", "resnet", "--model_name", "test_resnet", "--random_weights", "--workers", "0"]
-    finish = extract_features.Rows.finish
+    finish = extraction.FeatureStore.finish
 
-    def stop(rows, path):
+    def stop(store, path):
         def no_disk(*_):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", no_disk)
             patched.setattr(os, "unlink", no_disk)
-            finish(rows, path)
+            finish(store, path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(extract_features.Rows, "finish", stop)
+        patched.setattr(extraction.FeatureStore, "finish", stop)
         with contextlib.suppress(KeyboardInterrupt):
             extract(images, tmp_path, *flags)
     extract(images, tmp_path, *flags)
@@ -251,13 +250,13 @@ def test_split_folders(images, tmp_path):
     for split, qids in (("train", ("46", "1014")), ("test", ("62", "133"))):
         for qid in qids:
             shutil.copytree(images / qid, tmp_path / split / qid)
-    assert [*list_images(tmp_path)] == ["46", "62", "133", "1014"]
-    assert [*list_images(tmp_path, ["test"])] == ["62", "133"]
+    assert [*extraction.list_images(tmp_path)] == ["46", "62", "133", "1014"]
+    assert [*extraction.list_images(tmp_path, ["test"])] == ["62", "133"]
     with pytest.raises(UserError, match="--splits: no folder val"):
-        list_images(tmp_path, ["val", "test"])
+        extraction.list_images(tmp_path, ["val", "test"])
     shutil.copytree(images / "62", tmp_path / "train" / "62")
     with pytest.raises(UserError, match="question 62 has two folders"):
-        list_images(tmp_path)
+        extraction.list_images(tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -317,7 +316,7 @@ def test_mistakes_before_any_network_is_built(images, tmp_path):
     with pytest.raises(UserError, match="--weights: .*none.bin does not exist"):
         extract(images, tmp_path / "out", "--weights", str(tmp_path / "none.bin"))
     with pytest.raises(UserError, match="no .qid./image.png"):
-        list_images(tmp_path / "out")
+        extraction.list_images(tmp_path / "out")
 
 
 @pytest.mark.parametrize("img_type", ["vit", "detr"])
@@ -391,7 +390,7 @@ def test_captions(instructblip, images, tmp_path, capsys):
     output = tmp_path / "instruct_captions.json"
     caption(images, output, instructblip, "--batch_size", "5")
     captions = load_captions(output)
-    assert [*captions] == [*list_images(images)]
+    assert [*captions] == [*extraction.list_images(images)]
     assert len(set(captions.values())) > 1  # the image reaches the words
     assert not any("description for the image" in text or "<image>" in text for text in captions.values())
     assert [path.name for path in tmp_path.iterdir()] == [output.name]

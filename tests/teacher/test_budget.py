@@ -14,7 +14,7 @@ import time
 import pytest
 
 import haiku
-from ares import cli, files, images
+from ares import cli, images, launch
 from haiku_for_correction_feedback import edit_distance
 from teacher import agreement, api_errors, budget, claude, handoff, pacing, prices
 from teacher.budget import Ledger, read_log
@@ -308,7 +308,7 @@ def test_two_clients_do_not_share_a_folder(server, questions):
     server.latency = 0.0
     ask(server, questions)
     assert len(scores(questions)) == 24
-    with files.only_one(questions / "teacher/lock", "test"):
+    with launch.only_one(questions / "teacher/lock", "test"):
         pass
 
 
