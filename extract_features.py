@@ -37,7 +37,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     files.add_argument("--output_dir", default="vision_features", metavar="DIR", help="where the features go")
     files.add_argument("--overwrite", action="store_true", help="replace features made with other settings")
     files.add_argument(
-        "--strict", action="store_true", help="stop at a broken image (default: a row of zeros, and a warning)"
+        "--strict", action="store_true", help="stop at a broken image (default: a warning, a row of zeros)"
     )
     network = parser.add_argument_group("network")
     network.add_argument("--img_type", choices=IMG_TYPES, default="vit", help="kind of features")

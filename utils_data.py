@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from ares import data_folder as files
 from ares.checkpoints import img_shape
-from ares.cli import UserError, print0, refuse, warn0
+from ares.cli import CAPTION_DEFAULT, UserError, print0, refuse, warn0
 from ares.files import read_json
 from ares.predictions import texts_by_qid
 from utils_prompt import build_train_pair, normalize, option_letters
@@ -141,7 +141,7 @@ def _fill_captions(args: argparse.Namespace, problems: files.Problems, splits: M
         path = files.find_captions(args)
         captions = files.load_captions(path)
         files.check_captions(path, captions, problems, splits)
-    elif args.caption_file != files.CAPTION_DEFAULT:
+    elif args.caption_file != CAPTION_DEFAULT:
         print0("note: --caption_file has no effect without --use_caption")
     for qid, problem in problems.items():
         problem["caption"] = captions.get(qid, "")

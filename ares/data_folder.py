@@ -18,11 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ares.cli import UserError, print0, warn0
+from ares.cli import CAPTION_DEFAULT, UserError, print0, warn0
 from ares.files import NAME_MAX, read_json
 
 KNOWN_DATASETS = ("scienceqa", "aokvqa")
-CAPTION_DEFAULT = "data/captions.json"  # the default of --caption_file
 CAPTION_NAMES = ("captions.json", "instruct_captions.json")
 FEATURE_SUFFIXES = (".npy", ".safetensors", ".pth", ".pt")  # fastest to map first
 TEXT_FIELDS = ("question", "hint", "lecture", "solution")

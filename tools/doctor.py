@@ -30,7 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from ares import cli, data_folder
-from ares.cli import IMG_TYPES, Stop, UserError, print0, run, warn0
+from ares.cli import Stop, UserError, print0, run, warn0
 from ares.data_folder import DataFolder
 from ares.images import broken_images
 from teacher import claude
@@ -54,14 +54,7 @@ Splits = Mapping[str, Sequence[str]]  # name -> question ids
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    data = cli.add_data_flags(parser)
-    data.add_argument("--caption_file", default=data_folder.CAPTION_DEFAULT, help="captions, {qid: text}")
-    data.add_argument(
-        "--use_caption", action="store_true", help="captions are needed (default: checked if there are any)"
-    )
-    data.add_argument("--img_type", choices=IMG_TYPES, help="vision features to check (none: text only)")
-    data.add_argument("--vision_features", help="folder of feature files (default: {data_root}/vision_features)")
-    data.add_argument("--name_map", help="qid -> feature row (default: beside the features, then in --data_root)")
+    data = cli.add_prompt_data_flags(parser)
     data.add_argument("--train_split", default="train", help="split to train on")
     data.add_argument("--val_split", default="val", help="split to evaluate on")
     data.add_argument("--test_split", default="test", help="split to test on")
@@ -255,7 +248,7 @@ def captions(args: argparse.Namespace, problems: data_folder.Problems, splits: S
     try:
         path = data_folder.find_captions(args)
     except UserError:
-        if args.use_caption or args.caption_file != data_folder.CAPTION_DEFAULT:
+        if args.use_caption or args.caption_file != cli.CAPTION_DEFAULT:
             raise
         return None, "none (needed with --use_caption only)"
     found = data_folder.load_captions(path)
