@@ -364,6 +364,25 @@ def test_the_scripts_own_end_turns_a_full_disk_into_one_line(disk, capsys):
         cli.run(defect)
 
 
+def test_the_next_start_removes_what_a_killed_process_left(tmp_path):
+    """Of this machine's dead processes only: not the files of one that runs, and no other file."""
+    code = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from ares import files\n"
+        f"os.chdir({str(tmp_path)!r})\nwith files.atomic_path('a') as file, files.atomic_dir('b') as folder:\n"
+        "    file.write_text('half'); (folder / 'part').write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    left = set(tmp_path.iterdir())
+    assert len(left) == 2
+    (tmp_path / ".tmp-notes").touch()
+    other_machine = tmp_path / f".tmp-{0:08x}-{max(left).name.split('-', 2)[2]}"
+    other_machine.touch()
+    with files.atomic_path(tmp_path / "c") as running:
+        running.touch()
+        files.writable_dir(tmp_path, "--x")
+        assert set(tmp_path.iterdir()) == {tmp_path / ".tmp-notes", other_machine, running}
+
+
 # -- one process at a time -----------------------------------------------------------------------------------
 
 
