@@ -190,6 +190,10 @@ def test_aokvqa_in_the_same_schema(root):
     (root / "scienceqa/problems.json").write_text("{")  # the other one is not even read
     problems, _ = utils_data.load_data_std(parse("--data_root", root, "--dataset", "aokvqa", "--val_split", "test"))
     assert problems
+    shutil.move(root / "aokvqa", root / "mine")  # any name will do where it is the only one, or is given
+    assert files.find_dataset(root) == "scienceqa"
+    shutil.rmtree(root / "scienceqa")
+    assert files.find_dataset(root) == "mine"
 
 
 def test_dataset_faults(root, tmp_path):
@@ -423,6 +427,14 @@ def test_a_bad_question_is_named(root, keys, value, words):
     fails("--data_root", "scienceqa/problems.json", *words)
 
 
+def test_the_most_choices_and_the_longest_id_are_accepted(root):
+    change(root / "scienceqa/problems.json", "3", "choices", to=list("abcde"))
+    change(root / "scienceqa/problems.json", "x" * 255, to=question(choices=["a", "b"], answer=0))
+    assert len(load_data(parse("--data_root", root), {"train": "train"}).problems) == 7
+    change(root / "scienceqa/problems.json", "x" * 256, to=question())
+    fails("an id names a folder: at most 255 bytes")
+
+
 def test_bad_questions_are_counted(root):
     for qid in ("2", "4", "5"):
         change(root / "scienceqa/problems.json", qid, "answer", to=9)
@@ -454,6 +466,7 @@ def test_split_faults(root):
 
 def test_trainval_is_composed_when_absent(root, capsys):
     args = parse("--data_root", root)
+    change(root / "scienceqa/pid_splits.json", "val", to=["4", "2"])
     assert load_data(args, {"train": "trainval"}).qids["train"] == ["1", "2", "3", "4"]
     assert "no split trainval" in capsys.readouterr().out
     change(root / "scienceqa/pid_splits.json", "trainval", to=["4", "1"])
@@ -659,6 +672,45 @@ def test_feature_faults(root):
     put(root / "vision_features/name_map.json", [1])
     fails("--name_map", "must hold", argv=argv)
     fails("--vision_features and --name_map", "without --img_type", argv=["--vision_features", "v", "--name_map", "n"])
+
+
+def test_large_numbers_are_finite_and_the_first_bad_row_is_named(tmp_path):
+    values = np.full((100, 2, DIM), 3e38, dtype=np.float32)  # their sum is beyond float32
+    np.save(tmp_path / "vit.npy", values)
+    put(tmp_path / "vit.json", {"shape": [2, DIM], "rows": 100})
+    VisionFeatures(tmp_path / "vit.npy", {"a": 0, "b": 97}, "vit").check_finite(range(100))
+    for row, name in ((97, "question b"), (34, "of no question")):
+        values[row, 1, 2] = np.inf
+        np.save(tmp_path / "vit.npy", values)
+        with pytest.raises(UserError, match=rf"row {row} of .*vit.npy \({name}\) holds NaN or infinity"):
+            VisionFeatures(tmp_path / "vit.npy", {"a": 0, "b": 97}, "vit").check_finite(range(100))
+
+
+def test_the_digest_follows_what_the_model_sees(tmp_path, monkeypatch):
+    """Not the order of the rows in the file, but values, ids and which questions have a row; of large files a part."""
+    from vision import features
+
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((4, 2, DIM), dtype=np.float32)
+    put(tmp_path / "vit.json", {"shape": [2, DIM]})
+
+    def digest(values, name_map, qids):
+        np.save(tmp_path / "vit.npy", values)
+        return VisionFeatures(tmp_path / "vit.npy", name_map, "vit").digest(qids)
+
+    for whole in (2**28, 0):
+        monkeypatch.setattr(features, "WHOLE", whole)
+        first = digest(values, {"a": 0, "b": 1}, ["a", "b", "c"])
+        assert digest(values[::-1], {"a": 3, "b": 2}, ["a", "b", "c"]) == first
+        changed = values.copy()
+        changed[1, 1, 0] += 1  # b, the second question: its second patch
+        others = [
+            digest(changed, {"a": 0, "b": 1}, ["a", "b", "c"]),
+            digest(values, {"a": 1, "b": 0}, ["a", "b", "c"]),
+            digest(values, {"a": 0, "c": 1}, ["a", "b", "c"]),
+            digest(values, {"a": 0, "b": 1}, ["a", "b", "d"]),
+        ]
+        assert len({first, *others}) == 5
 
 
 def test_some_rows_absent_is_said(root, capsys):

@@ -20,10 +20,10 @@ import extract_features
 from ares.cli import UserError
 from ares.data_folder import load_captions, load_name_map
 from ares.images import load_image
-from tests.conftest import ROOT, one_line_error, run_script
+from tests.conftest import ROOT, run_script
 from vision import extraction
 from vision.features import VisionFeatures
-from vision.networks import load_encoder, read_image
+from vision.networks import load_encoder, read_image, read_weights
 
 TRIAL = ["--model_name", "test_vit", "--random_weights", "--workers", "0", "--batch_size", "4"]
 
@@ -260,6 +260,30 @@ def test_split_folders(images, tmp_path):
         extraction.list_images(tmp_path)
 
 
+def test_images_of_several_sizes_keep_their_order():
+    encoder = load_encoder("resnet", "test_resnet", "random")
+    generator = torch.Generator().manual_seed(0)
+    pixels = [
+        torch.randn(3, *size, generator=generator) for size in ((96, 64), (64, 64), (64, 96), (64, 64), (96, 64))
+    ]
+    rows = encoder(pixels)
+    for each, row in zip(pixels, rows, strict=True):
+        torch.testing.assert_close(encoder([each])[0], row, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_in_a_training_checkpoint(tmp_path):
+    """As timm takes them: EMA weights, then state_dict, then model; `module.` of distributed training is dropped."""
+    kinds = ("state_dict_ema", "model_ema", "state_dict", "model")
+    checkpoint = {name: {"module.a": torch.full((2,), float(number))} for number, name in enumerate(kinds)}
+    for number, name in enumerate(kinds):
+        torch.save({"epoch": 3, **checkpoint}, tmp_path / "w.pth")
+        assert read_weights(tmp_path / "w.pth")["a"].tolist() == [number] * 2
+        del checkpoint[name]
+    with pytest.raises(UserError, match="is not a state dict"):
+        torch.save({"epoch": 3}, tmp_path / "w.pth")
+        read_weights(tmp_path / "w.pth")
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_local_weights(small, tmp_path, suffix):
     import timm
@@ -427,8 +451,8 @@ def test_captions_stopped_and_continued(instructblip, images, tmp_path, monkeypa
 def test_caption_mistakes(small, tmp_path):
     with pytest.raises(UserError, match="--model: cannot load .*nowhere"):
         caption(small, tmp_path / "captions.json", "nowhere/such-model")
-    done = run_script("extract_caption.py", "--data_root", small, "--batch_size", "0", check=False)
-    one_line_error(done, "--batch_size")
+    with pytest.raises(UserError, match="--max_new_tokens: 0 .*; --batch_size: 0 is less than 1"):
+        extract_caption.main(["--data_root", str(small), "--batch_size", "0", "--max_new_tokens", "0"])
 
 
 def test_caption_of_a_broken_image(small, tmp_path, capsys):
