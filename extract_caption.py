@@ -29,7 +29,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     files = parser.add_argument_group("files")
     files.add_argument("--data_root", default="images", metavar="DIR", help="folder of {qid}/image.png")
     files.add_argument(
-        "--splits", nargs="+", metavar="NAME", help="subfolders of it (default: train val test if there)"
+        "--splits", nargs="+", metavar="NAME", help="its subfolders (default: train val test, if there)"
     )
     files.add_argument("--output", default="instruct_captions.json", metavar="FILE", help="caption file to write")
     files.add_argument("--overwrite", action="store_true", help="replace captions made with other settings")

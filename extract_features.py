@@ -32,13 +32,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     files = parser.add_argument_group("files")
     files.add_argument("--data_root", default="images", metavar="DIR", help="folder of {qid}/image.png")
     files.add_argument(
-        "--splits", nargs="+", metavar="NAME", help="subfolders of it (default: train val test if there)"
+        "--splits", nargs="+", metavar="NAME", help="its subfolders (default: train val test, if there)"
     )
     files.add_argument("--output_dir", default="vision_features", metavar="DIR", help="where the features go")
     files.add_argument("--overwrite", action="store_true", help="replace features made with other settings")
-    files.add_argument(
-        "--strict", action="store_true", help="stop at a broken image (default: a warning, a row of zeros)"
-    )
+    files.add_argument("--strict", action="store_true", help="stop at a broken image (default: warn, a row of zeros)")
     network = parser.add_argument_group("network")
     network.add_argument("--img_type", choices=IMG_TYPES, default="vit", help="kind of features")
     network.add_argument("--model_name", help="another model of timm (detr: transformers)")
@@ -48,18 +46,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     running = parser.add_argument_group("running")
     running.add_argument("--batch_size", type=int, default=16, help="images at a time (default: %(default)s)")
     running.add_argument(
-        "--workers",
-        type=int,
-        help="processes that decode images, 0: this one (default: with a GPU one per core; else 0)",
+        "--workers", type=int, help="processes that decode images (default: one per core; on a CPU 0)"
     )
     running.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     running.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="type of stored numbers")
     args = parser.parse_args(argv)
     refuse(
         ["--batch_size: at least 1 image at a time"] * (args.batch_size < 1)
-        + ["--workers: a number of processes cannot be negative"] * (args.workers is not None and args.workers < 0)
-        + ["--weights and --random_weights contradict each other: drop one"]
-        * bool(args.weights and args.random_weights)
+        + ["--workers: a number of processes cannot be negative"] * ((args.workers or 0) < 0)
+        + ["--weights and --random_weights contradict: drop one"] * bool(args.weights and args.random_weights)
     )
     return args
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import math
@@ -33,6 +32,7 @@ from ares.cli import FULL, DiskError, UserError, disk_error, in_one_line, shorte
 NAME_MAX = 255  # bytes in a file name, on every common file system
 MAX_BYTES = 1 << 32  # of a file that the user names
 SHARED_BYTES = 1 << 26  # of a file in a questions folder
+TEMPORARY = f".tmp-{zlib.crc32(socket.gethostname().encode()):08x}-"  # with the machine, then the process id
 
 # -- reading ---------------------------------------------------------------------------------------------
 
@@ -305,18 +305,13 @@ def touch(path: str | os.PathLike) -> None:
 
 def _temporary_name() -> str:
     # not made of the target's name, which may be 255 bytes long
-    return f"{_temporary_prefix()}{os.getpid()}-{threading.get_ident() % 10**6}-{time.monotonic_ns()}"
-
-
-@functools.cache
-def _temporary_prefix() -> str:
-    return f".tmp-{zlib.crc32(socket.gethostname().encode()):08x}-"  # a process id means something on its machine only
+    return f"{TEMPORARY}{os.getpid()}-{threading.get_ident() % 10**6}-{time.monotonic_ns()}"
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
     """Delete the temporary files in `folder` of processes of this machine that have ended: they were killed."""
-    for path in Path(folder).glob(f"{_temporary_prefix()}*"):
-        pid = path.name.removeprefix(_temporary_prefix()).partition("-")[0]
+    for path in Path(folder).glob(f"{TEMPORARY}*"):
+        pid = path.name.removeprefix(TEMPORARY).partition("-")[0]
         if pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

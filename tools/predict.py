@@ -52,15 +52,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     models.add_argument("--answer_model", metavar="DIR", help="another model, which answers")
     models.add_argument("--tokenizer", metavar="DIR", help="tokenizer (default: the checkpoint's own)")
     models.add_argument("--prompt_format", choices=PROMPT_FORMATS, help="of --model (default: as trained, else QCM-E)")
-    models.add_argument(
-        "--answer_format", choices=PROMPT_FORMATS, help="of --lora or --answer_model (default: as trained, else QCM-A)"
-    )
-    models.add_argument(
-        "--use_caption",
-        type=cli.str2bool,
-        metavar="BOOL",
-        help="captions in prompts (default: as trained, else True)",
-    )
+    models.add_argument("--answer_format", choices=PROMPT_FORMATS, help="of the model or adapter that answers "
+                        "(default: as trained, else QCM-A)")  # fmt: skip
+    models.add_argument("--use_caption", type=cli.str2bool, metavar="BOOL", help="captions in prompts "
+                        "(default: as trained, else True)")  # fmt: skip
     models.add_argument("--output_len", type=int, help="longest rationale, in tokens (default: as trained, else 512)")
     models.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     question = parser.add_argument_group("a question of your own")
@@ -71,9 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     question.add_argument("--caption", default="", metavar="TEXT", help="a caption of the picture, added to the hint")
     data = cli.add_data_flags(parser)
     data.add_argument("--qid", help="ask a question of --data_root")
-    data.add_argument(
-        "--caption_file", default=CAPTION_DEFAULT, help="captions, where the model was trained with them"
-    )
+    data.add_argument("--caption_file", default=CAPTION_DEFAULT, help="captions, if the model was trained with them")
     vision = parser.add_argument_group("vision features")
     vision.add_argument("--img_type", choices=IMG_TYPES, help="kind of features (default: as trained)")
     vision.add_argument("--vision_features", help="folder of feature files; a new picture gets the same network")
