@@ -24,7 +24,7 @@ import preprocessing_for_correction_feedback
 from ares import cli, files
 from ares.cli import UserError
 from ares.launch import only_one
-from teacher import handoff
+from teacher import handoff, reply_files
 from tests.api_server import ApiServer
 from tests.conftest import ROOT
 from tests.disk import fill, small_disk
@@ -133,7 +133,7 @@ def _module(name: str):
 def _scores(questions: Path) -> None:
     for item in handoff.iter_items(questions):
         with contextlib.suppress(handoff.Refused):
-            handoff.read_scores(item.folder)
+            reply_files.read_scores(item.folder)
     assert handoff.is_done(questions, 0) in (True, False) and handoff.exported(questions) in (True, False)
 
 

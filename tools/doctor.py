@@ -34,8 +34,8 @@ from ares.cli import Stop, UserError, print0, run, warn0
 from ares.data_folder import DataFolder
 from ares.images import broken_images
 from teacher import claude
-from teacher.api_errors import KEY
-from teacher.requests import images_of_questions
+from teacher.claude import KEY
+from teacher.handoff import images_of_questions
 
 PUBLIC = {
     "scienceqa": "12,726 train (6,218 with an image), 4,241 val (2,097), 4,241 test (2,017); 11,208 feature rows",
