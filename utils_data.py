@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from ares import data_folder as files
 from ares.checkpoints import img_shape
-from ares.cli import UserError, print0, refuse, warn0
+from ares.cli import CAPTION_DEFAULT, UserError, print0, refuse, warn0
 from ares.predictions import read_predictions
 from utils_prompt import build_train_pair, normalize, option_letters
 from vision.features import VisionFeatures
@@ -53,13 +53,11 @@ def load_data(args: argparse.Namespace, splits: Mapping[str, str]) -> Data:
     """
     args = argparse.Namespace(**{**_OUR_FLAGS, **vars(args)})
     refuse(data_flag_faults(args))
-    dataset = files.find_dataset(args.data_root, args.dataset)
-    problems = files.load_problems(args.data_root, dataset)
-    all_splits = files.load_splits(args.data_root, dataset, problems)
-    files.check_overlap(
-        all_splits, splits.get("train", ""), [splits[role] for role in ("val", "test") if role in splits]
-    )
-    qids = {role: files.split_qids(all_splits, name, f"--{role}_split") for role, name in splits.items()}
+    data = files.read_data_folder(args.data_root, args.dataset)
+    problems = data.problems
+    evaluated = [splits[role] for role in ("val", "test") if role in splits]
+    files.check_overlap(data.splits, splits.get("train", ""), evaluated)
+    qids = {role: data.split(name, f"--{role}_split") for role, name in splits.items()}
     used = list(dict.fromkeys(qid for role in qids.values() for qid in role))
     for qid in used:
         option_letters(problems[qid], args.options, qid)
@@ -72,7 +70,7 @@ def load_data(args: argparse.Namespace, splits: Mapping[str, str]) -> Data:
     features = open_features(args) if args.img_type is not None else None
     if features is not None:
         check_coverage(features, problems, by_split)
-    return Data(dataset, problems, qids, features, features.shape if features is not None else None)
+    return Data(data.dataset, problems, qids, features, features.shape if features is not None else None)
 
 
 def load_data_std(args: argparse.Namespace) -> tuple[files.Problems, dict[str, list[str]]]:
@@ -142,7 +140,7 @@ def _fill_captions(args: argparse.Namespace, problems: files.Problems, splits: M
         path = files.find_captions(args)
         captions = files.load_captions(path)
         files.check_captions(path, captions, problems, splits)
-    elif args.caption_file != files.CAPTION_DEFAULT:
+    elif args.caption_file != CAPTION_DEFAULT:
         print0("note: --caption_file has no effect without --use_caption")
     for qid, problem in problems.items():
         problem["caption"] = captions.get(qid, "")

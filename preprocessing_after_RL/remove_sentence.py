@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from ares import cli, files  # noqa: E402
 from ares.cli import print0  # noqa: E402
-from ares.data_folder import find_dataset, load_problems, load_splits, split_qids  # noqa: E402
+from ares.data_folder import read_data_folder  # noqa: E402
 from ares.predictions import read_predictions  # noqa: E402
 from ares.sentences import remove_repeats, split_text  # noqa: E402
 
@@ -57,9 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = Path(args.file_path)
     split = None
     if args.data_root:
-        name, dataset = args.split or "train", find_dataset(args.data_root, args.dataset)
-        splits = load_splits(args.data_root, dataset, load_problems(args.data_root, dataset))
-        split = split_qids(splits, name, "--split")
+        name = args.split or "train"
+        split = read_data_folder(args.data_root, args.dataset).split(name, "--split")
     read = read_predictions(source, "--file_path", split, "; name the --split that was generated")
     if split is not None:
         read.refuse_unknown(set(split), "--split", f"in split {name}")

@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from ares import cli, files
-from ares.data_folder import find_dataset, find_images, load_problems, load_splits, question_images, split_qids
+from ares.data_folder import find_images, question_images, read_data_folder
 from ares.intervals import ratio_interval, shares_interval
 from ares.predictions import FILE_NAMES, find_predictions, labelled, read_predictions
 from teacher import client, estimate, handoff
@@ -279,9 +279,8 @@ def result_file(args: argparse.Namespace) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    dataset = find_dataset(args.data_root, args.dataset)
-    problems = load_problems(args.data_root, dataset)
-    qids = split_qids(load_splits(args.data_root, dataset, problems), args.split, "--split")
+    data = read_data_folder(args.data_root, args.dataset)
+    problems, qids = data.problems, data.split(args.split, "--split")
     a, b = read_systems(args, qids)
     files.writable_dir(args.output, "--output")
 
@@ -310,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files.write_json(
         path,
         {"systems": labels, "judge": judge, "protocol": args.protocol, "seed": args.seed, "split": args.split,
-         "dataset": dataset, "summary": summary, "verdicts": verdicts},
+         "dataset": data.dataset, "summary": summary, "verdicts": verdicts},
         indent=1,
     )  # fmt: skip
     for line in result_lines(labels, summary):
