@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import platform
 import re
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -15,7 +12,6 @@ import pytest
 import torch
 from transformers.activations import ACT2FN
 
-from tests.conftest import ROOT
 from tests.tiny import make_data, make_model
 
 
@@ -183,23 +179,3 @@ def test_flops_of_a_row_are_those_that_torch_counts():
     # the formula counts the causal half of the decoder's attention, all of which runs
     causal = config.num_decoder_layers * 2 * L * L * config.num_heads * config.d_kv
     assert row_flops(model.config, S, L) + causal == pytest.approx(seen.flops(), rel=0.01)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_freed_memory_is_kept_where_that_was_asked_for():
-    """Page faults of 20 tensors of 64 MB one after the other: of all of them, or of the first few."""
-    script = """
-import resource, torch
-from ares.memory import keep_freed_memory
-if {keep}: keep_freed_memory()
-torch.ones(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20): torch.ones(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    faults = {
-        keep: int(subprocess.run([sys.executable, "-c", script.format(keep=keep)], cwd=ROOT, text=True,
-                                 capture_output=True, check=True).stdout)
-        for keep in (True, False)
-    }  # fmt: skip
-    assert faults[True] < faults[False] / 2
