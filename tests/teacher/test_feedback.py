@@ -170,7 +170,7 @@ def test_signal_made_by_hand(tmp_path):
     for content in (b"finished", b"\xff\xfe", b"[]", b'{"exported_ns": "x"}'):
         (tmp_path / EXPORTED).write_bytes(content)
         assert not is_done(tmp_path, 0)
-    (tmp_path / EXPORTED).write_text('{"exported_ns": 99999999999999999999}')  # later than the file itself
+    (tmp_path / EXPORTED).write_text('{"exported_ns": 9000000000000000000}')  # later than the file itself
     mark_done(tmp_path, 0)
     assert is_done(tmp_path, 0)
 
