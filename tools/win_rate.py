@@ -294,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.estimate:
             session.add(items, serve=False)
             return estimate.estimate(session)
+        path = result_file(args)  # before anything is paid for
         report = client.answer_items(session, items, args)
     cli.print0(f"{args.teacher}: {report.summary()}")
     if args.submit_only:
@@ -305,7 +306,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = summarise(problems, list(a), asked, verdicts, args.seed)
     judge = {"teacher": each.name, "model": each.model, "prompt_version": JUDGE_WORDING.version,
              "with_image": args.with_image, "replies_by": dict(report.written_by)}  # fmt: skip
-    path = result_file(args)
     files.write_json(
         path,
         {"systems": labels, "judge": judge, "protocol": args.protocol, "seed": args.seed, "split": args.split,

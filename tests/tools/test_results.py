@@ -17,6 +17,7 @@ from teacher.reference import rationale_figures
 from tests.conftest import ROOT
 from tests.tools.report_tools import released_file
 from tools import results
+from utils_evaluate import CATEGORIES
 
 SEEDS = [ROOT / f"demo/results/seed{seed}.json" for seed in range(3)]
 
@@ -85,17 +86,19 @@ def systems(tmp_path, sample):
     return tmp_path, data_root, right
 
 
-def test_answers_get_an_interval_and_a_test(systems, capsys):
+def test_answers_get_an_interval_and_a_test(systems, problems, capsys):
     folder, data_root, right = systems
     argv = ["--system", f"good={folder / 'good'}", "--system", f"fair={folder / 'fair'}", "--data_root", data_root,
             "--compare", "good", "fair", "--format", "csv", "--published", "none"]  # fmt: skip
     found = figures(table(capsys, *argv))
+    for name in ("average", "social", "has_image", "grade_7_12"):  # of each its own questions
+        chosen = [qid for qid in right["good"] if CATEGORIES[name](problems[qid])]
+        n, share = len(chosen), sum(right["good"][qid] for qid in chosen) / len(chosen)
+        half = 196 * math.sqrt(share * (1 - share) / n)  # per cent, normal approximation
+        assert float(found["good", name]["value"]) == pytest.approx(100 * share, abs=0.01)
+        assert float(found["good", name]["low"]) == pytest.approx(100 * share - half, abs=0.7 + 50 / n)
+        assert float(found["good", name]["high"]) == pytest.approx(100 * share + half, abs=0.7 + 50 / n)
     n = len(right["good"])
-    line = found["good", "average"]
-    share = sum(right["good"].values()) / n
-    half = 196 * math.sqrt(share * (1 - share) / n)  # per cent, normal approximation
-    assert float(line["low"]) == pytest.approx(100 * share - half, abs=0.7)
-    assert float(line["high"]) == pytest.approx(100 * share + half, abs=0.7)
     only_good = sum(right["good"][qid] and not right["fair"][qid] for qid in right["good"])
     only_fair = sum(right["fair"][qid] and not right["good"][qid] for qid in right["good"])
     assert float(found["answers", "p"]["value"]) == pytest.approx(mcnemar(only_good, only_fair))

@@ -167,19 +167,15 @@ def _preds(stage: Stage, row_of: Mapping[str, int], texts: Texts) -> dict[str, l
 def _put(columns: dict[str, list], row: int, split: SplitPredictions, i: int, texts: Texts) -> None:
     sentences, scores = split.sentences[i], split.scores[i]
     columns["s"][row] = [texts.add(sentence) for sentence in sentences]
-    columns["p"][row] = None if scores is None else hundredths(scores)
+    columns["p"][row] = None if scores is None else scaled(scores, 100)
     columns["a"][row] = split.answers[i]
     written = split.file.preds[i].strip()
     same = written.removeprefix("Solution:").strip() == " ".join(sentences)
     columns["w"][row] = -1 if same else texts.add(written)
 
 
-def hundredths(values: Sequence[float]) -> list[int]:
-    return [round(100 * value) for value in values]
-
-
-def thousandths(values: Sequence[float]) -> list[int]:
-    return [round(1000 * value) for value in values]
+def scaled(values: Sequence[float], factor: int) -> list[int]:
+    return [round(factor * value) for value in values]
 
 
 def _about(about: Mapping[str, Any]) -> str:
@@ -200,16 +196,16 @@ def _about(about: Mapping[str, Any]) -> str:
 def _sample(sample: Sample, number: int, texts: Texts, pieces: Texts) -> dict[str, Any]:
     data: dict[str, Any] = {"k": sample.action, "round": number, "s": [texts.add(text) for text in sample.sentences]}
     if sample.scores is not None:
-        data["p"] = hundredths(sample.scores)
+        data["p"] = scaled(sample.scores, 100)
     if sample.advantages is not None:
-        data["adv"] = thousandths(sample.advantages)
+        data["adv"] = scaled(sample.advantages, 1000)
     if sample.reward is not None:
         data["reward"] = round(1000 * sample.reward)
     data |= _reply(sample, texts)
     if sample.tokens:
         data["tokens"] = [pieces.add(piece) for piece in sample.tokens["pieces"]]
-        data["rewards"] = thousandths(sample.tokens["rewards"])
-        data["advantages"] = thousandths(sample.tokens["advantages"])
+        data["rewards"] = scaled(sample.tokens["rewards"], 1000)
+        data["advantages"] = scaled(sample.tokens["advantages"], 1000)
     return data
 
 
