@@ -26,9 +26,9 @@ from ares import cli
 from ares.data_folder import find_images, question_images
 from teacher import client, estimate, handoff
 from teacher.budget import Ledger
+from teacher.handoff import prepare_request
 from teacher.interface import SCORE, Teacher
 from teacher.prompts import WORDING, scoring_request
-from teacher.requests import prepare_request
 from teacher.session import OURS, Report, Session
 
 HEARTBEAT = 60.0  # seconds between lines while --watch waits
@@ -67,7 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def find_items(args: argparse.Namespace) -> handoff.Items:
+def find_items(args: argparse.Namespace) -> list[handoff.Item]:
     """The exported rationales of the wanted actions. Raises UserError if there are none."""
     items = handoff.iter_items(args.questions_dir)
     found = sorted({item.action for item in items})
@@ -78,7 +78,7 @@ def find_items(args: argparse.Namespace) -> handoff.Items:
     absent = [action for action in args.actions or [] if action not in found]
     if absent:
         raise cli.UserError(f"--actions: {args.questions_dir} has no action {absent[0]}; it has {found}")
-    return handoff.Items(item for item in items if item.action in args.actions) if args.actions else items
+    return [item for item in items if item.action in args.actions] if args.actions else items
 
 
 class Signals:
@@ -147,7 +147,7 @@ class Watch:
             exports = handoff.iter_items(self.folder)
             if _identity(self.folder) != folder:
                 return False
-            items = handoff.Items(item for item in exports if item.qid not in known.get(item.folder.parent, ()))
+            items = [item for item in exports if item.qid not in known.get(item.folder.parent, ())]
             for item in items:
                 known.setdefault(item.folder.parent, set()).add(item.qid)
             if items:

@@ -19,6 +19,7 @@ alike; pickles are only ever read with `weights_only=True`. A model without `pat
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 from collections.abc import Iterator
@@ -36,12 +37,13 @@ from transformers.utils import logging as transformers_logging
 
 from ares.checkpoints import check_shapes, img_shape, load_state_dict, local_folder, read_shapes
 from ares.cli import UserError, in_one_line
-from ares.decoding import CACHE
 from ares.files import atomic_path
 from ares.head import label_loss
 from ares.t5_config import MultimodalT5Config, PatchSize, as_multimodal, read_config
 
 VALUE_FUNCTION = "value_function.pth"
+# transformers 5.18 or so renamed the argument
+CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else "past_key_values"
 FUSION = ("encoder.image_dense.", "encoder.mha_layer.", "encoder.gate_dense.")
 EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # one tensor with shared.weight, always
 

@@ -7,9 +7,10 @@ case " $* " in *" --help "* | *" -h "*)
     cat <<'TEXT'
 usage: bash run_tests.sh [pytest options]
 
-Makes .venv from requirements.txt (once), runs ruff, then pytest with the options given.
-Options of use: -k WORDS (tests whose names match), -x (stop at the first failure), -m "not slow", --lint-only.
-Real data is looked for in ../shared ($ARES_SHARED overrides); its tests skip where it is absent,
+Makes .venv from requirements.txt (once), runs ruff, then pytest in two processes with the options given.
+Useful options: -k WORDS (tests whose names match), -x (stop at the first failure), -m "not slow", --lint-only,
+-n 8 (more processes), -n 0 (one process: live output with -s, a debugger with --pdb).
+Real data is looked for in ../shared ($ARES_SHARED overrides); its tests are skipped where it is absent,
 and fail under ARES_REQUIRE_SHARED=1.
 TEXT
     exit 0 ;;
@@ -21,4 +22,5 @@ echo "lint: ruff check, ruff format --check"
 .venv/bin/ruff format --check .
 [ "${1:-}" = "--lint-only" ] && exit 0
 echo "tests: pytest $*"
-exec .venv/bin/python -m pytest "$@"
+# the tests of one file stay in one process: they share trained models
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

@@ -561,28 +561,35 @@ def only_one(path: str | os.PathLike, what: str, *, required: bool = True) -> It
     # outlives a killed process
     import fcntl
 
-    with writing(path):
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        file = open_regular(path, follow_links=False, flags=os.O_RDWR | os.O_CREAT)
-    try:
+    while True:
+        with writing(path):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            file = open_regular(path, follow_links=False, flags=os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise UserError(f"{what}: {_holder(file)} is running there; wait for it, or end it") from None
-            fault = (
-                f"{what}: the disk of {path} has no file locks ({error.strerror}), so a second process is not kept out"
-            )
-            if required:
-                raise UserError(f"{fault} (two clients would pay twice); copy the folder to a local disk") from None
-            warn0(f"{fault}; do not start one")
+            fault = f"{what}: {_holder(file)} is running there; wait for it, or end it"
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                fault = f"{what}: the disk of {path} has no file locks ({error.strerror}): another process could start"
+                if not required:
+                    warn0(f"{fault}; do not start one")
+                    break
+                fault += " (two clients would pay twice); copy the folder to a local disk"
+            os.close(file)
+            raise UserError(fault) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                break
+        os.close(file)  # the process that ended meanwhile has removed the file: lock the new one
+    try:
         about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
             os.ftruncate(file, 0)
             os.pwrite(file, json.dumps(about).encode(), 0)
         yield
-        os.ftruncate(file, 0)  # the file stays: removing it would let two processes lock two files of one name
     finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # while it is locked
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_UN)  # also where a worker process has inherited it
         os.close(file)

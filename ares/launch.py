@@ -23,7 +23,7 @@ from typing import Any
 from ares import cli, files
 from ares.cli import UserError, print0
 
-LOCK = ".lock"  # in a run folder; empty while nothing runs there
+LOCK = ".lock"  # in a run folder while a launch works there
 # Number of tasks as job launchers set it. Only torchrun and accelerate set WORLD_SIZE and RANK, which are needed too.
 TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 

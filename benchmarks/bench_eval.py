@@ -77,7 +77,8 @@ class Sides:
 
     def ours(self, dataset=None) -> dict[str, float]:
         dataset = dataset or self.dataset
-        self.our_ids = self.predictor.predict(self.fast, dataset, "generate")
+        with self.fast.ending_greedy():
+            self.our_ids = self.predictor.predict(self.fast, dataset, "generate")
         predictions = dict(zip(dataset.qids, self.texts(self.our_ids), strict=True))
         found = get_scores({}, predictions, self.references(dataset), self.data.problems, self.encoder is not None)
         return found["rationale"]
@@ -129,7 +130,8 @@ def how_close(sides: Sides, device: torch.device, per_row: float) -> str:
         flops = sum(limits.row_flops(sides.fast.config, *row) for row in rows)
         dtype = torch.bfloat16 if sides.predictor.bf16 else torch.float32
         return f"model FLOP utilisation {flops / len(rows) / per_row / limits.peak_flops(device, dtype):.1%}"
-    work = limits.products(lambda: sides.predictor.predict(sides.fast, sides.dataset, "products"))
+    with sides.fast.ending_greedy():
+        work = limits.products(lambda: sides.predictor.predict(sides.fast, sides.dataset, "products"))
     return f"bare matrix products of the model take {work.seconds(device) / len(rows) / per_row:.0%} of our time"
 
 

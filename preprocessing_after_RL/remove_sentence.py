@@ -3,10 +3,10 @@
     python preprocessing_after_RL/remove_sentence.py --file_path RL_models/<run>/0/predictions_ans_train.json
 
 Reads `preds` (and `qids`), writes `remove_repetitive_sentences.json` beside the input: {"preds": [...], "qids": [...]}
-in input order. Of each rationale the prefix `Solution:` goes, the first occurrence of every sentence stays, and the
-sentences are joined by one blank; every one is on one line and the stray n of a backslash-n is gone. Files of the
-released code hold no ids: `--data_root` gives them, by split order. Mends nothing else: unfinished and wrong
-sentences are the Teacher's (preprocessing_for_correction_feedback.py comes next). Needs no torch.
+in input order. It removes the prefix `Solution:`, all but the first occurrence of every sentence, line breaks and the
+stray n of a backslash-n, and joins the sentences by one blank. Files of the
+released code hold no ids: `--data_root` gives them, by split order. It changes nothing else: unfinished and
+wrong sentences are corrected by the Teacher (next: preprocessing_for_correction_feedback.py). Needs no torch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     cli.refuse(
         [
-            f"--{flag} says nothing without --data_root: give that, too"
+            f"--{flag} has no effect without --data_root: give that, too"
             for flag in ("dataset", "split")
             if getattr(args, flag) and not args.data_root
         ]

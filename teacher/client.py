@@ -60,8 +60,8 @@ class ReferenceTeacher:
             lines = (f'"{text}": {score}' for text, score in zip(request.sentences, scores, strict=True))
             text = "{\n" + ",\n".join(lines) + "\n}"
         elif request.kind == JUDGE:
-            verdict, reason = reference.compare(request.problem, *request.sentences)
-            text = json.dumps({"reason": reason, "verdict": verdict})
+            verdict = reference.compare(request.problem, *request.sentences)
+            text = json.dumps({"reason": verdict.reason, "verdict": verdict.better})
         else:
             rationale = " ".join(request.sentences)
             final = reference.correct_rationale(request.problem, rationale)

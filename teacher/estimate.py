@@ -19,8 +19,9 @@ from ares import cli, images
 from teacher.api_responses import said
 from teacher.api_teacher import ApiTeacher
 from teacher.budget import BATCH_FACTOR, PRICES_DATE
-from teacher.handoff import Item, Refused, parse_scores
+from teacher.handoff import Item, Refused
 from teacher.interface import CORRECT, JUDGE, SCORE, Request, Stopped, Unanswered
+from teacher.parsing import parse_scores
 from teacher.session import Session
 
 CHARACTERS_PER_TOKEN = 3.5

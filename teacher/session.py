@@ -21,11 +21,10 @@ from ares import cli, files
 from ares.data_folder import question_images
 from teacher import handoff
 from teacher.budget import PRICES_DATE
-from teacher.handoff import Item, Refused
+from teacher.handoff import Item, Refused, request_text
 from teacher.interface import CORRECT, JUDGE, SCORE, Reply, Request, Teacher, Wording, custom_id, same_model
 from teacher.reply_cache import ReplyCache
 from teacher.reply_files import is_answered, read_sidecar, reading, set_cut_reply_aside, write_reply
-from teacher.requests import request_text
 
 PREPARE = {
     SCORE: "bash preprocessing_after_RL/processing_sentence_level_feedback.sh --questions_dir",

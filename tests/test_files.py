@@ -22,7 +22,7 @@ import haiku_for_correction_feedback
 import preprocessing_for_correction_feedback
 from ares import cli, files
 from ares.cli import UserError
-from teacher import handoff
+from teacher import handoff, reply_files
 from tests.api_server import ApiServer
 from tests.conftest import ROOT
 from tests.disk import fill, small_disk
@@ -131,7 +131,7 @@ def _module(name: str):
 def _scores(questions: Path) -> None:
     for item in handoff.iter_items(questions):
         with contextlib.suppress(handoff.Refused):
-            handoff.read_scores(item.folder)
+            reply_files.read_scores(item.folder)
     assert handoff.is_done(questions, 0) in (True, False) and handoff.exported(questions) in (True, False)
 
 

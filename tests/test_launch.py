@@ -16,7 +16,7 @@ from ares import files, launch
 from ares.cli import UserError
 from tests.conftest import one_line_error, run_script
 from tests.rl import rl_tools
-from tests.rl.test_rl import flags as rl_flags_of
+from tests.rl.rl_tools import flags as rl_flags_of
 from tests.sft.test_sft import one_thread  # noqa: F401
 from tests.tiny import make_data, make_model
 
@@ -128,7 +128,40 @@ def test_a_second_launch_in_one_folder_is_refused(stage, world, tmp_path):
             script.main(argv)
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     script.main(argv)
-    assert len(list(folder.rglob("*"))) > len(before)
+    assert set(folder.rglob("*")) - before.keys() and not (folder / launch.LOCK).exists()
+
+
+def test_the_lock_ends_with_its_holder_however_it_ends(tmp_path):
+    """A killed holder's file locks nobody out, one that ends removes it, and of many that try at once one has it."""
+    import subprocess
+    import sys
+    from concurrent.futures import ThreadPoolExecutor
+
+    path = tmp_path / launch.LOCK
+    code = f"import os\nfrom ares import launch\nheld = launch.only_one({str(path)!r}, 'x')\nheld.__enter__()\n"
+    from tests.conftest import ROOT
+
+    done = subprocess.run([sys.executable, "-c", code + "os.kill(os.getpid(), 9)"], cwd=ROOT)
+    assert done.returncode == -9 and path.exists()
+    inside, most = [], []
+
+    def work(i):
+        try:
+            with launch.only_one(path, "x"):
+                inside.append(i)
+                most.append(len(inside))
+                inside.remove(i)
+                return 1
+        except UserError:
+            return 0
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(work, range(400))) >= 1
+    assert max(most) == 1 and not path.exists()
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError), launch.only_one(path, "x"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
 
 
 @pytest.mark.parametrize("nproc", [1, 2])

@@ -30,7 +30,7 @@ from ares import cli, data_folder, images
 from ares.cli import IMG_TYPES, Stop, UserError, print0, run, warn0
 from teacher import claude
 from teacher.claude import KEY
-from teacher.requests import images_of_questions
+from teacher.handoff import images_of_questions
 
 PUBLIC = {
     "scienceqa": "12,726 train (6,218 with an image), 4,241 val (2,097), 4,241 test (2,017); 11,208 feature rows",

@@ -183,7 +183,7 @@ def per_question(
         run.answers.setdefault("num_fail", float(sum(not read for _, read in chosen.values())))
     if rationales:
         labels = told.get("labels")
-        golds = dict(zip(texts, labels, strict=True)) if isinstance(labels, list) and len(labels) == len(texts) else {}
+        golds = dict(zip(texts, labels, strict=True)) if _are_texts(labels) and len(labels) == len(texts) else {}
         rouges = {qid: question_rouge(golds[qid], text) for qid, text in texts.items() if qid in golds}
         run.values["rouge"] = {qid: 100 * value for qid, value in rouges.items() if value is not None}
         scores = {qid: reference.score_sentences(problems[qid], split_text(text)) for qid, text in texts.items()}
@@ -194,6 +194,10 @@ def per_question(
             run.rationales.setdefault("rouge", statistics.fmean(run.values["rouge"].values()))
         every = [score for each in scores.values() for score in each]
         run.rationales.setdefault("score", statistics.fmean(every) if every else 0.0)
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 # -- tables --------------------------------------------------------------------------------------------------

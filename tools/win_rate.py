@@ -31,9 +31,10 @@ from ares.intervals import ratio_interval, shares_interval
 from ares.predictions import predictions_file, split_label, texts_by_qid
 from teacher import client, estimate, handoff
 from teacher.claude import DEFAULT_MODEL
+from teacher.handoff import place_images, request_text, set_reply_aside, write_request
 from teacher.interface import JUDGE
+from teacher.parsing import parse_verdict
 from teacher.prompts import JUDGE_WORDING, judge_request
-from teacher.requests import place_images, request_text, set_reply_aside, write_request
 from utils_evaluate import CATEGORIES
 from utils_prompt import normalize
 
@@ -115,10 +116,10 @@ def orders_of(args: argparse.Namespace, qid: str) -> Sequence[str]:
 
 def lay_out(
     args: argparse.Namespace, problems: Mapping[str, Any], a: Mapping[str, str], b: Mapping[str, str]
-) -> handoff.Items:
+) -> list[handoff.Item]:
     """Write the requests of every pair that differs. A reply to other texts, of an earlier run, is set aside."""
     images_dir = find_images(args, required=True) if args.with_image else None
-    items = handoff.Items()
+    items = []
     asked = [(action, order, qid) for action, order in enumerate(ORDERS) for qid in a
              if a[qid] != b[qid] and order in orders_of(args, qid)]  # fmt: skip
     for action, order, qid in cli.progress(asked, desc="requests", unit="pair"):
@@ -136,7 +137,7 @@ def lay_out(
         for stale in {path.name for path in question_images(folder.parent, qid)} - {path.name for path in images}:
             (folder / stale).unlink()  # of a run --with_image: what lies here is sent
         place_images(folder, images)
-        items.append(handoff.Item(folder, action, 0, qid))
+        items.append(handoff.Item(Path(args.output), action, 0, qid))
     return items
 
 
@@ -149,12 +150,12 @@ def read_verdicts(items: Sequence[handoff.Item]) -> list[dict[str, str]]:
     for item in items:
         try:
             reply = files.read_shared(item.folder / handoff.REPLY) if handoff.has_reply(item.folder) else None
-            shown, reason = handoff.parse_verdict(reply)
+            verdict = parse_verdict(reply)
         except handoff.Refused:
             continue
         order = ORDERS[item.action]
-        winner = "tie" if shown == "tie" else order[int(shown) - 1]
-        verdicts.append({"qid": item.qid, "order": order, "winner": winner, "reason": reason})
+        winner = "tie" if verdict.better == "tie" else order[int(verdict.better) - 1]
+        verdicts.append({"qid": item.qid, "order": order, "winner": winner, "reason": verdict.reason})
     return verdicts
 
 

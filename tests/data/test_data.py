@@ -411,7 +411,7 @@ def test_search_order_of_images(root, tmp_path):
         (("3", "choices"), ["a", 2], ["question 3", "choices is not a list of texts"]),
         (("3", "choices"), "ab", ["question 3", "choices is not a list of texts"]),
         (("3", "hint"), None, ["question 3", "hint is null, not text"]),
-        (("3", "hint"), "half \ud83d", ["question 3", "holds half of a character ('\\ud83d')"]),
+        (("3", "hint"), "half \ud83d", ["3.hint", "holds half of a character (\\ud83d)"]),
         (("3", "image"), 3, ["question 3", "image is int"]),
         (("3", "solution"), ..., ["question 3", "lacks solution"]),
         (("3",), ["x"], ["question 3", "is not an object but list"]),

@@ -98,7 +98,7 @@ def test_train_resume_and_evaluate(flags, tuned, capsys):
     script.main(argv)
     out = capsys.readouterr().out
     assert "eval_accuracy" in out and "best accuracy" in out and "does not contain the rationale" not in out
-    folder = tuned / "mm_cot_lora_r4_a64_d0.05_s42_lr0.01_bs8_e2_len12"
+    folder = tuned / "mm_cot_lora_r4_a64_d0.05_s42_lr0.01_bs8_e2_len12_QCMG-A"
     files = {path.name for path in folder.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "args.yaml", "trainer_state.json"} <= files
     assert {"metrics.json", "tokenizer.json"} <= files and "model.safetensors" not in files

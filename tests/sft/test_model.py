@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from ares.cli import UserError
+from ares.decoding import action_mask
 from model import (
     EMBEDDINGS,
     VALUE_FUNCTION,
@@ -23,7 +24,7 @@ from model import (
     choose_attention,
     save_value_function,
 )
-from rl import actor_critic, ppo
+from rl import actor_critic
 
 KINDS = ("vit", "vit_tied")
 BOTH = (T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction)
@@ -149,11 +150,11 @@ def test_logprobs_of_given_actions(released, policy, source):
     """As PPO computes them: the encoder once, the decoder on its states, the label's logit minus logsumexp."""
     expected = released.expected
     actions = expected["greedy_ids" if source == "greedy" else "actions2"]
-    mask = ppo.action_mask(actions)
+    mask = action_mask(actions)
     with torch.no_grad():
         states = actor_critic.encode(policy, released.prompt)
         logprobs, _ = actor_critic.policy_logprobs(
-            policy, states, released.prompt["attention_mask"], None, actions, actor_critic.places_of(mask)
+            policy, states, released.prompt["attention_mask"], None, actions, actor_critic.flat_index(mask)
         )
     assert_near(logprobs[mask], expected[f"{source}_logprobs"][mask], 2e-3)
 

@@ -13,8 +13,8 @@ import haiku
 from ares import cli, files
 from ares.sentences import split_text
 from teacher import batches, handoff
+from teacher.handoff import place_images
 from teacher.prompts import scoring_request
-from teacher.requests import place_images
 from tests.api_server import KEY
 from tests.conftest import ROOT
 

@@ -12,8 +12,8 @@ import pytest
 from ares import cli
 from teacher import api_responses, api_teacher, budget, claude, handoff
 from teacher.budget import Ledger, read_log
+from teacher.handoff import REFUSED_REPLY
 from teacher.interface import SCORE, Reply, Request, Stopped
-from teacher.reply_files import REFUSED_REPLY
 from tests.api_server import KEY, Fault, fill_form
 from tests.teacher.teacher_tools import (
     ask,

@@ -169,7 +169,7 @@ def test_released_file_without_ids(tmp_path, sample, script, capsys):
         ({"labels": []}, [], 'no list "preds"'),
         ({"preds": ["a", 3]}, [], "preds[1]"),
         ({"preds": ["a"], "qids": []}, [], "one of qids per row"),
-        ({"preds": ["a"]}, ["--split", "train"], "--split says nothing without --data_root"),
+        ({"preds": ["a"]}, ["--split", "train"], "--split has no effect without --data_root"),
         ({"preds": ["a"]}, ["--data_root", "DATA", "--split", "minitest"], "1 rows"),
         ({"preds": ["a"]}, ["--data_root", "DATA", "--split", "nosuch"], "no split nosuch"),
         ({"preds": ["a"], "qids": ["x"]}, ["--data_root", "DATA"], "holds question x"),

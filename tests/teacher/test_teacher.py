@@ -20,6 +20,7 @@ from teacher.api_responses import said
 from teacher.budget import cost_usd, price_of
 from teacher.interface import CORRECT, SCORE, Request, custom_id
 from teacher.prompts import PROMPT_VERSION, WORDING, correction_request, scoring_request
+from teacher.reply_files import read_scores
 from tests.api_server import KEY, Fault, fill_form
 from tests.conftest import one_line_error, run_script
 from tests.teacher.teacher_tools import (
@@ -251,7 +252,7 @@ def test_unusable_replies_are_asked_again_then_reported(server, questions, probl
     assert handoff.is_done(questions, 0) and "RL will drop 1 (no_json 1)" in out
     server.respond = fill_form
     ask(server, questions)
-    assert handoff.read_scores(handoff.question_dir(questions, 0, 0, PICTURE))
+    assert read_scores(handoff.question_dir(questions, 0, 0, PICTURE))
 
 
 def test_complete_scores_count_though_the_reply_stopped_at_max_tokens(server, questions):
@@ -259,7 +260,7 @@ def test_complete_scores_count_though_the_reply_stopped_at_max_tokens(server, qu
     server.respond = lambda asked: (fill_form(asked)[0] + "\n\nNote: the second sen", "max_tokens")
     ask(server, questions, "--attempts", "1")
     assert handoff.is_done(questions, 0)
-    assert all(handoff.read_scores(folder) for folder in folders(questions))
+    assert all(read_scores(folder) for folder in folders(questions))
 
 
 def test_after_a_bug_the_replies_in_flight_are_saved(server, questions, monkeypatch):
@@ -376,7 +377,7 @@ def test_reference_teacher_goes_through_the_same_files(questions, sample, monkey
     data_root = sample / "ScienceQA/data"
     haiku.main(["--questions_dir", str(questions), "--teacher", "reference", "--data_root", str(data_root)])
     folder = handoff.question_dir(questions, 0, 0, TEXT)
-    assert handoff.read_scores(folder) == [1.0] * len(handoff.read_rationale(folder))
+    assert read_scores(folder) == [1.0] * len(handoff.read_rationale(folder))
     assert sidecar(folder)["teacher"] == "reference" and sidecar(folder)["cost_usd"] == 0
     assert handoff.is_done(questions, 0) and handoff.is_done(questions, 1)
 

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from ares import cli
-from teacher import api_teacher, handoff
+from teacher import api_teacher, handoff, reply_files
 from teacher.api_responses import is_account_refusal
 from teacher.api_teacher import START
 from tests.api_server import KEY, Fault
@@ -120,7 +120,7 @@ def test_the_sentence_and_the_question_are_kept(server, questions, capsys):
     (bad.folder / handoff.REPLY).unlink()
     (bad.folder / handoff.REASON).write_text("api_400: messages: this one is too odd\n")
     with pytest.raises(handoff.Refused, match="no_reply"):
-        handoff.read_scores(bad.folder)
+        reply_files.read_scores(bad.folder)
     assert "too odd" in (bad.folder / handoff.REASON).read_text(), "RL does not write over it"
 
 
