@@ -119,7 +119,7 @@ def how_close(trainer, data, args, device, per_sample: float) -> str:
         dtype = torch.bfloat16 if trainer.args.bf16 else torch.float32
         share = flops / len(dataset) / per_sample / limits.peak_flops(device, dtype)
         return f"model FLOP utilisation {share:.0%} of real tokens"
-    order = list(trainer.sampler)
+    order = [i for batch in trainer.batches for i in batch]
     model = trainer.model.train()
 
     def epoch():

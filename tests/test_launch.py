@@ -17,7 +17,6 @@ from ares.cli import UserError
 from tests.conftest import one_line_error, run_script
 from tests.rl import rl_tools
 from tests.rl.rl_tools import flags as rl_flags_of
-from tests.sft.test_sft import one_thread  # noqa: F401
 from tests.tiny import make_data, make_model
 
 SCRIPTS = {"main.py": sft_script, "run_mm_cot_lora.py": lora_script, "run_mm_cot_rl.py": rl_script}

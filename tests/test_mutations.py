@@ -414,7 +414,7 @@ def launch_rl_state(folder):
 
 def launch_sft_state(folder):
     settings = {"bs": 4, "processes": 1, "final_eval": False, "seed": 42}
-    sft_run.changed_flags(files.read_yaml(folder / "model/args.yaml", "--run_dir"), settings)
+    sft_run.changed_settings(files.read_yaml(folder / "model/args.yaml", "--run_dir"), settings)
     sft_run.newest_whole([folder / "sft/checkpoint-2"])
 
 
