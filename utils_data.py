@@ -171,7 +171,7 @@ def open_features(args: argparse.Namespace) -> VisionFeatures:
 def check_coverage(features: VisionFeatures, problems: Mapping[str, Any], splits: Mapping[str, Sequence[str]]) -> None:
     """Warn of questions that name an image but have no feature row (they get zeros); UserError if these are more
     than half of a split (name -> qids)."""
-    few, some = "--name_map: it names feature rows", "have no feature row and get zeros"
+    few, some = f"--name_map: the map used with {features.path} has rows", "have no feature row and get zeros"
     files.check_pictured(features.name_map, problems, splits, few, some)
 
 
