@@ -24,11 +24,11 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file, the project is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 
 from ares import cli
 from benchmarks import common, limits, released_recipe
+from vision.features import FILES
 from vision.memory import keep_freed_memory
 from vision.networks import MODEL_NAMES, list_images, load_encoder
 
@@ -43,7 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def extract(args: argparse.Namespace, name: str, paths: Sequence[Path]) -> tuple[float, np.ndarray]:
+def extract(args: argparse.Namespace, name: str, paths: Sequence[Path]) -> tuple[float, torch.Tensor]:
     """(seconds, features) of extract_features.py over `paths`, without the start of its process."""
     with tempfile.TemporaryDirectory() as folder:
         for number, path in enumerate(paths):
@@ -58,7 +58,7 @@ def extract(args: argparse.Namespace, name: str, paths: Sequence[Path]) -> tuple
             times = {line.strip(): time.perf_counter() for line in script.stdout}
         began = [seconds for line, seconds in times.items() if line.startswith(name)]
         cli.refuse(["extract_features.py failed"] * (script.returncode != 0 or not began))
-        return max(times.values()) - began[0], np.load(f"{folder}/out/vit.npy")
+        return max(times.values()) - began[0], torch.load(f"{folder}/out/{FILES['vit']}", weights_only=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def released() -> torch.Tensor:
         return released_recipe.image_features(encoder, found[: args.images])
 
-    features = torch.from_numpy(extract(args, name, found[: args.images])[1])
-    equal = [common.check("features of every image", released(), features, 1e-3)]
+    equal = [common.check("features of every image", released(), extract(args, name, found[: args.images])[1], 1e-3)]
     many = MORE * args.images
     result = common.compare(
         released, lambda: ours(many), args, (args.images, many), warm_up=False,
