@@ -28,7 +28,6 @@ import torch
 
 from ares import cli
 from benchmarks import common, limits, released_recipe
-from vision.features import FILES
 from vision.memory import keep_freed_memory
 from vision.networks import MODEL_NAMES, list_images, load_encoder
 
@@ -58,7 +57,7 @@ def extract(args: argparse.Namespace, name: str, paths: Sequence[Path]) -> tuple
             times = {line.strip(): time.perf_counter() for line in script.stdout}
         began = [seconds for line, seconds in times.items() if line.startswith(name)]
         cli.refuse(["extract_features.py failed"] * (script.returncode != 0 or not began))
-        return max(times.values()) - began[0], torch.load(f"{folder}/out/{FILES['vit']}", weights_only=True)
+        return max(times.values()) - began[0], torch.load(f"{folder}/out/vit.pth", weights_only=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
