@@ -236,7 +236,7 @@ def lengths(dataset: Any) -> list[tuple[int, int]]:
 # -- models ----------------------------------------------------------------------------------------------
 
 
-def build_model(size: str, seed: int = 0, patch_size: tuple[int, int] | None = VIT, dropout: float = 0.1) -> Any:
+def build_model(size: str, vocabulary: int, seed: int, patch_size: tuple[int, int] | None) -> Any:
     """A policy of one size (gated GELU and untied, as flan-alpaca), its loss near ln(vocabulary).
 
     The library draws lm_head from N(0, 1): logits of magnitude sqrt(d_model), a loss of 70, and a softmax so peaked
@@ -247,7 +247,7 @@ def build_model(size: str, seed: int = 0, patch_size: tuple[int, int] | None = V
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = MultimodalT5Config(
-            vocab_size=VOCABULARY, feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=dropout,
+            vocab_size=vocabulary, feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.1,
             decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, patch_size=patch_size, **SIZES[size],
         )  # fmt: skip
         model = T5ForMultimodalGeneration(config)
@@ -262,8 +262,10 @@ def model_folder(args: argparse.Namespace, data: BenchData) -> Path:
     kind = "text" if patch_size is None else "vit"
     folder = cache_dir(args) / f"{args.size}_{kind}_seed{args.seed}_{data.source.name}"
     if not (folder / "config.json").exists():
+        # beyond the demo's tokenizer ids have no text
+        vocabulary = VOCABULARY if data.source.name == "sample" else len(data.tokenizer)
         with files.atomic_dir(folder) as temporary:
-            build_model(args.size, args.seed, patch_size).save_pretrained(temporary)
+            build_model(args.size, vocabulary, args.seed, patch_size).save_pretrained(temporary)
             data.tokenizer.save_pretrained(temporary)
     return folder
 

@@ -249,12 +249,12 @@ def test_questions_folder_alone(world, tmp_path):
 def test_curves_run_on_over_rounds():
     lines = [
         {"kind": kind, "round": number, "update": update, "entropy": 10 * number + update, "approx_kl": None}
-        for number in (0, 1) for update in (1, 2) for kind in (("update", "epoch") if update == 2 else ("update",))
+        for number in (0, 1, 2) for update in (1, 2) for kind in (("update", "epoch") if update == 2 else ("update",))
     ]  # fmt: skip
     (curve,) = plots.curves(lines)
     (line,) = curve["lines"]
-    assert curve["name"] == "entropy" and (line["x"], line["y"]) == ([1, 2, 3, 4], [1, 2, 11, 12])
-    assert (line["epoch_x"], line["epoch_y"]) == ([2, 4], [2, 12]) and curve["rounds"] == [3]
+    assert curve["name"] == "entropy" and (line["x"], line["y"]) == ([1, 2, 3, 4, 5, 6], [1, 2, 11, 12, 21, 22])
+    assert (line["epoch_x"], line["epoch_y"]) == ([2, 4, 6], [2, 12, 22]) and curve["rounds"] == [3, 5]
     x, y = plots._thinned(list(range(1001)), [1.0] * 1001)
     assert len(x) <= 500 and set(y) == {1.0}
 

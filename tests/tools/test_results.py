@@ -17,7 +17,7 @@ from teacher.reference import rationale_figures
 from tests.conftest import ROOT
 from tests.tools.report_tools import released_file
 from tools import results
-from utils_evaluate import CATEGORIES
+from utils_evaluate import CATEGORIES, resolve_answer
 
 SEEDS = [ROOT / f"demo/results/seed{seed}.json" for seed in range(3)]
 
@@ -236,6 +236,7 @@ def test_a_released_file_gets_the_rows_it_was_asked_for(asked, tables, with_data
             assert float(line["low"]) <= float(line["value"]) <= float(line["high"]), line
     if "answers" in tables:
         assert found["it", "num_fail"]["value"] == "7.0" and (found["it", "average"]["low"] != "") == with_data
+        assert found["it", "average"]["value"] == f"{100 * 53 / 60 - 1.3:.2f}"  # the file's own, by its own guesses
     if "rationales" in tables:
         assert float(found["it", "similarity"]["value"]) == 88.25
         assert found["it", "rouge"]["low"] == ""  # 55.5 is not the mean of these texts
@@ -299,6 +300,28 @@ def test_unread_answers_above_5_percent_are_noted_in_the_tables(with_data, tmp_p
     data["answers"]["num_fail"] = 64
     files.write_json(tmp_path / "table.json", data)
     assert "64 of 200 answers could not be read" in table(capsys, "--system", f"demo={tmp_path / 'table.json'}")
+
+
+def test_unread_answers_are_drawn_with_the_seed_of_the_file(tmp_path, few, capsys):
+    values = set()
+    for seed in (5, 6, 7):
+        data = {"preds": ["It may be."] * 60, "labels": ["The answer is (A)."] * 60, "qids": few.qids}
+        files.write_json(tmp_path / "p.json", data | {"settings": {"seed": seed}})
+        found = figures(
+            table(capsys, "--system", f"x={tmp_path / 'p.json'}", "--data_root", few.root, "--format", "csv")
+        )
+        drawn = [resolve_answer("", len(few.problems[qid]["choices"]), qid, seed)[0] for qid in few.qids]
+        right = sum(choice == few.problems[qid]["answer"] for choice, qid in zip(drawn, few.qids, strict=True))
+        assert float(found["x", "average"]["value"]) == pytest.approx(100 * right / 60, abs=0.006)
+        assert found["x", "num_fail"]["value"] == "60.0"
+        values.add(right)
+    assert len(values) > 1
+
+
+def test_published_figures_are_those_of_the_data_set_asked_for(capsys):
+    for dataset, there, absent in (("scienceqa", "85.31", "50.57"), ("aokvqa", "50.57", "85.31")):
+        shown = table(capsys, "--system", f"demo={SEEDS[0]}", "--published", dataset)
+        assert there in shown and absent not in shown
 
 
 def test_figures_that_are_no_numbers_are_skipped(tmp_path, capsys):
