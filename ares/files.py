@@ -32,7 +32,9 @@ from ares.cli import FULL, DiskError, UserError, disk_error, in_one_line, shorte
 NAME_MAX = 255  # bytes in a file name, on every common file system
 MAX_BYTES = 1 << 32  # of a file that the user names
 SHARED_BYTES = 1 << 26  # of a file in a questions folder
-TEMPORARY = f".tmp-{zlib.crc32(socket.gethostname().encode()):08x}-"  # with the machine, then the process id
+# how names of temporary files begin; a hash of the machine and the container follows: process ids count within them
+PID_NAMESPACE = os.readlink("/proc/self/ns/pid") if os.path.islink("/proc/self/ns/pid") else ""
+TEMPORARY = f".tmp-{zlib.crc32(f'{socket.gethostname()} {PID_NAMESPACE}'.encode()):08x}-"
 
 # -- reading ---------------------------------------------------------------------------------------------
 
@@ -309,12 +311,14 @@ def _temporary_name() -> str:
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Delete the temporary files in `folder` of processes of this machine that have ended: they were killed."""
+    """Delete the temporary files in `folder` whose process, on this machine, has ended: it was killed."""
     for path in Path(folder).glob(f"{TEMPORARY}*"):
-        pid = path.name.removeprefix(TEMPORARY).partition("-")[0]
-        if pid.isdigit() and not os.path.exists(f"/proc/{pid}"):
-            with contextlib.suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            os.kill(int(path.name.removeprefix(TEMPORARY).partition("-")[0]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        except (OSError, OverflowError, ValueError):  # of another user, or no name of ours
+            pass
 
 
 @contextlib.contextmanager

@@ -34,7 +34,6 @@ from ares.cli import Stop, UserError, print0, run, warn0
 from ares.data_folder import DataFolder
 from ares.images import broken_images
 from teacher import claude
-from teacher.claude import KEY
 from teacher.handoff import images_of_questions
 
 PUBLIC = {
@@ -210,12 +209,12 @@ def api_key() -> tuple[None, str]:
     try:
         claude.api_key()
     except UserError as error:
-        if os.environ.get(KEY, "").strip():
+        if os.environ.get(claude.KEY, "").strip():
             raise
         warn0(str(error))
         return None, "no key"
     claude.check_network()
-    return None, f"{KEY} is set"
+    return None, f"{claude.KEY} is set"
 
 
 # -- the data --------------------------------------------------------------------------------------------

@@ -349,7 +349,7 @@ def test_mistakes(real, tmp_path):
         (["scienceqa", tmp_path / "empty"], "neither the official files, nor a DatasetDict"),
         (["scienceqa", tmp_path / "broken"], "cannot read .*broken"),
         (["scienceqa", tmp_path / "half"], "has no split val"),
-        (["scienceqa", "nobody/nothing-here"], "no folder here, and cannot be had from the hub"),
+        (["scienceqa", "nobody/nothing-here"], "no folder here, and cannot be downloaded from the hub"),
         (["scienceqa", real.folder, "--images", "gone"], "--images: gone is no folder"),
         (["scienceqa", tmp_path / "empty", "--images", "x"], "--images: the images of .* come with it"),
         (["aokvqa", vqa], "has no aokvqa_v1p0_val.json"),
