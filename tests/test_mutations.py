@@ -321,8 +321,8 @@ def launch_haiku(folder):
 
 
 def launch_estimate(folder):
-    haiku.main(["--estimate", "--questions_dir", f"{folder}/questions", "--data_root", f"{folder}/data", "--cache",
-                f"{folder}/cache"])  # fmt: skip
+    haiku.main(["--keep_replies", "--estimate", "--questions_dir", f"{folder}/questions", "--data_root",
+                f"{folder}/data", "--cache", f"{folder}/cache"])  # fmt: skip
 
 
 def launch_preprocess(folder):
@@ -425,8 +425,8 @@ def launch_optimizer(folder):
 
 
 def launch_batches(folder):
-    haiku.main(["--batch", "--questions_dir", f"{folder}/questions", "--base_url", "http://127.0.0.1:9", "--data_root",
-                f"{folder}/data", "--no-cache"])  # fmt: skip
+    haiku.main(["--batch", "--keep_replies", "--questions_dir", f"{folder}/questions", "--base_url",
+                "http://127.0.0.1:9", "--data_root", f"{folder}/data", "--no-cache"])  # fmt: skip
 
 
 FILES: dict[Callable, tuple[str, ...]] = {
