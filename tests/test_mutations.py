@@ -218,7 +218,7 @@ def clean(tmp_path_factory, sample, t5_tokenizer):
     log = budget.Ledger(folder / "questions/teacher")
     log.settle(log.open("0/p0/1", 0.5), 0.1, "reply")
     log.close()
-    record = Record("ab", "0" * 64, 1, "claude-haiku-5-5", 1.0, 0.5, {"ab-0": {"item": f"0/p0/{qid}", "text": "0",
+    record = Record("ab", 1, "claude-haiku-5-5", 1.0, 0.5, {"ab-0": {"item": f"0/p0/{qid}", "text": "0",
                     "attempt": 1, "failures": 0}}, "collected", "msgbatch_1")  # fmt: skip
     BatchStore(folder / "questions/teacher/batches").save(record)
     cache = ReplyCache(folder / "cache")
@@ -461,7 +461,7 @@ FILES: dict[Callable, tuple[str, ...]] = {
     launch_haiku: ("data/scienceqa/problems.json", *(f"{ITEM}{name}" for name in (
         "rationale_from_mm_cot.txt", "input_for_llm.txt", "output_from_llm.txt", "reply.json", "score.txt",
         "refused.txt", "image.png")), "questions/mmcot_finished_signal.txt"),
-    launch_estimate: ("questions/teacher/spend.jsonl", "cache/replies.jsonl", f"{ITEM}image.png"),
+    launch_estimate: ("questions/teacher/spend.jsonl", "cache/replies.sqlite3", f"{ITEM}image.png"),
     launch_batches: ("questions/teacher/batches/ab.json", "questions/teacher/spend.jsonl"),
     launch_preprocess: (f"{ITEM}rationale_from_mm_cot.txt", f"{ITEM}input_for_llm.txt"),
     launch_correct: (*DATA, "rationales.json", "correction/0/p0/*/output_from_llm.txt",
