@@ -129,7 +129,7 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
 
         Layers that the checkpoint lacks (image layers, `v_head`) are drawn from `seed`, without touching the global
         random state. Weights are float32 unless `dtype` says otherwise. Raises UserError when the folder holds no
-        whole T5 or was made for other features.
+        complete T5 or was made for other features.
         """
         folder = local_folder(pretrained_model_name_or_path, kwargs)
         info = read_checkpoint(folder, "from_pretrained")
@@ -192,7 +192,7 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
     ) -> Seq2SeqLMOutput:
         """As T5's forward, with `image_ids`; returns loss (if `labels`) and logits (B, L, V).
 
-        `num_items_in_batch` (set by the Trainer): real targets of the whole optimizer step, on all processes. The loss
+        `num_items_in_batch` (set by the Trainer): real targets of the optimizer step, on all processes. The loss
         is then the sum over this batch's real labels divided by it, so accumulation steps may differ in length, and
         comes without logits, which never exist all at once (ares/head.py).
         """
@@ -306,7 +306,7 @@ class T5ForMultimodalGenerationValueFunction(T5ForMultimodalGeneration):
 def save_value_function(
     value_model: T5ForMultimodalGenerationValueFunction, folder: str | os.PathLike, state: dict | None = None
 ) -> Path:
-    """Write `folder`/value_function.pth (atomically): the whole state dict, under the released names.
+    """Write `folder`/value_function.pth (atomically): the full state dict, under the released names.
 
     `state`: the state dict where the model holds only a part of it (FSDP)."""
     path = Path(folder) / VALUE_FUNCTION
@@ -339,7 +339,7 @@ def check_checkpoint(
     img_type: str | None = None,
     flag: str = "--model",
 ) -> CheckpointInfo | None:
-    """Check, before any model is loaded, that `folder` holds a whole T5 that fits the vision features.
+    """Check, before any model is loaded, that `folder` holds a complete T5 that fits the vision features.
 
     Reads config.json and the weights' headers only. `patch_size` None means text only. `flag` is named in the
     messages. Returns None for what can only be a hub id. Raises UserError.
@@ -352,7 +352,7 @@ def check_checkpoint(
 
 
 def read_checkpoint(folder: Path, flag: str) -> CheckpointInfo:
-    """What `folder` holds, checked to be a whole T5 of whatever features. Raises UserError naming `flag`."""
+    """What `folder` holds, checked to be a complete T5 of whatever features. Raises UserError naming `flag`."""
     if not folder.is_dir():
         raise UserError(f"{flag}: {folder} does not exist; name a model folder or a hub id")
     config = read_config(folder, flag)

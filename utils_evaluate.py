@@ -111,7 +111,7 @@ def bleu(target: str, prediction: str, orders: Sequence[int] = (1, 4)) -> list[f
 def rouge_l(target: str, prediction: str) -> float | None:
     """ROUGE-L f of one pair as `Rouge().get_scores(target, prediction)` of the `rouge` package (1.0.1) gives it.
 
-    That is: of the distinct words of each text, the share that lies on the longest common subsequence of any two of
+    That is: of the distinct words of each text, the share on the longest common subsequence of any two of
     their sentences (cut at "."). None where the package raises: a text without a sentence. Written out because the
     package takes four times as long and overruns Python's stack on a sentence of a thousand words.
     """

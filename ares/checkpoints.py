@@ -208,7 +208,9 @@ def check_shapes(shapes: dict, expected: dict, where: Path, flag: str, optional:
     """Raise UserError naming the first tensor of `expected` that is absent or of another shape."""
     for name, shape in expected.items():
         if name not in shapes and name not in optional:
-            raise UserError(f"{flag}: {where} lacks {name} {list(shape)}; it is not whole, or of another architecture")
+            raise UserError(
+                f"{flag}: {where} lacks {name} {list(shape)}; it is incomplete, or of another architecture"
+            )
         if shapes.get(name, shape) != shape:
             raise UserError(f"{flag}: {where} holds {name} as {list(shapes[name])}, but {list(shape)} is needed")
 

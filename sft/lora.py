@@ -2,7 +2,7 @@
 
     adapted = load_adapter(T5ForMultimodalGeneration.from_pretrained(folder), adapter_folder, "--lora")
 
-Which modules are adapted, with reasons, stands in run_mm_cot_lora.py.
+run_mm_cot_lora.py says which modules are adapted, and why.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _adapted(model, config):
     def save(folder: str | Path, **kwargs) -> None:
         from ares.checkpoints import portable_adapter
 
-        # peft would save the whole lm_head beside an adapter on it: 100 MB of frozen weights
+        # peft would save all of lm_head beside an adapter on it: 100 MB of frozen weights
         save_pretrained(folder, **{"save_embedding_layers": False, **kwargs})
         if kwargs.get("is_main_process", True):
             portable_adapter(Path(folder), peft.LoraConfig().to_dict())

@@ -214,7 +214,7 @@ class Predictor:
             path, store = prediction_file(folder, split), folder / f".predicting_{FILE_NAMES[split]}"
             settings = self.settings(dataset, identity)
             if not self.args.overwrite and from_rank0(functools.partial(_made_with, path, settings)):
-                print0(f"{path}: already there, made with these settings (--overwrite makes it anew)")
+                print0(f"{path}: already there, made with these settings (--overwrite predicts again)")
                 continue
             if model is None:
                 model = load().to(self.device)
@@ -287,7 +287,7 @@ def _made_with(path: Path, settings: Mapping[str, Any]) -> bool:
     """Whether `path` was made with these settings. Files are written in one step: one that is there is complete."""
     try:
         found = files.read_json(path, "predictions", dict).get("settings")
-    except UserError:  # absent, or damaged: it is made anew
+    except UserError:  # absent, or damaged: it is made again
         return False
     # earlier versions recorded no FINGERPRINTS
     return isinstance(found, dict) and found == {
@@ -310,8 +310,8 @@ def _read_rows(store: Path) -> Rows:
     rows: Rows = {}
     for file in sorted(store.glob("rows_*.jsonl")):
         for _, entry in files.read_jsonl(file, "rows", lambda number: None):  # a kill cuts a line short
-            whole = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)
-            if whole and all(type(each) is int for each in (entry[0], *entry[1])):
+            complete = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)
+            if complete and all(type(each) is int for each in (entry[0], *entry[1])):
                 rows[entry[0]] = entry[1]
     return rows
 

@@ -179,7 +179,7 @@ def run(
             settings = run_settings(args, data, datasets, predictor)
             checkpoint = from_rank0(lambda: open_run(folder, settings, args.overwrite))
             if checkpoint == "done":
-                print0(f"{folder}: training is complete; going on to the predictions")
+                print0(f"{folder}: training is complete; continuing with the predictions")
             else:
                 model = train(
                     args, training_args, lambda: build(data.patch_size, None), datasets, predictor, checkpoint
@@ -298,7 +298,7 @@ def newest_undamaged(checkpoints: Sequence[Path]) -> str | None:
             fault = error
             warn0(f"{error}; looking for an older checkpoint")
     if fault is not None:
-        raise UserError(f"{fault}; no checkpoint is whole: remove them to train from the beginning")
+        raise UserError(f"{fault}; all checkpoints are damaged: remove them to train from the beginning")
     return None
 
 

@@ -4,7 +4,7 @@ The recipe is the released one, the library's defaults: AdamW, weight decay 0.01
 to 0, no warm-up, gradient clip 1.0, dropout on. Added here: batches of similar length in a seeded order that does not
 depend on the number of processes (sft/batching.py), bf16 autocast on a GPU that has it, checkpoints that count only
 once complete, a checkpoint every few minutes, evaluation by the loop that writes the prediction files, logs that can
-be read when piped. The loss is divided by the real targets of the whole step (all processes), so 2 x 8 and 1 x 16
+be read when piped. The loss is divided by the real targets of the step (all processes), so 2 x 8 and 1 x 16
 train alike. Called by sft/run.py, which decides what to train and where.
 """
 
@@ -112,7 +112,7 @@ def train(
         max_tokens=args.max_tokens,
     )
     if checkpoint:
-        print0(f"{folder}: going on from {Path(checkpoint).name}")
+        print0(f"{folder}: resuming from {Path(checkpoint).name}")
     with launch.CtrlC() as ctrl_c:
         stopping = StopAndSave(ctrl_c)
         trainer.add_callback(stopping)

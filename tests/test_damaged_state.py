@@ -91,7 +91,7 @@ def test_sft_goes_on_from_the_older_checkpoint(name, how, tmp_path, capsys):
     assert sft_run.newest_undamaged([older, newer]) == str(older)
     assert f"{newer / name}" in capsys.readouterr().err
     spoil(older / name, how)
-    with pytest.raises(UserError, match=f"--run_dir: {older / name} .*; no checkpoint is whole"):
+    with pytest.raises(UserError, match=f"--run_dir: {older / name} .*; all checkpoints are damaged"):
         sft_run.newest_undamaged([older, newer])
 
 

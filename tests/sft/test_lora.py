@@ -123,7 +123,7 @@ def test_train_resume_and_evaluate(flags, tuned, capsys):
         (folder / name).unlink()
     (folder / "checkpoint-4" / "complete").unlink()
     script.main(argv)
-    assert "going on from checkpoint-2" in capsys.readouterr().out
+    assert "resuming from checkpoint-2" in capsys.readouterr().out
     again = load_file(folder / "adapter_model.safetensors")
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert predictions(folder)["preds"] == told["preds"]

@@ -23,6 +23,7 @@ from model import (
     check_checkpoint,
     choose_attention,
     save_value_function,
+    types_that_fit,
 )
 from rl import actor_critic
 
@@ -282,6 +283,9 @@ def test_value_function_file_and_its_absence(vit, vit_value, tmp_path):
     assert torch.equal(fresh.v_head[0].weight, same.v_head[0].weight)
     assert not torch.equal(fresh.v_head[0].weight, other.v_head[0].weight)
 
+    halved = {name: tensor / 2 for name, tensor in value.state_dict().items()}  # gathered from shards, say
+    loaded = torch.load(save_value_function(value, tmp_path / "policy", halved), weights_only=True)
+    assert torch.equal(loaded["shared.weight"], value.shared.weight / 2)
     save_value_function(value, tmp_path / "policy")
     assert sorted(path.name for path in (tmp_path / "policy").glob(".tmp*")) == []
     again = T5ForMultimodalGenerationValueFunction.from_pretrained(tmp_path / "policy")
@@ -633,6 +637,8 @@ def test_features_of_another_kind(released, folder):
 def test_types_that_share_a_size_are_both_named(tmp_path):
     small(patch_size=(None, 2048)).save_pretrained(tmp_path)
     refused(tmp_path, "--img_type resnet or clip")
+    assert types_that_fit((512, 2048)) == ["resnet"] and types_that_fit((49, 2048)) == ["clip"]
+    assert types_that_fit((7, 2048)) == [] and types_that_fit((None, 1024)) == ["vit"]
 
 
 def test_folders_without_a_model(tmp_path, folder):
@@ -646,8 +652,9 @@ def test_folders_without_a_model(tmp_path, folder):
     refused(folder, "config.json")
     (folder / "config.json").write_text('{"model_type": "bert"}')
     refused(folder, "'bert'", "T5")
-    (folder / "config.json").write_text('{"model_type": "t5", "d_model": "wide"}')
-    refused(folder, "d_model")
+    for name, value in (("d_model", '"wide"'), ("d_ff", 10**8), ("num_layers", 0), ("vocab_size", "true")):
+        (folder / "config.json").write_text(f'{{"model_type": "t5", "{name}": {value}}}')
+        refused(folder, f"no valid T5 configuration ({name} is")
 
 
 def test_damaged_weights(folder, vit, tmp_path):

@@ -83,7 +83,7 @@ def test_a_killed_training_goes_on(name, script, step, steps, weights, old, caps
     run, whole = old.folder / f"{name}_killed", old.folder / name
     assert not (run / "metrics.json").exists()
     script.main([*getattr(old, name), "--run_dir", str(run)])
-    assert f"going on from checkpoint-{step}" in capsys.readouterr().out
+    assert f"resuming from checkpoint-{step}" in capsys.readouterr().out
     ours, theirs = (load_file(folder / weights) for folder in (run, whole))
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():

@@ -583,7 +583,7 @@ def test_train_from_a_plain_t5_then_evaluate_and_resume(trained, plain, tmp_path
     (run / "metrics.json").unlink()
     (run / "model.safetensors").unlink()
     script.main(argv)
-    assert "going on from checkpoint-18" in capsys.readouterr().out
+    assert "resuming from checkpoint-18" in capsys.readouterr().out
     again = load_file(run / "model.safetensors")
     assert all(torch.equal(again[name], weights[name]) for name in weights)
     assert made == {path.name: path.stat().st_mtime_ns for path in run.glob("predictions*.json")}
@@ -696,7 +696,7 @@ def test_killed_training_ends_with_the_same_weights(trained, tmp_path):
     (run / "checkpoint-17").mkdir(exist_ok=True)  # a save that a kill cut short: no marker
     (run / "checkpoint-17" / "trainer_state.json").write_text("{")
     done = run_script(*command)
-    assert f"going on from {last}" in done.stdout, done.stdout[-2000:]
+    assert f"resuming from {last}" in done.stdout, done.stdout[-2000:]
     killed, whole = (load_file(folder / "model.safetensors") for folder in (run, trained.folder))
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
     states = [json.loads((folder / "trainer_state.json").read_text()) for folder in (run, trained.folder)]
