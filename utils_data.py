@@ -23,9 +23,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ares import data_folder as files
-from ares.cli import UserError, img_shape, print0, refuse, warn0
-from ares.files import read_json
-from ares.predictions import texts_by_qid
+from ares.cli import CAPTION_DEFAULT, UserError, img_shape, print0, refuse, warn0
+from ares.predictions import read_predictions
 from utils_prompt import build_train_pair, normalize, option_letters
 from vision.features import VisionFeatures
 
@@ -55,13 +54,11 @@ def load_data(args: argparse.Namespace, splits: Mapping[str, str]) -> Data:
     # MM-CoT's users, who import load_data_std and load_data_img, do not have these flags
     args = argparse.Namespace(**{"dataset": None, "vision_features": None, "name_map": None, **vars(args)})
     refuse(data_flag_faults(args))
-    dataset = files.find_dataset(args.data_root, args.dataset)
-    problems = files.load_problems(args.data_root, dataset)
-    all_splits = files.load_splits(args.data_root, dataset, problems)
-    files.check_overlap(
-        all_splits, splits.get("train", ""), [splits[role] for role in ("val", "test") if role in splits]
-    )
-    qids = {role: files.split_qids(all_splits, name, f"--{role}_split") for role, name in splits.items()}
+    data = files.read_data_folder(args.data_root, args.dataset)
+    problems = data.problems
+    evaluated = [splits[role] for role in ("val", "test") if role in splits]
+    files.check_overlap(data.splits, splits.get("train", ""), evaluated)
+    qids = {role: data.split(name, f"--{role}_split") for role, name in splits.items()}
     used = list(dict.fromkeys(qid for role in qids.values() for qid in role))
     for qid in used:
         option_letters(problems[qid], args.options, qid)
@@ -74,7 +71,7 @@ def load_data(args: argparse.Namespace, splits: Mapping[str, str]) -> Data:
     features = open_features(args) if args.img_type is not None else None
     if features is not None:
         check_coverage(features, problems, by_split)
-    return Data(dataset, problems, qids, features, features.shape if features is not None else None)
+    return Data(data.dataset, problems, qids, features, features.shape if features is not None else None)
 
 
 def load_data_std(args: argparse.Namespace) -> tuple[files.Problems, dict[str, list[str]]]:
@@ -137,7 +134,7 @@ def _fill_captions(args: argparse.Namespace, problems: files.Problems, splits: M
         path = files.find_captions(args)
         captions = files.load_captions(path)
         files.check_captions(path, captions, problems, splits)
-    elif args.caption_file != files.CAPTION_DEFAULT:
+    elif args.caption_file != CAPTION_DEFAULT:
         print0("note: --caption_file has no effect without --use_caption")
     for qid, problem in problems.items():
         problem["caption"] = captions.get(qid, "")
@@ -174,7 +171,7 @@ def open_features(args: argparse.Namespace) -> VisionFeatures:
 def check_coverage(features: VisionFeatures, problems: Mapping[str, Any], splits: Mapping[str, Sequence[str]]) -> None:
     """Warn of questions that name an image but have no feature row (they get zeros); UserError if these are more
     than half of a split (name -> qids)."""
-    few, some = "--name_map: it names feature rows", "have no feature row and get zeros"
+    few, some = f"--name_map: the map used with {features.path} has rows", "have no feature row and get zeros"
     files.check_pictured(features.name_map, problems, splits, few, some)
 
 
@@ -186,7 +183,7 @@ def read_le(path: str | Path, qids: Sequence[str], flag: str) -> dict[str, str]:
 
     Raises UserError naming `flag` if one is missing, or if a file without ids has another length than the split.
     """
-    by_qid = texts_by_qid(read_json(path, flag), path, flag, qids)
+    by_qid = read_predictions(path, flag, qids).by_qid()
     absent = [qid for qid in qids if qid not in by_qid]
     if absent:
         raise UserError(

@@ -22,12 +22,6 @@ from ares.files import read_json
 
 SIMILARITY_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 SUBJECTS = {"natural": "natural science", "social": "social science", "language": "language science"}
-FILE_NAMES = {"test": "test", "val": "eval", "train": "train"}  # predictions_ans_{...}.json
-
-
-def prediction_file(folder: str | Path, split: str) -> Path:
-    """The file of a stage's predictions of a split: `predictions_ans_{test,eval,train}.json`."""
-    return Path(folder) / f"predictions_ans_{FILE_NAMES[split]}.json"
 
 
 # -- answers ---------------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ The strings are exact: the released MM-CoT and ARES checkpoints were trained on 
 (`BECAUSE:`, one pass over double spaces) stay. Tokenisation is in utils_data.py, the Teacher's prompts are in
 teacher/prompts.py. Imports neither torch nor transformers. Try it:
 
-    python -c "import argparse, utils_prompt as u; from ares.data_folder import load_problems; \\
+    python -c "import argparse, utils_prompt as u; from ares.data_folder import read_data_folder; \\
     args = argparse.Namespace(prompt_format='QCM-E', use_caption=False, options='ABCDE'); \\
-    print(*u.build_train_pair(load_problems('data', 'scienceqa'), '1', args), sep='\\n')"
+    print(*u.build_train_pair(read_data_folder('data').problems, '1', args), sep='\\n')"
 """
 
 from __future__ import annotations

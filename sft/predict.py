@@ -31,10 +31,11 @@ from torch import distributed as dist
 from ares import cli, files
 from ares.cli import UserError, print0
 from ares.decoding import greedy
+from ares.predictions import FILE_NAMES, prediction_file, unread_note
 from model import choose_attention
 from sft.batching import lengths, prediction_batches
 from utils_data import IGNORE
-from utils_evaluate import FILE_NAMES, extract_answer, get_scores, prediction_file, resolve_answer, training_rouge
+from utils_evaluate import extract_answer, get_scores, resolve_answer, training_rouge
 from utils_prompt import answer_letter
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "adapter_config.json")
@@ -260,11 +261,8 @@ class Predictor:
 
 def warn_unread(unread: int, rows: int, path: str | os.PathLike) -> None:
     """Warn where more than 5 % of the answers could not be read: their scores are those of guesses."""
-    if unread > 0.05 * rows:
-        cli.warn0(
-            f"{path}: {unread} of {rows} texts hold no answer of the form `The answer is (X).`; each counts as a "
-            "random choice. Train longer, raise --output_len, or predict with --use_generate"
-        )
+    if note := unread_note(unread, rows, path):
+        cli.warn0(f"{note}. Train longer, raise --output_len, or predict with --use_generate")
 
 
 def weights_digest(folders: Sequence[str | os.PathLike]) -> str:

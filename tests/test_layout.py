@@ -34,7 +34,6 @@ SCRIPTS = [
     "tools/report.py",
     "demo/run.py",
     "demo/make_data.py",
-    "demo/make_tokenizer.py",
     "demo/make_model.py",
 ]
 # A file or package imports only from lower floors, or from its own package.

@@ -487,6 +487,12 @@ def test_passes_hold_the_rows_of_their_update_within_the_tokens_given(processes,
         assert len(found) == (len(step) if tokens == 0 else 1 if tokens == 10**6 else len(found))
 
 
+def test_passes_use_the_whole_limit():
+    step, lengths = [[[0, 1]], [[2]], [[3]]], [(3, 7)] * 4  # 10 tokens a row
+    assert minibatches.micro_batches(step, lengths, 30) == [[[0, 1, 2]], [[3]]]
+    assert minibatches.micro_batches(step, lengths, 29) == [[[0, 1]], [[2, 3]]]
+
+
 def test_rows_of_like_length_share_a_minibatch():
     """Padding of rationales and prompts, against minibatches in the shuffle's order and by rationale alone."""
     g = torch.Generator().manual_seed(0)

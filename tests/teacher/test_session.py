@@ -11,7 +11,7 @@ import time
 import pytest
 
 import haiku
-from ares import cli, files
+from ares import cli, files, launch
 from teacher import handoff
 from teacher.claude import ClaudeTeacher
 from teacher.interface import SCORE, Reply, Request, same_model
@@ -50,7 +50,7 @@ def test_two_clients_do_not_share_a_folder(server, questions):
     server.latency = 0.0
     ask(server, questions)
     assert len(scores(questions)) == 12
-    with files.only_one(questions / "teacher/lock", "test"):
+    with launch.only_one(questions / "teacher/lock", "test"):
         pass
 
 
@@ -163,8 +163,9 @@ def test_items_with_the_same_request_share_one_reply(tmp_path, problems, monkeyp
     )
 
     def add(*actions, sentence="It is so."):
-        folders = [lay_out(tmp_path, action, TEXT, [sentence], problems) for action in actions]
-        session.add([handoff.Item(folder, action, 0, TEXT) for folder, action in zip(folders, actions, strict=True)])
+        for action in actions:
+            lay_out(tmp_path, action, TEXT, [sentence], problems)
+        session.add([handoff.Item(tmp_path, action, 0, TEXT) for action in actions])
 
     add(0, 1)
     add(2, sentence="It is not.")
