@@ -252,17 +252,11 @@ class Predictor:
         content |= {"answers": self.letters(dataset.qids, preds), "settings": settings}
         files.write_json(path, content)
         print0(f"predictions: {path} ({len(preds)} rows)")
-        if "A" in self.asked:
-            warn_unread(content["answers"].count(None), len(preds), path)
+        if "A" in self.asked and (note := unread_note(content["answers"].count(None), len(preds), path)):
+            cli.warn0(f"{note}. Train longer, raise --output_len, or predict with --use_generate")
         if split == "test":
             failed = "" if content["num_fail"] is None else f"num_fail {content['num_fail']}, "
             print0(f"{failed}scores {json.dumps(content['scores'])}")
-
-
-def warn_unread(unread: int, rows: int, path: str | os.PathLike) -> None:
-    """Warn where more than 5 % of the answers could not be read: their scores are those of guesses."""
-    if note := unread_note(unread, rows, path):
-        cli.warn0(f"{note}. Train longer, raise --output_len, or predict with --use_generate")
 
 
 def weights_digest(folders: Sequence[str | os.PathLike]) -> str:

@@ -525,14 +525,6 @@ def test_every_stage_ends_with_the_next_command(world, tmp_path, capsys):
     run_script(*words[1:])
 
 
-def test_unread_answers_are_warned_of_above_5_percent(capsys):
-    from sft.predict import warn_unread
-
-    for unread, rows, warned in [(64, 64, True), (6, 100, True), (5, 100, False), (0, 3, False), (1, 8, True)]:
-        warn_unread(unread, rows, "predictions_ans_test.json")
-        assert (f"{unread} of {rows}" in capsys.readouterr().err) == warned
-
-
 def test_qcm_a_and_qcmg_a_have_a_folder_each(tmp_path, world):
     model = tmp_path / "model"
     shutil.copytree(world.tuned, model)
