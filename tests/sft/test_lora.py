@@ -16,6 +16,7 @@ import run_mm_cot_lora as script
 from ares.checkpoints import ADAPTER_KEYS
 from ares.cli import UserError
 from model import T5ForMultimodalGeneration
+from sft.predict import weights_digest
 from tests.conftest import ROOT
 from tests.tiny import make_data, make_model, predictions, write
 
@@ -116,6 +117,7 @@ def test_train_resume_and_evaluate(flags, tuned, capsys):
     assert all(torch.equal(before[name], after[name]) for name in before)
     told = predictions(folder)
     assert sorted(path.name for path in folder.glob("predictions*")) == ["predictions_ans_test.json"]
+    assert told["settings"]["weights"] == weights_digest([folder, tuned])  # of the adapter and of what it adapts
     assert all(f"rationale number {qid}." in prompt for qid, prompt in zip(told["qids"], told["prompts"], strict=True))
 
     # the state that a kill in the second epoch leaves: training goes on, to the same bits

@@ -730,6 +730,7 @@ def test_the_tokenizer_file_is_in_the_form_of_tokenizers_0_13(tmp_path, t5_token
     from transformers import AutoTokenizer
 
     from ares.checkpoints import portable_tokenizer
+    from tests.tiny import write
 
     t5_tokenizer("a prompt", truncation=True, max_length=3)  # what a run leaves in the tokenizer's state
     t5_tokenizer.save_pretrained(tmp_path)
@@ -742,6 +743,12 @@ def test_the_tokenizer_file_is_in_the_form_of_tokenizers_0_13(tmp_path, t5_token
         parts = part.get("pretokenizers") or part.get("decoders") or [part]
         (metaspace,) = [one for one in parts if one["type"] == "Metaspace"]
         assert metaspace["add_prefix_space"] is True and not {"prepend_scheme", "split"} & metaspace.keys()
+    write(
+        tmp_path / "other/tokenizer.json", {"decoder": {"type": "Metaspace", "prepend_scheme": "never", "split": True}}
+    )
+    portable_tokenizer(tmp_path / "other")
+    other = json.loads((tmp_path / "other/tokenizer.json").read_text())["decoder"]
+    assert other == {"type": "Metaspace", "add_prefix_space": False}
     again = AutoTokenizer.from_pretrained(tmp_path)
     texts = [problem["question"] + " " + problem["solution"] for problem in problems.values()][:200]
     texts += ["", " ", "  two  blanks ", "x\ny", "naïve café 水 <extra_id_3>", "</s> a"]

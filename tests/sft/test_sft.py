@@ -63,6 +63,9 @@ def test_contradictions_come_together(tmp_path):
     ("extra", "words"),
     [
         ("--seed -1", "--seed must be in 0"),
+        ("--seed 4294967296", "--seed must be in 0"),
+        ("--workers -1", "--workers must not be negative"),
+        ("--save_minutes -0.1", "--save_minutes"),
         ("--lr inf", "--lr must be a number"),
         ("--save_minutes nan", "--save_minutes"),
         ("--options A B A", "--options: A B A names a letter twice"),
@@ -225,13 +228,20 @@ def test_batches_of_stored_runs_stay():
     sizes = [(5 + 7 * i % 23, 3 + 5 * i % 11) for i in range(21)]
     grouped = [LengthGroupedBatches(sizes, 3, 42, rank, world=2) for rank in (0, 1)]
     tokens = TokenBudgetBatches(sizes, 130, 42)
-    for batches in (*grouped, tokens):
+    ranks = [TokenBudgetBatches(sizes, 130, 42, rank, world=4) for rank in range(4)]
+    for batches in (*grouped, tokens, *ranks):
         batches.epoch = 2
     assert [list(batches) for batches in grouped] == [
         [[0, 10, 20], [14, 1, 11], [15, 2, 12], [16]],
         [[7, 17, 4], [8, 18, 5], [9, 19, 6], [3, 13]],
     ]
     assert list(tokens) == [[7, 20, 0, 1, 18], [15, 13], [14, 11, 9, 12], [10, 4, 8, 17], [6, 19, 2], [5, 3, 16]]
+    assert [list(batches) for batches in ranks] == [
+        [[7, 20], [5, 3, 16]],
+        [[0, 1, 18], [10, 4, 8, 17]],
+        [[14, 11], [6, 19, 2]],
+        [[9, 12], [15, 13]],
+    ]
     assert prediction_batches(sizes[:7], 3, done={1}) == [[3, 6, 2], [5, 4, 0]]
 
 
@@ -491,6 +501,12 @@ def test_digests_see_every_part(predictor_parts, tmp_path):
     assert weights_digest(["hub/a"]) != weights_digest(["hub/b"])
 
 
+def test_decoding_drops_blanks_before_punctuation(predictor_parts, t5_tokenizer):
+    """As transformers 4 did when the released files were written; special tokens are dropped, too."""
+    ids = t5_tokenizer("Ice , at 0 . It melts .")["input_ids"]
+    assert make_predictor(predictor_parts, t5_tokenizer).decode([[0, *ids, 0]]) == ["Ice, at 0. It melts."]
+
+
 def test_failed_answers_and_formats_without_one(predictor_parts, t5_tokenizer):
     parts = predictor_parts
     qids = parts.data.qids["test"]
@@ -582,6 +598,10 @@ def test_train_from_a_plain_t5_then_evaluate_and_resume(trained, plain, tmp_path
     assert {"trainer_state.json", "metrics.json"} <= files
     assert {f"predictions_ans_{split}.json" for split in ("test", "eval", "train")} <= files
     assert not [name for name in files if name.startswith(".")] and "training_args.bin" not in files
+    assert {path.stat().st_mode & 0o777 for path in trained.folder.iterdir() if path.suffix == ".safetensors"} == {
+        0o644
+    }
+    assert "prepend_scheme" not in (run / "tokenizer.json").read_text()  # in the form that tokenizers 0.13 reads
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["steps"] == 18 and metrics["last_loss"] < metrics["first_loss"] < 11
     assert [entry["step"] for entry in metrics["evaluations"]] == [6, 12, 18] and metrics["epochs"] == 3
