@@ -10,9 +10,12 @@ Needs no torch.
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import shlex
 import signal
+import socket
 import sys
 import threading
 import time
@@ -126,6 +129,65 @@ def data_words(args: Any) -> list[str]:
 
 
 @contextlib.contextmanager
+def only_one(path: str | os.PathLike, what: str, *, required: bool = True, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file `path` during the block. The kernel releases the lock when the process ends in any way.
+
+    The file's text only says who holds the lock; one left by a killed process locks nobody out.
+
+    Args:
+        what: begins the message, for example "--run_dir RL_models/x".
+        required: without it a disk that has no locks gives a warning, not an error.
+        wait: wait for another process instead of raising.
+
+    Raises UserError naming the process that has the lock, or a disk without locks.
+    """
+    # not the filelock package: it empties the file at each attempt, and on a disk without locks it makes a marker file
+    # that outlives a killed process
+    import fcntl
+
+    while True:
+        with files.writing(path):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            file = files.open_regular(path, follow_links=False, flags=os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            fault = f"{what}: {_holder(file)} is running there; wait for it, or end it"
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                fault = f"{what}: the disk of {path} has no file locks ({error.strerror}): another process could start"
+                if not required:
+                    cli.warn0(f"{fault}; do not start one")
+                    break
+                fault += " (two clients would pay twice); copy the folder to a local disk"
+            os.close(file)
+            raise UserError(fault) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                break
+        os.close(file)  # the process that held the lock has removed the file: lock the new one
+    try:
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with contextlib.suppress(OSError):  # on a full disk the lock has no text
+            os.ftruncate(file, 0)
+            os.pwrite(file, json.dumps(about).encode(), 0)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # while it is locked
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)  # a worker process may have inherited the descriptor
+        os.close(file)
+
+
+def _holder(file: int) -> str:
+    try:
+        about = json.loads(os.pread(file, 1000, 0))
+        return f"process {about['pid']} on {about['host']} (since {about['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+@contextlib.contextmanager
 def only_launch(folder: Path, from_rank0: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
     """Hold the run folder for this launch: rank 0 locks it until the block ends.
 
@@ -133,5 +195,5 @@ def only_launch(folder: Path, from_rank0: Callable[[Callable[[], Any]], Any]) ->
     if another launch holds the folder.
     """
     with contextlib.ExitStack() as held:
-        from_rank0(lambda: held.enter_context(files.only_one(folder / LOCK, f"{folder}", required=False)))
+        from_rank0(lambda: held.enter_context(only_one(folder / LOCK, f"{folder}", required=False)))
         yield

@@ -35,7 +35,7 @@ from ares.decoding import action_mask
 from ares.sentences import sentences_from_ids
 from rl import actor_critic
 from rl.run_folder import FAILED, collected_batches
-from teacher import handoff
+from teacher import handoff, reply_files
 
 FIELDS = ("tokens", "logprobs", "ref_logprobs", "values")  # one number per position
 
@@ -351,7 +351,7 @@ def read_feedback(store: RolloutStore, rollouts: Rollouts, max_dropped: float) -
     for row in cli.progress(range(len(rollouts)), desc="reading scores", total=len(rollouts), unit="reply"):
         expected = int(rollouts.sentence_counts[row])
         try:
-            got = handoff.read_scores(question_folder(rollouts, row, store.questions)) if expected else []
+            got = reply_files.read_scores(question_folder(rollouts, row, store.questions)) if expected else []
             if len(got) != expected:
                 raise handoff.Refused("wrong_count")
             scores[keys[row]] = got

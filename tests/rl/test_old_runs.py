@@ -134,10 +134,7 @@ def test_a_round_that_the_old_code_trained_has_the_present_weights_and_is_contin
 # -- the Teacher's half ----------------------------------------------------------------------------------
 
 
-OLD_RECORD = "batch records of that commit have no `key` and no `attempt`, and teacher/batch_records.py refuses them"
-
-
-@pytest.mark.parametrize("how", ["live", pytest.param("batch", marks=pytest.mark.xfail(reason=OLD_RECORD))])
+@pytest.mark.parametrize("how", ["live", "batch"])
 def test_what_the_old_client_asked_is_not_asked_again(old_code, problems, sample, tmp_path, api_environment, how):
     """Half of a folder answered, or a batch submitted, by the old client; the present one does the rest."""
     questions = tmp_path / "questions"

@@ -35,6 +35,21 @@ def test_a_file_gives_back_what_was_saved_and_rows_can_be_picked(tmp_path):
     assert len(whole.select([])) == 0
 
 
+def test_stored_columns_are_those_of_the_sampled_ids(t5_tokenizer):
+    """The last token of a rationale that is unfinished, or cut at output_len, ends its last sentence."""
+    texts = ["It is so. It ends.", "It is so. It does not", "Cut here. And here the", "Cut at the stop.", "So", ""]
+    ids = [[0, *t5_tokenizer(text).input_ids] for text in texts]
+    ids = [row[:-1] if text.startswith("Cut") else row for row, text in zip(ids, texts, strict=True)]
+    actions = torch.tensor([row + [0] * (12 - len(row)) for row in ids])
+    zeros = torch.zeros(len(ids), 11)
+    sampled = {"actions": actions} | dict.fromkeys(rollouts.FIELDS[1:], zeros)
+    rows = rollouts.to_rollouts(sampled, [str(i) for i in range(3)], 2, rank=0, tokenizer=t5_tokenizer)
+    assert [rows.ids(row) for row in range(6)] == ids
+    columns = [rows.row_columns(row) for row in range(6)]
+    assert columns == [sentence_columns(row, t5_tokenizer) for row in actions]
+    assert [row[-1] for row in columns[1:3]] == [len(ids[1]) - 1, len(ids[2]) - 1] and columns[5] == []
+
+
 def test_padding_puts_each_row_where_it_belongs():
     whole = random_rollouts(6)
     actions, mask = whole.actions([4, 1])
