@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ares import cli, files
-from ares.data_folder import find_dataset, find_images, load_problems, load_splits, split_qids
+from ares.data_folder import find_images, read_data_folder
 from teacher import client, estimate, handoff, reply_files
 from teacher.interface import CORRECT, Teacher
 from teacher.prompts import WORDING
@@ -124,9 +124,8 @@ def summary(found: Corrections, rationales: Mapping[str, str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    dataset = find_dataset(args.data_root, args.dataset)
-    problems = load_problems(args.data_root, dataset)
-    train_qids = split_qids(load_splits(args.data_root, dataset, problems), args.train_split, "--train_split")
+    data = read_data_folder(args.data_root, args.dataset)
+    problems, train_qids = data.problems, data.split(args.train_split, "--train_split")
     items = handoff.iter_items(args.correction_dir, 0)
     if not items:
         raise cli.UserError(
@@ -155,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"--rationales {args.rationales} --correction_dir {args.correction_dir} first"
             )
         rationales = {**wanted, **rationales}
-    output = Path(args.output or Path(args.data_root) / dataset / "correction.json")
+    output = Path(args.output or data.root / data.dataset / "correction.json")
 
     def session_with(each: Teacher) -> Session:
         more = {"wording": WORDING, "problems": problems, "images_dir": find_images(args)}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ares import cli, files
-from ares.data_folder import find_dataset, load_problems, load_splits, split_qids
+from ares.data_folder import read_data_folder
 from teacher import handoff
 from teacher.prompts import correction_request
 
@@ -55,20 +55,19 @@ def prepare(folder: Path, problem: Mapping[str, Any], rationale: str, images: Se
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    dataset = find_dataset(args.data_root, args.dataset)
-    problems = load_problems(args.data_root, dataset)
-    train_qids = split_qids(load_splits(args.data_root, dataset, problems), args.train_split, "--train_split")
+    data = read_data_folder(args.data_root, args.dataset)
+    train_qids = data.split(args.train_split, "--train_split")
     rationales = handoff.read_rationales(args.rationales, train_qids)
     # one line per rationale file entry: the collator collapses white space anyway
     rationales = {qid: " ".join(text.split()) for qid, text in rationales.items()}
     files.writable_dir(args.correction_dir, "--correction_dir")
     if len(rationales) < len(train_qids):
         cli.print0(f"note: {args.rationales} covers {len(rationales)} of {len(train_qids)} train questions")
-    images = handoff.images_of_questions(args, problems, list(rationales))
+    images = handoff.images_of_questions(args, data.problems, list(rationales))
     set_aside = 0
     for qid, rationale in cli.progress(rationales.items(), desc="requests", unit="question"):
         folder = handoff.question_dir(args.correction_dir, 0, 0, qid)
-        set_aside += prepare(folder, problems[qid], rationale, images[qid])
+        set_aside += prepare(folder, data.problems[qid], rationale, images[qid])
     if set_aside:
         cli.print0(f"{set_aside} replies to older rationales set aside (older_{handoff.REPLY})")
     cli.print0(

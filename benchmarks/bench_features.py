@@ -22,11 +22,10 @@ if __name__ == "__main__":  # run as a file, the project is not on the path
 import numpy as np
 import torch
 
-import extract_features
 from ares import cli
 from benchmarks import common, limits, released_recipe
-from vision.memory import keep_freed_memory
-from vision.networks import MODEL_NAMES, list_images, load_encoder
+from vision.extraction import FeatureStore, extract, keep_freed_memory, list_images
+from vision.networks import MODEL_NAMES, load_encoder
 
 NETWORKS = {"tiny": "vit_small_patch32_384"}  # other sizes: that of the published ViT features
 MORE = 4  # times as many images on our side
@@ -46,15 +45,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = list(list_images(common.SHARED / "data/scienceqa_sample/images").items())
     cli.refuse([f"--images: the sample has {len(found)}"] * (args.images > len(found)))
     name = args.model_name or NETWORKS.get(args.size, MODEL_NAMES["vit"])
-    flags = extract_features.parse_args(["--random_weights", "--device", args.device, "--model_name", name])
     encoder = load_encoder("vit", name, "random", args.device)
 
     def ours(count: int) -> np.ndarray:
         images = {str(n): found[n % len(found)][1] for n in range(count)}
         with tempfile.TemporaryDirectory() as out:
-            rows = extract_features.Rows(Path(out), extract_features.describe(flags, images), encoder.stored)
-            extract_features.extract(encoder, images, rows, flags)
-            return np.array(rows.array)
+            settings = {"img_type": "vit", "dtype": "float32", "rows": count}
+            store = FeatureStore(Path(out), settings, encoder.stored)
+            extract(encoder, images, store)
+            return np.array(store.array)
 
     def released() -> torch.Tensor:
         return released_recipe.image_features(encoder, [path for _, path in found[: args.images]])

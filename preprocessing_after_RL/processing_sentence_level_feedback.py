@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from ares import cli  # noqa: E402
-from ares.data_folder import find_dataset, load_problems  # noqa: E402
+from ares.data_folder import read_data_folder  # noqa: E402
 from teacher import handoff  # noqa: E402
 from teacher.prompts import scoring_request  # noqa: E402
 
@@ -53,7 +53,7 @@ def exported_items(questions_dir: str) -> list[handoff.Item]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     items = exported_items(args.questions_dir)
-    problems = load_problems(args.data_root, find_dataset(args.data_root, args.dataset))
+    problems = read_data_folder(args.data_root, args.dataset).problems
     unknown = [item for item in items if item.qid not in problems]
     if unknown:
         raise cli.UserError(

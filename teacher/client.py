@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli, files
-from ares.data_folder import Problems, find_dataset, load_problems
+from ares import cli, files, launch
+from ares.data_folder import Problems, read_data_folder
 from teacher import batches, claude, reference
 from teacher.batch_store import BatchStore
 from teacher.budget import LOG, Ledger, Price, price_of, read_log
@@ -201,7 +201,7 @@ def load_for(args: argparse.Namespace, items: Sequence[Item]) -> Problems | None
     """
     if args.teacher == "claude" and not Path(args.data_root).is_dir():
         return None
-    problems = load_problems(args.data_root, find_dataset(args.data_root, args.dataset))
+    problems = read_data_folder(args.data_root, args.dataset).problems
     unknown = next((item for item in items if item.qid not in problems), None)
     if unknown:
         raise cli.UserError(
@@ -226,7 +226,7 @@ def work_in(root: str | Path, flag: str, args: argparse.Namespace, before: Ledge
         files.refuse_links(place, root)
     files.writable_dir(ours, flag)
     with contextlib.ExitStack() as held:
-        held.enter_context(files.only_one(ours / "lock", f"{flag} {root}"))
+        held.enter_context(launch.only_one(ours / "lock", f"{flag} {root}"))
         if args.teacher == "claude":  # on a full disk, replies to requests in flight must still be saved
             held.enter_context(files.reserve(ours / "reserve", ROOM + args.concurrency * ROOM_PER_REPLY))
         ledger = Ledger(ours if args.teacher == "claude" else None, args.max_usd)

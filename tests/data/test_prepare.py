@@ -249,15 +249,8 @@ def test_kill_and_run_again(real, tmp_path):
     whole = tmp_path / "whole"
     prepare(real.folder, whole, "--images", real.images)
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        ROOT / "tools/prepare_data.py",
-        "scienceqa",
-        "--source",
-        real.folder,
-        "--images",
-        real.images,
-    ]
+    flags = ("scienceqa", "--source", real.folder, "--images", real.images)
+    command = [sys.executable, ROOT / "tools/prepare_data.py", *flags]
     process = subprocess.Popen(
         [*command, "--output", out], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -269,12 +262,11 @@ def test_kill_and_run_again(real, tmp_path):
     run_script(*command[1:], "--output", out)
 
     def content(folder):
-        files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".tmp-")]
-        return {path.relative_to(folder): path.read_bytes() for path in files}
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     assert content(out) == content(whole)
     stamps = {path: path.stat().st_mtime_ns for path in (out / "images").rglob("*.png")}
-    run_script(*command[1:], "--output", out)
+    prepare(real.folder, out, "--images", real.images)
     assert {path: path.stat().st_mtime_ns for path in (out / "images").rglob("*.png")} == stamps
 
 

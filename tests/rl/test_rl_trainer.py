@@ -151,6 +151,29 @@ def test_the_learning_rate_used_is_the_scheduled_one(tmp_path):
     assert rates == pytest.approx([1e-2 * (1 - i / 6) for i in range(6)])  # 9 rows: 3 updates x 2 epochs
 
 
+def test_an_epochs_line_holds_means_over_its_updates(tmp_path):
+    trainer, lines = make_trainer(tmp_path), []
+    trainer.metrics.log = lambda kind, number, update, values, **more: lines.append((kind, more["epoch"], values))
+    trainer.train()
+    for epoch in range(2):
+        updates = [values for kind, at, values in lines if kind == "update" and at == epoch]
+        (mean,) = [values for kind, at, values in lines if kind == "epoch" and at == epoch]
+        assert len(updates) == 3 and mean["grad_norm"] == pytest.approx(sum(one["grad_norm"] for one in updates) / 3)
+        weights = [one["positions"] / mean["positions"] for one in updates]
+        for name in ("policy_loss", "approx_kl", "kl_ref", "entropy", "clipfrac"):
+            assert mean[name] == pytest.approx(sum(w * one[name] for w, one in zip(weights, updates, strict=True)))
+    assert lines[0][2]["grad_norm"] != pytest.approx(lines[1][2]["grad_norm"], rel=1e-3)  # no gradient is left over
+
+
+def test_weight_decay_is_for_matrices_only(tmp_path):
+    trainer = make_trainer(tmp_path)
+    decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainer.raw.named_parameters():
+        if parameter.requires_grad:
+            assert decay[id(parameter)] == (0.01 if parameter.ndim > 1 and "bias" not in name else 0.0), name
+    assert len(trainer.names) == len(decay) and "value_function.lm_head.weight" not in trainer.names
+
+
 def test_every_epoch_and_round_has_another_order(tmp_path):
     orders = {}
     for number in (0, 1):

@@ -57,15 +57,6 @@ class Released:
         return {"decoder_input_ids": actions, "decoder_attention_mask": mask}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small lose by threads: on busy cores two are eight times slower than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def released(request, fixtures):
     return Released(fixtures / "model" / request.param)
@@ -502,6 +493,42 @@ def test_bf16_autocast():
     assert all(p.grad.isfinite().all() for p in policy.parameters())
 
 
+@pytest.mark.parametrize(("tied", "adapter"), [(False, False), (True, False), (False, True)])
+def test_training_loss_is_the_sum_over_real_labels_divided_by_those_of_the_step(tied, adapter):
+    """The Trainer's call, which never makes all logits, against the plain call, which does; an adapter on the head."""
+    from peft import LoraConfig, get_peft_model
+
+    model, inputs = small(tied), batch()
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head", "q"], init_lora_weights=False)).eval()
+    real = inputs["labels"] != -100
+    assert not real.all() and not inputs["attention_mask"].all()
+    logits = model(**inputs).logits
+    expected = torch.nn.functional.cross_entropy(logits[real], inputs["labels"][real], reduction="sum") / 37
+    loss = model(**inputs, num_items_in_batch=torch.tensor(37)).loss
+    assert_near(loss, expected, 1e-5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    torch.testing.assert_close(torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained))
+    # masks and decoder ids that are given are used
+    ids = inputs["labels"].clamp(min=2).flip(1)
+    for name, value in (("decoder_input_ids", ids), ("decoder_attention_mask", real.flip(1).long())):
+        given = {**inputs, "decoder_input_ids": ids, name: value}
+        expected = torch.nn.functional.cross_entropy(model(**given).logits[real], inputs["labels"][real])
+        assert_near(model(**given, num_items_in_batch=real.sum()).loss, expected, 1e-5)
+        assert abs(expected.item() * real.sum().item() / 37 - loss.item()) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "decoder_attention_mask"])
+def test_values_depend_on_the_masks(name):
+    """Without dropout or padding rows the masks are all that hides a token."""
+    model, inputs = small(cls=T5ForMultimodalGenerationValueFunction), batch()
+    inputs["decoder_attention_mask"] = torch.ones_like(inputs["labels"])
+    changed = inputs[name].clone()
+    changed[:, 1] = 0
+    with torch.no_grad():
+        assert not torch.allclose(model(**inputs)[:, 2:], model(**{**inputs, name: changed})[:, 2:], atol=1e-4)
+
+
 def test_trainer_accumulation_is_exact(tmp_path):
     """Two ragged micro-batches of 2 take the step of one batch of 4 (the loss is divided by the step's targets)."""
     from transformers import Trainer, TrainingArguments
@@ -724,7 +751,7 @@ def test_the_configs_image_field_has_a_name_of_its_own(tmp_path, t5_tokenizer):
 def test_the_tokenizer_file_is_in_the_form_of_tokenizers_0_13(tmp_path, t5_tokenizer, problems):
     from transformers import AutoTokenizer
 
-    from ares.portable import portable_tokenizer
+    from ares.checkpoints import portable_tokenizer
 
     t5_tokenizer("a prompt", truncation=True, max_length=3)  # what a run leaves in the tokenizer's state
     t5_tokenizer.save_pretrained(tmp_path)

@@ -15,16 +15,7 @@ from teacher.budget import Ledger, read_log
 from teacher.handoff import REFUSED_REPLY
 from teacher.interface import SCORE, Reply, Request, Stopped
 from tests.api_server import KEY, Fault, fill_form
-from tests.teacher.teacher_tools import (
-    ask,
-    client,
-    flags,
-    lay_out,
-    lines_of,
-    many_items,
-    paid_usd,
-    scores,
-)
+from tests.teacher.teacher_tools import ask, client, flags, lay_out, lines_of, many_items, paid_usd, scores
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import time
 import pytest
 
 import haiku
-from ares import cli, files
+from ares import cli, files, launch
 from teacher import handoff
 from teacher.claude import ClaudeTeacher
 from teacher.interface import SCORE, Reply, Request, same_model
@@ -50,7 +50,7 @@ def test_two_clients_do_not_share_a_folder(server, questions):
     server.latency = 0.0
     ask(server, questions)
     assert len(scores(questions)) == 12
-    with files.only_one(questions / "teacher/lock", "test"):
+    with launch.only_one(questions / "teacher/lock", "test"):
         pass
 
 
