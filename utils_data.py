@@ -286,10 +286,8 @@ class Batch(dict):
     these, and absent images and ResNet's repeated vector are some (`VisionFeatures.gather`)."""
 
     def pin_memory(self) -> Batch:
-        def pinned(value: Any) -> Any:
-            return value.pin_memory() if isinstance(value, torch.Tensor) and 0 not in value.stride() else value
-
-        return Batch({name: pinned(value) for name, value in self.items()})
+        can_be_pinned = {name for name, t in self.items() if isinstance(t, torch.Tensor) and 0 not in t.stride()}
+        return Batch({name: t.pin_memory() if name in can_be_pinned else t for name, t in self.items()})
 
 
 def batches_pin_themselves() -> bool:

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # run as a file, the project is not on the path
 
 import torch
 
-from ares import cli
+from ares import cli, launch
 from benchmarks import common, limits, released_recipe
 from model import T5ForMultimodalGeneration, choose_attention
 
@@ -72,7 +72,7 @@ def our_trainer(args: argparse.Namespace, folder: Path, data: common.BenchData, 
         collator = data.collator()
         return SFTTrainer(
             model, training_args, collator, dataset, None, processing_class=data.tokenizer, evaluate_with=None,
-            save_minutes=0,
+            save_minutes=0, ctrl_c=launch.CtrlC(),
         )  # fmt: skip
 
     return build

@@ -45,11 +45,6 @@ FINGERPRINTS = ("tokenizer", "features")  # of a prediction file's settings: con
 Rows = dict[int, list[int]]  # row of the split -> predicted ids
 
 
-def asked_for(args: argparse.Namespace) -> str:
-    """What the target holds: A (the bare answer), E, LE, LEA or ALE."""
-    return args.prompt_format.split("-")[1]
-
-
 def from_rank0(function: Callable[[], Any]) -> Any:
     """`function()` of rank 0, returned on every rank; a UserError is raised on every rank. Must be picklable."""
     box: list[Any] = [None, None]
@@ -95,6 +90,7 @@ class Predictor:
         bf16: bool = False,
     ):
         self.args, self.problems, self.tokenizer = args, problems, tokenizer
+        self.asked = args.prompt_format.split("-")[1]  # of the target: A (the bare answer), E, LE, LEA or ALE
         self.collator, self.device, self.bf16 = collator, device, bf16
         if not args.use_generate:
             print0(
@@ -160,7 +156,7 @@ class Predictor:
     def evaluate(self, model: torch.nn.Module, dataset: Any) -> dict[str, float]:
         """The metric of one epoch, in percent: accuracy for the A formats (failed = wrong), else ROUGE-L."""
         texts = self.decode(self.predict(model, dataset, "evaluate"))
-        if asked_for(self.args) == "A":
+        if self.asked == "A":
             letters = self.letters(dataset.qids, texts)
             gold = [answer_letter(self.problems[qid], self.args.options, qid) for qid in dataset.qids]
             right = sum(letter == wanted for letter, wanted in zip(letters, gold, strict=True))
@@ -179,14 +175,13 @@ class Predictor:
 
         For E and LE there is no answer to fail at: `num_fail` is None, no table of random choices is made.
         """
-        asked = asked_for(self.args)
         answers, failed = {}, 0
-        if "A" in asked:
+        if "A" in self.asked:
             for qid, text in zip(qids, preds, strict=True):
                 n_choices = len(self.problems[qid]["choices"])
                 answers[qid], read = resolve_answer(text, n_choices, qid, self.args.seed, self.args.options)
                 failed += not read
-        rationales = dict(zip(qids, preds, strict=True)) if "E" in asked else {}
+        rationales = dict(zip(qids, preds, strict=True)) if "E" in self.asked else {}
         references = dict(zip(qids, labels, strict=True))
         return {
             "num_fail": failed if answers else None,
@@ -257,7 +252,7 @@ class Predictor:
         content |= {"answers": self.letters(dataset.qids, preds), "settings": settings}
         files.write_json(path, content)
         print0(f"predictions: {path} ({len(preds)} rows)")
-        if "A" in asked_for(self.args):
+        if "A" in self.asked:
             warn_unread(content["answers"].count(None), len(preds), path)
         if split == "test":
             failed = "" if content["num_fail"] is None else f"num_fail {content['num_fail']}, "

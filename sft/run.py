@@ -10,6 +10,7 @@ sft/predict.py. Weights and optimizer are float32 always; --precision sets the t
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -181,9 +182,8 @@ def run(
             if checkpoint == "done":
                 print0(f"{folder}: training is complete; continuing with the predictions")
             else:
-                model = train(
-                    args, training_args, lambda: build(data.patch_size, None), datasets, predictor, checkpoint
-                )
+                start = functools.partial(build, data.patch_size, None)
+                model = train(args, training_args, start, datasets, predictor, checkpoint)
         # 4. predict
         splits = ["test"] if args.prompt_format.endswith("-A") else ["test", "val", "train"]
         predictor.write(

@@ -29,8 +29,8 @@ from ares import cli, files, launch
 from ares.checkpoints import portable_tokenizer
 from ares.cli import UserError, print0, warn0
 from model import choose_attention
-from sft.batching import LengthGroupedBatches, TokenBudgetBatches, lengths
-from sft.predict import Predictor, asked_for, from_rank0
+from sft.batching import DistributedBatches, LengthGroupedBatches, TokenBudgetBatches, lengths
+from sft.predict import Predictor
 from utils_data import batches_pin_themselves
 
 COMPLETE = "complete"  # written last into a checkpoint's folder: without it the folder does not count
@@ -48,7 +48,7 @@ def set_up(args: argparse.Namespace, folder: Path, examples: int) -> Seq2SeqTrai
     args.precision = "bf16" if bf16 else "fp32"  # args.yaml records what ran
     if not bf16:
         os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # the Trainer would take what accelerate is configured for
-    metric = "accuracy" if asked_for(args) == "A" else "rougeL"
+    metric = "accuracy" if args.prompt_format.endswith("-A") else "rougeL"
     training_args = Seq2SeqTrainingArguments(
         output_dir=str(folder),
         num_train_epochs=args.epoch,
@@ -100,6 +100,7 @@ def train(
     choose_attention(model, training_args.device)
     use_cache = model.config.use_cache
     warn_about_device(training_args.device, sum(p.numel() for p in model.parameters()))
+    ctrl_c = launch.CtrlC()
     trainer = SFTTrainer(
         model,
         training_args,
@@ -109,15 +110,14 @@ def train(
         processing_class=predictor.tokenizer,
         evaluate_with=predictor.evaluate,
         save_minutes=args.save_minutes,
+        ctrl_c=ctrl_c,
         max_tokens=args.max_tokens,
     )
     if checkpoint:
         print0(f"{folder}: resuming from {Path(checkpoint).name}")
-    with launch.CtrlC() as ctrl_c:
-        stopping = StopAndSave(ctrl_c)
-        trainer.add_callback(stopping)
+    with ctrl_c:
         trainer.train(resume_from_checkpoint=checkpoint)
-    if stopping.stopped:
+    if trainer.run_control.stopped:
         raise KeyboardInterrupt(
             f"training is saved at step {trainer.state.global_step} of {trainer.state.max_steps}; run the same "
             "command again to go on"
@@ -132,7 +132,13 @@ class SFTTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer with batches of similar length, evaluation by a `Predictor`, checkpoints that are complete."""
 
     def __init__(
-        self, *args: Any, evaluate_with: Callable, save_minutes: float, max_tokens: int | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        evaluate_with: Callable,
+        save_minutes: float,
+        ctrl_c: launch.CtrlC,
+        max_tokens: int | None = None,
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.evaluate_with = evaluate_with
@@ -143,8 +149,8 @@ class SFTTrainer(Seq2SeqTrainer):
         self.batches = kind(lengths(self.train_dataset), size, self.args.seed, rank, world)
         self.remove_callback(PrinterCallback)
         self.add_callback(Log())
-        self.add_callback(SetEpoch(self.batches))
-        self.add_callback(SaveEvery(save_minutes, self.batches.steps))
+        self.run_control = RunControl(self.batches, save_minutes, ctrl_c)
+        self.add_callback(self.run_control)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         # not prepared by accelerate, which would distribute the batches once more and fill a short last step up with
@@ -265,53 +271,35 @@ def warn_about_device(device: torch.device, parameters: int) -> None:
 # -- callbacks -------------------------------------------------------------------------------------------
 
 
-class SetEpoch(TrainerCallback):
-    """Sets the sampler's epoch. (accelerate's set_epoch does not reach it after a resume on several processes.)"""
+class RunControl(TrainerCallback):
+    """The sampler's epoch; a checkpoint every `minutes` within an epoch, by rank 0's clock; after Ctrl-C on any
+    process a checkpoint, then the end of training, on all processes (`stopped`)."""
 
-    def __init__(self, batches: LengthGroupedBatches | TokenBudgetBatches):
-        self.batches = batches
+    def __init__(self, batches: DistributedBatches, minutes: float, ctrl_c: launch.CtrlC):
+        self.batches, self.seconds, self.ctrl_c, self.stopped = batches, minutes * 60, ctrl_c, False
 
     def on_epoch_begin(self, args, state, control, **kwargs):
+        # accelerate's set_epoch does not reach the sampler after a resume on several processes
         self.batches.epoch = state.global_step // self.batches.steps
 
-
-class SaveEvery(TrainerCallback):
-    """A checkpoint every `minutes` within an epoch, besides the one at its end. Rank 0's clock decides."""
-
-    def __init__(self, minutes: float, steps_per_epoch: int):
-        self.seconds, self.steps_per_epoch = minutes * 60, steps_per_epoch
-
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_save(self, args, state, control, **kwargs):
         self.saved = time.monotonic()
 
-    on_save = on_train_begin
+    on_train_begin = on_save
 
     def on_step_end(self, args, state, control, **kwargs):
-        last_of_epoch = state.global_step % self.steps_per_epoch == 0
-        if self.seconds <= 0 or last_of_epoch or (args.world_size > 1 and state.global_step % SYNC_STEPS):
+        if state.global_step >= state.max_steps or (args.world_size > 1 and state.global_step % SYNC_STEPS):
             return
-        if from_rank0(lambda: time.monotonic() - self.saved >= self.seconds):
-            control.should_save = True
-
-
-class StopAndSave(TrainerCallback):
-    """After Ctrl-C on any process: a checkpoint, then the end of training, on all processes."""
-
-    def __init__(self, ctrl_c: launch.CtrlC):
-        self.ctrl_c, self.stopped = ctrl_c, False
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            return
-        pressed = self.ctrl_c.pressed
+        late = self.seconds > 0 and time.monotonic() - self.saved >= self.seconds
+        save, stop = late and cli.rank() == 0, self.ctrl_c.pressed
         if args.world_size > 1:
-            if state.global_step % SYNC_STEPS:
-                return
-            flag = torch.tensor(float(pressed), device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            pressed = bool(flag.item())
-        if pressed:
+            flags = torch.tensor([float(save), float(stop)], device=args.device)
+            torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+            save, stop = flags.bool().tolist()
+        if stop:
             self.stopped = control.should_save = control.should_training_stop = True
+        elif save and state.global_step % self.batches.steps:  # the last step of an epoch is saved anyway
+            control.should_save = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.stopped:  # the library takes the end of training for the end of an epoch

@@ -125,7 +125,7 @@ def test_a_run_folder_is_resumed_or_cleared(tmp_path, capsys):
     (tmp_path / "checkpoint-12/complete").unlink()
     assert sft_run.open_run(tmp_path, settings, False) == str(tmp_path / "checkpoint-10")
     assert not (tmp_path / "checkpoint-12").exists()
-    (tmp_path / "checkpoint-10/trainer_state.json").write_text("{")
+    (tmp_path / "checkpoint-10/optimizer.pt").write_bytes(b"cut short")
     assert sft_run.open_run(tmp_path, settings, False) == str(tmp_path / "checkpoint-4")
     assert "looking for an older checkpoint" in capsys.readouterr().err
     for step in (2, 4):
@@ -333,7 +333,11 @@ def test_sorted_batches_give_what_one_row_at_a_time_gives(predictor_parts, t5_to
 
 
 def test_argmax_is_of_teacher_forced_logits(predictor_parts, t5_tokenizer):
-    parts, dataset = predictor_parts, predictor_parts.datasets["test"]
+    from utils_data import RationaleDataset
+
+    parts, args = predictor_parts, SimpleNamespace(**{**vars(predictor_parts.args), "output_len": 90})
+    dataset = RationaleDataset(parts.data.problems, parts.data.qids["test"], t5_tokenizer, args)
+    assert len({len(ids) for ids in dataset.labels}) > 3  # batches have pads, which are no predictions
     rows = make_predictor(parts, t5_tokenizer, use_generate=False).predict(parts.model, dataset, "test")
     for i, row in enumerate(rows):
         with torch.no_grad():
@@ -392,6 +396,8 @@ def test_prediction_files(predictor_parts, t5_tokenizer, tmp_path, capsys, monke
     assert set(test) == wanted and set(predictions(tmp_path, "eval")) == wanted - {"num_fail", "scores"}
     assert test["qids"] == parts.data.qids["test"] and len(test["preds"]) == len(test["qids"]) == len(test["answers"])
     assert test["num_fail"] == test["answers"].count(None)
+    flags = {name: getattr(parts.args, name) for name in ("img_type", "prompt_format", "output_len", "seed")}
+    assert flags.items() <= test["settings"].items() and test["settings"]["use_generate"] is True
     assert {"acc_average"} <= set(test["scores"]["answer"]) and {"bleu1", "rouge"} <= set(test["scores"]["rationale"])
     assert predictions(tmp_path, "eval")["preds"] == test["preds"]
     assert not list(tmp_path.glob(".predicting*"))
@@ -528,22 +534,26 @@ def test_saves_within_an_epoch_follow_the_clock(monkeypatch):
 
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(trainer.time, "monotonic", lambda: clock.now)
-    every, args = trainer.SaveEvery(0.5, steps_per_epoch=4), SimpleNamespace(world_size=1)
-    every.on_train_begin(args, None, None)
-    saved = []
-    for step, now in ((1, 129), (2, 131), (3, 140), (4, 200), (5, 201), (6, 260)):
-        clock.now = now
-        control = SimpleNamespace(should_save=False)
-        every.on_step_end(args, SimpleNamespace(global_step=step), control)
-        if control.should_save:
-            saved.append(step)
-            every.on_save(args, None, control)
-    assert saved == [2, 5, 6]  # step 4 ends the epoch, which is saved anyway
-    never = trainer.SaveEvery(0, steps_per_epoch=4)
-    never.on_train_begin(args, None, None)
-    clock.now, control = 10**6, SimpleNamespace(should_save=False)
-    never.on_step_end(args, SimpleNamespace(global_step=1), control)
-    assert not control.should_save
+    batches, ctrl_c = SimpleNamespace(steps=4), SimpleNamespace(pressed=False)
+
+    def saves(minutes):
+        clock.now, args, saved = 100.0, SimpleNamespace(world_size=1), []
+        run = trainer.RunControl(batches, minutes, ctrl_c)
+        run.on_train_begin(args, None, None)
+        for step, now in ((1, 129), (2, 131), (3, 140), (4, 200), (5, 201), (6, 260), (7, 270), (8, 400)):
+            clock.now, control = now, SimpleNamespace(should_save=False, should_training_stop=False)
+            run.on_step_end(args, SimpleNamespace(global_step=step, max_steps=8), control)
+            if control.should_save:
+                saved.append((step, control.should_training_stop))
+                run.on_save(args, None, control)
+        run.on_epoch_begin(args, SimpleNamespace(global_step=5), None)
+        assert batches.epoch == 1
+        return saved
+
+    assert saves(0.5) == [(2, False), (5, False), (6, False)]  # the ends of epochs, 4 and 8, are saved anyway
+    assert saves(0) == []
+    ctrl_c.pressed = True
+    assert saves(0) == [(step, True) for step in range(1, 8)]
 
 
 def test_train_from_a_plain_t5_then_evaluate_and_resume(trained, plain, tmp_path, capsys):
