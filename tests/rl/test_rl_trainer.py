@@ -148,6 +148,7 @@ def test_the_learning_rate_used_is_the_scheduled_one(tmp_path):
     trainer.metrics.log = lambda kind, number, update, values, **place: used.append((kind, values["lr"]))
     trainer.train()
     rates = [lr for kind, lr in used if kind == "update"]
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {rates[-1]}
     assert rates == pytest.approx([1e-2 * (1 - i / 6) for i in range(6)])  # 9 rows: 3 updates x 2 epochs
 
 
@@ -163,6 +164,27 @@ def test_an_epochs_line_holds_means_over_its_updates(tmp_path):
         for name in ("policy_loss", "approx_kl", "kl_ref", "entropy", "clipfrac"):
             assert mean[name] == pytest.approx(sum(w * one[name] for w, one in zip(weights, updates, strict=True)))
     assert lines[0][2]["grad_norm"] != pytest.approx(lines[1][2]["grad_norm"], rel=1e-3)  # no gradient is left over
+
+
+def test_no_gradient_is_left_over_from_the_update_before(tmp_path):
+    trainer, norms = make_trainer(tmp_path, lr=0.0), []
+    trainer.metrics.log = lambda kind, number, update, values, **more: norms.append(values["grad_norm"])
+    for _ in range(2):
+        trainer._update([[[0, 1]], [[2, 3]]], 10)
+    assert norms[0] == pytest.approx(norms[1]) and norms[0] > 0
+
+
+def test_the_newest_of_two_saved_states_is_resumed(tmp_path):
+    trainer = make_trainer(tmp_path)
+    for done in (1, 2, 3):
+        trainer.position.done = trainer.position.update = done
+        with torch.no_grad():
+            trainer.raw.policy.lm_head.weight.fill_(done)
+        trainer.save_state()
+        again = make_trainer(tmp_path)
+        assert again.restore() and again.position.done == done
+        assert again.raw.policy.lm_head.weight.unique().tolist() == [done]
+        assert again.slots[again.saves % 2] == trainer.slots[trainer.saves % 2], "the older slot is written next"
 
 
 def test_weight_decay_is_for_matrices_only(tmp_path):
