@@ -649,6 +649,19 @@ def test_tensors_that_are_absent_or_of_another_size(folder):
     refused(folder, name, "[5, 32]", "[32, 32]")
 
 
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_the_embedding_may_have_any_of_its_names(folder, name):
+    before = T5ForMultimodalGeneration.from_pretrained(folder).state_dict()
+    weights = load_file(folder / "model.safetensors")
+    stored = next(each for each in ("shared.weight", *EMBEDDINGS) if each in weights)
+    weights[name] = weights.pop(stored)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert check_checkpoint(folder, (145, 1024), "vit") is not None
+    model = T5ForMultimodalGeneration.from_pretrained(folder)
+    assert_tied(model, tied=False)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
 def test_sharded_checkpoints(folder, tmp_path):
     model = T5ForMultimodalGeneration.from_pretrained(folder)
     model.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
