@@ -110,6 +110,12 @@ def test_changed_settings(change, said):
     assert (said in changed) if said else changed == ""
 
 
+def test_the_batch_of_a_step_may_be_split_otherwise():
+    old = {"bs": 4, "processes": 2, "final_eval": True}
+    assert sft_run.changed_settings(old, {**old, "bs": 8, "processes": 1}) == []
+    assert sft_run.changed_settings(old, {**old, "processes": 1}) == ["--bs x processes 4 (was 8)"]
+
+
 def test_evaluation_flags_may_change_where_no_epoch_is_evaluated():
     old = {"bs": 4, "processes": 1, "final_eval": True, "use_generate": True, "eval_data": "1", "eval_le": "a"}
     assert sft_run.changed_settings(old, {**old, "use_generate": False, "eval_data": "2", "eval_le": "b"}) == []
