@@ -25,6 +25,7 @@ from sft.predict import _made_with, _open_store
 from sft.trainer import kept_checkpoints
 from tests.conftest import ROOT, run_script
 from tests.tiny import make_data, make_model, predictions, write
+from utils_evaluate import resolve_answer
 
 # -- names and flags -------------------------------------------------------------------------------------
 
@@ -526,6 +527,11 @@ def test_failed_answers_and_formats_without_one(predictor_parts, t5_tokenizer):
     assert predictor.letters(qids, broken) == [None, None, *gold[2:]]
     first, second = predictor.scores(qids, broken, preds), predictor.scores(qids, broken, preds)
     assert first == second and first["num_fail"] == 2
+    for seed in range(4):  # the choices at random are those of --seed
+        drawn = [resolve_answer("", len(parts.data.problems[qid]["choices"]), qid, seed)[0] for qid in qids]
+        right = sum("ABCDE"[index] == letter for index, letter in zip(drawn, gold, strict=True))
+        made = make_predictor(parts, t5_tokenizer, seed=seed).scores(qids, ["no idea"] * len(qids), preds)
+        assert made["scores"]["answer"]["acc_average"] == f"{100 * right / len(qids):.2f}"
     rationale = make_predictor(parts, t5_tokenizer, prompt_format="QCM-E").scores(qids, preds, preds)
     assert rationale["num_fail"] is None and set(rationale["scores"]) == {"rationale"}
     answer = make_predictor(parts, t5_tokenizer, prompt_format="QCM-A").scores(qids, preds, preds)
