@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from ares.cli import UserError
+from demo.make_model import build_t5
 from teacher import handoff
 from tests.api_server import KEY
 from tests.conftest import ROOT
@@ -295,6 +296,9 @@ SMALL = {
 }
 
 
+SIZES = {"train": 7, "eval": 2, "test": 2}  # questions of its splits
+
+
 class User:
     """Follows the README in a copy of the repository with seven questions and a tiny rationale model."""
 
@@ -358,7 +362,7 @@ class User:
 
 
 @pytest.fixture
-def user(tmp_path, monkeypatch, sample, t5_tokenizer):
+def user(tmp_path, monkeypatch, sample, t5_tokenizer, t5_tokenizer_dir):
     for path in ROOT.iterdir():  # data and results are in the copy, code is the repository's
         if path.suffix == ".py" or path.name in ("ares", "rl", "sft", "teacher", "tools", "vision"):
             (tmp_path / path.name).symlink_to(path)
@@ -367,6 +371,7 @@ def user(tmp_path, monkeypatch, sample, t5_tokenizer):
     (data / "captions.json").rename(data / "instruct_captions.json")
     (data / "images").symlink_to(sample / "images")
     rl_tools.make_model(tmp_path / "models/mm-cot-base-rationale", data, t5_tokenizer)
+    build_t5(t5_tokenizer_dir, tmp_path / "t5", d_model=32, layers=2, heads=4, vocab_size=32128)
     monkeypatch.chdir(tmp_path)
     return User(tmp_path)
 
@@ -398,4 +403,19 @@ def test_the_three_steps_of_the_readme_run(user):
     (adapter,) = sft.glob("mm_cot_lora_*")
     for folder, splits in ((runs[1] / "0", "train eval test"), (sft, "train eval test"), (adapter, "test")):
         for split in splits.split():
-            assert len(predictions(folder, split)["preds"]) == {"train": 7, "eval": 2, "test": 2}[split]
+            assert len(predictions(folder, split)["preds"]) == SIZES[split]
+
+
+@pytest.mark.slow
+def test_the_command_for_a_starting_model_runs(user):
+    text = (ROOT / "docs/data.md").read_text(encoding="utf-8").partition("## The starting rationale model")[2]
+    command = blocks_of(text, "docs/data.md")[0][0]
+    user.train(Command(f"{command.text} --model t5", command.where))
+    folder = user.folder / "models/rationale"
+    assert {split: len(predictions(folder, split)["preds"]) for split in SIZES} == SIZES
+    # RL accepts it: after its checks of flags, data and checkpoints it writes the run folder
+    rl = next(command for command in commands_of("README.md") if "run_mm_cot_rl.py" in command.text)
+    flags = "--base_model_dir models/rationale --ref_model models/rationale --phase collect"
+    user.train(Command(f"{rl.text} {flags}", rl.where))
+    (run,) = (user.folder / "RL_models").iterdir()
+    assert handoff.exported(run / "questions")
