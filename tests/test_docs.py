@@ -419,3 +419,11 @@ def test_the_command_for_a_starting_model_runs(user):
     user.train(Command(f"{rl.text} {flags}", rl.where))
     (run,) = (user.folder / "RL_models").iterdir()
     assert handoff.exported(run / "questions")
+
+
+def test_the_memory_table_is_what_the_script_prints(capsys):
+    from benchmarks import rl_memory
+
+    rl_memory.main([])
+    printed = capsys.readouterr().out.strip()
+    assert printed.count("\n") == 3 and printed in (ROOT / "docs/rl.md").read_text()
