@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole ARES loop on a small data set that the project makes itself: no GPU, no API key, no downloads beyond packages.
+# Runs the whole ARES loop on a small data set that the project makes itself: no GPU, no API key, no downloads but packages.
 #   bash run_demo.sh [--output demo_run] [--seed 0] [...]      bash run_demo.sh --help
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

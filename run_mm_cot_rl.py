@@ -36,7 +36,6 @@ from typing import Any
 
 from ares import cli, files, launch
 from ares.cli import UserError, print0, run
-from ares.portable import portable_tokenizer
 from rl import flags, run_folder
 from sft.lora import peft_fault
 from teacher import handoff
@@ -315,6 +314,7 @@ def save_round(setup: Setup, trainer, number: int) -> None:
     """Write {run}/{number} in one step, then rename its questions folder and delete the PPO state."""
     import torch
 
+    from ares.checkpoints import portable_tokenizer
     from model import save_value_function
     from rl import sharding
     from rl.optimizer import optimizer_state

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+# what the model sees of one image: (patches, dim). resnet's one pooled vector is repeated 512 times
+img_shape = {"resnet": (512, 2048), "clip": (49, 2048), "detr": (100, 256), "vit": (145, 1024)}
 IMG_TYPES = ("detr", "clip", "resnet", "vit")
 PROMPT_FORMATS = tuple(f"{given}-{asked}" for given in ("QCM", "QCMG") for asked in ("A", "E", "LE", "LEA", "ALE"))
 CAPTION_DEFAULT = "data/captions.json"  # of --caption_file: then other places are searched, too
@@ -191,8 +193,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help or "", action.default
-        shown = action.option_strings and default not in (None, False, argparse.SUPPRESS, "", [], ())
-        if not shown or "default" in text or action.nargs == 0:
+        shown = action.option_strings and action.nargs != 0 and default not in (None, argparse.SUPPRESS, "", [], ())
+        if not shown or "default" in text:
             return text
         if isinstance(default, (list, tuple)):
             return f"{text} (default: {' '.join(map(str, default))})".strip()

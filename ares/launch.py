@@ -1,4 +1,4 @@
-"""How a training script is started, kept alone in its run folder, stopped, and followed by the next one.
+"""Launching a training script: checks of its processes, a lock on its run folder, Ctrl-C, the next command.
 
     launch.check_processes("main.py")                 # before anything is loaded
     with launch.only_launch(folder, from_rank0):       # the whole run
@@ -35,7 +35,7 @@ TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZ
 
 
 def check_processes(script: str, environment: Mapping[str, str] | None = None) -> None:
-    """Raise UserError if a job launcher (srun, mpirun) started several processes that each take themselves for rank 0.
+    """Raise UserError if a job launcher (srun, mpirun) started several processes that would all be rank 0.
 
     Such processes would write the same run folder at the same time.
     """
@@ -70,7 +70,7 @@ def _number(text: str | None) -> int | None:
 
 
 def note_unused_gpus(visible: int, script: str) -> None:
-    """Say that a launch of one process uses one of several visible GPUs."""
+    """Print a note if one process was started but several GPUs are visible."""
     if visible > 1 and cli.world_size() == 1:
         print0(
             f"note: {visible} GPUs are visible but one process was started: using one GPU. "
@@ -82,7 +82,7 @@ def note_unused_gpus(visible: int, script: str) -> None:
 
 
 class CtrlC:
-    """Within the block the first Ctrl-C only sets `pressed`: the loop saves and ends. A later one stops at once.
+    """In the block the first Ctrl-C only sets `pressed`, so that the loop can save and end. A later one stops at once.
 
     A launcher repeats the signal to its processes: one that follows within GRACE seconds is the same Ctrl-C.
     """
@@ -112,14 +112,14 @@ class CtrlC:
 
 
 def next_step(*commands: Sequence[Any], note: str = "") -> None:
-    """Print what to run now, as a shell reads it."""
+    """Print the commands to run next, quoted for a shell."""
     print0(f"next:{' ' + note if note else ''}")
     for command in commands:
         print0("  " + shlex.join(map(str, command)))
 
 
 def data_words(args: Any) -> list[str]:
-    """The flags that name a run's data, for another stage's command line."""
+    """The flags that name a run's data, for the command line of another stage."""
     names = ("data_root", "dataset", "img_type", "vision_features", "name_map")
     words = [word for name in names if getattr(args, name) for word in (f"--{name}", str(getattr(args, name)))]
     return [*words, "--caption_file", args.caption_file, "--use_caption"] if args.use_caption else words

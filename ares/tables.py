@@ -1,16 +1,16 @@
-"""Tables as text: markdown, LaTeX (booktabs), CSV. Pure; standard library only."""
+"""Tables as text: markdown, LaTeX (booktabs), CSV. Standard library only."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure: the mean over `seeds` runs and its deviation, or one run's with a 95 % interval."""
+    """A figure: the mean over `seeds` runs with its deviation, or that of one run with a 95 % interval."""
 
     value: float
     low: float | None = None
@@ -37,69 +37,63 @@ class Table:
     digits: Mapping[str, int] = field(default_factory=dict)
 
     def used(self) -> list[str]:
-        """Columns that any row fills."""
+        """Columns in which some row has a value."""
         return [key for key in self.columns if any(cells.get(key) is not None for _, cells in self.rows)]
 
-    def _text(self, key: str, cell: Cell | str | None, plus_minus: str = "±") -> str:
-        return cell.text(self.digits.get(key, 2), plus_minus) if isinstance(cell, Cell) else cell or ""
+    def texts(self, plus_minus: str = "±") -> list[list[str]]:
+        """The headings, then the rows, each with its label first."""
+        lines = [["", *(self.columns[key] for key in self.used())]]
+        for label, cells in self.rows:
+            values = [(key, cells.get(key)) for key in self.used()]
+            lines.append([label, *(value.text(self.digits.get(key, 2), plus_minus) if isinstance(value, Cell)
+                                   else value or "" for key, value in values)])  # fmt: skip
+        return lines
 
 
 def markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
     parts = []
     for table in tables:
-        keys = table.used()
-        lines = [f"### {table.title}", "", _row(["", *(table.columns[key] for key in keys)])]
-        lines.append(_row(["---"] * (1 + len(keys))))
-        lines += [_row([label, *(table._text(key, cells.get(key)) for key in keys)]) for label, cells in table.rows]
+        heads, *rows = table.texts()
+        lines = [f"### {table.title}", ""]
+        for row in (heads, ["---"] * len(heads), *rows):
+            cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
+            lines.append(f"| {' | '.join(cells)} |")
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, *notes]) + "\n"
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-
 _LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
           "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
-          ">": r"\textgreater{}", "|": r"\textbar{}"}  # fmt: skip
+          ">": r"\textgreater{}", "|": r"\textbar{}", "\0": r"$\pm$"}  # fmt: skip
 
 
 def latex(tables: Sequence[Table], notes: Sequence[str]) -> str:
     """One table environment each; needs \\usepackage{booktabs}."""
+
+    def escaped(text: str) -> str:
+        # after the \\ of the row before, "[" or "*" would be read as an argument of that command
+        guard = "{}" if text.startswith(("[", "*")) else ""
+        return guard + "".join(_LATEX.get(letter, letter) for letter in text)
+
     parts = []
     for table in tables:
-        keys = table.used()
-        rows = [[label, *(table._text(key, cells.get(key), "\0") for key in keys)] for label, cells in table.rows]
-        lines = [r"\begin{table}", r"\centering", rf"\caption{{{_escaped(table.title)}}}"]
-        lines += [rf"\begin{{tabular}}{{l{'r' * len(keys)}}}", r"\toprule"]
-        lines.append(" & ".join(map(_escaped, ["", *(table.columns[key] for key in keys)])) + r" \\")
-        lines.append(r"\midrule")
-        lines += [" & ".join(map(_escaped, row)) + r" \\" for row in rows]
+        heads, *rows = [" & ".join(map(escaped, row)) + r" \\" for row in table.texts("\0")]
+        lines = [r"\begin{table}", r"\centering", rf"\caption{{{escaped(table.title)}}}"]
+        lines += [rf"\begin{{tabular}}{{l{'r' * len(table.used())}}}", r"\toprule", heads, r"\midrule", *rows]
         parts.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]))
     return "\n\n".join([*parts, *(f"% {note}" for note in notes)]) + "\n"
 
 
-def _escaped(text: str) -> str:
-    # behind the \\ of the row before it "[" or "*" would be that command's argument
-    guard = "{}" if text.startswith(("[", "*")) else ""
-    return guard + "".join(_LATEX.get(letter, letter) for letter in text).replace("\0", r"$\pm$")
-
-
 def as_csv(tables: Sequence[Table], notes: Sequence[str]) -> str:
-    """One line a figure, in full precision: table, row, column, value, low, high, deviation, seeds."""
+    """One line per figure, in full precision: table, row, column, value, low, high, deviation, seeds."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["table", "row", "column", "value", "low", "high", "deviation", "seeds"])
     for table in tables:
         for label, cells in table.rows:
-            for key in table.used():
-                cell = cells.get(key)
-                if isinstance(cell, Cell):
-                    writer.writerow(
-                        [table.title, label, key, cell.value, cell.low, cell.high, cell.deviation, cell.seeds]
-                    )
-                elif cell:
-                    writer.writerow([table.title, label, key, cell, "", "", "", ""])
+            for key, cell in ((key, cells[key]) for key in table.used() if cells.get(key)):
+                figures = astuple(cell) if isinstance(cell, Cell) else (cell, "", "", "", "")
+                writer.writerow([table.title, label, key, *figures])
     return out.getvalue()
 
 

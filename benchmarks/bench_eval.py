@@ -2,9 +2,9 @@
 
     python benchmarks/bench_eval.py --size tiny --device cpu
 
-Both sides write the same rationales of `--rows` real test questions, ended at their gold lengths (endings.py), and
-score them. The released recipe generates the split twice; its second pass does the same once more, so its time is
-doubled here, not run. Checked first: the same ids and the same scores. `--no_similarity` leaves the embeddings out.
+Both sides generate the same rationales of `--rows` test questions, ended at their gold lengths (endings.py), and score
+them. The released recipe generates the split twice; the second pass equals the first, so its time is doubled instead
+of run. Checked first: the same ids and the same scores. `--no_similarity` skips the embeddings.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EVAL_BS, OUTPUT_LEN = 16, 512
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--rows", type=int, default=16, help="test questions, a multiple of 16 (default: %(default)s)")
-    parser.add_argument("--no_similarity", action="store_true", help="leave the embedding model out")
+    parser.add_argument("--no_similarity", action="store_true", help="skip the embedding model")
     return parser.parse_args(argv)
 
 
@@ -41,8 +41,6 @@ class Sides:
     """Both ways from questions to scores."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        import main
-
         self.args, self.device = args, device
         self.data = data = common.load(args, output_len=OUTPUT_LEN)
         folder = common.model_folder(args, data)
@@ -54,16 +52,14 @@ class Sides:
             model.know(self.dataset, data.dataset("test"))
         self.features = released_recipe.LoadedFeatures(data.features.path, data.features.name_map)
         self.encoder = None if args.no_similarity else similarity_model()
-        flags = main.parse_args(["--use_generate", "--eval_bs", str(EVAL_BS), "--prompt_format", "QCM-E"])
-        flags.output_len = OUTPUT_LEN
+        flags = common.sft_flags("--use_generate", "--eval_bs", str(EVAL_BS), "--prompt_format", "QCM-E",
+                                 "--output_len", str(OUTPUT_LEN))  # fmt: skip
         bf16 = cli.mixed_precision(flags.precision) == "bf16"
         self.predictor = Predictor(flags, data.problems, data.tokenizer, data.collator(), device, bf16=bf16)
 
-    def texts(self, rows: list[list[int]]) -> list[str]:
-        return self.predictor.decode(rows)
-
-    def references(self, dataset) -> dict[str, str]:
-        return dict(zip(dataset.qids, self.texts(dataset.labels), strict=True))
+    def texts(self, dataset, rows: list[list[int]]) -> dict[str, str]:
+        """qid -> decoded row."""
+        return dict(zip(dataset.qids, self.predictor.decode(rows), strict=True))
 
     def released(self) -> dict[str, float]:
         """One pass of generation, then scores, with its seconds apart: `report` counts the pass twice."""
@@ -72,15 +68,15 @@ class Sides:
             self.plain, self.dataset, self.features, self.device, EVAL_BS, OUTPUT_LEN
         )
         self.pass_seconds = time.perf_counter() - began
-        predictions = dict(zip(self.dataset.qids, self.texts(self.released_ids), strict=True))
-        return released_recipe.rationale_scores(predictions, self.references(self.dataset), self.encoder)
+        predictions, references = (self.texts(self.dataset, ids) for ids in (self.released_ids, self.dataset.labels))
+        return released_recipe.rationale_scores(predictions, references, self.encoder)
 
     def ours(self, dataset=None) -> dict[str, float]:
         dataset = dataset or self.dataset
         with self.fast.ending_greedy():
             self.our_ids = self.predictor.predict(self.fast, dataset, "generate")
-        predictions = dict(zip(dataset.qids, self.texts(self.our_ids), strict=True))
-        found = get_scores({}, predictions, self.references(dataset), self.data.problems, self.encoder is not None)
+        predictions, references = (self.texts(dataset, ids) for ids in (self.our_ids, dataset.labels))
+        found = get_scores({}, predictions, references, self.data.problems, self.encoder is not None)
         return found["rationale"]
 
 
@@ -93,14 +89,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         common.check("greedy ids of every question", sides.released_ids, sides.our_ids),
         common.check("scores", torch.tensor([released[n] for n in ours]), torch.tensor(list(ours.values())), 1e-4),
     ]
-    times: dict[str, list[float]] = {"released": [], "ours": []}
-    for _ in range(args.repeats):
-        both = common.seconds(sides.released, device) + sides.pass_seconds  # the test split is generated twice
-        times["released"].append(both / args.rows)
-        times["ours"].append(common.seconds(sides.ours, device) / args.rows)
-    ratios = [slow / fast for slow, fast in zip(times["released"], times["ours"], strict=True)]
-    result = {name: common.spread(values) for name, values in (*times.items(), ("ratio", ratios))}
 
+    def seconds(function, device) -> float:
+        took = common.seconds(function, device)
+        return took + sides.pass_seconds if function == sides.released else took  # the split is generated twice
+
+    result = common.compare(sides.released, sides.ours, args, (args.rows, args.rows), warm_up=False, time_of=seconds)
     scaling = growth(sides, 8 * args.rows)
     common.profile(sides.ours, args)
     common.report(

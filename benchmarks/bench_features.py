@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     device = common.set_up(args)
     keep_freed_memory()  # as the script does; for both sides
-    found = list(list_images(common.SHARED / "data/scienceqa_sample/images").items())
+    found = list(list_images(common.find_source(args).images).items())
     cli.refuse([f"--images: the sample has {len(found)}"] * (args.images > len(found)))
     name = args.model_name or NETWORKS.get(args.size, MODEL_NAMES["vit"])
     encoder = load_encoder("vit", name, "random", args.device)

@@ -1,11 +1,11 @@
-"""Memory of ScienceQA's vision features, and of a growing run: private bytes per process, mapped against loaded.
+"""Memory of ScienceQA's vision features: private bytes per process, mapped against loaded.
 
-    python benchmarks/bench_memory.py                     # needs no disk: the files are sparse
+    python benchmarks/bench_memory.py                     # needs no disk space: the files are sparse
 
-1. A process that has gathered batches from a file of 11,208 ViT rows (6.6 GB): its private memory, against loading
-   such a file (loaded here: `--load_rows` rows of it; the rest is multiplied, for it is an array).
+1. Private memory of a process that gathers batches from a file of 11,208 ViT rows (6.6 GB), against loading such a
+   file (measured on `--load_rows` rows and scaled up).
 2. Two processes that read batches of a file of 2,000 rows: the resident memory that both add, less the rows touched.
-3. The same reader over 1x, 2x and 4x the questions: its private memory stays flat.
+3. The same reader over 1x, 2x and 4x the batches: its private memory stays flat.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ def sparse_file(path: Path, rows: int) -> Path:
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process: private (its own, RssAnon), resident (what it has mapped besides)."""
+    """Bytes of this process: private (RssAnon) and resident (with mapped pages)."""
     status = Path("/proc/self/status").read_text()
     found = {name: int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024 for name in ("RssAnon", "VmRSS")}
     return {"private": found["RssAnon"], "resident": found["VmRSS"]}
 
 
 def mapped(path: Path, rows: int, batches: int, seed: int, queue: Any, barrier: Any) -> None:
-    """Gather `batches` random batches; report what that added, while the other readers still hold theirs."""
+    """Gather `batches` random batches and report the memory that they added, while the other readers still run."""
     from vision.features import VisionFeatures
 
     draw = np.random.default_rng(seed)
     features = VisionFeatures(path, {str(n): n for n in range(rows)}, "vit")
-    features.gather([str(n) for n in range(BATCH)])  # torch's own pages, touched by the first batch, are no features
+    features.gather([str(n) for n in range(BATCH)])  # the first batch also touches pages of torch itself
     before = memory()
     touched: set[int] = set()
     for _ in range(batches):
@@ -76,10 +76,10 @@ def mapped(path: Path, rows: int, batches: int, seed: int, queue: Any, barrier: 
 
 
 def loaded(path: Path, rows: int, batches: int, seed: int, queue: Any, barrier: Any) -> None:
-    """The released way: the whole file becomes this process's own."""
+    """As the released code: the whole file in this process's memory."""
     before = memory()
     values = np.load(path)
-    values = values + 0  # as a tensor it is written to; zeros of a sparse file would not count otherwise
+    values = values + 0  # write to it: unwritten zeros of a sparse file take no memory
     after = memory()
     queue.put({name: after[name] - before[name] for name in before} | {"rows": len(values)})
 

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_sft.py --size tiny --device cpu
 
-Ours is the SFTTrainer that main.py runs, an epoch over `--samples` real questions, its start (about half a second)
-included; the released recipe takes two steps of eight (its cost does not depend on the lengths). Checked first: the
-same loss and the same gradients, dropout off.
+Ours is the SFTTrainer that main.py runs: an epoch over `--samples` questions with its start (about half a second). The
+released recipe takes two steps of eight, as its cost does not depend on the lengths. Checked first: the same loss
+and the same gradients, without dropout.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if __name__ == "__main__":  # run as a file, the project is not on the path
 
 import torch
 
-from ares import cli
+from ares import cli, launch
 from benchmarks import common, limits, released_recipe
 from model import T5ForMultimodalGeneration, choose_attention
 
@@ -59,10 +59,9 @@ def check_equal(folder: Path, data: common.BenchData, features, device: torch.de
 
 def our_trainer(args: argparse.Namespace, folder: Path, data: common.BenchData, out: str):
     """samples -> what main.py trains with, an epoch of them, without checkpoints."""
-    import main
     from sft.trainer import SFTTrainer, set_up
 
-    flags = main.parse_args(["--bs", str(BS), "--epoch", "1", "--lr", str(LR), "--final_eval", "--img_type", "vit"])
+    flags = common.sft_flags("--bs", str(BS), "--epoch", "1", "--lr", str(LR), "--final_eval", "--img_type", "vit")
     model = T5ForMultimodalGeneration.from_pretrained(folder)
 
     def build(samples: int):
@@ -73,7 +72,7 @@ def our_trainer(args: argparse.Namespace, folder: Path, data: common.BenchData, 
         collator = data.collator()
         return SFTTrainer(
             model, training_args, collator, dataset, None, processing_class=data.tokenizer, evaluate_with=None,
-            save_minutes=0,
+            save_minutes=0, ctrl_c=launch.CtrlC(),
         )  # fmt: skip
 
     return build
@@ -120,7 +119,7 @@ def how_close(trainer, data, args, device, per_sample: float) -> str:
         dtype = torch.bfloat16 if trainer.args.bf16 else torch.float32
         share = flops / len(dataset) / per_sample / limits.peak_flops(device, dtype)
         return f"model FLOP utilisation {share:.0%} of real tokens"
-    order = list(trainer.sampler)
+    order = [i for batch in trainer.batches for i in batch]
     model = trainer.model.train()
 
     def epoch():

@@ -1,4 +1,4 @@
-"""What the benchmarks share: flags, models, real prompts, fair timing, equality, one report per stage.
+"""Shared by the benchmarks: flags, models, real prompts, timing, checks of equality, one report per stage.
 
     args = common.parse(__doc__, argv)                       # --size --device --repeats --profile --json --threads
     device = common.set_up(args)
@@ -7,9 +7,8 @@
     result = common.compare(released, ours, args)            # interleaved; median ratio, min-max
     common.report(args, "SFT", result, equal=[...], limit="62% of the time is bare matrix products")
 
-Both sides of a comparison run in one process, on the same weights, threads and denormal settings (the product's own:
-denormals are computed). Leaves out the stages themselves (bench_*.py) and the released recipe (released_recipe.py).
-Questions and tokenizer are found in ../shared or $ARES_SHARED.
+Both sides of a comparison run in one process, on the same weights and threads. Questions and tokenizer are those of
+the real sample in ../shared or $ARES_SHARED; without it the benchmarks make the demo's, and say so.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ from ares.cli import UserError, print0  # noqa: E402
 from benchmarks.limits import synchronize  # noqa: E402
 
 SHARED = Path(os.environ.get("ARES_SHARED", ROOT.parent / "shared"))
+SAMPLE = SHARED / "data/scienceqa_sample"
 VOCABULARY = 32128  # rows of the embedding of every published T5, for the tokenizer's 32,100 pieces
 VIT = (145, 1024)
 SIZES = {
@@ -51,7 +51,7 @@ SIZES = {
     "large": {"d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_layers": 24, "num_heads": 16},
 }
 FEATURE_ROWS = 64  # rows of random features on disk; the questions with an image share them
-NOT_MEASURED = "not measured"
+DEMO_QUESTIONS = {"train": 500, "val": 60, "test": 300}
 
 
 # -- flags and machine -----------------------------------------------------------------------------------
@@ -114,18 +114,45 @@ def machine_line(args: argparse.Namespace) -> str:
     return f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, {gpu}; {versions}; {found['commit']}"
 
 
-# -- real questions --------------------------------------------------------------------------------------
+# -- questions -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where questions and tokenizer are. `name`: sample (real ScienceQA) or demo."""
+
+    name: str
+    data_root: Path
+    captions: Path
+    images: Path
+    tokenizer: Path
+
+
+def find_source(args: argparse.Namespace) -> Source:
+    """The real sample, or where it is absent the demo's questions and tokenizer, made once in `cache_dir`."""
+    demo = cache_dir(args) / "demo"
+    if SAMPLE.is_dir():
+        return Source("sample", SAMPLE / "ScienceQA/data", SAMPLE / "instruct_captions.json", SAMPLE / "images",
+                      SHARED / "data/t5_tokenizer")  # fmt: skip
+    cli.warn0(f"no real questions at {SAMPLE} (ARES_SHARED names the folder that holds data/): the demo's are used")
+    if not (demo / "t5").is_dir():
+        sizes = [f"--{split}={count}" for split, count in DEMO_QUESTIONS.items()]
+        model = ["--data", demo, "--tokenizer", demo / "tokenizer", "--output", demo / "t5", "--d_model", "16"]
+        for script, *argv in (["make_data.py", "--output", demo, *sizes], ["make_model.py", *model]):
+            subprocess.run([sys.executable, ROOT / "demo" / script, *argv], check=True, stdout=sys.stderr)
+    return Source("demo", demo / "data", demo / "data/captions.json", demo / "images", demo / "tokenizer")
 
 
 @dataclass
 class BenchData:
-    """The real sample: problems with captions, split -> question ids, the real tokenizer, random ViT features."""
+    """Problems with captions, split -> question ids, the tokenizer, random ViT features."""
 
     args: argparse.Namespace  # the scripts' own flags (prompt_format, input_len, ...)
     problems: dict[str, Any]
     qids: dict[str, list[str]]
     tokenizer: Any
     features: Any  # VisionFeatures, or None without img_type
+    source: Source
 
     def dataset(self, split: str, count: int | None = None, start: int = 0) -> Any:
         """`RationaleDataset` of `count` questions, spread evenly over a split so that their lengths are its own.
@@ -155,36 +182,44 @@ def load(
     output_len: int = 512,
     img_type: str | None = "vit",
 ) -> BenchData:
-    """The sample of real questions with captions, as the users' commands read it (`--use_caption`)."""
+    """Questions with captions, as the users' commands read them (`--use_caption`)."""
     from utils_data import load_data, load_tokenizer
 
-    sample = SHARED / "data/scienceqa_sample"
-    if not sample.is_dir():
-        raise UserError(f"no real questions at {sample}: set ARES_SHARED to the folder that holds data/")
-    features = cache_dir(args) / "vision_features"
+    source = find_source(args)
+    features = cache_dir(args) / f"vision_features_{source.name}"
     if img_type is not None:
-        _make_features(features, sample)
+        _make_features(features, source)
     flags = argparse.Namespace(
-        data_root=str(sample / "ScienceQA/data"), dataset=None, images=None, img_type=img_type,
-        caption_file=str(sample / "instruct_captions.json"), use_caption=True, options=["A", "B", "C", "D", "E"],
+        data_root=str(source.data_root), dataset=None, images=None, img_type=img_type,
+        caption_file=str(source.captions), use_caption=True, options=["A", "B", "C", "D", "E"],
         vision_features=str(features) if img_type else None, name_map=None, prompt_format=prompt_format,
         input_len=input_len, output_len=output_len, seed=args.seed, model="none", correction=False,
-        tokenizer=str(SHARED / "data/t5_tokenizer"), train_le=None, eval_le=None, test_le=None,
+        tokenizer=str(source.tokenizer), train_le=None, eval_le=None, test_le=None,
     )  # fmt: skip
     data = load_data(flags, {"train": "train", "val": "val", "test": "test"})
-    return BenchData(flags, data.problems, data.qids, load_tokenizer(flags), data.features)
+    return BenchData(flags, data.problems, data.qids, load_tokenizer(flags), data.features, source)
+
+
+def sft_flags(*argv: str) -> argparse.Namespace:
+    """The flags of main.py for `argv`."""
+    from sft.run import add_sft_flags
+
+    made = argparse.ArgumentParser()
+    cli.add_common_flags(made, output_len=64, lr=5e-5)
+    add_sft_flags(made)
+    return made.parse_args(argv)
 
 
 def cache_dir(args: argparse.Namespace) -> Path:
-    """Where models and features of the benchmarks stay between runs, on this machine."""
+    """Folder of models, features and demo questions, kept between runs on this machine."""
     return files.writable_dir(Path(tempfile.gettempdir()) / f"ares_benchmarks_{os.getuid()}", "temporary folder")
 
 
-def _make_features(folder: Path, sample: Path) -> None:
-    """Random ViT features of FEATURE_ROWS images, and a name map that gives every question with an image one."""
+def _make_features(folder: Path, source: Source) -> None:
+    """Random ViT features of FEATURE_ROWS images, and a name map that gives a row to every question with an image."""
     if (folder / "name_map.json").exists():
         return
-    problems = json.loads((sample / "ScienceQA/data/scienceqa/problems.json").read_text())
+    problems = json.loads((source.data_root / "scienceqa/problems.json").read_text())
     folder.mkdir(exist_ok=True)
     rows = np.random.default_rng(0).standard_normal((FEATURE_ROWS, *VIT), dtype=np.float32)
     with files.atomic_path(folder / "vit.npy") as temporary, open(temporary, "wb") as file:
@@ -201,8 +236,8 @@ def lengths(dataset: Any) -> list[tuple[int, int]]:
 # -- models ----------------------------------------------------------------------------------------------
 
 
-def build_model(size: str, seed: int = 0, patch_size: tuple[int, int] | None = VIT, dropout: float = 0.1) -> Any:
-    """A policy of one size (flan-alpaca's kind: gated GELU, untied), its loss near ln(vocabulary).
+def build_model(size: str, vocabulary: int, seed: int, patch_size: tuple[int, int] | None) -> Any:
+    """A policy of one size (gated GELU and untied, as flan-alpaca), its loss near ln(vocabulary).
 
     The library draws lm_head from N(0, 1): logits of magnitude sqrt(d_model), a loss of 70, and a softmax so peaked
     that its gradients are denormals, which slow a CPU eightfold. With 1 / sqrt(d_model) none of that happens.
@@ -212,7 +247,7 @@ def build_model(size: str, seed: int = 0, patch_size: tuple[int, int] | None = V
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = MultimodalT5Config(
-            vocab_size=VOCABULARY, feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=dropout,
+            vocab_size=vocabulary, feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.1,
             decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, patch_size=patch_size, **SIZES[size],
         )  # fmt: skip
         model = T5ForMultimodalGeneration(config)
@@ -224,10 +259,13 @@ def build_model(size: str, seed: int = 0, patch_size: tuple[int, int] | None = V
 def model_folder(args: argparse.Namespace, data: BenchData) -> Path:
     """A checkpoint folder (policy and tokenizer) of `build_model`, kept in `cache_dir`; either class loads it."""
     patch_size = data.features.shape if data.features is not None else None
-    folder = cache_dir(args) / f"{args.size}_{'text' if patch_size is None else 'vit'}_seed{args.seed}"
+    kind = "text" if patch_size is None else "vit"
+    folder = cache_dir(args) / f"{args.size}_{kind}_seed{args.seed}_{data.source.name}"
     if not (folder / "config.json").exists():
+        # beyond the demo's tokenizer ids have no text
+        vocabulary = VOCABULARY if data.source.name == "sample" else len(data.tokenizer)
         with files.atomic_dir(folder) as temporary:
-            build_model(args.size, args.seed, patch_size).save_pretrained(temporary)
+            build_model(args.size, vocabulary, args.seed, patch_size).save_pretrained(temporary)
             data.tokenizer.save_pretrained(temporary)
     return folder
 
@@ -251,11 +289,13 @@ def compare(
     args: argparse.Namespace,
     work: tuple[float, float] = (1, 1),
     warm_up: bool = True,
+    time_of: Callable[[Callable[[], Any], Any], float] = seconds,
 ) -> dict[str, Any]:
     """Both sides interleaved (A B, B A, ...) `--repeats` times, after one untimed call of ours.
 
-    `work`: units (samples, questions) that a call of either does; times are per unit. Returns medians and ranges in
-    seconds, and the ratio released / ours of neighbouring calls: its median and range.
+    `work`: units (samples, questions) that a call of either does; times are per unit. `time_of(function, device)`
+    calls a side and returns its seconds. Returns medians and ranges in seconds, and the ratio released / ours of
+    neighbouring calls: its median and range.
     """
     if warm_up:
         ours()
@@ -263,7 +303,7 @@ def compare(
     for repeat in range(args.repeats):
         pair = [("released", released, work[0]), ("ours", ours, work[1])]
         for name, function, units in pair if repeat % 2 == 0 else reversed(pair):
-            times[name].append(seconds(function, args.device) / units)
+            times[name].append(time_of(function, args.device) / units)
     ratios = [slow / fast for slow, fast in zip(times["released"], times["ours"], strict=True)]
     return {name: spread(values) for name, values in (*times.items(), ("ratio", ratios))}
 
@@ -291,11 +331,11 @@ def check(what: str, left: Any, right: Any, tolerance: float = 0.0) -> str:
         apart = float((left - right).abs().max()) if same and left.numel() else 0.0
         if not same or not apart <= tolerance:
             raise UserError(
-                f"{what}: the two sides differ by {apart:.3g}, more than {tolerance:g}; no timing is worth it"
+                f"{what}: the two sides differ by {apart:.3g}, more than {tolerance:g}; their times cannot be compared"
             )
         return f"{what}: equal within {tolerance:g} (largest difference {apart:.2g})"
     if left != right:
-        raise UserError(f"{what}: the two sides differ; no timing is worth it")
+        raise UserError(f"{what}: the two sides differ; their times cannot be compared")
     return f"{what}: equal"
 
 
@@ -320,9 +360,10 @@ def report(args: argparse.Namespace, stage: str, result: dict[str, Any], **more:
 
     `result` is what `compare` returned (or holds a `ratio` of its own); `more`: `target` (">= 7x"), `equal` (lines of
     `check`), `limit` (how close to the machine's limit), `scaling` (of `linear`), `slice` (what was measured),
-    `projection` (name -> seconds per unit of work), and whatever else a stage has to say.
+    `projection` (name -> seconds per unit of work), and other values to print.
     """
-    told = {"stage": stage, "size": args.size, "device": args.device, **result, **more, "machine": machine(args)}
+    record = {"stage": stage, "size": args.size, "device": args.device, **result, **more, "machine": machine(args)}
+    record["questions"] = "sample" if SAMPLE.is_dir() else "demo"
     for line in more.get("equal", ()):
         print0(f"  {line}")
     for name in ("released", "ours"):
@@ -333,7 +374,7 @@ def report(args: argparse.Namespace, stage: str, result: dict[str, Any], **more:
         if name not in ("equal", "target"):
             print0(f"  {name}: {value}")
     if args.json:
-        files.write_json(args.json, told, indent=1)
+        files.write_json(args.json, record, indent=1)
 
 
 def _range(values: dict[str, float], unit: str) -> str:

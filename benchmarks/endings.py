@@ -1,11 +1,11 @@
 """A policy that ends its texts where the gold targets end, so that generation is timed at real lengths.
 
 Untrained weights generate no `</s>`, and each text would run to --output_len. Here the gold length of each prompt is
-encoded in a few coordinates of its first encoder state, hardly visible to the attention, and once a text is that long
-`</s>` gets the largest logit (the library's loop) or is chosen (`ares.decoding.greedy`).
+encoded in a few coordinates of its first encoder state, too small to change the attention, and once a text has that
+length `</s>` gets the largest logit (the library's loop) or is chosen (`ares.decoding.greedy`).
 
     model = EndingPolicy.from_pretrained(folder)
-    model.know(dataset)            # prompts -> lengths of their targets
+    model.know(dataset)            # remember the lengths of the targets by prompt
     model.ending = False           # scoring passes: leave the logits alone
 """
 

@@ -3,8 +3,7 @@
     flops = row_flops(model.config, prompt=83, target=80)          # forward pass of one row, pads not counted
     seconds = products(lambda: model(**batch)).seconds(device)     # what its matrix products alone take
 
-Leaves out everything that is no matrix product (norms, softmax, optimizer): the share of the products says how much
-of a stage's time that is. Used by the bench_*.py beside it.
+Norms, softmax and optimizer are not counted; the share of the products in a stage's time says how much these take.
 """
 
 from __future__ import annotations

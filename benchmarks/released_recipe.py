@@ -1,13 +1,13 @@
-"""The recipe of the released code (June 2024), the other side of every benchmark: slow by its habits, not its maths.
+"""The recipe of the released code (June 2024), the other side of every benchmark: the same maths, done slowly.
 
-Written from the description of those habits (SPEC 10, README "Differences"), none of it from the released source:
+Written from a description of its habits (README "Differences"), not from the released source:
 prompts and targets padded to 512 + 512; features loaded whole and turned into Python lists in the collator; fp32,
 plain attention, the library's composite GELU, an optimizer that visits weights one by one; generation that decodes
 the whole prefix for every token (its key-value cache was never used), in split order, of the test split twice; BLEU
 and ROUGE-L by the packages and sentence embeddings one text at a time; images through the network one by one.
 
-What it does *not* take over is what would change the numbers: pads are masked in the loss here too, so that both sides
-can be checked to compute the same. RL's part is in released_rl.py.
+Habits that change the numbers are not copied: pads are masked in the loss here too, so that both sides can be checked
+to compute the same. RL's part is in released_rl.py.
 """
 
 from __future__ import annotations

@@ -248,7 +248,8 @@ def make_world(world: Path, sample: Path) -> None:
     from transformers import AutoTokenizer
 
     data = rl_common.make_data(world, sample, 7)
-    run_script("demo/make_tokenizer.py", "--data", world, "--output", world / "tokenizer", "--vocab_size", 900)
+    run_script("demo/make_model.py", "--data", world, "--tokenizer", world / "tokenizer", "--output", world / "unused",
+               "--vocab_size", 900)  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer")
     rl_common.make_model(world / "base", data, tokenizer, steps=12, vocab_size=len(tokenizer))
 

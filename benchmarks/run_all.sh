@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# All six stages against the released recipe, one table: benchmarks/RESULTS.md. Under 15 minutes on two cores.
+# Times all six stages against the released recipe and writes one table, benchmarks/RESULTS.md: 15 minutes on two cores.
 #
 #     bash benchmarks/run_all.sh --size tiny --device cpu
 #     bash benchmarks/run_all.sh --size base --device cuda --profile
 #
-# Flags go to every benchmark (--size, --device, --repeats, --threads, --profile). Needs the real sample in ../shared or
-# $ARES_SHARED. Without $PYTHON the project's .venv is used.
+# Flags go to every benchmark (--size, --device, --repeats, --threads, --profile). Questions come from the real sample in
+# ../shared or $ARES_SHARED; without it the demo's questions are used and RESULTS.md is left as it is. Without $PYTHON
+# the project's .venv is used.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python="${PYTHON:-.venv/bin/python}"

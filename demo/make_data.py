@@ -4,8 +4,7 @@
     python demo/make_data.py --output demo_run --train 64 --val 16 --test 16 --kinds speed magnets
 
 Writes {output}/data/scienceqa/{problems,pid_splits}.json, {output}/data/{captions,name_map}.json and
-{output}/images/{qid}/. The same seed and sizes give the same bytes; the splits share no question. Left out:
-anything that only a large vocabulary or a real photograph could teach.
+{output}/images/{qid}/. The same seed and sizes give the same bytes; the splits share no question.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from demo.pictures import PICTURE_KINDS
 from demo.questions import TEXT_KINDS, Question
 
 KINDS = {kind.__name__: kind for kind in (*TEXT_KINDS, *PICTURE_KINDS)}
-# those that a T5 of 2 + 2 layers learns to a middling degree from some 35 examples each; the others ask more
+# a T5 of 2 + 2 layers learns the other kinds to some degree from about 35 examples each
 HARDER = ("speed", "trade", "magnets")
 DEFAULT_KINDS = [name for name in KINDS if name not in HARDER]
 MINIS = {"minitrain": ("train", 64), "miniminitrain": ("train", 16), "minival": ("val", 16)}
 MINIS |= {"miniminival": ("val", 4), "minitest": ("test", 32)}
-MARKER = "demo.json"  # in data/: how it was made, and that it may be replaced
-TRIES = 500  # draws for one question that is not in the set yet, before a kind counts as exhausted
+MARKER = "demo.json"  # in data/: its seed and sizes; a folder that has it may be replaced
+TRIES = 500  # draws of a kind without a new question before it counts as exhausted
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,13 +52,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def identity(question: Question) -> tuple:
-    """What makes two questions the same: the facts that decide it, the set of choices and the pictures."""
+    """Equal for two equal questions: the facts that decide the answer, the set of choices and the pictures."""
     images = tuple((name, image.tobytes()) for name, image in question.images.items())
     return question.skill, question.facts or question.question + question.hint, frozenset(question.choices), images
 
 
 def draw_questions(names: Sequence[str], count: int, seed: int) -> list[tuple[str, Question]]:
-    """`count` different questions, the kinds in turn. Raises UserError when a kind has no more to give."""
+    """`count` different questions, the kinds in turn. Raises UserError when a kind has no more questions."""
     rngs = {name: Random(f"{seed} {name}") for name in names}
     seen: set[tuple] = set()
     questions = []
@@ -77,7 +76,7 @@ def draw_questions(names: Sequence[str], count: int, seed: int) -> list[tuple[st
 
 
 def place_answers(questions: Sequence[tuple[str, Question]], rng: Random) -> None:
-    """Shuffle the choices, the gold one going to each position equally often (in place)."""
+    """Shuffle the choices in place so that the gold one is at each position equally often."""
     used: Counter[tuple[int, int]] = Counter()
     for _, question in questions:
         count = len(question.choices)
@@ -114,7 +113,7 @@ def problem(question: Question, split: str, rng: Random) -> dict:
 
 
 def split_names(sizes: dict[str, int], names: Sequence[str], rng: Random) -> list[str]:
-    """The split of each drawn question: every kind is spread over the splits in proportion, then by chance."""
+    """The split of each drawn question: each kind is spread over the splits in proportion, otherwise at random."""
     count = sum(sizes.values())
     order = sorted(range(count), key=lambda index: (index % len(names), rng.random()))
     splits = [""] * count
@@ -146,12 +145,11 @@ def make_data(
 ) -> Path:
     """Write {output}/data and {output}/images, replacing those of an earlier demo, and return {output}/data.
 
-    Each of the two appears whole or not at all. Raises UserError where they are not a demo's: nobody's ScienceQA
-    is replaced by drawings.
+    Each of the two is written as a whole. Raises UserError for folders that are not a demo's.
     """
     data, images = Path(output) / "data", Path(output) / "images"
     if (data.exists() or images.exists()) and not (data / MARKER).exists():
-        raise UserError(f"--output: {output} holds a data or images folder that is no demo's; name another folder")
+        raise UserError(f"--output: {output} holds a data or images folder that is not a demo's; name another folder")
     names = list(kinds or DEFAULT_KINDS)
     sizes = {"train": train, "val": val, "test": test}
     drawn = draw_questions(names, sum(sizes.values()), seed)
@@ -159,7 +157,7 @@ def make_data(
     place_answers(drawn, rng)
     splits = split_names(sizes, names, rng)
     order = list(range(len(drawn)))
-    rng.shuffle(order)  # ids tell neither kind nor split
+    rng.shuffle(order)  # so that ids reveal neither kind nor split
     numbered = {str(number): index for number, index in enumerate(order, start=1)}
     problems = {qid: problem(drawn[index][1], splits[index], rng) for qid, index in numbered.items()}
     shown = {qid: drawn[index][1] for qid, index in numbered.items() if drawn[index][1].images}

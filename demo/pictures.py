@@ -1,7 +1,7 @@
-"""Drawn questions of the demo data set: the words leave the answer open, the picture holds it.
+"""Picture questions of the demo data set: only the picture decides the answer.
 
-Same interface as `demo.questions`. Shapes move and change size from question to question; what answers a question
-is drawn large and in plain colours, so that features of a small vision model, even one with random weights, hold it.
+Same interface as `demo.questions`. Shapes vary in place and size; what answers a question is drawn large and in plain
+colours, so that features of a small vision model, even with random weights, contain it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Text questions of the demo data set, in ScienceQA's manner: one function per kind.
+"""Text questions of the demo data set, similar to ScienceQA's: one function per kind.
 
-A kind is a function `(rng: random.Random) -> Question`. It picks the facts and words the rationale; `demo.make_data`
-places the gold choice, numbers the questions and cuts the splits. Rationales have two to five sentences, several
-wordings per step, and end by naming the answer; decimals, abbreviations and newlines are there on purpose, because
-the real texts have them.
+A kind is a function `(rng: random.Random) -> Question` that draws the facts and writes the rationale; `demo.make_data`
+places the gold choice, numbers the questions and makes the splits. Rationales have two to five sentences, several
+wordings per step, and end with the answer; they contain decimals, abbreviations and newlines, as the real texts do.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ HOURS = ("7 a.m.", "9 a.m.", "2 p.m.", "6 p.m.")
 
 @dataclass
 class Question:
-    """One question before it is placed: `choices[0]` is the gold answer unless `answer` says otherwise.
+    """One question as drawn: `choices[0]` is the gold answer unless `answer` names another.
 
-    `ordered` choices (Solution A, Solution B) keep theirs. `images` maps file names to Pillow images. `facts` is
-    what decides the answer besides choices and images, where the question and hint only word it.
+    `ordered` choices (Solution A, Solution B) are not shuffled. `images` maps file names to Pillow images. `facts`
+    decides the answer together with choices and images, where question and hint have several wordings.
     """
 
     question: str
@@ -52,15 +51,15 @@ class Question:
 
 
 def conclude(answer: str) -> str:
-    """The last sentence of a rationale: it names the answer. One form: out of "So, the answer is it." and "So, it is
-    the answer." a tiny model's greedy writing makes "So, the answer is the answer is ..."."""
+    """The last sentence of a rationale, which names the answer. It has one form only: with "So, it is the answer." as
+    another, a tiny model generates "So, the answer is the answer is ..."."""
     return f"So, the answer is {answer}."
 
 
 def in_order(names: Iterable[str], gold: str) -> dict[str, Any]:
-    """Choices that stand in the same order in every question of a kind, as scales and lists of terms often do.
+    """Choices in the same order in every question of a kind, as scales and lists of terms often are.
 
-    Then a conclusion alone tells the letter, which a model too small to match it with the options can learn.
+    Then the conclusion alone determines the letter, which even a model too small to search the options can learn.
     """
     choices = list(names)
     return {"choices": choices, "answer": choices.index(gold), "ordered": True}
@@ -122,8 +121,8 @@ def animals(rng: Random) -> Question:
     """Classify an animal: facts that are remembered, not read."""
     group, *rest = rng.sample(list(CLASSES), rng.choice((2, 3, 4)))
     gold, *others = (rng.choice(CLASSES[name][0]) for name in (group, *rest))
-    # no "A wolf is a mammal, not a reptile." behind them: a tiny model cannot tell a second such sentence from the
-    # first, and its greedy writing goes round in circles
+    # no "A wolf is a mammal, not a reptile." after them: a tiny model confuses a second such sentence with the first
+    # and generates both over and over
     facts = [f"{a(gold).capitalize()} is {a(group)}.", CLASSES[group][1]]
     opening = "Think about the traits of each animal." + rng.choice((" ", " ", " ", "\n"))  # ScienceQA's have lines
     steps = [*facts, f"So, the {gold} is the {group}."]

@@ -1,13 +1,14 @@
-"""The whole ARES loop, by the scripts and file handoffs of a real run, on a small data set that the project makes.
+"""The whole ARES loop with the scripts and files of a real run, on a small data set that the project makes itself.
 
-    bash run_demo.sh [--output demo_run] [--seed 0]        (or, in an environment that is set up: python demo/run.py)
+    bash run_demo.sh [--output demo_run] [--seed 0]
+    python demo/run.py                               # in an environment that is set up
 
 Steps: demo data, tokenizer and image features -> a starting rationale model (main.py) -> RL with sentence scores
 (run_mm_cot_rl.py, preprocessing, haiku.py) -> generation -> correction -> SFT (main.py) -> LoRA answers -> report.html
-(tools/report.py) and a table.
+(tools/report.py) and a table of scores.
 The Teacher is the offline reference Teacher; nothing here needs a GPU, a key or a hub. Every command is printed as it
-could be typed, its output goes to {output}/logs. Killed and run again, finished stages are skipped and the others
-continue. What this leaves out: anything about real scores - the model is tiny and so are the questions.
+could be typed, its output goes to {output}/logs. A stopped demo continues with the first unfinished stage when it is
+run again. Model and questions are tiny, so the scores say nothing about real ones.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import ctypes
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,10 +29,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ares import files  # noqa: E402
-from ares.cli import UserError, run  # noqa: E402
+from ares.cli import HelpFormatter, UserError, run  # noqa: E402
+from ares.predictions import prediction_file, read_predictions, unread_note  # noqa: E402
 from teacher import handoff  # noqa: E402
+from teacher.reference import rationale_figures  # noqa: E402
 
-# name -> settings. `smoke` is for tests: every stage, nothing learned.
+# name -> settings. `smoke` is for tests: it runs every stage and learns nothing.
 SIZES = {
     "demo": {
         "train": 600, "val": 60, "test": 200, "d_model": 96, "base_epochs": 15, "base_lr": 2e-3, "k_actions": 4,
@@ -46,16 +50,16 @@ SIZES = {
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="run_demo.sh", description=__doc__.split("\n")[0])
-    parser.add_argument("--output", default="demo_run", help="folder of everything the demo writes")
+    parser = argparse.ArgumentParser(prog="run_demo.sh", description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--output", default="demo_run", help="folder of all files that the demo writes")
     parser.add_argument("--seed", type=int, default=0, help="seed of data, models, training and sampling")
-    parser.add_argument("--size", default="demo", choices=SIZES, help="smoke: all stages in a minute, nothing learned")
-    parser.add_argument("--fresh", action="store_true", help="start anew instead of continuing in --output")
+    parser.add_argument("--size", default="demo", choices=SIZES, help="smoke: a minute, nothing learned")
+    parser.add_argument("--fresh", action="store_true", help="delete an earlier demo in --output and start again")
     return parser.parse_args(argv)
 
 
 class Demo:
-    """Runs commands as stages: printed, logged, timed, and not repeated once they are done."""
+    """Runs commands as stages: each is printed, logged, timed, and skipped if an earlier run finished it."""
 
     def __init__(self, output: Path, settings: dict):
         self.output = output
@@ -65,7 +69,7 @@ class Demo:
         if self.record_file.exists():
             self.record = files.read_json(self.record_file, "--output", dict)
             if not all(isinstance(self.record.get(name), dict) for name in ("settings", "stages")):
-                raise UserError(f"--output: {self.record_file} is damaged; add --fresh to begin anew")
+                raise UserError(f"--output: {self.record_file} is damaged; add --fresh to start again")
             changed = [key for key, value in settings.items() if self.record["settings"].get(key) != value]
             if changed:
                 raise UserError(
@@ -73,7 +77,7 @@ class Demo:
                 )
         self.logs.mkdir(parents=True, exist_ok=True)
         self.environment = {
-            # one thread: OpenMP's spin while they wait, which costs a shared machine more than it gives a tiny model
+            # OpenMP's threads spin while they wait, which costs a shared machine more than a tiny model gains
             "OMP_NUM_THREADS": "1",
             **os.environ,
             "PYTHON": sys.executable,
@@ -117,12 +121,12 @@ class Demo:
 
 
 def _die_with_parent() -> None:
-    """A demo that is killed must not leave its training running on in the background (Linux: PR_SET_PDEATHSIG = 1)."""
+    """End this child when the demo is killed (Linux: PR_SET_PDEATHSIG = 1)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def rl_with_teacher(demo: Demo, rl: str, teacher: Sequence[str], questions: Path, actions: int) -> None:
-    """RL in the background; whenever a round's rationales are out, the Teacher's tools answer and RL goes on."""
+    """Run RL in the background, and the Teacher's scripts whenever a round has exported its rationales."""
     process = demo.start("rl", rl)
     answered = None
     try:
@@ -140,15 +144,14 @@ def rl_with_teacher(demo: Demo, rl: str, teacher: Sequence[str], questions: Path
 
 
 def prepare(demo: Demo, seed: int, size: dict) -> None:
-    """Stages 1 and 2: questions, tokenizer, an untrained T5, and image features by a small timm model."""
+    """Stages 1 and 2: questions, tokenizer, an untrained T5, and image features of a small timm model."""
     out = shlex.quote(str(demo.output))
     demo.stage(
         "data",
         "demo questions, tokenizer and an untrained T5",
         f"python demo/make_data.py --output {out} --seed {seed}"
         f" --train {size['train']} --val {size['val']} --test {size['test']}",
-        f"python demo/make_tokenizer.py --data {out} --output {out}/tokenizer",
-        f"python demo/make_model.py --tokenizer {out}/tokenizer --output {out}/models/t5"
+        f"python demo/make_model.py --data {out} --tokenizer {out}/tokenizer --output {out}/models/t5"
         f" --d_model {size['d_model']} --dropout 0 --seed {seed}",
     )
     demo.stage(
@@ -163,7 +166,7 @@ def train_and_align(demo: Demo, seed: int, size: dict) -> dict[str, Path]:
     """Stages 3 to 9: the starting rationale model and the three steps of ARES. Returns the folder of each model."""
     out = shlex.quote(str(demo.output))
     base, sft, lora = f"{out}/models/rationale", f"{out}/models/sft", f"{out}/models/lora"
-    last = size["rl_rounds"] - 1  # the first round's value function starts untrained; the second has learned
+    last = size["rl_rounds"] - 1  # the value function is untrained in the first round
     rl_run, rl = f"{out}/RL_models/demo", f"{out}/RL_models/demo/{last}"
     data = f"--data_root {out}/data --images {out}/images"
     common = (
@@ -220,7 +223,7 @@ def train_and_align(demo: Demo, seed: int, size: dict) -> dict[str, Path]:
         f" --correction_file scienceqa/correction.json --bs 8"
         f" --epoch {size['sft_epochs']} --lr {size['sft_lr']} --run_dir {sft}",
     )
-    # QCMG-A, not QCM-A: the answer is to be learned from the rationale, which only the former puts into the prompt
+    # QCMG-A, not QCM-A: only its prompts hold the rationale, from which the answer is to be learned
     demo.stage(
         "lora",
         "LoRA answers: run_mm_cot_lora.py",
@@ -234,12 +237,12 @@ def train_and_align(demo: Demo, seed: int, size: dict) -> dict[str, Path]:
 
 
 def show(demo: Demo, folders: dict[str, Path]) -> Path:
-    """Stage 10: the report of the whole run, one file with its images inside."""
+    """The last stage: the report of the whole run, one file with its images inside."""
     out = shlex.quote(str(demo.output))
     stages = " ".join(f"--stage {shlex.quote(f'{name}={folder}')}" for name, folder in folders.items())
     demo.stage(
         "report",
-        "what the model learned: tools/report.py",
+        "the report of all stages: tools/report.py",
         f"python tools/report.py {stages} --splits test train --run {out}/RL_models/demo"
         f" --correction_dir {out}/correction"
         f" --times {out}/stages.json --data_root {out}/data --images {out}/images --image_mode embed"
@@ -248,21 +251,64 @@ def show(demo: Demo, folders: dict[str, Path]) -> Path:
     return demo.output / "report.html"
 
 
+COLUMNS = {
+    "score": "sentence score",
+    "repeated": "repeated %",
+    "unfinished": "unfinished %",
+    "words": "words",
+    "rouge_l": "ROUGE-L",
+    "covered": "gold covered %",
+    "only_option": "only option %",
+}
+
+
+def write_summary(output: Path, folders: dict[str, Path], record: dict) -> str:
+    """Write {output}/table.txt and table.json: what each stage did to the test split. Returns the text.
+
+    The sentence score is the reference Teacher's. The other columns show whether a higher score has a price: other
+    lengths, fewer gold sentences, rationales that only repeat the answer.
+    """
+    problems = files.read_json(output / "data/scienceqa/problems.json", "--output")
+    rationales, answers, note = {}, {}, None
+    for name, folder in folders.items():
+        found = read_predictions(prediction_file(folder, "test"), "--output")
+        if name == "LoRA":
+            answers = {"num_fail": found.num_fail}
+            answers |= {key: f"{value:.2f}" for key, value in found.scores["answer"].items()}
+            note = unread_note(found.num_fail, len(found.preds), name)
+        else:
+            figures = rationale_figures(problems, found.qids, found.preds)
+            rationales[name] = {**figures, "rouge_l": found.scores["rationale"]["rouge"]}
+    seconds = {stage["title"]: stage["seconds"] for stage in record["stages"].values()}
+    places = {name: str(folder.relative_to(output)) for name, folder in folders.items()}
+    result = {"settings": record["settings"], "rationales": rationales, "answers": answers, "seconds": seconds}
+    files.write_json(output / "table.json", {**result, "folders": places})
+
+    lines = ["", f"Rationales on held-out test questions (seed {record['settings']['seed']})"]
+    lines.append(f"{'':<16}" + "".join(f"{title:>16}" for title in COLUMNS.values()))
+    for name, figures in rationales.items():
+        cells = [f"{figures[key]:.3f}" if key == "score" else f"{figures[key]:.1f}" for key in COLUMNS]
+        lines.append(f"{name:<16}" + "".join(f"{cell:>16}" for cell in cells))
+    lines += ["", "Answers of the LoRA model on test questions, accuracy %"]
+    lines += [f"  {name:<16}{value:>6}" for name, value in answers.items()]
+    lines += [f"  warning: {note}"] if note else []
+    lines += ["", "Wall time", *(f"  {each:7.1f} s  {title}" for title, each in seconds.items())]
+    lines += [f"  {sum(seconds.values()):7.1f} s  in all", "", "Folders (model and predictions_ans_*.json)"]
+    lines += [f"  {name:<16}{output.name}/{place}" for name, place in places.items()]
+    files.write_text(output / "table.txt", "\n".join(lines) + "\n")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     output = Path(args.output)
     if args.fresh and (output / "stages.json").exists():
-        import shutil
-
         shutil.rmtree(output)
     output = files.writable_dir(output, "--output").resolve()
     size = SIZES[args.size]
     demo = Demo(output, {"seed": args.seed, **size})
     prepare(demo, args.seed, size)
     folders = train_and_align(demo, args.seed, size)
-
-    from demo.summary import write_summary
-
     report = show(demo, folders)
     print(write_summary(output, folders, demo.record), flush=True)
     print(f"\nReport, to open in a browser: {report}", flush=True)

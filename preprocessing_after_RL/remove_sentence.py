@@ -19,8 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from ares import cli, files  # noqa: E402
-from ares.cli import UserError, print0  # noqa: E402
+from ares.cli import print0  # noqa: E402
 from ares.data_folder import read_data_folder  # noqa: E402
+from ares.predictions import read_predictions  # noqa: E402
 from ares.sentences import remove_repeats, split_text  # noqa: E402
 
 OUTPUT = "remove_repetitive_sentences.json"
@@ -54,9 +55,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     source = Path(args.file_path)
-    preds, qids = read_predictions(source)
+    split = None
     if args.data_root:
-        qids = qids_of_split(args, len(preds), qids)
+        name = args.split or "train"
+        split = read_data_folder(args.data_root, args.dataset).split(name, "--split")
+    read = read_predictions(source, "--file_path", split, "; name the --split that was generated")
+    if split is not None:
+        read.refuse_unknown(set(split), "--split", f"in split {name}")
+    preds, qids = read.preds, read.qids
     files.writable_dir(source.parent, "--file_path")
     if args.tokenizer:
         print0("note: --tokenizer is not needed and was not read: sentences are found in the text")
@@ -80,40 +86,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if qids is None:
         print0(f"note: {source} holds no question ids, so neither does the output; --data_root supplies them")
     print0(f"wrote {source.parent / OUTPUT}")
-
-
-def read_predictions(path: Path) -> tuple[list[str], list[str] | None]:
-    """`preds` and, where present, `qids` of a predictions file. Raises UserError naming the row that is wrong."""
-    data = files.read_json(path, "--file_path")
-    if not isinstance(data, dict) or not isinstance(data.get("preds"), list):
-        raise UserError(f'--file_path: {path} holds no list "preds"; name a predictions_ans_*.json')
-    preds, qids = data["preds"], data.get("qids")
-    for row, pred in enumerate(preds):
-        if not isinstance(pred, str):
-            raise UserError(f"--file_path: {path}: preds[{row}] is no text; generate the file with main.py again")
-    if qids is None:
-        return preds, None
-    if not isinstance(qids, list) or len(qids) != len(preds):
-        raise UserError(f"--file_path: {path} must hold one of qids per row of preds ({len(preds)})")
-    return preds, [str(qid) for qid in qids]
-
-
-def qids_of_split(args: argparse.Namespace, rows: int, qids: list[str] | None) -> list[str]:
-    """Ids for `rows` predictions in split order; ids that the file has are kept, and must be of that split."""
-    name = args.split or "train"
-    of_split = read_data_folder(args.data_root, args.dataset).split(name, "--split")
-    if qids is None:
-        if len(of_split) != rows:
-            raise UserError(
-                f"--split: {name} has {len(of_split)} questions, {args.file_path} has {rows} rows; "
-                "name the split that was generated"
-            )
-        return of_split
-    known = set(of_split)
-    strangers = [qid for qid in qids if qid not in known]
-    if strangers:
-        raise UserError(f"--split: {args.file_path} holds question {strangers[0]}, which is not in split {name}")
-    return qids
 
 
 if __name__ == "__main__":

@@ -81,6 +81,8 @@ class BatchStore:
         for path in self.folder.glob("*.json"):
             try:
                 record = Record(**files.parse_json(files.read_shared(path).decode("utf-8-sig")))
+                for asked in record.asked.values():
+                    asked.setdefault("key", asked.get("item"))  # records of earlier versions have none
                 if record.nonce != path.stem or not record.is_sound():  # the nonce names the file that is written next
                     raise ValueError("not a batch record")
             except (OSError, ValueError, TypeError, AttributeError) as error:

@@ -30,7 +30,7 @@ from typing import Any
 
 from ares import cli, files
 from ares.data_folder import find_images, question_images
-from ares.predictions import texts_by_qid
+from ares.predictions import read_predictions
 from teacher.parsing import Refused
 
 RATIONALE = "rationale_from_mm_cot.txt"
@@ -181,15 +181,10 @@ def read_rationales(path: str | os.PathLike, train_qids: Sequence[str], flag: st
     By its `qids` where it has them (they may be a part of the split), else in split order and of equal length. Raises
     UserError naming `flag` for another form, another length, or a question outside the split.
     """
-    fix = "; name its own split with --train_split"
-    rationales = texts_by_qid(files.read_json(path, flag), path, flag, train_qids, fix)
-    outside = next(iter(rationales.keys() - set(train_qids)), None)
-    if outside is not None:
-        raise cli.UserError(
-            f"{flag}: {path} holds question {outside}, which is not in the train split; name what remove_sentence.py "
-            "made of predictions_ans_train.json, and its --train_split"
-        )
-    return rationales
+    found = read_predictions(path, flag, train_qids, "; name its own split with --train_split")
+    fix = "in the train split; name what remove_sentence.py made of predictions_ans_train.json, and its --train_split"
+    found.refuse_unknown(set(train_qids), flag, fix)
+    return found.by_qid()
 
 
 def images_of_questions(

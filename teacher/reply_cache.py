@@ -49,7 +49,8 @@ class ReplyCache:
         with self._lock, self._off_on_error():
             if self._database is not None:
                 row = self._database.execute("SELECT entry FROM replies WHERE key = ?", (key,)).fetchone()
-                return json.loads(row[0]) if row else None
+                entry = json.loads(row[0]) if row else None
+                return entry if isinstance(entry, dict) and isinstance(entry.get("text"), str) else None
         return None
 
     def put(self, key: str, text: str, about: Mapping[str, Any]) -> None:
@@ -93,7 +94,7 @@ class ReplyCache:
     def _off_on_error(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OSError, ValueError, UserError) as error:
+        except (sqlite3.Error, OSError, ValueError, TypeError, RecursionError, UserError) as error:
             self.close()
             warn0(f"--cache: {self._path} cannot be used ({error}); this run goes on without it")
 

@@ -12,7 +12,7 @@ import pytest
 from ares import data_folder as ares_problems
 from ares.cli import UserError
 from ares.sentences import split_text
-from demo import make_data, make_model, make_tokenizer
+from demo import make_data, make_model
 from demo.pictures import COLORS, PICTURE_KINDS, REGIONS
 
 SIZES = {"train": 100, "val": 20, "test": 40}
@@ -32,7 +32,7 @@ def problems(demo):
 
 @pytest.fixture(scope="module")
 def tokenizer_dir(demo):
-    make_tokenizer.main(["--data", str(demo), "--output", str(demo / "tokenizer")])
+    make_model.make_tokenizer(make_model.texts_of(demo), demo / "tokenizer")
     return demo / "tokenizer"
 
 
@@ -197,7 +197,7 @@ def test_images_captions_and_name_map(demo, problems):
 
 def test_mistakes(tmp_path):
     (tmp_path / "data" / "scienceqa").mkdir(parents=True)
-    with pytest.raises(UserError, match="no demo's"):
+    with pytest.raises(UserError, match="not a demo's"):
         make_data.main(["--output", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     with pytest.raises(UserError, match="--test: 0 questions"):
@@ -207,7 +207,7 @@ def test_mistakes(tmp_path):
             ["--output", str(tmp_path / "new"), "--train", "1998", "--val=1", "--test=1", "--kinds", "genes"]
         )
     with pytest.raises(UserError, match="--data: .*problems.json does not exist"):
-        make_tokenizer.main(["--data", str(tmp_path), "--output", str(tmp_path / "tokenizer")])
+        make_model.main(["--data", str(tmp_path), "--tokenizer", str(tmp_path / "t"), "--output", str(tmp_path / "m")])
 
 
 # -- tokenizer -------------------------------------------------------------------------------------------
@@ -254,15 +254,15 @@ def test_texts_come_back_and_words_are_pieces(tokenizer, problems):
 
 
 def test_tokenizer_bytes(demo, tokenizer_dir, tmp_path):
-    make_tokenizer.make_tokenizer(make_tokenizer.texts_of(demo), tmp_path / "again")
+    make_model.make_tokenizer(make_model.texts_of(demo), tmp_path / "again")
     assert tree(tmp_path / "again") == tree(tokenizer_dir)
     with pytest.raises(UserError, match="--vocab_size: 150"):
-        make_tokenizer.make_tokenizer(["a text"], tmp_path / "small", vocab_size=150)
+        make_model.make_tokenizer(["a text"], tmp_path / "small", vocab_size=150)
 
 
 def test_unigram_prefers_whole_words():
     words = Counter({"▁magnet": 40, "▁magnets": 40, "▁mag": 1, "s": 3})
-    pieces = dict(make_tokenizer.train_unigram(words, 200))
+    pieces = dict(make_model.train_unigram(words, 200))
     assert max(pieces, key=pieces.get) in ("▁magnet", "▁magnets")
     assert sum(math.exp(score) for score in pieces.values()) == pytest.approx(1, abs=1e-3)
 

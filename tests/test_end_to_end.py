@@ -1,8 +1,8 @@
-"""The whole loop by the scripts a user starts: once on real ScienceQA, once as the demo at its smallest size.
+"""The whole loop with the scripts that users start: once on real ScienceQA, once as the demo at its smallest size.
 
-On real input: the user's commands (SPEC 2) with a 2-layer T5 of the real vocabulary, features of the true shape, k = 2
-and one epoch each (20 of SFT and LoRA take 2 minutes more and show no more), RL in two processes, the Teacher's tools
-at work in its questions folder while it waits. Each stage is a test; one that fails takes those after it along.
+On real input: the users' commands with a 2-layer T5 of the real vocabulary, features of the true shape, k = 2 and one
+epoch each, RL in two processes, and the Teacher's scripts in its questions folder while it waits. Each stage is a
+test; a stage that fails makes the later ones fail.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def read(path: Path):
 
 
 def names(folder: Path) -> set[str]:
-    """What a folder holds, checkpoints for resuming left out."""
+    """What a folder holds besides checkpoints for resuming."""
     return {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")} - OPTIONAL
 
 
@@ -108,12 +108,12 @@ def unmoved(before: Path, after: Path) -> list[str]:
 def check_predictions(user, folder: Path, which=("train", "eval", "test")) -> None:
     """By question id, in split order, prompts and targets being those of their own questions."""
     for name in which:
-        told = read(folder / f"predictions_ans_{name}.json")
-        assert told["qids"] == user.splits[name]
+        data = read(folder / f"predictions_ans_{name}.json")
+        assert data["qids"] == user.splits[name]
         keys = {"preds", "labels", "qids", "prompts", "answers", "settings"}
-        assert set(told) == keys | ({"num_fail", "scores"} if name == "test" else set())
-        assert {len(told[key]) for key in ("preds", "labels", "prompts", "answers")} == {len(told["qids"])}
-        for qid, prompt in zip(told["qids"], told["prompts"], strict=True):
+        assert set(data) == keys | ({"num_fail", "scores"} if name == "test" else set())
+        assert {len(data[key]) for key in ("preds", "labels", "prompts", "answers")} == {len(data["qids"])}
+        for qid, prompt in zip(data["qids"], data["prompts"], strict=True):
             assert prompt.startswith("Question: " + " ".join(user.problems[qid]["question"].split())[:60])
 
 
@@ -225,11 +225,11 @@ def test_3_rationales_of_the_rl_model(user):
     assert "no effect under --evaluate_dir: --bs --final_eval --lr" in done.stdout
     assert names(trained) == before | PREDICTIONS
     check_predictions(user, trained)
-    told = read(trained / "predictions_ans_test.json")
-    assert told["num_fail"] is None and set(told["answers"]) == {None}  # QCM-E asks for no answer
-    assert set(told["scores"]) == {"rationale"}
-    assert {"bleu1", "bleu4", "rouge"} <= set(told["scores"]["rationale"]) <= {"bleu1", "bleu4", "rouge", "similarity"}
-    assert all(0 <= value <= 100 for value in told["scores"]["rationale"].values())
+    data = read(trained / "predictions_ans_test.json")
+    assert data["num_fail"] is None and set(data["answers"]) == {None}  # QCM-E asks for no answer
+    assert set(data["scores"]) == {"rationale"}
+    assert {"bleu1", "bleu4", "rouge"} <= set(data["scores"]["rationale"]) <= {"bleu1", "bleu4", "rouge", "similarity"}
+    assert all(0 <= value <= 100 for value in data["scores"]["rationale"].values())
 
     script(
         user, "preprocessing_after_RL/remove_sentence.py", "--file_path", trained / "predictions_ans_train.json",
@@ -276,10 +276,10 @@ def test_5_sft_on_the_corrections(user):
     # its targets are the corrections; test and val keep the gold rationales
     corrected = read(user.folder / "data/scienceqa/correction.json")
     for name, source in (("train", corrected), ("test", user.problems)):
-        told = read(user.sft / f"predictions_ans_{name}.json")
+        data = read(user.sft / f"predictions_ans_{name}.json")
         same = [
             letters(label) == letters("Solution: " + source[qid]["solution"].replace("\n", "\\n"))
-            for qid, label in zip(told["qids"], told["labels"], strict=True)
+            for qid, label in zip(data["qids"], data["labels"], strict=True)
         ]
         assert np.mean(same) > 0.9, name  # some hold a character that the tokenizer does not know, or are cut at 512
 
@@ -306,11 +306,11 @@ def test_6_lora_answers(user):
     assert moved and all(tensor.abs().max() > 0 for name, tensor in moved.items() if "lora_B" in name)
     after = load_file(user.sft / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before), "the model itself stays as it is"
-    told = read(folder / "predictions_ans_test.json")
+    data = read(folder / "predictions_ans_test.json")
     rows = "natural social language has_text has_image no_context grade_1_6 grade_7_12 average".split()
-    assert list(told["scores"]["answer"]) == [f"acc_{row}" for row in rows]
-    assert all(re.fullmatch(r"\d+\.\d\d", text) for text in told["scores"]["answer"].values())
-    assert told["num_fail"] == told["answers"].count(None) and set(told["scores"]) == {"answer"}
+    assert list(data["scores"]["answer"]) == [f"acc_{row}" for row in rows]
+    assert all(re.fullmatch(r"\d+\.\d\d", text) for text in data["scores"]["answer"].values())
+    assert data["num_fail"] == data["answers"].count(None) and set(data["scores"]) == {"answer"}
 
 
 # -- the demo --------------------------------------------------------------------------------------------
@@ -371,8 +371,8 @@ def check_demo_report(output, table):
     """The demo's report holds its table's numbers, every sample with its tokens, and the images."""
     parts = parts_of((output / "report.html").read_text(encoding="utf-8"))
     figures = parts["main"]["overview"]["figures"]
-    for told, figure in zip(table["rationales"].values(), figures, strict=False):
-        assert {**figure["rationale"], "rouge_l": figure["scores"]["rouge"]} == pytest.approx(told)
+    for data, figure in zip(table["rationales"].values(), figures, strict=False):
+        assert {**figure["rationale"], "rouge_l": figure["scores"]["rouge"]} == pytest.approx(data)
     assert figures[3]["scores"]["acc_average"] == float(table["answers"]["acc_average"])
     samples = [each for many in parts["details"]["samples"].values() for each in many]
     assert len(samples) == 64 * len(parts["main"]["rounds"]) and len(parts["details"]["corrections"]) == 32

@@ -17,7 +17,6 @@ from ares.cli import UserError
 from tests.conftest import one_line_error, run_script
 from tests.rl import rl_tools
 from tests.rl.rl_tools import flags as rl_flags_of
-from tests.sft.test_sft import one_thread  # noqa: F401
 from tests.tiny import make_data, make_model
 
 SCRIPTS = {"main.py": sft_script, "run_mm_cot_lora.py": lora_script, "run_mm_cot_rl.py": rl_script}
@@ -524,14 +523,6 @@ def test_every_stage_ends_with_the_next_command(world, tmp_path, capsys):
     words = next_command()
     assert words[:2] == ["python", "tools/results.py"]
     run_script(*words[1:])
-
-
-def test_unread_answers_are_warned_of_above_5_percent(capsys):
-    from sft.predict import warn_unread
-
-    for unread, rows, warned in [(64, 64, True), (6, 100, True), (5, 100, False), (0, 3, False), (1, 8, True)]:
-        warn_unread(unread, rows, "predictions_ans_test.json")
-        assert (f"{unread} of {rows}" in capsys.readouterr().err) == warned
 
 
 def test_qcm_a_and_qcmg_a_have_a_folder_each(tmp_path, world):

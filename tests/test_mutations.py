@@ -200,7 +200,17 @@ def clean(tmp_path_factory, sample, t5_tokenizer):
     script("processing_sentence_level_feedback").main(
         ["--questions_dir", f"{folder}/questions", "--data_root", str(data)]
     )
-    haiku.main(["--teacher", "reference", "--questions_dir", f"{folder}/questions", "--data_root", str(data)])
+    haiku.main(
+        [
+            "--teacher",
+            "reference",
+            "--keep_replies",
+            "--questions_dir",
+            f"{folder}/questions",
+            "--data_root",
+            str(data),
+        ]
+    )
     report_tools.picture(item / handoff.IMAGE)
     handoff.mark_exported(folder / "questions")
     handoff.mark_done(folder / "questions", 0)
@@ -208,7 +218,7 @@ def clean(tmp_path_factory, sample, t5_tokenizer):
     log = budget.Ledger(folder / "questions/teacher")
     log.settle(log.open("0/p0/1", 0.5), 0.1, "reply")
     log.close()
-    record = Record("ab", "0" * 64, 1, "claude-haiku-5-5", 1.0, 0.5, {"ab-0": {"item": f"0/p0/{qid}", "text": "0",
+    record = Record("ab", 1, "claude-haiku-5-5", 1.0, 0.5, {"ab-0": {"item": f"0/p0/{qid}", "text": "0",
                     "attempt": 1, "failures": 0}}, "collected", "msgbatch_1")  # fmt: skip
     BatchStore(folder / "questions/teacher/batches").save(record)
     cache = ReplyCache(folder / "cache")
@@ -317,12 +327,22 @@ def launch_predict(folder):
 
 
 def launch_haiku(folder):
-    haiku.main(["--teacher", "reference", "--questions_dir", f"{folder}/questions", "--data_root", f"{folder}/data"])
+    haiku.main(
+        [
+            "--teacher",
+            "reference",
+            "--keep_replies",
+            "--questions_dir",
+            f"{folder}/questions",
+            "--data_root",
+            f"{folder}/data",
+        ]
+    )
 
 
 def launch_estimate(folder):
-    haiku.main(["--estimate", "--questions_dir", f"{folder}/questions", "--data_root", f"{folder}/data", "--cache",
-                f"{folder}/cache"])  # fmt: skip
+    haiku.main(["--estimate", "--keep_replies", "--questions_dir", f"{folder}/questions", "--data_root",
+                f"{folder}/data", "--cache", f"{folder}/cache"])  # fmt: skip
 
 
 def launch_preprocess(folder):
@@ -414,8 +434,8 @@ def launch_rl_state(folder):
 
 def launch_sft_state(folder):
     settings = {"bs": 4, "processes": 1, "final_eval": False, "seed": 42}
-    sft_run.changed_flags(files.read_yaml(folder / "model/args.yaml", "--run_dir"), settings)
-    sft_run.newest_whole([folder / "sft/checkpoint-2"])
+    sft_run.changed_settings(files.read_yaml(folder / "model/args.yaml", "--run_dir"), settings)
+    sft_run.newest_undamaged([folder / "sft/checkpoint-2"])
 
 
 def launch_optimizer(folder):
@@ -425,8 +445,8 @@ def launch_optimizer(folder):
 
 
 def launch_batches(folder):
-    haiku.main(["--batch", "--questions_dir", f"{folder}/questions", "--base_url", "http://127.0.0.1:9", "--data_root",
-                f"{folder}/data", "--no-cache"])  # fmt: skip
+    haiku.main(["--batch", "--keep_replies", "--questions_dir", f"{folder}/questions", "--base_url",
+                "http://127.0.0.1:9", "--data_root", f"{folder}/data", "--no-cache"])  # fmt: skip
 
 
 FILES: dict[Callable, tuple[str, ...]] = {
@@ -440,8 +460,8 @@ FILES: dict[Callable, tuple[str, ...]] = {
     launch_predict: ("model/args.yaml", "model/config.json", "adapter/adapter_config.json"),
     launch_haiku: ("data/scienceqa/problems.json", *(f"{ITEM}{name}" for name in (
         "rationale_from_mm_cot.txt", "input_for_llm.txt", "output_from_llm.txt", "reply.json", "score.txt",
-        "refused.txt", "image.png")), "questions/mmcot_finished_signal.txt", "questions/teacher/lock"),
-    launch_estimate: ("questions/teacher/spend.jsonl", "cache/replies.jsonl", f"{ITEM}image.png"),
+        "refused.txt", "image.png")), "questions/mmcot_finished_signal.txt"),
+    launch_estimate: ("questions/teacher/spend.jsonl", "cache/replies.sqlite3", f"{ITEM}image.png"),
     launch_batches: ("questions/teacher/batches/ab.json", "questions/teacher/spend.jsonl"),
     launch_preprocess: (f"{ITEM}rationale_from_mm_cot.txt", f"{ITEM}input_for_llm.txt"),
     launch_correct: (*DATA, "rationales.json", "correction/0/p0/*/output_from_llm.txt",

@@ -1,13 +1,14 @@
-"""What the model learned: one HTML file with scores, curves and every question's rationales, stage by stage.
+"""Write one HTML file with scores, curves and the rationales of every question, stage by stage.
 
     python tools/report.py --stage "MM-CoT=models/mm-cot-base-rationale" --stage "RL=$RUN/0" --stage "SFT=$SFT" \\
         --stage "LoRA=$LORA" --run $RUN --data_root data --output report.html
-    python tools/report.py --stage "mine=predictions_ans_test.json"        # less in it, but it works
+    python tools/report.py --stage "mine=predictions_ans_test.json"        # prediction files are enough
 
-Reads the stages' predictions (`--splits`), the run folder of RL (metrics.jsonl, samples, the Teacher's replies), the
-correction folder and `win_rate.json`, whatever of it there is. Writes `--output`, which needs no server and no
-network, and with `--png DIR` the curves as files for papers. Stages' sentences are scored by the offline reference
-Teacher, RL's samples by the Teacher that scored them. Writes nothing into the folders it reads. See docs/report.md.
+Reads the stages' predictions (`--splits`) and, if given, the run folder of RL (metrics.jsonl, samples, the Teacher's
+replies), the correction folder and the results of tools/win_rate.py. Writes `--output`, which needs no server and no
+network, and with `--png DIR` the curves as files for papers. Sentences of RL's samples have the scores of their
+Teacher, those of the stages the scores of the offline reference Teacher. Input folders are only read. See
+docs/report.md.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ares.data_folder import (
     load_captions,
     read_data_folder,
 )
+from ares.predictions import unread_note
 from rl.metrics import read_metrics
 from tools.report_page import collect, plots, stages, teacher
 from tools.report_page.page import build_page
@@ -49,10 +51,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--run", metavar="DIR", help="run folder of RL: curves, samples, the Teacher's replies")
     group.add_argument("--questions_dir", metavar="DIR", help="a questions folder outside a run folder")
     group.add_argument("--correction_dir", metavar="DIR", help="folder of the corrections, 0/p0/{qid}/")
-    group.add_argument("--win_rate", action="append", metavar="FILE", help="what tools/win_rate.py wrote; repeat it")
-    group.add_argument("--times", metavar="FILE", help="{title: seconds}, or the demo's stages.json")
+    group.add_argument("--win_rate", action="append", metavar="FILE", help="result of tools/win_rate.py; repeat it")
+    group.add_argument("--times", metavar="FILE", help="wall times, {title: seconds}, or the demo's stages.json")
     group.add_argument(
-        "--train_questions", type=int, default=2000, help="most train questions to show with samples (default: 2000)"
+        "--train_questions", type=int, default=2000, help="at most so many train questions with samples"
     )
     data = cli.add_data_flags(parser)
     data.add_argument("--caption_file", default=CAPTION_DEFAULT, help="captions, {qid: text}")
@@ -63,7 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--image_mode", default="copy", choices=MODES,
         help="copy: images go to {output}_images/ beside the page; embed: thumbnails inside it (default: %(default)s)",
     )  # fmt: skip
-    group.add_argument("--png", metavar="DIR", help="also write the drawings as PNG files")
+    group.add_argument("--png", metavar="DIR", help="also write the figures as PNG files")
     args = parser.parse_args(argv)
     args.given = cli.given_flags(parser, argv)
     check_flags(args)
@@ -71,26 +73,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse what cannot work, in one message."""
+    """Refuse all flags that cannot work, in one message."""
     problems = []
     if not (args.stage or args.run or args.questions_dir):
         problems.append('nothing to show: give --stage "NAME=FOLDER", --run or --questions_dir')
     if args.run and args.questions_dir:
-        problems.append("--questions_dir is not needed with --run, which holds its own; give one of the two")
+        problems.append("--run has a questions folder of its own; give one of --run and --questions_dir")
     for flag in ("run", "questions_dir", "correction_dir"):
         folder = getattr(args, flag)
         if folder and not Path(folder).is_dir():
-            problems.append(f"--{flag}: {folder} is no folder")
+            problems.append(f"--{flag}: {folder} is not a folder")
     if "image_mode" in args.given and args.image_mode == "none" and args.images:
-        problems.append("--images has no use with --image_mode none")
+        problems.append("--images has no effect with --image_mode none")
     if args.train_questions < 0:
         problems.append("--train_questions must be 0 or more")
     if "train_questions" in args.given and not (args.run or args.questions_dir or args.correction_dir):
-        problems.append("--train_questions has no use without --run, --questions_dir or --correction_dir")
-    names = [stages.name_and_place(text)[0] for text in args.stage or []]
+        problems.append("--train_questions has no effect without --run, --questions_dir or --correction_dir")
+    names = [stages.stage_name(text)[0] for text in args.stage or []]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        problems.append(f"--stage: {twice[0]!r} is named twice; a stage needs a name of its own")
+        problems.append(f"--stage: {twice[0]!r} is named twice; give each stage its own name")
     cli.refuse(problems)
 
 
@@ -98,7 +100,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def read_inputs(args: argparse.Namespace, notes: list[str]) -> collect.Inputs:
-    """Everything the flags name. What is not there is put into `notes`. Raises UserError for what is wrong."""
+    """Read everything that the flags name; what is missing goes into `notes`. Raises UserError for what is wrong."""
     problems, splits, captions = read_data(args, notes)
     split_of = {qid: split for split in ("train", "val", "test") for qid in splits.get(split, ())}
     inputs = collect.Inputs([], args.splits, problems, captions, split_of)
@@ -144,18 +146,17 @@ def read_data(args: argparse.Namespace, notes: list[str]) -> tuple[Any, Mapping[
 
 def read_verdicts(path: Path) -> dict[str, Any]:
     """A file of tools/win_rate.py. Raises UserError if it holds no verdicts."""
-    told = files.read_json(path, "--win_rate", nan=True)
-    told = told if isinstance(told, dict) else {}
-    verdicts, systems = told.get("verdicts"), told.get("systems")
-    fits = isinstance(verdicts, list) and all(
+    result = files.read_json(path, "--win_rate", nan=True)
+    result = result if isinstance(result, dict) else {}
+    verdicts, systems = result.get("verdicts"), result.get("systems")
+    valid = isinstance(verdicts, list) and all(
         isinstance(one, dict) and all(isinstance(one.get(name), str) for name in ("qid", "order", "winner"))
         for one in verdicts
     )
-    named = isinstance(systems, list) and len(systems) == 2 and all(isinstance(name, str) for name in systems)
-    parts = all(isinstance(told.get(name, {}), dict) for name in ("judge", "summary"))
-    if not fits or not named or not parts:
+    valid = valid and isinstance(systems, list) and [type(name) for name in systems] == [str, str]
+    if not valid or not all(isinstance(result.get(name, {}), dict) for name in ("judge", "summary")):
         raise UserError(f'--win_rate: {path} must hold {{"systems": [A, B], "verdicts": [{{qid, order, winner}}]}}')
-    return told
+    return result
 
 
 # -- the overview --------------------------------------------------------------------------------------------
@@ -179,33 +180,31 @@ def overview(args: argparse.Namespace, inputs: collect.Inputs, metrics: list) ->
         "costs": costs(args, inputs),
         "times": times(args, inputs),
         "judged": [
-            {key: told.get(key) for key in ("systems", "judge", "protocol", "summary")} for told in inputs.verdicts
+            {key: result.get(key) for key in ("systems", "judge", "protocol", "summary")} for result in inputs.verdicts
         ],
     }
 
 
 def costs(args: argparse.Namespace, inputs: collect.Inputs) -> list[dict[str, Any]]:
-    told = [
+    found = [
         teacher.cost(f"sentence scores, round {each.number}", [sample.about for sample in each.samples], each.folder)
         for each in inputs.rounds
     ]
     if inputs.corrections:
         abouts = [each.about for each in inputs.corrections]
-        told.append(teacher.cost("corrections", abouts, Path(args.correction_dir)))
-    return told
+        found.append(teacher.cost("corrections", abouts, Path(args.correction_dir)))
+    return found
 
 
 def times(args: argparse.Namespace, inputs: collect.Inputs) -> list[dict[str, Any]]:
-    """Wall time: what `--times` says, else what the trainers of the stages' folders recorded."""
+    """Wall time: from `--times` if given, else as the trainers recorded it in the stages' folders."""
     if args.times:
-        told = files.read_json(args.times, "--times")
-        told = told.get("stages", told) if isinstance(told, dict) else None
-        if not isinstance(told, dict):
-            raise UserError(f"--times: {args.times} must hold {{title: seconds}}")
+        data = files.read_json(args.times, "--times", nan=True)
+        data = data.get("stages", data) if isinstance(data, dict) else None
         pairs = [
             (each["title"], each["seconds"]) if isinstance(each, dict) and {"title", "seconds"} <= each.keys()
-            else (name, each) for name, each in told.items()
-        ]  # fmt: skip
+            else (name, each) for name, each in data.items()
+        ] if isinstance(data, dict) else [(None, None)]  # fmt: skip
         if not all(isinstance(seconds, (int, float)) for _, seconds in pairs):
             raise UserError(f"--times: {args.times} must hold {{title: seconds}}")
         return [{"name": str(name), "seconds": seconds} for name, seconds in pairs]
@@ -221,14 +220,14 @@ def times(args: argparse.Namespace, inputs: collect.Inputs) -> list[dict[str, An
     return found
 
 
-def draw(told: dict[str, Any], metrics: list, png: Path | None) -> dict[str, str]:
-    """The drawings as SVG by name; `png`: also as files there. Notes the curves in `told`."""
+def draw(shown: dict[str, Any], metrics: list, png: Path | None) -> dict[str, str]:
+    """The figures as SVG by name, with `png` also as files there. Adds the names of the curves to the overview."""
     drawings = {}
     figures = [(curve["name"], plots.curve_label(curve), plots.draw_curve(curve)) for curve in plots.curves(metrics)]
-    told["curves"] = [name for name, _, _ in figures]
-    if told["series"]:
-        label = "Sentence scores by position; the same numbers stand in the table below"
-        figures.append(("scores", label, plots.draw_scores(told["series"])))
+    shown["curves"] = [name for name, _, _ in figures]
+    if shown["series"]:
+        label = "Sentence scores by position; the table below has the same numbers"
+        figures.append(("scores", label, plots.draw_scores(shown["series"])))
     for name, label, figure in figures:
         drawings[name] = plots.as_svg(figure, name, label)
         if png is not None:
@@ -244,9 +243,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = find_images(args) if args.image_mode != "none" else None
     notes: list[str] = []
     inputs = read_inputs(args, notes)
-    qids, left_out = collect.choose_questions(inputs, args.train_questions)
-    if left_out:
-        notes.append(f"{left_out} training questions with samples or corrections are left out (--train_questions)")
+    qids, hidden = collect.choose_questions(inputs, args.train_questions)
+    if hidden:
+        notes.append(f"{hidden} training questions with samples or corrections are not shown (--train_questions)")
+    for stage in inputs.stages:
+        for split in stage.splits.values():
+            unread = split.answers.count(stages.UNPARSED)
+            notes += filter(None, [unread_note(unread, len(split.answers), f"{stage.name} ({split.file.path.name})")])
     metrics = []
     if args.run:
         file = Path(args.run) / "metrics.jsonl"
@@ -257,10 +260,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             reason = add_tokens(Path(args.run), each, set(qids))
             if reason:
                 notes.append(f"token rewards of round {each.number} are not available: {reason}")
-    told = overview(args, inputs, metrics)
-    drawings = draw(told, metrics, png)
+    shown = overview(args, inputs, metrics)
+    drawings = draw(shown, metrics, png)
     parts = collect.page_data(inputs, qids)
-    parts["main"]["overview"] = told
+    parts["main"]["overview"] = shown
     parts["main"]["notes"] = notes
     parts["images"] = collect_images(images, qids, args.image_mode, output) if images else {"list": [], "of": {}}
     page = build_page(args.title, parts, drawings)

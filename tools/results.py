@@ -1,4 +1,4 @@
-"""Tables for the paper: stages, runs and seeds side by side, how sure the figures are, and the published ones.
+"""Tables for the paper: stages, runs and seeds side by side, with intervals, tests and the published figures.
 
     python tools/results.py --system MM-CoT=models/mm-cot-base-rationale --system ARES=experiments/<run>
     python tools/results.py --system ARES=lora/seed1 --system ARES=lora/seed2 --system ARES=lora/seed3   # averaged
@@ -6,9 +6,9 @@
     python tools/results.py --win_rate win_rate/A_vs_B/win_rate.json --format latex --output table.tex
 
 A system is a stage's folder, its predictions file, or a result file of the demo (table.json, demo/results/seed*.json),
-which brings a row for each of its stages. With the questions at hand (--data_root) figures of one run carry a 95 %
-bootstrap interval, and `--compare A B` tests whether two systems differ. Writes to the terminal or to --output. What
-the columns mean: docs/results.md. Leaves out training curves and single questions (tools/report.py).
+which gives a row for each of its stages. With the questions (--data_root) figures of one run get a 95 % bootstrap
+interval, and `--compare A B` tests whether two systems differ. Writes to the terminal or to --output. The columns are
+described in docs/results.md; curves and single questions are shown by tools/report.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 from ares import cli, files
 from ares.data_folder import Problems, find_dataset, read_data_folder
 from ares.intervals import mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
-from ares.predictions import parts_asked, predictions_file, scores_of, split_label, texts_by_qid
+from ares.predictions import Predictions, find_predictions, labelled, read_predictions, scores_of, unread_note
 from ares.published import ANSWER_COLUMNS, NOTE, PUBLISHED
 from ares.sentences import split_text
 from ares.tables import FORMATS, Cell, Table
@@ -48,15 +48,18 @@ DIGITS = {"score": 3, "num_fail": 0}
 
 @dataclass
 class Run:
-    """One file's figures; with `texts` and problems also what is known per question."""
+    """Figures of one file; with the problems also the values of each question.
+
+    values: "answers" (1.0 right, 0.0 wrong), "rouge" and "score" -> qid -> value.
+    """
 
     label: str
     path: str
+    rows: int = 0
     answers: dict[str, float] = field(default_factory=dict)
     rationales: dict[str, float] = field(default_factory=dict)
-    right: dict[str, bool] = field(default_factory=dict)  # qid -> whether its answer is right
-    values: dict[str, dict[str, float]] = field(default_factory=dict)  # rouge, score -> qid -> value
-    sentences: list[tuple[float, int]] = field(default_factory=list)  # of each question: sum of the scores, how many
+    values: dict[str, dict[str, float]] = field(default_factory=dict)
+    sentences: list[tuple[float, int]] = field(default_factory=list)  # per question: sum of its scores, their number
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -82,9 +85,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     wrong = [] if args.system or args.win_rate else ["give at least one --system or --win_rate"]
     if args.images:
-        wrong.append("--images: the tables hold no images; leave it out")
+        wrong.append("--images: the tables hold no images; drop it")
     args.needs_data = bool(args.compare or cli.given_flags(parser, argv) & {"data_root", "dataset"})
-    args.system = [split_label(named) for named in args.system]
+    args.system = [labelled(text) for text in args.system]
     wrong += [f"--compare: no --system is called {label}" for label in args.compare or []
               if label not in {name for name, _ in args.system}]  # fmt: skip
     cli.refuse(wrong)
@@ -112,92 +115,79 @@ def find_problems(args: argparse.Namespace, needed: bool) -> tuple[Problems | No
 def read_system(
     label: str, place: str, args: argparse.Namespace, problems: Problems | None, qids: Sequence[str]
 ) -> list[Run]:
-    """The rows of one --system. Raises UserError if the file is none of the known forms."""
-    path = predictions_file(place, f"--system {label}", args.split)
-    told = files.read_json(path, f"--system {label}", nan=True)
-    if isinstance(told, dict) and isinstance(told.get("rationales"), dict):
-        return demo_runs(label, str(path), told)
-    if not isinstance(told, dict) or "preds" not in told:
-        raise cli.UserError(f"--system {label}: {path} holds neither preds nor a demo's table; name a stage's folder")
-    run = Run(label, str(path))
-    preds, labels = (told.get(name) or [] for name in ("preds", "labels"))
-    for name, column in (("preds", preds), ("labels", labels)):
-        if not isinstance(column, list) or not all(isinstance(text, str) for text in column):
-            raise cli.UserError(f"--system {label}: {path}: {name} is no list of texts; make the file again")
-    has_answers, has_rationales = parts_asked(preds, labels)
-    scores = scores_of(told, path, f"--system {label}")
-    figures = scores.get("answer", {}) if has_answers else {}
-    run.answers = {name.removeprefix("acc_"): value for name, value in figures.items()}
-    if run.answers and isinstance(told.get("num_fail"), int):
-        run.answers["num_fail"] = float(told["num_fail"])
-    run.rationales = scores.get("rationale", {}) if has_rationales else {}
+    """The rows of one --system. Raises UserError if the file has none of the known forms."""
+    flag = f"--system {label}"
+    path = find_predictions(place, flag, args.split)
+    data = files.read_json(path, flag, nan=True)
+    if isinstance(data, dict) and isinstance(data.get("rationales"), dict):
+        return demo_runs(label, str(path), data)
+    if not isinstance(data, dict) or "preds" not in data:
+        raise cli.UserError(f"{flag}: {path} holds neither preds nor a demo's table; name a stage's folder")
+    file = read_predictions(path, flag, None if problems is None else qids, data=data)
+    has_answers, has_rationales = file.parts_asked()
+    run = Run(label, str(path), len(file.preds))
+    if has_answers:
+        run.answers = {name.removeprefix("acc_"): value for name, value in file.scores.get("answer", {}).items()}
+        if run.answers and file.num_fail is not None:
+            run.answers["num_fail"] = float(file.num_fail)
+    run.rationales = file.scores.get("rationale", {}) if has_rationales else {}
     if problems is not None:
-        per_question(run, told, path, problems, qids, has_answers, has_rationales)
+        file.refuse_unknown(problems, flag, "in problems.json; name the --data_root of these predictions")
+        if has_answers:
+            add_answers(run, file, problems)
+        if has_rationales:
+            add_rationales(run, file, problems)
     elif run.rationales:
-        run.rationales |= shape_of(told["preds"])
-    if run.answers.get("num_fail", 0) > 0.05 * len(preds):
-        unread = int(run.answers["num_fail"])
-        cli.warn0(f"--system {label}: {unread} of {len(preds)} answers of {path} are unread: random choices")
+        run.rationales |= shape_of(file.preds)
     if not run.answers and not run.rationales:
-        raise cli.UserError(f"--system {label}: {path} holds no scores; give its --data_root, by which some are made")
+        raise cli.UserError(f"{flag}: {path} holds no scores; give its --data_root, by which some are made")
     return [run]
 
 
-def demo_runs(label: str, path: str, told: Mapping[str, Any]) -> list[Run]:
-    """The demo's table: a row for each rationale model, and one for the answers."""
-    runs = []
-    found = scores_of({"scores": {**told["rationales"], "": told.get("answers", {})}}, path, f"--system {label}")
+def demo_runs(label: str, path: str, data: Mapping[str, Any]) -> list[Run]:
+    """A demo's table: a row for each rationale model, and one for the answers."""
+    found = scores_of({**data["rationales"], "": data.get("answers", {})}, path, f"--system {label}")
     answers = {name.removeprefix("acc_"): value for name, value in found.pop("").items()}
+    rows = data["settings"].get("test") if isinstance(data.get("settings"), dict) else None
+    rows = rows if isinstance(rows, int) else 0
+    runs = []
     for stage, figures in found.items():
         named = {DEMO_NAMES.get(name, name): value for name, value in figures.items()}
-        runs.append(Run(f"{label}: {stage}", path, rationales=named))
-    return [*runs, Run(f"{label}: LoRA", path, answers=answers)] if answers else runs
+        runs.append(Run(f"{label}: {stage}", path, rows, rationales=named))
+    return [*runs, Run(f"{label}: LoRA", path, rows, answers=answers)] if answers else runs
 
 
 def shape_of(texts: Sequence[str]) -> dict[str, float]:
+    """Shares of repeated sentences and unfinished rationales in per cent, and words per rationale."""
     stats = rationale_stats(texts)
     words = statistics.fmean(len(text.split()) for text in texts) if texts else 0.0  # as in the report and the demo
     return {"repeated": 100 * stats["repeated"], "unfinished": 100 * stats["unfinished"], "words": words}
 
 
-def per_question(
-    run: Run,
-    told: Mapping[str, Any],
-    path: Path,
-    problems: Problems,
-    qids: Sequence[str],
-    answers: bool,
-    rationales: bool,
-) -> None:
-    """Fill in what intervals and tests need: right answers, ROUGE-L and the reference Teacher's score by question."""
-    texts = texts_by_qid(told, path, f"--system {run.label}", qids)
-    unknown = next((qid for qid in texts if qid not in problems), None)
-    if unknown is not None:
-        raise cli.UserError(f"--system {run.label}: {path} holds question {unknown}, which --data_root does not know")
-    seed = (told.get("settings") or {}).get("seed", 42)
-    if answers:
-        chosen = {qid: resolve_answer(text, len(problems[qid]["choices"]), qid, seed) for qid, text in texts.items()}
-        run.right = {qid: choice == problems[qid]["answer"] for qid, (choice, _) in chosen.items()}
-        table = accuracy_table({qid: choice for qid, (choice, _) in chosen.items()}, problems)
-        run.answers = {name.removeprefix("acc_"): float(value) for name, value in table.items()} | run.answers
-        run.answers.setdefault("num_fail", float(sum(not read for _, read in chosen.values())))
-    if rationales:
-        labels = told.get("labels")
-        golds = dict(zip(texts, labels, strict=True)) if _are_texts(labels) and len(labels) == len(texts) else {}
-        rouges = {qid: question_rouge(golds[qid], text) for qid, text in texts.items() if qid in golds}
-        run.values["rouge"] = {qid: 100 * value for qid, value in rouges.items() if value is not None}
-        scores = {qid: reference.score_sentences(problems[qid], split_text(text)) for qid, text in texts.items()}
-        run.values["score"] = {qid: statistics.fmean(each) for qid, each in scores.items() if each}
-        run.sentences = [(sum(each), len(each)) for each in scores.values()]
-        run.rationales |= shape_of(list(texts.values()))
-        if run.values["rouge"]:
-            run.rationales.setdefault("rouge", statistics.fmean(run.values["rouge"].values()))
-        every = [score for each in scores.values() for score in each]
-        run.rationales.setdefault("score", statistics.fmean(every) if every else 0.0)
+def add_answers(run: Run, file: Predictions, problems: Problems) -> None:
+    """Which questions are answered correctly, and the accuracies that the file does not have."""
+    chosen = {qid: resolve_answer(text, len(problems[qid]["choices"]), qid, file.seed)
+              for qid, text in file.by_qid().items()}  # fmt: skip
+    run.values["answers"] = {qid: float(choice == problems[qid]["answer"]) for qid, (choice, _) in chosen.items()}
+    table = accuracy_table({qid: choice for qid, (choice, _) in chosen.items()}, problems)
+    run.answers = {name.removeprefix("acc_"): float(value) for name, value in table.items()} | run.answers
+    run.answers.setdefault("num_fail", float(sum(not read for _, read in chosen.values())))
 
 
-def _are_texts(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+def add_rationales(run: Run, file: Predictions, problems: Problems) -> None:
+    """ROUGE-L and the reference Teacher's score of each question, and the means that the file does not have."""
+    texts = file.by_qid()
+    golds = dict(zip(texts, file.labels, strict=True)) if any(file.labels) else {}
+    rouges = {qid: question_rouge(gold, texts[qid]) for qid, gold in golds.items()}
+    scores = {qid: reference.score_sentences(problems[qid], split_text(text)) for qid, text in texts.items()}
+    run.values["rouge"] = {qid: 100 * value for qid, value in rouges.items() if value is not None}
+    run.values["score"] = {qid: statistics.fmean(each) for qid, each in scores.items() if each}
+    run.sentences = [(sum(each), len(each)) for each in scores.values()]
+    run.rationales |= shape_of(file.preds)
+    if run.values["rouge"]:
+        run.rationales.setdefault("rouge", statistics.fmean(run.values["rouge"].values()))
+    every = [score for each in scores.values() for score in each]
+    run.rationales.setdefault("score", statistics.fmean(every) if every else 0.0)
 
 
 # -- tables --------------------------------------------------------------------------------------------------
@@ -218,23 +208,20 @@ def cells_of(runs: Sequence[Run], kind: str, problems: Problems | None, seed: in
 
 
 def interval_of(run: Run, name: str, problems: Problems | None, seed: int) -> tuple[float, float] | tuple[()]:
-    if name in CATEGORIES and run.right and problems is not None:
-        right = [value for qid, value in run.right.items() if CATEGORIES[name](problems[qid])]
-        # the file's own share: the released code's guesses at unread answers are not those made here
-        count = round(run.answers[name] / 100 * len(right))
-        return around(run.answers[name], shares_interval([count, len(right) - count], (100, 0), seed))
-    if name == "score" and run.sentences:  # a mean over sentences, as the table's
-        return around(run.rationales[name], ratio_interval(run.sentences, seed))
-    if name in run.values and run.values[name]:
-        return around(run.rationales[name], mean_interval(list(run.values[name].values()), seed))
-    return ()
-
-
-def around(point: float, interval: tuple[float, float]) -> tuple[float, float] | tuple[()]:
-    """`interval`, or () where it is not that of `point` (a figure of a file whose texts were changed since).
-
-    Figures of files are rounded to two decimals.
-    """
+    """The 95 % interval of one figure, () where the values of its questions are not known."""
+    if name in CATEGORIES and run.values.get("answers") and problems is not None:
+        rows = sum(CATEGORIES[name](problems[qid]) for qid in run.values["answers"])
+        # the file's own share: the released code draws other choices for unread answers than this project
+        point = run.answers[name]
+        count = round(point / 100 * rows)
+        interval = shares_interval([count, rows - count], (100, 0), seed)
+    elif name == "score" and run.sentences:  # a mean over sentences, as the table's
+        point, interval = run.rationales[name], ratio_interval(run.sentences, seed)
+    elif run.values.get(name):
+        point, interval = run.rationales[name], mean_interval(list(run.values[name].values()), seed)
+    else:
+        return ()
+    # figures of files are rounded to two decimals; one further off is not that of these texts
     low, high = interval
     return (min(low, point), max(high, point)) if low - 0.006 <= point <= high + 0.006 else ()
 
@@ -259,17 +246,18 @@ def system_tables(args: argparse.Namespace, runs: Sequence[Run], problems: Probl
 def win_table(paths: Sequence[str]) -> Table:
     table = Table("Win rates of the first system's rationales", WINS | {"source": "source"})
     for path in paths:
-        told = files.read_json(path, "--win_rate")
+        result = files.read_json(path, "--win_rate", nan=True)
         try:
-            row, judge = told["summary"]["rows"]["average"], told["judge"]
+            summary, judge = result["summary"], result["judge"]
+            row, first = summary["rows"]["average"], summary["position"]["first"]
             cells: dict[str, Cell | str] = {name: Cell(float(row[name])) for name in ("win", "tie", "loss")}
             low, high = map(float, row["win_rate_interval"])
             cells["win_rate"] = Cell(float(row["win_rate"]), low, high)
-            if told["summary"]["position"]["first"] is not None:
-                cells["first"] = Cell(float(told["summary"]["position"]["first"]))
-            orders = {"both": "both orders", "paper": "one random order a pair"}[told["protocol"]]
+            if first is not None:
+                cells["first"] = Cell(float(first))
+            orders = {"both": "both orders", "paper": "one random order a pair"}[result["protocol"]]
             cells["judge"] = f"{judge['model']}, {orders}, {row['questions']} questions"
-            table.rows.append((" against ".join(told["systems"]), cells))
+            table.rows.append((" against ".join(result["systems"]), cells))
         except (KeyError, TypeError, ValueError):
             raise cli.UserError(
                 f"--win_rate: {path} is not what tools/win_rate.py writes; name its win_rate.json"
@@ -285,38 +273,56 @@ def add_published(args: argparse.Namespace, tables: Mapping[str, Table]) -> None
 
 
 def significance(args: argparse.Namespace, runs: Sequence[Run]) -> Table:
-    """Pairs of files of the two labels, in the order given: McNemar for answers, paired bootstrap for the rest."""
-    first, second = ([run for run in runs if run.label == label] for label in args.compare)
-    if len(first) != len(second):
-        cli.warn0(
-            f"--compare: {len(first)} and {len(second)} files; compared are the first {min(len(first), len(second))}"
-        )
+    """Files of the two labels in pairs, in the order given: McNemar for answers, paired bootstrap for the rest."""
+    systems = [[run for run in runs if run.label == label] for label in args.compare]
     columns = {"difference": "difference", "p": "p", "test": "test", "questions": "questions"}
-    digits = {"difference": 3, "p": 4, "questions": 0}  # a sentence score lies between 0 and 1
+    digits = {"difference": 3, "p": 4, "questions": 0}  # a sentence score is between 0 and 1
     table = Table(f"{args.compare[0]} minus {args.compare[1]}", columns, digits=digits)
-    for number, (a, b) in enumerate(zip(first, second, strict=False), start=1):
-        pair = f" (pair {number})" if min(len(first), len(second)) > 1 else ""
-        both = [qid for qid in a.right if qid in b.right]
-        if both:
-            ours = sum(a.right[qid] and not b.right[qid] for qid in both)
-            theirs = sum(b.right[qid] and not a.right[qid] for qid in both)
-            table.rows.append((f"answers{pair}", {
-                "difference": Cell(100 * (ours - theirs) / len(both)), "p": Cell(mcnemar(ours, theirs)),
-                "test": f"McNemar, exact: {ours} and {theirs} answered by one alone", "questions": Cell(len(both)),
-            }))  # fmt: skip
-        for name in sorted(a.values.keys() & b.values.keys()):
+    for name in ("answers", "rouge", "score"):
+        first, second = ([run for run in system if run.values.get(name)] for system in systems)
+        pairs = list(zip(first, second, strict=False))
+        if pairs and len(first) != len(second):
+            cli.warn0(f"--compare: {len(first)} and {len(second)} files; only the first {len(pairs)} are compared")
+        for number, (a, b) in enumerate(pairs, start=1):
             both = [qid for qid in a.values[name] if qid in b.values[name]]
-            if both:
-                found = paired_difference(
-                    [a.values[name][q] for q in both], [b.values[name][q] for q in both], args.seed
+            if not both:
+                raise cli.UserError(
+                    f"--compare: {a.path} and {b.path} have no question in common; name predictions of one split"
                 )
-                table.rows.append((f"{RATIONALES[name]}{pair}", {
-                    "difference": Cell(found["difference"], found["low"], found["high"]), "p": Cell(found["p"]),
-                    "test": "paired bootstrap", "questions": Cell(len(both)),
-                }))  # fmt: skip
+            row = RATIONALES.get(name, name) + (f" (pair {number})" if len(pairs) > 1 else "")
+            ours, theirs = ([run.values[name][qid] for qid in both] for run in (a, b))
+            table.rows.append((row, answers_test(ours, theirs) if name == "answers"
+                               else means_test(ours, theirs, args.seed)))  # fmt: skip
     if not table.rows:
-        raise cli.UserError(f"--compare: {' and '.join(args.compare)} have no question in common, or are tables only")
+        held = " and ".join(f"{label} {what_it_holds(system)}"
+                            for label, system in zip(args.compare, systems, strict=True))  # fmt: skip
+        raise cli.UserError(f"--compare: {held}; name predictions of the same kind (two stages' folders or files)")
     return table
+
+
+def answers_test(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Cell | str]:
+    """McNemar's exact test on the right answers (1.0 right, 0.0 wrong) of the same questions."""
+    only = [sum(a > b for a, b in zip(*pair, strict=True)) for pair in ((ours, theirs), (theirs, ours))]
+    return {
+        "difference": Cell(100 * (only[0] - only[1]) / len(ours)), "p": Cell(mcnemar(*only)),
+        "test": f"McNemar, exact: {only[0]} and {only[1]} answered by one alone", "questions": Cell(len(ours)),
+    }  # fmt: skip
+
+
+def means_test(ours: Sequence[float], theirs: Sequence[float], seed: int) -> dict[str, Cell | str]:
+    """The paired bootstrap on one figure of the same questions."""
+    found = paired_difference(ours, theirs, seed)
+    return {
+        "difference": Cell(found["difference"], found["low"], found["high"]), "p": Cell(found["p"]),
+        "test": "paired bootstrap", "questions": Cell(len(ours)),
+    }  # fmt: skip
+
+
+def what_it_holds(system: Sequence[Run]) -> str:
+    """What there is to compare in the files of one label."""
+    names = {"answers": "answers", "rouge": "rationales", "score": "rationales"}
+    kinds = dict.fromkeys(kind for name, kind in names.items() for run in system if run.values.get(name))
+    return f"holds {' and '.join(kinds)}" if kinds else "holds no texts of single questions"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -331,6 +337,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.compare:
         tables.append(significance(args, runs))
     notes = ["± is the deviation over seeds (n - 1); [low, high] a 95 % bootstrap interval over questions."]
+    for run in runs:
+        note = run.rows and unread_note(run.answers.get("num_fail", 0), run.rows, f"{run.label} ({run.path})")
+        if note:
+            cli.warn0(note)
+            notes.append(f"Warning: {note}.")
     if args.published != "none":
         notes.append(NOTE)
     text = FORMATS[args.format](tables, notes)

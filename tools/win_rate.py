@@ -6,9 +6,10 @@
     python tools/win_rate.py A=a.json B=b.json --teacher reference          # offline, from the gold solutions
 
 Reads two stage folders or prediction files, writes a request for each question and order into `{output}/{k}/p0/{qid}/`
-(k = 0: the first system's rationale is shown first), the judge's replies beside them, and `{output}/win_rate.json`.
-Killed or stopped, the same command goes on; a second run asks nothing. What is in win_rate.json and how the figures
-are made: docs/results.md.
+(k = 0: the first system's rationale is shown first), the judge's replies beside them, and the result:
+`{output}/win_rate.json`, or `win_rate_paper.json` with --protocol paper (`..._val.json`, `..._train.json` for other
+splits). The same command continues a stopped run; answered requests are not sent again. The format of the result and
+its figures are described in docs/results.md.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 from ares import cli, files
 from ares.data_folder import find_images, question_images, read_data_folder
 from ares.intervals import ratio_interval, shares_interval
-from ares.predictions import predictions_file, split_label, texts_by_qid
+from ares.predictions import FILE_NAMES, find_predictions, labelled, read_predictions
 from teacher import client, estimate, handoff
 from teacher.claude import DEFAULT_MODEL
 from teacher.handoff import place_images, request_text, set_reply_aside, write_request
@@ -39,40 +40,38 @@ from utils_evaluate import CATEGORIES
 from utils_prompt import normalize
 
 ORDERS = ("ab", "ba")  # by action: whose rationale is shown first
-OUTPUT = "win_rate.json"
+PROTOCOLS = ("both", "paper")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument(
-        "systems", nargs=2, metavar="LABEL=PATH", help="a stage's folder or its predictions file; label it as you like"
+        "systems", nargs=2, metavar="LABEL=PATH", help="a stage's folder or its predictions file, with any label"
     )
     data = cli.add_data_flags(parser)
-    data.add_argument(
-        "--split", choices=("test", "val", "train"), default="test", help="which predictions (default: %(default)s)"
-    )
-    data.add_argument("--questions", type=int, metavar="N", help="only N of them, drawn by --seed (default: all)")
+    data.add_argument("--split", choices=FILE_NAMES, default="test", help="which predictions")
+    data.add_argument("--questions", type=int, metavar="N", help="judge only N, drawn by --seed (default: all)")
     data.add_argument("--with_image", action="store_true", help="send each question's images to the judge")
     how = parser.add_argument_group("comparison")
     how.add_argument(
         "--protocol",
-        choices=("both", "paper"),
+        choices=PROTOCOLS,
         default="both",
-        help="both: each pair in both orders, a verdict that turns with the order is a tie; paper: one random order",
+        help="both: each pair in both orders, a verdict that changes with the order is a tie; paper: one random order",
     )
-    how.add_argument("--seed", type=int, default=0, help="of random orders, of --questions, of intervals")
-    how.add_argument("--output", metavar="DIR", help="requests, replies, win_rate.json (default: win_rate/{A}_vs_{B})")
+    how.add_argument("--seed", type=int, default=0, help="seed of random orders, of --questions and of the intervals")
+    how.add_argument("--output", metavar="DIR", help="requests, replies and results (default: win_rate/{A}_vs_{B})")
     client.add_teacher_flags(parser)
-    how.add_argument("--judge_model", dest="teacher_model", default=DEFAULT_MODEL, help="the same as --teacher_model")
+    how.add_argument("--judge_model", dest="teacher_model", default=DEFAULT_MODEL, help="same as --teacher_model")
     args = parser.parse_args(argv)
     given = cli.given_flags(parser, argv)
     wrong = ["--questions must be at least 1"] if args.questions is not None and args.questions < 1 else []
     if args.images and not args.with_image:
-        wrong.append("--images has no effect without --with_image; add that, or leave it out")
-    args.systems = [split_label(named) for named in args.systems]
+        wrong.append("--images has no effect without --with_image; add that or drop --images")
+    args.systems = [labelled(text) for text in args.systems]
     (label_a, _), (label_b, _) = args.systems
     if label_a == label_b:
-        wrong.append(f"both systems are called {label_a}; label them, as in A={args.systems[0][1]}")
+        wrong.append(f"both systems are called {label_a}; give them labels, as in A={args.systems[0][1]}")
     cli.refuse(wrong)
     client.check_teacher_flags(args, given)
     plain = "_vs_".join("".join(c if c.isalnum() or c in "-.+" else "-" for c in label) for label, _ in args.systems)
@@ -85,26 +84,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def read_systems(args: argparse.Namespace, qids: Sequence[str]) -> list[dict[str, str]]:
     """Both systems' rationales of the questions that both have, as one line each, without the `Solution:` prefix."""
-    found = []
+    systems = []
     for label, place in args.systems:
-        path = predictions_file(place, label, args.split)
-        texts = texts_by_qid(files.read_json(path, label), path, label, qids)
-        found.append({qid: normalize(text).removeprefix("Solution:").strip() for qid, text in texts.items()})
-    a, b = found
-    wanted = [qid for qid in qids if qid in a and qid in b]
-    outside = next(iter((a.keys() | b.keys()) - set(qids)), None)
-    if outside is not None:
-        raise cli.UserError(f"question {outside} is not in the split {args.split}; name the predictions' own --split")
-    if not wanted:
+        file = read_predictions(find_predictions(place, label, args.split), label, qids)
+        file.refuse_unknown(set(qids), label, f"in the split {args.split}; name the predictions' own --split")
+        if file.parts_asked() == (True, False):
+            raise cli.UserError(f"{label}: {file.path} holds answers without rationales; name a rationale stage")
+        systems.append({qid: normalize(text).removeprefix("Solution:").strip() for qid, text in file.by_qid().items()})
+    a, b = systems
+    chosen = [qid for qid in qids if qid in a and qid in b]
+    if not chosen:
         raise cli.UserError("the two systems have no question in common; name predictions of one split")
-    if len(wanted) < max(len(a), len(b)):
-        cli.warn0(
-            f"{len(wanted)} questions have both rationales ({len(a)} and {len(b)} have one); the others are left out"
-        )
-    if args.questions and args.questions < len(wanted):
-        chosen = set(random.Random(args.seed).sample(wanted, args.questions))
-        wanted = [qid for qid in wanted if qid in chosen]
-    return [{qid: texts[qid] for qid in wanted} for texts in found]
+    if len(chosen) < max(len(a), len(b)):
+        cli.warn0(f"only the {len(chosen)} questions in both files are compared (they hold {len(a)} and {len(b)})")
+    if args.questions and args.questions < len(chosen):
+        drawn = set(random.Random(args.seed).sample(chosen, args.questions))
+        chosen = [qid for qid in chosen if qid in drawn]
+    return [{qid: texts[qid] for qid in chosen} for texts in systems]
 
 
 def orders_of(args: argparse.Namespace, qid: str) -> Sequence[str]:
@@ -114,15 +110,15 @@ def orders_of(args: argparse.Namespace, qid: str) -> Sequence[str]:
     return [random.Random(f"{args.seed}-{qid}").choice(ORDERS)]
 
 
-def lay_out(
+def write_requests(
     args: argparse.Namespace, problems: Mapping[str, Any], a: Mapping[str, str], b: Mapping[str, str]
 ) -> list[handoff.Item]:
-    """Write the requests of every pair that differs. A reply to other texts, of an earlier run, is set aside."""
+    """Write a request for every pair that differs. A reply to other texts, of an earlier run, is set aside."""
     images_dir = find_images(args, required=True) if args.with_image else None
     items = []
-    asked = [(action, order, qid) for action, order in enumerate(ORDERS) for qid in a
+    pairs = [(action, order, qid) for action, order in enumerate(ORDERS) for qid in a
              if a[qid] != b[qid] and order in orders_of(args, qid)]  # fmt: skip
-    for action, order, qid in cli.progress(asked, desc="requests", unit="pair"):
+    for action, order, qid in cli.progress(pairs, desc="requests", unit="pair"):
         folder = handoff.question_dir(args.output, action, 0, qid)
         handoff.refuse_links(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +131,7 @@ def lay_out(
         write_request(folder, text)
         files.write_text(folder / handoff.RATIONALE, f"{{\n{lines}\n}}\n", flush=False)
         for stale in {path.name for path in question_images(folder.parent, qid)} - {path.name for path in images}:
-            (folder / stale).unlink()  # of a run --with_image: what lies here is sent
+            (folder / stale).unlink()  # of a run --with_image: every image in the folder is sent
         place_images(folder, images)
         items.append(handoff.Item(Path(args.output), action, 0, qid))
     return items
@@ -175,29 +171,32 @@ def outcomes(verdicts: Sequence[Mapping[str, str]], per_question: Mapping[str, i
     return result
 
 
-def row(outcomes: Sequence[str], seed: int) -> dict[str, Any]:
-    """Of the first system: win, tie, loss in per cent; `win_rate` (a tie counts half) and `decided` (ties left out),
-    each with a 95 % bootstrap interval."""
+def rates(outcomes: Sequence[str], seed: int) -> dict[str, Any]:
+    """Win, tie and loss of the first system in per cent; `win_rate` (a tie counts half) and `decided` (wins among the
+    questions without a tie), each with a 95 % bootstrap interval."""
     count = Counter(outcomes)
     counts = [count["a"], count["tie"], count["b"]]
-    names = ("win", "tie", "loss")
-    found: dict[str, Any] = {"questions": len(outcomes)}
-    found |= {name: 100 * each / len(outcomes) for name, each in zip(names, counts, strict=True)}
-    found["win_rate"] = found["win"] + found["tie"] / 2
-    found["win_rate_interval"] = _per_cent(shares_interval(counts, (1, 0.5, 0), seed))
-    sides = counts[0] + counts[2]
-    found["decided"] = 100 * counts[0] / sides if sides else None
-    found["decided_interval"] = _per_cent(shares_interval([counts[0], counts[2]], (1, 0), seed))
-    return found
+    win, tie, loss = (100 * each / len(outcomes) for each in counts)
+    decided = counts[0] + counts[2]
+    return {
+        "questions": len(outcomes),
+        "win": win,
+        "tie": tie,
+        "loss": loss,
+        "win_rate": win + tie / 2,
+        "win_rate_interval": _per_cent(shares_interval(counts, (1, 0.5, 0), seed)),
+        "decided": 100 * counts[0] / decided if decided else None,
+        "decided_interval": _per_cent(shares_interval([counts[0], counts[2]], (1, 0), seed)),
+    }
 
 
 def position_bias(verdicts: Sequence[Mapping[str, str]], seed: int) -> dict[str, Any]:
-    """How often the rationale shown first wins where one wins (50 % without bias; over both orders of a pair, whoever
-    is better), and how many pairs get the same verdict in both orders."""
+    """Per cent of the verdicts for one side that go to the rationale shown first (50 without bias, whoever is better),
+    and per cent of the pairs that get the same verdict in both orders."""
     by_qid: dict[str, list[Mapping[str, str]]] = {}
     for verdict in verdicts:
         by_qid.setdefault(verdict["qid"], []).append(verdict)
-    # of each question: verdicts for the one shown first, verdicts for either
+    # per question: number of verdicts for the rationale shown first, number of verdicts for either
     parts = [(sum(one["winner"] == one["order"][0] for one in each), sum(one["winner"] != "tie" for one in each))
              for each in by_qid.values()]  # fmt: skip
     first, either = sum(part[0] for part in parts), sum(part[1] for part in parts)
@@ -220,13 +219,17 @@ def summarise(
     verdicts: Sequence[Mapping[str, str]],
     seed: int,
 ) -> dict[str, Any]:
-    """Overall and by category. `qids`: all questions; those that were not asked have identical rationales: a tie."""
+    """Overall and by category.
+
+    `qids`: all questions; `asked`: qid -> its number of requests. Questions that were not asked have identical
+    rationales and count as a tie.
+    """
     result = outcomes(verdicts, asked) | {qid: "tie" for qid in qids if qid not in asked}
     rows = {}
     for name, belongs in CATEGORIES.items():
         chosen = [result[qid] for qid in qids if qid in result and belongs(problems[qid])]
         if chosen:
-            rows[name] = row(chosen, seed)
+            rows[name] = rates(chosen, seed)
     return {
         "questions": len(result),
         "identical": sum(qid not in asked for qid in qids),
@@ -236,8 +239,8 @@ def summarise(
     }
 
 
-def tell(labels: Sequence[str], summary: Mapping[str, Any]) -> list[str]:
-    """The lines of the result for a terminal."""
+def result_lines(labels: Sequence[str], summary: Mapping[str, Any]) -> list[str]:
+    """The result as lines for a terminal."""
     lines = [f"{labels[0]} against {labels[1]}: {summary['questions']} questions, {summary['identical']} of them with "
              f"identical rationales (ties), {summary['unanswered']} without an answer"]  # fmt: skip
     lines.append(f"{'':<12}{'questions':>10}{'win %':>8}{'tie %':>8}{'loss %':>8}   win rate % (a tie is half), 95 %")
@@ -249,9 +252,29 @@ def tell(labels: Sequence[str], summary: Mapping[str, Any]) -> list[str]:
     if bias["first"] is not None:
         low, high = bias["first_interval"]
         same = bias["same_in_both_orders"]
-        told = "" if same is None else f"; {same:.1f} % of the pairs get the same verdict in both orders"
-        lines.append(f"position: the one shown first wins {bias['first']:.1f} % [{low:.1f}, {high:.1f}]{told}")
+        also = "" if same is None else f"; {same:.1f} % of the pairs get the same verdict in both orders"
+        lines.append(f"position: the one shown first wins {bias['first']:.1f} % [{low:.1f}, {high:.1f}]{also}")
     return lines
+
+
+def result_file(args: argparse.Namespace) -> Path:
+    """Where the result goes: a file for each protocol and split, so that none replaces another.
+
+    A win_rate.json of an earlier version, in which every protocol and split wrote to that name, is renamed first.
+    """
+
+    def name(protocol: str, split: str) -> str:
+        parts = ["win_rate", *[protocol] * (protocol != "both"), *[split] * (split != "test")]
+        return f"{'_'.join(parts)}.json"
+
+    path, plain = (Path(args.output) / each for each in (name(args.protocol, args.split), "win_rate.json"))
+    if plain.is_file():
+        old = files.read_json(plain, "--output", dict, nan=True)
+        written = [name(protocol, split) for protocol in PROTOCOLS for split in FILE_NAMES
+                   if (protocol, split) == (old.get("protocol"), old.get("split"))]  # fmt: skip
+        if written and not plain.with_name(written[0]).exists():
+            os.replace(plain, plain.with_name(written[0]))
+    return path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -262,15 +285,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     files.writable_dir(args.output, "--output")
 
     with client.work_in(args.output, "--output", args) as each:
-        items = lay_out(args, problems, a, b)
-        # without --with_image no image is missed
-        seen = problems if args.with_image else {qid: {**problems[qid], "image": None} for qid in a}
-        session = client.make_session(args.output, each, JUDGE, args, wording=JUDGE_WORDING, problems=seen)
+        items = write_requests(args, problems, a, b)
+        # without --with_image the session must not report missing images
+        shown = problems if args.with_image else {qid: {**problems[qid], "image": None} for qid in a}
+        session = client.make_session(args.output, each, JUDGE, args, wording=JUDGE_WORDING, problems=shown)
         if args.show:
             return estimate.show(session, items, args.show)
         if args.estimate:
             session.add(items, serve=False)
             return estimate.estimate(session)
+        path = result_file(args)  # before anything is paid for
         report = client.answer_items(session, items, args)
     cli.print0(f"{args.teacher}: {report.summary()}")
     if args.submit_only:
@@ -283,14 +307,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     judge = {"teacher": each.name, "model": each.model, "prompt_version": JUDGE_WORDING.version,
              "with_image": args.with_image, "replies_by": dict(report.written_by)}  # fmt: skip
     files.write_json(
-        Path(args.output) / OUTPUT,
+        path,
         {"systems": labels, "judge": judge, "protocol": args.protocol, "seed": args.seed, "split": args.split,
          "dataset": data.dataset, "summary": summary, "verdicts": verdicts},
         indent=1,
     )  # fmt: skip
-    for line in tell(labels, summary):
+    for line in result_lines(labels, summary):
         cli.print0(line)
-    cli.print0(f"verdicts: {Path(args.output) / OUTPUT}")
+    cli.print0(f"verdicts: {path}")
     return None
 
 

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ares.checkpoints import img_shape
-from ares.cli import DiskError, UserError, in_one_line, warn0
+from ares.cli import DiskError, UserError, img_shape, in_one_line, warn0
 from ares.files import atomic_path, read_json
 from ares.launch import only_one
 

@@ -834,3 +834,14 @@ def test_empty_tokenizer_file(tmp_path):
     put(tmp_path / "tokenizer.json", "{}")
     with pytest.raises(UserError, match="--tokenizer: no tokenizer can be loaded"):
         utils_data.load_tokenizer(parse("--tokenizer", tmp_path))
+
+
+def test_a_tokenizer_of_another_model(t5_tokenizer):
+    def info(size):
+        return argparse.Namespace(folder="m", config=argparse.Namespace(vocab_size=size))
+
+    size = len(t5_tokenizer)
+    utils_data.check_vocabulary(t5_tokenizer, None)  # a hub id
+    utils_data.check_vocabulary(t5_tokenizer, info(size))
+    with pytest.raises(UserError, match=f"has {size} pieces but m only {size - 1} embeddings"):
+        utils_data.check_vocabulary(t5_tokenizer, info(size - 1))

@@ -368,7 +368,7 @@ def tiny_instructblip(folder, decoder_only):
         T5Config,
     )
 
-    from demo.make_tokenizer import make_tokenizer
+    from demo.make_model import make_tokenizer
 
     make_tokenizer(["Write a short description of two small red balls on a table."] * 3, folder / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")

@@ -144,6 +144,8 @@ def test_indices_that_broke_the_released_code(cases, t5_tokenizer):
         ("It is in the U.S. Ohio is a state.", ["It is in the U.S.", "Ohio is a state."]),
         ("The U.S. Congress met at 5 p.m. It rained.", ["The U.S. Congress met at 5 p.m.", "It rained."]),
         ("A board 5 in. wide fits in. Put it in.", ["A board 5 in. wide fits in.", "Put it in."]),
+        ("Put it in. then close it.", ["Put it in.", "then close it."]),
+        ("It is in the U.S.Ohio is a state.", ["It is in the U.S.Ohio is a state."]),  # as glued as an acronym
         # quotes, brackets, forgotten blanks, dots
         ('"Stop!" Lila remarked. He said "no." She left.', ['"Stop!" Lila remarked.', 'He said "no."', "She left."]),
         ("A pronoun (he, she, etc.) is used.", ["A pronoun (he, she, etc.) is used."]),

@@ -9,45 +9,55 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import haiku
 from rl import rollouts
+from tests.api_server import ApiServer
 from tests.conftest import ROOT
 from tests.rl import rl_tools
 from tests.rl.rl_tools import flags, launch, metrics_of, weights
+from tests.teacher.teacher_tools import many_items, scores
 
 COMMIT = "12494b9"
 TRAIN = {"phase": "train", "rl_epochs": 2, "save_minutes": 0, "log_term": 1}
 
 
 @pytest.fixture(scope="module")
-def old(tmp_path_factory, sample, t5_tokenizer):
-    """`run(*flags)` of the old commit's run_mm_cot_rl.py, and a small world."""
+def old_code(tmp_path_factory):
+    """`run(*argv, script=...)` runs a script of the old commit; with `kill_at` until it prints that."""
     made = subprocess.run(["git", "archive", COMMIT], cwd=ROOT, capture_output=True)
     if made.returncode:
         pytest.skip(f"the history holds no commit {COMMIT} (a shallow clone)")
-    tmp = tmp_path_factory.mktemp("old")
-    tarfile.open(fileobj=io.BytesIO(made.stdout)).extractall(tmp / "code", filter="data")
-    data = rl_tools.make_data(tmp, sample, 7)
-    base = rl_tools.make_model(tmp / "base", data, t5_tokenizer)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    env.pop("PYTHONPATH", None)
+    code = tmp_path_factory.mktemp("old_code")
+    tarfile.open(fileobj=io.BytesIO(made.stdout)).extractall(code, filter="data")
 
-    def run(*argv, kill_at: str | None = None) -> None:
-        """Run the old script; SIGKILL it when it prints `kill_at`."""
-        command = [sys.executable, "run_mm_cot_rl.py", *argv]
-        how = {"cwd": tmp / "code", "env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        process, said = subprocess.Popen(command, **how), []
+    def run(*argv, script: str = "run_mm_cot_rl.py", kill_at: str | None = None) -> None:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        env.pop("PYTHONPATH", None)
+        how = {"cwd": code, "env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process, said = subprocess.Popen([sys.executable, script, *map(str, argv)], **how), []
         for line in process.stdout:
             said.append(line)
             if kill_at is not None and kill_at in line:
                 process.send_signal(signal.SIGKILL)
         assert process.wait() == (0 if kill_at is None else -signal.SIGKILL), "".join(said[-30:])
 
-    return SimpleNamespace(run=run, data=data, base=base, tmp=tmp)
+    return run
+
+
+@pytest.fixture(scope="module")
+def old(old_code, tmp_path_factory, sample, t5_tokenizer):
+    """`old_code` as `run`, and a small world."""
+    tmp = tmp_path_factory.mktemp("old")
+    data = rl_tools.make_data(tmp, sample, 7)
+    return SimpleNamespace(
+        run=old_code, data=data, base=rl_tools.make_model(tmp / "base", data, t5_tokenizer), tmp=tmp
+    )
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +113,7 @@ def test_a_run_that_the_old_code_killed_in_ppo_is_finished(old, collected, finis
     assert "going on with PPO at epoch 2, update" in capsys.readouterr().out
     same_weights(run, finished, old.base)
     for line, other in zip(metrics_of(run, "update"), metrics_of(finished, "update"), strict=True):
-        assert line.keys() == other.keys()
-        assert line == pytest.approx(other, rel=1e-3, abs=1e-4)
+        assert line.pop("kind") == other.pop("kind") and line == pytest.approx(other, rel=1e-3, abs=1e-4)
 
 
 def test_a_round_that_the_old_code_trained_has_the_present_weights_and_is_continued(
@@ -120,3 +129,28 @@ def test_a_round_that_the_old_code_trained_has_the_present_weights_and_is_contin
            ref_model=None)  # fmt: skip
     steps = {int(state["step"]) for state in rl_tools.optimizer_of(run / "1")["state"].values()}
     assert steps == {8 + 4}, "the optimizer continues from the old code's state"
+
+
+# -- the Teacher's half ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["live", "batch"])
+def test_what_the_old_client_asked_is_not_asked_again(old_code, problems, sample, tmp_path, api_environment, how):
+    """Half of a folder answered, or a batch submitted, by the old client; the present one does the rest."""
+    questions = tmp_path / "questions"
+    many_items(questions, 8, problems)  # 4 actions
+    with ApiServer() as server:
+        argv = ["--questions_dir", questions, "--base_url", server.url, "--data_root", sample / "ScienceQA/data"]
+        argv = [*map(str, argv), "--cache", str(tmp_path / "cache")]
+        if how == "live":
+            old_code(*argv, "--actions", 0, 1, script="haiku.py")
+            assert len(scores(questions)) == 4 == len(server.log)
+            haiku.main(argv)
+            asked = Counter(text for text, _ in server.log)
+        else:
+            old_code(*argv, "--batch", "--submit-only", script="haiku.py")
+            assert len(server.batches) == 1 and not scores(questions)
+            haiku.main([*argv, "--batch", "--poll_seconds", "0.1"])
+            asked = server.paid
+            assert len(server.batches) == 1
+        assert set(asked.values()) == {1} and len(asked) == len(scores(questions)) == 8

@@ -110,6 +110,39 @@ def test_the_flag_table_has_every_flag_of_the_parser_once(tmp_path):
     assert sorted(flag.name for flag in rl_flags.FLAGS) == sorted(args)
 
 
+OTHER_VALUES = {
+    "rollouts": dict(
+        use_caption=True, img_type="vit", train_split="minitrain", train_le="x", options=["A"], prompt_format="QCM-E",
+        input_len=9, output_len=9, bs=9, seed=9, k_actions=9, do_sample=True, top_k=9, top_p=0.9, algo="rloo",
+    ),
+    "updates": dict(
+        lr=9.0, seed=9, rl_batch_size=9, rl_epochs=9, ga_step=9, init_kl_coef=0.9, clip_range=0.9, vf_coef=0.9,
+        gamma=0.9, gae_lambda=0.9, adv_normalization=False, neutral_score=0.9, max_grad_norm=9.0,
+        lr_scheduler="linear", target_kl=9.0, early_stop_kl=9.0, entropy_coef=0.9, vf_clip_range=0.9, precision="bf16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OTHER_VALUES)
+def test_a_changed_flag_is_refused_where_rollouts_or_updates_depend_on_it(what, tmp_path):
+    args = run_mm_cot_rl.parse_args(["--base_model_dir", str(tmp_path)])
+    args.reference, args.precision = str(tmp_path), "fp32"  # as `set_up` resolves them
+
+    def identity():
+        return run_folder.ppo_identity(args) if what == "updates" else run_folder.sampling_identity(args, tmp_path, 0)
+
+    files.write_json(tmp_path / "known.json", identity())
+    run_folder.refuse_changes(tmp_path / "known.json", identity())
+    for name, value in OTHER_VALUES[what].items():
+        before = getattr(args, name)
+        setattr(args, name, value)
+        with pytest.raises(UserError, match=f"--{name} was"):
+            run_folder.refuse_changes(tmp_path / "known.json", identity())
+        setattr(args, name, before)
+    models = {"base_model_dir", "ref_model", *run_folder.CONTENTS} if what == "rollouts" else set()
+    assert identity().keys() == OTHER_VALUES[what].keys() | models
+
+
 def test_bad_flags_are_refused_together(tmp_path):
     with pytest.raises(UserError) as refusal:
         run_mm_cot_rl.parse_args(
@@ -485,6 +518,12 @@ def test_passes_hold_the_rows_of_their_update_within_the_tokens_given(processes,
         for group, following in zip(found, found[1:], strict=False):  # no room was left
             assert max(padded(group[p] + following[p]) for p in range(processes)) > tokens or tokens == 0
         assert len(found) == (len(step) if tokens == 0 else 1 if tokens == 10**6 else len(found))
+
+
+def test_passes_use_the_whole_limit():
+    step, lengths = [[[0, 1]], [[2]], [[3]]], [(3, 7)] * 4  # 10 tokens a row
+    assert minibatches.micro_batches(step, lengths, 30) == [[[0, 1, 2]], [[3]]]
+    assert minibatches.micro_batches(step, lengths, 29) == [[[0, 1]], [[2, 3]]]
 
 
 def test_rows_of_like_length_share_a_minibatch():

@@ -28,7 +28,7 @@ def world(tmp_path_factory):
     """`data`, `base` (a text-only model that ends `The {colour} one is right.` with each colour alike), `tmp`."""
     from transformers import AutoTokenizer
 
-    from demo.make_tokenizer import make_tokenizer
+    from demo.make_model import make_tokenizer
 
     tmp = tmp_path_factory.mktemp("learning")
     problems = {

@@ -148,7 +148,52 @@ def test_the_learning_rate_used_is_the_scheduled_one(tmp_path):
     trainer.metrics.log = lambda kind, number, update, values, **place: used.append((kind, values["lr"]))
     trainer.train()
     rates = [lr for kind, lr in used if kind == "update"]
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {rates[-1]}
     assert rates == pytest.approx([1e-2 * (1 - i / 6) for i in range(6)])  # 9 rows: 3 updates x 2 epochs
+
+
+def test_an_epochs_line_holds_means_over_its_updates(tmp_path):
+    trainer, lines = make_trainer(tmp_path), []
+    trainer.metrics.log = lambda kind, number, update, values, **more: lines.append((kind, more["epoch"], values))
+    trainer.train()
+    for epoch in range(2):
+        updates = [values for kind, at, values in lines if kind == "update" and at == epoch]
+        (mean,) = [values for kind, at, values in lines if kind == "epoch" and at == epoch]
+        assert len(updates) == 3 and mean["grad_norm"] == pytest.approx(sum(one["grad_norm"] for one in updates) / 3)
+        weights = [one["positions"] / mean["positions"] for one in updates]
+        for name in ("policy_loss", "approx_kl", "kl_ref", "entropy", "clipfrac"):
+            assert mean[name] == pytest.approx(sum(w * one[name] for w, one in zip(weights, updates, strict=True)))
+    assert lines[0][2]["grad_norm"] != pytest.approx(lines[1][2]["grad_norm"], rel=1e-3)  # no gradient is left over
+
+
+def test_no_gradient_is_left_over_from_the_update_before(tmp_path):
+    trainer, norms = make_trainer(tmp_path, lr=0.0), []
+    trainer.metrics.log = lambda kind, number, update, values, **more: norms.append(values["grad_norm"])
+    for _ in range(2):
+        trainer._update([[[0, 1]], [[2, 3]]], 10)
+    assert norms[0] == pytest.approx(norms[1]) and norms[0] > 0
+
+
+def test_the_newest_of_two_saved_states_is_resumed(tmp_path):
+    trainer = make_trainer(tmp_path)
+    for done in (1, 2, 3):
+        trainer.position.done = trainer.position.update = done
+        with torch.no_grad():
+            trainer.raw.policy.lm_head.weight.fill_(done)
+        trainer.save_state()
+        again = make_trainer(tmp_path)
+        assert again.restore() and again.position.done == done
+        assert again.raw.policy.lm_head.weight.unique().tolist() == [done]
+        assert again.slots[again.saves % 2] == trainer.slots[trainer.saves % 2], "the older slot is written next"
+
+
+def test_weight_decay_is_for_matrices_only(tmp_path):
+    trainer = make_trainer(tmp_path)
+    decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainer.raw.named_parameters():
+        if parameter.requires_grad:
+            assert decay[id(parameter)] == (0.01 if parameter.ndim > 1 and "bias" not in name else 0.0), name
+    assert len(trainer.names) == len(decay) and "value_function.lm_head.weight" not in trainer.names
 
 
 def test_every_epoch_and_round_has_another_order(tmp_path):

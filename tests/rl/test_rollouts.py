@@ -61,6 +61,8 @@ def test_padding_puts_each_row_where_it_belongs():
     begin = int(whole.offsets[1])
     assert torch.equal(values[1][mask[1]], whole.values[begin : begin + int(whole.lengths[1])])
     assert (values[~mask] == 0).all()
+    last, mask = whole.pad(whole.values, [5, int(whole.lengths.argmax())])
+    assert torch.equal(last[0][mask[0]], whole.values[-int(whole.lengths[5]) :])
 
 
 def test_a_damaged_file_is_named(tmp_path):

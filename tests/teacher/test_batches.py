@@ -127,6 +127,20 @@ def test_submit_now_collect_later(server, questions, capsys):
     assert len(scores(questions)) == 12 and len(server.batches) == 1
 
 
+def test_a_batch_recorded_by_an_earlier_version_is_collected(server, questions):
+    """Its entries have no "key" but "failures" (commit 12494b9)."""
+    ask_in_batches(server, questions, "--submit-only")
+    (path,) = (questions / "teacher/batches").glob("*.json")
+    record = json.loads(path.read_text())
+    record["asked"] = {
+        name: {"item": asked["item"], "text": asked["text"], "attempt": 1, "failures": 0}
+        for name, asked in record["asked"].items()
+    }
+    path.write_text(json.dumps({**record, "hash": "0" * 64}))
+    ask_in_batches(server, questions)
+    assert len(scores(questions)) == 12 and len(server.batches) == 1
+
+
 def test_collecting_some_actions_does_not_throw_away_the_others(server, questions):
     ask_in_batches(server, questions, "--submit-only")
     with pytest.raises(cli.UserError, match="--actions: the pending batches hold action 1"):

@@ -11,8 +11,7 @@ import preprocessing_for_correction_feedback
 from ares import cli, files
 from haiku_for_correction_feedback import edit_distance
 from teacher import handoff
-from teacher.handoff import set_reply_aside
-from teacher.reply_files import REFUSED_REPLY
+from teacher.handoff import REFUSED_REPLY, set_reply_aside
 from tests.api_server import fill_form
 from tests.teacher.teacher_tools import TEXT
 from tools import win_rate

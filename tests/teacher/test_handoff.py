@@ -25,7 +25,6 @@ from teacher import handoff
 from tests.conftest import ROOT
 from tests.rl import rl_tools
 from tests.rl.rl_tools import ROUND_FILES, flags, metrics_of
-from tests.sft.test_sft import one_thread  # noqa: F401
 
 QUESTIONS = 7  # k = 2 gives 14 rationales; a few hold no sentence, about which the Teacher is not asked
 

@@ -113,6 +113,15 @@ def test_every_action_gets_request_and_images(tmp_path, sample, data_root, probl
     one_line_error(missing, "question half", "not in problems.json", "--data_root")
 
 
+def test_requests_name_the_correct_answer_and_an_image_only_if_there_is_one(problems):
+    for problem in problems.values():
+        gold = problem["answer"]
+        for text in (scoring_request(problem, SENTENCES), correction_request(problem, "It is so.")):
+            assert f"\nCorrect answer: ({'ABCDE'[gold]}) {problem['choices'][gold]}\n" in text
+            assert ("its context, the image and the correct answer" in text) == (problem["image"] is not None)
+    assert {problem["answer"] for problem in problems.values()} >= {0, 1, 2, 3}
+
+
 def test_the_manual_copy_and_a_second_round(tmp_path, sample, data_root, problems, pictured):
     """`cp -r {run}/questions/*` into a folder that still holds last round's replies and signals."""
     qid = pictured[0]
@@ -172,8 +181,10 @@ def test_absent_images_and_bad_forms(tmp_path, sample, data_root, problems):
     assert (question_dir(questions, 0, 0, train) / REQUEST).exists()
     one_line_error(shell(*argv, "--strict"), "--strict", train, "--images")
     (question_dir(questions, 0, 0, train) / RATIONALE).write_text("no form")
+    write_rationale(question_dir(questions, 1, 0, train), [])
+    write_rationale(question_dir(questions, 2, 0, train), SENTENCES)
     done = shell(*argv)
-    assert done.returncode == 0 and "1 rationales get no request" in done.stderr and "1 requests" in done.stdout
+    assert done.returncode == 0 and "2 rationales get no request" in done.stderr and "1 requests" in done.stdout
 
 
 def test_one_line_errors(tmp_path, sample, data_root):

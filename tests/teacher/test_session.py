@@ -163,8 +163,9 @@ def test_items_with_the_same_request_share_one_reply(tmp_path, problems, monkeyp
     )
 
     def add(*actions, sentence="It is so."):
-        folders = [lay_out(tmp_path, action, TEXT, [sentence], problems) for action in actions]
-        session.add([handoff.Item(folder, action, 0, TEXT) for folder, action in zip(folders, actions, strict=True)])
+        for action in actions:
+            lay_out(tmp_path, action, TEXT, [sentence], problems)
+        session.add([handoff.Item(tmp_path, action, 0, TEXT) for action in actions])
 
     add(0, 1)
     add(2, sentence="It is not.")

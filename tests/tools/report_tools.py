@@ -46,6 +46,22 @@ def write_predictions(folder: Path, split: str, problems: dict, qids: list[str],
     )
 
 
+def released_file(path, problems, qids, asked: str, garbled: int = 0) -> None:
+    """As the released code writes it: no ids, both parts' scores whatever was asked, `similariry`."""
+    letters = ["ABCDE"[problems[qid]["answer"]] for qid in qids]
+    solutions = [f"Solution: {problems[qid]['solution']}".replace("\n", " ") for qid in qids]
+    answers = [f"The answer is ({letter})." for letter in letters]
+    both = {"A": answers, "E": solutions, "LEA": [f"{s} {a}" for s, a in zip(solutions, answers, strict=True)],
+            "ALE": [f"{a} BECAUSE: {s}" for s, a in zip(solutions, answers, strict=True)]}  # fmt: skip
+    labels = both[asked]
+    preds = ["Nothing to read." if i < garbled else text for i, text in enumerate(labels)]
+    guessed = f"{100 * (len(qids) - garbled) / len(qids) - 1.3:.2f}" if "A" in asked else "21.00"
+    scores = {"answer": {"acc_average": guessed, "acc_has_image": guessed},
+              "rationale": {"bleu1": 40.0, "bleu4": 30.0, "rouge": 55.5, "similariry": 88.25}}  # fmt: skip
+    fails = garbled if "A" in asked else len(qids)
+    path.write_text(json.dumps({"num_fail": fails, "scores": scores, "preds": preds, "labels": labels}))
+
+
 def make_world(root: Path, tokenizer) -> SimpleNamespace:
     """Write everything under `root`; the result names the places and what was planted."""
     problems, splits = make_problems()
@@ -79,9 +95,9 @@ def make_world(root: Path, tokenizer) -> SimpleNamespace:
         {"qid": "4", "order": "ab", "winner": "tie"}, {"qid": "4", "order": "ba", "winner": "b"},
     ]  # fmt: skip
     judge = {"teacher": "api", "model": "judge-1", "prompt_version": "judge-3", "with_image": False}
-    told = {"systems": ["base", "sft"], "judge": judge, "protocol": "both", "summary": {"identical": 17}}
-    told["verdicts"] = verdicts
-    files.write_json(root / "win_rate.json", told)
+    data = {"systems": ["base", "sft"], "judge": judge, "protocol": "both", "summary": {"identical": 17}}
+    data["verdicts"] = verdicts
+    files.write_json(root / "win_rate.json", data)
     files.write_json(root / "stages.json", {"stages": {"rl": {"title": "RL itself", "seconds": 12.5}}})
     return SimpleNamespace(root=root, problems=problems, splits=splits)
 
@@ -130,11 +146,11 @@ def make_rl(run: Path, problems: dict, qids: list[str], tokenizer) -> None:
 
 
 def make_corrections(folder: Path, problems: dict, qids: list[str]) -> None:
-    """A changed one, one that breaks out of the page, and one that holds no final text."""
+    """One with a repetition, one that breaks out of the page, one without a final text, and a changed one."""
     for number, qid in enumerate(qids):
         place = handoff.question_dir(folder, 0, 0, qid)
-        original = f"The capital is Hut{qid}."
-        final = f"The capital is Town{qid}." + (f" {EVIL}" if number == 1 else "")
+        original = f"The capital is Hut{qid}." if number else f"The capital is Town{qid}. It is. It is."
+        final = f"The capital is Town{qid}." + ("" if number > 1 else f" {EVIL}" if number else " It is.")
         handoff.write_rationale(place, [original])
         text = json.dumps({"Original rationale": original, "Final rationale": final})
         files.write_text(place / handoff.REPLY, "I cannot help." if number == 2 else text)

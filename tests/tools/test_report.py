@@ -1,7 +1,4 @@
-"""tools/report.py: the numbers are those of the files, what is missing is said,
-
-No text can leave its block of data.
-"""
+"""tools/report.py: its numbers are those of the files, missing inputs are named, no text can leave its data block."""
 
 from __future__ import annotations
 
@@ -15,22 +12,16 @@ from ares.sentences import split_text
 from teacher import handoff, reference
 from teacher.reference import rationale_figures
 from tests.conftest import ROOT, one_line_error, run_script
-from tests.tools.report_tools import EVIL, NAME, make_problems, make_report, parts_of, picture, write_predictions
+from tests.tools.report_tools import EVIL, NAME, make_problems, parts_of, picture, released_file, write_predictions
 from tools import report
 from tools.report_page import collect, page, plots, stages, teacher
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, t5_tokenizer):
-    return make_report(tmp_path_factory, t5_tokenizer)
-
 
 # -- the data ------------------------------------------------------------------------------------------------
 
 
 def test_figures_are_those_of_the_files(world):
-    told = world.main["overview"]
-    base, sft, lora = told["figures"]
+    data = world.main["overview"]
+    base, sft, lora = data["figures"]
     files = {
         name: json.loads((world.root / name / "predictions_ans_test.json").read_text())
         for name in ("base", "sft", "lora")
@@ -43,14 +34,14 @@ def test_figures_are_those_of_the_files(world):
         file = files[name]
         assert figures["rationale"] == pytest.approx(rationale_figures(world.problems, file["qids"], file["preds"]))
     assert base["rationale"]["unfinished"] == 100 * 7 / 8 and sft["rationale"]["unfinished"] == 100 / 8
-    (line,) = told["rounds"]
+    (line,) = data["rounds"]
     assert line == json.loads((world.root / "rl/metrics.jsonl").read_text().splitlines()[0])
-    assert told["times"] == [{"name": "RL itself", "seconds": 12.5}]
-    scores, corrections = told["costs"]
+    assert data["times"] == [{"name": "RL itself", "seconds": 12.5}]
+    scores, corrections = data["costs"]
     assert (scores["replies"], scores["tokens_in"], scores["tokens_out"], scores["usd"]) == (8, 800, 160, 2.0)
     assert (scores["began"], scores["ended"]) == ("2026-11-25T10:00:00Z", "2026-11-25T10:00:01Z")
     assert corrections["replies"] == 0 and corrections["usd"] is None  # nobody wrote a reply.json
-    assert told["dropped"] == [
+    assert data["dropped"] == [
         {"name": "RL round 0", "total": 8, "reasons": {"placeholder": 1}},
         {"name": "corrections", "total": 4, "reasons": {"no_final": 1}},
     ]
@@ -65,7 +56,7 @@ def test_stages_row_by_row(world):
             assert [world.texts[i] for i in columns["s"][row]] == sentences
             wanted = reference.score_sentences(world.problems[qid], sentences)
             assert columns["p"][row] == [round(100 * score) for score in wanted]
-            assert columns["a"][row] == stages.NO_ANSWER
+            assert columns["a"][row] == stages.NO_ANSWER and columns["w"][row] == -1
     lora = world.main["preds"][2]
     assert [lora["a"][world.row[qid]] for qid in world.splits["test"]] == [1, 0, stages.UNPARSED, 1, 1, 1, 1, 1]
     assert [stage["answers"] for stage in world.main["stages"]] == [False, False, True]
@@ -106,6 +97,8 @@ def test_samples_are_what_rl_was_trained_on(world):
     assert spoilt["reason"] == "placeholder" and "p" not in spoilt and "tokens" not in spoilt
     last = world.row[world.splits["train"][-1]]
     assert world.main["sampled"][str(last)]["dropped"] == ["placeholder"]
+    lowest = {row: min(score for each in many for score in each.get("p", ())) for row, many in samples.items()}
+    assert {row: known["low"] for row, known in world.main["sampled"].items()} == lowest
 
 
 def test_scores_by_position_count_every_sentence(world):
@@ -121,14 +114,19 @@ def test_scores_by_position_count_every_sentence(world):
             assert series[0]["counts"][position][9] == sum(score == 0.9 for score in at)
     long = collect._by_position("x", [], [[0.5] * 9])
     assert [sum(counts) for counts in long["counts"]] == [1, 1, 1, 1, 1, 4]
+    assert collect._by_position("x", [], [[0.56, 0.54, 1.0]])["counts"][:3] == [
+        [int(step == place) for step in range(11)] for place in (6, 5, 10)
+    ]
+    late = teacher.Sample(qid="1", action=0, sentences=["A."], scores=[1.0], reason="late")
+    assert collect.score_series(collect.Inputs([], ["test"], rounds=[teacher.Round(0, [late], ROOT)]), "test") == []
 
 
 def test_corrections_and_verdicts(world):
-    told = world.parts["details"]["corrections"]
-    first, _, third, _ = (told[str(world.row[qid])] for qid in world.splits["train"])
+    data = world.parts["details"]["corrections"]
+    first, _, third, _ = (data[str(world.row[qid])] for qid in world.splits["train"])
     qid = world.splits["train"][0]
-    assert world.texts[first["original"]] == f"The capital is Hut{qid}."
-    assert world.texts[first["final"]] == f"The capital is Town{qid}."
+    assert world.texts[first["original"]] == f"The capital is Town{qid}. It is. It is."
+    assert world.texts[first["final"]] == f"The capital is Town{qid}. It is."
     assert third["reason"] == "no_final" and "final" not in third and world.texts[third["reply"]] == "I cannot help."
     (file,) = world.main["verdicts"]
     assert file["rows"][str(world.row["2"])] == [["ab", "a"], ["ba", "b"]] and len(file["rows"]) == 4
@@ -152,28 +150,31 @@ def test_released_files_without_ids_follow_the_split(tmp_path):
     problems, splits = make_problems()
     write_predictions(tmp_path, "test", problems, splits["test"], ["The answer is (B)."] * 8)
     path = tmp_path / "predictions_ans_test.json"
-    told = json.loads(path.read_text())
-    del told["qids"]
-    files.write_json(path, told | {"labels": ["The answer is (B)."] * 8})
-    made = stages.read_predictions(path, splits["test"], problems)
-    assert made.qids == splits["test"] and made.answers == [1] * 8 and not made.has_rationales
-    with pytest.raises(cli.UserError, match="8 rows.*7"):
-        stages.read_predictions(path, splits["test"][:-1], problems)
+    data = json.loads(path.read_text())
+    del data["qids"]
+    files.write_json(path, data | {"labels": ["The answer is (B)."] * 8})
+    made = stages.read_split(path, splits["test"], problems)
+    assert made.file.qids == splits["test"] and made.answers == [1] * 8 and not made.has_rationales
+    files.write_json(path, {"preds": ["The answer is (C)."] * 8})  # question 1 has two options
+    assert stages.read_split(path, splits["test"], problems).answers == [stages.UNPARSED] + [2] * 7
+    with pytest.raises(cli.UserError, match="8 rationales.*7"):
+        stages.read_split(path, splits["test"][:-1], problems)
 
 
 def test_prediction_files_alone_make_a_report(tmp_path, monkeypatch, capsys):
     """Neither data nor images nor RL: what the files say is shown, and what is missing is named."""
     monkeypatch.chdir(tmp_path)
-    told = {"num_fail": 4, "scores": {}, "preds": ["Solution: It is so."], "labels": ["Solution: It is."]}
-    files.write_json("predictions_ans_test.json", told | {"prompts": ["Question: Is it so?"]})
-    report.main(["--stage", "mine=predictions_ans_test.json"])
+    data = {"num_fail": 4, "scores": {}, "preds": ["Solution: It is so."], "labels": ["Solution: It is."]}
+    files.write_json("predictions_ans_test.json", data | {"prompts": ["Question: Is it so?"]})
+    files.write_json("other_test.json", data | {"prompts": ["Another prompt"]})
+    report.main(["--stage", "mine=predictions_ans_test.json", "--stage", "other=other_test.json"])
     parts = parts_of((tmp_path / "report.html").read_text())
     texts = parts["texts"]["texts"]
     assert parts["main"]["questions"]["qid"] == ["row-0"]
     assert texts[parts["main"]["questions"]["question"][0]] == "Question: Is it so?"
     assert texts[parts["main"]["preds"][0]["s"][0][0]] == "It is so."
     assert parts["main"]["overview"]["curves"] == [] and "--data_root" in parts["main"]["notes"][0]
-    assert "1 questions, 1 stages" in capsys.readouterr().out
+    assert "1 questions, 2 stages" in capsys.readouterr().out and parts["main"]["questions"]["answer"] == [-1]
 
 
 def test_of_many_train_questions_the_dropped_ones_are_shown_first():
@@ -194,17 +195,24 @@ def test_the_spend_log_tells_the_cost_and_late_replies_are_named(tmp_path):
         {"id": "b", "item": "0/p0/2", "most_usd": 2.0},
     ]  # fmt: skip
     log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    told = teacher.cost("x", [{"model": "m", "cost_usd": 0.1}], tmp_path)
-    assert (told["usd"], told["unknown_usd"], told["models"]) == (0.5, 2.0, ["m"])
+    data = teacher.cost("x", [{"model": "m", "cost_usd": 0.1}], tmp_path)
+    assert (data["usd"], data["unknown_usd"], data["models"]) == (0.5, 2.0, ["m"])
     assert teacher.cost("x", [{"model": "m", "cost_usd": None}], tmp_path / "none")["usd"] is None
-    scored, late = (teacher.Sample(qid=qid, action=0, sentences=["A."], scores=[1.0]) for qid in "12")
+    abouts = [{"model": model, "cost_usd": usd, "usage": {"input_tokens": 5, "output_tokens": 2}, "time": time}
+              for model, usd, time in (("m", 0.25, "2026-01-02"), ("k", 0.5, "2026-01-01"))]  # fmt: skip
+    copied = abouts[0] | {"copied_from": "0/p0/1", "time": "2026-01-03"}
+    cost = teacher.cost("x", [*abouts, copied, {}], tmp_path / "none")
+    assert (cost["replies"], cost["asked"], cost["tokens_in"], cost["tokens_out"]) == (3, 2, 10, 4)
+    assert (cost["usd"], cost["models"]) == (1.0, ["k", "m"])
+    assert (cost["began"], cost["ended"]) == ("2026-01-01", "2026-01-03")
+    scored, late = (teacher.Sample(qid=qid, action=0, sentences=["A."], scores=[0.3]) for qid in "12")
     table = tmp_path / "samples_round_0.jsonl"
     line = {"qid": "1", "action": 0, "reward": 0.5, "sentences": [{"text": "A.", "score": 1.0, "advantage": 0.2}]}
     empty = {"qid": "3", "action": 0, "reward": 0.0, "sentences": []}
     table.write_text(json.dumps(line) + "\n" + json.dumps(empty) + "\n")
     each = teacher.Round(0, [scored, late], tmp_path)
     teacher.add_training_view(each, table)
-    assert (scored.reason, scored.advantages, late.reason) == (None, [0.2], "late")
+    assert (scored.reason, scored.scores, scored.advantages, late.reason) == (None, [1.0], [0.2], "late")
     assert each.samples[2].qid == "3" and each.samples[2].scores == []
 
 
@@ -241,12 +249,12 @@ def test_questions_folder_alone(world, tmp_path):
 def test_curves_run_on_over_rounds():
     lines = [
         {"kind": kind, "round": number, "update": update, "entropy": 10 * number + update, "approx_kl": None}
-        for number in (0, 1) for update in (1, 2) for kind in (("update", "epoch") if update == 2 else ("update",))
+        for number in (0, 1, 2) for update in (1, 2) for kind in (("update", "epoch") if update == 2 else ("update",))
     ]  # fmt: skip
     (curve,) = plots.curves(lines)
     (line,) = curve["lines"]
-    assert curve["name"] == "entropy" and (line["x"], line["y"]) == ([1, 2, 3, 4], [1, 2, 11, 12])
-    assert (line["epoch_x"], line["epoch_y"]) == ([2, 4], [2, 12]) and curve["rounds"] == [3]
+    assert curve["name"] == "entropy" and (line["x"], line["y"]) == ([1, 2, 3, 4, 5, 6], [1, 2, 11, 12, 21, 22])
+    assert (line["epoch_x"], line["epoch_y"]) == ([2, 4, 6], [2, 12, 22]) and curve["rounds"] == [3, 5]
     x, y = plots._thinned(list(range(1001)), [1.0] * 1001)
     assert len(x) <= 500 and set(y) == {1.0}
 
@@ -322,8 +330,8 @@ BAD = {
     "no_name": (["--stage", "folder"], "NAME=FOLDER"),
     "no_folder": (["--stage", "a=nowhere"], "nowhere does not exist"),
     "twice": (["--stage", "a=x", "--stage", "a=y"], "named twice"),
-    "both": (["--run", ".", "--questions_dir", "."], "one of the two"),
-    "no_run": (["--run", "nowhere"], "--run: nowhere is no folder"),
+    "both": (["--run", ".", "--questions_dir", "."], "give one of --run and --questions_dir"),
+    "no_run": (["--run", "nowhere"], "--run: nowhere is not a folder"),
     "empty_stage": (["--stage", "a=empty"], "no predictions_ans"),
     "no_questions": (["--questions_dir", "empty"], "holds no"),
     "bad_root": (["--stage", "a=ok.json", "--data_root", "empty"], "--data_root"),
@@ -334,7 +342,7 @@ BAD = {
     "samples": (["--run", "cut"], "samples_round_0.jsonl: line 1 is not JSON"),
     "verdicts": (["--stage", "a=ok.json", "--win_rate", "ok.json"], '"systems"'),
     "times": (["--stage", "a=ok.json", "--times", "list.json"], "--times"),
-    "no_train": (["--stage", "a=ok.json", "--train_questions", "5"], "--train_questions has no use"),
+    "no_train": (["--stage", "a=ok.json", "--train_questions", "5"], "--train_questions has no effect"),
     "empty_run": (["--run", "empty"], "neither metrics.jsonl nor questions"),
     "captions": (["--stage", "a=ok.json", "--data_root", "data", "--caption_file", "nowhere"], "--caption_file"),
     "images": (["--stage", "a=ok.json", "--images", "nowhere"], "--images"),
@@ -370,15 +378,61 @@ def test_mistakes_exit_with_status_2(tmp_path):
     one_line_error(run_script(ROOT / "tools/report.py", "--stage", "x", cwd=tmp_path, check=False), "NAME=FOLDER")
 
 
-def test_a_released_file_of_rationales_shows_no_answers(tmp_path, sample, problems):
-    from tests.tools.test_results import released_file
-    from tools.report_page import stages
-
-    splits = json.loads((sample / "ScienceQA/data/scienceqa/pid_splits.json").read_text())
+def test_a_released_file_of_rationales_shows_no_answers(tmp_path, few):
     for asked, parts in (("A", (True, False)), ("E", (False, True)), ("ALE", (True, True))):
-        released_file(tmp_path / f"{asked}.json", problems, splits["test"], asked, garbled=20)
-        read = stages.read_predictions(tmp_path / f"{asked}.json", splits["test"], problems)
+        released_file(tmp_path / f"{asked}.json", few.problems, few.qids, asked, garbled=7)
+        read = stages.read_split(tmp_path / f"{asked}.json", few.qids, few.problems)
         assert (read.has_answers, read.has_rationales) == parts
         shown = stages.stage_figures(read, None)
         assert ("acc_average" in shown["scores"]) == ("num_fail" in shown) == parts[0]
         assert ("similarity" in shown["scores"]) == parts[1] and "similariry" not in shown["scores"]
+
+
+def strict_parts(page_text: str) -> dict:
+    """The data blocks as JSON.parse reads them: NaN and Infinity are errors."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} in the page: a browser would show nothing")
+
+    blocks = re.findall(r'<script type="application/json" id="(\w+)">(.*?)</script', page_text, flags=re.DOTALL)
+    return {name: json.loads(text, parse_constant=refuse) for name, text in blocks}
+
+
+def test_figures_that_are_no_numbers_never_blank_the_page(world, tmp_path, monkeypatch):
+    """NaN and infinity in metrics, scores, times, trainer states, win rates and the spend log."""
+    monkeypatch.chdir(tmp_path)
+    nan = float("nan")
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [json.loads(line) for line in (world.root / "rl/metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for name, value in line.items():
+            if isinstance(value, float):
+                line[name] = float("inf") if line["update"] == 2 else nan
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stage = tmp_path / "stage"
+    stage.mkdir()
+    scores = {"rationale": {"bleu1": nan, "rouge": float("inf"), "bleu4": 20.0}}
+    data = {"preds": ["Solution: So."], "qids": ["1"], "scores": scores}
+    (stage / "predictions_ans_test.json").write_text(json.dumps(data))
+    (stage / "trainer_state.json").write_text(json.dumps({"log_history": [{"train_runtime": nan}]}))
+    verdicts = {"systems": ["A", "B"], "verdicts": [], "judge": {"model": nan}, "summary": {"identical": nan}}
+    (tmp_path / "win_rate.json").write_text(json.dumps(verdicts))
+    report.main(["--stage", "s=stage", "--run", "run", "--win_rate", "win_rate.json", "--image_mode", "none"])
+    parts = strict_parts((tmp_path / "report.html").read_text())
+    shown = parts["main"]["overview"]
+    assert shown["figures"][0]["scores"] == {"bleu4": 20.0}
+    assert shown["rounds"][0]["reward"] is None and shown["rounds"][0]["rationales"] == 7 and shown["times"] == []
+    assert page.as_json({"a": [1.5, nan, -float("inf")], "b": "<NaN>"}) == '{"a":[1.5,null,null],"b":"\\u003cNaN>"}'
+
+
+def test_unread_answers_above_5_percent_are_noted(tmp_path, few, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for garbled, noted in ((4, True), (3, False)):  # of 60
+        released_file(tmp_path / "file.json", few.problems, few.qids, "A", garbled=garbled)
+        report.main(["--stage", "it=file.json", "--data_root", str(few.root), "--image_mode", "none"])
+        notes = parts_of((tmp_path / "report.html").read_text())["main"]["notes"]
+        assert (
+            notes
+            == [f"it (file.json): {garbled} of 60 answers could not be read; each counts as a random choice"] * noted
+        )

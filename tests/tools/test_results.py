@@ -12,10 +12,12 @@ import statistics
 import pytest
 
 from ares import cli, files
-from ares.intervals import mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
+from ares.intervals import DRAWS, mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
 from teacher.reference import rationale_figures
 from tests.conftest import ROOT
+from tests.tools.report_tools import released_file
 from tools import results
+from utils_evaluate import CATEGORIES, resolve_answer
 
 SEEDS = [ROOT / f"demo/results/seed{seed}.json" for seed in range(3)]
 
@@ -32,8 +34,8 @@ def figures(text: str) -> dict[tuple[str, str], dict[str, str]]:
 
 def test_numbers_of_the_committed_demo_results_equal_the_files(capsys):
     """Each file alone figure by figure in full precision, the three together as mean and deviation."""
-    told = [json.loads(path.read_text()) for path in SEEDS]
-    for path, file in zip(SEEDS, told, strict=True):
+    data = [json.loads(path.read_text()) for path in SEEDS]
+    for path, file in zip(SEEDS, data, strict=True):
         found = figures(table(capsys, "--system", f"demo={path}", "--format", "csv", "--published", "none"))
         expected = {("demo: LoRA", name.removeprefix("acc_")): float(value) for name, value in file["answers"].items()}
         for stage, values in file["rationales"].items():
@@ -42,15 +44,15 @@ def test_numbers_of_the_committed_demo_results_equal_the_files(capsys):
         assert {key: float(line["value"]) for key, line in found.items()} == expected
     systems = [word for path in SEEDS for word in ("--system", f"demo={path}")]
     found = figures(table(capsys, *systems, "--format", "csv"))
-    for stage in told[0]["rationales"]:
-        scores = [file["rationales"][stage]["score"] for file in told]
+    for stage in data[0]["rationales"]:
+        scores = [file["rationales"][stage]["score"] for file in data]
         line = found[f"demo: {stage} (3 seeds)", "score"]
         assert float(line["value"]) == pytest.approx(statistics.fmean(scores))
         assert float(line["deviation"]) == pytest.approx(statistics.stdev(scores)) and line["seeds"] == "3"
-    averages = [float(file["answers"]["acc_average"]) for file in told]
+    averages = [float(file["answers"]["acc_average"]) for file in data]
     shown = f"{statistics.fmean(averages):.2f} ± {statistics.stdev(averages):.2f}"
     text = table(capsys, *systems, "--each")
-    assert shown in text and all(file["answers"]["acc_average"] in text for file in told)
+    assert shown in text and all(file["answers"]["acc_average"] in text for file in data)
     assert "| 85.31 |" in text and "arXiv 2302.00923v5" in text and "| demo: LoRA (seed1) |" in text
     latex = table(capsys, *systems, "--format", "latex", "--published", "none")
     assert shown.replace("±", r"$\pm$") in latex and r"accuracy \%" in latex and latex.count(r"\begin{table}") == 2
@@ -84,36 +86,35 @@ def systems(tmp_path, sample):
     return tmp_path, data_root, right
 
 
-def test_answers_get_an_interval_and_a_test(systems, capsys):
+def test_answers_get_an_interval_and_a_test(systems, problems, capsys):
     folder, data_root, right = systems
     argv = ["--system", f"good={folder / 'good'}", "--system", f"fair={folder / 'fair'}", "--data_root", data_root,
             "--compare", "good", "fair", "--format", "csv", "--published", "none"]  # fmt: skip
     found = figures(table(capsys, *argv))
+    for name in ("average", "social", "has_image", "grade_7_12"):  # of each its own questions
+        chosen = [qid for qid in right["good"] if CATEGORIES[name](problems[qid])]
+        n, share = len(chosen), sum(right["good"][qid] for qid in chosen) / len(chosen)
+        half = 196 * math.sqrt(share * (1 - share) / n)  # per cent, normal approximation
+        assert float(found["good", name]["value"]) == pytest.approx(100 * share, abs=0.01)
+        assert float(found["good", name]["low"]) == pytest.approx(100 * share - half, abs=0.7 + 50 / n)
+        assert float(found["good", name]["high"]) == pytest.approx(100 * share + half, abs=0.7 + 50 / n)
     n = len(right["good"])
-    line = found["good", "average"]
-    share = sum(right["good"].values()) / n
-    half = 196 * math.sqrt(share * (1 - share) / n)  # per cent, normal approximation
-    assert float(line["low"]) == pytest.approx(100 * share - half, abs=0.7)
-    assert float(line["high"]) == pytest.approx(100 * share + half, abs=0.7)
     only_good = sum(right["good"][qid] and not right["fair"][qid] for qid in right["good"])
     only_fair = sum(right["fair"][qid] and not right["good"][qid] for qid in right["good"])
     assert float(found["answers", "p"]["value"]) == pytest.approx(mcnemar(only_good, only_fair))
     assert float(found["answers", "difference"]["value"]) == pytest.approx(100 * (only_good - only_fair) / n)
 
 
-def test_rationales_are_compared_question_by_question(tmp_path, sample, capsys):
+def test_rationales_are_compared_question_by_question(tmp_path, few, capsys):
     """Gold texts against the same cut in half: better by ROUGE-L and by the sentence score, with p and interval."""
-    data_root = sample / "ScienceQA/data"
-    problems = json.loads((data_root / "scienceqa/problems.json").read_text())
-    qids = [qid for qid in json.loads((data_root / "scienceqa/pid_splits.json").read_text())["test"]
-            if problems[qid]["solution"].strip()][:60]  # fmt: skip
+    problems, qids = few.problems, few.qids
     golds = [problems[qid]["solution"] for qid in qids]
     golds = [f"Solution: {gold}" for gold in golds]  # as a stage writes them
     for name, preds in (("whole", golds), ("half", [text[: len(text) // 2] for text in golds])):
         content = {"preds": preds, "labels": golds, "qids": qids}
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     argv = ["--system", f"whole={tmp_path / 'whole.json'}", "--system", f"half={tmp_path / 'half.json'}",
-            "--data_root", data_root, "--compare", "whole", "half", "--format", "csv"]  # fmt: skip
+            "--data_root", few.root, "--compare", "whole", "half", "--format", "csv"]  # fmt: skip
     found = figures(table(capsys, *argv))
     for row in ("ROUGE-L", "sentence score"):
         line = found[row, "difference"]
@@ -126,7 +127,7 @@ def test_rationales_are_compared_question_by_question(tmp_path, sample, capsys):
     preds = [gold if i % 2 else "It is so. " * 30 for i, gold in enumerate(golds)]
     (tmp_path / "odd.json").write_text(json.dumps({"preds": preds, "labels": golds, "qids": qids}))
     found = figures(
-        table(capsys, "--system", f"odd={tmp_path / 'odd.json'}", "--data_root", data_root, "--format", "csv")
+        table(capsys, "--system", f"odd={tmp_path / 'odd.json'}", "--data_root", few.root, "--format", "csv")
     )
     score = {name: float(found["odd", "score"][name]) for name in ("low", "value", "high")}
     assert 0 < score["low"] < score["value"] < score["high"] < 0.3
@@ -134,10 +135,10 @@ def test_rationales_are_compared_question_by_question(tmp_path, sample, capsys):
 
 def test_a_win_rate_stands_in_the_table(tmp_path, capsys):
     row = {"questions": 9, "win": 60.0, "tie": 20.0, "loss": 20.0, "win_rate": 70.0, "win_rate_interval": [60.0, 79.5]}
-    told = {"systems": ["A", "B"], "judge": {"model": "claude-haiku-5-5"}, "protocol": "paper",
+    data = {"systems": ["A", "B"], "judge": {"model": "claude-haiku-5-5"}, "protocol": "paper",
             "summary": {"rows": {"average": row}, "position": {"first": 52.0}}, "verdicts": []}  # fmt: skip
     path = tmp_path / "win_rate.json"
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(data))
     text = table(capsys, "--win_rate", path)
     assert "| A against B | 70.00 [60.00, 79.50] | 60.00 |" in text and "one random order a pair, 9 questions" in text
     assert "69.76" in text and "GPT-4o judges" in text
@@ -149,20 +150,33 @@ def test_a_win_rate_stands_in_the_table(tmp_path, capsys):
 def test_intervals_and_tests_have_their_known_values():
     assert mcnemar(1, 9) == pytest.approx(2 * 11 / 1024) and mcnemar(0, 0) == mcnemar(5, 5) == 1.0
     assert mcnemar(0, 3000) == 2 / 2**3000 or mcnemar(0, 3000) == 0.0  # no overflow
-    assert shares_interval([30, 70], (1, 0), seed=1) == shares_interval([30, 70], (1, 0), seed=1)
-    assert all(map(math.isnan, shares_interval([0, 0], (1, 0))))
-    dice = random.Random(0)
-    assert all(map(math.isnan, ratio_interval([(0, 0)] * 3)))
+    # the 2.5 and 97.5 % points of a mean of 100 coins
+    coins = [0.0] * 50 + [1.0] * 50
+    for low, high in (
+        shares_interval([50, 50], (1, 0)),
+        mean_interval(coins),
+        ratio_interval([(c, 1) for c in coins]),
+    ):
+        assert (low, high) == (pytest.approx(0.40, abs=0.005), pytest.approx(0.60, abs=0.005))
+    assert all(map(math.isnan, (*shares_interval([0, 0], (1, 0)), *mean_interval([]), *ratio_interval([(0, 0)] * 3))))
     assert ratio_interval([(1, 2)] * 30 + [(0, 0)] * 30) == (0.5, 0.5)
     assert ratio_interval([(1, 1)] * 30 + [(0, 1)] * 70, seed=1) == shares_interval([30, 70], (1, 0), seed=1)
-    covered = 0
-    for trial in range(100):  # a 95 % interval holds the true mean in about 95 of 100 trials
-        low, high = mean_interval([dice.gauss(0, 1) for _ in range(60)], seed=trial)
-        covered += low <= 0 <= high
-    assert 87 <= covered <= 100
+    dice = random.Random(0)
     noise = [dice.gauss(0, 1) for _ in range(200)]
+    for interval in (
+        lambda seed: mean_interval(noise, seed),
+        lambda seed: shares_interval([337, 663, 211], (1, 0.31, 0.077), seed),
+        lambda seed: ratio_interval([(value, 1 + i % 3) for i, value in enumerate(noise)], seed),
+    ):
+        assert interval(1) == interval(1) != interval(2)
+    # 60 questions better by 1 and 40 worse: 0.2 with a standard error of 0.098
+    found = paired_difference([1.0] * 60 + [0.0] * 40, [0.0] * 60 + [1.0] * 40)
+    assert found["difference"] == pytest.approx(0.2) and 0.03 < found["p"] < 0.06
+    assert found["low"] == pytest.approx(0.2 - 1.96 * 0.098, abs=0.02)
+    assert found["high"] == pytest.approx(0.2 + 1.96 * 0.098, abs=0.02)
     assert paired_difference(noise, noise)["p"] == 1.0
-    assert paired_difference([x + 0.5 for x in noise], [0.0] * 200)["p"] < 0.001
+    # the least p says how many resamples were drawn, however they are split for memory
+    assert paired_difference([1.0] * 300, [0.0] * 300)["p"] == 2 / (DRAWS + 1)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +194,7 @@ def test_mistakes_end_in_one_line(argv, words):
 
 
 @pytest.mark.parametrize(
-    "told, words",
+    "data, words",
     [
         ({"preds": ["So."]}, "no scores; give its --data_root"),
         ({"preds": ["So."], "scores": {"answer": {"acc_average": "n/a"}}}, "scores are not"),
@@ -188,11 +202,11 @@ def test_mistakes_end_in_one_line(argv, words):
         ({"rationales": {"RL": 3}}, "scores are not"),
     ],
 )
-def test_a_file_without_figures_is_named(told, words, tmp_path, monkeypatch):
+def test_a_file_without_figures_is_named(data, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    files.write_json("told.json", told)
-    with pytest.raises(cli.UserError, match=f"--system x: told.json.*{words}"):
-        results.main(["--system", "x=told.json"])
+    files.write_json("file.json", data)
+    with pytest.raises(cli.UserError, match=f"--system x: file.json.*{words}"):
+        results.main(["--system", "x=file.json"])
 
 
 def test_a_data_folder_that_nobody_asked_for_stops_no_table(tmp_path, monkeypatch, capsys):
@@ -205,32 +219,14 @@ def test_a_data_folder_that_nobody_asked_for_stops_no_table(tmp_path, monkeypatc
             results.main([*argv, *more])
 
 
-def released_file(path, problems, qids, asked: str, garbled: int = 0) -> None:
-    """As the released code writes it: no ids, both parts' scores whatever was asked, `similariry`."""
-    letters = ["ABCDE"[problems[qid]["answer"]] for qid in qids]
-    solutions = [f"Solution: {problems[qid]['solution']}".replace("\n", " ") for qid in qids]
-    answers = [f"The answer is ({letter})." for letter in letters]
-    both = {"A": answers, "E": solutions, "LEA": [f"{s} {a}" for s, a in zip(solutions, answers, strict=True)],
-            "ALE": [f"{a} BECAUSE: {s}" for s, a in zip(solutions, answers, strict=True)]}  # fmt: skip
-    labels = both[asked]
-    preds = ["Nothing to read." if i < garbled else text for i, text in enumerate(labels)]
-    guessed = f"{100 * (len(qids) - garbled) / len(qids) - 1.3:.2f}" if "A" in asked else "21.00"
-    scores = {"answer": {"acc_average": guessed, "acc_has_image": guessed},
-              "rationale": {"bleu1": 40.0, "bleu4": 30.0, "rouge": 55.5, "similariry": 88.25}}  # fmt: skip
-    fails = garbled if "A" in asked else len(qids)
-    path.write_text(json.dumps({"num_fail": fails, "scores": scores, "preds": preds, "labels": labels}))
-
-
 @pytest.mark.parametrize("with_data", [True, False])
 @pytest.mark.parametrize(("asked", "tables"), [("A", {"answers"}), ("E", {"rationales"}),
                                                ("LEA", {"answers", "rationales"}),
                                                ("ALE", {"answers", "rationales"})])  # fmt: skip
-def test_a_released_file_gets_the_rows_it_was_asked_for(asked, tables, with_data, tmp_path, sample, problems, capsys):
-    data_root = sample / "ScienceQA/data"
-    qids = json.loads((data_root / "scienceqa/pid_splits.json").read_text())["test"]
-    released_file(tmp_path / "file.json", problems, qids, asked, garbled=30)
+def test_a_released_file_gets_the_rows_it_was_asked_for(asked, tables, with_data, tmp_path, few, capsys):
+    released_file(tmp_path / "file.json", few.problems, few.qids, asked, garbled=7)
     argv = ["--system", f"it={tmp_path / 'file.json'}", "--format", "csv", "--published", "none"]
-    found = figures(table(capsys, *argv, *(["--data_root", data_root] if with_data else [])))
+    found = figures(table(capsys, *argv, *(["--data_root", few.root] if with_data else [])))
     columns = {column for _, column in found}
     assert ("average" in columns) == ("num_fail" in columns) == ("answers" in tables)
     assert ("rouge" in columns) == ("similarity" in columns) == ("words" in columns) == ("rationales" in tables)
@@ -239,7 +235,98 @@ def test_a_released_file_gets_the_rows_it_was_asked_for(asked, tables, with_data
         if line["low"]:
             assert float(line["low"]) <= float(line["value"]) <= float(line["high"]), line
     if "answers" in tables:
-        assert found["it", "num_fail"]["value"] == "30.0" and (found["it", "average"]["low"] != "") == with_data
+        assert found["it", "num_fail"]["value"] == "7.0" and (found["it", "average"]["low"] != "") == with_data
+        assert found["it", "average"]["value"] == f"{100 * 53 / 60 - 1.3:.2f}"  # the file's own, by its own guesses
     if "rationales" in tables:
         assert float(found["it", "similarity"]["value"]) == 88.25
         assert found["it", "rouge"]["low"] == ""  # 55.5 is not the mean of these texts
+
+
+def kinds_of_files(tmp_path, few) -> dict:
+    """Name -> a file of 50 questions, by what it holds; `elsewhere`: answers of the other ten."""
+    some = few.qids[:50]
+    answers = [f"The answer is ({'ABCDE'[few.problems[qid]['answer']]})." for qid in some]
+    rationales = [f"Solution: {few.problems[qid]['solution']}" for qid in some]
+    both = [f"{text} {answer}" for text, answer in zip(rationales, answers, strict=True)]
+    others = {"preds": answers[:10], "labels": answers[:10], "qids": few.qids[50:]}
+    contents = {name: {"preds": texts, "labels": texts, "qids": some}
+                for name, texts in (("answers", answers), ("rationales", rationales), ("both", both))}  # fmt: skip
+    contents["elsewhere"] = others
+    found = {}
+    for name, content in contents.items():
+        found[name] = tmp_path / f"{name}.json"
+        files.write_json(found[name], content)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        (("rationales", "answers"), "A holds rationales and B holds answers"),
+        (("answers", "rationales"), "A holds answers and B holds rationales"),
+        (("answers", "elsewhere"), "elsewhere.json have no question in common"),
+        (("elsewhere", "both"), "both.json have no question in common"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_says_what_is_wrong(pair, words, tmp_path, few):
+    paths = kinds_of_files(tmp_path, few)
+    argv = [word for label, name in zip("AB", pair, strict=True) for word in ("--system", f"{label}={paths[name]}")]
+    with pytest.raises(cli.UserError, match=words) as error:
+        results.main([*argv, "--data_root", str(few.root), "--compare", "A", "B"])
+    assert ("in common" in str(error.value)) == ("in common" in words)
+
+
+def test_files_of_one_label_are_compared_by_kind(tmp_path, few, capsys):
+    """A label may have a rationale stage and an answer stage, in any order; a file of both kinds counts for both."""
+    paths = kinds_of_files(tmp_path, few)
+    argv = ["--system", f"A={paths['rationales']}", "--system", f"A={paths['answers']}", "--system",
+            f"B={paths['both']}", "--data_root", few.root, "--compare", "A", "B", "--format", "csv"]  # fmt: skip
+    found = figures(table(capsys, *argv))
+    tested = {row: line["value"] for (row, column), line in found.items() if line["table"] == "A minus B"
+              and column == "questions"}  # fmt: skip
+    assert tested == {"answers": "50", "ROUGE-L": "50", "sentence score": "50"}
+    assert found["answers", "difference"]["value"] == "0.0" and found["answers", "p"]["value"] == "1.0"
+
+
+@pytest.mark.parametrize("with_data", [True, False])
+def test_unread_answers_above_5_percent_are_noted_in_the_tables(with_data, tmp_path, few, capsys):
+    for garbled, noted in ((4, True), (3, False)):  # of 60
+        released_file(tmp_path / "file.json", few.problems, few.qids, "A", garbled=garbled)
+        argv = ["--system", f"it={tmp_path / 'file.json'}", *(["--data_root", few.root] if with_data else [])]
+        for form in ("markdown", "latex"):
+            text = table(capsys, *argv, "--format", form)
+            assert (f"{garbled} of 60 answers could not be read" in text) == noted
+    data = json.loads(SEEDS[1].read_text())
+    data["answers"]["num_fail"] = 64
+    files.write_json(tmp_path / "table.json", data)
+    assert "64 of 200 answers could not be read" in table(capsys, "--system", f"demo={tmp_path / 'table.json'}")
+
+
+def test_unread_answers_are_drawn_with_the_seed_of_the_file(tmp_path, few, capsys):
+    values = set()
+    for seed in (5, 6, 7):
+        data = {"preds": ["It may be."] * 60, "labels": ["The answer is (A)."] * 60, "qids": few.qids}
+        files.write_json(tmp_path / "p.json", data | {"settings": {"seed": seed}})
+        found = figures(
+            table(capsys, "--system", f"x={tmp_path / 'p.json'}", "--data_root", few.root, "--format", "csv")
+        )
+        drawn = [resolve_answer("", len(few.problems[qid]["choices"]), qid, seed)[0] for qid in few.qids]
+        right = sum(choice == few.problems[qid]["answer"] for choice, qid in zip(drawn, few.qids, strict=True))
+        assert float(found["x", "average"]["value"]) == pytest.approx(100 * right / 60, abs=0.006)
+        assert found["x", "num_fail"]["value"] == "60.0"
+        values.add(right)
+    assert len(values) > 1
+
+
+def test_published_figures_are_those_of_the_data_set_asked_for(capsys):
+    for dataset, there, absent in (("scienceqa", "85.31", "50.57"), ("aokvqa", "50.57", "85.31")):
+        shown = table(capsys, "--system", f"demo={SEEDS[0]}", "--published", dataset)
+        assert there in shown and absent not in shown
+
+
+def test_figures_that_are_no_numbers_are_skipped(tmp_path, capsys):
+    """NaN, as json.dump writes it, in scores and in a win rate."""
+    scores = {"rationale": {"bleu1": float("nan"), "rouge": 50.0}}
+    (tmp_path / "p.json").write_text(json.dumps({"preds": ["So it is."], "scores": scores}))
+    found = figures(table(capsys, "--system", f"x={tmp_path / 'p.json'}", "--format", "csv", "--published", "none"))
+    assert {column for _, column in found} == {"rouge", "repeated", "unfinished", "words"}

@@ -1,10 +1,10 @@
-"""Everything the page shows as one JSON-able structure: a table of questions, texts stored once, figures beside them.
+"""Everything the page shows as one JSON-able structure: columns of questions, each distinct text once, figures.
 
-    {"overview": {...}, "stages": [...], "questions": {column: [...]}, "preds": [...], "verdicts": [...]}   always read
-    {"texts": [...]}                                every distinct text once; elsewhere a text is its index
-    {"samples": {row: [...]}, "corrections": {row: {...}}}   read when a question is opened that has some
+    {"overview": {...}, "stages": [...], "questions": {column: [...]}, "preds": [...], "verdicts": [...]}
+    {"texts": [...]}                                         distinct texts; other parts hold indices into this list
+    {"samples": {row: [...]}, "corrections": {row: {...}}}   parsed when a question that has some is opened
 
-A row is a question's place in the columns. Scores are whole hundredths, rewards and advantages thousandths.
+A row is a question's index in the columns. Scores are integers in hundredths, rewards and advantages in thousandths.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
-from tools.report_page.stages import LETTERS, NO_ANSWER, Predictions, Stage
+from tools.report_page.stages import LETTERS, NO_ANSWER, SplitPredictions, Stage
 from tools.report_page.teacher import Correction, Round, Sample
 
-POSITIONS = 6  # sentence positions of the histogram; the last one holds the rest
+POSITIONS = 6  # sentence positions of the histogram; the last one counts all later sentences
 
 Problems = Mapping[str, Mapping[str, Any]]
 
 
 class Texts:
-    """Distinct texts by index. -1 is no text."""
+    """Distinct texts by index; -1 stands for no text."""
 
     def __init__(self) -> None:
         self.list: list[str] = []
@@ -35,12 +35,9 @@ class Texts:
             return -1
         if text not in self.index:
             self.index[text] = len(self.list)
-            # half of a surrogate pair, as broken JSON can hold, has no UTF-8
+            # half a surrogate pair, which damaged JSON can hold, cannot be encoded as UTF-8
             self.list.append(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
         return self.index[text]
-
-    def all(self, texts: Sequence[str]) -> list[int]:
-        return [self.add(text) for text in texts]
 
 
 @dataclass
@@ -58,9 +55,9 @@ class Inputs:
 
 
 def choose_questions(inputs: Inputs, most_train: int) -> tuple[list[str], int]:
-    """(question ids to show, number of questions left out).
+    """(question ids to show, number of questions that are not shown).
 
-    All questions that a stage predicts; and of those that have samples or corrections besides, at most `most_train`:
+    All questions that a stage predicts, and at most `most_train` of the others that have samples or corrections:
     first those with a dropped reply, then evenly spaced ones.
     """
     predicted = dict.fromkeys(
@@ -68,7 +65,7 @@ def choose_questions(inputs: Inputs, most_train: int) -> tuple[list[str], int]:
         for split in inputs.splits
         for stage in inputs.stages
         if split in stage.splits
-        for qid in stage.splits[split].qids
+        for qid in stage.splits[split].file.qids
     )
     dropped = {sample.qid for each in inputs.rounds for sample in each.samples if sample.reason}
     dropped |= {correction.qid for correction in inputs.corrections if correction.reason}
@@ -86,19 +83,26 @@ def choose_questions(inputs: Inputs, most_train: int) -> tuple[list[str], int]:
 
 
 def page_data(inputs: Inputs, qids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The three parts of the page's data (module docstring), but for the overview."""
-    texts = Texts()
+    """The three parts of the page's data (module docstring), without the overview."""
+    texts, pieces = Texts(), Texts()
     row_of = {qid: row for row, qid in enumerate(qids)}
     main = {
         "letters": LETTERS,
-        "stages": [_stage(stage) for stage in inputs.stages],
+        "stages": [
+            {
+                "name": stage.name,
+                "folder": stage.folder,
+                "answers": any(split.has_answers for split in stage.splits.values()),
+                "rationales": any(split.has_rationales for split in stage.splits.values()),
+            }
+            for stage in inputs.stages
+        ],
         "questions": _questions(inputs, qids, texts),
         "preds": [_preds(stage, row_of, texts) for stage in inputs.stages],
         "rounds": [each.number for each in inputs.rounds],
-        "verdicts": [_verdicts(told, row_of) for told in inputs.verdicts],
+        "verdicts": [_verdicts(result, row_of) for result in inputs.verdicts],
     }
     samples: dict[int, list] = {}
-    pieces = Texts()
     for each in inputs.rounds:
         for sample in sorted(each.samples, key=lambda sample: sample.action):
             if sample.qid in row_of:
@@ -111,19 +115,9 @@ def page_data(inputs: Inputs, qids: Sequence[str]) -> dict[str, dict[str, Any]]:
         }
         for row, many in samples.items()
     }
-    main["corrected"] = {row: told.get("reason", "") for row, told in corrections.items()}
+    main["corrected"] = {row: data.get("reason", "") for row, data in corrections.items()}
     details = {"samples": samples, "corrections": corrections, "pieces": pieces.list}
     return {"main": main, "texts": {"texts": texts.list}, "details": details}
-
-
-def _stage(stage: Stage) -> dict[str, Any]:
-    every = stage.splits.values()
-    return {
-        "name": stage.name,
-        "folder": stage.folder,
-        "answers": any(predictions.has_answers for predictions in every),
-        "rationales": any(predictions.has_rationales for predictions in every),
-    }
 
 
 def _questions(inputs: Inputs, qids: Sequence[str], texts: Texts) -> dict[str, list]:
@@ -131,62 +125,57 @@ def _questions(inputs: Inputs, qids: Sequence[str], texts: Texts) -> dict[str, l
         name: []
         for name in "qid split question hint caption choices answer lecture solution subject topic grade image".split()
     }
-    told = _told_by_files(inputs)
+    known = _known_by_files(inputs)
     for qid in qids:
-        problem = inputs.problems[qid] if inputs.problems else told.get(qid, {})
+        problem = inputs.problems[qid] if inputs.problems else known.get(qid, {})
         columns["qid"].append(qid)
-        columns["split"].append(inputs.split_of.get(qid) or told.get(qid, {}).get("split", "train"))
+        columns["split"].append(inputs.split_of.get(qid) or known.get(qid, {}).get("split", "train"))
         for name in ("question", "hint", "lecture", "solution", "subject", "topic", "grade"):
             value = problem.get(name)
             columns[name].append(texts.add(value if isinstance(value, str) else None))
         columns["caption"].append(texts.add(inputs.captions.get(qid)))
-        columns["choices"].append(texts.all(problem.get("choices", [])))
+        columns["choices"].append([texts.add(choice) for choice in problem.get("choices", [])])
         columns["answer"].append(problem.get("answer", -1))
         columns["image"].append(int(problem.get("image") is not None))
     return columns
 
 
-def _told_by_files(inputs: Inputs) -> dict[str, dict[str, Any]]:
-    """What prediction files alone tell of a question: its split, the prompt, the target."""
-    told: dict[str, dict[str, Any]] = {}
-    for stage in reversed(inputs.stages):  # the first stage's word counts
-        for split, predictions in stage.splits.items():
-            prompts = predictions.prompts or [""] * len(predictions.qids)
-            for qid, prompt, label in zip(predictions.qids, prompts, predictions.labels, strict=True):
-                told[qid] = {"split": split, "question": prompt, "solution": label}
-    return told
+def _known_by_files(inputs: Inputs) -> dict[str, dict[str, Any]]:
+    """What prediction files alone know of a question: its split, the prompt, the target."""
+    known: dict[str, dict[str, Any]] = {}
+    for stage in inputs.stages:
+        for name, split in stage.splits.items():
+            for qid, prompt, label in zip(split.file.qids, split.file.prompts, split.file.labels, strict=True):
+                known.setdefault(qid, {"split": name, "question": prompt, "solution": label})
+    return known
 
 
 def _preds(stage: Stage, row_of: Mapping[str, int], texts: Texts) -> dict[str, list]:
     """Columns over all rows: `s` sentences, `p` their scores, `a` the answer, `w` the text as written.
 
-    `s` is None where the stage has no prediction; `w` is -1 where the sentences already say it all.
+    `s` is None where the stage has no prediction; `w` is -1 where it equals the joined sentences.
     """
     count = len(row_of)
     columns: dict[str, list] = {"s": [None] * count, "p": [None] * count, "a": [NO_ANSWER] * count, "w": [-1] * count}
-    for predictions in reversed(stage.splits.values()):
-        for i, qid in enumerate(predictions.qids):
+    for split in reversed(stage.splits.values()):
+        for i, qid in enumerate(split.file.qids):
             if qid in row_of:
-                _put(columns, row_of[qid], predictions, i, texts)
+                _put(columns, row_of[qid], split, i, texts)
     return columns
 
 
-def _put(columns: dict[str, list], row: int, predictions: Predictions, i: int, texts: Texts) -> None:
-    sentences, scores = predictions.sentences[i], predictions.scores[i]
-    columns["s"][row] = texts.all(sentences)
-    columns["p"][row] = None if scores is None else hundredths(scores)
-    columns["a"][row] = predictions.answers[i]
-    shown = " ".join(sentences)
-    written = predictions.preds[i].strip()
-    columns["w"][row] = -1 if written.removeprefix("Solution:").strip() == shown else texts.add(written)
+def _put(columns: dict[str, list], row: int, split: SplitPredictions, i: int, texts: Texts) -> None:
+    sentences, scores = split.sentences[i], split.scores[i]
+    columns["s"][row] = [texts.add(sentence) for sentence in sentences]
+    columns["p"][row] = None if scores is None else scaled(scores, 100)
+    columns["a"][row] = split.answers[i]
+    written = split.file.preds[i].strip()
+    same = written.removeprefix("Solution:").strip() == " ".join(sentences)
+    columns["w"][row] = -1 if same else texts.add(written)
 
 
-def hundredths(values: Sequence[float]) -> list[int]:
-    return [round(100 * value) for value in values]
-
-
-def thousandths(values: Sequence[float]) -> list[int]:
-    return [round(1000 * value) for value in values]
+def scaled(values: Sequence[float], factor: int) -> list[int]:
+    return [round(factor * value) for value in values]
 
 
 def _about(about: Mapping[str, Any]) -> str:
@@ -205,74 +194,69 @@ def _about(about: Mapping[str, Any]) -> str:
 
 
 def _sample(sample: Sample, number: int, texts: Texts, pieces: Texts) -> dict[str, Any]:
-    told: dict[str, Any] = {"k": sample.action, "round": number, "s": texts.all(sample.sentences)}
+    data: dict[str, Any] = {"k": sample.action, "round": number, "s": [texts.add(text) for text in sample.sentences]}
     if sample.scores is not None:
-        told["p"] = hundredths(sample.scores)
+        data["p"] = scaled(sample.scores, 100)
     if sample.advantages is not None:
-        told["adv"] = thousandths(sample.advantages)
+        data["adv"] = scaled(sample.advantages, 1000)
     if sample.reward is not None:
-        told["reward"] = round(1000 * sample.reward)
-    told |= _reply(sample, texts)
+        data["reward"] = round(1000 * sample.reward)
+    data |= _reply(sample, texts)
     if sample.tokens:
-        told["tokens"] = [pieces.add(piece) for piece in sample.tokens["pieces"]]
-        told["rewards"] = thousandths(sample.tokens["rewards"])
-        told["advantages"] = thousandths(sample.tokens["advantages"])
-    return told
+        data["tokens"] = [pieces.add(piece) for piece in sample.tokens["pieces"]]
+        data["rewards"] = scaled(sample.tokens["rewards"], 1000)
+        data["advantages"] = scaled(sample.tokens["advantages"], 1000)
+    return data
 
 
 def _correction(each: Correction, texts: Texts) -> dict[str, Any]:
-    told: dict[str, Any] = {"original": texts.add(each.original)}
+    data: dict[str, Any] = {"original": texts.add(each.original)}
     if each.final is not None:
-        told["final"] = texts.add(each.final)
-    return told | _reply(each, texts)
+        data["final"] = texts.add(each.final)
+    return data | _reply(each, texts)
 
 
 def _reply(each: Sample | Correction, texts: Texts) -> dict[str, Any]:
     """The raw reply, who wrote it, and why it was dropped."""
-    told: dict[str, Any] = {}
+    data: dict[str, Any] = {}
     if each.reply:
-        told["reply"] = texts.add(each.reply)
+        data["reply"] = texts.add(each.reply)
     if each.reason:
-        told |= {"reason": each.reason, "why": texts.add(each.why)}
+        data |= {"reason": each.reason, "why": texts.add(each.why)}
     if about := _about(each.about):
-        told["about"] = texts.add(about)
-    return told
+        data["about"] = texts.add(about)
+    return data
 
 
-def _verdicts(told: Mapping[str, Any], row_of: Mapping[str, int]) -> dict[str, Any]:
+def _verdicts(result: Mapping[str, Any], row_of: Mapping[str, int]) -> dict[str, Any]:
     rows: dict[int, list] = {}
-    for verdict in told["verdicts"]:
-        row = row_of.get(str(verdict["qid"]))
+    for verdict in result["verdicts"]:
+        row = row_of.get(verdict["qid"])
         if row is not None:
             rows.setdefault(row, []).append([verdict["order"], verdict["winner"]])
-    judge = told.get("judge") or {}
-    name = judge.get("model") if isinstance(judge, dict) else str(judge)
-    return {"systems": told["systems"], "judge": name, "rows": rows}
+    return {"systems": result["systems"], "judge": (result.get("judge") or {}).get("model"), "rows": rows}
 
 
 # -- overview --------------------------------------------------------------------------------------------
 
 
 def score_series(inputs: Inputs, split: str) -> list[dict[str, Any]]:
-    """Sentence scores by position, per stage and per round: `counts[position][tenths]`, `means`, by whom.
+    """Sentence scores by position, per stage and per round: `counts[position][tenths]`, `means`, and the judges.
 
-    Positions 1 .. POSITIONS, the last one holding all later sentences.
+    Positions 1 .. POSITIONS; the last one counts all later sentences too.
     """
     series = [
-        ("RL samples" + (f", round {each.number}" if len(inputs.rounds) > 1 else ""), sorted(_models(each)),
+        ("RL samples" + (f", round {each.number}" if len(inputs.rounds) > 1 else ""),
+         sorted({str(sample.about["model"]) for sample in each.samples if sample.about.get("model")}),
          [sample.scores for sample in each.samples if sample.scores and not sample.reason])
         for each in inputs.rounds
     ]  # fmt: skip
     for stage in inputs.stages:
         if split in stage.splits and stage.splits[split].has_rationales:
-            told = stage.splits[split]
-            judges = ["reference"] + ([f"{told.by_teacher} by RL's Teacher"] if told.by_teacher else [])
-            series.append((stage.name, judges, [row for row in told.scores if row]))
+            data = stage.splits[split]
+            judges = ["reference"] + ([f"{data.by_teacher} by RL's Teacher"] if data.by_teacher else [])
+            series.append((stage.name, judges, [row for row in data.scores if row]))
     return [_by_position(name, judges, rows) for name, judges, rows in series if rows]
-
-
-def _models(each: Round) -> set[str]:
-    return {str(sample.about["model"]) for sample in each.samples if sample.about.get("model")}
 
 
 def _by_position(name: str, judges: list[str], rows: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -290,9 +274,9 @@ def _by_position(name: str, judges: list[str], rows: Sequence[Sequence[float]]) 
 
 def dropped_counts(rounds: Sequence[Round], corrections: Sequence[Correction]) -> list[dict[str, Any]]:
     """Replies that could not be used, by reason, per round and for the corrections."""
-    told = []
+    counts = []
     for name, many in [*((f"RL round {each.number}", each.samples) for each in rounds), ("corrections", corrections)]:
         if many:
             reasons = Counter(one.reason for one in many if one.reason)
-            told.append({"name": name, "total": len(many), "reasons": dict(reasons.most_common())})
-    return told
+            counts.append({"name": name, "total": len(many), "reasons": dict(reasons.most_common())})
+    return counts

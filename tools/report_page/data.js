@@ -1,4 +1,4 @@
-// The report's data, and what is asked of it. A row is a question's place in the columns.
+// The report's data and queries on it. A row is a question's index in the columns.
 
 const main = parsed('main');
 const texts = parsed('texts').texts;
@@ -11,7 +11,7 @@ const UNPARSED = -1, NO_ANSWER = -2;
 const T = (index) => (index < 0 ? '' : texts[index]);
 
 let detailData = null;
-/** Samples, corrections, tokens: large, and read when a question that has some is opened. */
+/** Samples, corrections and tokens: large, so parsed when a question that has some is first opened. */
 const details = () => (detailData = detailData || parsed('details'));
 let imageData = null;
 const imagesOf = (row) => {
@@ -19,7 +19,7 @@ const imagesOf = (row) => {
   return (imageData.of[row] || []).map((i) => imageData.list[i]);
 };
 
-// mean and lowest sentence score, in hundredths, -1 where there is none: stage after stage
+// mean and lowest sentence score in hundredths, -1 for none; index: stage * rowCount + row
 const means = new Int16Array(stageCount * rowCount).fill(-1);
 const lows = new Int16Array(stageCount * rowCount).fill(-1);
 main.preds.forEach((columns, stage) => {
@@ -33,14 +33,14 @@ main.preds.forEach((columns, stage) => {
 });
 const meanOf = (stage, row) => means[stage * rowCount + row];
 
-/** right, wrong, unparsed, or null where the stage gives no answer. */
+/** 'right', 'wrong', 'unparsed', or null where the stage has no answer. */
 function verdictOf(stage, row) {
   const answer = main.preds[stage].a[row];
   if (answer === NO_ANSWER) return null;
   return answer === UNPARSED ? 'unparsed' : Q.answer[row] < 0 ? null : answer === Q.answer[row] ? 'right' : 'wrong';
 }
 
-/** What a stage is compared by: 1 or 0 for an answer, else the mean score; null where there is neither. */
+/** The value by which stages are compared: 1 or 0 for an answer, else the mean score; null for neither. */
 function worth(stage, row, byAnswer) {
   if (byAnswer) {
     const verdict = verdictOf(stage, row);
@@ -50,14 +50,14 @@ function worth(stage, row, byAnswer) {
   return mean < 0 ? null : mean;
 }
 
-/** -1, 0, 1: worse, the same, better from one stage to the other; null where they do not compare. */
+/** -1 worse, 0 equal, 1 better from one stage to another; null where they cannot be compared. */
 function change(from, to, row) {
   const byAnswer = main.stages[from].answers && main.stages[to].answers;
   const before = worth(from, row, byAnswer), after = worth(to, row, byAnswer);
   return before === null || after === null ? null : Math.sign(after - before);
 }
 
-/** Lowest score that any stage, or a sample, has for a question; -1 for none. */
+/** Lowest score of any stage or sample for a question; -1 for none. */
 function lowest(row) {
   let low = main.sampled[row] ? main.sampled[row].low : -1;
   for (let stage = 0; stage < stageCount; stage++) {
@@ -67,15 +67,15 @@ function lowest(row) {
   return low;
 }
 
-/** Why replies on a question were dropped: words, perhaps none. */
+/** The reasons for which replies on a question were dropped, as a list of words. */
 function droppedReasons(row) {
   const reasons = main.sampled[row] ? [...main.sampled[row].dropped] : [];
   if (main.corrected[row]) reasons.push('correction: ' + main.corrected[row]);
   return reasons;
 }
 
-/** What the judge found in one file: a system's index (0, 1), "tie", "mixed" (each order another winner), or null. As
- * in tools/win_rate.py a win and a tie are a win. */
+/** The verdict of one file: the winner's index (0, 1), "tie", "mixed" (each order has another winner), or null. As in
+ * tools/win_rate.py a win and a tie make a win. */
 function judged(file, row) {
   const found = main.verdicts[file].rows[row];
   if (!found) return null;
@@ -85,7 +85,7 @@ function judged(file, row) {
 }
 
 let searchable = null;
-/** One lower-case text per row with everything that search looks into. */
+/** One lower-case text per row with everything that the search covers. */
 function searchTexts() {
   if (searchable) return searchable;
   const lower = texts.map((text) => text.toLowerCase());

@@ -1,4 +1,4 @@
-// One question: what was asked, what each stage wrote, what the Teacher said.
+// The detail view of one question: the question, each stage's output, the Teacher's replies.
 
 let showTokens = false;
 
@@ -46,7 +46,7 @@ function picturesNode(row) {
     })));
   }
   if (!Q.image[row]) return null;
-  return el('div', { class: 'pictures' }, el('p', { class: 'absent' }, 'This question has an image; it is not in this report.'));
+  return el('div', { class: 'pictures' }, el('p', { class: 'absent' }, 'This question has an image, which is not in this report.'));
 }
 
 function optionsNode(row) {
@@ -63,7 +63,7 @@ function optionsNode(row) {
 
 // -- rationales --------------------------------------------------------------------------------------------
 
-/** Sentences on the colour of their score, the score behind each; the words searched for stand out. */
+/** Sentences, each on the colour of its score and followed by it; search words are highlighted. */
 function sentencesNode(sentences, scores, advantages) {
   if (!sentences.length) return el('div', { class: 'text none' }, 'empty');
   const words = (chosen.search || '').toLowerCase().split(/\s+/).filter((word) => word.length > 1);
@@ -79,7 +79,7 @@ function sentencesNode(sentences, scores, advantages) {
 
 function marked(text, words) {
   const lower = text.toLowerCase();
-  if (lower.length !== text.length) return text; // a letter whose small form is longer: offsets would slip
+  if (lower.length !== text.length) return text; // some letters grow in lower case, which shifts the offsets
   const spots = [];
   for (const word of words) {
     for (let at = lower.indexOf(word); at >= 0; at = lower.indexOf(word, at + word.length)) spots.push([at, at + word.length]);
@@ -131,15 +131,15 @@ function goldPart(row) {
 }
 
 function judgePart(row) {
-  const lines = main.verdicts.flatMap((told, file) => {
-    const found = told.rows[row];
-    if (!found) return [];
-    const [a, b] = told.systems;
-    const words = found.map(([order, winner]) => {
+  const lines = main.verdicts.flatMap((result) => {
+    const verdicts = result.rows[row];
+    if (!verdicts) return [];
+    const [a, b] = result.systems;
+    const words = verdicts.map(([order, winner]) => {
       const found = winner === 'tie' ? 'tie' : (winner === 'a' ? a : b) + ' preferred';
       return el('div', { class: 'text' }, `${order === 'ab' ? a : b} first: `, el('b', {}, found));
     });
-    return [stageLine(`${a} / ${b}`, told.judge, words, -1)];
+    return [stageLine(`${a} / ${b}`, result.judge, words, -1)];
   });
   return lines.length ? el('section', { class: 'part' }, el('div', { class: 'line' }, el('h2', {}, 'Judge')), lines) : null;
 }
@@ -164,12 +164,13 @@ function sampleNode(sample) {
   return stageLine(`Sample ${sample.k}`, note, body, mean);
 }
 
-const whyNode = (told) => (told.reason ? el('p', { class: 'why' }, el('b', {}, 'dropped: '), T(told.why)) : null);
+const whyNode = (reply) => (reply.reason ? el('p', { class: 'why' }, el('b', {}, 'dropped: '), T(reply.why)) : null);
 
-function replyNode(told) {
-  if (told.reply === undefined && told.about === undefined) return null;
-  return fold("Teacher's reply", () => el('div', {}, told.about === undefined ? null : el('p', { class: 'muted' }, T(told.about)),
-    el('div', { class: 'raw' }, told.reply === undefined ? 'none' : T(told.reply))));
+function replyNode(reply) {
+  if (reply.reply === undefined && reply.about === undefined) return null;
+  return fold("Teacher's reply", () => el('div', {},
+    reply.about === undefined ? null : el('p', { class: 'muted' }, T(reply.about)),
+    el('div', { class: 'raw' }, reply.reply === undefined ? 'none' : T(reply.reply))));
 }
 
 function tokensNode(sample) {
@@ -196,13 +197,53 @@ function toggleTokens() {
   again.querySelector('button').focus({ preventScroll: true });
 }
 
+/** Pieces [kind, words] with kind "same", "del" or "ins", by a longest common subsequence of the words. */
+function wordDiff(before, after) {
+  const a = before.split(/\s+/).filter(Boolean), b = after.split(/\s+/).filter(Boolean);
+  let begin = 0, endA = a.length, endB = b.length;
+  while (begin < endA && begin < endB && a[begin] === b[begin]) begin++;
+  while (endA > begin && endB > begin && a[endA - 1] === b[endB - 1]) { endA--; endB--; }
+  const n = endA - begin, m = endB - begin, width = m + 1;
+  const length = new Uint16Array((n + 1) * width); // of the rest from i, j on
+  for (let i = n - 1; i >= 0; i--) {
+    for (let j = m - 1; j >= 0; j--) {
+      length[i * width + j] = a[begin + i] === b[begin + j]
+        ? length[(i + 1) * width + j + 1] + 1
+        : Math.max(length[(i + 1) * width + j], length[i * width + j + 1]);
+    }
+  }
+  const pieces = [];
+  const put = (kind, word) => {
+    const last = pieces[pieces.length - 1];
+    if (last && last[0] === kind) last[1].push(word); else pieces.push([kind, [word]]);
+  };
+  a.slice(0, begin).forEach((word) => put('same', word));
+  let i = 0, j = 0;
+  while (i < n || j < m) {
+    if (i < n && j < m && a[begin + i] === b[begin + j]) { put('same', a[begin + i]); i++; j++; }
+    else if (j >= m || (i < n && length[(i + 1) * width + j] >= length[i * width + j + 1])) put('del', a[begin + i++]);
+    else put('ins', b[begin + j++]);
+  }
+  a.slice(endA).forEach((word) => put('same', word));
+  return pieces.map(([kind, words]) => [kind, words.join(' ')]);
+}
+
+function diffNode(before, after) {
+  const node = el('div', { class: 'text' });
+  wordDiff(before, after).forEach(([kind, words], i) => {
+    if (i) node.append(' ');
+    node.append(kind === 'same' ? words : el(kind, {}, words));
+  });
+  return node;
+}
+
 function correctionPart(row) {
-  const told = row in main.corrected ? details().corrections[row] : null;
-  if (!told) return null;
-  const before = T(told.original), after = told.final === undefined ? null : T(told.final);
+  const correction = row in main.corrected ? details().corrections[row] : null;
+  if (!correction) return null;
+  const before = T(correction.original), after = correction.final === undefined ? null : T(correction.final);
   const body = after === null ? el('div', { class: 'text' }, before) : after === before
     ? [el('div', { class: 'text' }, before), el('p', { class: 'small muted' }, 'unchanged')] : diffNode(before, after);
   return el('section', { class: 'part' }, el('div', { class: 'line' }, el('h2', {}, 'Correction'),
     el('span', { class: 'small muted' }, el('del', {}, 'removed'), ' ', el('ins', {}, 'added'))),
-    stageLine('Original → final', null, [body, whyNode(told), replyNode(told)], -1));
+    stageLine('Original → final', null, [body, whyNode(correction), replyNode(correction)], -1));
 }

@@ -1,18 +1,18 @@
-// Search, filters and the list. Only the rows in sight are in the page, however many questions there are.
+// Search, filters and the list of questions. Only the visible rows are in the page, so that its size does not grow.
 
 const ROW_HEIGHT = 57, BEYOND = 6;
-let shown = []; // rows that pass the filters, in order
+let shown = []; // rows that match the filters, in order
 let current = -1; // the open row
 
-const filters = []; // {key, label, options: [[value, words]], passes(value, row)}
+const filters = []; // {key, label, options: [[value, words]], matches(value, row)}
 const chosen = {};
 
 const distinct = (column) => [...new Set(column)].filter((index) => index >= 0);
 const textOptions = (column) => distinct(column).map((i) => [String(i), T(i)]);
 const gradeNumber = (name) => Number((name.match(/\d+/) || [99])[0]);
 
-function addFilter(key, label, options, passes) {
-  if (options.length) filters.push({ key, label, options, passes });
+function addFilter(key, label, options, matches) {
+  if (options.length) filters.push({ key, label, options, matches });
 }
 
 function defineFilters() {
@@ -36,10 +36,10 @@ function defineFilters() {
   const reasons = [...new Set(Q.qid.flatMap((_, row) => droppedReasons(row)))].sort();
   addFilter('dropped', 'Dropped reply', reasons.length ? [['any', 'any reason'], ...reasons.map((r) => [r, r])] : [],
     (v, row) => (v === 'any' ? droppedReasons(row).length > 0 : droppedReasons(row).includes(v)));
-  main.verdicts.forEach((told, file) => {
-    const preferred = told.systems.map((name, i) => [String(i), name + ' preferred']);
+  main.verdicts.forEach((result, file) => {
+    const preferred = result.systems.map((name, i) => [String(i), name + ' preferred']);
     const options = [...preferred, ['tie', 'tie'], ['mixed', 'depends on the order']];
-    addFilter('judged' + file, 'Judge: ' + told.systems.join(' / '), options, (v, row) => String(judged(file, row)) === v);
+    addFilter('judged' + file, 'Judge: ' + result.systems.join(' / '), options, (v, row) => String(judged(file, row)) === v);
   });
   if (Object.keys(main.sampled).length || Object.keys(main.corrected).length) {
     addFilter('teacher', 'Teacher', [['s', 'has RL samples'], ['c', 'has a correction']],
@@ -66,8 +66,6 @@ function sortOptions() {
   return [low, ['gain', 'largest gain, first to last stage'], ['loss', 'largest loss, first to last stage']];
 }
 
-const allKeys = () => ['search', ...filters.map((filter) => filter.key)];
-
 function buildFilters() {
   defineFilters();
   const grid = byId('filter-grid');
@@ -91,21 +89,21 @@ function buildFilters() {
 }
 
 function resetFilters() {
-  for (const key of allKeys()) delete chosen[key];
+  for (const key of Object.keys(chosen)) delete chosen[key];
   byId('search').value = '';
   for (const filter of filters) byId('filter-' + filter.key).value = 'all';
   applyFilters();
 }
 
-/** Work out `shown` and draw the list anew; the open question stays open. */
+/** Update `shown` and redraw the list; the open question stays open. */
 function applyFilters() {
   const active = filters.filter((filter) => filter.key !== 'sort' && (chosen[filter.key] || 'all') !== 'all');
   const words = (chosen.search || '').toLowerCase().split(/\s+/).filter(Boolean);
   const found = words.length ? searchTexts() : null;
   shown = [];
   for (let row = 0; row < rowCount; row++) {
-    const passes = active.every((filter) => filter.passes(chosen[filter.key], row));
-    if (passes && words.every((word) => found[row].includes(word))) shown.push(row);
+    const matches = active.every((filter) => filter.matches(chosen[filter.key], row));
+    if (matches && words.every((word) => found[row].includes(word))) shown.push(row);
   }
   sortShown();
   byId('active').textContent = active.length ? `· ${active.length} on` : '';
@@ -140,12 +138,12 @@ function scrollToPlace(place) {
 
 function drawRows() {
   const list = byId('list'), rows = byId('rows');
-  if (!list.clientHeight) return; // not in sight
+  if (!list.clientHeight) return; // hidden
   const begin = Math.max(0, Math.floor(list.scrollTop / ROW_HEIGHT) - BEYOND);
   const end = Math.min(shown.length, Math.ceil((list.scrollTop + list.clientHeight) / ROW_HEIGHT) + BEYOND);
   const nodes = [];
   for (let place = begin; place < end; place++) nodes.push(rowNode(place));
-  if (!shown.length) nodes.push(el('div', { class: 'empty' }, 'No question passes these filters.'));
+  if (!shown.length) nodes.push(el('div', { class: 'empty' }, 'No question matches these filters.'));
   rows.replaceChildren(...nodes);
   if (current >= 0 && shown.includes(current)) list.setAttribute('aria-activedescendant', 'row-' + current);
   else list.removeAttribute('aria-activedescendant');

@@ -1,4 +1,4 @@
-// Tabs, links, keys, theme.
+// Tabs, links, keys and theme.
 
 const tabs = ['overview', 'inspector'];
 
@@ -12,7 +12,7 @@ function showTab(name) {
   if (name === 'inspector') drawRows();
 }
 
-/** Put `hash` into the address without a new entry in the history. */
+/** Set the address's `hash` without a new entry in the history. */
 function note(hash) {
   try { history.replaceState(null, '', hash); } catch { location.hash = hash; }
 }
@@ -27,7 +27,7 @@ function openRow(row, keepAddress) {
   if (!keepAddress) note('#qid=' + encodeURIComponent(Q.qid[row]));
 }
 
-/** The next or previous question of the list; from one outside the filters, the list's first. */
+/** Open the next or previous question of the list, or its first if the open one is not in the list. */
 function move(by) {
   if (!shown.length) return;
   const place = shown.indexOf(current);
@@ -37,7 +37,7 @@ function move(by) {
 
 function follow() {
   let hash = location.hash.slice(1);
-  try { hash = decodeURIComponent(hash); } catch { /* a stray % : taken as it is */ }
+  try { hash = decodeURIComponent(hash); } catch { /* not an escape: the hash is used as it is */ }
   if (hash.startsWith('qid=')) {
     const row = rowOf.get(hash.slice(4));
     if (row !== undefined) return openRow(row, true);
@@ -95,7 +95,7 @@ function onKey(event) {
 
 const systemDark = matchMedia('(prefers-color-scheme: dark)');
 let theme = 'system';
-try { theme = localStorage.getItem('ares-theme') || 'system'; } catch { /* no storage: the system's it is */ }
+try { theme = localStorage.getItem('ares-theme') || 'system'; } catch { /* no storage: keep the system's theme */ }
 
 function applyTheme() {
   const dark = theme === 'dark' || (theme === 'system' && systemDark.matches);
@@ -105,7 +105,7 @@ function applyTheme() {
 
 function nextTheme() {
   theme = { system: 'dark', dark: 'light', light: 'system' }[theme] || 'system';
-  try { localStorage.setItem('ares-theme', theme); } catch { /* as above */ }
+  try { localStorage.setItem('ares-theme', theme); } catch { /* no storage */ }
   applyTheme();
 }
 
@@ -124,5 +124,5 @@ applyFilters();
 drawOverview();
 drawDetail();
 follow();
-// for tests and the curious: when the page could be read, counted from the click that opened it
+// for tests: when the page could be read, counted from the navigation that opened it
 requestAnimationFrame(() => setTimeout(() => performance.mark('report-ready')));

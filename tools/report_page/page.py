@@ -1,13 +1,14 @@
-"""The page: page.html with style, scripts, drawings and data put in. One file, no network, nothing executed but ours.
+"""Build the page: page.html with style, scripts, figures and data in one file that needs no network.
 
-Every text of a model, a question or a Teacher travels as JSON in `<script type="application/json">` blocks, in which
-no `<` is left, and is put on the page by textContent alone. A Content-Security-Policy names the hash of our script, so
-that no other one runs, and lets the page load nothing.
+Texts of models, questions and Teachers are JSON in `<script type="application/json">` blocks, in which every `<` is
+escaped, and reach the page through textContent only. The Content-Security-Policy names the hash of our script, so that
+no other script runs, and lets the page load nothing from elsewhere.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import html
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SCRIPTS = ("base.js", "data.js", "diff.js", "list.js", "detail.js", "overview.js", "main.js")
+SCRIPTS = ("base.js", "data.js", "list.js", "detail.js", "overview.js", "main.js")
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: file: 'self'"
 
@@ -41,8 +42,14 @@ def build_page(title: str, parts: Mapping[str, Any], drawings: Mapping[str, str]
 
 
 def as_json(value: Any) -> str:
-    r"""Compact JSON that cannot end a script element: `<` is written as \u003c."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    r"""Compact JSON that cannot end a script element: `<` is written as \u003c. NaN and infinity become null, as
+    JSON.parse would refuse the whole block for one of them."""
+    dump = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
+    try:
+        text = dump(value, allow_nan=False)
+    except ValueError:
+        text = dump(json.loads(dump(value), parse_constant=lambda name: None))
+    return text.replace("<", "\\u003c")
 
 
 def _read(name: str) -> str:

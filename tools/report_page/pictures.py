@@ -1,9 +1,9 @@
-"""The questions' images for the page: small ones inside the file, or a copy of the folder beside it."""
+"""The questions' images for the page: as thumbnails inside the file, or as copies in a folder beside it."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
+import filecmp
 import io
 import shutil
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def collect_images(images: Path, qids: Sequence[str], mode: str, output: Path) -
     """{"list": [{"src", "w", "h"}], "of": {row: [index]}} of the questions that have image files.
 
     `mode` copy: files go to `{output's stem}_images/{qid}/`; embed: thumbnails as data URLs, equal ones once.
-    A file that is no image is left out, and that is said.
+    Files that cannot be read as images are skipped with a warning.
     """
     folder = output.parent / f"{output.stem}_images"
     found: dict[str, Any] = {"list": [], "of": {}}
@@ -43,7 +43,7 @@ def collect_images(images: Path, qids: Sequence[str], mode: str, output: Path) -
                 found["list"].append({"src": source, "w": width, "h": height})
             found["of"].setdefault(row, []).append(index[source])
     if bad:
-        cli.warn0(f"{len(bad)} files are no images that Pillow reads and are left out (the first is {bad[0]})")
+        cli.warn0(f"{len(bad)} files cannot be read as images and are skipped (the first is {bad[0]})")
     return found
 
 
@@ -65,13 +65,7 @@ def _embedded(path: Path) -> str | None:
 
 def _copied(path: Path, folder: Path) -> str:
     target = folder / path.name
-    if not (target.is_file() and _same(path, target)):
+    if not (target.is_file() and filecmp.cmp(path, target, shallow=False)):
         with files.atomic_path(target) as temporary:
             shutil.copyfile(path, temporary)
     return "/".join(quote(part) for part in (folder.parent.name, folder.name, path.name))
-
-
-def _same(path: Path, other: Path) -> bool:
-    if path.stat().st_size != other.stat().st_size:
-        return False
-    return hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(other.read_bytes()).digest()

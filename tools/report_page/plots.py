@@ -1,11 +1,12 @@
-"""The report's drawings, by matplotlib: as SVG that takes the page's colours, and as PNG for papers.
+"""The report's figures, by matplotlib: as SVG with the page's colours, and as PNG for papers.
 
-Colours are drawn as the light page has them; for the page each is replaced by a CSS variable, so that the same drawing
-fits the dark page. Series are told apart by line style, too.
+Figures are drawn in the colours of the light page; in the SVG each colour becomes a CSS variable, so that one figure
+fits both themes. Series differ in line style as well as in colour.
 """
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from ares import files
 
 INK, FAINT = "#1f2430", "#c9ced6"
 SERIES = ("#1f5fa8", "#b45309")  # blue, orange: Okabe and Ito's pair, darkened for text contrast
-# sentence scores 0, 0.1 .. 1: orange - grey - blue, told apart with any colour vision
+# sentence scores 0, 0.1 .. 1: orange - grey - blue, distinct for any colour vision
 SCALE = (
     "#e08214", "#e99b45", "#f1b370", "#f6ca9b", "#f8e0c6", "#eceef1",
     "#d3e1f0", "#b3cfea", "#8fb9e0", "#689fd3", "#4185c4",
@@ -52,17 +53,16 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             points = {kind: [(x, line[metric]) for x, line in placed if line["kind"] == kind
                              and line.get(metric) is not None] for kind in ("update", "epoch")}  # fmt: skip
             if points["update"] or points["epoch"]:
-                (x, y), (epoch_x, epoch_y) = (_columns(points[kind]) for kind in ("update", "epoch"))
+                (x, y), (epoch_x, epoch_y) = (
+                    [list(column) for column in zip(*points[kind], strict=True)] or [[], []]
+                    for kind in ("update", "epoch")
+                )
                 lines.append({"label": label, "x": x, "y": y, "epoch_x": epoch_x, "epoch_y": epoch_y})
         if len(lines) == 2 and name == "reward" and lines[0]["y"] == lines[1]["y"]:
             lines.pop()  # no KL penalty in a first round
         if lines:
             found.append({"name": name, "title": title, "lines": lines, "rounds": rounds})
     return found
-
-
-def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
 
 
 def _placed(metrics: Sequence[Mapping[str, Any]]) -> Any:
@@ -77,7 +77,7 @@ def _placed(metrics: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def draw_curve(curve: Mapping[str, Any]):
-    """One small figure: faint updates, and the epochs' means on top."""
+    """One small figure: the updates, faint, and over them the means of the epochs."""
     figure, axes = _figure(3.9, 2.3)
     for i, line in enumerate(curve["lines"]):
         style = {"color": SERIES[i], "linestyle": ("-", "--")[i]}
@@ -99,7 +99,7 @@ def draw_curve(curve: Mapping[str, Any]):
 
 
 def _thinned(x: Sequence[float], y: Sequence[float], most: int = 500) -> tuple[list[float], list[float]]:
-    """At most `most` points, each the mean of its neighbours: a page needs no thousand points in 300 pixels."""
+    """At most `most` points, each the mean of its neighbours: a figure of 300 pixels needs no more."""
     step = -(-len(x) // most)
     if step == 1:
         return list(x), list(y)
@@ -108,33 +108,33 @@ def _thinned(x: Sequence[float], y: Sequence[float], most: int = 500) -> tuple[l
 
 
 def draw_scores(series: Sequence[Mapping[str, Any]]):
-    """Sentence scores by position: one panel for each series, a row for each position, its width cut by score."""
+    """Sentence scores by position: a panel per series, a stacked bar per position with the share of each score."""
     columns = min(2, len(series))
     rows = -(-len(series) // columns)
     figure, grid = _figure(4.6 * columns, 0.25 + 2.0 * rows, rows, columns)
     panels = [panel for line in grid for panel in line] if rows > 1 else list(grid) if columns > 1 else [grid]
     for panel in panels[len(series) :]:
         panel.set_visible(False)
-    for panel, told in zip(panels, series, strict=False):
-        positions = [i for i, counts in enumerate(told["counts"]) if sum(counts)]
+    for panel, data in zip(panels, series, strict=False):
+        positions = [i for i, counts in enumerate(data["counts"]) if sum(counts)]
         for place in positions:
-            counts, left = told["counts"][place], 0.0
+            counts, left = data["counts"][place], 0.0
             total = sum(counts)
             for step, count in enumerate(counts):
                 if count:
                     panel.barh(place, count / total, left=left, height=0.78, color=SCALE[step], lw=0)
                     left += count / total
-            panel.text(1.015, place, f"{told['means'][place]:.2f}", va="center", fontsize=8, color=INK)
+            panel.text(1.015, place, f"{data['means'][place]:.2f}", va="center", fontsize=8, color=INK)
             panel.text(1.12, place, f"{total:,}", va="center", fontsize=7, color=INK, alpha=0.75)
         panel.text(1.015, -0.78, "mean", fontsize=7, color=INK, va="center")
         panel.text(1.12, -0.78, "n", fontsize=7, color=INK, va="center")
-        last = len(told["counts"]) - 1
+        last = len(data["counts"]) - 1
         names = [f"{place + 1}+" if place == last else str(place + 1) for place in positions]
         panel.set_yticks(positions, names)
         panel.set_ylim(max(positions) + 0.6, -0.6)
         panel.set_xlim(0, 1)
         panel.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
-        panel.set_title(told["name"], loc="left", fontsize=9, color=INK, parse_math=False, pad=12)
+        panel.set_title(data["name"], loc="left", fontsize=9, color=INK, parse_math=False, pad=12)
         panel.set_ylabel("sentence", fontsize=8, color=INK)
     return figure
 
@@ -175,14 +175,8 @@ def as_svg(figure, name: str, label: str) -> str:
     svg = re.sub(r' id="', f' id="{name}-', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", svg)
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would style the whole page
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{_attribute(label)}" ', 1)
-
-
-def _attribute(text: str) -> str:
-    import html
-
-    return html.escape(text, quote=True)
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would apply to the whole page
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
 
 
 def write_png(figure, path: Path) -> None:
@@ -195,7 +189,7 @@ def write_png(figure, path: Path) -> None:
 
 
 def curve_label(curve: Mapping[str, Any]) -> str:
-    """What a curve shows, for those who do not see it: first and last epoch of each line."""
+    """What a curve shows, for screen readers: first and last epoch of each line."""
     parts = []
     for line in curve["lines"]:
         y = line["epoch_y"] or line["y"]

@@ -1,48 +1,39 @@
-"""Prediction files of the stages to compare, read into one form, and the figures of each stage.
-
-Takes our files and those of the released code (no `qids`: rows follow the split). Torch is not needed.
-"""
+"""The stages to compare: their prediction files, answers, sentences with scores, and figures. Needs no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ares import files
 from ares.cli import UserError
-from ares.predictions import parts_asked, scores_of
+from ares.predictions import FILE_NAMES, Predictions, prediction_file, read_predictions, split_label
 from ares.sentences import split_text
 from teacher.reference import rationale_figures, reference_scores
-from utils_evaluate import FILE_NAMES, extract_answer, get_scores, prediction_file, resolve_answer
+from utils_evaluate import extract_answer, get_scores, resolve_answer
 
 LETTERS = "ABCDE"
-UNPARSED, NO_ANSWER = -1, -2  # in the page's data: no letter could be read; the stage was not asked for one
+UNPARSED, NO_ANSWER = -1, -2  # in the page's data: no letter could be read; the stage was not asked for an answer
 
 Problems = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass
-class Predictions:
+class SplitPredictions:
     """One stage's predictions of one split, a row per question.
 
     answers: index of the chosen option, UNPARSED or NO_ANSWER; sentences: of the rationale, empty for a bare answer;
-    scores: per sentence, None where nobody scored them.
+    scores: per sentence, None where there are none; by_teacher: number of rationales that RL's own Teacher scored.
     """
 
-    path: Path
-    qids: list[str]
-    preds: list[str]
-    labels: list[str]
-    prompts: list[str] | None
-    answers: list[int]
-    sentences: list[list[str]]
-    told: dict[str, Any]  # scores and settings of the file, {} where it has none
+    file: Predictions
     has_answers: bool
     has_rationales: bool
-    scores: list[list[float] | None] = field(default_factory=list)
-    by_teacher: int = 0  # rationales whose scores are the Teacher's own
+    answers: list[int]
+    sentences: list[list[str]]
+    scores: list[list[float] | None]
+    by_teacher: int = 0
 
 
 @dataclass
@@ -51,8 +42,7 @@ class Stage:
 
     name: str
     folder: str
-    splits: dict[str, Predictions]
-    figures: dict[str, Any] = field(default_factory=dict)
+    splits: dict[str, SplitPredictions]
 
 
 def read_stage(text: str, wanted: Sequence[str], orders: Mapping[str, list[str]], problems: Problems | None) -> Stage:
@@ -60,7 +50,7 @@ def read_stage(text: str, wanted: Sequence[str], orders: Mapping[str, list[str]]
 
     `wanted`: splits to show; `orders`: split -> question ids, for files without ids. Raises UserError.
     """
-    name, place = name_and_place(text)
+    name, place = stage_name(text)
     path = Path(place)
     if path.is_file():
         split = next((split for split, word in FILE_NAMES.items() if f"_{word}" in path.stem), wanted[0])
@@ -69,10 +59,7 @@ def read_stage(text: str, wanted: Sequence[str], orders: Mapping[str, list[str]]
         paths = {split: file for split in FILE_NAMES if (file := prediction_file(path, split)).is_file()}
     else:
         raise UserError(f"--stage: {path} does not exist")
-    splits = {}
-    for split, file in paths.items():
-        if split in wanted:
-            splits[split] = read_predictions(file, orders.get(split), problems)
+    splits = {split: read_split(file, orders.get(split), problems) for split, file in paths.items() if split in wanted}
     if not splits:
         found = ", ".join(file.name for file in paths.values()) or "no predictions_ans_*.json"
         raise UserError(
@@ -81,72 +68,29 @@ def read_stage(text: str, wanted: Sequence[str], orders: Mapping[str, list[str]]
     return Stage(name, place, splits)
 
 
-def name_and_place(text: str) -> tuple[str, str]:
-    """Both sides of `NAME=FOLDER`. A name may hold `=` as well ("k=4"): it ends where a path that exists begins."""
-    parts = text.split("=")
-    cuts = [("=".join(parts[:i]).strip(), "=".join(parts[i:]).strip()) for i in range(1, len(parts))]
-    cuts = [(name, place) for name, place in cuts if name and place]
-    if not cuts:
+def stage_name(text: str) -> tuple[str, str]:
+    """Both sides of `NAME=FOLDER`. Raises UserError where there is no name."""
+    name, place = split_label(text)
+    if name is None:
         raise UserError(f'--stage: {text!r} is not "NAME=FOLDER"')
-    return next((cut for cut in cuts if Path(cut[1]).exists()), cuts[0])
+    return name, place
 
 
-def read_predictions(path: Path, order: list[str] | None, problems: Problems | None) -> Predictions:
-    """Read and check one `predictions_ans_*.json`. Raises UserError naming the file and what is wrong in it."""
-    told = files.read_json(path, "--stage", nan=True)
-    preds = told.get("preds") if isinstance(told, dict) else None
-    if not isinstance(preds, list) or not all(isinstance(text, str) for text in preds):
-        raise UserError(f'--stage: {path} must hold {{"preds": [texts]}}')
-    qids = told.get("qids")
-    if qids is None:
-        qids = order if order is not None else [f"row-{row}" for row in range(len(preds))]
-        if len(qids) != len(preds):
-            raise UserError(
-                f"--stage: {path} has {len(preds)} rows without question ids but its split has {len(qids)}; "
-                "name the --data_root that it was made from"
-            )
-    qids = [str(qid) for qid in qids] if isinstance(qids, list) else []
-    if len(qids) != len(preds) or len(set(qids)) != len(qids):
-        raise UserError(f"--stage: {path} must have one question id for each of its {len(preds)} rows, none twice")
-    unknown = [qid for qid in qids if problems is not None and qid not in problems]
-    if unknown:
-        raise UserError(
-            f"--stage: {path} holds question {unknown[0]}, which problems.json does not; name the --data_root that "
-            "the predictions were made from"
-        )
-    for name, kinds in (("labels", str), ("prompts", str), ("answers", (str, type(None)))):
-        column = told.get(name) or []
-        if (
-            not isinstance(column, list)
-            or len(column) not in (0, len(preds))
-            or not all(isinstance(one, kinds) for one in column)
-        ):
-            raise UserError(f"--stage: {path}: {name} is no list of one text for each of its {len(preds)} rows")
-    labels = told.get("labels") or [""] * len(preds)
-    has_answers, has_rationales = parts_asked(preds, labels)
-    letters = told.get("answers") or None
-    return Predictions(
-        path=path,
-        qids=qids,
-        preds=preds,
-        labels=labels,
-        prompts=told.get("prompts"),
-        answers=_answers(qids, preds, letters, problems) if has_answers else [NO_ANSWER] * len(preds),
-        sentences=[split_text(text) if has_rationales else [] for text in preds],
-        told={"scores": scores_of(told, path, "--stage"), "settings": told.get("settings") or {}},
-        has_answers=has_answers,
-        has_rationales=has_rationales,
-        scores=[None] * len(preds),
-    )
-
-
-def _answers(
-    qids: Sequence[str], preds: Sequence[str], letters: list[str | None] | None, problems: Problems | None
-) -> list[int]:
-    if letters is None:
-        counts = [len(problems[qid]["choices"]) if problems else None for qid in qids]
-        letters = [extract_answer(text, count) for text, count in zip(preds, counts, strict=True)]
-    return [UNPARSED if letter is None else LETTERS.find(letter) for letter in letters]
+def read_split(path: Path, order: list[str] | None, problems: Problems | None) -> SplitPredictions:
+    """Read one `predictions_ans_*.json`. Raises UserError naming the file and what is wrong in it."""
+    file = read_predictions(path, "--stage", order, "; name the --data_root that it was made from")
+    if file.qids is None:
+        file.qids = [f"row-{row}" for row in range(len(file.preds))]
+    if problems is not None:
+        file.refuse_unknown(problems, "--stage", "in problems.json; name the --data_root of these predictions")
+    has_answers, has_rationales = file.parts_asked()
+    answers = [NO_ANSWER] * len(file.preds)
+    if has_answers:
+        counts = [len(problems[qid]["choices"]) if problems else None for qid in file.qids]
+        letters = file.letters or [extract_answer(text, n) for text, n in zip(file.preds, counts, strict=True)]
+        answers = [UNPARSED if letter is None else LETTERS.find(letter) for letter in letters]
+    sentences = [split_text(text) if has_rationales else [] for text in file.preds]
+    return SplitPredictions(file, has_answers, has_rationales, answers, sentences, [None] * len(file.preds))
 
 
 # -- scores and figures ----------------------------------------------------------------------------------
@@ -157,44 +101,44 @@ def score_stage(stage: Stage, problems: Problems, known: Mapping[tuple[str, tupl
 
     `known`: (question id, sentences) -> scores.
     """
-    for predictions in stage.splits.values():
-        if not predictions.has_rationales:
+    for split in stage.splits.values():
+        if not split.has_rationales:
             continue
-        keys = [(qid, tuple(s)) for qid, s in zip(predictions.qids, predictions.sentences, strict=True)]
-        open_rows = [row for row, key in enumerate(keys) if key not in known]
+        keys = [(qid, tuple(sentences)) for qid, sentences in zip(split.file.qids, split.sentences, strict=True)]
+        split.scores = [known.get(key) for key in keys]
+        unscored = [row for row, scores in enumerate(split.scores) if scores is None]
+        split.by_teacher = len(keys) - len(unscored)
         fresh = reference_scores(
-            problems, [predictions.qids[row] for row in open_rows], [predictions.preds[row] for row in open_rows]
+            problems, [split.file.qids[row] for row in unscored], [split.file.preds[row] for row in unscored]
         )
-        predictions.scores = [known.get(key) for key in keys]
-        predictions.by_teacher = len(keys) - len(open_rows)
-        for row, scores in zip(open_rows, fresh, strict=True):
-            predictions.scores[row] = scores
+        for row, scores in zip(unscored, fresh, strict=True):
+            split.scores[row] = scores
 
 
-def stage_figures(predictions: Predictions, problems: Problems | None) -> dict[str, Any]:
+def stage_figures(split: SplitPredictions, problems: Problems | None) -> dict[str, Any]:
     """What the overview's table shows: `rows`, `num_fail`, `scores` (per cent) and `rationale` figures.
 
-    The file's own scores where it has them; else they are computed, but for the similarity, which needs a model.
+    `scores` are the file's own; a file without any gets them computed, without the similarity, which needs a model.
     """
-    figures: dict[str, Any] = {"rows": len(predictions.preds)}
-    if predictions.has_answers:
-        figures["num_fail"] = predictions.answers.count(UNPARSED)
-    told = predictions.told["scores"] or (_computed(predictions, problems) if problems else {})
-    parts = ("answer",) * predictions.has_answers + ("rationale",) * predictions.has_rationales
-    figures["scores"] = {key: float(value) for part in parts for key, value in told.get(part, {}).items()}
-    if problems and predictions.has_rationales:
-        scores = [row or [] for row in predictions.scores]
-        figures["rationale"] = rationale_figures(problems, predictions.qids, predictions.preds, scores)
+    file = split.file
+    figures: dict[str, Any] = {"rows": len(file.preds)}
+    if split.has_answers:
+        figures["num_fail"] = split.answers.count(UNPARSED)
+    scores = file.scores or (_computed(split, problems) if problems else {})
+    parts = ("answer",) * split.has_answers + ("rationale",) * split.has_rationales
+    figures["scores"] = {key: float(value) for part in parts for key, value in scores.get(part, {}).items()}
+    if problems and split.has_rationales:
+        scored = [row or [] for row in split.scores]
+        figures["rationale"] = rationale_figures(problems, file.qids, file.preds, scored)
     return figures
 
 
-def _computed(predictions: Predictions, problems: Problems) -> dict[str, Any]:
-    seed = predictions.told["settings"].get("seed", 42)
-    answers, rationales = {}, {}
-    if predictions.has_answers:
-        for qid, text in zip(predictions.qids, predictions.preds, strict=True):
-            answers[qid], _ = resolve_answer(text, len(problems[qid]["choices"]), qid, seed)
-    if predictions.has_rationales and any(predictions.labels):
-        rationales = dict(zip(predictions.qids, predictions.preds, strict=True))
-    references = dict(zip(predictions.qids, predictions.labels, strict=True))
+def _computed(split: SplitPredictions, problems: Problems) -> dict[str, Any]:
+    file, answers, rationales = split.file, {}, {}
+    if split.has_answers:
+        for qid, text in file.by_qid().items():
+            answers[qid], _ = resolve_answer(text, len(problems[qid]["choices"]), qid, file.seed)
+    if split.has_rationales and any(file.labels):
+        rationales = file.by_qid()
+    references = dict(zip(file.qids, file.labels, strict=True))
     return get_scores(answers, rationales, references, problems, similarity=False)

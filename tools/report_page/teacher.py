@@ -1,7 +1,7 @@
-"""What the Teacher said: scored samples of RL's rounds, corrections, dropped replies, tokens and dollars.
+"""The Teacher's replies: scored samples of RL's rounds, corrections, dropped replies, tokens and cost.
 
-Reads the question folders (README "File formats") and writes nothing into them: a reply is parsed anew. Torch is not
-needed; token rewards come from tokens.py.
+Reads question folders (README "File formats") and only reads them: replies are parsed again. Needs no torch; token
+rewards are computed in tokens.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from teacher.session import OURS
 
 @dataclass
 class Replied:
-    """The Teacher's reply as it lies there, and, where it was dropped, the reason: one word, and `why` in words."""
+    """A reply as it is on disk; of a dropped one also the reason as one word, and `why` as a sentence."""
 
     reply: str | None = None
     reason: str | None = None
@@ -33,20 +33,20 @@ class Replied:
     about: dict[str, Any] = field(default_factory=dict)  # reply.json
 
     def read(self, folder: Path, parse: Callable[[], None]) -> None:
-        """Read sidecar and reply, then `parse()`; a Refused of it becomes the reason."""
+        """Read reply.json and the reply, then `parse()`; a Refused that it raises becomes the reason."""
         self.about = read_sidecar(folder)
         with contextlib.suppress(OSError):
             self.reply = files.read_shared(folder / handoff.REPLY).decode("utf-8", errors="replace")
         try:
             parse()
         except Refused as refused:
-            # no folder of this machine in a page that travels
+            # the page is shared: no folder names of this machine
             self.reason, self.why = refused.reason, str(refused).replace(f"{folder}/", "")
 
 
 @dataclass(kw_only=True)
 class Sample(Replied):
-    """One sampled rationale, its scores, and what RL made of it."""
+    """One sampled rationale, its scores, and its reward and advantages in RL."""
 
     qid: str
     action: int
@@ -59,7 +59,7 @@ class Sample(Replied):
 
 @dataclass(kw_only=True)
 class Correction(Replied):
-    """One rationale as it was sent and as the Teacher gave it back."""
+    """One rationale as it was sent and as the Teacher returned it."""
 
     qid: str
     original: str = ""
@@ -68,7 +68,7 @@ class Correction(Replied):
 
 @dataclass
 class Round:
-    """One round's samples, where they lie, and what asking for them cost."""
+    """One round's samples and their questions folder."""
 
     number: int
     samples: list[Sample]
@@ -130,17 +130,17 @@ def read_corrections(folder: Path) -> list[Correction]:
 
 
 def add_training_view(each: Round, table: Path) -> None:
-    """Put rewards and advantages of `samples_round_{n}.jsonl` beside the samples; samples without a sentence join."""
+    """Add rewards and advantages of `samples_round_{n}.jsonl` to the samples, and samples without any sentence."""
     if not table.is_file():
         return
     by_key = {(sample.action, sample.qid): sample for sample in each.samples}
-    for number, told in files.read_jsonl(table, "--run"):
+    for number, line in files.read_jsonl(table, "--run"):
         try:
-            key = (int(told["action"]), str(told["qid"]))
-            reward = float(told["reward"])
-            texts = [str(one["text"]) for one in told["sentences"]]
-            advantages = [float(one["advantage"]) for one in told["sentences"]]
-            scores = [float(one["score"]) for one in told["sentences"]]  # what RL was given counts
+            key = (int(line["action"]), str(line["qid"]))
+            reward = float(line["reward"])
+            texts = [str(one["text"]) for one in line["sentences"]]
+            advantages = [float(one["advantage"]) for one in line["sentences"]]
+            scores = [float(one["score"]) for one in line["sentences"]]  # as RL used them
         except (ValueError, KeyError, TypeError):
             raise UserError(f"--run: {table}: line {number} is no sample of RL; move the file away") from None
         sample = by_key.get(key)
@@ -151,7 +151,7 @@ def add_training_view(each: Round, table: Path) -> None:
         sample.reason = sample.why = None
     for sample in each.samples:
         if sample.advantages is None and sample.reason is None:
-            sample.reason, sample.why = "late", "late: the reply came when RL had begun to train without it"
+            sample.reason, sample.why = "late", "late: the reply arrived after RL had begun to train without it"
 
 
 def scores_by_text(rounds: Sequence[Round]) -> dict[tuple[str, tuple[str, ...]], list[float]]:
@@ -170,26 +170,26 @@ def scores_by_text(rounds: Sequence[Round]) -> dict[tuple[str, tuple[str, ...]],
 def cost(name: str, abouts: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
     """Replies, models, tokens, dollars and time of one folder, from the sidecars and, for dollars, the spend log.
 
-    The log also holds what was paid for replies that could not be used; `unknown_usd` is the most that requests cost
-    whose fate nobody knows. `began`, `ended`: time stamps of the first and last reply.
+    The log also has the cost of unusable replies; `unknown_usd` is the most that requests without a known outcome
+    cost. `began`, `ended`: time stamps of the first and last reply.
     """
-    told = [about for about in abouts if about]
+    known = [about for about in abouts if about]
     usage: Counter[str] = Counter()
-    for about in told:
+    for about in known:
         if "copied_from" not in about:
             usage.update({key: value for key, value in (about.get("usage") or {}).items() if isinstance(value, int)})
-    dollars = [about.get("cost_usd") for about in told]
+    dollars = [about.get("cost_usd") for about in known]
     log = budget.read_log(folder / OURS / budget.LOG)
-    times = sorted(about["time"] for about in told if about.get("time"))
+    times = sorted(about["time"] for about in known if about.get("time"))
     usd = log.usd if log.requests else None if None in dollars else sum(dollars)
     return {
         "name": name,
-        "replies": len(told),
-        "asked": sum("copied_from" not in about for about in told),
-        "models": sorted({str(about.get("model")) for about in told}),
+        "replies": len(known),
+        "asked": sum("copied_from" not in about for about in known),
+        "models": sorted({str(about.get("model")) for about in known}),
         "tokens_in": usage["input_tokens"],
         "tokens_out": usage["output_tokens"],
-        "usd": usd if told else None,
+        "usd": usd if known else None,
         "unknown_usd": log.unknown_usd,
         "began": times[0] if times else None,
         "ended": times[-1] if times else None,
