@@ -193,8 +193,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help or "", action.default
-        shown = action.option_strings and default not in (None, False, argparse.SUPPRESS, "", [], ())
-        if not shown or "default" in text or action.nargs == 0:
+        shown = action.option_strings and action.nargs != 0 and default not in (None, argparse.SUPPRESS, "", [], ())
+        if not shown or "default" in text:
             return text
         if isinstance(default, (list, tuple)):
             return f"{text} (default: {' '.join(map(str, default))})".strip()

@@ -291,7 +291,7 @@ def question_images(images_dir: str | Path, qid: str) -> list[Path]:
         folder = Path(images_dir) / part / qid
         if folder.is_dir():
             numbered = [(int(match[1]), path) for path in folder.iterdir()
-                        if (match := re.fullmatch(r"choice_(\d+)\.png", path.name))]  # fmt: skip
+                        if (match := re.fullmatch(r"choice_(\d+)\.png", path.name)) and path.is_file()]  # fmt: skip
             image = folder / "image.png"
             return [image] * image.is_file() + [path for _, path in sorted(numbered)]
     return []
@@ -405,7 +405,7 @@ def _places(places: Iterable[Path]) -> str:
 
 
 def _listing(lead: str, names: Iterable[str]) -> str:
-    return f"{lead} {', '.join(names)}" if list(names) else ""
+    return f"{lead} {', '.join(name[:40] for name in names)}" if list(names) else ""
 
 
 def _more(count: int) -> str:

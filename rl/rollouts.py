@@ -381,9 +381,9 @@ def read_decision(path: Path) -> dict:
     decision = files.read_json(path, "--run_dir", dict)
     scores, dropped = decision.get("scores"), decision.get("dropped")
     fits = isinstance(scores, dict) and isinstance(dropped, dict)
-    if not fits or not all(
-        isinstance(row, list) and all(isinstance(score, (int, float)) for score in row) for row in scores.values()
-    ) or not all(isinstance(keys, list) for keys in dropped.values()):  # fmt: skip
+    fits = fits and all(isinstance(row, list) for row in (*scores.values(), *dropped.values()))
+    numbers = [score for row in scores.values() for score in row] if fits else []
+    if not fits or not all(isinstance(score, (int, float)) and abs(score) < 1e6 for score in numbers):
         raise UserError(f"{path} is damaged; delete it: the scores are then read from the replies again")
     return decision
 
