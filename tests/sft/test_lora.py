@@ -212,6 +212,16 @@ def test_an_adapter_of_another_model_is_refused(tuned, tmp_path):
         script.load_adapter(base(tuned), tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("rank", [0, -1, 10_001, True, "4"])
+def test_a_rank_that_is_damage_is_refused(rank, tmp_path):
+    (tmp_path / "adapter_model.bin").touch()
+    write(tmp_path / "adapter_config.json", {"r": rank})
+    with pytest.raises(UserError, match=f"--lora: .*adapter_config.json: r is {rank!r}"):
+        script.check_adapter(tmp_path, "--lora")
+    write(tmp_path / "adapter_config.json", {"r": 10_000})
+    script.check_adapter(tmp_path, "--lora")
+
+
 def test_the_adapters_config_holds_no_key_that_peft_0_6_lacks(tuned, tmp_path):
     args = script.parse_args(["--model", str(tuned), "--lora_r", "2"])
     adapted = script.add_adapter(base(tuned), args)
