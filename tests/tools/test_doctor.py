@@ -359,7 +359,7 @@ def test_status_of_a_real_launch(clean, tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(r"^ok    questions .*d\\udcc3\\udca4t", done.stdout, re.M), done.stdout
     assert re.search(r"^FAIL  splits +--train_split: .* no split train", done.stdout, re.M)
-    assert "tools/doctor.py: error: 1 checks failed" in done.stderr
+    assert "doctor.py: error: 1 checks failed" in done.stderr
 
 
 # -- the same per split and stage; all faults in one go ------------------------------------------------------------
