@@ -3,9 +3,9 @@
     python extract_caption.py --data_root images --output data/instruct_captions.json
     python extract_caption.py --data_root images --model Salesforce/instructblip-flan-t5-xl --batch_size 8
 
-Folders {data_root}/{qid} are taken in order of their numbers, the image image.png or else choice_0.png. Decoding is
-greedy. Killed and run again it continues. Where MM-CoT's published instruct_captions.json is at hand prefer it: new
-captions differ from those that the released models were trained on. Left out: several GPUs, sampling.
+Folders {data_root}/{qid} are taken in the order of their numbers; the image is image.png, or else choice_0.png.
+Decoding is greedy, on one GPU. After a kill the same command continues. Prefer MM-CoT's published
+instruct_captions.json if you have it: new captions differ from those that the released models were trained on.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ares.cli import HelpFormatter, UserError, print0, progress, refuse, run, warn0
+from ares.cli import HelpFormatter, UserError, in_one_line, print0, progress, refuse, run, warn0
 from ares.files import read_json, writable_dir, write_json
-from vision.networks import hub_failure, list_images, offline_unless_reachable, pick_device, read_image
+from vision.extraction import list_images
+from vision.networks import hub_failure, offline_unless_reachable, pick_device, read_image
 
 PROMPT = "Write a short description for the image."
 
@@ -28,14 +29,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     files = parser.add_argument_group("files")
     files.add_argument("--data_root", default="images", metavar="DIR", help="folder of {qid}/image.png")
     files.add_argument(
-        "--splits", nargs="+", metavar="NAME", help="subfolders of it (default: train val test if there)"
+        "--splits", nargs="+", metavar="NAME", help="its subfolders (default: train val test, if there)"
     )
     files.add_argument("--output", default="instruct_captions.json", metavar="FILE", help="caption file to write")
-    files.add_argument("--overwrite", action="store_true", help="replace captions that were made otherwise")
-    files.add_argument("--strict", action="store_true", help="stop at a broken image (default: listed, no caption)")
+    files.add_argument("--overwrite", action="store_true", help="replace captions made with other settings")
+    files.add_argument("--strict", action="store_true", help="stop at a broken image (default: a warning, no caption)")
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="Salesforce/instructblip-vicuna-7b", help="folder or hub id of the model")
-    model.add_argument("--prompt", default=PROMPT, help='what the model is asked ("" for one that takes no prompt)')
+    model.add_argument("--prompt", default=PROMPT, help='instruction for the model ("" for one that takes none)')
     model.add_argument("--max_new_tokens", type=int, default=40, help="longest caption, in tokens")
     running = parser.add_argument_group("running")
     running.add_argument("--batch_size", type=int, default=16, help="images at a time")
@@ -48,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Captions:
-    """The captions made so far, in a hidden file beside the output, with the settings they were made by."""
+    """The captions made so far, with the settings they were made with, in `.{output}.part` beside the output."""
 
     def __init__(self, output: Path, settings: dict[str, Any], images: dict[str, Path]):
         self.output, self.images = output, images
@@ -63,6 +64,7 @@ class Captions:
                 print0(f"continuing after {len(earlier['captions'])} captions")
 
     def missing(self) -> list[str]:
+        """Question ids whose images have not been captioned yet."""
         known = self.record["captions"].keys() | set(self.record["broken"])
         return [qid for qid in self.images if qid not in known]
 
@@ -72,14 +74,14 @@ class Captions:
         write_json(self.part, self.record, indent=None)
 
     def finish(self) -> None:
-        """Write the caption file, in the order of the images; what it was made by stands behind the captions."""
+        """Write the caption file: captions in the order of the images, then the settings."""
         made = self.record.pop("captions")
         write_json(self.output, {"captions": {qid: made[qid] for qid in self.images if qid in made}, **self.record})
         self.part.unlink(missing_ok=True)
 
 
-def is_there(output: Path, settings: dict[str, Any], images: dict[str, Path], overwrite: bool) -> bool:
-    """Whether the caption file is there already. Raises UserError rather than replace one that was made otherwise."""
+def is_complete(output: Path, settings: dict[str, Any], images: dict[str, Path], overwrite: bool) -> bool:
+    """Whether the caption file exists. Raises UserError if there is one for other images or with other settings."""
     if not output.exists() or overwrite:
         return False
     found = read_json(output, "--output", dict)
@@ -91,12 +93,6 @@ def is_there(output: Path, settings: dict[str, Any], images: dict[str, Path], ov
         f"--output: {output} is there, for other images or by another model or prompt; add --overwrite to replace it, "
         "or name another file"
     )
-
-
-def _reason(model: str, error: Exception) -> str:
-    if os.path.isdir(model):
-        return " ".join(str(error).split())[:160] or type(error).__name__
-    return hub_failure(error)
 
 
 class Captioner:
@@ -112,28 +108,25 @@ class Captioner:
         if not os.path.isdir(model):
             offline_unless_reachable()
         try:
-            # False: else the library asks on the terminal whether it may run code that lies beside the weights
+            # without trust_remote_code=False the library asks on the terminal whether to run code beside the weights
             self.processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
             self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=self.dtype, trust_remote_code=False)
         except Exception as error:  # the library has many errors for absent, unknown, damaged and unfit models
+            reason = in_one_line(error, 160) if os.path.isdir(model) else hub_failure(error)
             raise UserError(
-                f"--model: cannot load {model} ({_reason(model, error)}); name a folder with an image-to-text model"
+                f"--model: cannot load {model} ({reason}); name a folder with an image-to-text model"
             ) from error
         self.model.eval().to(self.device)
-        self.prompt = self._wrap(prompt)
-
-    def _wrap(self, prompt: str) -> str:
-        """The prompt as a chat where the model is a chat model."""
-        if not getattr(self.processor, "chat_template", None):
-            return prompt
-        content = [{"type": "image"}, {"type": "text", "text": prompt}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        self.prompt = prompt
+        if getattr(self.processor, "chat_template", None):
+            chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+            self.prompt = self.processor.apply_chat_template(chat, add_generation_prompt=True)
 
     def __call__(self, images: Sequence[Any]) -> list[str]:
         """One caption per RGB picture."""
         import torch
 
-        # one prompt for all: equal lengths, so nothing is padded
+        # all have the same prompt, so nothing is padded
         text = {"text": [self.prompt] * len(images)} if self.prompt else {}
         inputs = self.processor(images=list(images), **text, return_tensors="pt").to(self.device, self.dtype)
         with torch.inference_mode():
@@ -146,7 +139,7 @@ class Captioner:
 
 
 def caption(captioner: Captioner, captions: Captions, batch_size: int, strict: bool) -> None:
-    """Caption what is missing. Raises UserError at a broken image if `strict`."""
+    """Caption the missing images. Raises UserError at a broken image if `strict`."""
     todo = captions.missing()
     total = len(captions.images)
     with progress(desc="captions", total=total, initial=total - len(todo), unit="img") as bar:
@@ -173,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = Path(args.output)
     writable_dir(output.parent, "--output")
     settings = {"model": args.model, "prompt": args.prompt, "max_new_tokens": args.max_new_tokens}
-    if is_there(output, settings, images, args.overwrite):
+    if is_complete(output, settings, images, args.overwrite):
         print0(f"{output}: captions of {len(images)} images, there already")
         return
     captions = Captions(output, settings, images)

@@ -24,10 +24,12 @@ from typing import Any
 
 from ares import cli
 from ares.data_folder import find_images, question_images
-from teacher import agreement, client, estimate, handoff
+from teacher import client, estimate, handoff
 from teacher.budget import Ledger
+from teacher.handoff import prepare_request
+from teacher.interface import SCORE, Teacher
 from teacher.prompts import WORDING, scoring_request
-from teacher.requests import prepare_request
+from teacher.session import OURS, Report, Session
 
 HEARTBEAT = 60.0  # seconds between lines while --watch waits
 
@@ -65,7 +67,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def find_items(args: argparse.Namespace) -> handoff.Items:
+def find_items(args: argparse.Namespace) -> list[handoff.Item]:
     """The exported rationales of the wanted actions. Raises UserError if there are none."""
     items = handoff.iter_items(args.questions_dir)
     found = sorted({item.action for item in items})
@@ -76,7 +78,7 @@ def find_items(args: argparse.Namespace) -> handoff.Items:
     absent = [action for action in args.actions or [] if action not in found]
     if absent:
         raise cli.UserError(f"--actions: {args.questions_dir} has no action {absent[0]}; it has {found}")
-    return handoff.Items(item for item in items if item.action in args.actions) if args.actions else items
+    return [item for item in items if item.action in args.actions] if args.actions else items
 
 
 class Signals:
@@ -84,9 +86,9 @@ class Signals:
 
     def __init__(self, args: argparse.Namespace, exported: bool):
         self.args, self.exported = args, exported
-        self.waiting: dict[int, client.Report] = {}
+        self.waiting: dict[int, Report] = {}
 
-    def settled(self, action: int, report: client.Report) -> None:
+    def settled(self, action: int, report: Report) -> None:
         lost = Counter(reason for item, reason in report.blocking().items() if item.action == action)
         if self.args.no_done or (lost and not self.args.accept_missing):
             return
@@ -112,7 +114,7 @@ class Watch:
     nothing is created there before RL has. `start(teacher, signals)` makes the Session of a round.
     """
 
-    def __init__(self, args: argparse.Namespace, start: Callable[[client.Teacher, Signals], client.Session]):
+    def __init__(self, args: argparse.Namespace, start: Callable[[Teacher, Signals], Session]):
         self.args, self.start = args, start
         self.folder = Path(args.questions_dir)
         self.deadline = time.monotonic() + 3600 * args.watch
@@ -137,7 +139,7 @@ class Watch:
             if not rounds_to_come(self.folder):
                 return
 
-    def round(self, session: client.Session, signals: Signals, folder: Any) -> bool:
+    def round(self, session: Session, signals: Signals, folder: Any) -> bool:
         """Answer one round's rationales as they come; False if RL has moved the folder away before its end."""
         known: dict[Path, set[str]] = {}  # {k}/p{rank} -> its questions
         while True:
@@ -145,7 +147,7 @@ class Watch:
             exports = handoff.iter_items(self.folder)
             if _identity(self.folder) != folder:
                 return False
-            items = handoff.Items(item for item in exports if item.qid not in known.get(item.folder.parent, ()))
+            items = [item for item in exports if item.qid not in known.get(item.folder.parent, ())]
             for item in items:
                 known.setdefault(item.folder.parent, set()).add(item.qid)
             if items:
@@ -158,7 +160,7 @@ class Watch:
             have = report.kept + report.answered
             self.wait(f"{have} of {report.total} rationales so far are answered; waiting for RL to export more")
 
-    def prepare(self, session: client.Session, items: Sequence[handoff.Item]) -> None:
+    def prepare(self, session: Session, items: Sequence[handoff.Item]) -> None:
         """Write the requests."""
         for item in items:
             if item.qid not in session.problems:
@@ -210,29 +212,29 @@ def rounds_to_come(questions: Path) -> bool:
         return False
 
 
-def check(args: argparse.Namespace, items: Sequence[handoff.Item], first: client.Session) -> None:
+def check(args: argparse.Namespace, items: Sequence[handoff.Item], first: Session) -> None:
     """Print how far the Teacher of the flags and `--against` agree on `--check` rationales."""
     askable = [item for item in items if _sentences(item)]
-    chosen = agreement.sample_items(askable, args.check)
+    chosen = estimate.sample_items(askable, args.check)
     other = args.against or "reference"
     second_args = argparse.Namespace(**vars(args))
     second_args.teacher = "reference" if other == "reference" else "claude"
     second_args.teacher_model, second_args.price = other, None  # --price is the first one's
     if (second_args.teacher, other) == (args.teacher, args.teacher_model if args.teacher == "claude" else "reference"):
         raise cli.UserError(f"--against: {other} is the Teacher itself; name another")
-    ledger = getattr(first.teacher, "ledger", None) or Ledger(Path(args.questions_dir) / client.OURS, args.max_usd)
+    ledger = getattr(first.teacher, "ledger", None) or Ledger(Path(args.questions_dir) / OURS, args.max_usd)
     second = client.make_session(
         args.questions_dir,
         client.make_teacher(second_args, ledger),
-        client.SCORE,
+        SCORE,
         second_args,
         wording=WORDING,
         problems=first.problems,
         images_dir=first.images_dir,
     )
-    scores = [agreement.scores_of(session, chosen) for session in (first, second)]
+    scores = [estimate.scores_of(session, chosen) for session in (first, second)]
     cli.print0(f"{first.teacher.name} {first.teacher.model} against {second.teacher.name} {second.teacher.model}")
-    for line in agreement.report(*scores):
+    for line in estimate.agreement_lines(*scores):
         cli.print0(line)
 
 
@@ -253,11 +255,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise cli.UserError(f"{what} needs problems.json; name its folder with --data_root")
     signals = Signals(args, exported)
 
-    def session_with(each: client.Teacher, signals: Signals | None) -> client.Session:
+    def session_with(each: Teacher, signals: Signals | None) -> Session:
         return client.make_session(
             args.questions_dir,
             each,
-            client.SCORE,
+            SCORE,
             args,
             wording=WORDING,
             problems=problems,

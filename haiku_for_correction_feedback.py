@@ -7,8 +7,8 @@
 
 Reads `{correction_dir}/0/p0/{qid}/` (made by preprocessing_for_correction_feedback.py), writes the replies beside the
 requests, and then `{data_root}/{dataset}/correction.json`: all problems, the solutions of the train questions replaced
-by the corrected rationales. A reply that is empty, unusable or only says "unchanged" falls back to the rationale
-itself. Run it again to go on: only what has no usable reply is asked.
+by the corrected rationales. Where a reply is empty, unusable or only says "unchanged", the rationale itself is used.
+Run it again to continue: it asks only for what has no usable reply.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ares import cli, files
-from ares.data_folder import find_dataset, find_images, load_problems, load_splits, split_qids
-from teacher import client, estimate, handoff
+from ares.data_folder import find_images, read_data_folder
+from teacher import client, estimate, handoff, reply_files
+from teacher.interface import CORRECT, Teacher
 from teacher.prompts import WORDING
-from teacher.reply_files import REFUSED_REPLY, reason_of
-from teacher.requests import read_rationales
+from teacher.session import Session
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,37 +50,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def final_rationales(
-    items: Sequence[handoff.Item], rationales: Mapping[str, str]
-) -> tuple[dict[str, str], Counter[str], list[str]]:
-    """(qid -> final rationale, counts of what became of them, qids without any reply).
+@dataclass
+class Corrections:
+    """What the replies make of the rationales."""
 
-    `rationales`: qid -> what was sent, also for questions without a folder.
-    """
+    final: dict[str, str] = field(default_factory=dict)  # qid -> corrected rationale, or the original one
+    counts: Counter[str] = field(default_factory=Counter)  # "replaced", "unchanged", "fell back: {reason}" -> number
+    missing: list[str] = field(default_factory=list)  # questions without a reply
+
+
+def read_corrections(items: Sequence[handoff.Item], rationales: Mapping[str, str]) -> Corrections:
+    """Read every reply. `rationales`: qid -> what was sent, also for questions without a folder."""
     folders = {item.qid: item.folder for item in items}
-    final: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    missing = []
+    found = Corrections(final=dict(rationales))
     for qid, rationale in rationales.items():
-        if qid not in folders or not os.path.lexists(folders[qid] / handoff.REPLY):
-            final[qid] = rationale
-            if qid in folders and (folders[qid] / REFUSED_REPLY).exists():  # cut off, though it reads well
-                word = reason_of(folders[qid]).partition(":")[0].strip() or "cut off"
-                counts[f"fell back: {word}"] += 1
+        folder = folders.get(qid)
+        if folder is None or not os.path.lexists(folder / handoff.REPLY):
+            if folder is not None and (folder / handoff.REFUSED_REPLY).exists():  # cut off, though it can be read
+                word = reply_files.reason_of(folder).partition(":")[0].strip() or "cut off"
+                found.counts[f"fell back: {word}"] += 1
             else:
-                missing.append(qid)
+                found.missing.append(qid)
             continue
         try:
-            final[qid] = client.read_reply(client.CORRECT, folders[qid])
-            counts["unchanged" if final[qid] == rationale else "replaced"] += 1
+            found.final[qid] = reply_files.read_reply(CORRECT, folder)
+            found.counts["unchanged" if found.final[qid] == rationale else "replaced"] += 1
         except handoff.Refused as refused:
-            final[qid] = rationale
-            counts["unchanged" if refused.reason == "unchanged" else f"fell back: {refused.reason}"] += 1
-    return final, counts, missing
+            found.counts["unchanged" if refused.reason == "unchanged" else f"fell back: {refused.reason}"] += 1
+    return found
 
 
 def corrected(problems: Mapping[str, Any], final: Mapping[str, str]) -> dict[str, Any]:
-    """All problems, with the final rationales as solutions. An empty one teaches nothing: gold stays."""
+    """All problems, with the final rationales as solutions. The gold solution stays where the rationale is empty."""
     return {
         qid: {**problem, "solution": final[qid]} if final.get(qid, "").strip() else problem
         for qid, problem in problems.items()
@@ -106,14 +108,14 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     return distance
 
 
-def told(final: Mapping[str, str], rationales: Mapping[str, str], counts: Counter[str]) -> str:
+def summary(found: Corrections, rationales: Mapping[str, str]) -> str:
     """One line: what became of the rationales, and how many words the corrections changed."""
     changed = [
         (edit_distance(rationales[qid].split(), text.split()), len(rationales[qid].split()))
-        for qid, text in final.items()
+        for qid, text in found.final.items()
         if text != rationales[qid]
     ]
-    line = f"{client.in_words(+counts)} of {len(rationales)} rationales"
+    line = f"{client.in_words(+found.counts)} of {len(rationales)} rationales"
     if changed:
         edits, words = (sum(column) / len(changed) for column in zip(*changed, strict=True))
         line += f"; mean edit distance of the replaced ones {edits:.1f} words of {words:.1f}"
@@ -122,9 +124,8 @@ def told(final: Mapping[str, str], rationales: Mapping[str, str], counts: Counte
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    dataset = find_dataset(args.data_root, args.dataset)
-    problems = load_problems(args.data_root, dataset)
-    train_qids = split_qids(load_splits(args.data_root, dataset, problems), args.train_split, "--train_split")
+    data = read_data_folder(args.data_root, args.dataset)
+    problems, train_qids = data.problems, data.split(args.train_split, "--train_split")
     items = handoff.iter_items(args.correction_dir, 0)
     if not items:
         raise cli.UserError(
@@ -144,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--correction_dir: {refused}; run preprocessing_for_correction_feedback.py again"
         ) from None
     if args.rationales:
-        wanted = read_rationales(args.rationales, train_qids)
+        wanted = handoff.read_rationales(args.rationales, train_qids)
         other = [qid for qid in rationales if qid in wanted and wanted[qid].split() != rationales[qid].split()]
         if other:
             raise cli.UserError(
@@ -153,11 +154,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"--rationales {args.rationales} --correction_dir {args.correction_dir} first"
             )
         rationales = {**wanted, **rationales}
-    output = Path(args.output or Path(args.data_root) / dataset / "correction.json")
+    output = Path(args.output or data.root / data.dataset / "correction.json")
 
-    def session_with(each: client.Teacher) -> client.Session:
+    def session_with(each: Teacher) -> Session:
         more = {"wording": WORDING, "problems": problems, "images_dir": find_images(args)}
-        return client.make_session(args.correction_dir, each, client.CORRECT, args, **more)
+        return client.make_session(args.correction_dir, each, CORRECT, args, **more)
 
     if args.estimate or args.show:
         session = session_with(client.make_teacher(args))
@@ -181,16 +182,16 @@ def write_correction(
     rationales: Mapping[str, str],
     train_qids: Sequence[str],
 ) -> None:
-    """Write correction.json and say what is in it. Raises UserError if replies are missing, unless accepted."""
-    final, counts, missing = final_rationales(items, rationales)
-    if missing and not args.accept_missing:
+    """Write correction.json and print a summary. Raises UserError for missing replies without --accept-missing."""
+    found = read_corrections(items, rationales)
+    if found.missing and not args.accept_missing:
         raise cli.UserError(
-            f"{len(missing)} of {len(rationales)} questions have no reply (first: {missing[0]}), {output} is not "
-            "written; prepare and ask for them, or add --accept-missing to keep their rationales as they are"
+            f"{len(found.missing)} of {len(rationales)} questions have no reply (first: {found.missing[0]}), {output} "
+            "is not written; prepare and ask for them, or add --accept-missing to keep their rationales as they are"
         )
-    counts["fell back: no reply"] += len(missing)
-    files.write_json(output, corrected(problems, final))
-    cli.print0(f"{output}: {told(final, rationales, counts)}")
+    found.counts["fell back: no reply"] += len(found.missing)
+    files.write_json(output, corrected(problems, found.final))
+    cli.print0(f"{output}: {summary(found, rationales)}")
     left = len(train_qids) - len(rationales)
     if left:
         cli.warn0(f"{left} of {len(train_qids)} train questions have no rationale and keep their gold solution")

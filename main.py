@@ -6,12 +6,11 @@
         --bs 8 --epoch 20 --lr 8e-5 --output_len 512 --use_generate --final_eval
     accelerate launch main.py ... --evaluate_dir RL_models/RUN/0      # rationales of a model; trains nothing
 
-`--model` may be a plain T5 (image layers start fresh, from --seed), a released MM-CoT/ARES checkpoint, or a folder
+`--model` may be a plain T5 (image layers are initialised from --seed), a released MM-CoT/ARES checkpoint, or a folder
 that this project wrote. The trained model and `predictions_ans_{test,eval,train}.json` go to one folder under
 --output_dir, named after the flags; with --evaluate_dir the files go to that folder. The same command after a kill
 continues. Several processes on CPU: `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 main.py ...`.
-
-Leaves out: sentence rewards (run_mm_cot_rl.py), adapters (run_mm_cot_lora.py). The work is in sft/run.py.
+The steps of a run are in sft/run.py.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from sft.lora import peft_fault
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags as in the released code, ours besides; contradictions end here, before anything is loaded."""
+    """The released code's flags and ours. Raises UserError for contradictions, before anything is loaded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_common_flags(parser, output_len=64, lr=5e-5)
     group = sft_run.add_sft_flags(parser)
@@ -40,14 +39,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run_name(args: argparse.Namespace) -> str:
     """The released name of a run's folder; beyond 255 bytes its end becomes a hash."""
+    model, correction = (str(path).rstrip("/").replace("/", "-") for path in (args.model, args.correction_file))
     name = (
-        f"{args.user_msg}_{sft_run.flat(args.model)}_{args.img_type}_{args.prompt_format}_lr{args.lr}"
+        f"{args.user_msg}_{model}_{args.img_type}_{args.prompt_format}_lr{args.lr}"
         f"_bs{args.bs * cli.world_size()}_op{args.output_len}_ep{args.epoch}"
     )
     name += f"_{args.sep}" if args.sep else ""
     name += f"_seed{args.seed}"
     name += f"_{args.w_train_le}" if args.w_train_le else ""
-    name += f"_{sft_run.flat(args.correction_file).removesuffix('.json')}" if args.correction_file else ""
+    name += f"_{correction.removesuffix('.json')}" if args.correction_file else ""
     return files.short_name(name)
 
 
@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         cli.warn0(fault)  # before it is needed: the stages before it take hours
     source = args.evaluate_dir or args.model
     folder = Path(args.evaluate_dir or args.run_dir or Path(args.output_dir) / run_name(args))
-    sft_run.check_run_dir(folder, source if not args.evaluate_dir else None)
+    if not args.evaluate_dir:
+        sft_run.check_run_dir(folder, args.model)
 
     from model import T5ForMultimodalGeneration, check_checkpoint
 

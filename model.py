@@ -11,41 +11,50 @@ Text states attend once to the image's patches after the encoder's last norm (Zh
     states   = (1 - g) * text + g * attended
 
 Text positions do not see each other here, so padding, on the right and as short as the batch allows, changes nothing.
-Left out: T5 encoders or decoders alone, TensorFlow/JAX weights, quantised loading. Released checkpoints
-(`pytorch_model.bin`, a config.json without image fields, `value_function.pth`) and our own safetensors folders load
-alike; pickles are only ever read with `weights_only=True`. A model without `patch_size` is a plain T5: text only.
+Released checkpoints (`pytorch_model.bin`, a config.json without image fields, `value_function.pth`) and our own
+safetensors folders load alike; pickles are only ever read with `weights_only=True`. A model without `patch_size` is a
+plain T5: text only.
 """
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5ForConditionalGeneration
 from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import logging as transformers_logging
 
-from ares.checkpoints import check_shapes, img_shape, load_state_dict, local_folder, read_shapes
-from ares.cli import UserError, in_one_line
-from ares.decoding import CACHE
+from ares.checkpoints import (
+    MultimodalT5Config,
+    PatchSize,
+    as_multimodal,
+    check_shapes,
+    load_state_dict,
+    local_folder,
+    read_config,
+    read_shapes,
+)
+from ares.cli import UserError, img_shape, in_one_line
 from ares.files import atomic_path
 from ares.head import label_loss
-from ares.t5_config import MultimodalT5Config, PatchSize, as_multimodal, read_config
 
 VALUE_FUNCTION = "value_function.pth"
+# transformers 5.18 or so renamed the argument
+CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else "past_key_values"
 FUSION = ("encoder.image_dense.", "encoder.mha_layer.", "encoder.gate_dense.")
 EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # one tensor with shared.weight, always
 
-transformers_logging.disable_progress_bar()  # "Loading weights" and the like: lines in every log, from every rank
+transformers_logging.disable_progress_bar()  # else every rank logs "Loading weights" and the like
 
 
 # -- policy ----------------------------------------------------------------------------------------------
@@ -93,7 +102,7 @@ class MultimodalEncoder(_LibraryInit, T5Stack):
         text = outputs.last_hidden_state  # (B, S, d)
         patches = self.image_dense(image_ids.to(text.dtype))  # (B, P, d)
         attended, _ = self.mha_layer(text, patches, patches, need_weights=False)  # (B, S, d)
-        gate = torch.sigmoid(self.gate_dense(torch.cat([text, attended], dim=-1)))
+        gate = torch.sigmoid(self.gate_dense(torch.cat([text, attended], dim=-1)))  # (B, S, d)
         outputs.last_hidden_state = (1 - gate) * text + gate * attended
         return outputs
 
@@ -107,7 +116,11 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
     def __init__(self, config: T5Config, patch_size: PatchSize | None = None):
         super().__init__(as_multimodal(config, patch_size))
         self.encoder = MultimodalEncoder(self.encoder.config)
-        _fuse_gelu(self)
+        for module in self.modules():
+            if isinstance(getattr(module, "act", None), NewGELUActivation):
+                # T5's "gelu_new" by one kernel instead of the library's eight, same formula, same config.json: saves
+                # 16% of a forward and backward pass on a CPU, and seven tensors of d_ff per layer that autograd kept
+                module.act = nn.GELU(approximate="tanh")
         self.post_init()
 
     @classmethod
@@ -116,7 +129,7 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
 
         Layers that the checkpoint lacks (image layers, `v_head`) are drawn from `seed`, without touching the global
         random state. Weights are float32 unless `dtype` says otherwise. Raises UserError when the folder holds no
-        whole T5 or was made for other features.
+        complete T5 or was made for other features.
         """
         folder = local_folder(pretrained_model_name_or_path, kwargs)
         info = read_checkpoint(folder, "from_pretrained")
@@ -129,8 +142,9 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
                 setattr(kwargs["config"], name, value)
         else:
             kwargs.update(fields)
-        want_info = kwargs.pop("output_loading_info", False)
-        with _seeded(seed):
+        # fork_rng and default_generator, not manual_seed: the CUDA generators keep their state
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(seed)
             model, loading = super().from_pretrained(
                 folder, *args, output_loading_info=True, **{"dtype": torch.float32, **kwargs}
             )
@@ -138,7 +152,7 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
         if lost := sorted(key for key in loading["missing_keys"] if not key.startswith(fresh)):
             raise UserError(f"{folder}: {lost[0]} and {len(lost) - 1} more tensors are missing from the checkpoint")
         model._check_tying()
-        return (model, loading) if want_info else model
+        return model
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         # transformers ties all or nothing; in an untied T5 only lm_head is separate
@@ -155,7 +169,7 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
             )
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
-        """As the library's, for encoder and decoder too: before transformers 5.24 or so it passes these by."""
+        """As the library's, for encoder and decoder, too, which transformers before about 5.24 skips."""
         for part in (super(), self.encoder, self.decoder):
             part.set_attn_implementation(attn_implementation, *args, **kwargs)
 
@@ -176,42 +190,40 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
-        """As T5's forward, with `image_ids`. `num_items_in_batch` (set by the Trainer): real targets of the whole
-        optimizer step; the loss is then their share of its mean, so accumulation steps may differ in length. It comes
-        without logits, which never exist all at once then (ares/head.py)."""
+        """As T5's forward, with `image_ids`; returns loss (if `labels`) and logits (B, L, V).
+
+        `num_items_in_batch` (set by the Trainer): real targets of the optimizer step, on all processes. The loss
+        is then the sum over this batch's real labels divided by it, so accumulation steps may differ in length, and
+        comes without logits, which never exist all at once (ares/head.py).
+        """
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_ids, attention_mask, image_ids, inputs_embeds=inputs_embeds)
-        # a head that wears an adapter is more than its weight
-        if labels is not None and num_items_in_batch is not None and type(self.lm_head) is nn.Linear:
-            ids = self._shift_right(labels) if decoder_input_ids is None else decoder_input_ids
-            loss = self._label_loss(ids, decoder_attention_mask, encoder_outputs[0], attention_mask, labels)
-            return Seq2SeqLMOutput(loss=loss / num_items_in_batch)
-        outputs = super().forward(
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            labels=labels,
-            encoder_outputs=encoder_outputs,
-            **kwargs,
-        )
-        if labels is not None and num_items_in_batch is not None:
-            loss = outputs[0] * (labels != -100).sum() / num_items_in_batch
-            if isinstance(outputs, tuple):
-                return (loss, *outputs[1:])
-            outputs.loss = loss
-        return outputs
+        if labels is None or num_items_in_batch is None:
+            return super().forward(
+                attention_mask=attention_mask,
+                decoder_input_ids=decoder_input_ids,
+                decoder_attention_mask=decoder_attention_mask,
+                labels=labels,
+                encoder_outputs=encoder_outputs,
+                **kwargs,
+            )
+        states = self._decode(encoder_outputs, attention_mask, decoder_input_ids, decoder_attention_mask, labels)
+        states, real = states * self.config.head_scale, labels != -100
+        if type(self.lm_head) is nn.Linear:
+            loss = label_loss(states[real], self.lm_head.weight, labels[real])
+        else:  # a head with a LoRA adapter is more than its weight
+            loss = F.cross_entropy(self.lm_head(states)[real], labels[real], reduction="sum")
+        return Seq2SeqLMOutput(loss=loss / num_items_in_batch)
 
-    def _label_loss(self, ids, decoder_attention_mask, states, attention_mask, labels) -> torch.Tensor:
-        """Summed loss of the real labels."""
-        decoded = self.decoder(
-            input_ids=ids,
+    def _decode(self, encoder_outputs, attention_mask, decoder_input_ids, decoder_attention_mask, labels):
+        """Decoder states (B, L, d) of `decoder_input_ids`, or, if None, of `labels` shifted right."""
+        return self.decoder(
+            input_ids=self._shift_right(labels) if decoder_input_ids is None else decoder_input_ids,
             attention_mask=decoder_attention_mask,
-            encoder_hidden_states=states,
+            encoder_hidden_states=encoder_outputs[0],
             encoder_attention_mask=attention_mask,
             use_cache=False,
-        ).last_hidden_state  # (B, L, d)
-        real = labels != -100
-        return label_loss(decoded[real] * self.config.head_scale, self.lm_head.weight, labels[real])
+        ).last_hidden_state
 
     @torch.no_grad()
     def generate(self, inputs=None, *, input_ids=None, attention_mask=None, image_ids=None, **kwargs):
@@ -228,16 +240,6 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
         return super().generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
 
-def _fuse_gelu(model: nn.Module) -> None:
-    """T5's "gelu_new" by PyTorch's one kernel instead of the library's eight: same formula, same config.json.
-
-    Saves 16% of a forward and backward pass on a CPU, and seven tensors of d_ff per layer that autograd kept.
-    """
-    for module in model.modules():
-        if isinstance(getattr(module, "act", None), NewGELUActivation):
-            module.act = nn.GELU(approximate="tanh")
-
-
 def choose_attention(model: Any, device: torch.device) -> None:
     """SDPA on a GPU, where this transformers has it for T5 (5.0 has not); plain attention on a CPU: SDPA has no fused
     kernel there for T5's learnt position bias, and an update takes 8% less without it."""
@@ -248,7 +250,7 @@ def choose_attention(model: Any, device: torch.device) -> None:
 
 
 class T5ForMultimodalGenerationValueFunction(T5ForMultimodalGeneration):
-    """A whole copy of the policy whose decoder states go to `v_head`: one value per decoder position.
+    """A full copy of the policy whose decoder states go to `v_head`: one value per decoder position.
 
     `lm_head` is never used. It is frozen where it is a tensor of its own; in a tied checkpoint it is `shared`, which
     trains.
@@ -271,15 +273,14 @@ class T5ForMultimodalGenerationValueFunction(T5ForMultimodalGeneration):
         """As the policy's; takes `value_function.pth` where the folder has one, else the policy's weights and a fresh
         `v_head` drawn from `seed`."""
         folder = local_folder(pretrained_model_name_or_path, kwargs)
-        loaded = super().from_pretrained(folder, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model = super().from_pretrained(folder, *args, **kwargs)
         if (path := folder / VALUE_FUNCTION).exists():
             state = load_state_dict(path, "from_pretrained", "cpu")
             expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
             check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, expected, path, "value model")
             model.load_state_dict(state)
         model._freeze_lm_head()
-        return loaded
+        return model
 
     def forward(
         self,
@@ -291,29 +292,21 @@ class T5ForMultimodalGenerationValueFunction(T5ForMultimodalGeneration):
         labels: torch.Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
     ) -> torch.Tensor:
-        """Values (B, L): column t is the value of having written `decoder_input_ids[:, :t + 1]`.
+        """Values (B, L): column t is the value of the state after `decoder_input_ids[:, :t + 1]`.
 
-        `encoder_outputs` come from this model's `encode`, not from the policy's. `labels` only stand in for missing
-        `decoder_input_ids` (shifted right).
+        `encoder_outputs` come from this model's `encode`, not from the policy's. `labels`, shifted right, replace
+        missing `decoder_input_ids`; there is no loss.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_ids, attention_mask, image_ids)
-        if decoder_input_ids is None:
-            decoder_input_ids = self._shift_right(labels)
-        states = self.decoder(
-            input_ids=decoder_input_ids,
-            attention_mask=decoder_attention_mask,
-            encoder_hidden_states=encoder_outputs[0],
-            encoder_attention_mask=attention_mask,
-            use_cache=False,
-        ).last_hidden_state  # (B, L, d)
-        return self.v_head(states).squeeze(-1)
+        states = self._decode(encoder_outputs, attention_mask, decoder_input_ids, decoder_attention_mask, labels)
+        return self.v_head(states).squeeze(-1)  # (B, L, d) -> (B, L)
 
 
 def save_value_function(
     value_model: T5ForMultimodalGenerationValueFunction, folder: str | os.PathLike, state: dict | None = None
 ) -> Path:
-    """Write `folder`/value_function.pth (atomically): the whole state dict, under the released names.
+    """Write `folder`/value_function.pth (atomically): the full state dict, under the released names.
 
     `state`: the state dict where the model holds only a part of it (FSDP)."""
     path = Path(folder) / VALUE_FUNCTION
@@ -346,7 +339,7 @@ def check_checkpoint(
     img_type: str | None = None,
     flag: str = "--model",
 ) -> CheckpointInfo | None:
-    """Check, before any model is loaded, that `folder` holds a whole T5 that fits the vision features.
+    """Check, before any model is loaded, that `folder` holds a complete T5 that fits the vision features.
 
     Reads config.json and the weights' headers only. `patch_size` None means text only. `flag` is named in the
     messages. Returns None for what can only be a hub id. Raises UserError.
@@ -359,7 +352,7 @@ def check_checkpoint(
 
 
 def read_checkpoint(folder: Path, flag: str) -> CheckpointInfo:
-    """What `folder` holds, checked to be a whole T5 of whatever features. Raises UserError naming `flag`."""
+    """What `folder` holds, checked to be a complete T5 of whatever features. Raises UserError naming `flag`."""
     if not folder.is_dir():
         raise UserError(f"{flag}: {folder} does not exist; name a model folder or a hub id")
     config = read_config(folder, flag)
@@ -413,11 +406,3 @@ def types_that_fit(patch_size: PatchSize) -> list[str]:
     return [
         name for name, (patches, dim) in img_shape.items() if dim == patch_size[1] and patch_size[0] in (None, patches)
     ]
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    # fork_rng and default_generator, not manual_seed: the CUDA generators stay out of it
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
-        yield

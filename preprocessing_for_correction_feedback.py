@@ -3,9 +3,9 @@
     python preprocessing_for_correction_feedback.py --data_root data \\
         --rationales RL_models/<run>/0/remove_repetitive_sentences.json
 
-Writes `{correction_dir}/0/p0/{qid}/` with the rationale, `input_for_llm.txt` and the question's images. Run it again
-at any time: what is there is left alone; a reply that answers another rationale (last round's) is set aside as
-`older_...`. Asks nobody anything: that is haiku_for_correction_feedback.py. Needs no torch.
+Writes `{correction_dir}/0/p0/{qid}/` with the rationale, `input_for_llm.txt` and the question's images. It may run
+again at any time: files that are there stay untouched; a reply to another rationale (of the last round) is renamed to
+`older_...`. haiku_for_correction_feedback.py then asks the Teacher. Needs no torch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ares import cli, files
-from ares.data_folder import find_dataset, load_problems, load_splits, split_qids
+from ares.data_folder import read_data_folder
 from teacher import handoff
 from teacher.prompts import correction_request
-from teacher.requests import images_of_questions, place_images, read_rationales, set_reply_aside, write_request
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -39,37 +38,36 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def prepare(folder: Path, problem: Mapping[str, Any], rationale: str, images: Sequence[Path]) -> bool:
     """Write one question's folder; True if the reply to another rationale had to be set aside.
 
-    The rationale file holds the whole rationale as its one entry: nothing of it may get lost in cutting.
+    The rationale file holds the whole rationale as its one entry, so that no part of it can be lost in splitting.
     """
     handoff.refuse_links(folder)
+    aside = False
     try:
         known = handoff.read_rationale(folder) == [rationale]
     except handoff.Refused:
         known = False
-    aside = not known and set_reply_aside(folder)
     if not known:
+        aside = handoff.set_reply_aside(folder)
         handoff.write_rationale(folder, [rationale])
-    place_images(folder, images)
-    write_request(folder, correction_request(problem, rationale))  # last: its presence says "ready"
+    handoff.write_request(folder, correction_request(problem, rationale), images)
     return aside
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    dataset = find_dataset(args.data_root, args.dataset)
-    problems = load_problems(args.data_root, dataset)
-    train_qids = split_qids(load_splits(args.data_root, dataset, problems), args.train_split, "--train_split")
-    rationales = read_rationales(args.rationales, train_qids)
+    data = read_data_folder(args.data_root, args.dataset)
+    train_qids = data.split(args.train_split, "--train_split")
+    rationales = handoff.read_rationales(args.rationales, train_qids)
     # one line per rationale file entry: the collator collapses white space anyway
     rationales = {qid: " ".join(text.split()) for qid, text in rationales.items()}
     files.writable_dir(args.correction_dir, "--correction_dir")
     if len(rationales) < len(train_qids):
         cli.print0(f"note: {args.rationales} covers {len(rationales)} of {len(train_qids)} train questions")
-    images = images_of_questions(args, problems, list(rationales))
+    images = handoff.images_of_questions(args, data.problems, list(rationales))
     set_aside = 0
     for qid, rationale in cli.progress(rationales.items(), desc="requests", unit="question"):
         folder = handoff.question_dir(args.correction_dir, 0, 0, qid)
-        set_aside += prepare(folder, problems[qid], rationale, images[qid])
+        set_aside += prepare(folder, data.problems[qid], rationale, images[qid])
     if set_aside:
         cli.print0(f"{set_aside} replies to older rationales set aside (older_{handoff.REPLY})")
     cli.print0(

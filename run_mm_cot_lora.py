@@ -11,10 +11,10 @@ the flags; `--evaluate_dir DIR` scores an adapter, ours or a released one, and t
 a kill continues.
 
 Every Linear is adapted: q, k, v, o, wi (wi_0, wi_1), wo, image_dense, gate_dense, and lm_head where it has weights of
-its own. Left out: lm_head of a tied model (it is the embedding: merging the adapter would change the input too), and
-`mha_layer.out_proj`, which PyTorch's attention reads past its module - an adapter there has no effect and no
-gradient. Released adapters have one; it is dropped on loading, with no change to any output. The work is in
-sft/run.py, the adapter itself in sft/lora.py.
+its own. Not adapted are lm_head of a tied model (it is the embedding: merging the adapter would change the input, too)
+and `mha_layer.out_proj`, whose weights PyTorch's attention uses without calling the module: an adapter there has no
+effect and no gradient. Released adapters have one; it is dropped on loading, with no change to any output. The steps
+of a run are in sft/run.py, the adapter is in sft/lora.py.
 """
 
 from __future__ import annotations
@@ -27,11 +27,9 @@ from ares import cli, files, launch
 from sft import run as sft_run
 from sft.lora import add_adapter, check_adapter, load_adapter, peft_fault
 
-LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_bias")
-
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags as in the released code, ours besides; contradictions end here, before anything is loaded."""
+    """The released code's flags and ours. Raises UserError for contradictions, before anything is loaded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_common_flags(parser, output_len=64, lr=5e-5)
     sft_run.add_sft_flags(parser)
@@ -42,7 +40,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--lora_bias", default="none", choices=("none", "all", "lora_only"), help="biases that train")
     group.add_argument("--rlh", nargs="?", const="True", help="a label, kept in args.yaml; nothing else reads it")
     args = parser.parse_args(argv)
-    given = cli.given_flags(parser, argv)
     problems = [fault] if (fault := peft_fault()) else []
     if args.lora_r < 1 or args.lora_alpha < 1:
         problems.append(f"--lora_r and --lora_alpha must be at least 1, not {args.lora_r} and {args.lora_alpha}")
@@ -50,26 +47,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         problems.append(f"--lora_dropout must be in [0, 1), not {args.lora_dropout}")
     if not args.run_dir and not args.evaluate_dir and not Path(args.model).is_dir():
         problems.append(f"--model: {args.model} is no folder to put the adapter into; for a hub id name a --run_dir")
-    sft_run.check_flags(args, given, problems, LORA_FLAGS)
+    sft_run.check_flags(args, cli.given_flags(parser, argv), problems)
     return args
 
 
 def run_name(args: argparse.Namespace) -> str:
-    """The released name of an adapter's folder; of any other prompt format than QCM-A, the paper's, followed by it."""
-    name = released_name(args)
+    """The released name of an adapter's folder; with the prompt format added unless it is QCM-A, the paper's."""
+    name = files.short_name(
+        f"mm_cot_lora_r{args.lora_r}_a{args.lora_alpha}_d{args.lora_dropout}_s{args.seed}_lr{args.lr}"
+        f"_bs{args.bs * cli.world_size()}_e{args.epoch}_len{args.output_len}"
+    )
     begun = Path(args.model) / name / "args.yaml"  # earlier versions gave every format the released name
     if args.prompt_format == "QCM-A" or (
         begun.is_file() and f"prompt_format: {args.prompt_format}\n" in begun.read_text()
     ):
         return name
     return files.short_name(f"{name}_{args.prompt_format}")
-
-
-def released_name(args: argparse.Namespace) -> str:
-    return files.short_name(
-        f"mm_cot_lora_r{args.lora_r}_a{args.lora_alpha}_d{args.lora_dropout}_s{args.seed}_lr{args.lr}"
-        f"_bs{args.bs * cli.world_size()}_e{args.epoch}_len{args.output_len}"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

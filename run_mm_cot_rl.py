@@ -1,10 +1,10 @@
-"""RL with sentence-level feedback: sample rationales, hand them to the Teacher, train with PPO, save a round folder.
+"""RL with sentence-level feedback: sample rationales, have the Teacher score them, train with PPO, save a round.
 
-One round (`--epochs` of them, each with fresh samples):
+One round (there are `--epochs`, each with fresh samples):
 
  1. sample k rationales per training question; log-probabilities, reference log-probabilities and values go to disk
  2. export them sentence by sentence to {run}/questions and signal (`Rationale Finished`)
- 3. wait for the Teacher's scores (`Waiting for the feedback`); no model is held meanwhile
+ 3. wait for the Teacher's scores (`Waiting for the feedback`); no model is in memory meanwhile
  4. PPO on the scores, restartable; write {run}/{round}: policy, tokenizer, value function, optimizer
 
     accelerate launch run_mm_cot_rl.py --data_root data/ScienceQA/data --caption_file data/instruct_captions.json \\
@@ -13,14 +13,13 @@ One round (`--epochs` of them, each with fresh samples):
         --init_kl_coef 0.0001 --top_k 50 --rl_epochs 10 --lr 2e-5 --clip_range 0.2 --epochs 1 --ga_step 8 \\
         --gamma 1.0 --adv_normalization True --do_sample True --continue_train False
 
-The same command after a kill goes on where it stopped. `--phase collect` ends after step 2 and `--phase train` begins
-at step 4, so that the GPUs can be given back while the Teacher works. Runs alone (`python run_mm_cot_rl.py ...`), on
-CPU, on several machines that share a file system (configs/), and without images (no `--img_type`). Flags: rl/flags.py;
-the run folder: rl/run_folder.py; rollouts on disk: rl/rollouts.py; rewards, advantages: rl/experience.py; PPO:
-rl/trainer.py. Every diagnostic and detail is defined in docs/rl.md.
+After a kill the same command resumes where it stopped. `--phase collect` ends after step 2 and `--phase train` begins
+at step 4, so that the GPUs are free while the Teacher works. Runs alone (`python run_mm_cot_rl.py ...`), on CPU, on
+several machines that share a file system (configs/), and without images (no `--img_type`). Flags: rl/flags.py; the run
+folder: rl/run_folder.py; rollouts on disk: rl/rollouts.py; from scores to the loss: rl/ppo.py; updates and resuming:
+rl/trainer.py. docs/rl.md defines every diagnostic.
 
-Sampling truncates to top-k/top-p while log-probabilities use the full softmax, as in the released code. Left out:
-DeepSpeed and FSDP 1 (refused); FSDP 2 shards PPO, sampling keeps whole models (rl/sharding.py).
+DeepSpeed and FSDP 1 are refused; FSDP 2 shards PPO, sampling uses unsharded models (rl/sharding.py).
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from typing import Any
 
 from ares import cli, files, launch
 from ares.cli import UserError, print0, run
-from ares.portable import portable_tokenizer
 from rl import flags, run_folder
 from sft.lora import peft_fault
 from teacher import handoff
@@ -48,7 +46,6 @@ from teacher import handoff
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check the flags. Raises UserError that names every flag at fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=cli.HelpFormatter)
-    cli.add_common_flags(parser, output_len=512, lr=1e-5, train_splits=flags.TRAIN_SPLITS)
     flags.add_flags(parser)
     args = parser.parse_args(argv)
     flags.check_flags(args, cli.given_flags(parser, argv))
@@ -60,7 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 @dataclass
 class Setup:
-    """What every round of a run shares."""
+    """What all rounds of a run share."""
 
     args: argparse.Namespace
     run: Path
@@ -74,7 +71,7 @@ class Setup:
 def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     """Read and check data and checkpoints, start the process group, claim the run folder. Loads no model.
 
-    `held` keeps the run folder's lock. What rank 0 refuses ends every rank.
+    `held` keeps the run folder's lock. A UserError on rank 0 ends every rank.
     """
     import utils_data
     from model import check_checkpoint
@@ -133,21 +130,21 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
 
 
 def check_optimizer(args: argparse.Namespace, info: Any) -> None:
-    """Refuse, before a Teacher is paid, an optimizer state that training could not go on with."""
+    """Refuse, before a Teacher is paid, an optimizer state that training could not continue from."""
     import torch
 
     import model
-    from rl import trainer as ppo_trainer
+    from rl import optimizer
 
     info.config.tie_word_embeddings = info.tied
     with torch.device("meta"):
         policy = model.T5ForMultimodalGeneration(info.config)
         value = None if args.algo == "rloo" else model.T5ForMultimodalGenerationValueFunction(info.config)
-    ppo_trainer.check_optimizer(Path(args.base_model_dir) / "optimizer_state.pth", policy, value)
+    optimizer.check_optimizer(Path(args.base_model_dir) / "optimizer_state.pth", policy, value)
 
 
 def check_processes(accelerator: Any) -> None:
-    """Warn when fewer or more processes run than were asked for; refuse FSDP that is none. Nothing else shows it."""
+    """Warn if accelerate started another number of processes than asked for; refuse if it silently dropped FSDP."""
     asked, running = run_folder.asked_processes(), accelerator.num_processes
     if asked is not None and asked != running:
         cli.warn0(
@@ -166,7 +163,7 @@ def check_processes(accelerator: Any) -> None:
                 f"{accelerator.distributed_type.value} on {accelerator.device.type} without a word; "
                 "use a configuration without FSDP (configs/)"
             )
-        # else transformers leaves the weights of all processes but the first empty, for accelerate to fill
+        # otherwise transformers leaves the weights empty on all processes but the first, for accelerate to fill
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
@@ -184,11 +181,11 @@ def load_model(setup: Setup, folder: str | Path, value: bool = False):
 
 
 def load_frozen(setup: Setup, folder: str | Path, value: bool = False):
-    """`load_model` for sampling alone: no gradients, and half the memory where autocast rounds weights anyway."""
+    """`load_model` for sampling: no gradients, and half the memory if autocast rounds the weights anyway."""
     from rl import actor_critic
 
     model = load_model(setup, folder, value).requires_grad_(False)
-    return actor_critic.halve(model) if setup.accelerator.mixed_precision == "bf16" else model
+    return actor_critic.cast_linears_bf16(model) if setup.accelerator.mixed_precision == "bf16" else model
 
 
 def start_folder(setup: Setup, number: int) -> Path:
@@ -197,7 +194,7 @@ def start_folder(setup: Setup, number: int) -> Path:
 
 
 def begin_collection(setup: Setup, store, number: int) -> None:
-    """Refuse an export of unknown origin; record what makes the round's rollouts what they are. On rank 0 only."""
+    """Refuse an export without rollouts; record the settings that the rollouts depend on. On rank 0 only."""
     if not store.plan_file.exists() and run_folder.holds_export(store.questions):
         raise UserError(f"{store.questions} is there without its rollouts; move it away or use --overwrite")
     files.write_json(
@@ -206,7 +203,7 @@ def begin_collection(setup: Setup, store, number: int) -> None:
 
 
 def collect_round(setup: Setup, store, number: int, k: int) -> None:
-    """Steps 1 and 2: sample what is not on disk yet, export it, signal."""
+    """Steps 1 and 2: sample the batches that are not on disk, export them, signal."""
     from rl import rollouts
     from rl.sampling import Models, Sampling, sample_batch
     from sft.predict import from_rank0
@@ -237,7 +234,7 @@ def collect_round(setup: Setup, store, number: int, k: int) -> None:
 
 
 def await_feedback(setup: Setup, store) -> dict:
-    """Step 3: one process waits, reads and decides which samples count; the others wait for its decision."""
+    """Step 3: rank 0 waits for the replies and decides which samples count; the others wait for its decision."""
     from rl import rollouts
 
     args = setup.args
@@ -262,24 +259,22 @@ def await_feedback(setup: Setup, store) -> dict:
 
 def train_round(setup: Setup, store, number: int, decision: dict) -> None:
     """Step 4: PPO from the rollouts on disk, then the round's folder."""
-    from rl import experience, rollouts, sharding
-    from rl import trainer as ppo_trainer
-    from rl.metrics import Metrics, rollout_warnings
+    from rl import ppo, rollouts, sharding
+    from rl.metrics import Metrics, rollout_warnings, write_samples
+    from rl.optimizer import load_moments, read_optimizer
+    from rl.trainer import PpoTrainer
 
     args, start = setup.args, start_folder(setup, number)
     every = store.load()
     rows, scores = rollouts.scored(every, decision)
-    lost = len(every) - len(rows)
-    data = experience.experience(rows, scores, args, args.init_kl_coef)
-    args.kl_coef = run_folder.kl_coefficient(args, start, number == 0, float(data.kl.mean()))  # args.yaml records it
-    if args.kl_coef != data.kl_coef:
-        data = experience.experience(rows, scores, args, args.kl_coef)
+    share_dropped = (len(every) - len(rows)) / len(every)
+    kl = float(ppo.kl_per_rationale(rows).mean())
+    args.kl_coef = run_folder.kl_coefficient(args, start, number == 0, kl)  # args.yaml records it
+    data = ppo.compute_advantages(rows, scores, args, args.kl_coef)
     metrics = Metrics(setup.run, args.report_to, vars(args))
-    policy = load_model(setup, start)
-    value_function = None if args.algo == "rloo" else load_model(setup, start, value=True)
-    trainer = ppo_trainer.PpoTrainer(
-        policy,
-        value_function,
+    trainer = PpoTrainer(
+        load_model(setup, start),
+        None if args.algo == "rloo" else load_model(setup, start, value=True),
         data,
         setup.prompts,
         args,
@@ -287,45 +282,47 @@ def train_round(setup: Setup, store, number: int, decision: dict) -> None:
         state=setup.run / "state",
         metrics=metrics,
         number=number,
-        share_dropped=lost / len(every),
+        share_dropped=share_dropped,
         sharded=sharding.sharding_of(setup.accelerator),
     )
     if trainer.restore():
         metrics.rewind(number, trainer.position.done)
     else:
         if number > 0 and (number > setup.start or args.continue_train):
-            ppo_trainer.restore_optimizer(trainer.optimizer, trainer.names, start / "optimizer_state.pth")
+            saved = read_optimizer(start / "optimizer_state.pth", trainer.names)
+            load_moments(trainer.optimizer, saved["state"])
         if cli.rank() == 0:
             files.write_json(store.folder / run_folder.PPO_FILE, run_folder.ppo_identity(args))
             table = setup.run / f"samples_round_{number}.jsonl"
-            experience.write_samples(table, data, scores, setup.prompts.texts, setup.tokenizer)
+            write_samples(table, data, scores, setup.prompts.texts, setup.tokenizer)
         metrics.rewind(number, None)
         values = data.row_stats(range(len(rows)))
-        values |= {"rationales": len(rows), "share_dropped": lost / len(every), "kl_coef": args.kl_coef}
-        values |= {"kl_per_rationale": float(data.kl.mean())}
-        values |= {f"dropped_{reason}": count for reason, count in rollouts.count_dropped(decision).items()}
+        values |= {"rationales": len(rows), "share_dropped": share_dropped, "kl_coef": args.kl_coef}
+        values |= {"kl_per_rationale": kl}
+        values |= {f"dropped_{reason}": len(keys) for reason, keys in decision["dropped"].items()}
         metrics.log("rollout", number, 0, values)
         print0(f"round {number}: {len(rows)} rationales, mean sentence score {values['mean_sentence_score']:.4f}")
         for warning in rollout_warnings(values):
             cli.warn0(f"round {number}: {warning}")
     trainer.train()
     save_round(setup, trainer, number)
-    setup.accelerator.free_memory()  # it keeps what it prepared
+    setup.accelerator.free_memory()  # accelerate keeps references to what it prepared
     metrics.close()
 
 
 def save_round(setup: Setup, trainer, number: int) -> None:
-    """Write {run}/{number} in one step, then keep its questions under its name and drop the PPO state."""
+    """Write {run}/{number} in one step, then rename its questions folder and delete the PPO state."""
     import torch
 
+    from ares.checkpoints import portable_tokenizer
     from model import save_value_function
     from rl import sharding
-    from rl import trainer as ppo_trainer
+    from rl.optimizer import optimizer_state
 
     writes, value_function = cli.rank() == 0, trainer.raw.value_function
-    policy = sharding.whole_state(trainer.raw.policy, writes)  # every process takes part, one writes
-    value = None if value_function is None else sharding.whole_state(value_function, writes)
-    optimizer = ppo_trainer.optimizer_state(trainer.optimizer, trainer.names, writes)
+    policy = sharding.full_state(trainer.raw.policy, writes)  # every process takes part, one writes
+    value = None if value_function is None else sharding.full_state(value_function, writes)
+    optimizer = optimizer_state(trainer.optimizer, trainer.names, writes)
     if writes:
         with files.atomic_dir(setup.run / str(number)) as folder:
             trainer.raw.policy.save_pretrained(folder, state_dict=policy)
@@ -341,7 +338,7 @@ def save_round(setup: Setup, trainer, number: int) -> None:
 
 
 def free_memory() -> None:
-    """Give back what the models held, so that a GPU is free while the Teacher works."""
+    """Free the memory of deleted models, so that a GPU is free while the Teacher works."""
     import torch
 
     gc.collect()
@@ -354,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(typed)
     launch.check_processes("run_mm_cot_rl.py")
     if fault := peft_fault():
-        cli.warn0(fault)  # before it is needed: the stages before it take hours
+        cli.warn0(fault)  # now, because the stages before it is needed take hours
     with contextlib.ExitStack() as held:
         setup = set_up(args, held)
         run_rounds(setup, typed)
@@ -362,16 +359,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run_rounds(setup: Setup, typed: Sequence[str]) -> None:
-    """Every round that --epochs and --phase ask for. `typed`: the command line, for the commands it prints."""
+    """All rounds of --epochs and --phase. `typed`: the command line, for the commands that are printed."""
     from rl import rollouts
 
     args = setup.args
-    k = args.k_actions if args.do_sample else 1  # greedy rationales would all be the same
+    k = args.k_actions if args.do_sample else 1  # greedy rationales of a question are all equal
     for number in range(setup.start, setup.start + args.epochs):
         if run_folder.finished(setup.run, number):
             print0(f"round {number} is finished: {setup.run / str(number)}")
             continue
-        store = rollouts.Store(setup.run, number)
+        store = rollouts.RolloutStore(setup.run, number)
         if store.collected_file.exists():
             store.plan(setup.prompts, args.bs, k)  # the prompts are still those of the rollouts
         else:

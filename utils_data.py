@@ -1,8 +1,8 @@
 """From a data folder to batches: problems with captions and corrections, vision features, dataset, collator.
 
-Reads and checks everything before a model is loaded (UserError names the file or question). Text is tokenised once,
-whole splits at a time; vision features stay on disk and are gathered batch by batch. Leaves out the prompts
-themselves (utils_prompt.py) and the reading of problems, splits and captions (ares/data_folder.py).
+Everything is read and checked before a model is loaded (UserError names the file or question). Text is tokenised
+once, whole splits at a time; vision features stay on disk and are gathered batch by batch. The prompts are in
+utils_prompt.py, the readers of problems, splits and captions in ares/data_folder.py.
 
     data = load_data(args, {"train": args.train_split, "val": args.val_split})
     dataset = RationaleDataset(data.problems, data.qids["train"], load_tokenizer(args, args.model), args)
@@ -12,6 +12,7 @@ themselves (utils_prompt.py) and the reading of problems, splits and captions (a
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +23,13 @@ import torch
 from torch.utils.data import Dataset
 
 from ares import data_folder as files
-from ares.checkpoints import img_shape
-from ares.cli import UserError, print0, refuse, warn0
+from ares.cli import CAPTION_DEFAULT, UserError, img_shape, print0, refuse, warn0
 from ares.predictions import read_predictions
 from utils_prompt import build_train_pair, normalize, option_letters
 from vision.features import VisionFeatures
 
-IGNORE = -100  # label of a pad: torch's cross entropy passes over it
-SAMPLE_ROWS = 32  # feature rows looked at when a run begins: 19 MB of ViT's
+IGNORE = -100  # label of a pad, which torch's cross entropy ignores
+SAMPLE_ROWS = 32  # feature rows checked when a run begins: 19 MB of ViT's
 
 # -- a run's data ----------------------------------------------------------------------------------------
 
@@ -51,15 +51,14 @@ def load_data(args: argparse.Namespace, splits: Mapping[str, str]) -> Data:
     Every problem gets its `caption` ("" without --use_caption); under --correction the questions of the role "train"
     get the corrected solutions. Raises UserError for whatever is absent, malformed or does not fit together.
     """
-    args = argparse.Namespace(**{**_OUR_FLAGS, **vars(args)})
+    # MM-CoT's users, who import load_data_std and load_data_img, do not have these flags
+    args = argparse.Namespace(**{"dataset": None, "vision_features": None, "name_map": None, **vars(args)})
     refuse(data_flag_faults(args))
-    dataset = files.find_dataset(args.data_root, args.dataset)
-    problems = files.load_problems(args.data_root, dataset)
-    all_splits = files.load_splits(args.data_root, dataset, problems)
-    files.check_overlap(
-        all_splits, splits.get("train", ""), [splits[role] for role in ("val", "test") if role in splits]
-    )
-    qids = {role: files.split_qids(all_splits, name, f"--{role}_split") for role, name in splits.items()}
+    data = files.read_data_folder(args.data_root, args.dataset)
+    problems = data.problems
+    evaluated = [splits[role] for role in ("val", "test") if role in splits]
+    files.check_overlap(data.splits, splits.get("train", ""), evaluated)
+    qids = {role: data.split(name, f"--{role}_split") for role, name in splits.items()}
     used = list(dict.fromkeys(qid for role in qids.values() for qid in role))
     for qid in used:
         option_letters(problems[qid], args.options, qid)
@@ -72,13 +71,14 @@ def load_data(args: argparse.Namespace, splits: Mapping[str, str]) -> Data:
     features = open_features(args) if args.img_type is not None else None
     if features is not None:
         check_coverage(features, problems, by_split)
-    return Data(dataset, problems, qids, features, features.shape if features is not None else None)
+    return Data(data.dataset, problems, qids, features, features.shape if features is not None else None)
 
 
 def load_data_std(args: argparse.Namespace) -> tuple[files.Problems, dict[str, list[str]]]:
     """`(problems, qids)` of the train, val and test splits, text only. The name MM-CoT's users import."""
     text_only = {"img_type": None, "vision_features": None, "name_map": None}
-    data = load_data(argparse.Namespace(**{**vars(args), **text_only}), _splits(args))
+    splits = {"train": args.train_split, "val": args.val_split, "test": args.test_split}
+    data = load_data(argparse.Namespace(**{**vars(args), **text_only}), splits)
     return data.problems, data.qids
 
 
@@ -91,20 +91,12 @@ def load_data_img(
     """
     if args.img_type is None:
         raise UserError(f"--img_type: load_data_img needs one of {', '.join(img_shape)}; load_data_std is text only")
-    data = load_data(args, _splits(args))
+    data = load_data(args, {"train": args.train_split, "val": args.val_split, "test": args.test_split})
     return data.problems, data.qids, data.features.name_map, data.features
 
 
-# absent from the flags of MM-CoT's users, who import load_data_std and load_data_img
-_OUR_FLAGS = {"dataset": None, "vision_features": None, "name_map": None}
-
-
-def _splits(args: argparse.Namespace) -> dict[str, str]:
-    return {"train": args.train_split, "val": args.val_split, "test": args.test_split}
-
-
 def data_flag_faults(args: argparse.Namespace) -> list[str]:
-    """Data flags that contradict each other or would be ignored, in words, for a script's one `cli.refuse`."""
+    """Messages on data flags that contradict each other or would be ignored, for a script's one `cli.refuse`."""
     faults = []
     if args.img_type is None:
         idle = [f"--{name}" for name in ("vision_features", "name_map") if getattr(args, name) is not None]
@@ -119,7 +111,7 @@ def data_flag_faults(args: argparse.Namespace) -> list[str]:
 
 
 def check_prompt_flags(args: argparse.Namespace) -> None:
-    """Say once, plainly, what a prompt format does with given rationales where a user may expect something else."""
+    """Print a note where --prompt_format uses the given rationales in another way than a user may expect."""
     given = {name: getattr(args, name, None) for name in ("train_le", "eval_le", "test_le")}
     named = [f"--{name}" for name, path in given.items() if path]
     context, _, asked = args.prompt_format.partition("-")
@@ -142,7 +134,7 @@ def _fill_captions(args: argparse.Namespace, problems: files.Problems, splits: M
         path = files.find_captions(args)
         captions = files.load_captions(path)
         files.check_captions(path, captions, problems, splits)
-    elif args.caption_file != files.CAPTION_DEFAULT:
+    elif args.caption_file != CAPTION_DEFAULT:
         print0("note: --caption_file has no effect without --use_caption")
     for qid, problem in problems.items():
         problem["caption"] = captions.get(qid, "")
@@ -154,7 +146,7 @@ def _fill_captions(args: argparse.Namespace, problems: files.Problems, splits: M
 def open_features(args: argparse.Namespace) -> VisionFeatures:
     """Find, map and check the features of --img_type and their name map. Raises UserError.
 
-    Of the numbers a few rows are read: tools/doctor.py reads all of them.
+    SAMPLE_ROWS rows are checked for NaN and infinity; tools/doctor.py checks all.
     """
     path = files.find_feature_file(args)
     name_map = files.find_name_map(args, path.parent)
@@ -179,7 +171,7 @@ def open_features(args: argparse.Namespace) -> VisionFeatures:
 def check_coverage(features: VisionFeatures, problems: Mapping[str, Any], splits: Mapping[str, Sequence[str]]) -> None:
     """Warn of questions that name an image but have no feature row (they get zeros); UserError if these are more
     than half of a split (name -> qids)."""
-    few, some = "--name_map: it names feature rows", "have no feature row and get zeros"
+    few, some = f"--name_map: the map used with {features.path} has rows", "have no feature row and get zeros"
     files.check_pictured(features.name_map, problems, splits, few, some)
 
 
@@ -187,7 +179,7 @@ def check_coverage(features: VisionFeatures, problems: Mapping[str, Any], splits
 
 
 def read_le(path: str | Path, qids: Sequence[str], flag: str) -> dict[str, str]:
-    """The rationales of `qids` in a predictions file: by its `qids` where it has them, else in split order.
+    """qid -> rationale from a predictions file: by its `qids` where it has them, else in the order of `qids`.
 
     Raises UserError naming `flag` if one is missing, or if a file without ids has another length than the split.
     """
@@ -206,8 +198,8 @@ def read_le(path: str | Path, qids: Sequence[str], flag: str) -> dict[str, str]:
 def load_tokenizer(args: argparse.Namespace, *folders: str | Path | None) -> Any:
     """The tokenizer: --tokenizer, else the first of `folders` (the checkpoint's own) that holds one, else --model's.
 
-    A folder counts only if it holds a vocabulary: transformers would make up an empty one from config.json alone.
-    Raises UserError if there is none.
+    A folder is used only if it holds a vocabulary: from config.json alone transformers would create an empty one.
+    Raises UserError if no tokenizer is found or it is not of T5's kind.
     """
     if args.tokenizer:
         return _read_tokenizer(args.tokenizer, "--tokenizer")
@@ -278,8 +270,9 @@ class RationaleDataset(Dataset):
         pairs = [build_train_pair(problems, qid, args, None if le is None else le[qid]) for qid in self.qids]
         self.prompts = [normalize(prompt) for prompt, _ in pairs]
         self.targets = [normalize(target) for _, target in pairs]
-        self.input_ids = _tokenise(tokenizer, self.prompts, args.input_len)
-        self.labels = _tokenise(tokenizer, self.targets, args.output_len)
+        tokenise = functools.partial(tokenizer, truncation=True, return_attention_mask=False)
+        self.input_ids: list[list[int]] = tokenise(self.prompts, max_length=args.input_len)["input_ids"]
+        self.labels: list[list[int]] = tokenise(self.targets, max_length=args.output_len)["input_ids"]
 
     def __len__(self) -> int:
         return len(self.qids)
@@ -288,21 +281,13 @@ class RationaleDataset(Dataset):
         return {"qid": self.qids[i], "input_ids": self.input_ids[i], "labels": self.labels[i]}
 
 
-def _tokenise(tokenizer: Any, texts: list[str], length: int) -> list[list[int]]:
-    if not texts:
-        return []
-    return tokenizer(texts, truncation=True, max_length=length, return_attention_mask=False)["input_ids"]
-
-
 class Batch(dict):
-    """Tensors by name. A DataLoader that pins calls `pin_memory`: torch cannot pin an expanded view, as absent images
-    and ResNet's repeated vector are (`VisionFeatures.gather`); these stay as they are."""
+    """Tensors by name. A DataLoader that pins memory calls `pin_memory`, which skips expanded views: torch cannot pin
+    these, and absent images and ResNet's repeated vector are some (`VisionFeatures.gather`)."""
 
     def pin_memory(self) -> Batch:
-        def pinned(value: Any) -> Any:
-            return value.pin_memory() if isinstance(value, torch.Tensor) and 0 not in value.stride() else value
-
-        return Batch({name: pinned(value) for name, value in self.items()})
+        can_be_pinned = {name for name, t in self.items() if isinstance(t, torch.Tensor) and 0 not in t.stride()}
+        return Batch({name: t.pin_memory() if name in can_be_pinned else t for name, t in self.items()})
 
 
 def batches_pin_themselves() -> bool:

@@ -56,7 +56,7 @@ def resolve_answer(
 
 
 def accuracy_table(answers: Mapping[str, int], problems: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Per cent right, two decimals as text, by subject, context and grade. Categories without a question are left out.
+    """Per cent right, two decimals as text, by subject, context and grade; only categories that have a question.
 
     `answers`: qid -> index of the chosen option. The rows and their order are those of ScienceQA's table: NAT SOC LAN
     TXT IMG NO G1-6 G7-12 AVG. A question has text when its hint is not empty.
@@ -111,7 +111,7 @@ def bleu(target: str, prediction: str, orders: Sequence[int] = (1, 4)) -> list[f
 def rouge_l(target: str, prediction: str) -> float | None:
     """ROUGE-L f of one pair as `Rouge().get_scores(target, prediction)` of the `rouge` package (1.0.1) gives it.
 
-    That is: of the distinct words of each text, the share that lies on the longest common subsequence of any two of
+    That is: of the distinct words of each text, the share on the longest common subsequence of any two of
     their sentences (cut at "."). None where the package raises: a text without a sentence. Written out because the
     package takes four times as long and overruns Python's stack on a sentence of a thousand words.
     """
@@ -130,7 +130,7 @@ def rouge_l(target: str, prediction: str) -> float | None:
 def question_rouge(reference: str, prediction: str) -> float | None:
     """ROUGE-L of one question as the released scores count it, white space at the ends dropped.
 
-    None for an empty prediction or reference, which count nowhere; 0 for a prediction of white space alone.
+    None for an empty prediction or reference, which are skipped; 0 for a prediction of white space alone.
     """
     return rouge_l(reference.strip(), prediction.strip() or prediction)
 
@@ -148,11 +148,11 @@ def _lcs_words(x: tuple[str, ...], y: tuple[str, ...]) -> set[str]:
         return set()
     # row i of the table of lengths as the bits of one integer: bit j is 0 where y[j] lengthens what x[:i]
     # and y[:j] share (Hyyro, "Bit-parallel LCS-length computation revisited", 2004)
-    places = _places(y)
+    positions = _position_bits(y)
     full = (1 << len(y)) - 1
     rows = [full]
     for word in x:
-        rows.append(_next_row(rows[-1], places.get(word, 0), full))
+        rows.append(_next_row(rows[-1], positions.get(word, 0), full))
     words = set()
     i, j = len(x), len(y)
     while i and j:
@@ -166,25 +166,24 @@ def _lcs_words(x: tuple[str, ...], y: tuple[str, ...]) -> set[str]:
     return words
 
 
-def _places(words: Sequence[str]) -> dict[str, int]:
-    """Word -> the places where it stands, as bits."""
-    places: dict[str, int] = {}
+def _position_bits(words: Sequence[str]) -> dict[str, int]:
+    """Word -> the positions at which it occurs, as the bits of one integer."""
+    positions: dict[str, int] = {}
     for j, word in enumerate(words):
-        places[word] = places.get(word, 0) | 1 << j
-    return places
+        positions[word] = positions.get(word, 0) | 1 << j
+    return positions
 
 
-def _next_row(row: int, places: int, full: int) -> int:
-    kept = row & places
+def _next_row(row: int, positions: int, full: int) -> int:
+    kept = row & positions
     return ((row + kept) | (row - kept)) & full
 
 
 def rationale_scores(predictions: Mapping[str, str], references: Mapping[str, str]) -> dict[str, float]:
     """Mean BLEU-1, BLEU-4, ROUGE-L in per cent over the questions of `predictions`, by question id.
 
-    A question without a reference counts nowhere; an empty prediction counts 0 for BLEU and is left out of ROUGE-L,
-    where one of white space alone counts 0 (both as in the released scores). Without a question to average over a
-    score is left out.
+    A question without a reference is skipped. An empty prediction counts 0 for BLEU and is skipped for ROUGE-L, where
+    one of white space alone counts 0 (both as in the released scores). A score without any question is absent.
     """
     bleus, rouges = [], []
     for qid, prediction in progress(predictions.items(), desc="BLEU and ROUGE-L", unit="question"):
@@ -205,7 +204,7 @@ def rationale_scores(predictions: Mapping[str, str], references: Mapping[str, st
 
 
 def training_rouge(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """ROUGE-L F in per cent (`rouge_score`, stemmed): what training keeps the best epoch by, as MM-CoT does.
+    """ROUGE-L F in per cent (`rouge_score`, stemmed): the metric of the best epoch, as in MM-CoT.
 
     Not the papers' ROUGE-L, which is `rationale_scores`.
     """
@@ -213,15 +212,15 @@ def training_rouge(predictions: Sequence[str], references: Sequence[str]) -> flo
     from rouge_score.tokenize import tokenize
 
     class Stemmer:
-        stem = staticmethod(functools.cache(PorterStemmer().stem))  # words come again and again
+        stem = staticmethod(functools.cache(PorterStemmer().stem))  # the same words occur again and again
 
     scores = []
     for prediction, target in zip(predictions, references, strict=True):
         wrote, wanted = (tokenize(text, Stemmer) for text in (prediction, target))
-        places, full = _places(wanted), (1 << len(wanted)) - 1
+        positions, full = _position_bits(wanted), (1 << len(wanted)) - 1
         row = full
         for word in wrote:
-            row = _next_row(row, places.get(word, 0), full)
+            row = _next_row(row, positions.get(word, 0), full)
         common = len(wanted) - row.bit_count()
         # precision common / len(wrote), recall common / len(wanted), and of them rouge_score's own formula
         precision, recall = common / max(len(wrote), 1), common / max(len(wanted), 1)
@@ -232,7 +231,7 @@ def training_rouge(predictions: Sequence[str], references: Sequence[str]) -> flo
 # -- sentence similarity ---------------------------------------------------------------------------------
 
 
-@functools.cache  # three splits in a row are scored with one load, and its absence is told once
+@functools.cache  # three splits in a row are scored with one load, and one warning if it is absent
 def similarity_model() -> Any | None:
     """all-MiniLM-L6-v2 from the local cache, the package that carries it, or the hub; None, and why, if nowhere."""
     try:
@@ -257,8 +256,8 @@ def similarity_model() -> Any | None:
 def sentence_similarity(predictions: Mapping[str, str], references: Mapping[str, str]) -> float | None:
     """Mean cosine of the embeddings of prediction and reference, in per cent, by question id.
 
-    Over the questions with a reference, an empty prediction counting 0. None if there is no such question or the
-    model cannot be had (that is said).
+    Over the questions with a reference, an empty prediction counting 0. None, with a warning, if the model cannot be
+    loaded; None if there is no such question.
     """
     pairs = [(predictions[qid].strip(), references[qid].strip()) for qid in predictions if references[qid].strip()]
     if not pairs:
@@ -266,7 +265,7 @@ def sentence_similarity(predictions: Mapping[str, str], references: Mapping[str,
     model = similarity_model()
     if model is None:
         return None
-    texts = sorted({text for pair in pairs for text in pair if text}, key=len)  # alike in length: little padding
+    texts = sorted({text for pair in pairs for text in pair if text}, key=len)  # similar lengths: little padding
     vectors = model.encode(texts, batch_size=64, normalize_embeddings=True, show_progress_bar=False)
     row = {text: i for i, text in enumerate(texts)}
     cosines = [float(vectors[row[pred]] @ vectors[row[ref]]) if pred else 0.0 for pred, ref in pairs]
@@ -287,7 +286,7 @@ def get_scores(
     24.83, "bleu4", "rouge", "similarity"}}`.
 
     `results_ans`: qid -> index of the chosen option; `results_rationale`, `results_reference`: qid -> text;
-    `data_file`: problems.json or what was read from it. An empty or absent part is left out of the scores.
+    `data_file`: problems.json or what was read from it. An empty part has no scores.
     Raises UserError when a question is not in `data_file` or has no reference.
     """
     problems = read_json(data_file, "data_file") if isinstance(data_file, (str, Path)) else data_file

@@ -1,12 +1,12 @@
-"""All text shown to a model: the student's prompts and targets, then the Teacher's requests.
+"""The student's prompts and targets.
 
-The student's strings are exact: the released MM-CoT and ARES checkpoints were trained on them, so even their
-oddities (`BECAUSE:`, one pass over double spaces) stay. Tokenisation is in utils_data.py, parsing of replies in
-teacher/parsing.py and teacher/corrections.py. Imports neither torch nor transformers. Try it:
+The strings are exact: the released MM-CoT and ARES checkpoints were trained on them, so even their oddities
+(`BECAUSE:`, one pass over double spaces) stay. Tokenisation is in utils_data.py, the Teacher's prompts are in
+teacher/prompts.py. Imports neither torch nor transformers. Try it:
 
-    python -c "import argparse, utils_prompt as u; from ares.problems import load_problems; \\
+    python -c "import argparse, utils_prompt as u; from ares.data_folder import read_data_folder; \\
     args = argparse.Namespace(prompt_format='QCM-E', use_caption=False, options='ABCDE'); \\
-    print(*u.build_train_pair(load_problems('data', 'scienceqa'), '1', args), sep='\\n')"
+    print(*u.build_train_pair(read_data_folder('data').problems, '1', args), sep='\\n')"
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ares.cli import PROMPT_FORMATS, UserError
-
-# == the student ========================================================================================
 
 
 def build_train_pair(
@@ -42,12 +40,11 @@ def build_train_pair(
     problem = problems[qid]
     letters = option_letters(problem, args.options, qid)
 
-    prompt = (
-        f"Question: {problem['question']}\n"
-        f"Context: {context_text(problem, args.use_caption)}\n"
-        f"Options: {choices_text(problem, letters)}\n"
-    )
-    lecture, solution = one_line(problem["lecture"]), one_line(problem["solution"])
+    caption = problem.get("caption", "") if args.use_caption else ""
+    context = f"{problem['hint']} {caption}".strip() or "N/A"
+    prompt = f"Question: {problem['question']}\nContext: {context}\nOptions: {choices_text(problem, letters)}\n"
+    # newlines become the two characters `\n`, of which T5's tokenizer keeps a stray `n` (ares/sentences.py)
+    lecture, solution = (problem[name].replace("\n", "\\n") for name in ("lecture", "solution"))
     if given == "QCMG":
         prompt += f"Solution: {lecture} {solution}\n" if curr_le_data is None else f"{curr_le_data}\n"
     prompt += "Answer:" if asked == "A" else "Solution:"
@@ -62,7 +59,7 @@ def build_train_pair(
     }[asked]
     if target.endswith("BECAUSE:"):
         target = target.replace("BECAUSE:", "")
-    # the order counts: `Answer:` goes last, so that the blanks it leaves inside a target stay doubled
+    # the order matters: `Answer:` is removed last, so that the blanks it leaves inside a target stay doubled
     prompt, target = (text.replace("  ", " ").strip() for text in (prompt, target))
     return prompt, target.replace("Answer:", "").strip()
 
@@ -70,17 +67,6 @@ def build_train_pair(
 def normalize(text: str) -> str:
     """Every run of white space (Unicode's included) becomes one blank: what is tokenised."""
     return " ".join(text.split())
-
-
-def one_line(text: str) -> str:
-    r"""Newlines become the two characters `\n`, of which T5's tokenizer keeps a stray `n` (ares/sentences.py)."""
-    return text.replace("\n", "\\n")
-
-
-def context_text(problem: Mapping[str, Any], use_caption: bool) -> str:
-    """Hint and, if wanted, caption, joined by one blank; `N/A` when there is neither."""
-    caption = problem.get("caption", "") if use_caption else ""
-    return f"{problem['hint']} {caption}".strip() or "N/A"
 
 
 def choices_text(problem: Mapping[str, Any], letters: Sequence[str]) -> str:

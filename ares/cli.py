@@ -1,4 +1,4 @@
-"""What every script shares: one-line errors, flag groups, rank-aware logging and progress.
+"""Shared by every script: one-line errors, flag groups, and logging and progress bars on rank 0 only.
 
 Imports neither torch nor transformers: the Teacher's machine may have neither.
 """
@@ -18,12 +18,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+# what the model sees of one image: (patches, dim). resnet's one pooled vector is repeated 512 times
+img_shape = {"resnet": (512, 2048), "clip": (49, 2048), "detr": (100, 256), "vit": (145, 1024)}
 IMG_TYPES = ("detr", "clip", "resnet", "vit")
 PROMPT_FORMATS = tuple(f"{given}-{asked}" for given in ("QCM", "QCMG") for asked in ("A", "E", "LE", "LEA", "ALE"))
+CAPTION_DEFAULT = "data/captions.json"  # of --caption_file: then other places are searched, too
 
+# -- errors ----------------------------------------------------------------------------------------------
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk answers
-# what a disk answers where a file cannot be
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a full disk
+# errors of a disk where a file cannot be written
 DISK = (
     *FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
     errno.ELOOP, errno.EIO,
@@ -31,11 +35,11 @@ DISK = (
 
 
 class UserError(Exception):
-    """A mistake the user can mend: `run` prints it as one line (what, where, the fix) and exits with status 2."""
+    """A mistake that the user can correct: `run` prints it as one line (what, where, the fix); exit status 2."""
 
 
 class Stop(UserError):
-    """A UserError that ends with another exit status (3: a budget was reached)."""
+    """A UserError with another exit status (3: a budget was reached)."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -43,7 +47,7 @@ class Stop(UserError):
 
 
 class DiskError(UserError):
-    """A file cannot be written. `full`: because the disk is full."""
+    """A file cannot be written; `full`: because the disk is full."""
 
     def __init__(self, message: str, full: bool = False):
         super().__init__(message)
@@ -51,10 +55,10 @@ class DiskError(UserError):
 
 
 def disk_error(error: BaseException, path: str | os.PathLike | None = None) -> DiskError | None:
-    """`error` as one line if it says that the disk is full or that the file cannot be there; else None.
+    """A DiskError if `error` means that the disk is full or that the file cannot be written there, else None.
 
-    `path`: what was being written, where that is known. Libraries wrap such errors: torch's RuntimeError and
-    safetensors' SafetensorError hold no errno.
+    `path`: the file, if it is known. Libraries wrap such errors: torch's RuntimeError and safetensors' SafetensorError
+    have no errno.
     """
     number, text = None, in_one_line(error, 160)
     if isinstance(error, OSError):
@@ -73,7 +77,7 @@ def disk_error(error: BaseException, path: str | os.PathLike | None = None) -> D
     if number is None:
         if path is None:
             return None
-        number = errno.ENOSPC if _free_bytes(path) < 1 << 20 else None
+        number = errno.ENOSPC if free_bytes(path) < 1 << 20 else None
     reason = os.strerror(number) if number else text
     fix = "make room" if number in FULL else "make it writable or name another place"
     fix = "name a shorter path" if number == errno.ENAMETOOLONG else fix
@@ -82,9 +86,9 @@ def disk_error(error: BaseException, path: str | os.PathLike | None = None) -> D
     return DiskError(f"cannot write{where} ({reason}); {again}", number in FULL)
 
 
-def _free_bytes(path: str | os.PathLike | None) -> int:
-    """What is free on the disk of `path`, or of its nearest folder that is there."""
-    place = Path(path or ".").absolute()
+def free_bytes(path: str | os.PathLike) -> int:
+    """Free bytes on the disk of `path`, which need not exist."""
+    place = Path(path).absolute()
     for folder in (place, *place.parents):
         with contextlib.suppress(OSError, ValueError):
             return shutil.disk_usage(folder).free
@@ -92,7 +96,7 @@ def _free_bytes(path: str | os.PathLike | None) -> int:
 
 
 def shortened(path: str | os.PathLike) -> str:
-    """A path for a message: of an over-long one, both ends."""
+    """A path for a message; only both ends of an over-long one."""
     text = os.fspath(path)
     text = text.decode(errors="replace") if isinstance(text, bytes) else text
     return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
@@ -101,13 +105,16 @@ def shortened(path: str | os.PathLike) -> str:
 def run(main: Callable[[], Any], interrupted: str = "what is finished is on disk; run the same command again") -> None:
     """Entry point of every script: `if __name__ == "__main__": run(main)`.
 
-    `interrupted`: what Ctrl-C loses and how to go on, unless the KeyboardInterrupt itself says it. Exit status 130.
+    `interrupted`: the message after Ctrl-C (exit status 130), unless the KeyboardInterrupt has one of its own.
     """
     try:
-        escape_unprintable()
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a test or a notebook may have put another object there
+                # escapes for what the terminal's encoding lacks (PYTHONIOENCODING=ascii, LANG=C)
+                stream.reconfigure(errors="backslashreplace")
         main()
     except KeyboardInterrupt as stopped:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher sends it once more
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher sends the signal again
         print0(f"{Path(sys.argv[0]).name}: stopped (Ctrl-C): {str(stopped) or interrupted}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
@@ -115,26 +122,19 @@ def run(main: Callable[[], Any], interrupted: str = "what is finished is on disk
         if fault is None:
             raise
         if rank() > 0:
-            time.sleep(10)  # every rank found the same fault: the launcher ends this one once rank 0 has told it
+            time.sleep(10)  # if every rank found the same fault, the launcher ends this one after rank 0 printed it
         where = f" (rank {rank()})" if rank() > 0 else ""
         print(f"{Path(sys.argv[0]).name}: error{where}: {fault}", file=sys.stderr, flush=True)
         sys.exit(getattr(fault, "status", 2))
 
 
 def in_one_line(error: object, limit: int) -> str:
-    """An error's text, or, without any, its kind, with white space collapsed, cut at `limit` characters."""
+    """An error's text (its type if it has none) with white space collapsed, cut at `limit` characters."""
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
-def escape_unprintable() -> None:
-    """Print what the terminal's encoding lacks (PYTHONIOENCODING=ascii, LANG=C) as escapes instead of failing."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not where a test or a notebook has put another object
-            stream.reconfigure(errors="backslashreplace")
-
-
 def refuse(problems: Sequence[str]) -> None:
-    """Raise one UserError that holds every problem found, so that nobody mends flags one run at a time."""
+    """Raise one UserError with all problems, if there are any: better than one problem per run."""
     if problems:
         raise UserError("; ".join(problems))
 
@@ -153,7 +153,7 @@ def world_size() -> int:
 
 
 def print0(*args: Any, **kwargs: Any) -> None:
-    """`print` on rank 0, flushed, so that a piped log is read while it grows."""
+    """`print` on rank 0, flushed, so that a log file can be followed."""
     if rank() == 0:
         print(*args, **{"flush": True, **kwargs})
 
@@ -166,7 +166,7 @@ def warn0(message: str) -> None:
 def progress(
     iterable: Iterable | None = None, *, desc: str, total: int | None = None, unit: str = "it", initial: int = 0
 ):
-    """A tqdm bar with ETA on rank 0; when standard error is no terminal, a line every 30 s instead of thousands."""
+    """A tqdm bar with ETA on rank 0; if standard error is no terminal, a line every 30 s."""
     from tqdm import tqdm
 
     live = sys.stderr.isatty()
@@ -188,12 +188,13 @@ def progress(
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Of every script: the module's text as it stands, and each flag's default unless its help already says it."""
+    """For every script: keeps the line breaks of the description, and adds each flag's default to its help, unless
+    the help has the word "default"."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text, default = action.help or "", action.default
-        shown = action.option_strings and default not in (None, False, argparse.SUPPRESS, "", [], ())
-        if not shown or "default" in text or action.nargs == 0:
+        shown = action.option_strings and action.nargs != 0 and default not in (None, argparse.SUPPRESS, "", [], ())
+        if not shown or "default" in text:
             return text
         if isinstance(default, (list, tuple)):
             return f"{text} (default: {' '.join(map(str, default))})".strip()
@@ -201,7 +202,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def str2bool(text: str) -> bool:
-    """Booleans that are written as values (`--correction True`)."""
+    """Parse a boolean that is written as a value (`--correction True`)."""
     value = str(text).strip().lower()
     if value in ("true", "yes", "y", "1"):
         return True
@@ -211,7 +212,7 @@ def str2bool(text: str) -> bool:
 
 
 def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> set[str]:
-    """Destinations that were set on the command line (`{"lr", "eval_le"}`), whatever their values."""
+    """The `dest` of all flags on the command line (`{"lr", "eval_le"}`), those set to their defaults included."""
     saved = [(action, action.default) for action in parser._actions]
     saved_parser_defaults, parser._defaults = parser._defaults, {}
     try:
@@ -225,11 +226,22 @@ def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = No
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Where questions, images and captions lie. Shared by every script that reads a data folder."""
+    """Where the questions and images are: for every script that reads a data folder."""
     group = parser.add_argument_group("data")
     group.add_argument("--data_root", default="data", help="folder that holds scienceqa/ or aokvqa/")
     group.add_argument("--dataset", help="subfolder of --data_root (default: the one found there)")
     group.add_argument("--images", help="folder of {qid}/image.png (default: {data_root}/images, then ./images)")
+    return group
+
+
+def add_prompt_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """`add_data_flags`, and where captions and vision features are."""
+    group = add_data_flags(parser)
+    group.add_argument("--caption_file", default=CAPTION_DEFAULT, help="captions, {qid: text}")
+    group.add_argument("--use_caption", action="store_true", help="put the caption into the prompt's context")
+    group.add_argument("--img_type", choices=IMG_TYPES, help="vision features to use (none: text only)")
+    group.add_argument("--vision_features", help="folder of feature files (default: {data_root}/vision_features)")
+    group.add_argument("--name_map", help="qid -> feature row (default: beside the features, then in --data_root)")
     return group
 
 
@@ -240,13 +252,8 @@ def add_common_flags(
     lr: float,
     train_splits: Sequence[str] = ("train", "trainval", "minitrain", "miniminitrain"),
 ) -> None:
-    """The flags that main.py, run_mm_cot_rl.py and run_mm_cot_lora.py have in common (SPEC 2), in groups."""
-    data = add_data_flags(parser)
-    data.add_argument("--caption_file", default="data/captions.json", help="captions, {qid: text}")
-    data.add_argument("--use_caption", action="store_true", help="put the caption into the prompt's context")
-    data.add_argument("--img_type", choices=IMG_TYPES, help="vision features to use (none: text only)")
-    data.add_argument("--vision_features", help="folder of feature files (default: {data_root}/vision_features)")
-    data.add_argument("--name_map", help="qid -> feature row (default: beside the features, then in --data_root)")
+    """The flags that main.py, run_mm_cot_rl.py and run_mm_cot_lora.py have in common, in groups."""
+    data = add_prompt_data_flags(parser)
     data.add_argument("--train_split", default="train", choices=train_splits, help="split to train on")
     data.add_argument(
         "--val_split", default="val", choices=("test", "val", "minival", "miniminival"), help="evaluation"
@@ -280,7 +287,7 @@ def add_common_flags(
 
 
 def add_precision_flag(group: argparse._ArgumentGroup) -> None:
-    """--precision, of everything that trains or generates."""
+    """--precision, for every script that trains or generates."""
     group.add_argument(
         "--precision",
         default="auto",
@@ -290,7 +297,7 @@ def add_precision_flag(group: argparse._ArgumentGroup) -> None:
 
 
 def precision_faults() -> list[str]:
-    """What accelerate's configuration asks for and no --precision can give, for a script's one `refuse`."""
+    """Faults of accelerate's configuration, for `refuse`: a precision that --precision does not have."""
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate launch
     if configured in ("no", "bf16"):
         return []
@@ -305,7 +312,7 @@ def mixed_precision(precision: str) -> str:
     if precision == "auto":
         configured = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
         on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-        # torch says yes of a V100 or T4, too, which only emulate it
+        # without the argument torch says yes for a V100 or T4, which only emulate bf16
         fast = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if configured or fast else "fp32"
     return "bf16" if precision == "bf16" else "no"

@@ -1,10 +1,10 @@
-"""The data folder: problems, splits, captions, images, name map, corrections - found, read and checked.
+"""The data folder: finds, reads and checks questions, splits, captions, images, feature files and corrections.
 
-Everything a user can have wrong in these files ends here, in one line that names the file, the question and the fix,
-before a model is loaded or money spent. Works for any data set in ScienceQA's schema, whatever its size. Leaves out
-the feature files (utils_data.py). Imports no torch: the Teacher's machine may have none.
+A fault in one of them is one UserError that names the file, the question and the fix, raised before a model is loaded
+or money is spent. Any data set in ScienceQA's schema will do. Imports no torch: the Teacher's machine may have none.
 
-    python -c "from ares.problems import *; p = load_problems('data', find_dataset('data')); print(len(p))"
+    data = read_data_folder("data")  # data/scienceqa/ or data/aokvqa/
+    data.problems["1"]["question"], data.split("minitrain", "--train_split")[:3]
 """
 
 from __future__ import annotations
@@ -13,21 +13,86 @@ import argparse
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ares.cli import UserError, print0, warn0
+from ares.cli import CAPTION_DEFAULT, UserError, print0, warn0
 from ares.files import NAME_MAX, read_json
 
 KNOWN_DATASETS = ("scienceqa", "aokvqa")
-CAPTION_DEFAULT = "data/captions.json"  # the default of --caption_file
 CAPTION_NAMES = ("captions.json", "instruct_captions.json")
-FEATURE_SUFFIXES = (".npy", ".safetensors", ".pth", ".pt")  # where several lie side by side: cheapest to map first
+FEATURE_SUFFIXES = (".npy", ".safetensors", ".pth", ".pt")  # fastest to map first
+TEXT_FIELDS = ("question", "hint", "lecture", "solution")
 MIN_CHOICES, MAX_CHOICES = 2, 5
 
-Problems = dict[str, dict[str, Any]]
+Problems = dict[str, dict[str, Any]]  # question id -> fields of ScienceQA's schema
 
-# -- questions -------------------------------------------------------------------------------------------
+# -- questions and splits --------------------------------------------------------------------------------
+
+
+@dataclass
+class DataFolder:
+    """The questions of one data set, and its splits, which are read and checked when they are first needed."""
+
+    root: Path  # --data_root
+    dataset: str  # name of the subfolder
+    problems: Problems
+
+    @cached_property
+    def splits(self) -> dict[str, list[str]]:
+        """Split -> question ids. Raises UserError if a split names an unknown question or the same one twice."""
+        path = self.root / self.dataset / "pid_splits.json"
+        splits = read_json(path, "--data_root")
+        if not isinstance(splits, dict) or not all(isinstance(qids, list) for qids in splits.values()):
+            raise UserError(f"--data_root: {path} must hold {{split: [question ids]}}")
+        splits = {name: [str(qid) for qid in qids] for name, qids in splits.items()}
+        faults = []
+        for name, qids in splits.items():
+            unknown = [qid for qid in qids if qid not in self.problems]
+            if unknown:
+                fault = f"split {name} names question {unknown[0][:60]}, which problems.json does not hold"
+                faults.append(fault + _more(len(unknown)))
+            twice = [qid for qid, count in Counter(qids).items() if count > 1]
+            if twice:
+                faults.append(f"split {name} names question {twice[0]} twice{_more(len(twice))}")
+        if faults:
+            raise UserError(f"--data_root: {path}: {'; '.join(faults)}")
+        return splits
+
+    def split(self, name: str, flag: str) -> list[str]:
+        """The questions of one split in its order; `trainval`, if absent, is train followed by val (with a note).
+
+        Raises UserError naming `flag` and the existing splits.
+        """
+        splits = self.splits
+        if name == "trainval" and name not in splits and {"train", "val"} <= set(splits):
+            print0("note: pid_splits.json has no split trainval; using train, then val")
+            return list(dict.fromkeys([*splits["train"], *splits["val"]]))
+        if name not in splits:
+            raise UserError(f"{flag}: pid_splits.json has no split {name}{_listing('; it has', splits)}")
+        if not splits[name]:
+            raise UserError(f"{flag}: split {name} of pid_splits.json is empty")
+        return list(splits[name])
+
+
+def read_data_folder(data_root: str | Path, dataset: str | None = None) -> DataFolder:
+    """Find the data set and read `{data_root}/{dataset}/problems.json`.
+
+    Raises UserError if the data set cannot be found (`find_dataset`), or naming the bad questions.
+    """
+    dataset = find_dataset(data_root, dataset)
+    path = Path(data_root) / dataset / "problems.json"
+    problems = read_json(path, "--data_root")
+    if not isinstance(problems, dict) or not problems:
+        raise UserError(f"--data_root: {path} must hold {{question id: problem}}, and at least one")
+    faults = [(qid, fault) for qid, problem in problems.items() if (fault := problem_fault(qid, problem))]
+    if faults:
+        # the first question of each kind of fault; faults that differ in numbers only are of one kind
+        kinds = {re.sub(r"\d+", "", fault): f"question {qid[:60]}: {fault}" for qid, fault in reversed(faults)}
+        raise UserError(f"--data_root: {path}: {'; '.join(reversed(list(kinds.values())[-4:]))}{_more(len(faults))}")
+    return DataFolder(Path(data_root), dataset, problems)
 
 
 def find_dataset(data_root: str | Path, dataset: str | None = None) -> str:
@@ -38,15 +103,15 @@ def find_dataset(data_root: str | Path, dataset: str | None = None) -> str:
     root = Path(data_root)
     if not root.is_dir():
         raise UserError(f"--data_root: {root} is no folder; name the one that holds scienceqa/ or aokvqa/")
+    found, candidates = _datasets(root)
     if dataset is not None:
         if not (root / dataset).is_dir():
-            raise UserError(f"--dataset: {root} has no subfolder {dataset}{_listing(_datasets(root), '; it holds')}")
+            raise UserError(f"--dataset: {root} has no subfolder {dataset}{_listing('; it holds', found)}")
         return dataset
-    chosen = _chosen(root)
-    if len(chosen) > 1:
-        raise UserError(f"--data_root: {root} holds {' and '.join(chosen)}; choose one with --dataset")
-    if chosen:
-        return chosen[0]
+    if len(candidates) > 1:
+        raise UserError(f"--data_root: {root} holds {' and '.join(candidates)}; choose one with --dataset")
+    if candidates:
+        return candidates[0]
     if (root / "problems.json").exists():
         raise UserError(
             f"--data_root: {root} is itself a data set; name the folder above it ({root.resolve().parent})"
@@ -54,49 +119,14 @@ def find_dataset(data_root: str | Path, dataset: str | None = None) -> str:
     raise UserError(f"--data_root: {root} holds neither scienceqa/problems.json nor aokvqa/problems.json")
 
 
-def data_folders(args: argparse.Namespace) -> list[Path]:
-    """Where captions, images, features and name map of a run lie: the data set's own folder, then --data_root.
-
-    The data set's folder comes first so that two data sets can share a --data_root.
-    """
-    root = Path(args.data_root)
-    names = [args.dataset] if args.dataset else _chosen(root)
-    return [*([root / names[0]] if len(names) == 1 else []), root]
-
-
-def released_places(data_root: str | Path) -> list[Path]:
-    """The one or two folders above --data_root that hold captions, images and name map in the released tree.
-
-    That tree is `scienceqa_data/ScienceQA/data/scienceqa/problems.json`, with the other files in `scienceqa_data/`.
-    Empty for any other --data_root: above it may lie another data set's files.
-    """
-    names = [re.sub(r"[-_ ]", "", name.lower()) for name in Path(data_root).resolve().parts[-2:]]
-    if (
-        len(names) < 2
-        or names[1] != "data"
-        or names[0] not in [*KNOWN_DATASETS, *(f"{n}data" for n in KNOWN_DATASETS)]
-    ):
-        return []
-    above = Path(data_root) / ".."
-    return [above] if names[0].endswith("data") else [above, above / ".."]
-
-
-def load_problems(data_root: str | Path, dataset: str) -> Problems:
-    """Read and check `{data_root}/{dataset}/problems.json`: qid -> problem. Raises UserError naming a bad question."""
-    path = Path(data_root) / dataset / "problems.json"
-    problems = read_json(path, "--data_root")
-    if not isinstance(problems, dict) or not problems:
-        raise UserError(f"--data_root: {path} must hold {{question id: problem}}, and at least one")
-    faults = [(qid, fault) for qid, problem in problems.items() if (fault := problem_fault(qid, problem))]
-    if faults:
-        # the first question of each kind of fault, whatever numbers the fault names
-        kinds = {re.sub(r"\d+", "", fault): f"question {qid[:60]}: {fault}" for qid, fault in reversed(faults)}
-        raise UserError(f"--data_root: {path}: {'; '.join(reversed(list(kinds.values())[-4:]))}{_more(len(faults))}")
-    return problems
+def _datasets(root: Path) -> tuple[list[str], list[str]]:
+    """All subfolders with problems.json, and those that --data_root may mean: the known ones, or all if none is."""
+    found = sorted(path.parent.name for path in root.glob("*/problems.json"))
+    return found, [name for name in found if name in KNOWN_DATASETS] or found
 
 
 def problem_fault(qid: str, problem: Any) -> str | None:
-    """What is wrong with one problem of ScienceQA's schema, in words; None if nothing is."""
+    """What is wrong with one problem of ScienceQA's schema; None if nothing is."""
     if not qid or qid in (".", "..") or re.search(r"[/\\\0\s]", qid):
         return "an id names a folder: no blanks, no / or \\"
     if len(qid.encode("utf-8", errors="replace")) > NAME_MAX:
@@ -107,7 +137,7 @@ def problem_fault(qid: str, problem: Any) -> str | None:
               if name not in problem]  # fmt: skip
     if absent:
         return f"lacks {', '.join(absent)}"
-    for name in ("question", "hint", "lecture", "solution"):
+    for name in TEXT_FIELDS:
         if not isinstance(problem[name], str):
             return f'{name} is {_kind(problem[name])}, not text (write "" for none)'
     if problem["image"] is not None and not isinstance(problem["image"], str):
@@ -115,7 +145,7 @@ def problem_fault(qid: str, problem: Any) -> str | None:
     choices, answer = problem["choices"], problem["answer"]
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         return "choices is not a list of texts"
-    for text in (*(problem[name] for name in ("question", "hint", "lecture", "solution")), *choices):
+    for text in (*(problem[name] for name in TEXT_FIELDS), *choices):
         if half := re.search("[\ud800-\udfff]", text):
             return f"holds half of a character ({ascii(half[0])}), which no file takes; write it whole or drop it"
     if not MIN_CHOICES <= len(choices) <= MAX_CHOICES:
@@ -127,74 +157,56 @@ def problem_fault(qid: str, problem: Any) -> str | None:
     return None
 
 
-# -- splits ----------------------------------------------------------------------------------------------
-
-
-def load_splits(data_root: str | Path, dataset: str, problems: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Read `{data_root}/{dataset}/pid_splits.json`: split -> qids.
-
-    Raises UserError if a split names an unknown question or names one twice.
-    """
-    path = Path(data_root) / dataset / "pid_splits.json"
-    splits = read_json(path, "--data_root")
-    if not isinstance(splits, dict) or not all(isinstance(qids, list) for qids in splits.values()):
-        raise UserError(f"--data_root: {path} must hold {{split: [question ids]}}")
-    splits = {name: [str(qid) for qid in qids] for name, qids in splits.items()}
-    faults = []
-    for name, qids in splits.items():
-        unknown = [qid for qid in qids if qid not in problems]
-        if unknown:
-            faults.append(
-                f"split {name} names question {unknown[0][:60]}, which problems.json does not hold"
-                f"{_more(len(unknown))}"
-            )
-        twice = [qid for qid, count in Counter(qids).items() if count > 1]
-        if twice:
-            faults.append(f"split {name} names question {twice[0]} twice{_more(len(twice))}")
-    if faults:
-        raise UserError(f"--data_root: {path}: {'; '.join(faults)}")
-    return splits
-
-
 def check_overlap(splits: Mapping[str, Sequence[str]], train: str = "train", others: Sequence[str] = ("val", "test")):
-    """Warn of questions that the model would be trained on and scored by."""
+    """Warn of questions that are both trained on and evaluated on."""
     for name in others:
         both = set(splits.get(train, ())) & set(splits.get(name, ()))
         if both:
             warn0(f"splits {train} and {name} share {len(both)} questions (the first is {min(both)})")
 
 
-def split_qids(splits: Mapping[str, Sequence[str]], name: str, flag: str) -> list[str]:
-    """The questions of one split, in its order; `trainval`, if absent, is train, then val (and that is said).
+# -- where the other files are ---------------------------------------------------------------------------
 
-    Raises UserError naming `flag` and the splits that exist.
+
+def data_folders(args: argparse.Namespace) -> list[Path]:
+    """Where a run looks first for captions, images, features and name map: the data set's folder, then --data_root.
+
+    The data set's folder comes first so that two data sets can share a --data_root.
     """
-    if name == "trainval" and name not in splits and {"train", "val"} <= set(splits):
-        print0("note: pid_splits.json has no split trainval; using train, then val")
-        splits = {name: list(dict.fromkeys([*splits["train"], *splits["val"]]))}
-    if name not in splits:
-        raise UserError(f"{flag}: pid_splits.json has no split {name}{_listing(splits, '; it has')}")
-    if not splits[name]:
-        raise UserError(f"{flag}: split {name} of pid_splits.json is empty")
-    return list(splits[name])
+    root = Path(args.data_root)
+    candidates = [args.dataset] if args.dataset else _datasets(root)[1]
+    return [root / candidates[0], root] if len(candidates) == 1 else [root]
+
+
+def search_folders(args: argparse.Namespace) -> list[Path]:
+    """`data_folders`, then the one or two folders above --data_root where the released trees keep these files.
+
+    Such a tree is `scienceqa_data/ScienceQA/data/scienceqa/problems.json` with the other files in `scienceqa_data/`.
+    Above any other --data_root there may be another data set's files.
+    """
+    folders, above = data_folders(args), Path(args.data_root) / ".."
+    parent, last = ["", "", *Path(args.data_root).resolve().parts][-2:]
+    parent = re.sub(r"[-_ ]", "", parent.lower())
+    if last.lower() != "data" or parent not in [*KNOWN_DATASETS, *(f"{name}data" for name in KNOWN_DATASETS)]:
+        return folders
+    return [*folders, above] if parent.endswith("data") else [*folders, above, above / ".."]
 
 
 # -- captions --------------------------------------------------------------------------------------------
 
 
 def find_captions(args: argparse.Namespace) -> Path:
-    """The caption file: `--caption_file`, or, if that was left at its default, the first of captions.json and
-    instruct_captions.json in `data_folders`, then in `released_places`. Says so when it is another file than the
-    default.
+    """The caption file: `--caption_file`, or, at its default, the first captions.json or instruct_captions.json in
+    `search_folders`. Prints which, unless it is the default.
     """
     named = Path(args.caption_file)
     if args.caption_file != CAPTION_DEFAULT:
         if not named.is_file():
             raise UserError(f"--caption_file: {named} does not exist")
         return named
-    # ./data/captions.json only if ./data is --data_root: else it would be the captions of other questions
-    folders = [*data_folders(args), *released_places(args.data_root)]
-    path = _first(folder / name for folder in folders for name in CAPTION_NAMES)
+    # ./data/captions.json only if ./data is --data_root: else these are the captions of other questions
+    folders = search_folders(args)
+    path = _first([folder / name for folder in folders for name in CAPTION_NAMES])
     if path is None:
         raise UserError(
             f"--caption_file: no {' or '.join(CAPTION_NAMES)} in {_places(folders)}; name one"
@@ -229,9 +241,9 @@ def check_captions(
 def check_pictured(
     known: Container[str], problems: Problems, splits: Mapping[str, Sequence[str]], few: str, some: str
 ) -> None:
-    """Of the questions that name an image, warn that `some` are not `known`.
+    """Warn of questions with an image that are not in `known`; UserError if these are more than half of a split's.
 
-    Raises UserError, which begins with `few` and gives all counts, if of a split (name -> qids) fewer than half are.
+    `splits`: name -> qids. `few` begins the error, which lists all counts; `some` is the verb of the warning.
     """
     faults, pictured, absent = [], {}, {}
     for name, qids in splits.items():
@@ -255,9 +267,7 @@ def check_pictured(
 
 
 def find_images(args: argparse.Namespace, required: bool = False) -> Path | None:
-    """Folder of `{qid}/image.png`: --images, else `images` of `data_folders` and `released_places`, else ./images.
-
-    None if there is none.
+    """Folder of `{qid}/image.png`: --images, else `images` in `search_folders`, else ./images; None if there is none.
 
     Raises UserError if --images is no folder, or if none is found although `required`.
     """
@@ -265,8 +275,7 @@ def find_images(args: argparse.Namespace, required: bool = False) -> Path | None
         if not Path(args.images).is_dir():
             raise UserError(f"--images: {args.images} is no folder")
         return Path(args.images)
-    folders = [*data_folders(args), *released_places(args.data_root)]
-    places = [*(folder / "images" for folder in folders), Path("images")]
+    places = [*(folder / "images" for folder in search_folders(args)), Path("images")]
     found = _first(places)
     if found is None and required:
         raise UserError(f"--images: none found (tried {_places(places)}); name the folder of {{qid}}/image.png")
@@ -276,31 +285,28 @@ def find_images(args: argparse.Namespace, required: bool = False) -> Path | None
 def question_images(images_dir: str | Path, qid: str) -> list[Path]:
     """A question's image files: image.png first, then choice_0.png, choice_1.png ... in the order of their numbers.
 
-    Looks into `{images_dir}/{qid}`, then into its train/, val/ and test/, as ScienceQA's archives unpack.
+    They are in `{images_dir}/{qid}`, or, as ScienceQA's archives unpack, in its train/, val/ or test/.
     """
     for part in ("", "train", "val", "test"):
         folder = Path(images_dir) / part / qid
         if folder.is_dir():
             numbered = [(int(match[1]), path) for path in folder.iterdir()
-                        if (match := re.fullmatch(r"choice_(\d+)\.png", path.name))]  # fmt: skip
+                        if (match := re.fullmatch(r"choice_(\d+)\.png", path.name)) and path.is_file()]  # fmt: skip
             image = folder / "image.png"
             return [image] * image.is_file() + [path for _, path in sorted(numbered)]
     return []
 
 
 def find_feature_file(args: argparse.Namespace) -> Path:
-    """The file of `--img_type`'s features: under --vision_features, else under `vision_features` of `data_folders`
-    and `released_places`, else under ./vision_features.
-
-    A folder without that file does not end the search. Raises UserError naming the places tried.
+    """The feature file of `--img_type`: in --vision_features, else in the first `vision_features` folder that has it,
+    of `search_folders` and the working folder. Raises UserError naming the places tried.
     """
     if args.vision_features is not None:
         folders = [Path(args.vision_features)]
         if not folders[0].is_dir():
             raise UserError(f"--vision_features: {folders[0]} is no folder")
     else:
-        folders = [*data_folders(args), *released_places(args.data_root)]
-        folders = [*(folder / "vision_features" for folder in folders), Path("vision_features")]
+        folders = [*(folder / "vision_features" for folder in search_folders(args)), Path("vision_features")]
     for folder in folders:
         found = [path for suffix in FEATURE_SUFFIXES if (path := folder / f"{args.img_type}{suffix}").is_file()]
         if len(found) > 1:
@@ -327,7 +333,7 @@ def find_name_map(args: argparse.Namespace, features_dir: str | Path) -> Path:
     places = [folder / "name_map.json" for folder in folders]
     found = _first(places)
     if found is None:
-        raise UserError(f"--name_map: none found (tried {_places(places)}); it tells each question's feature row")
+        raise UserError(f"--name_map: none found (tried {_places(places)}); it gives each question's feature row")
     return found
 
 
@@ -387,33 +393,22 @@ def read_correction(path: str | Path, problems: Mapping[str, Any], train_qids: I
     return solutions
 
 
-# -- words -----------------------------------------------------------------------------------------------
+# -- messages --------------------------------------------------------------------------------------------
 
 
-def _datasets(root: Path) -> list[str]:
-    return sorted(path.parent.name for path in root.glob("*/problems.json"))
-
-
-def _chosen(root: Path) -> list[str]:
-    """The data sets that --data_root may mean: the known ones, else any."""
-    found = _datasets(root)
-    return [name for name in found if name in KNOWN_DATASETS] or found
-
-
-def _first(places: Iterable[Path]) -> Path | None:
+def _first(places: Sequence[Path]) -> Path | None:
     return next((path for path in places if path.exists()), None)
 
 
 def _places(places: Iterable[Path]) -> str:
-    return ", ".join(str(path) for path in places)
+    return ", ".join(map(str, places))
 
 
-def _listing(names: Iterable[str], lead: str) -> str:
-    return f"{lead} {', '.join(names)}" if list(names) else ""
+def _listing(lead: str, names: Iterable[str]) -> str:
+    return f"{lead} {', '.join(name[:40] for name in names)}" if list(names) else ""
 
 
 def _more(count: int) -> str:
-    """` (and 3 more like it)` for the questions after the first one."""
     return f" (and {count - 1} more)" if count > 1 else ""
 
 

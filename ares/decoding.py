@@ -1,64 +1,186 @@
-"""Greedy decoding that stops paying for texts that are done. Used by sft/predict.py.
+"""Generation from an encoder-decoder T5: one loop, for greedy decoding and for sampling.
 
     ids = greedy(model, collator(items), max_length=128)       # (B, <= 128), start token first, pads after `</s>`
+    ids, logprobs = generate(policy, states, mask, k, max_length, choose)      # rl/sampling.py
 
-The same ids as `model.generate(do_sample=False)`: each prompt is encoded once, keys and values are kept, and the
-arg-max is appended. Rows that have written `</s>` leave the batch once they are a quarter of it, so that one long text
-does not hold the others. Leaves out sampling (rl/rollouts.py) and beams.
+Each prompt is encoded once, keys and values of the prompt are stored once per prompt (not per row), and finished rows
+are removed from the batch, so one long text does not delay the others.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, T5ForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutput
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-# transformers 5.18 or so renamed the argument
-CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else "past_key_values"
-LEAVE = 0.75  # rows leave once no more than this share is unfinished: each time keys and values are copied
-CHECK_STEPS = 8  # on a GPU: whether rows are done costs a synchronisation
+FIRST_LENGTH = 64  # initial capacity of the key-value cache in positions; doubled when full
+KEEP_SHARE = 0.875  # finished rows are removed once they are more than an eighth: each removal copies keys and values
+CHECK_STEPS = 8  # on a GPU: steps between two checks for finished rows, because a check waits for the GPU
+
+
+def action_mask(actions: Tensor, pad: int = 0) -> Tensor:
+    """(B, L) decoder ids -> (B, L - 1) bool: the positions whose choice is a real token, `</s>` included."""
+    return actions[:, 1:] != pad
 
 
 @torch.no_grad()
-def greedy(model: Any, inputs: Mapping[str, torch.Tensor], max_length: int) -> torch.Tensor:
-    """Ids (B, L), L at most `max_length`, on the inputs' device; in column 0 the start token, after `</s>` pads.
+def greedy(model: Any, inputs: Mapping[str, Tensor], max_length: int) -> Tensor:
+    """Ids (B, L), L at most `max_length`, as `model.generate(do_sample=False)`: start token in column 0, pads after
+    `</s>`; on the inputs' device.
 
-    `inputs`: `input_ids`, `attention_mask` and, for a model with image layers, `image_ids`. `model` may wear a LoRA
-    adapter.
+    `inputs`: `input_ids`, `attention_mask` and, for a model with image layers, `image_ids`. `model` may be wrapped in
+    a LoRA adapter.
     """
     policy = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = policy.config
-    mask = inputs["attention_mask"]
-    encoded = policy.encode(**inputs)
-    every = CHECK_STEPS if mask.device.type == "cuda" else 1
-    ids = mask.new_full((len(mask), max_length), config.pad_token_id)
+    states = policy.encode(**inputs).last_hidden_state
+    return generate(policy, states, inputs["attention_mask"], 1, max_length, arg_max)[0]
+
+
+def arg_max(logits: Tensor, rows: Tensor, t: int) -> Tensor:
+    """The likeliest token of each row of logits (n, V)."""
+    return logits.argmax(-1)
+
+
+def generate(
+    policy: nn.Module,
+    states: Tensor,
+    attention_mask: Tensor,
+    k: int,
+    max_length: int,
+    choose: Callable[[Tensor, Tensor, int], Tensor],
+    with_logprobs: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Write k texts for each of Q encoded prompts: ids (Q*k, L), L at most `max_length`, start token in column 0.
+
+    states (Q, S, d) and attention_mask (Q, S) are of the prompts; `choose(logits (n, V), rows (n,), t)` returns the
+    tokens (n,) of position t for the unfinished rows and may change the logits. With `with_logprobs` also the
+    log-probabilities of the tokens under the full soft-max, (Q*k, L - 1) float32. Results are on the states' device.
+    """
+    config, device, n = policy.config, states.device, len(states) * k
+    ids = torch.full((n, max_length), config.pad_token_id, dtype=torch.long, device=device)
     ids[:, 0] = config.decoder_start_token_id
-    rows = torch.arange(len(mask), device=mask.device)  # those still in the batch
-    done = torch.zeros_like(rows, dtype=torch.bool)
-    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    logprobs = torch.zeros(n, max_length - 1, device=device) if with_logprobs else None
+    decoder = StepDecoder(policy, states, attention_mask, k)
+    rows = torch.arange(n, device=device)  # of the texts that are still in the batch
+    tokens, ended = ids[:, 0], torch.zeros(n, dtype=torch.bool, device=device)
+    check_steps = 1 if device.type == "cpu" else CHECK_STEPS
     for t in range(1, max_length):
-        logits = policy(
-            attention_mask=mask,
-            encoder_outputs=encoded,
-            decoder_input_ids=ids[rows, t - 1 : t],
-            use_cache=True,
-            **{CACHE: cache},
-        ).logits  # (rows, 1, V)
-        chosen = logits[:, -1].argmax(-1).masked_fill(done, config.pad_token_id)
-        ids[rows, t] = chosen
-        done |= chosen == config.eos_token_id
-        if t % every:
+        logits = decoder.step(tokens)  # (n, V)
+        log_z = logits.float().logsumexp(-1) if with_logprobs else None
+        tokens = choose(logits, rows, t).masked_fill(ended, config.pad_token_id)
+        ids[rows, t] = tokens
+        if with_logprobs:
+            logprobs[rows, t - 1] = logits.gather(1, tokens[:, None])[:, 0].float() - log_z
+        ended |= tokens == config.eos_token_id
+        if t % check_steps:
             continue
-        left = int((~done).sum())
-        if left == 0:
-            return ids[:, : t + 1]
-        if left <= LEAVE * len(rows):
-            stay = (~done).nonzero().squeeze(1)
-            cache.batch_select_indices(stay)
-            encoded = BaseModelOutput(last_hidden_state=encoded[0][stay])
-            rows, mask, done = rows[stay], mask[stay], done[stay]
-    return ids
+        left = (~ended).nonzero()[:, 0]
+        if len(left) == 0:
+            return ids[:, : t + 1], None if logprobs is None else logprobs[:, :t]
+        if len(left) <= KEEP_SHARE * len(rows):
+            decoder.keep(left)
+            rows, tokens, ended = rows[left], tokens[left], ended[left]
+    return ids, logprobs
+
+
+@dataclass
+class _Layer:
+    """A decoder block and its cache: keys and values of the rows (n, H, capacity, D), of the prompts (Q, H, S, D)."""
+
+    block: nn.Module
+    prompt_keys: Tensor
+    prompt_values: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class StepDecoder:
+    """T5's decoder, one position at a time, for k rows of each of Q prompts, in eval mode and without gradients.
+
+    Runs the library's own layers; only the cache is ours: rows have spare capacity, so a step copies nothing, and the
+    k rows of a prompt share its keys and values.
+    """
+
+    def __init__(self, policy: nn.Module, states: Tensor, attention_mask: Tensor, k: int):
+        self.policy, self.length = policy, 0
+        self.heads, self.dim = policy.config.num_heads, policy.config.d_kv
+        self.slots = None  # (n,) indices of the rows in (Q, k); None: all of them, in order
+        self.k, self.questions = k, len(states)
+        self.mask = attention_mask.bool()[:, None, None]  # (Q, 1, 1, S)
+        self.layers = []
+        for block in policy.decoder.block:
+            attention = block.layer[1].EncDecAttention
+            keys, values = (self._split(linear(states)) for linear in (attention.k, attention.v))
+            none = keys.new_empty(len(states) * k, self.heads, 0, self.dim)
+            self.layers.append(_Layer(block, keys, values, none, none))
+        self._grow(FIRST_LENGTH)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(n, T, H*D) -> (n, H, T, D), contiguous."""
+        return x.unflatten(-1, (self.heads, self.dim)).transpose(1, 2).contiguous()
+
+    def _grow(self, capacity: int) -> None:
+        for layer in self.layers:
+            for name in ("keys", "values"):
+                old = getattr(layer, name)
+                new = old.new_empty(*old.shape[:2], capacity, self.dim)
+                new[:, :, : old.size(2)] = old
+                setattr(layer, name, new)
+        first = self.layers[0].block.layer[0].SelfAttention
+        bias = first.compute_bias(capacity, capacity).to(self.layers[0].keys.dtype)
+        # (1, H, capacity, capacity); fused attention does not accept the library's strides
+        self.bias = bias.contiguous()
+
+    def keep(self, rows: Tensor) -> None:
+        """Continue with these rows (n,) of the present ones only."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        slots = rows if self.slots is None else self.slots[rows]
+        questions, index = (slots // self.k).unique(return_inverse=True)
+        if len(questions) < self.questions:  # some prompts have no row left
+            for layer in self.layers:
+                layer.prompt_keys, layer.prompt_values = layer.prompt_keys[questions], layer.prompt_values[questions]
+            self.mask, self.questions = self.mask[questions], len(questions)
+        slots = index * self.k + slots % self.k
+        self.slots = slots if len(slots) < self.questions * self.k else None
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """The next position's tokens (n,) -> logits (n, V) of the one after it."""
+        t, capacity = self.length, self.layers[0].keys.size(2)
+        if t == capacity:
+            self._grow(2 * capacity)
+        bias = self.bias[:, :, t : t + 1, : t + 1]
+        x = self.policy.decoder.embed_tokens(tokens)  # (n, d)
+        for layer in self.layers:
+            own, cross, feed_forward = layer.block.layer
+            x = x + self._self_attention(own.SelfAttention, own.layer_norm(x), layer, bias)
+            x = x + self._cross_attention(cross.EncDecAttention, cross.layer_norm(x), layer)
+            x = feed_forward(x)
+        self.length += 1
+        x = self.policy.decoder.final_layer_norm(x)
+        return self.policy.lm_head(x * self.policy.config.head_scale)
+
+    def _self_attention(self, attention: Any, x: Tensor, layer: _Layer, bias: Tensor) -> Tensor:
+        t = self.length
+        query, key, value = (
+            linear(x).unflatten(-1, (self.heads, 1, self.dim)) for linear in (attention.q, attention.k, attention.v)
+        )  # (n, H, 1, D)
+        layer.keys[:, :, t : t + 1], layer.values[:, :, t : t + 1] = key, value
+        keys, values = layer.keys[:, :, : t + 1], layer.values[:, :, : t + 1]
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=1.0)  # (n, H, 1, D)
+        return attention.o(out.flatten(1))
+
+    def _cross_attention(self, attention: Any, x: Tensor, layer: _Layer) -> Tensor:
+        query = attention.q(x)  # (n, H*D)
+        if self.slots is not None:
+            query = query.new_zeros(self.questions * self.k, query.size(1)).index_copy(0, self.slots, query)
+        query = query.view(self.questions, self.k, self.heads, self.dim).transpose(1, 2)  # (Q, H, k, D)
+        out = F.scaled_dot_product_attention(
+            query, layer.prompt_keys, layer.prompt_values, attn_mask=self.mask, scale=1.0
+        )
+        out = out.transpose(1, 2).flatten(2).flatten(0, 1)  # (Q*k, H*D)
+        return attention.o(out if self.slots is None else out[self.slots])

@@ -1,8 +1,8 @@
-"""Files: one way to read, to write, to append and to lock. Every fault is one line that names the file and the fix.
+"""Reading, writing and appending to files. Every fault is one line that names the file and the fix.
 
-Reading opens regular files only (a FIFO or a device would hang), with a cap on the size. What a user names may be a
-link; in a questions folder, which others write to, no link is followed. Writing makes a temporary file and replaces
-the target in one step, so that a link there is replaced and never written through, and a kill leaves no half file.
+Reading opens regular files only (a FIFO or a device would block) and limits their size. A file that the user names may
+be a link; in a questions folder, which others write to, no link is followed. Writing fills a temporary file and then
+renames it: a link at the target is replaced, never followed, and a kill leaves no half-written file.
 Imports neither torch nor transformers.
 """
 
@@ -19,28 +19,32 @@ import re
 import shutil
 import socket
 import stat
-import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ares.cli import FULL, DiskError, UserError, disk_error, in_one_line, shortened, warn0
+from ares.cli import FULL, DiskError, UserError, disk_error, in_one_line, shortened
 
-NAME_MAX = 255  # bytes in one file name, on every common file system
-MAX_BYTES = 1 << 32  # of a file that a user names
+NAME_MAX = 255  # bytes in a file name, on every common file system
+MAX_BYTES = 1 << 32  # of a file that the user names
 SHARED_BYTES = 1 << 26  # of a file in a questions folder
+# how names of temporary files begin; a hash of the machine and the container follows: process ids count within them
+PID_NAMESPACE = os.readlink("/proc/self/ns/pid") if os.path.islink("/proc/self/ns/pid") else ""
+TEMPORARY = f".tmp-{zlib.crc32(f'{socket.gethostname()} {PID_NAMESPACE}'.encode()):08x}-"
 
 # -- reading ---------------------------------------------------------------------------------------------
 
 
 def open_regular(path: str | os.PathLike, *, follow_links: bool = True, flags: int = os.O_RDONLY) -> int:
-    """A file descriptor of a regular file. Raises UserError for anything else there, OSErrors as they come."""
+    """Open a regular file and return its descriptor. Raises UserError for anything else, and OSError."""
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
     try:
         file = os.open(path, flags, 0o666)
-    except ValueError:  # a zero byte, half of a character
+    except ValueError:  # a zero byte, half of a surrogate pair
         raise UserError(f"{ascii(str(path))[:200]} cannot name a file") from None
     except OSError as error:
         if not follow_links and error.errno == errno.ELOOP:
@@ -62,15 +66,15 @@ def _kind(mode: int) -> str:
 
 
 def read_shared(path: str | os.PathLike, max_bytes: int = SHARED_BYTES) -> bytes:
-    """A file of a questions folder, links not followed.
+    """Read a file of a questions folder without following links.
 
-    Raises FileNotFoundError and other OSErrors as they come, UserError for a link, a FIFO, a folder or too many bytes.
+    Raises UserError for a link, a FIFO, a folder or too many bytes, and OSError (FileNotFoundError).
     """
     return _content(open_regular(path, follow_links=False), path, max_bytes)
 
 
 def read_bytes(path: str | os.PathLike, flag: str, *, head: int | None = None) -> bytes:
-    """A file that the user named or that we wrote, links followed; of `head` bytes only the beginning.
+    """Read a file that the user named or that we wrote, following links; with `head` only the first `head` bytes.
 
     Raises UserError naming `flag` and the file.
     """
@@ -94,17 +98,17 @@ def _content(file: int, path: str | os.PathLike, max_bytes: int, head: int | Non
 
 
 def refuse_unfit(path: str | os.PathLike, flag: str) -> None:
-    """Raise UserError unless `path` is a regular file that can be read: for files that a library opens by name."""
+    """Raise UserError unless `path` is a readable regular file. For files that a library opens by name."""
     read_bytes(path, flag, head=0)
 
 
 def read_text(path: str | os.PathLike, flag: str) -> str:
-    """A UTF-8 file as text, without a byte order mark. Raises UserError naming `flag`, the file and the line."""
+    """Read UTF-8 text without its byte order mark. Raises UserError naming `flag`, the file and the line."""
     return decode(read_bytes(path, flag), f"{flag}: {path}")
 
 
 def decode(data: bytes, where: str) -> str:
-    """Bytes as UTF-8 text. Raises UserError that begins with `where`."""
+    """Decode UTF-8. Raises UserError that begins with `where`."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{where} is UTF-16; save it as UTF-8")
     try:
@@ -115,9 +119,9 @@ def decode(data: bytes, where: str) -> str:
 
 
 def read_json(path: str | os.PathLike, flag: str, kind: type | None = None, *, nan: bool = False) -> Any:
-    """The value of a JSON file; `kind`: dict or list, where only that will do; `nan`: NaN counts as null.
+    """Read a JSON file. `kind`: dict or list, if the value must be one; `nan`: read NaN as None.
 
-    Raises UserError naming `flag`, the file, and the line where that is known.
+    Raises UserError naming `flag`, the file and, where it is known, the line.
     """
     text = read_text(path, flag)
     try:
@@ -126,54 +130,44 @@ def read_json(path: str | os.PathLike, flag: str, kind: type | None = None, *, n
         raise UserError(f"{flag}: {path} {str(error)[:300]}") from None
     if kind is not None and not isinstance(value, kind):
         expected = {dict: "an object {...}", list: "a list [...]"}[kind]
-        raise UserError(f"{flag}: {path} must hold {expected}, not {_json_kind(value)}")
+        names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+        raise UserError(f"{flag}: {path} must hold {expected}, not {names.get(type(value), 'a number')}")
     return value
 
 
 def parse_json(text: str, *, nan: bool = False) -> Any:
-    """The value of a JSON text. Raises ValueError, in words that follow a file's name, for text that is no JSON, for
-    numbers beyond 64 bits, for half of a character, and, unless `nan` reads them as None, for NaN and Infinity."""
+    """Parse JSON. Raises ValueError, whose text can follow a file's name, for text that is no JSON, numbers beyond 64
+    bits, half of a surrogate pair, and, unless `nan` reads them as None, NaN and Infinity."""
 
     def constant(name: str) -> None:
         if not nan:
-            raise _Unfit(f"holds {name}, which is no JSON number; make the file again")
+            raise ValueError(f"holds {name}, which is no JSON number; make the file again")
+
+    def floating(digits: str) -> float | None:
+        value = float(digits)
+        if math.isfinite(value):
+            return value
+        if not nan:
+            raise ValueError(f"holds the number {digits[:20]}, which no computer number reaches")
+
+    def integer(digits: str) -> int:
+        if len(digits) > 19:
+            raise ValueError(f"holds the number {digits[:12]}... of {len(digits)} digits; no field is that large")
+        return int(digits)
 
     try:
-        value = json.loads(text, parse_constant=constant, parse_float=_float if not nan else _float_or_none,
-                           parse_int=_integer)  # fmt: skip
+        value = json.loads(text, parse_constant=constant, parse_float=floating, parse_int=integer)
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
     except RecursionError:
         raise ValueError("is nested too deeply to be read; it is not the file that is meant here") from None
     if re.search(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", text) and (half := _half_character(value)):
-        raise _Unfit(half)
+        raise ValueError(half)
     return value
-
-
-class _Unfit(ValueError):
-    pass
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > 19:
-        raise _Unfit(f"holds the number {digits[:12]}... of {len(digits)} digits; no field is that large")
-    return int(digits)
-
-
-def _float(digits: str) -> float:
-    value = float(digits)
-    if math.isinf(value):
-        raise _Unfit(f"holds the number {digits[:20]}, which no computer number reaches")
-    return value
-
-
-def _float_or_none(digits: str) -> float | None:
-    value = float(digits)
-    return None if math.isinf(value) else value
 
 
 def _half_character(value: Any) -> str | None:
-    """What is wrong, in words, if a text within `value` holds one half of a surrogate pair."""
+    """A message if a text within `value` holds one half of a surrogate pair, else None."""
     todo = [(value, "")]
     while todo:
         each, where = todo.pop()
@@ -188,17 +182,12 @@ def _half_character(value: Any) -> str | None:
     return None
 
 
-def _json_kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
 def read_jsonl(
     path: str | os.PathLike, flag: str, damaged: Callable[[int], Any] | None = None, *, nan: bool = True
 ) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of each line that is not blank. Lines that are no JSON go to `damaged`, by number.
+    """Yield (line number, value) of each line that is not blank; NaN is read as None.
 
-    Without `damaged` they raise UserError naming the file and the line. NaN counts as null.
+    `damaged` is called with the number of each line that is no JSON; without it such a line raises UserError.
     """
     data = read_bytes(path, flag).removeprefix(b"\xef\xbb\xbf")
     for number, line in enumerate(data.split(b"\n"), 1):
@@ -208,24 +197,21 @@ def read_jsonl(
             value = parse_json(line.decode("utf-8"), nan=nan)
         except ValueError as error:  # UnicodeDecodeError is one
             if damaged is None:
-                raise UserError(f"{flag}: {path}: line {number} {_one_line(error)}") from None
+                reason = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else in_one_line(error, 160)
+                raise UserError(f"{flag}: {path}: line {number} {reason}") from None
             damaged(number)
             continue
         yield number, value
 
 
-def _one_line(error: Exception) -> str:
-    return "is not UTF-8" if isinstance(error, UnicodeDecodeError) else in_one_line(error, 160)
-
-
 def read_yaml(path: str | os.PathLike, flag: str) -> dict[str, Any]:
-    """The mapping of a YAML file, {} where it is empty. Raises UserError naming `flag` and the file."""
+    """Read the mapping in a YAML file; {} if it is empty. Raises UserError naming `flag` and the file."""
     import yaml
 
     text = read_text(path, flag)
     try:
         value = yaml.safe_load(text)
-    except Exception as error:  # besides YAMLError whatever dates, numbers, keys and nesting make it raise
+    except Exception as error:  # not only YAMLError: dates, numbers, keys and nesting raise others
         raise UserError(f"{flag}: {path} is not YAML ({in_one_line(error, 120)})") from None
     if not isinstance(value, (dict, type(None))) or not all(isinstance(key, str) for key in value or ()):
         raise UserError(f"{flag}: {path} must hold one `name: value` a line")
@@ -233,7 +219,7 @@ def read_yaml(path: str | os.PathLike, flag: str) -> dict[str, Any]:
 
 
 def refuse_links(path: str | os.PathLike, root: str | os.PathLike) -> None:
-    """Raise UserError if a folder on the way from `root` to `path`, or `path` itself, is a link that leads out."""
+    """Raise UserError if `path`, or a folder between `root` and it, is a link that leads out of `root`."""
     step, root = Path(root), Path(root)
     for part in Path(path).relative_to(root).parts:
         step /= part
@@ -246,28 +232,28 @@ def refuse_links(path: str | os.PathLike, root: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """Turn what goes wrong with the disk within the block into a DiskError that names `path`."""
+    """Turn errors of the disk within the block into a DiskError that names `path`."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        told = disk_error(error, path)
-        if told is None:
+        fault = disk_error(error, path)
+        if fault is None:
             raise
-        raise told from error
+        raise fault from error
 
 
 def write_bytes(path: str | os.PathLike, data: bytes, *, flush: bool = True) -> None:
-    """Write a file in one step. `flush`: to disk, too, which costs 5 ms; without it a second run writes it again.
+    """Write a file atomically. Raises DiskError; on a full disk the room that `reserve` holds is used.
 
-    A full disk is given the room that `reserve` kept. Raises DiskError.
+    `flush`: wait for the disk, which takes 5 ms; not needed where a second run can write the file again.
     """
     with writing(path):
-        _with_reserve(lambda: _write_whole(os.fspath(path), data, flush), path)
+        _with_reserve(lambda: _replace(os.fspath(path), data, flush), path)
 
 
-def _write_whole(path: str, data: bytes, flush: bool) -> None:
+def _replace(path: str, data: bytes, flush: bool) -> None:
     # few system calls: 50,000 questions have four files each
     temporary = f"{os.path.dirname(path) or '.'}/{_temporary_name()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -278,7 +264,7 @@ def _write_whole(path: str, data: bytes, flush: bool) -> None:
         file = os.open(temporary, flags, 0o666)
     try:
         try:
-            write_all(file, data)
+            _write_all(file, data)
             if flush:
                 os.fsync(file)
         finally:
@@ -290,25 +276,24 @@ def _write_whole(path: str, data: bytes, flush: bool) -> None:
         raise
 
 
-def write_all(file: int, data: bytes) -> None:
-    """`os.write` until all is written."""
+def _write_all(file: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(file, view) :]
 
 
 def write_text(path: str | os.PathLike, text: str, *, flush: bool = True) -> None:
-    """Write a text file in one step (UTF-8, newlines as given; half of a character becomes `?`)."""
+    """Write a text file atomically (UTF-8, newlines as given; half of a surrogate pair becomes `?`)."""
     write_bytes(path, text.encode("utf-8", errors="replace"), flush=flush)
 
 
 def write_json(path: str | os.PathLike, value: Any, indent: int | None = 4) -> None:
-    """Write a JSON file in one step."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def write_args(folder: str | os.PathLike, args: argparse.Namespace) -> None:
-    """Write the resolved flags to `folder`/args.yaml, so that a run can be read back and repeated."""
+    """Write the flags of a run to `folder`/args.yaml."""
     import yaml
 
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in sorted(vars(args).items())}
@@ -316,20 +301,31 @@ def write_args(folder: str | os.PathLike, args: argparse.Namespace) -> None:
 
 
 def touch(path: str | os.PathLike) -> None:
-    """Make an empty file with the present time, also in place of a link."""
+    """Make an empty file with the present time; a link there is replaced."""
     write_bytes(path, b"", flush=False)
 
 
 def _temporary_name() -> str:
-    # short, whatever the target's name: a 255-byte name has no room for a suffix
-    return f".tmp-{os.getpid()}-{threading.get_ident() % 10**6}-{time.monotonic_ns()}"
+    # not made of the target's name, which may be 255 bytes long
+    return f"{TEMPORARY}{os.getpid()}-{threading.get_ident() % 10**6}-{time.monotonic_ns()}"
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Delete the temporary files in `folder` whose process, on this machine, has ended: it was killed."""
+    for path in Path(folder).glob(f"{TEMPORARY}*"):
+        try:
+            os.kill(int(path.name.removeprefix(TEMPORARY).partition("-")[0]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        except (OSError, OverflowError, ValueError):  # of another user, or no name of ours
+            pass
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed to disk and replaces `path` in one step.
+    """Yield a temporary path beside `path`; on success it is flushed to disk and replaces `path` atomically.
 
-    Raises DiskError for what the disk refuses, whatever library writes there.
+    Raises DiskError if the disk refuses something, whatever library writes there.
     """
     path = Path(path)
     temporary = path.parent / _temporary_name()
@@ -350,20 +346,19 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a new folder beside `path`; on success it takes the place of `path`. A kill leaves no half folder.
+    """Yield a new folder beside `path`; on success it replaces `path`. A kill leaves no half-written folder.
 
-    Raises DiskError for what the disk refuses, whatever library writes there.
+    Raises DiskError if the disk refuses something, whatever library writes there.
     """
     path = Path(path)
+    temporary = path.parent / _temporary_name()
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=path.parent))
         try:
-            temporary.chmod(0o755)  # mkdtemp's 0700 would hide a model from the group that shares the box
+            temporary.mkdir(parents=True)
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    file.chmod(0o644)  # so would safetensors' 0600
+                    file.chmod(0o644)  # safetensors' 0600 would hide a model from the group that shares the machine
                     _flush(file)
             old = path.parent / f".old-{os.getpid()}-{time.monotonic_ns()}" if os.path.lexists(path) else None
             if old is not None:
@@ -376,18 +371,21 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def place_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """Make `target` the same file as `source`, in one step: a hard link where the disk allows, a copy elsewhere.
+    """Make `target` a hard link to `source`, or a copy where the disk allows none, atomically.
 
-    Leaves a hard link or an untouched copy as it is (content is not compared: a second run shall be cheap). Raises
-    UserError if `source` is no regular file, DiskError.
+    An earlier link or copy of the same size and time stays: a second run is quick. Raises UserError if `source` is no
+    regular file, DiskError.
     """
     source, target = os.path.realpath(source), Path(target)
     if not os.path.isfile(source):
         raise UserError(f"{source} is no regular file; replace or remove it")
     temporary = target.with_name(_temporary_name())
     with writing(target):
-        if _same_file(source, target):
-            return
+        about, there = os.stat(source), os.lstat(target) if os.path.lexists(target) else None
+        if there is not None and stat.S_ISREG(there.st_mode):
+            same_copy = (about.st_size, about.st_mtime_ns) == (there.st_size, there.st_mtime_ns)
+            if same_copy or os.path.samestat(about, there):
+                return
         try:
             try:
                 os.link(source, temporary)
@@ -399,23 +397,18 @@ def place_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
                 temporary.unlink()
 
 
-def _same_file(source: str, target: Path) -> bool:
-    try:
-        theirs, ours = os.stat(source), os.lstat(target)
-    except FileNotFoundError:
-        return False
-    if not stat.S_ISREG(ours.st_mode):
-        return False  # a link is replaced by the file
-    return os.path.samestat(theirs, ours) or (theirs.st_size, theirs.st_mtime_ns) == (ours.st_size, ours.st_mtime_ns)
-
-
 def writable_dir(path: str | os.PathLike, flag: str) -> Path:
-    """Make `path` and prove that a file can be written there. Raises UserError naming `flag`."""
+    """Make the folder `path`, test that a file can be written there, and remove what killed processes left in it.
+
+    Raises UserError naming `flag`.
+    """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path, prefix=".writable-"):
-            pass
+        probe = path / _temporary_name()
+        probe.touch(exist_ok=False)
+        probe.unlink()
+        remove_leftovers(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
@@ -425,21 +418,20 @@ def writable_dir(path: str | os.PathLike, flag: str) -> Path:
 
 
 def short_name(name: str) -> str:
-    """`name`, or, if it is longer than a file name may be, its beginning and a hash of the whole."""
+    """`name`, or, if it is too long for a file name, its beginning and a hash of it."""
     raw = name.encode()
     if len(raw) <= NAME_MAX:
         return name
-    digest = hashlib.sha256(raw).hexdigest()[:12]
-    return raw[: NAME_MAX - 13].decode(errors="ignore") + "-" + digest
+    return f"{raw[: NAME_MAX - 13].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:12]}"
 
 
 # -- appending -------------------------------------------------------------------------------------------
 
 
 class Lines:
-    """A file that lines are appended to, each in one write. A line that a kill cut short is ended first.
+    """A file to append lines to, each in one write. A last line without its end (a kill cut it) is ended first.
 
-    Raises UserError for a link or anything but a regular file at `path`, DiskError.
+    Raises UserError if `path` is a link or no regular file, DiskError.
     """
 
     def __init__(self, path: str | os.PathLike, mode: int = 0o644):
@@ -455,7 +447,7 @@ class Lines:
                 self._write(b"")
 
     def add(self, text: str, *, reserved: bool = False) -> int:
-        """Append `text` and a line break; returns the position of its end. `reserved`: may use `reserve`'s room."""
+        """Append `text` and a line break; return the size of the file. `reserved`: may use the room of `reserve`."""
         data = (text + "\n").encode("utf-8", errors="replace")
         with writing(self.path):
             if reserved:
@@ -467,9 +459,9 @@ class Lines:
     def _write(self, data: bytes) -> None:
         data = b"\n" + data if self._torn else data
         written = os.write(self._file, data)
-        if written < len(data):  # the disk is full: the next write raises, and what comes after it begins a line
+        if written < len(data):  # the disk is full: the next write raises, and the one after it begins a new line
             self._torn = True
-            write_all(self._file, data[written:])
+            _write_all(self._file, data[written:])
         self._torn = False
 
     def close(self) -> None:
@@ -477,59 +469,45 @@ class Lines:
 
 
 def append_line(path: str | os.PathLike, text: str) -> None:
-    """Append one line to a file of this process alone."""
-    lines = Lines(path)
-    try:
+    """Append one line to a file that no other process writes to."""
+    with contextlib.closing(Lines(path)) as lines:
         lines.add(text)
-    finally:
-        lines.close()
 
 
 # -- room on a full disk ---------------------------------------------------------------------------------
 
 
-class Reserve:
-    """Room that is freed when the disk is full. `used`: it was needed, so nothing new may be begun."""
-
-    def __init__(self, path: Path, size: int):
-        self.path, self.used = path, False
-        path.unlink(missing_ok=True)  # of a killed run
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(file, 0, size)
-            self.device = os.fstat(file).st_dev
-        except OSError:
-            path.unlink()
-            raise
-        finally:
-            os.close(file)
-
-    def free(self) -> None:
-        self.used = True
-        self.path.unlink(missing_ok=True)
+@dataclass
+class _Reserve:
+    path: Path
+    device: int
+    used: bool = False  # the disk was full: nothing new may begin
 
 
-_reserve: Reserve | None = None
+_reserve: _Reserve | None = None
 
 
 @contextlib.contextmanager
-def reserve(path: str | os.PathLike, size: int) -> Iterator[Reserve]:
-    """Hold `size` bytes of the disk for the block: `write_bytes` frees them at the first full disk, and goes on.
-
-    Raises DiskError if the disk has not that much.
-    """
+def reserve(path: str | os.PathLike, size: int) -> Iterator[None]:
+    """Hold `size` bytes of the disk, as the file `path`, during the block. When the disk is full, `write_bytes` and
+    `Lines.add(reserved=True)` free them and write again. Raises DiskError if the disk has less room than that."""
     global _reserve
-    with writing(path):
-        _reserve = Reserve(Path(path), size)
+    path = Path(path)
     try:
-        yield _reserve
+        with writing(path):
+            path.unlink(missing_ok=True)  # left by a killed run
+            with open(path, "xb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+                _reserve = _Reserve(path, os.fstat(file.fileno()).st_dev)
+        yield
     finally:
-        _reserve.path.unlink(missing_ok=True)
         _reserve = None
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def out_of_room() -> DiskError | None:
-    """What to end with once a full disk has taken the reserve: nothing new may be begun."""
+    """The error to stop with once the reserve was used on a full disk, else None."""
     if _reserve is None or not _reserve.used:
         return None
     return disk_error(OSError(errno.ENOSPC, ""), _reserve.path.parent)
@@ -539,86 +517,9 @@ def _with_reserve(write: Callable[[], None], path: str | os.PathLike) -> None:
     try:
         write()
     except OSError as error:
-        kept = _reserve
-        if kept is None or error.errno not in FULL or os.stat(os.path.dirname(path) or ".").st_dev != kept.device:
+        held = _reserve
+        if held is None or error.errno not in FULL or os.stat(os.path.dirname(path) or ".").st_dev != held.device:
             raise
-        kept.free()
+        held.used = True
+        held.path.unlink(missing_ok=True)
         write()
-
-
-# -- locks -----------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def only_one(path: str | os.PathLike, what: str, *, required: bool = True) -> Iterator[None]:
-    """Hold the lock file `path` for the block: the kernel's lock, which ends with the process, however that ends.
-
-    The file's content only says who holds it; a file left by a killed process locks nobody out. `what` begins the
-    message, for example "--run_dir RL_models/x". Raises UserError naming who has the lock, or, unless `required` is
-    False (then a warning), a disk without locks.
-    """
-    # the filelock package empties the file at each attempt, and where a disk has no locks it makes a marker file that
-    # outlives a killed process
-    import fcntl
-
-    while True:
-        with writing(path):
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            file = open_regular(path, follow_links=False, flags=os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            fault = f"{what}: {_holder(file)} is running there; wait for it, or end it"
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                fault = f"{what}: the disk of {path} has no file locks ({error.strerror}): another process could start"
-                if not required:
-                    warn0(f"{fault}; do not start one")
-                    break
-                fault += " (two clients would pay twice); copy the folder to a local disk"
-            os.close(file)
-            raise UserError(fault) from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                break
-        os.close(file)  # the process that ended meanwhile has removed the file: lock the new one
-    try:
-        about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without its text
-            os.ftruncate(file, 0)
-            os.pwrite(file, json.dumps(about).encode(), 0)
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)  # while it is locked
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_UN)  # also where a worker process has inherited it
-        os.close(file)
-
-
-def _holder(file: int) -> str:
-    try:
-        about = json.loads(os.pread(file, 1000, 0))
-        return f"process {about['pid']} on {about['host']} (since {about['since']})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"
-
-
-@contextlib.contextmanager
-def one_at_a_time(path: str | os.PathLike) -> Iterator[None]:
-    """Run the block in one process of this machine after the other, by the lock file `path`, removed at the end.
-
-    On a disk without locks all run at once: only for work that may be done twice. Raises OSError if `path` cannot be
-    written.
-    """
-    import fcntl
-
-    file = open_regular(path, follow_links=False, flags=os.O_RDWR | os.O_CREAT)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        # whoever waits holds the same file, and finds the work done; whoever comes later needs no lock
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-    finally:
-        os.close(file)

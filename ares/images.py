@@ -1,10 +1,10 @@
-"""The one place where image files are opened, and how an image is prepared for a Teacher before money is spent.
+"""Opens image files, for the whole project, and prepares images for a Teacher before money is spent.
 
     with open_image(path) as image:                 # Pillow, but only FORMATS and at most MAX_PIXELS
         picture = upright(image).convert("RGB")
-    media_type, data = load_image(path, qid)        # decoded once, shrunk or converted where the API needs it
+    media_type, data = load_image(path, qid)        # checked; shrunk or converted if the API needs it
 
-`load_image` works without Pillow: it reads the media type from the first bytes and refuses large files.
+Without Pillow `load_image` reads the media type from the first bytes and refuses large files.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from ares.cli import UserError, progress
+from ares.files import open_regular
 
-# What data sets hold. Pillow would try every format it knows, and start Ghostscript for an EPS named image.png.
+# The formats of data sets. Pillow would try all it knows, and start Ghostscript for an EPS named image.png.
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000  # 8000 x 8000, the API's own limit; Pillow holds that in 256 MB
 MAX_FILE = 200_000_000  # bytes of an image file that are read
-ONE_AT_A_TIME = 16_000_000  # pixels from which threads decode one after the other, so that memory stays bounded
-MAX_EDGE = 8000  # pixels, of the API
-MAX_BYTES = 3_750_000  # an image may have 5 MB as base64
-SHRINK_TO = 1568  # the API scales a longer edge down to about this itself
+ONE_AT_A_TIME = 16_000_000  # pixels; threads decode larger images one after the other to limit memory
+MAX_EDGE = 8000  # pixels, the API's limit
+MAX_BYTES = 3_750_000  # 5 MB as base64, the API's limit
+SHRINK_TO = 1568  # pixels; the API scales a longer edge down to about this
 MAX_TOKENS = 4784  # no image costs more, whatever the model's resolution
 TOKENS_PER_PIXEL = 1 / 750
 
-# what the API takes, by the first bytes: a JPEG is often called .png
+# formats of the API by their first bytes, not by the file name: a JPEG is often called .png
 _SIGNATURES = (
     (re.compile(rb"\x89PNG\r\n\x1a\n"), "image/png"),
     (re.compile(rb"\xff\xd8\xff"), "image/jpeg"),
@@ -42,7 +43,7 @@ _SIGNATURES = (
     (re.compile(rb"RIFF....WEBP", re.DOTALL), "image/webp"),
 )
 
-_checked: dict[tuple, str] = {}  # files known to be good: the same image goes out with every action
+_checked: dict[tuple, str] = {}  # identity of a sound file -> media type: an image is sent once per action
 
 
 def media_type(head: bytes) -> str | None:
@@ -52,10 +53,10 @@ def media_type(head: bytes) -> str | None:
 
 @contextlib.contextmanager
 def open_image(source: str | os.PathLike | bytes) -> Iterator[Any]:
-    """A Pillow image from a file or from the bytes of one: header read, pixels not yet decoded.
+    """Open a file, or the bytes of one, as a Pillow image whose pixels are not decoded yet.
 
-    Raises OSError or ValueError, here and from the body, for what is no regular file, none of FORMATS, damaged, or
-    larger than MAX_PIXELS or MAX_FILE. Large images are opened one at a time.
+    Raises OSError or ValueError, also from within the block, for what is no regular file, none of FORMATS, damaged, or
+    larger than MAX_PIXELS or MAX_FILE. Threads open large images one at a time.
     """
     from PIL import Image
 
@@ -81,7 +82,7 @@ def open_image(source: str | os.PathLike | bytes) -> Iterator[Any]:
             yield image
         except (OSError, ValueError, UserError):
             raise
-        except Exception as error:  # Pillow's readers raise whatever they meet in a damaged file
+        except Exception as error:  # Pillow's readers raise many types for damaged files
             raise ValueError(str(error) or type(error).__name__) from error
 
 
@@ -91,16 +92,16 @@ _large = threading.RLock()
 def orientation(image: Any) -> int:
     """The EXIF orientation, 1 to 8; 1 where there is none or the EXIF data is damaged."""
     if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
-        return 1  # Pillow turns a TIFF itself; for a PNG without it would decode the pixels to look behind them
+        return 1  # Pillow rotates a TIFF itself; in other PNGs it would decode all pixels to look for EXIF data
     try:
         found = image.getexif().get(0x0112, 1)
-    except Exception:  # damaged EXIF data says nothing about the pixels
+    except Exception:  # damaged EXIF data: the pixels may be sound
         return 1
     return found if found in range(1, 9) else 1
 
 
 def upright(image: Any) -> Any:
-    """The image turned as its EXIF orientation says, which is how people and browsers see it."""
+    """The image rotated by its EXIF orientation, as viewers show it."""
     from PIL.Image import Transpose
 
     turns = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE)
@@ -111,20 +112,22 @@ def upright(image: Any) -> Any:
 
 
 def load_image(path: str | os.PathLike, qid: str) -> tuple[str, bytes]:
-    """(media type, bytes) as they may be sent, upright, one frame, in RGB or grey.
+    """(media type, bytes) to send: upright, one frame, in RGB or grey.
 
     Raises UserError naming file and question if it is no usable image.
     """
     try:
-        with open(path, "rb", opener=_nonblocking) as file:
+        with open(open_regular(path), "rb") as file:
             about = os.fstat(file.fileno())
-            regular = stat.S_ISREG(about.st_mode)
-            data = file.read(MAX_FILE) if regular and about.st_size <= MAX_FILE else b""
+            data = file.read(MAX_FILE) if about.st_size <= MAX_FILE else b""
     except OSError as error:
         raise UserError(f"--images: cannot read {path} of question {qid} ({error.strerror})") from None
-    if not regular or about.st_size > MAX_FILE:
-        reason = f"is larger than {MAX_FILE / 1e6:.0f} MB" if regular else "is no regular file"
-        raise UserError(f"--images: {path} of question {qid} {reason}; replace or remove it")
+    except UserError:
+        raise UserError(f"--images: {path} of question {qid} is no regular file; replace or remove it") from None
+    if about.st_size > MAX_FILE:
+        raise UserError(
+            f"--images: {path} of question {qid} is larger than {MAX_FILE / 1e6:.0f} MB; replace or remove it"
+        )
     identity = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
     if identity in _checked:
         return _checked[identity], data
@@ -135,13 +138,13 @@ def load_image(path: str | os.PathLike, qid: str) -> tuple[str, bytes]:
         if kind is None or len(data) > MAX_BYTES:
             raise UserError(
                 f"--images: {path} of question {qid} is no PNG, JPEG, GIF or WebP of at most {MAX_BYTES / 1e6:.2f} "
-                "MB; convert it, or install pillow, which does so on the way"
+                "MB; convert it, or install pillow, with which this is done automatically"
             ) from None
         return kind, data
     try:
         with open_image(data) as image:
-            image.load()  # the whole of it: a download that broke off decodes to its header only
-            # an animation and a CMYK print file would be read differently, or not at all, from one API to the next
+            image.load()  # all pixels: of a download that broke off only the header can be decoded
+            # APIs differ in how they read an animation or CMYK, if at all
             plain = orientation(image) == 1 and image.mode != "CMYK"
             plain = plain and (image.format == "MPO" or not getattr(image, "is_animated", False))
             if kind is None or not plain or max(image.size) > MAX_EDGE or len(data) > MAX_BYTES:
@@ -155,42 +158,38 @@ def load_image(path: str | os.PathLike, qid: str) -> tuple[str, bytes]:
     return kind, data
 
 
-def _nonblocking(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe without a writer would hold `open` for ever
-
-
 def pixels(path: str | os.PathLike) -> tuple[int, int] | None:
     """(width, height) from the file's header, as seen upright; None without Pillow or if it is no image."""
     try:
         with open_image(path) as image:
             return image.size if orientation(image) < 5 else image.size[::-1]
-    except (OSError, ValueError, ImportError):  # an estimate goes on without it: `load_image` raises when it matters
+    except (OSError, ValueError, ImportError):  # for estimates only: before sending, `load_image` raises
         return None
 
 
 def estimated_tokens(path: str | os.PathLike) -> int:
-    """What an image costs by the API's rule: width x height / 750 after its edge was scaled down to 1568."""
-    width, height = pixels(path) or (1092, 1092)  # unknown: 1,590 tokens, the usual top
+    """Tokens of an image by the API's rule: width x height / 750, after scaling its longer edge down to 1568."""
+    width, height = pixels(path) or (1092, 1092)  # unknown: 1,590 tokens, the usual maximum
     scale = min(1.0, SHRINK_TO / max(width, height))
     return min(1600, int(width * scale * height * scale * TOKENS_PER_PIXEL) + 1)
 
 
 def eight_bit(image):
-    """16-bit grey scaled to 8 bits; any other picture as it is. Pillow's conversion would cut it off at 255: white."""
+    """Scale 16-bit grey to 8 bits (Pillow's conversion would clip it at 255); other images are unchanged."""
     return image.convert("I").point(lambda value: value / 256).convert("L") if image.mode.startswith("I") else image
 
 
 def as_rgb(image):
-    """RGB, or RGBA where something is transparent."""
+    """Convert to RGB, or to RGBA if a pixel may be transparent."""
     transparent = "A" in image.getbands() or "transparency" in image.info
     return eight_bit(image).convert("RGBA" if transparent else "RGB")
 
 
 def _fitting(image) -> tuple[str, bytes]:
-    """Shrunk to what the API shows a model anyway; as JPEG if PNG is still too large."""
+    """(media type, bytes) of the image shrunk to the API's own size; JPEG if the PNG is still too large."""
     image = as_rgb(image)
     image.thumbnail((SHRINK_TO, SHRINK_TO))
-    image.info.clear()  # no EXIF, colour profile or comment of the original goes out with the new pixels
+    image.info.clear()  # the original's EXIF data, colour profile and comments do not fit the new pixels
     out = io.BytesIO()
     image.save(out, format="PNG")
     if out.tell() <= MAX_BYTES:
@@ -207,7 +206,7 @@ def file_identity(path: str | os.PathLike) -> tuple[int, int, int, int]:
 
 
 def broken_images(images: Mapping[str, Sequence[Path]]) -> list[str]:
-    """What is wrong with those of the questions' images (qid -> files) that cannot be sent, by `load_image`."""
+    """The errors of `load_image` for the questions' images (qid -> files)."""
 
     def fault(item: tuple[str, Path]) -> str | None:
         try:
@@ -217,6 +216,6 @@ def broken_images(images: Mapping[str, Sequence[Path]]) -> list[str]:
         return None
 
     items = [(qid, path) for qid, paths in images.items() for path in paths]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # decoding leaves Python's lock
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # decoding releases the GIL
         faults = progress(pool.map(fault, items), desc="decode images", total=len(items), unit="img")
         return [fault for fault in faults if fault]

@@ -1,4 +1,4 @@
-"""How a training script is started, kept alone in its run folder, stopped, and followed by the next one.
+"""Launching a training script: checks of its processes, a lock on its run folder, Ctrl-C, the next command.
 
     launch.check_processes("main.py")                 # before anything is loaded
     with launch.only_launch(folder, from_rank0):       # the whole run
@@ -10,9 +10,12 @@ Needs no torch.
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import shlex
 import signal
+import socket
 import sys
 import threading
 import time
@@ -32,7 +35,7 @@ TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZ
 
 
 def check_processes(script: str, environment: Mapping[str, str] | None = None) -> None:
-    """Raise UserError if a job launcher (srun, mpirun) started several processes that each take themselves for rank 0.
+    """Raise UserError if a job launcher (srun, mpirun) started several processes that would all be rank 0.
 
     Such processes would write the same run folder at the same time.
     """
@@ -67,7 +70,7 @@ def _number(text: str | None) -> int | None:
 
 
 def note_unused_gpus(visible: int, script: str) -> None:
-    """Say that a launch of one process uses one of several visible GPUs."""
+    """Print a note if one process was started but several GPUs are visible."""
     if visible > 1 and cli.world_size() == 1:
         print0(
             f"note: {visible} GPUs are visible but one process was started: using one GPU. "
@@ -79,7 +82,7 @@ def note_unused_gpus(visible: int, script: str) -> None:
 
 
 class CtrlC:
-    """Within the block the first Ctrl-C only sets `pressed`: the loop saves and ends. A later one stops at once.
+    """In the block the first Ctrl-C only sets `pressed`, so that the loop can save and end. A later one stops at once.
 
     A launcher repeats the signal to its processes: one that follows within GRACE seconds is the same Ctrl-C.
     """
@@ -109,20 +112,79 @@ class CtrlC:
 
 
 def next_step(*commands: Sequence[Any], note: str = "") -> None:
-    """Print what to run now, as a shell reads it."""
+    """Print the commands to run next, quoted for a shell."""
     print0(f"next:{' ' + note if note else ''}")
     for command in commands:
         print0("  " + shlex.join(map(str, command)))
 
 
 def data_words(args: Any) -> list[str]:
-    """The flags that name a run's data, for another stage's command line."""
+    """The flags that name a run's data, for the command line of another stage."""
     names = ("data_root", "dataset", "img_type", "vision_features", "name_map")
     words = [word for name in names if getattr(args, name) for word in (f"--{name}", str(getattr(args, name)))]
     return [*words, "--caption_file", args.caption_file, "--use_caption"] if args.use_caption else words
 
 
 # -- one launch per run folder ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def only_one(path: str | os.PathLike, what: str, *, required: bool = True, wait: bool = False) -> Iterator[None]:
+    """Hold the lock file `path` during the block. The kernel releases the lock when the process ends in any way.
+
+    The file's text only says who holds the lock; one left by a killed process locks nobody out.
+
+    Args:
+        what: begins the message, for example "--run_dir RL_models/x".
+        required: without it a disk that has no locks gives a warning, not an error.
+        wait: wait for another process instead of raising.
+
+    Raises UserError naming the process that has the lock, or a disk without locks.
+    """
+    # not the filelock package: it empties the file at each attempt, and on a disk without locks it makes a marker file
+    # that outlives a killed process
+    import fcntl
+
+    while True:
+        with files.writing(path):
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            file = files.open_regular(path, follow_links=False, flags=os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            fault = f"{what}: {_holder(file)} is running there; wait for it, or end it"
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                fault = f"{what}: the disk of {path} has no file locks ({error.strerror}): another process could start"
+                if not required:
+                    cli.warn0(f"{fault}; do not start one")
+                    break
+                fault += " (two clients would pay twice); copy the folder to a local disk"
+            os.close(file)
+            raise UserError(fault) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                break
+        os.close(file)  # the process that held the lock has removed the file: lock the new one
+    try:
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        with contextlib.suppress(OSError):  # on a full disk the lock has no text
+            os.ftruncate(file, 0)
+            os.pwrite(file, json.dumps(about).encode(), 0)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)  # while it is locked
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)  # a worker process may have inherited the descriptor
+        os.close(file)
+
+
+def _holder(file: int) -> str:
+    try:
+        about = json.loads(os.pread(file, 1000, 0))
+        return f"process {about['pid']} on {about['host']} (since {about['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
 
 
 @contextlib.contextmanager
@@ -133,5 +195,5 @@ def only_launch(folder: Path, from_rank0: Callable[[Callable[[], Any]], Any]) ->
     if another launch holds the folder.
     """
     with contextlib.ExitStack() as held:
-        from_rank0(lambda: held.enter_context(files.only_one(folder / LOCK, f"{folder}", required=False)))
+        from_rank0(lambda: held.enter_context(only_one(folder / LOCK, f"{folder}", required=False)))
         yield

@@ -1,8 +1,8 @@
 r"""Where a sentence ends, in characters and in token columns: the unit that the Teacher scores and PPO rewards.
 
-One rule, `_spans`, reads text. The id version writes the pieces of the *given* ids one after the other, applies the
-same rule, and maps the last character of each sentence back to the column that holds it; nothing is ever tokenised
-again. The rule follows a careful reader of school-book English:
+One rule, `_spans`, reads text. The id version joins the pieces of the *given* ids, applies the same rule, and maps the
+last character of each sentence back to the column that holds it; nothing is ever tokenised again. The rule follows a
+careful reader of school-book English:
 
 - `.`, `!`, `?` and runs of them end a sentence, closing quotes and brackets included, if white space follows;
 - they do not inside numbers, versions, domains, initials and abbreviations, nor after a list marker (`2. Compare`);
@@ -10,10 +10,10 @@ again. The rule follows a careful reader of school-book English:
 - the last sentence may be unfinished; the prefix `Solution:` is no sentence.
 
 A newline of the training texts is the two characters backslash-n. T5's vocabulary has no backslash, so a model
-writes `<unk>` and a stray `n` glued to the next word. The stray n counts as white space and is shown to nobody.
+writes `<unk>` and a stray `n` glued to the next word. The stray n counts as white space and is removed.
 
 Only English is read; a newline is white space and ends no sentence by itself.
-Needs neither torch nor transformers: a tokenizer, where one is needed, is handed in.
+Needs neither torch nor transformers: a tokenizer, where one is needed, is an argument.
 """
 
 from __future__ import annotations
@@ -28,6 +28,73 @@ from weakref import WeakKeyDictionary, proxy
 
 LOOK_BACK = 200  # characters: more than the words that decide on a full stop; without a limit, time grows as a square
 BREAK = "\x03"  # stands for </s>, or for the cut at output_len: what is still open ends here
+
+
+# -- sentences of a text -----------------------------------------------------------------------------------
+
+
+def split_text(text: str) -> list[str]:
+    """The sentences of a rationale, each on one line; without the prefix `Solution:` and stray n's."""
+    text = _separate(text)
+    return [_tidy(text[start:end]) for start, end in _spans(text)]
+
+
+def is_finished(text: str) -> bool:
+    """True if the last sentence has its full stop (closing quotes and brackets may follow it)."""
+    return _finished(_separate(text))
+
+
+def remove_repeats(sentences: Sequence[str]) -> list[str]:
+    """Keep the first occurrence of each sentence, in order; blanks around and a leading `Solution:` do not count."""
+    first: dict[str, str] = {}
+    for sentence in map(str.strip, sentences):
+        first.setdefault(sentence[PREFIX.match(sentence).end() :], sentence)
+    return list(first.values())
+
+
+# -- sentences of token ids -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence of a rationale given as ids."""
+
+    text: str  # as a person reads it, on one line
+    start: int  # column of its first token
+    column: int  # column of its last token: the reward goes to position column - 1
+
+
+def sentences_from_ids(ids: Sequence[int], tokenizer: Any) -> list[Sentence]:
+    """The sentences of one rationale.
+
+    ids: (L,) list, array or tensor of decoder ids, with or without the start token, padded or not; columns index it
+    and rise strictly. An unfinished last sentence ends at its `</s>`, or, cut before it, at the last token. Sentences
+    that end inside one and the same token are one sentence. Raises ValueError if ids is not one-dimensional.
+    """
+    text, offsets = _text_of_ids(ids, tokenizer)
+    sentences: list[Sentence] = []
+    opened = -1
+    for start, end in _spans(text):
+        column = bisect_right(offsets, end - 1) - 1
+        if sentences and sentences[-1].column == column:
+            start = opened
+            sentences.pop()
+        opened = start
+        sentences.append(Sentence(_tidy(text[start:end]), bisect_right(offsets, start) - 1, column))
+    return sentences
+
+
+def sentence_columns(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    """The column of the last token of each sentence (see `sentences_from_ids`)."""
+    return [sentence.column for sentence in sentences_from_ids(ids, tokenizer)]
+
+
+def is_finished_ids(ids: Sequence[int], tokenizer: Any) -> bool:
+    """`is_finished` for ids. A rationale cut at output_len right after a full stop is finished."""
+    return _finished(_text_of_ids(ids, tokenizer)[0])
+
+
+# -- the rule: where a sentence ends -----------------------------------------------------------------------
 
 OPENERS = "([{\"'“‘«*—–"
 CLOSERS = ")]}\"'”’»*"
@@ -45,69 +112,6 @@ SPEECH = re.compile(  # "Stop!" Lila remarked.
     r"yelled|whispered|wondered|thought)\b"
 )
 SENTENCE_OPENING = re.compile(r"[A-Z][a-z]|[AI]\s")
-
-# -- abbreviations: what may stand before a period that ends nothing ---------------------------------------
-
-# names follow, unless a plain sentence opening does ("He lives on Main St. She does not.")
-TITLES = frozenset(
-    "Mr Mrs Ms Dr Prof Rev Gen Col Sgt Lt Capt Cpl Maj Sen Rep Gov Pres Hon Messrs Jr Sr St Ste Mt Ft Ed Eds".split()
-)
-# a number follows: No. 5, Fig. 2, Jan. 5
-NUMBERED = frozenset("No Nos Fig Figs Eq Vol Ch p pp Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec".split())
-# never the last word of a sentence that goes on
-NEVER_LAST = frozenset("e.g i.e vs cf viz approx ca".split())
-# last before a capital, not before a small letter
-SOMETIMES_LAST = frozenset("etc al inc co corp ltd bros dept ave blvd rd esp incl sp spp".split())
-ACRONYMS = frozenset("u.s u.k u.s.a u.n e.u d.c a.m p.m b.c a.d b.c.e c.e ph.d m.d b.a m.a".split())
-# after U.S., U.K. ... these go on with the name; any other capital opens a sentence
-INSTITUTIONS = frozenset(
-    "Congress Senate House Army Navy Air Marine Marines Coast Constitution Supreme Capitol Census Treasury Department "
-    "Government President Secretary Geological Forest Fish Food Postal Virgin Open Code Bill Civil National Bureau "
-    "Environmental Representative Senator Dollar Dollars State States EST PST".split()
-)
-UNITS = frozenset("in ft lb lbs oz yd mi hr hrs min sec gal qt pt".split())
-# words that open a sentence rather than carry on a name
-OPENINGS = frozenset(
-    "The A An This That These Those It Its He She They We You I His Her Their Our My Your There Here In On At By For "
-    "From With Without To Of As If When While Since Because So Thus Therefore However Then Now Next First Second "
-    "Third Finally Also And But Or Yet Both Each Every Some Many Most All None Only Other Another One Two "
-    "Consequently Hence Meanwhile Although Though After Before During According Based Given Looking Let Which What "
-    "Where Why How Is Are Was Were Do Does Did Can Could Would Should".split()
-)
-# "Sample B. Magnet ..." labels a thing; "George W. Bush" names a man
-LABELS = frozenset(
-    "sample solution option choice answer row column figure pair part point letter label group type class set plate "
-    "ball box bowl cup jar tube beaker flask container plant planet magnet material substance organism species "
-    "vitamin hepatitis grade plan model image diagram graph map table trial test path picture step question team "
-    "student person object item line side area region zone location position source animal bird fish chart "
-    "molecule atom element compound experiment condition treatment design version section appendix level key".split()
-)
-
-# -- the rule, on text -------------------------------------------------------------------------------------
-
-
-def split_text(text: str) -> list[str]:
-    """The sentences of a rationale, each on one line; the prefix `Solution:` and stray n's are left out."""
-    text = _separate(text)
-    return [_tidy(text[start:end]) for start, end in _spans(text)]
-
-
-def remove_repeats(sentences: Sequence[str]) -> list[str]:
-    """Keep the first occurrence of each sentence, in order; blanks around and a leading `Solution:` do not count."""
-    first: dict[str, str] = {}
-    for sentence in map(str.strip, sentences):
-        first.setdefault(sentence[PREFIX.match(sentence).end() :], sentence)
-    return list(first.values())
-
-
-def is_finished(text: str) -> bool:
-    """True if the last sentence has its full stop (closing quotes and brackets may follow it)."""
-    return _finished(_separate(text))
-
-
-def _finished(text: str) -> bool:
-    body = _tidy(text[PREFIX.match(text).end() :]).rstrip(CLOSERS + " ")
-    return body.endswith((".", "!", "?", "…")) and _has_word(body)
 
 
 def _spans(text: str) -> list[tuple[int, int]]:
@@ -228,6 +232,43 @@ def _is_initial(letter: str, previous: str, next_word: str, following: str) -> b
     return previous.isalpha() and previous[0].isupper() and previous != next_word and previous.lower() not in LABELS
 
 
+# -- abbreviations: what may stand before a period that ends nothing ---------------------------------------
+
+# names follow, unless a plain sentence opening does ("He lives on Main St. She does not.")
+TITLES = frozenset(
+    "Mr Mrs Ms Dr Prof Rev Gen Col Sgt Lt Capt Cpl Maj Sen Rep Gov Pres Hon Messrs Jr Sr St Ste Mt Ft Ed Eds".split()
+)
+# a number follows: No. 5, Fig. 2, Jan. 5
+NUMBERED = frozenset("No Nos Fig Figs Eq Vol Ch p pp Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec".split())
+# never the last word of a sentence that goes on
+NEVER_LAST = frozenset("e.g i.e vs cf viz approx ca".split())
+# last before a capital, not before a small letter
+SOMETIMES_LAST = frozenset("etc al inc co corp ltd bros dept ave blvd rd esp incl sp spp".split())
+ACRONYMS = frozenset("u.s u.k u.s.a u.n e.u d.c a.m p.m b.c a.d b.c.e c.e ph.d m.d b.a m.a".split())
+# after U.S., U.K. ... these go on with the name; any other capital opens a sentence
+INSTITUTIONS = frozenset(
+    "Congress Senate House Army Navy Air Marine Marines Coast Constitution Supreme Capitol Census Treasury Department "
+    "Government President Secretary Geological Forest Fish Food Postal Virgin Open Code Bill Civil National Bureau "
+    "Environmental Representative Senator Dollar Dollars State States EST PST".split()
+)
+UNITS = frozenset("in ft lb lbs oz yd mi hr hrs min sec gal qt pt".split())
+# words that open a sentence rather than carry on a name
+OPENINGS = frozenset(
+    "The A An This That These Those It Its He She They We You I His Her Their Our My Your There Here In On At By For "
+    "From With Without To Of As If When While Since Because So Thus Therefore However Then Now Next First Second "
+    "Third Finally Also And But Or Yet Both Each Every Some Many Most All None Only Other Another One Two "
+    "Consequently Hence Meanwhile Although Though After Before During According Based Given Looking Let Which What "
+    "Where Why How Is Are Was Were Do Does Did Can Could Would Should".split()
+)
+# "Sample B. Magnet ..." labels a thing; "George W. Bush" names a man
+LABELS = frozenset(
+    "sample solution option choice answer row column figure pair part point letter label group type class set plate "
+    "ball box bowl cup jar tube beaker flask container plant planet magnet material substance organism species "
+    "vitamin hepatitis grade plan model image diagram graph map table trial test path picture step question team "
+    "student person object item line side area region zone location position source animal bird fish chart "
+    "molecule atom element compound experiment condition treatment design version section appendix level key".split()
+)
+
 # -- white space and the stray n -----------------------------------------------------------------------------
 
 # in text a stray n is glued to the full stop or colon before it; behind a blank it is one only if no word can be meant
@@ -236,7 +277,7 @@ DOMAIN = re.compile(r"(?:https?://)?[a-z0-9-]+(?:\.[a-z0-9-]+)*\.(?:com|org|net|
 
 
 def _separate(text: str) -> str:
-    """Put white space for every backslash-n and stray n. Length stays, so offsets do."""
+    """Replace every backslash-n and stray n by white space of the same length, so that offsets stay valid."""
     text = text.replace(BREAK, " ").replace("\\n", "\n ")
     return STRAY.sub(_stray, text)
 
@@ -260,7 +301,12 @@ def _tidy(text: str) -> str:
     return re.sub(r" (n't\b|[.,!?]+(?![\w.]))", r"\1", line)
 
 
-# -- the same, on token ids ----------------------------------------------------------------------------------
+def _finished(text: str) -> bool:
+    body = _tidy(text[PREFIX.match(text).end() :]).rstrip(CLOSERS + " ")
+    return body.endswith((".", "!", "?", "…")) and _has_word(body)
+
+
+# -- from ids to text ---------------------------------------------------------------------------------------
 
 # tokenizers with byte fallback spell rare characters in bytes: each is held as one private-use character until joined
 BYTE, FILL = 0xE000, "\x02"
@@ -268,46 +314,7 @@ BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 BYTES = re.compile("[\ue000-\ue0ff]+")
 
 
-@dataclass(frozen=True)
-class Sentence:
-    """One sentence of a rationale given as ids."""
-
-    text: str  # as a person reads it, on one line
-    start: int  # column of its first token
-    column: int  # column of its last token: the reward goes to position column - 1
-
-
-def sentences_from_ids(ids: Sequence[int], tokenizer: Any) -> list[Sentence]:
-    """The sentences of one rationale.
-
-    ids: (L,) list, array or tensor of decoder ids, with or without the start token, padded or not; columns index it
-    and rise strictly. An unfinished last sentence ends at its `</s>`, or, cut before it, at the last token. Sentences
-    that end inside one and the same token are one sentence. Raises ValueError if ids is not one-dimensional.
-    """
-    text, offsets = _write(ids, tokenizer)
-    sentences: list[Sentence] = []
-    opened = -1
-    for start, end in _spans(text):
-        column = bisect_right(offsets, end - 1) - 1
-        if sentences and sentences[-1].column == column:
-            start = opened
-            sentences.pop()
-        opened = start
-        sentences.append(Sentence(_tidy(text[start:end]), bisect_right(offsets, start) - 1, column))
-    return sentences
-
-
-def sentence_columns(ids: Sequence[int], tokenizer: Any) -> list[int]:
-    """The column of the last token of each sentence (see `sentences_from_ids`)."""
-    return [sentence.column for sentence in sentences_from_ids(ids, tokenizer)]
-
-
-def is_finished_ids(ids: Sequence[int], tokenizer: Any) -> bool:
-    """`is_finished` for ids. A rationale cut at output_len right after a full stop is finished."""
-    return _finished(_write(ids, tokenizer)[0])
-
-
-def _write(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[int]]:
+def _text_of_ids(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[int]]:
     """The text of ids with BREAK for `</s>` (or after the last token), and each column's offset in it."""
     ids = ids.tolist() if hasattr(ids, "tolist") else [int(token) for token in ids]
     if ids and isinstance(ids[0], list):
@@ -328,7 +335,7 @@ def _write(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[int]]:
 
 
 def _drop_stray(pieces: list[str], unknown: int) -> None:
-    """If the unknown piece is the backslash of a newline: put a newline for it and for the n that follows it.
+    """If the unknown piece is the backslash of a newline, replace it and the n that follows it by a newline.
 
     A piece that opens a word ("▁neon") begins with a true n; so does `{neon}`, whose unknown brace follows a blank.
     """

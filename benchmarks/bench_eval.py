@@ -73,7 +73,8 @@ class Sides:
 
     def ours(self, dataset=None) -> dict[str, float]:
         dataset = dataset or self.dataset
-        self.our_ids = self.predictor.predict(self.fast, dataset, "generate")
+        with self.fast.ending_greedy():
+            self.our_ids = self.predictor.predict(self.fast, dataset, "generate")
         predictions, references = (self.texts(dataset, ids) for ids in (self.our_ids, dataset.labels))
         found = get_scores({}, predictions, references, self.data.problems, self.encoder is not None)
         return found["rationale"]
@@ -123,7 +124,8 @@ def how_close(sides: Sides, device: torch.device, per_row: float) -> str:
         flops = sum(limits.row_flops(sides.fast.config, *row) for row in rows)
         dtype = torch.bfloat16 if sides.predictor.bf16 else torch.float32
         return f"model FLOP utilisation {flops / len(rows) / per_row / limits.peak_flops(device, dtype):.1%}"
-    work = limits.products(lambda: sides.predictor.predict(sides.fast, sides.dataset, "products"))
+    with sides.fast.ending_greedy():
+        work = limits.products(lambda: sides.predictor.predict(sides.fast, sides.dataset, "products"))
     return f"bare matrix products of the model take {work.seconds(device) / len(rows) / per_row:.0%} of our time"
 
 

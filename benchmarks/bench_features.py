@@ -1,35 +1,31 @@
-"""Feature extraction: images per second of extract_features.py against one image at a time.
+"""Feature extraction: images per second of extract_features.py's loop against one image at a time.
 
     python benchmarks/bench_features.py --size tiny --device cpu
     python benchmarks/bench_features.py --size base --device cpu      # the published network: 5 minutes on two cores
 
-Images of the sample through ViT-S/32 (`--size tiny`) or the network of the published features, ViT-L/32, which makes
-as many patches; random weights take the same time. `--model_name` names another. Ours is the script in a process of
-its own, timed from the line that says the network is loaded to its last one, on four times as many images, as folders
-are large. Checked first: the same features from both sides.
+Real images of the sample through ViT-S/32 (`--size tiny`) or the network of the published features, ViT-L/32, of as
+many patches; random weights, whose numbers do not change the time. `--model_name` names another. Ours works on four
+times as many images, as folders are long. Checked first: the same features from both sides.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a file, the project is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 
 from ares import cli
 from benchmarks import common, limits, released_recipe
-from vision.memory import keep_freed_memory
-from vision.networks import MODEL_NAMES, list_images, load_encoder
+from vision.extraction import FeatureStore, extract, keep_freed_memory, list_images
+from vision.networks import MODEL_NAMES, load_encoder
 
 NETWORKS = {"tiny": "vit_small_patch32_384"}  # other sizes: that of the published ViT features
 MORE = 4  # times as many images on our side
@@ -42,51 +38,34 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def extract(args: argparse.Namespace, name: str, paths: Sequence[Path]) -> tuple[float, torch.Tensor]:
-    """(seconds, features) of extract_features.py over `paths`, without the start of its process."""
-    with tempfile.TemporaryDirectory() as folder:
-        for number, path in enumerate(paths):
-            target = Path(folder, "images", str(number), f"image{path.suffix}")
-            target.parent.mkdir(parents=True)
-            shutil.copyfile(path, target)
-        command = [sys.executable, common.ROOT / "extract_features.py", "--data_root", f"{folder}/images",
-                   "--output_dir", f"{folder}/out", "--random_weights", "--device", args.device,
-                   "--model_name", name]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as script:
-            times = {line.strip(): time.perf_counter() for line in script.stdout}
-        began = [seconds for line, seconds in times.items() if line.startswith(name)]
-        cli.refuse(["extract_features.py failed"] * (script.returncode != 0 or not began))
-        return max(times.values()) - began[0], torch.load(f"{folder}/out/vit.pth", weights_only=True)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     device = common.set_up(args)
-    keep_freed_memory()  # as the script does
-    source = common.find_source(args)
-    found = list(list_images(source.images).values())
+    keep_freed_memory()  # as the script does; for both sides
+    found = list(list_images(common.find_source(args).images).items())
     cli.refuse([f"--images: the sample has {len(found)}"] * (args.images > len(found)))
     name = args.model_name or NETWORKS.get(args.size, MODEL_NAMES["vit"])
     encoder = load_encoder("vit", name, "random", args.device)
 
-    def ours(count: int) -> float:
-        """Seconds of the script for `count` images."""
-        return extract(args, name, [found[n % len(found)] for n in range(count)])[0]
+    def ours(count: int) -> np.ndarray:
+        images = {str(n): found[n % len(found)][1] for n in range(count)}
+        with tempfile.TemporaryDirectory() as out:
+            settings = {"img_type": "vit", "dtype": "float32", "rows": count}
+            store = FeatureStore(Path(out), settings, encoder.stored)
+            extract(encoder, images, store)
+            return np.array(store.array)
 
     def released() -> torch.Tensor:
-        return released_recipe.image_features(encoder, found[: args.images])
+        return released_recipe.image_features(encoder, [path for _, path in found[: args.images]])
 
-    equal = [common.check("features of every image", released(), extract(args, name, found[: args.images])[1], 1e-3)]
+    equal = [common.check("features of every image", released(), torch.from_numpy(ours(args.images)), 1e-3)]
     many = MORE * args.images
-    result = common.compare(
-        released, lambda: ours(many), args, (args.images, many), warm_up=False,
-        time_of=lambda function, device: function() if function is not released else common.seconds(released, device),
-    )  # fmt: skip
+    result = common.compare(released, lambda: ours(many), args, (args.images, many), warm_up=False)
+    once = argparse.Namespace(**vars(args) | {"repeats": 1})
+    scaling = common.linear(lambda n: ours(n * many), once) if args.size == "tiny" else {}
+    common.profile(lambda: ours(args.images), args)
     per_image = result["ours"]["median"]
-    scaling = {f"{n}x": ours(n * many) / (n * many) / per_image for n in (2, 4)} if args.size == "tiny" else {}
-    pixels = [encoder.transform(released_recipe.read(path)) for path in found[: min(8, args.images)]]
-    common.profile(lambda: encoder(pixels), args)
+    pixels = [encoder.transform(released_recipe.read(path)) for _, path in found[: min(8, args.images)]]
     products = limits.products(lambda: encoder(pixels))
     if device.type == "cuda":
         peak = limits.peak_flops(device, torch.float32)

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_ppo.py --size tiny --device cpu --json ppo.json
 
-One process, the same weights and rows. Checked first: both give the same losses and gradients. Left out: sampling, and
-the saving of states.
+One process, the same weights and rows. Checked first: both give the same losses and gradients. Sampling and
+the saving of states are not part of it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ if __name__ == "__main__":  # run as a file, the project is not on the path
 import torch
 
 from ares import cli
+from ares.decoding import action_mask
 from benchmarks import common, limits, released_recipe, released_rl, rl_common
-from rl import experience, ppo, sampling
+from rl import flags, minibatches, ppo, sampling
 from rl import trainer as ppo_trainer
 from rl.metrics import Metrics
 from rl.rollouts import Rollouts
@@ -42,18 +43,18 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         from accelerate import Accelerator
 
-        import run_mm_cot_rl
-
         self.args, world = args, rl_common.make_world(args, args.questions)
-        flags = run_mm_cot_rl.parse_args(["--base_model_dir", "."])
+        parser = argparse.ArgumentParser()
+        flags.add_flags(parser)
+        run = parser.parse_args(["--base_model_dir", "."])
         # a rate at which weights stay what they are: every call is then the same work
         changes = {"lr": 1e-12, "rl_batch_size": args.rl_batch_size, "ga_step": args.ga_step, "log_term": 10**9}
         for name, value in changes.items():
-            setattr(flags, name, value)
+            setattr(run, name, value)
         precision = "bf16" if args.device == "cuda" else "no"
-        data = make_experience(world, args)
+        data = make_rollouts(world, args)
         self.trainer = ppo_trainer.PpoTrainer(
-            world.models.policy, world.models.value_function, data, world.prompts, flags,
+            world.models.policy, world.models.value_function, data, world.prompts, run,
             Accelerator(cpu=args.device == "cpu", mixed_precision=precision), Path(tempfile.gettempdir()),
             Metrics(Path(tempfile.mkdtemp(prefix="bench-ppo-")), "none", {}), 0,
         )  # fmt: skip
@@ -61,7 +62,7 @@ class Bench:
             (int(n), world.prompts.lengths[qid])
             for n, qid in zip(data.rollouts.lengths, data.rollouts.qids, strict=True)
         ]
-        plan = experience.plan_epoch(lengths, args.rl_batch_size, 1, args.ga_step, args.seed)
+        plan = minibatches.plan_epoch(lengths, args.rl_batch_size, 1, args.ga_step, args.seed)
         self.plan = plan[:-1]  # the last update may be short
         self.optimizer = released_recipe.optimizer_of(self.trainer.raw, 1e-12)
 
@@ -98,7 +99,7 @@ class Bench:
         return [*said, common.check("gradients, distance over norm, worst parameter", far, 0.0, 10 * tolerance)]
 
 
-def make_experience(world: rl_common.World, args: argparse.Namespace) -> experience.Experience:
+def make_rollouts(world: rl_common.World, args: argparse.Namespace) -> ppo.ScoredRollouts:
     """K real solutions as rationales of each question, with the policy's own log-probabilities and random returns."""
     items = [world.dataset[i] for i in range(len(world.dataset))]
     g = torch.Generator().manual_seed(args.seed)
@@ -112,8 +113,8 @@ def make_experience(world: rl_common.World, args: argparse.Namespace) -> experie
         for begin in range(0, len(items), 32):
             qids = [item["qid"] for item in items[begin : begin + 32]]
             chunk = actions[begin * K : (begin + len(qids)) * K]
-            scores = sampling.score(world.models.policy, world.prompts.batch(qids), chunk, K)
-            parts.append(scores[ppo.action_mask(chunk)])
+            scores = sampling.evaluate_actions(world.models.policy, world.prompts.batch(qids), chunk, K)
+            parts.append(scores[action_mask(chunk)])
     logprobs = torch.cat(parts)
 
     def near(x):
@@ -133,11 +134,11 @@ def make_experience(world: rl_common.World, args: argparse.Namespace) -> experie
     )
     noise = torch.randn(2, len(logprobs), generator=g)
     one = torch.ones(len(rows))
-    return experience.Experience(rolls, noise[0], noise[1], one, one, one, one.bool(), 0.0)
+    return ppo.ScoredRollouts(rolls, noise[0], noise[1], one, one, one, one.bool(), 0.0)
 
 
 def peak(function: Callable) -> int:
-    """Bytes that a call holds on the GPU at most, besides weights and optimizer (both sides' lie there)."""
+    """Peak GPU memory of a call in bytes, besides the weights and optimizers of both sides."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     function()

@@ -2,8 +2,8 @@
 
     python benchmarks/bench_rollout.py --size tiny --device cpu --json rollout.json
 
-One process, the same weights, texts of the same lengths on both sides. Checked first: both score the same ids alike,
-and both write what was asked. Left out: the Teacher, and the files that rollouts become.
+One process, the same weights, texts of the same lengths on both sides. Checked first: both give the same
+numbers for the same ids, and both generate the wanted lengths. The Teacher and the rollout files are not part of it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ if __name__ == "__main__":  # run as a file, the project is not on the path
 import torch
 
 from ares import cli
+from ares.decoding import action_mask
 from benchmarks import common, limits, released_recipe, released_rl, rl_common
-from rl import ppo, sampling
+from rl import sampling
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -84,12 +85,12 @@ class Bench:
         wide = released_rl.padded_actions(actions, self.args.output_len).to(self.world.device)
         models, said = self.world.models, []
         for name, model in (("logprobs", models.policy), ("values", models.value_function)):
-            got = sampling.score(model, prompt, actions, k, value=name == "values")
+            got = sampling.evaluate_actions(model, prompt, actions, k, value=name == "values")
             want = released_rl.score(model, repeated, wide).cpu()[:, : got.size(1)]
             said.append(common.check(f"{name} of the same ids", got.detach(), want.detach(), 5e-4))
         theirs = self.released_batch(prompt, lengths)
         for side, found in (("ours", ours), ("released", theirs)):
-            written = ppo.action_mask(found["actions"]).sum(1)
+            written = action_mask(found["actions"]).sum(1)
             said.append(common.check(f"lengths written, {side}", written.tolist(), lengths.tolist()))
         return said
 

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # run as a file, the project is not on the path
 
 import torch
 
-from ares import cli
+from ares import cli, launch
 from benchmarks import common, limits, released_recipe
 from model import T5ForMultimodalGeneration, choose_attention
 
@@ -72,7 +72,7 @@ def our_trainer(args: argparse.Namespace, folder: Path, data: common.BenchData, 
         collator = data.collator()
         return SFTTrainer(
             model, training_args, collator, dataset, None, processing_class=data.tokenizer, evaluate_with=None,
-            save_minutes=0,
+            save_minutes=0, ctrl_c=launch.CtrlC(),
         )  # fmt: skip
 
     return build
@@ -119,7 +119,7 @@ def how_close(trainer, data, args, device, per_sample: float) -> str:
         dtype = torch.bfloat16 if trainer.args.bf16 else torch.float32
         share = flops / len(dataset) / per_sample / limits.peak_flops(device, dtype)
         return f"model FLOP utilisation {share:.0%} of real tokens"
-    order = list(trainer.sampler)
+    order = [i for batch in trainer.batches for i in batch]
     model = trainer.model.train()
 
     def epoch():

@@ -1,9 +1,8 @@
 """A policy that ends its texts where the gold targets end, so that generation is timed at real lengths.
 
-Untrained weights never write `</s>`, so each text would run to --output_len. Here the gold length of each prompt is
-encoded in a few coordinates of its first encoder state, too small to change the attention, and `</s>` gets the largest
-logit once a text has that length. That works for any way of decoding: with or without a cache, sorted, in smaller
-batches, sampled or greedy.
+Untrained weights generate no `</s>`, and each text would run to --output_len. Here the gold length of each prompt is
+encoded in a few coordinates of its first encoder state, too small to change the attention, and once a text has that
+length `</s>` gets the largest logit (the library's loop) or is chosen (`ares.decoding.greedy`).
 
     model = EndingPolicy.from_pretrained(folder)
     model.know(dataset)            # remember the lengths of the targets by prompt
@@ -12,10 +11,12 @@ batches, sampled or greedy.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 
+from ares import decoding
 from model import T5ForMultimodalGeneration
 
 BITS = 10  # lengths up to 1023
@@ -37,12 +38,26 @@ class EndingPolicy(T5ForMultimodalGeneration):
         }
         self.ending = True
 
+    @contextlib.contextmanager
+    def ending_greedy(self):
+        """In the block, `ares.decoding.greedy` ends the texts of this policy, too: it does not call `forward`."""
+
+        def arg_max_or_end(logits: torch.Tensor, rows: torch.Tensor, t: int) -> torch.Tensor:
+            return arg_max(logits, rows, t).masked_fill(self.encoded_lengths[rows] <= t, END)
+
+        arg_max, decoding.arg_max = decoding.arg_max, arg_max_or_end
+        try:
+            yield
+        finally:
+            decoding.arg_max = arg_max
+
     def encode(self, input_ids, attention_mask=None, image_ids=None, **kwargs):
         outputs = super().encode(input_ids, attention_mask, image_ids, **kwargs)
         if self.ending:
             states = outputs.last_hidden_state
             prompts = [tuple(id for id in row if id != self.config.pad_token_id) for row in input_ids.tolist()]
             lengths = torch.tensor([self.lengths[prompt] for prompt in prompts], device=states.device)
+            self.encoded_lengths = lengths
             bits = (lengths[:, None] >> torch.arange(BITS, device=states.device)) & 1  # (B, BITS)
             states[:, 0, :BITS] = (2 * bits - 1).to(states.dtype) * SIZE
         return outputs

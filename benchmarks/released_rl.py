@@ -1,4 +1,4 @@
-"""RL's stages done the released way (SPEC 10 and issue 5's account of it; written anew): the same model and maths.
+"""RL's stages done the released way (as published; written anew): the same model and maths.
 
 Every prompt padded to 512, every rationale to --output_len; k separate passes of sampling without a key-value cache;
 the prompt encoded again for each pass, sample and model; fp32; attention by plain products; log-probabilities from
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ares.decoding import action_mask
 from rl import ppo
 
 INPUT = 512
@@ -40,7 +41,7 @@ def score(model: nn.Module, prompt: dict[str, Tensor], actions: Tensor) -> Tenso
     """Log-probabilities by a policy, values by a value function, (B, T); 0 in padding."""
     out = model(**padded(prompt), decoder_input_ids=actions[:, :-1])
     scores = out if isinstance(out, Tensor) else all_logprobs(out.logits, actions)
-    return scores.float() * ppo.action_mask(actions)
+    return scores.float() * action_mask(actions)
 
 
 class EndAt:
@@ -98,7 +99,7 @@ def update(trainer: Any, optimizer: torch.optim.Optimizer, step: list, output_le
         actions = padded_actions(roll.actions(minibatch)[0], output_len).to(device)
         adv = advantages[[place[row] for row in minibatch]]
         adv = F.pad(adv, (0, T - adv.size(1))).to(device)
-        mask = ppo.action_mask(actions)
+        mask = action_mask(actions)
         prompt = padded(trainer.prompts.batch([roll.qids[row] for row in minibatch]))
 
         logits = policy(**prompt, decoder_input_ids=actions[:, :-1], use_cache=False).logits

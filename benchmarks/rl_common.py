@@ -1,25 +1,33 @@
-"""What bench_rollout.py and bench_ppo.py share: three models, real prompts, texts that end at real lengths.
+"""Shared by the RL benchmarks, and by the RL tests: models, real prompts, texts that end at real lengths, a Teacher.
 
-Weights that were never trained write no `</s>`; so that both sides write equally much, each text's length is drawn
-from those of the real solutions, and both sides are made to end it there.
+Untrained weights generate no `</s>`. To make both sides of a benchmark generate equally much, each text's length is
+drawn from those of the real solutions, and both sides end it there (`ending`). `make_data`, `make_model` and `answer`
+make a small run folder's data, model and replies.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ares import files
 from benchmarks import common
 from rl import sampling
 from rl.rollouts import Prompts
+from teacher import handoff
 
-PAST_END = 2.0  # in the place of a number in [0, 1): the text is over
+EOS = 1
+PAST_END = 2.0  # instead of a number in [0, 1): the text ends here
+PATCHES = (4, 16)  # shape of the small vision features, recorded in the sidecar beside them
 
 
 @dataclass
@@ -57,18 +65,107 @@ def make_world(args: argparse.Namespace, questions: int) -> World:
 
 @contextlib.contextmanager
 def ending(lengths: Tensor) -> Iterator[None]:
-    """Within, text i of our sampling ends after lengths[i] tokens, and no sooner."""
-    numbers, draw = sampling.numbers, sampling.draw
+    """In the block, text i of our sampling ends after exactly lengths[i] tokens."""
+    noise, draw = sampling.uniform_noise, sampling.draw
 
-    def numbers_until(rows: int, length: int, seed: int) -> Tensor:
-        return numbers(rows, length, seed).masked_fill(torch.arange(length) >= lengths[:, None], PAST_END)
+    def noise_until(rows: int, length: int, seed: int) -> Tensor:
+        return noise(rows, length, seed).masked_fill(torch.arange(length) >= lengths[:, None], PAST_END)
 
     def draw_until(logits: Tensor, how: sampling.Sampling, u: Tensor) -> Tensor:
-        logits[:, sampling.EOS] = -torch.inf
-        return draw(logits, how, u.clamp(max=0.5)).masked_fill(u == PAST_END, sampling.EOS)
+        logits[:, EOS] = -torch.inf
+        return draw(logits, how, u.clamp(max=0.5)).masked_fill(u == PAST_END, EOS)
 
-    sampling.numbers, sampling.draw = numbers_until, draw_until
+    sampling.uniform_noise, sampling.draw = noise_until, draw_until
     try:
         yield
     finally:
-        sampling.numbers, sampling.draw = numbers, draw
+        sampling.uniform_noise, sampling.draw = noise, draw
+
+
+# -- a small run -----------------------------------------------------------------------------------------
+
+
+def make_data(root: Path, sample: Path, questions: int) -> Path:
+    """A data root with the first real train questions (and a few others), captions and tiny vision features."""
+    source = sample / "ScienceQA/data/scienceqa"
+    problems = json.loads((source / "problems.json").read_text())
+    splits = json.loads((source / "pid_splits.json").read_text())
+    pictured = [qid for qid in splits["train"] if problems[qid]["image"]][: questions // 2]
+    plain = [qid for qid in splits["train"] if not problems[qid]["image"]][: questions - len(pictured)]
+    chosen = {"train": pictured + plain, "val": splits["val"][:2], "test": splits["test"][:2]}
+    used = [qid for qids in chosen.values() for qid in qids]
+    data = root / "data"
+    files.write_json(data / "scienceqa/problems.json", {qid: problems[qid] for qid in used})
+    files.write_json(data / "scienceqa/pid_splits.json", chosen)
+    captions = json.loads((sample / "instruct_captions.json").read_text())["captions"]
+    files.write_json(data / "captions.json", {"captions": {q: text for q, text in captions.items() if q in used}})
+    with_image = [qid for qid in used if problems[qid]["image"]]
+    features = np.random.default_rng(0).standard_normal((len(with_image), *PATCHES)).astype(np.float32)
+    folder = data / "vision_features"
+    folder.mkdir()
+    np.save(folder / "vit.npy", features)
+    files.write_json(folder / "vit.json", {"shape": list(PATCHES), "model_name": "test", "weights": "local"})
+    files.write_json(folder / "name_map.json", {qid: row for row, qid in enumerate(with_image)})
+    return data
+
+
+def make_model(folder: Path, data: Path, tokenizer, patch_size=PATCHES, steps: int = 25, vocab_size=32128) -> Path:
+    """A 2-layer T5 (of the real vocabulary), trained just enough that it writes words, full stops and `</s>`."""
+    from model import MultimodalT5Config, T5ForMultimodalGeneration
+
+    torch.set_num_threads(1)  # two threads of several processes on two cores wait for each other most of the time
+    torch.manual_seed(0)
+    config = MultimodalT5Config(
+        vocab_size=vocab_size, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu", initializer_factor=0.05,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = T5ForMultimodalGeneration(config, patch_size)
+    problems = json.loads((data / "scienceqa/problems.json").read_text())
+    texts = [f"Solution: {problem['solution']}" for problem in problems.values() if problem["solution"]]
+    rows = tokenizer(texts, truncation=True, max_length=48)["input_ids"]
+    end = [tokenizer.convert_tokens_to_ids("."), 1]
+    rows = [row[:-1][: 8 + 3 * (i % 5)] + end for i, row in enumerate(rows)]  # short and ragged: it learns to stop
+    labels = torch.full((len(rows), max(map(len, rows))), -100)
+    for i, row in enumerate(rows):
+        labels[i, : len(row)] = torch.tensor(row)
+    inputs = tokenizer(["Question:"] * len(rows), return_tensors="pt")
+    images = {} if patch_size is None else {"image_ids": torch.zeros(len(rows), *patch_size)}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
+    for _ in range(steps):
+        loss = model(**inputs, **images, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert 1.0 < loss.item() < 8.0, loss.item()  # neither untrained (ln 32128 = 10.4) nor memorised
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def score(sentence: str) -> float:
+    """The stand-in Teacher's score: sentences with an `e` are good, the others bad."""
+    return 0.9 if "e" in sentence else 0.2
+
+
+def reply(sentences: list[str], scorer=score) -> str:
+    """A reply as the Teacher writes it: an object, one sentence per line, duplicates kept."""
+    return "{\n" + ",\n".join(f"{json.dumps(s, ensure_ascii=False)}: {scorer(s)}" for s in sentences) + "\n}"
+
+
+def answer(questions: Path, skip=lambda item: False, spoil=lambda item: False, scorer=score, done=True) -> int:
+    """Write a reply to every exported rationale as the Teacher's tools do; with `done` signal every action.
+
+    `skip(item)`: no reply; `spoil(item)`: an unusable one. Returns the number of sentences scored."""
+    count = 0
+    items = handoff.iter_items(questions)
+    for item in items:
+        sentences = handoff.read_rationale(item.folder)
+        if skip(item):
+            continue
+        text = (item.folder / handoff.RATIONALE).read_text() if spoil(item) else reply(sentences, scorer)
+        files.write_text(item.folder / handoff.REPLY, text)
+        count += 0 if spoil(item) else len(sentences)
+    for action in sorted({item.action for item in items}) if done else ():
+        handoff.mark_done(questions, action)
+    return count

@@ -7,10 +7,11 @@ A run of two rounds (real questions, a tiny model with image layers) goes throug
 it under its folder is counted (`sys.addaudithook`). Between two of them the disk does not change, so "before the n-th
 operation", or some milliseconds into what follows it, is every place where a kill can matter. The kills are spread
 over sampling, export, waiting (half of the replies there), PPO and saving, and drawn inside each stage from the seed.
-After each, every file that bears its final name must be whole; the command is run again, and model, value function,
+After each kill, every file under its final name must be complete; the command is run again, and model, value function,
 optimizer, rollouts, scores, the sample table and metrics.jsonl must be those of the undisturbed run, bit by bit.
 
-Each run is a fork of one process that has the libraries loaded, so a kill takes seconds. Left out: power cuts.
+Each run is a fork of one process that has loaded the libraries and runs the script there, so a kill takes seconds.
+Power cuts are not tested.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import importlib
 import json
 import os
 import random
+import runpy
 import shutil
 import signal
 import sys
@@ -39,8 +41,8 @@ from safetensors.torch import load_file  # noqa: E402
 
 from ares import cli, files  # noqa: E402
 from ares.cli import UserError, print0  # noqa: E402
+from benchmarks import rl_common  # noqa: E402
 from teacher import handoff  # noqa: E402
-from tests.rl import rl_tools  # noqa: E402
 
 STAGES = ("sampling", "export", "waiting", "PPO", "saving")
 ROUNDS = 2
@@ -101,11 +103,16 @@ def watched(world: Path, run: Path, record: Path | None = None, kill_at: int | N
         operations.append((event, os.path.relpath(path, run)))
 
     sys.addaudithook(hook)
-    import run_mm_cot_rl
-
-    run_mm_cot_rl.main(command(world, run))
+    run_script("run_mm_cot_rl.py", *command(world, run))
     if record is not None:
         files.write_json(record, operations)
+
+
+def run_script(name: str, *argv: object) -> None:
+    """Run a script of the project in this process, as `python name ...` does."""
+    sys.argv = [name, *map(str, argv)]
+    sys.path.insert(0, str((ROOT / name).parent))
+    runpy.run_path(str(ROOT / name), run_name="__main__")
 
 
 def kill_self(delay: float) -> None:
@@ -136,13 +143,13 @@ def attend(pid: int, run: Path, kill_waiting: int | None = None) -> int:
             actions = {item.action for item in handoff.iter_items(questions)}
             if kill_waiting is not None and not (run / str(kill_waiting)).exists():
                 if kill_waiting == 0 or (run / str(kill_waiting - 1)).exists():
-                    rl_tools.answer(questions, skip=lambda item: item.action == 1, done=False)
+                    rl_common.answer(questions, skip=lambda item: item.action == 1, done=False)
                     time.sleep(0.1)
                     os.kill(pid, signal.SIGKILL)
                     kill_waiting = None
                     continue
             if not all(handoff.is_done(questions, action) for action in actions):
-                rl_tools.answer(questions)
+                rl_common.answer(questions)
         time.sleep(0.02)
 
 
@@ -240,12 +247,11 @@ def make_world(world: Path, sample: Path) -> None:
     """Seven real questions, a tokenizer trained on their texts (a saved state of 1 MB, not 50), a tiny model."""
     from transformers import AutoTokenizer
 
-    from demo.make_model import make_tokenizer, texts_of
-
-    data = rl_tools.make_data(world, sample, 7)
-    size = make_tokenizer(texts_of(world), world / "tokenizer", vocab_size=900)
+    data = rl_common.make_data(world, sample, 7)
+    run_script("demo/make_model.py", "--data", world, "--tokenizer", world / "tokenizer", "--output", world / "unused",
+               "--vocab_size", 900)  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(world / "tokenizer")
-    rl_tools.make_model(world / "base", data, tokenizer, steps=12, vocab_size=size)
+    rl_common.make_model(world / "base", data, tokenizer, steps=12, vocab_size=len(tokenizer))
 
 
 def fault_test(work: Path, sample: Path, kills: int, seed: int) -> dict:
@@ -311,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="rl-faults-") as temporary:
         work = Path(args.work or temporary).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        for name in ("run_mm_cot_rl", "ppo_trainer", "experience", "model", "utils_data", "accelerate"):
+        for name in ("rl.trainer", "rl.sampling", "rl.metrics", "model", "utils_data", "sft.predict", "accelerate"):
             importlib.import_module(name)  # once, before the forks
         from transformers import AutoTokenizer, GenerationConfig  # noqa: F401  (loaded when first asked for)
 

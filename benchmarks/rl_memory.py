@@ -4,7 +4,7 @@
 
 Counts, exactly: weights, gradients and AdamW's moments. Counts, on the meta device: the tensors that autograd keeps
 for one minibatch of full-length prompts and rationales, in bf16 (bf16 autocast keeps a little more: norms in fp32).
-Left out: the allocator's waste, kernels' workspaces, CUDA itself (about 1 GB together). Nothing is measured.
+The allocator's waste, kernels' workspaces and CUDA itself (about 1 GB together) are not counted.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if __name__ == "__main__":  # run as a file, the project is not on the path
 
 import torch
 
+from ares import head
 from ares.cli import HelpFormatter, print0, run
-from rl import ppo
 
 SIZES = {
     "base": {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12},
@@ -46,12 +46,12 @@ def build(size: str):
 
 
 def kept_bytes(size: str, rows: int, checkpointing: bool) -> int:
-    """Bytes of all distinct tensors, weights left out, that autograd keeps for one minibatch."""
-    from rl import trainer
+    """Bytes of all distinct tensors except weights that autograd keeps for one minibatch."""
+    from rl import actor_critic
 
-    model = trainer.ActorCritic(*build(size))
+    model = actor_critic.ActorCritic(*build(size))
     if checkpointing:
-        trainer.checkpoint_gradients(model)
+        actor_critic.checkpoint_gradients(model)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -72,7 +72,7 @@ def kept_bytes(size: str, rows: int, checkpointing: bool) -> int:
         out = model(prompt, None, actions, torch.arange(rows * (OUTPUT - 1), device="meta"))
     del out
     probabilities = rows * (OUTPUT - 1) * VOCABULARY
-    logits = 2 * probabilities if probabilities <= ppo.KEEP else 6 * ppo.CHUNK  # kept; or a block in bf16 and fp32
+    logits = 2 * probabilities if probabilities <= head.KEEP else 6 * head.CHUNK  # kept; or a block in bf16 and fp32
     return sum(size for size, _ in kept.values()) + logits
 
 

@@ -1,6 +1,7 @@
 """The whole ARES loop with the scripts and files of a real run, on a small data set that the project makes itself.
 
-    bash run_demo.sh [--output demo_run] [--seed 0]        (or, in an environment that is set up: python demo/run.py)
+    bash run_demo.sh [--output demo_run] [--seed 0]
+    python demo/run.py                               # in an environment that is set up
 
 Steps: demo data, tokenizer and image features -> a starting rationale model (main.py) -> RL with sentence scores
 (run_mm_cot_rl.py, preprocessing, haiku.py) -> generation -> correction -> SFT (main.py) -> LoRA answers -> report.html

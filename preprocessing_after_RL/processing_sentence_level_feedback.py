@@ -4,9 +4,9 @@
     bash preprocessing_after_RL/processing_sentence_level_feedback.sh --questions_dir RL_models/<run>/questions
 
 Reads `{questions_dir}/{k}/p{rank}/{qid}/rationale_from_mm_cot.txt`, writes `input_for_llm.txt`, `image.png` and choice
-images beside it. Run it again at any time, also while RL still exports: what is there is left alone. A reply that
-answers an older rationale (last round's, left in this folder) is set aside as `older_...`. Asks nobody anything:
-that is haiku.py. Needs no torch.
+images beside it. It may run again at any time, also while RL exports: files that are there stay untouched. A reply
+to an older rationale (of the last round, in this folder) is renamed to `older_...`. haiku.py then asks the Teacher.
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from ares import cli  # noqa: E402
-from ares.data_folder import find_dataset, load_problems  # noqa: E402
+from ares.data_folder import read_data_folder  # noqa: E402
 from teacher import handoff  # noqa: E402
 from teacher.prompts import scoring_request  # noqa: E402
-from teacher.requests import images_of_questions, prepare_request  # noqa: E402
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def exported_items(questions_dir: str) -> handoff.Items:
+def exported_items(questions_dir: str) -> list[handoff.Item]:
     """All exported rationales. Raises UserError if there are none."""
     items = handoff.iter_items(questions_dir)
     if not items:
@@ -54,14 +53,14 @@ def exported_items(questions_dir: str) -> handoff.Items:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     items = exported_items(args.questions_dir)
-    problems = load_problems(args.data_root, find_dataset(args.data_root, args.dataset))
+    problems = read_data_folder(args.data_root, args.dataset).problems
     unknown = [item for item in items if item.qid not in problems]
     if unknown:
         raise cli.UserError(
             f"--questions_dir: question {unknown[0].qid} ({unknown[0].folder}) is not in problems.json; "
             "name the data of this run with --data_root and --problems"
         )
-    images = images_of_questions(args, problems, list(dict.fromkeys(item.qid for item in items)))
+    images = handoff.images_of_questions(args, problems, list(dict.fromkeys(item.qid for item in items)))
     unusable, outdated = [], set()
     set_aside = 0
     for item in cli.progress(items, desc="requests", unit="rationale"):
@@ -75,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             unusable.append(refused)
             continue
         text = scoring_request(problems[item.qid], sentences)
-        if prepare_request(item.folder, text, sentences, images[item.qid]):
+        if handoff.prepare_request(item.folder, text, sentences, images[item.qid]):
             set_aside += 1
             outdated.add(item.action)
     for action in outdated:

@@ -3,10 +3,10 @@
     python preprocessing_after_RL/remove_sentence.py --file_path RL_models/<run>/0/predictions_ans_train.json
 
 Reads `preds` (and `qids`), writes `remove_repetitive_sentences.json` beside the input: {"preds": [...], "qids": [...]}
-in input order. Of each rationale the prefix `Solution:` goes, the first occurrence of every sentence stays, and the
-sentences are joined by one blank; every one is on one line and the stray n of a backslash-n is gone. Files of the
-released code hold no ids: `--data_root` gives them, by split order. Mends nothing else: unfinished and wrong
-sentences are the Teacher's (preprocessing_for_correction_feedback.py comes next). Needs no torch.
+in input order. It removes the prefix `Solution:`, all but the first occurrence of every sentence, line breaks and the
+stray n of a backslash-n, and joins the sentences by one blank. Files of the
+released code hold no ids: `--data_root` gives them, by split order. It changes nothing else: unfinished and
+wrong sentences are corrected by the Teacher (next: preprocessing_for_correction_feedback.py). Needs no torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from ares import cli, files  # noqa: E402
 from ares.cli import print0  # noqa: E402
-from ares.data_folder import find_dataset, load_problems, load_splits, split_qids  # noqa: E402
+from ares.data_folder import read_data_folder  # noqa: E402
 from ares.predictions import read_predictions  # noqa: E402
 from ares.sentences import remove_repeats, split_text  # noqa: E402
 
@@ -44,7 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     cli.refuse(
         [
-            f"--{flag} says nothing without --data_root: give that, too"
+            f"--{flag} has no effect without --data_root: give that, too"
             for flag in ("dataset", "split")
             if getattr(args, flag) and not args.data_root
         ]
@@ -57,9 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = Path(args.file_path)
     split = None
     if args.data_root:
-        name, dataset = args.split or "train", find_dataset(args.data_root, args.dataset)
-        splits = load_splits(args.data_root, dataset, load_problems(args.data_root, dataset))
-        split = split_qids(splits, name, "--split")
+        name = args.split or "train"
+        split = read_data_folder(args.data_root, args.dataset).split(name, "--split")
     read = read_predictions(source, "--file_path", split, "; name the --split that was generated")
     if split is not None:
         read.refuse_unknown(set(split), "--split", f"in split {name}")

@@ -1,73 +1,65 @@
-"""What policy and value function say of given rationales: log-probabilities, entropies and values, each prompt encoded
-once whatever the number of its rationales.
+"""Policy and value function on given rationales: log-probabilities, entropies and values.
 
-Shared by sampling (rl/sampling.py) and training (rl/trainer.py). The logits of all positions never exist at once
-(`rl.ppo.head_logprobs`), those of padding never at all. Left out: which rationales, and what is made of the numbers.
+Shared by sampling (rl/sampling.py) and training (rl/trainer.py). Each prompt is encoded once, whatever the number of
+its rationales. Logits of all positions never exist at once (ares/head.py), those of padding not at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rl import ppo
+from ares.decoding import action_mask
+from ares.head import head_logprobs
+from rl.minibatches import length_groups
 
-GROUP_COST = 64  # tokens: what one more pass costs besides its tokens (its operations, its gradients of all weights)
+
+class ActorCritic(nn.Module):
+    """Policy and value function as one module, so that a wrapper (DDP, FSDP) sees one forward per pass."""
+
+    def __init__(self, policy: nn.Module, value_function: nn.Module | None):
+        super().__init__()
+        self.policy, self.value_function = policy, value_function
+
+    def forward(
+        self, prompt: dict[str, Tensor], question: Tensor | None, actions: Tensor, flat_index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Log-probabilities of the actions and entropies, (B, T) each and 0 outside `flat_index`, and values (B, T).
+
+        prompt (U, S) holds each question once, question (B,) is the prompt of each row (None: row i's is i); actions
+        (B, T + 1); flat_index (N,) are the wanted positions in the flattened (B, T).
+        """
+        mask = prompt["attention_mask"]
+        states = encode(self.policy, prompt)
+        logprobs, entropy = policy_logprobs(self.policy, states, mask, question, actions, flat_index)
+        if self.value_function is None:
+            return logprobs, entropy, None
+        states = encode(self.value_function, prompt)
+        values = state_values(self.value_function, states, mask, question, actions)
+        return logprobs, entropy, values.to(logprobs.dtype)  # autocast gives bf16
 
 
 def encode(model: nn.Module, prompt: dict[str, Tensor]) -> Tensor:
     """Encoder states (U, S, d) of a batch of prompts, after fusion.
 
-    On a CPU prompts of unlike lengths are encoded in several groups, with less padding; states of padding, which
-    nobody reads, are then 0. On a GPU one pass of more tokens is the faster one.
+    On a CPU prompts of different lengths are encoded in several groups with less padding; states of padding, which
+    nothing reads, are then 0. On a GPU one pass of more tokens is faster.
     """
     mask = prompt["attention_mask"]
     groups = length_groups(mask.sum(1).tolist()) if mask.device.type == "cpu" else [[]]
     if len(groups) == 1:
-        return model.encode(**prompt | {"attention_mask": for_attention(mask, model)}).last_hidden_state
-    parts, order = [], [row for rows in groups for row in rows]
+        return model.encode(**prompt | {"attention_mask": expanded_mask(mask, model)}).last_hidden_state
+    parts = []
     for rows in groups:
         S = int(mask[rows[0]].sum())
         some = {name: tensor[rows] for name, tensor in prompt.items()}
         some |= {name: some[name][:, :S] for name in ("input_ids", "attention_mask")}
         states = model.encode(**some).last_hidden_state
         parts.append(F.pad(states, (0, 0, 0, mask.size(1) - S)))
-    return torch.cat(parts)[torch.argsort(torch.tensor(order))]
-
-
-def for_attention(mask: Tensor, model: nn.Module, on_gpu: bool | None = None) -> Tensor:
-    """A mask (B, S) as `model` takes it: under SDPA on a GPU (B, 1, 1, S). The library would make it so itself, but
-    first look whether anything is masked at all, and wait for the GPU with that in every pass."""
-    on_gpu = mask.device.type == "cuda" if on_gpu is None else on_gpu
-    sdpa = model.config._attn_implementation == "sdpa"  # plain attention would add it to the scores
-    return mask[:, None, None].bool() if on_gpu and sdpa else mask
-
-
-def length_groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows by falling length, cut into the groups that cost least: each its rows times its longest, and GROUP_COST."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    best = [(0, 0)]  # of the first i rows: the least cost, and where their last group begins
-    for i in range(1, len(order) + 1):
-        best.append(min((best[j][0] + (i - j) * lengths[order[j]] + GROUP_COST, j) for j in range(i)))
-    groups, end = [], len(order)
-    while end:
-        groups.append(order[best[end][1] : end])
-        end = best[end][1]
-    return groups[::-1]
-
-
-def halve(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """Keep the weights of linear layers in `dtype`, as autocast would make them anew at every call of a frozen model:
-    the same numbers for half the memory. Embeddings and norms, which autocast leaves alone, stay."""
-    embedding = model.get_input_embeddings().weight
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight is not embedding:
-            module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
-    return model
+    return _in_order(parts, groups)
 
 
 def decode(
@@ -75,10 +67,10 @@ def decode(
 ) -> Tensor:
     """Decoder states (B, T, d) of actions (B, T + 1), from encoder states (U, S, d) and mask (U, S) of the prompts.
 
-    `question` (B,) says whose prompt a row has; None: row i's is i. In groups of like length on a CPU, as `encode`.
+    `question` (B,) is the prompt of each row; None: row i's is i. In groups of similar length on a CPU, as `encode`.
     """
     T = actions.size(1) - 1
-    lengths = ppo.action_mask(actions).sum(1).clamp(min=1)
+    lengths = action_mask(actions).sum(1).clamp(min=1)
     groups = length_groups(lengths.tolist()) if actions.device.type == "cpu" else [[]]
     parts = []
     for rows in groups:
@@ -92,12 +84,15 @@ def decode(
         decoded = model.decoder(
             input_ids=ids,
             encoder_hidden_states=some[:, :S],
-            encoder_attention_mask=for_attention(mask[:, :S], model),
+            encoder_attention_mask=expanded_mask(mask[:, :S], model),
             use_cache=False,
         ).last_hidden_state
         parts.append(F.pad(decoded, (0, 0, 0, T - decoded.size(1))))
-    if len(groups) == 1:
-        return parts[0]
+    return parts[0] if len(groups) == 1 else _in_order(parts, groups)
+
+
+def _in_order(parts: list[Tensor], groups: list[list[int]]) -> Tensor:
+    """Concatenate the rows of `groups` in the order of their row numbers."""
     return torch.cat(parts)[torch.argsort(torch.tensor([row for rows in groups for row in rows]))]
 
 
@@ -107,37 +102,77 @@ def policy_logprobs(
     attention_mask: Tensor,
     question: Tensor | None,
     actions: Tensor,
-    places: Tensor,
+    flat_index: Tensor,
+    with_entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the actions under the full softmax, and entropies in nats: (B, T) each, fp32, 0 elsewhere.
+    """Log-probabilities of the actions under the full soft-max, and entropies in nats (0 unless `with_entropy`):
+    (B, T) each, fp32, 0 elsewhere.
 
-    actions (B, T + 1); places (N,) are the positions wanted, counted through the flattened (B, T).
+    actions (B, T + 1); flat_index (N,) are the wanted positions in the flattened (B, T).
     """
     decoded = decode(policy, states, attention_mask, question, actions)  # (B, T, d)
-    wanted = decoded.flatten(0, 1).index_select(0, places) * policy.config.head_scale  # (N, d)
-    labels = actions[:, 1:].flatten().index_select(0, places)
+    # a tied T5 scales the states before the head
+    wanted = decoded.flatten(0, 1).index_select(0, flat_index) * policy.config.head_scale  # (N, d)
+    labels = actions[:, 1:].flatten().index_select(0, flat_index)
     return tuple(
-        one.new_zeros(actions[:, 1:].numel()).index_copy(0, places, one).view(actions[:, 1:].shape)
-        for one in ppo.head_logprobs(wanted, policy.lm_head.weight, labels)
+        one.new_zeros(actions[:, 1:].numel()).index_copy(0, flat_index, one).view(actions[:, 1:].shape)
+        for one in head_logprobs(wanted, policy.lm_head.weight, labels, with_entropy=with_entropy)
     )
 
 
-def values(
+def state_values(
     value_function: nn.Module, states: Tensor, attention_mask: Tensor, question: Tensor | None, actions: Tensor
 ) -> Tensor:
-    """Values (B, T) of every position; in padding anything."""
+    """Values (B, T) of every position; undefined in padding."""
     return value_function.v_head(decode(value_function, states, attention_mask, question, actions)).squeeze(-1)
 
 
-def places_of(mask: Tensor, device: Any = None) -> Tensor:
-    """(B, T) mask on the CPU -> the places of its real positions in the flattened (B, T), on `device`."""
+# -- masks, devices, memory ------------------------------------------------------------------------------
+
+
+def flat_index(mask: Tensor, device: Any = None) -> Tensor:
+    """(B, T) mask on the CPU -> the indices (N,) of its real positions in the flattened (B, T), on `device`."""
     return to_device(mask.flatten().nonzero()[:, 0], device)
 
 
 def to_device(tensor: Tensor, device: Any) -> Tensor:
-    """Without waiting for the copy where there is a GPU. An expanded view (`VisionFeatures.gather`), which torch
-    cannot pin, travels as the part that it repeats and is expanded there."""
+    """`tensor.to(device)` without waiting for the copy where there is a GPU. Of an expanded view
+    (`VisionFeatures.gather`), which torch cannot pin, only the repeated part is copied, and expanded there."""
     if torch.device(device or "cpu").type != "cuda":
         return tensor.to(device)
     part = tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())]
     return part.pin_memory().to(device, non_blocking=True).expand(tensor.shape)
+
+
+def expanded_mask(mask: Tensor, model: nn.Module, on_gpu: bool | None = None) -> Tensor:
+    """A mask (B, S) for `model`: under SDPA on a GPU (B, 1, 1, S). The library would expand it itself, but would
+    first check whether anything is masked at all, and wait for the GPU with that in every pass."""
+    on_gpu = mask.device.type == "cuda" if on_gpu is None else on_gpu
+    sdpa = model.config._attn_implementation == "sdpa"  # plain attention would add it to the scores
+    return mask[:, None, None].bool() if on_gpu and sdpa else mask
+
+
+def cast_linears_bf16(model: nn.Module) -> nn.Module:
+    """Store the weights of linear layers in bf16, as autocast would cast them at every call of a frozen model: the
+    same numbers for half the memory. Embeddings and norms, which autocast does not cast, stay as they are."""
+    embedding = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight is not embedding:
+            module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
+    return model
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Recompute each T5 block in the backward pass, with the numbers of eval mode.
+
+    transformers checkpoints in training mode only, so the model is put into training mode with dropout set to 0.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):  # T5Attention
+            module.dropout = 0.0
+    for one in model.children():
+        enable = getattr(one, "activation_checkpointing_enable", None) or one.gradient_checkpointing_enable  # old name
+        enable({"use_reentrant": False})
+    model.train()

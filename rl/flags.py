@@ -1,6 +1,6 @@
-"""The flags of run_mm_cot_rl.py beyond the common ones, and what is refused or said of them before anything loads.
+"""The flags of run_mm_cot_rl.py, one row each: type, default, help, range, and what a change of the flag invalidates.
 
-Needs no torch.
+To add a flag, add a row to FLAGS: parser, check and run folder (rl/run_folder.py) read it there. Needs no torch.
 """
 
 from __future__ import annotations
@@ -9,128 +9,177 @@ import argparse
 import importlib.util
 import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ares import cli
 from ares.cli import print0, str2bool
 
-TRAIN_SPLITS = ("train", "trainval", "minitrain", "miniminitrain", "hardtrain")
-# flags of main.py that have no meaning here: RL evaluates nothing
-EVALUATION_ONLY = tuple("val_split test_split eval_le test_le eval_bs eval_acc use_generate final_eval".split())
-VALUE_ONLY = ("vf_coef", "gae_lambda", "vf_clip_range")  # of no use without a value function
 SCHEDULES = ("constant", "linear", "cosine")
+TRAIN_SPLITS = ("train", "trainval", "minitrain", "miniminitrain", "hardtrain")
+
+# What a change of a flag invalidates, in a run folder that has begun:
+ROLLOUTS = ("rollouts",)  # samples, so their scores and updates too: refused once sampling has begun
+UPDATES = ("updates",)  # refused once PPO has saved something; until then rollouts and replies stay valid
+BOTH = ROLLOUTS + UPDATES
+NOTHING = ()  # may change at any time
+NO_EFFECT = None  # a flag of main.py that is refused here, because RL evaluates nothing
+
+
+@dataclass(frozen=True)
+class Range:
+    """A check of a flag's value: `test`, and the words of the refusal ("--{name} must be ...")."""
+
+    words: str
+    test: Callable[[Any], bool]
+
+
+AT_LEAST_1 = Range("at least 1", lambda x: x >= 1)
+AT_LEAST_2 = Range("at least 2", lambda x: x >= 2)
+FRACTION = Range("between 0 and 1", lambda x: 0 <= x <= 1)
+NOT_NEGATIVE = Range("a number of at least 0", lambda x: 0 <= x < math.inf)
+POSITIVE = Range("above 0", lambda x: 0 < x < math.inf)
+SHARE = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
+INT64 = Range("an integer of 64 bits", lambda x: -(2**63) <= x < 2**63)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A row: `type` bool is a switch without a value; `group` None: ares.cli.add_common_flags declares the flag."""
+
+    name: str
+    invalidates: tuple[str, ...] | None
+    range: Range | None = None
+    group: str | None = None
+    type: Any = None
+    default: Any = None
+    help: str = ""
+    more: dict[str, Any] | None = None  # further arguments of add_argument
+
+
+def _rows(group: str, *rows: tuple) -> list[Flag]:
+    """Rows (name, invalidates, range, type, default, help[, more]) of one group of --help."""
+    return [Flag(name, changes, limit, group, *rest) for name, changes, limit, *rest in rows]
+
+
+# fmt: off
+FLAGS = [
+    # declared for every script by ares.cli.add_common_flags; moved data is fine: the prompts themselves are compared
+    *(Flag(name, NOTHING) for name in ("data_root", "dataset", "images", "caption_file", "vision_features",
+                                       "name_map", "model", "tokenizer", "user_msg")),
+    *(Flag(name, ROLLOUTS) for name in ("use_caption", "img_type", "train_split", "train_le", "options",
+                                        "prompt_format")),
+    *(Flag(name, NO_EFFECT) for name in ("val_split", "test_split", "eval_le", "test_le", "eval_bs", "eval_acc",
+                                         "use_generate", "final_eval")),
+    Flag("input_len", ROLLOUTS, AT_LEAST_1), Flag("output_len", ROLLOUTS, AT_LEAST_2),
+    Flag("bs", ROLLOUTS, AT_LEAST_1), Flag("lr", UPDATES, POSITIVE), Flag("seed", BOTH, INT64),
+    *_rows(
+        "models and rounds",  # models are compared as resolved folders (rl/run_folder.py)
+        ("base_model_dir", NOTHING, None, str, None, "rationale model to start from",
+         {"required": True, "metavar": "DIR"}),
+        ("ref_model", NOTHING, None, str, None, "frozen reference of the KL penalty (default: the start)",
+         {"metavar": "DIR"}),
+        ("epochs", NOTHING, AT_LEAST_1, int, 3, "outer rounds, each with fresh samples"),
+        ("continue_train", NOTHING, None, str2bool, False, "continue after round --base_model_dir {run}/{n}"),
+        ("run_dir", NOTHING, None, str, None, "run folder (default: RL_models/{a name made of the flags})",
+         {"metavar": "DIR"}),
+    ),
+    *_rows(
+        "sampling",
+        ("k_actions", ROLLOUTS, AT_LEAST_1, int, 3, "rationales per question"),
+        ("do_sample", ROLLOUTS, None, str2bool, False, "draw at random; False: greedy, one each"),
+        ("top_k", ROLLOUTS, NOT_NEGATIVE, int, 20, "draw from the k most likely tokens (0: from all)"),
+        ("top_p", ROLLOUTS, SHARE, float, 1.0, "draw from the most likely tokens of this mass"),
+    ),
+    *_rows(
+        "PPO",
+        ("algo", ROLLOUTS, None, str, "ppo",
+         "rloo: no value function, the other rationales of a question are the baseline",
+         {"choices": ("ppo", "rloo")}),
+        ("rl_batch_size", UPDATES, AT_LEAST_1, int, 6, "samples per minibatch and process"),
+        ("rl_epochs", UPDATES, AT_LEAST_1, int, 3, "passes over a round's samples"),
+        ("ga_step", UPDATES, AT_LEAST_1, int, 4, "minibatches per optimizer step and process"),
+        ("init_kl_coef", UPDATES, NOT_NEGATIVE, float, 0.05, "weight of the KL penalty in the reward"),
+        ("clip_range", UPDATES, POSITIVE, float, 0.2, "PPO's clip range of the ratio"),
+        ("vf_coef", UPDATES, NOT_NEGATIVE, float, 1.0, "weight of the value loss"),
+        ("gamma", UPDATES, FRACTION, float, 0.99, "discount"),
+        ("gae_lambda", UPDATES, FRACTION, float, 0.95, "lambda of the advantage estimate"),
+        ("adv_normalization", UPDATES, None, str2bool, True, "whiten advantages per optimizer step"),
+        ("neutral_score", UPDATES, FRACTION, float, 0.5, "score that earns no reward"),
+    ),
+    *_rows(
+        "PPO, off by default",
+        ("max_grad_norm", UPDATES, POSITIVE, float, None,
+         "scale gradients down to this norm (policy and value together)"),
+        ("lr_scheduler", UPDATES, None, str, "constant", "learning rate over a round", {"choices": SCHEDULES}),
+        ("target_kl", UPDATES, POSITIVE, float, None,
+         "nats per rationale: adapts the KL coefficient from round to round"),
+        ("early_stop_kl", UPDATES, POSITIVE, float, None, "nats per token: ends an epoch if approx_kl exceeds it"),
+        ("entropy_coef", UPDATES, NOT_NEGATIVE, float, 0.0, "weight of an entropy bonus in the loss"),
+        ("vf_clip_range", UPDATES, POSITIVE, float, None, "clip the value's change from its value at sampling"),
+    ),
+    *_rows(
+        "memory",
+        ("precision", UPDATES, None, str, "auto",
+         "autocast; auto: bf16 on a GPU that has it (weights and optimizer stay fp32)",
+         {"choices": ("auto", "fp32", "bf16")}),
+        ("pass_tokens", NOTHING, AT_LEAST_1, int, None,
+         "most tokens (prompts, rationales and padding) of one forward and backward pass: neighbouring minibatches of "
+         "an update are joined up to it, which fills a GPU; the update is the same (default: a minibatch a pass)"),
+        ("gradient_checkpointing", NOTHING, None, bool, False, "less memory, a third more time"),
+        ("offload", NOTHING, None, bool, False,
+         "keep reference and value function on the CPU while sampling needs neither"),
+    ),
+    *_rows(
+        "running",
+        ("phase", NOTHING, None, str, "all", "collect: end after export; train: PPO only",
+         {"choices": ("all", "collect", "train")}),
+        ("poll_seconds", NOTHING, POSITIVE, float, 10.0, "pause between two checks for replies"),
+        ("settle_seconds", NOTHING, NOT_NEGATIVE, float, 60.0, "wait this long for late replies"),
+        ("max_dropped", NOTHING, FRACTION, float, 0.2, "stop if a larger share of replies is lost"),
+        ("save_minutes", NOTHING, NOT_NEGATIVE, float, 10.0, "save PPO's state at least this often"),
+        ("overwrite", NOTHING, None, bool, False, "start anew; earlier rounds are moved to a subfolder"),
+        ("log_term", NOTHING, AT_LEAST_1, int, 200, "print diagnostics every so many updates"),
+        ("report_to", NOTHING, None, str, "tensorboard", "besides metrics.jsonl",
+         {"choices": ("tensorboard", "wandb", "none")}),
+    ),
+    *_rows(
+        "of the released code; only name the run folder",
+        ("model_type", NOTHING, None, str, "base", "size of the model (base, large)"),
+        ("feedback", NOTHING, None, str, "GPT4V", "the Teacher"),
+    ),
+]
+# fmt: on
+
+
+def invalidating(what: str) -> list[str]:
+    """Names of the flags whose change invalidates `what` ("rollouts", "updates")."""
+    return [flag.name for flag in FLAGS if flag.invalidates and what in flag.invalidates]
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add RL's flag groups to a parser that has the common ones."""
-    models = parser.add_argument_group("models and rounds")
-    models.add_argument("--base_model_dir", required=True, metavar="DIR", help="rationale model to start from")
-    models.add_argument("--ref_model", metavar="DIR", help="frozen reference of the KL penalty (default: the start)")
-    models.add_argument("--model_type", default="base", help="only names the run folder (base, large)")
-    models.add_argument("--epochs", type=int, default=3, help="outer rounds, each with fresh samples")
-    models.add_argument(
-        "--continue_train", type=str2bool, default=False, help="go on after round --base_model_dir {run}/{n}"
-    )
-    models.add_argument("--run_dir", metavar="DIR", help="run folder (default: RL_models/{a name made of the flags})")
-
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--k_actions", type=int, default=3, help="rationales per question")
-    sampling.add_argument("--do_sample", type=str2bool, default=False, help="draw at random; False: greedy, one each")
-    sampling.add_argument("--top_k", type=int, default=20, help="draw from the k likeliest tokens (0: from all)")
-    sampling.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this mass")
-    sampling.add_argument("--feedback", default="GPT4V", help="only names the run folder")
-
-    rl = parser.add_argument_group("PPO")
-    rl.add_argument(
-        "--algo",
-        default="ppo",
-        choices=("ppo", "rloo"),
-        help="rloo: no value function, the other rationales of a question are the baseline",
-    )
-    rl.add_argument("--rl_batch_size", type=int, default=6, help="samples per minibatch and process")
-    rl.add_argument("--rl_epochs", type=int, default=3, help="passes over a round's samples")
-    rl.add_argument("--ga_step", type=int, default=4, help="minibatches per optimizer step and process")
-    rl.add_argument("--init_kl_coef", type=float, default=0.05, help="weight of the KL penalty in the reward")
-    rl.add_argument("--clip_range", type=float, default=0.2, help="PPO's clip range of the ratio")
-    rl.add_argument("--vf_coef", type=float, default=1.0, help="weight of the value loss")
-    rl.add_argument("--gamma", type=float, default=0.99, help="discount")
-    rl.add_argument("--gae_lambda", type=float, default=0.95, help="lambda of the advantage estimate")
-    rl.add_argument("--adv_normalization", type=str2bool, default=True, help="whiten advantages per optimizer step")
-    rl.add_argument("--neutral_score", type=float, default=0.5, help="score that earns no reward")
-
-    more = parser.add_argument_group("PPO, off by default")
-    more.add_argument(
-        "--max_grad_norm", type=float, help="scale gradients down to this norm (policy and value together)"
-    )
-    more.add_argument("--lr_scheduler", default="constant", choices=SCHEDULES, help="learning rate over a round")
-    more.add_argument(
-        "--target_kl", type=float, help="nats per rationale: adapts the KL coefficient from round to round"
-    )
-    more.add_argument("--early_stop_kl", type=float, help="nats per token: ends an epoch when approx_kl exceeds it")
-    more.add_argument("--entropy_coef", type=float, default=0.0, help="weight of an entropy bonus in the loss")
-    more.add_argument("--vf_clip_range", type=float, help="clip the value's change from its value at sampling")
-
-    memory = parser.add_argument_group("memory")
-    cli.add_precision_flag(memory)
-    memory.add_argument(
-        "--pass_tokens",
-        type=int,
-        help="tokens (prompts, rationales and padding) that one forward and backward pass may have: neighbouring "
-        "minibatches of an update are joined up to it, which fills a GPU; the update stays what it is (default: a "
-        "minibatch a pass)",
-    )
-    memory.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
-    memory.add_argument(
-        "--offload",
-        action="store_true",
-        help="keep reference and value function on the CPU while sampling needs neither",
-    )
-
-    running = parser.add_argument_group("running")
-    running.add_argument(
-        "--phase",
-        default="all",
-        choices=("all", "collect", "train"),
-        help="collect: end after export; train: PPO only",
-    )
-    running.add_argument("--poll_seconds", type=float, default=10.0, help="pause between looks for replies")
-    running.add_argument("--settle_seconds", type=float, default=60.0, help="wait this long for late replies")
-    running.add_argument("--max_dropped", type=float, default=0.2, help="stop if a larger share of replies is lost")
-    running.add_argument("--save_minutes", type=float, default=10.0, help="save PPO's state at least this often")
-    running.add_argument("--overwrite", action="store_true", help="start anew; what is there is moved aside")
-    running.add_argument("--log_term", type=int, default=200, help="print diagnostics every so many updates")
-    running.add_argument(
-        "--report_to", default="tensorboard", choices=("tensorboard", "wandb", "none"), help="besides metrics.jsonl"
-    )
+    """Add the common flags and RL's groups to a parser."""
+    cli.add_common_flags(parser, output_len=512, lr=1e-5, train_splits=TRAIN_SPLITS)
+    for title in dict.fromkeys(flag.group for flag in FLAGS if flag.group):
+        group = parser.add_argument_group(title)
+        for flag in FLAGS:
+            if flag.group != title:
+                continue
+            options = {"type": flag.type, "default": flag.default, **(flag.more or {})}
+            options = {"action": "store_true"} if flag.type is bool else options
+            group.add_argument(f"--{flag.name}", help=flag.help, **options)
 
 
 def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     """Refuse, in one message, flags out of range, contradictory, or without effect. Warn of odd ones."""
-    faults = [f"--{name} has no effect in RL; drop it" for name in EVALUATION_ONLY if name in given]
-    at_least_one = ("epochs", "k_actions", "bs", "rl_batch_size", "rl_epochs", "ga_step", "log_term", "input_len")
-    at_least_one += ("pass_tokens",) if args.pass_tokens is not None else ()
-    faults += [f"--{name} must be at least 1" for name in at_least_one if getattr(args, name) < 1]
-    faults += [
-        f"--{name} must lie between 0 and 1"
-        for name in ("gamma", "gae_lambda", "neutral_score", "max_dropped")
-        if not 0 <= getattr(args, name) <= 1
-    ]
-    not_negative = ("init_kl_coef", "vf_coef", "top_k", "settle_seconds", "save_minutes", "entropy_coef")
-    faults += [
-        f"--{name} must be a number of at least 0"
-        for name in not_negative
-        if not (math.isfinite(getattr(args, name)) and getattr(args, name) >= 0)
-    ]
-    positive = ("lr", "clip_range", "poll_seconds", "top_p")
-    if_given = ("max_grad_norm", "target_kl", "early_stop_kl", "vf_clip_range")
-    positive += tuple(name for name in if_given if getattr(args, name) is not None)
-    faults += [f"--{name} must be above 0" for name in positive if not 0 < getattr(args, name) < math.inf]
-    if args.top_p > 1:
-        faults.append("--top_p must be at most 1")
-    if not -(2**63) <= args.seed < 2**63:
-        faults.append("--seed must fit into 64 bits")
-    if args.output_len < 2:
-        faults.append("--output_len must be at least 2")
+    faults = [f"--{flag.name} has no effect in RL; drop it" for flag in FLAGS
+              if flag.invalidates is NO_EFFECT and flag.name in given]  # fmt: skip
+    for flag in FLAGS:
+        value = getattr(args, flag.name)
+        if flag.range is not None and value is not None and not flag.range.test(value):
+            faults.append(f"--{flag.name} must be {flag.range.words}")
     if args.train_le and args.prompt_format.startswith("QCM-"):
         faults.append(f"--train_le has no effect with --prompt_format {args.prompt_format}; QCMG uses it")
     for name in ("base_model_dir", "ref_model"):
@@ -140,7 +189,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     if args.continue_train and not Path(args.base_model_dir).resolve().name.isdigit():
         faults.append(f"--continue_train True: --base_model_dir {args.base_model_dir} is no folder {{run}}/{{n}}")
     if args.algo == "rloo":
-        faults += [f"--{name} has no effect with --algo rloo" for name in VALUE_ONLY if name in given]
+        of_value = ("vf_coef", "gae_lambda", "vf_clip_range")
+        faults += [f"--{name} has no effect with --algo rloo" for name in of_value if name in given]
         if args.k_actions < 2 or not args.do_sample:
             faults.append(
                 "--algo rloo compares the rationales of a question: use --do_sample True, --k_actions 2 or more"
@@ -151,7 +201,7 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         faults.append("--overwrite would delete the rollouts that --phase train needs; drop one of them")
     if args.report_to == "wandb" and importlib.util.find_spec("wandb") is None:
         faults.append("--report_to wandb: the package is not installed; pip install wandb, or drop the flag")
-    faults += cli.precision_faults() + check_sharding()
+    faults += cli.precision_faults() + sharding_faults()
     cli.refuse(faults)
     if not args.do_sample and args.k_actions > 1:
         cli.warn0(f"--do_sample False gives {args.k_actions} equal rationales per question: sampling one (greedy)")
@@ -163,9 +213,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         print0("note: --user_msg names nothing in RL; --run_dir names the folder")
 
 
-def check_sharding() -> list[str]:
-    """What accelerate's configuration asks for and RL cannot do. What `accelerate launch` was told stands in the
-    environment."""
+def sharding_faults() -> list[str]:
+    """What accelerate's configuration asks for and RL cannot do; `accelerate launch` sets the environment."""
 
     def asked(name: str) -> bool:
         return os.environ.get(name, "false").lower() == "true"

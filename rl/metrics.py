@@ -1,4 +1,4 @@
-"""Where training's numbers go: `metrics.jsonl` always, TensorBoard or W&B besides."""
+"""Output of RL for people: `metrics.jsonl` (also to TensorBoard or W&B), `samples_round_{n}.jsonl`, warnings."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import json
 import math
 import threading
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ares import cli, files
+from ares.sentences import sentences_from_ids
 
 
 class Metrics:
-    """`metrics.jsonl` always, TensorBoard or W&B besides. Lines hold "kind" (rollout, update, epoch), round and place.
+    """Writes `metrics.jsonl`, and TensorBoard or W&B besides. A line has its kind (rollout, update, epoch).
 
-    Lines that come after the place a killed run goes on from are dropped, so that none is there twice.
+    Lines after the update that a killed run resumes from are dropped, so none is there twice.
     """
 
     def __init__(self, run: Path, report_to: str, config: dict[str, Any]):
@@ -29,14 +31,14 @@ class Metrics:
                 cli.print0("note: tensorboard is not installed; metrics.jsonl holds the same numbers")
             else:
                 self.board = Path(run) / "tensorboard"
-                threading.excepthook = _quiet_about_the_disk
+                threading.excepthook = _ignore_disk_errors
                 with files.writing(self.board):
                     self.writer = SummaryWriter(str(self.board))
         elif self.active and report_to == "wandb":
             self.wandb = _wandb_run(Path(run), config)
 
     def rewind(self, number: int, updates_done: int | None) -> None:
-        """Forget lines of round `number` beyond `updates_done` updates (None: all of them), and a torn last line."""
+        """Drop lines of round `number` beyond `updates_done` updates (None: all of them), and a cut last line."""
         if not self.active or not self.path.exists():
             return
 
@@ -48,13 +50,13 @@ class Metrics:
         kept = [json.dumps(entry) + "\n" for entry in read_metrics(self.path, "--run_dir") if keep(entry)]
         files.write_text(self.path, "".join(kept))
 
-    def log(self, kind: str, number: int, update: int, values: dict[str, float], **place: int) -> None:
+    def log(self, kind: str, number: int, update: int, values: dict[str, float], **more: int) -> None:
         """Append one line; `update` counts a round's finished updates."""
         if not self.active:
             return
         # NaN is not JSON: a mean over nothing is null
         finite = {k: (v if math.isfinite(v) else None) for k, v in values.items()}
-        line = json.dumps({"kind": kind, "round": number, "update": update, **place, **finite})
+        line = json.dumps({"kind": kind, "round": number, "update": update, **more, **finite})
         files.append_line(self.path, line)
         scalars = {f"{kind}/{key}": value for key, value in finite.items() if value is not None}
         if self.writer is not None:
@@ -73,16 +75,16 @@ class Metrics:
             self.wandb.finish()
 
 
-def _quiet_about_the_disk(args: Any) -> None:
-    """TensorBoard writes in a thread, and raises again in ours what the disk answers: once is enough."""
+def _ignore_disk_errors(args: Any) -> None:
+    """A hook for TensorBoard's writer thread, whose disk errors are raised again in ours."""
     if args.exc_value is None or cli.disk_error(args.exc_value) is None:
         threading.__excepthook__(args)
 
 
 def read_metrics(path: Path, flag: str) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; what is no finite number counts as null.
+    """The lines of a metrics.jsonl; numbers that are not finite become null.
 
-    Warns of lines that are no JSON (a kill cut the last one short). Raises UserError for another file.
+    Warns of lines that are not JSON (a kill may cut the last one). Raises UserError if it is another kind of file.
     """
     lines = []
     damaged: list[int] = []
@@ -97,12 +99,12 @@ def read_metrics(path: Path, flag: str) -> list[dict[str, Any]]:
             raise cli.UserError(f"{flag}: {path}: line {number}: {odd[0][:40]} is no number; move the file away")
         lines.append(entry)
     for number in damaged:
-        cli.warn0(f"{path}: line {number} is not JSON and is left out")
+        cli.warn0(f"{path}: line {number} is not JSON and is ignored")
     return lines
 
 
 def _wandb_run(run: Path, config: dict[str, Any]):
-    """A W&B run that a re-run of the same folder goes on with. Raises UserError where W&B will not begin one."""
+    """The W&B run of this folder, resumed by a later launch. Raises UserError if W&B refuses."""
     import wandb
 
     id_file = run / "wandb" / "id"
@@ -124,14 +126,47 @@ def _wandb_run(run: Path, config: dict[str, Any]):
         ) from error
 
 
-# -- warnings in plain words -----------------------------------------------------------------------------
+# -- samples ---------------------------------------------------------------------------------------------
+
+
+def write_samples(path: Path, data: Any, scores: Sequence[Sequence[float]], texts: dict[str, str], tokenizer) -> None:
+    """Write the scored rollouts (`ppo.ScoredRollouts`) as one JSON line per rationale, atomically.
+
+    A sentence's advantage is that of its last token, before whitening. `texts` are the prompts by question id.
+    """
+    rows = data.rollouts
+    with files.atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for row, qid in enumerate(rows.qids):
+            ids, begin = rows.ids(row), int(rows.offsets[row])
+            sentences = [
+                {"text": one.text, "score": score, "advantage": float(data.advantages[begin + one.column - 1])}
+                for one, score in zip(sentences_from_ids(ids, tokenizer), scores[row], strict=True)
+            ]
+            line = {
+                "qid": qid,
+                "action": rows.action[row],
+                "prompt": texts[qid],
+                "rationale": tokenizer.decode(ids, skip_special_tokens=True),
+                "reward": float(data.sentence_reward[row] - data.kl_coef * data.kl[row]),
+                "sentences": sentences,
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+# -- warnings --------------------------------------------------------------------------------------------
+
+
+def summary(values: dict[str, float]) -> str:
+    """The few numbers of a log line."""
+    names = ("mean_sentence_score", "reward", "policy_loss", "value_loss", "approx_kl", "kl_ref", "clipfrac", "length")
+    return "  ".join(f"{name} {values[name]:.4g}" for name in names if name in values)
 
 
 def rollout_warnings(values: dict[str, float]) -> list[str]:
-    """What a round's samples and replies, as logged, should make a user look at."""
+    """Warnings about a round's samples and replies, from their logged values."""
     found = []
     if values["share_dropped"] > 0.05:
-        found.append(f"{values['share_dropped']:.0%} of the replies were dropped; the reasons lie beside them")
+        found.append(f"{values['share_dropped']:.0%} of the replies were dropped; the reason is beside each reply")
     if values["share_ended"] < 0.5:
         found.append(
             f"{1 - values['share_ended']:.0%} of the rationales were cut at --output_len before their end: raise "
@@ -141,7 +176,7 @@ def rollout_warnings(values: dict[str, float]) -> list[str]:
 
 
 def epoch_warnings(values: dict[str, float], first_entropy: float) -> list[str]:
-    """What an epoch's means, as logged, should make a user look at; `first_entropy` is the round's first update's."""
+    """Warnings about an epoch, from its logged means; `first_entropy` is that of the round's first update."""
     found = []
     if values["approx_kl"] > 0.1:
         found.append(

@@ -1,15 +1,15 @@
-"""PPO with a reward per sentence, as pure tensor functions: no model, no file, no process group.
+"""PPO with a reward per sentence, in reading order from the Teacher's scores to the loss; no model, no file.
 
 Conventions (B rationales, L columns of decoder ids, T = L - 1 positions):
 
     actions (B, L)    decoder ids, the start token (pad) in column 0, pads after `</s>`
     position t        the choice of actions[:, t + 1]; logprobs, values, rewards, advantages are (B, T) by position
-    mask (B, T) bool  actions[:, 1:] != pad: True on a prefix of every row; nothing outside enters any result,
-                      whatever it holds (nan included), so the padded width never matters
+    mask (B, T) bool  actions[:, 1:] != pad: True on a prefix of every row; values outside it (even nan) never enter
+                      any result, so the padded width does not matter
 
 Every mean takes a `denominator`: None divides by this call's own real positions (one minibatch, as in the released
 code's fixtures); a caller that accumulates minibatches or processes passes the positions of the whole optimizer step
-and adds the results up. Left out: sampling, optimizer, models.
+and adds the results.
 
 Sources: ARES arXiv 2407.00087, sec. 3.1; PPO arXiv 1707.06347, eq. 7 and 9; GAE arXiv 1506.02438, eq. 16;
 KL penalty as a reward: Ziegler et al. arXiv 1909.08593, eq. 2; RLOO: Ahmadian et al. arXiv 2402.14740, sec. 3.3;
@@ -18,30 +18,26 @@ k3 estimator of KL: Schulman, "Approximating KL Divergence" (2020).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ares.head import with_head
+from rl.rollouts import Rollouts
 
-CHUNK = 2**24  # logits in work at a time: 64 MB in fp32
-CACHE = 2**18  # of these, as many as a core's cache holds: passes over them cost no memory traffic on a CPU
-KEEP = 2**25  # slopes that are kept for the gradient instead of computed again: 128 MB in fp32
+EOS = 1
+CHUNK_ROWS = 1024  # rationales whose advantages are computed at a time
 
 
-# -- masks and means -------------------------------------------------------------------------------------
-
-
-def action_mask(actions: Tensor, pad: int = 0) -> Tensor:
-    """(B, L) decoder ids -> (B, L - 1) bool: the positions whose choice is a real token, `</s>` included."""
-    return actions[:, 1:] != pad
+# -- masked statistics -----------------------------------------------------------------------------------
 
 
 def _keep(x: Tensor, mask: Tensor) -> Tensor:
-    # Replaced, not multiplied by zero, and before anything is computed from it: an inf or nan at a pad would come
-    # back as nan in the result or, by 0 * inf, in the gradient.
+    # Replaced, not multiplied by zero, and before anything is computed from it: an inf or nan at a pad would give nan
+    # in the result or, by 0 * inf, in the gradient.
     return x.masked_fill(~mask.bool(), 0)
 
 
@@ -51,119 +47,20 @@ def masked_mean(x: Tensor, mask: Tensor, denominator: Tensor | float | None = No
 
 
 def moments(x: Tensor, mask: Tensor) -> Tensor:
-    """(3,) float64: sum, sum of squares and count over the mask. Add those of all minibatches and processes."""
+    """(3,) float64: sum, sum of squares and count over the mask. Those of minibatches and processes add up."""
     kept = _keep(x.detach().double(), mask)
     return torch.stack([kept.sum(), kept.square().sum(), mask.sum().double()])
 
 
-def mean_and_var(total: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (divided by n) from added-up `moments`."""
-    mean = total[0] / total[2].clamp(min=1)
-    return mean, (total[1] / total[2].clamp(min=1) - mean.square()).clamp(min=0)
+def masked_whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) over the mask, with the biased variance (divided by n); 0 outside the mask."""
+    total, squares, n = moments(x, mask)
+    mean = total / n.clamp(min=1)
+    variance = (squares / n.clamp(min=1) - mean.square()).clamp(min=0)
+    return _keep(((x - mean) * torch.rsqrt(variance + eps)).to(x.dtype), mask)
 
 
-def whiten_with(x: Tensor, mean: Tensor | float, var: Tensor | float, eps: float = 1e-8) -> Tensor:
-    """(x - mean) / sqrt(var + eps) in x's dtype, for a mean and variance taken over more than `x`."""
-    var = torch.as_tensor(var, dtype=torch.float64, device=x.device)
-    return ((x - mean) * torch.rsqrt(var + eps)).to(x.dtype)
-
-
-def masked_whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0, variance 1 (biased) over the mask, and 0 outside it."""
-    return _keep(whiten_with(x, *mean_and_var(moments(x, mask))), mask)
-
-
-# -- log-probabilities -----------------------------------------------------------------------------------
-
-
-class _HeadLogprobs(torch.autograd.Function):
-    """log softmax(states @ weight.T)[label] and its entropy, the logits made block by block and never all at once.
-
-    For the gradient the slopes (probability - 1 at the label) are kept where they are few (KEEP), else the logits are
-    computed once more. Not the probabilities: of a sure one half precision would keep 1.0, and no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, states: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(states.dtype, torch.float32)
-        logprobs, entropy, log_z = (states.new_empty(len(states), dtype=dtype) for _ in range(3))
-        keep = any(ctx.needs_input_grad[:2]) and len(states) * len(weight) <= KEEP
-        ctx.kept = []
-        for chunk in _chunks(len(states), len(weight), CHUNK):
-            logits = states[chunk] @ weight.T  # (n, V)
-            for block in _chunks(len(logits), len(weight), CACHE if logits.device.type == "cpu" else CHUNK):
-                x, rows = logits[block].to(dtype), slice(chunk.start + block.start, chunk.start + block.stop)
-                chosen = x.gather(1, labels[rows, None])
-                top = x.amax(1, keepdim=True)
-                e = x.sub_(top).exp()  # x is our own: a copy, or a part of logits that is not needed any more
-                z = e.sum(1, keepdim=True)  # (rows, 1)
-                log_z[rows] = (z.log() + top)[:, 0]
-                logprobs[rows] = (chosen - top - z.log())[:, 0]
-                entropy[rows] = (z.log() - (e * x).sum(1, keepdim=True) / z)[:, 0]
-                if keep:
-                    logits[block] = _slopes(e.div_(z), labels[rows])  # from here on they are slopes
-            if keep:
-                ctx.kept.append(logits)
-        ctx.save_for_backward(states, weight, labels, log_z, entropy)
-        ctx.set_materialize_grads(False)
-        return logprobs, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor | None, grad_entropy: Tensor | None):
-        states, weight, labels, log_z, entropy = ctx.saved_tensors
-        grad = torch.zeros_like(log_z) if grad is None else grad
-        grad_states, grad_weight = torch.empty_like(states), None
-        kept, ctx.kept = ctx.kept, []  # overwritten below: a second backward computes them anew
-        for number, chunk in enumerate(_chunks(len(states), len(weight), CHUNK)):
-            if kept:
-                out = kept[number]
-            else:
-                out = torch.empty(len(states[chunk]), len(weight), dtype=states.dtype, device=states.device)
-                torch.mm(states[chunk], weight.T, out=out)
-            for block in _chunks(len(out), len(weight), CACHE if out.device.type == "cpu" else CHUNK):
-                rows = slice(chunk.start + block.start, chunk.start + block.stop)
-                g, x = grad[rows, None], out[block].to(log_z.dtype)
-                if not kept:
-                    x = _slopes(x.sub_(log_z[rows, None]).exp_(), labels[rows])
-                if grad_entropy is None:
-                    x = x.mul_(-g)  # d logp / d logits = onehot - p
-                else:  # d entropy / d logits = -p (log p + entropy)
-                    p = x.scatter_add(1, labels[rows, None], torch.ones_like(g))
-                    log_p = p.clamp(min=torch.finfo(p.dtype).tiny).log()
-                    x = -g * x - grad_entropy[rows, None] * p * (log_p + entropy[rows, None])
-                if x.data_ptr() != out[block].data_ptr():
-                    out[block] = x
-            torch.mm(out, weight, out=grad_states[chunk])
-            if grad_weight is None:
-                grad_weight = out.T @ states[chunk]
-            else:
-                grad_weight.addmm_(out.T, states[chunk])
-        return grad_states, grad_weight, None
-
-
-def _slopes(p: Tensor, labels: Tensor) -> Tensor:
-    """Probabilities (n, V) - 1 at the labels (n,), in place: d(-log p[label]) / d logits."""
-    return p.scatter_add_(1, labels[:, None], p.new_full((len(p), 1), -1.0))
-
-
-def _chunks(rows: int, columns: int, numbers: int) -> list[slice]:
-    """Slices of `rows` rows that hold about `numbers` numbers each."""
-    size = max(1, numbers // columns)
-    return [slice(begin, min(begin + size, rows)) for begin in range(0, rows, size)]
-
-
-def head_logprobs(states: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Decoder states (N, d), the head's weight (V, d), labels (N,) -> log-probabilities of the labels and entropies of
-    the full softmax in nats, (N,) each, in fp32 (fp64 stays fp64), both with gradients.
-
-    Logits are products in the states' precision, or autocast's; the softmax is taken in fp32. Of the N x V logits at
-    most KEEP numbers live on for the gradient, and no more than CHUNK besides.
-    """
-    return with_head(_HeadLogprobs, states, weight, labels)
-
-
-# -- rewards ---------------------------------------------------------------------------------------------
+# -- 1. rewards ------------------------------------------------------------------------------------------
 
 
 def sentence_rewards(
@@ -191,7 +88,7 @@ def kl_rewards(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, coef: float
     return _keep(-coef * (logprobs - ref_logprobs), mask)
 
 
-# -- advantages ------------------------------------------------------------------------------------------
+# -- 2. advantages and returns ---------------------------------------------------------------------------
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -223,9 +120,9 @@ def rloo_advantages(to_go: Tensor, group: Tensor, mask: Tensor) -> Tensor:
     """REINFORCE leave-one-out, by token: `to_go` minus its mean over the other samples of the same question.
 
     to_go (B, T) from `returns_to_go`; group (B,) one integer per question. The baseline of position t is the others'
-    return-to-go at t, 0 where a sample is over: what is left to earn shrinks along a rationale, and a whole
-    rationale's return as baseline (arXiv 2402.14740, where the whole is one action) would punish every late token.
-    Independent of the row's own choices either way. A sample without a companion has advantage 0. 0 outside the mask.
+    return-to-go at t, 0 where a sample has ended. (arXiv 2402.14740 treats the whole rationale as one action; its
+    whole return as baseline would punish every late token, because the return-to-go shrinks along a rationale.)
+    The only sample of a question has advantage 0. 0 outside the mask.
     """
     to_go = _keep(to_go, mask)
     _, index = group.unique(return_inverse=True)
@@ -235,11 +132,167 @@ def rloo_advantages(to_go: Tensor, group: Tensor, mask: Tensor) -> Tensor:
     return advantages.masked_fill(~mask.bool() | (others == 0), 0)
 
 
-# -- losses ----------------------------------------------------------------------------------------------
+@dataclass
+class ScoredRollouts:
+    """Scored rollouts with rewards, advantages and returns: all that one round trains on.
+
+    advantages, returns: float32, flat like the fields of `rollouts`; kl_coef: the coefficient in their rewards;
+    the rest: (N,), one number per rationale.
+    """
+
+    rollouts: Rollouts
+    advantages: Tensor
+    returns: Tensor
+    sentence_reward: Tensor
+    kl: Tensor
+    score_sum: Tensor
+    ended: Tensor
+    kl_coef: float
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    def row_stats(self, rows: Sequence[int]) -> dict[str, float]:
+        """Means over rationales (over their sentences for the score)."""
+        index = torch.as_tensor(rows)
+        sentences = int(self.rollouts.sentence_counts[index].sum())
+        return {
+            "mean_sentence_score": float(self.score_sum[index].sum()) / sentences if sentences else math.nan,
+            "sentences": sentences,
+            "reward": float((self.sentence_reward[index] - self.kl_coef * self.kl[index]).mean()),
+            "sentence_reward": float(self.sentence_reward[index].mean()),
+            "length": float(self.rollouts.lengths[index].float().mean()),
+            "share_ended": float(self.ended[index].float().mean()),
+        }
+
+
+def compute_advantages(
+    rollouts: Rollouts, scores: Sequence[Sequence[float]], args: Any, kl_coef: float
+) -> ScoredRollouts:
+    """Rewards, advantages and returns of every row, from the scores of its sentences.
+
+    The reward of position t is `-kl_coef (logp - logp_ref)`, plus `score - neutral_score` where a sentence ends at
+    column t + 1; the value after the last position is 0. `--algo ppo` uses GAE; with `--algo rloo` the advantage is
+    the return-to-go minus its mean over the other rows of the question.
+    """
+    advantages, returns = torch.empty_like(rollouts.values), torch.empty_like(rollouts.values)
+    sentence_reward = torch.zeros(len(rollouts))
+    for rows in _chunks(rollouts.qids, CHUNK_ROWS):
+        by_sentence, rewards = token_rewards(rollouts, scores, rows, args.neutral_score, kl_coef)  # (B, T) each
+        values, mask = rollouts.pad(rollouts.values, rows)
+        if args.algo == "rloo":
+            number = {qid: i for i, qid in enumerate(dict.fromkeys(rollouts.qids[row] for row in rows))}
+            group = torch.tensor([number[rollouts.qids[row]] for row in rows])
+            ret = returns_to_go(rewards, mask, args.gamma)
+            adv = rloo_advantages(ret, group, mask)
+        else:
+            adv, ret = gae(rewards, values, mask, args.gamma, args.gae_lambda)
+        first = int(rollouts.offsets[rows[0]])
+        last = int(rollouts.offsets[rows[-1]] + rollouts.lengths[rows[-1]])
+        advantages[first:last], returns[first:last] = adv[mask], ret[mask]
+        sentence_reward[rows] = by_sentence.sum(1)
+    return ScoredRollouts(
+        rollouts,
+        advantages,
+        returns,
+        sentence_reward,
+        kl=kl_per_rationale(rollouts),
+        score_sum=torch.tensor([float(sum(row)) for row in scores]),
+        ended=rollouts.tokens[rollouts.offsets + rollouts.lengths - 1] == EOS,
+        kl_coef=kl_coef,
+    )
+
+
+def token_rewards(
+    rollouts: Rollouts, scores: Sequence[Sequence[float]], rows: Sequence[int], neutral: float, kl_coef: float
+) -> tuple[Tensor, Tensor]:
+    """(B, T) sentence rewards of `rows`, and the same with the KL penalty: the reward of each position.
+
+    `scores` are indexed by row, like `rollouts`.
+    """
+    logprobs, mask = rollouts.pad(rollouts.logprobs, rows)
+    ref_logprobs, _ = rollouts.pad(rollouts.ref_logprobs, rows)
+    columns = [rollouts.row_columns(row) for row in rows]
+    by_sentence = sentence_rewards(columns, [scores[row] for row in rows], mask.shape[1], neutral)
+    return by_sentence, by_sentence + kl_rewards(logprobs, ref_logprobs, mask, kl_coef)
+
+
+def kl_per_rationale(rollouts: Rollouts) -> Tensor:
+    """(N,) float32: sum over a rationale's positions of log pi - log pi_ref, in nats."""
+    kl = torch.zeros(len(rollouts))
+    for rows in _chunks(rollouts.qids, CHUNK_ROWS):
+        difference, _ = rollouts.pad(rollouts.logprobs - rollouts.ref_logprobs, rows)
+        kl[rows] = difference.sum(1).float()
+    return kl
+
+
+def _chunks(qids: Sequence[str], size: int) -> list[list[int]]:
+    """Rows in chunks of about `size` that keep the rows of one question (which are neighbours) together."""
+    chunks: list[list[int]] = [[]]
+    for row, qid in enumerate(qids):
+        if len(chunks[-1]) >= size and qid != qids[row - 1]:
+            chunks.append([])
+        chunks[-1].append(row)
+    return [chunk for chunk in chunks if chunk]
+
+
+# -- 3. losses -------------------------------------------------------------------------------------------
+
+
+class MiniBatch(NamedTuple):
+    """What one pass trains on besides the actions, (B, T) each; advantages are already whitened over the step."""
+
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    old_values: Tensor
+    returns: Tensor
+    advantages: Tensor
+
+
+# sums over real positions that an update adds up over its passes and processes, in this order
+SUMS = ("policy_loss", "value_loss", "approx_kl", "kl_ref", "entropy", "clipfrac", "ret", "ret2", "err", "err2", "n")
+
+
+def ppo_loss(
+    logprobs: Tensor, entropy: Tensor, values: Tensor | None, mb: MiniBatch, mask: Tensor, args: Any, total: int
+) -> tuple[Tensor, Tensor]:
+    """The loss of one pass: sums over its real positions divided by `total`, the positions of the whole step.
+
+    logprobs, entropy, values (None with `--algo rloo`) are the models' (B, T). Also returns the diagnostics of the
+    pass, (len(SUMS),) float64.
+    """
+    entropy = masked_mean(entropy if args.entropy_coef else entropy.detach(), mask, denominator=1)
+    pg_loss = policy_loss(logprobs, mb.old_logprobs, mb.advantages, mask, args.clip_range, denominator=total)
+    loss = pg_loss - args.entropy_coef * entropy / total
+    v_loss = torch.zeros_like(pg_loss)
+    if values is not None:
+        v_loss = value_loss(values, mb.returns, mask, total, old_values=mb.old_values, clip_range=args.vf_clip_range)
+        loss = loss + args.vf_coef * v_loss
+    with torch.no_grad():
+        spread = moments(mb.returns, mask)
+        error = moments(mb.returns - values, mask) if values is not None else spread
+        # KL(policy || reference) by the k3 estimator, which is never negative; the ratio corrects for samples that
+        # come from the older policy
+        to_ref = mb.ref_logprobs - logprobs
+        kl_ref = (logprobs - mb.old_logprobs).exp() * (to_ref.expm1() - to_ref)
+        sums = [
+            pg_loss * total,
+            v_loss * total,
+            approx_kl(logprobs, mb.old_logprobs, mask, denominator=1),
+            masked_mean(kl_ref, mask, denominator=1),
+            entropy,
+            clipfrac(logprobs, mb.old_logprobs, mb.advantages, mask, args.clip_range, denominator=1),
+            *spread[:2],
+            *error[:2],
+            mask.sum(),
+        ]
+        return loss, torch.stack([one.double() for one in sums])
 
 
 def _surrogates(logprobs, old_logprobs, advantages, mask, clip_range) -> tuple[Tensor, Tensor]:
-    ratio = _keep(logprobs - old_logprobs, mask).exp()
+    """The two terms of PPO's maximum, (B, T) each: unclipped and clipped."""
+    logratio = _keep(logprobs - old_logprobs, mask)
+    ratio = logratio.exp()
     advantages = _keep(advantages, mask)
     return -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
 
@@ -253,8 +306,8 @@ def policy_loss(
     denominator: Tensor | float | None = None,
 ) -> Tensor:
     """Clipped surrogate (arXiv 1707.06347, eq. 7), to be minimised: mean of max(-A r, -A clip(r, 1 - c, 1 + c))."""
-    plain, clipped = _surrogates(logprobs, old_logprobs, advantages, mask, clip_range)
-    return masked_mean(torch.max(plain, clipped), mask, denominator)
+    unclipped, clipped = _surrogates(logprobs, old_logprobs, advantages, mask, clip_range)
+    return masked_mean(torch.max(unclipped, clipped), mask, denominator)
 
 
 def value_loss(
@@ -275,7 +328,7 @@ def value_loss(
     return masked_mean(error, mask, denominator)
 
 
-# -- diagnostics -----------------------------------------------------------------------------------------
+# -- 4. diagnostics --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -289,11 +342,11 @@ def clipfrac(
 ) -> Tensor:
     """Share of positions where the clipped term is the larger one, that is, where `policy_loss` has no gradient.
 
-    It needs the advantages: a ratio beyond the range still learns when its advantage pulls it back. (The released
+    It needs the advantages: a ratio beyond the range still learns if its advantage pulls it back. (The released
     trainer logged the value loss under this name.)
     """
-    plain, clipped = _surrogates(logprobs, old_logprobs, advantages, mask, clip_range)
-    return masked_mean((clipped > plain).to(plain.dtype), mask, denominator)
+    unclipped, clipped = _surrogates(logprobs, old_logprobs, advantages, mask, clip_range)
+    return masked_mean((clipped > unclipped).to(unclipped.dtype), mask, denominator)
 
 
 @torch.no_grad()
@@ -305,9 +358,21 @@ def approx_kl(
     return masked_mean(logratio.expm1() - logratio, mask, denominator)
 
 
-@torch.no_grad()
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R) over the mask: 1 perfect, 0 no better than a constant, nan when R does not vary."""
-    var = mean_and_var(moments(returns, mask))[1]
-    unexplained = mean_and_var(moments(returns - values, mask))[1]
-    return torch.where(var > 0, 1 - unexplained / var, torch.full_like(var, torch.nan))
+def diagnostics(sums: Sequence[float], args: Any) -> dict[str, float]:
+    """Means per position from sums in the order of SUMS; those of a value function only where there is one.
+
+    explained_variance is 1 - Var(R - V) / Var(R): 1 perfect, 0 no better than a constant, nan if R does not vary.
+    """
+    total = dict(zip(SUMS, sums, strict=True))
+    n = total["n"]
+    out = {key: total[key] / n for key in SUMS[:6]}
+    out["positions"] = n
+    out["loss"] = out["policy_loss"] - args.entropy_coef * out["entropy"]
+    if args.algo == "rloo":
+        del out["value_loss"]
+        return out
+    out["loss"] += args.vf_coef * out["value_loss"]
+    variance = total["ret2"] / n - (total["ret"] / n) ** 2
+    unexplained = total["err2"] / n - (total["err"] / n) ** 2
+    out["explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else math.nan
+    return out

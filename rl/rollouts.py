@@ -1,16 +1,16 @@
-"""Rollouts: k sampled rationales per question (rl/sampling.py), on disk, and the scores that come back for them.
+"""Rollouts: k sampled rationales per question (rl/sampling.py), on disk, and the Teacher's scores for them.
 
-What lies under `{run}/rollouts/round_{n}/`:
+Files under `{run}/rollouts/round_{n}/`:
 
     plan.json                    the sampling batches (question ids) and a fingerprint of their prompts
-    batch_000000.safetensors     one file per sampling batch, written whole or not at all
-    collected.json               written last: every batch is there and its sentences are exported
-    scores.json                  written once: which replies count, and what was dropped and why
+    batch_000000.safetensors     one file per sampling batch, written in one step
+    collected.json               written last: every batch exists and its sentences are exported
+    scores.json                  written once: which replies count, which were dropped and why
 
-A batch depends on the seed, the round and its number alone, never on the process that samples it: a collection that
-was killed goes on with the batches that are missing, on any number of processes, and ends with the same samples.
-Prompts and images are not stored; they are found again by question id. Positions follow SPEC 6: position t of a row
-is the choice of `actions[t + 1]`, column 0 of `actions` being the decoder's start token.
+A batch depends on the seed, the round and its number only, never on the process that samples it: a killed collection
+resumes with the missing batches, on any number of processes, and ends with the same samples. Prompts and images are
+not stored; they are looked up by question id. Position t of a row is the choice of `actions[t + 1]`; column 0 of
+`actions` is the decoder's start token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +31,11 @@ from torch import Tensor
 
 from ares import cli, files
 from ares.cli import UserError
+from ares.decoding import action_mask
 from ares.sentences import sentences_from_ids
-from rl import actor_critic, ppo
+from rl import actor_critic
 from rl.run_folder import FAILED, collected_batches
-from teacher import handoff
+from teacher import handoff, reply_files
 
 FIELDS = ("tokens", "logprobs", "ref_logprobs", "values")  # one number per position
 
@@ -71,11 +71,11 @@ class Rollouts:
         return len(self.qids)
 
     def keys(self) -> list[str]:
-        """One name per row, `{action}/{qid}`: its place in the questions folder, the rank left out."""
+        """One name per row, `{action}/{qid}`: its folder in the questions folder, without the rank."""
         return [f"{action}/{qid}" for action, qid in zip(self.action, self.qids, strict=True)]
 
     def ids(self, row: int) -> list[int]:
-        """Decoder ids of one row, start token included, trailing pads left out."""
+        """Decoder ids of one row, from the start token to its last token, without pads."""
         begin = int(self.offsets[row])
         return [0, *self.tokens[begin : begin + int(self.lengths[row])].tolist()]
 
@@ -117,7 +117,7 @@ class Rollouts:
         )
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file atomically; who and what each row is goes into its metadata."""
+        """Write one safetensors file atomically; question, action and rank of each row go into its metadata."""
         tensors = {"lengths": self.lengths, "sentence_counts": self.sentence_counts, "columns": self.columns}
         tensors |= {name: getattr(self, name).contiguous() for name in FIELDS}
         rows = {"qids": self.qids, "action": self.action, "rank": self.rank}
@@ -149,7 +149,7 @@ class Rollouts:
 
 
 class Prompts:
-    """The prompts of the train questions, found by id: what a model reads, padded per batch, with image features."""
+    """The prompts of the train questions by id: a model's inputs, padded per batch, with image features."""
 
     def __init__(self, dataset, collator, device: torch.device):
         self.items = {item["qid"]: item for item in (dataset[i] for i in range(len(dataset)))}
@@ -164,7 +164,7 @@ class Prompts:
         return {name: actor_critic.to_device(batch[name], self.device) for name in names if name in batch}
 
     def fingerprint(self) -> str:
-        """A hash of every prompt's ids: tells whether questions, captions or prompt flags changed since."""
+        """A hash of every prompt's ids, to detect changed questions, captions or prompt flags."""
         digest = hashlib.sha256()
         for qid, item in self.items.items():
             digest.update(json.dumps([qid, list(item["input_ids"])]).encode())
@@ -172,13 +172,13 @@ class Prompts:
 
 
 def plan_batches(lengths: dict[str, int], batch_size: int) -> list[list[str]]:
-    """Question ids in batches of similar prompt length, longest first: what does not fit in memory shows at once."""
+    """Question ids in batches of similar prompt length, longest first, so that a lack of memory shows at once."""
     order = sorted(lengths, key=lambda qid: -lengths[qid])  # a stable sort: equal lengths keep the split's order
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 def _texts(batches: list) -> list[str]:
-    """The question ids of `batches`, or nothing if it is no list of lists of texts."""
+    """The question ids of `batches`, or [] if it is not a list of lists of strings."""
     if not all(isinstance(batch, list) and all(isinstance(qid, str) for qid in batch) for batch in batches):
         return []
     return [qid for batch in batches for qid in batch]
@@ -195,7 +195,7 @@ def seed_for(*parts: object) -> int:
 def to_rollouts(sampled: dict[str, Tensor], qids: Sequence[str], k: int, rank: int, tokenizer) -> Rollouts:
     """One sampled batch without its padding, with the columns at which its sentences end."""
     actions = sampled["actions"]
-    mask = ppo.action_mask(actions)  # (B*k, L-1), a prefix of each row: pad is never sampled
+    mask = action_mask(actions)  # (B*k, L-1), a prefix of each row: pad is never sampled
     lengths = mask.sum(1)
     columns = [
         [sentence.column for sentence in sentences_from_ids(row[: n + 1], tokenizer)]
@@ -217,7 +217,7 @@ def to_rollouts(sampled: dict[str, Tensor], qids: Sequence[str], k: int, rank: i
 # -- a round's folder ------------------------------------------------------------------------------------
 
 
-class Store:
+class RolloutStore:
     """The files of one round: `{run}/rollouts/round_{n}` and the questions folder they are exported to."""
 
     def __init__(self, run: Path, number: int):
@@ -232,9 +232,9 @@ class Store:
         return self.folder / f"batch_{number:06d}.safetensors"
 
     def plan(self, prompts: Prompts, batch_size: int, k: int) -> list[list[str]]:
-        """The sampling batches; written by rank 0 at first, kept ever after, also on another number of processes.
+        """The sampling batches; rank 0 writes them once, later launches read them, on any number of processes.
 
-        Raises UserError when the prompts are not those that the batches on disk were sampled from.
+        Raises UserError if `k` or the prompts are not those that the batches on disk were sampled from.
         """
         known = {"k": k, "prompts": prompts.fingerprint()}
         if self.plan_file.exists():
@@ -264,16 +264,16 @@ class Store:
 
 
 def collect(
-    store: Store,
+    store: RolloutStore,
     batches: Sequence[Sequence[str]],
     sample: Callable[[int, Sequence[str]], Rollouts],
     tokenizer,
     poll_seconds: float = 2.0,
 ) -> None:
-    """Sample and export this process's share of `batches`, then wait (by files alone) until all shares are there.
+    """Sample and export this process's share of `batches`, then wait for the files of the other processes.
 
-    `sample(number, qids)` makes one batch. Batches found on disk are not sampled again; their rationales are
-    exported where a kill came in between. Rank 0 signals the end of the export and writes `collected.json`.
+    `sample(number, qids)` makes one batch. Batches on disk are not sampled again; their rationales are exported if a
+    kill came in between. Rank 0 signals the end of the export and writes `collected.json`.
     """
     mine = range(cli.rank(), len(batches), cli.world_size())
     for number in cli.progress(mine, desc="sampling", total=len(mine), unit="batch"):
@@ -283,7 +283,7 @@ def collect(
     if cli.rank() != 0:
         wait_for_file(store.collected_file, poll_seconds, store.failed_file)
         return
-    # no collective: processes may end hours apart, and a process group would time out
+    # files instead of a collective: processes may end hours apart, and a process group would time out
     samples = sentences = 0
     for number in range(len(batches)):
         wait_for_file(store.shard(number), poll_seconds, store.failed_file)
@@ -297,7 +297,7 @@ def collect(
 
 
 def exported_folders(rollouts: Rollouts, questions: Path) -> list[Path]:
-    """The question folders of all rows that hold a sentence (the Teacher has nothing to say on an empty rationale)."""
+    """The question folders of all rows with a sentence (an empty rationale is not scored)."""
     return [question_folder(rollouts, row, questions) for row in rows_with_sentences(rollouts)]
 
 
@@ -310,7 +310,7 @@ def question_folder(rollouts: Rollouts, row: int, questions: Path) -> Path:
 
 
 def export(rollouts: Rollouts, questions: Path, tokenizer) -> None:
-    """Write the rationales that are not there yet, one folder per sample, for the Teacher to score."""
+    """Write the missing rationales, one folder per sample, for the Teacher to score."""
     for row in rows_with_sentences(rollouts):
         folder = question_folder(rollouts, row, questions)
         if not (folder / handoff.RATIONALE).exists():
@@ -326,8 +326,8 @@ def wait_for_file(path: Path, poll_seconds: float, failed: Path | None = None) -
 
 
 @contextlib.contextmanager
-def failure_shared(store: Store) -> Iterator[None]:
-    """Write a UserError of the block to `store.failed_file`, so that processes that wait for files end, too."""
+def failure_shared(store: RolloutStore) -> Iterator[None]:
+    """Write a UserError of the block to `store.failed_file`, so that processes that wait for files end as well."""
     try:
         yield
     except UserError as error:
@@ -339,19 +339,19 @@ def failure_shared(store: Store) -> Iterator[None]:
 # -- feedback --------------------------------------------------------------------------------------------
 
 
-def read_feedback(store: Store, rollouts: Rollouts, max_dropped: float) -> dict:
-    """Read every reply, decide which samples count, and publish that decision in `scores.json` (rank 0).
+def read_feedback(store: RolloutStore, rollouts: Rollouts, max_dropped: float) -> dict:
+    """Read every reply, decide which samples count, and write that decision to `scores.json` (rank 0).
 
-    Returns {"scores": {key: [score per sentence]}, "dropped": {reason: [key]}}. A row without a sentence keeps an
-    empty list: the KL penalty is all its reward. Raises UserError when more than `max_dropped` of the asked
-    replies, or all of them, are lost; then nothing is published and the replies can be mended.
+    Returns {"scores": {key: [score per sentence]}, "dropped": {reason: [key]}}. A row without a sentence has an empty
+    list: the KL penalty is its only reward. Raises UserError if more than `max_dropped` of the replies, or all of
+    them, are lost; then nothing is written, and the replies can be repaired.
     """
     scores, dropped = {}, {}
     keys = rollouts.keys()
     for row in cli.progress(range(len(rollouts)), desc="reading scores", total=len(rollouts), unit="reply"):
         expected = int(rollouts.sentence_counts[row])
         try:
-            got = handoff.read_scores(question_folder(rollouts, row, store.questions)) if expected else []
+            got = reply_files.read_scores(question_folder(rollouts, row, store.questions)) if expected else []
             if len(got) != expected:
                 raise handoff.Refused("wrong_count")
             scores[keys[row]] = got
@@ -362,12 +362,12 @@ def read_feedback(store: Store, rollouts: Rollouts, max_dropped: float) -> dict:
     if lost == asked:
         raise UserError(
             f"{store.questions}: not one of {asked} replies can be used ({counts or 'no sentences'}); "
-            f"the reason lies beside each reply in {handoff.REASON}"
+            f"the reason is beside each reply in {handoff.REASON}"
         )
     if lost > max_dropped * asked:
         raise UserError(
             f"{store.questions}: {lost} of {asked} replies are lost ({counts}), above --max_dropped {max_dropped}; "
-            f"score those questions again (the reason lies beside each in {handoff.REASON}) or raise --max_dropped"
+            f"score those questions again (the reason is beside each in {handoff.REASON}) or raise --max_dropped"
         )
     if lost:
         cli.warn0(f"{lost} of {asked} samples dropped ({counts})")
@@ -377,20 +377,15 @@ def read_feedback(store: Store, rollouts: Rollouts, max_dropped: float) -> dict:
 
 
 def read_decision(path: Path) -> dict:
-    """What `read_feedback` published. Raises UserError naming a damaged file."""
+    """What `read_feedback` wrote. Raises UserError naming a damaged file."""
     decision = files.read_json(path, "--run_dir", dict)
     scores, dropped = decision.get("scores"), decision.get("dropped")
     fits = isinstance(scores, dict) and isinstance(dropped, dict)
-    if not fits or not all(
-        isinstance(row, list) and all(isinstance(score, (int, float)) for score in row) for row in scores.values()
-    ) or not all(isinstance(keys, list) for keys in dropped.values()):  # fmt: skip
+    fits = fits and all(isinstance(row, list) for row in (*scores.values(), *dropped.values()))
+    numbers = [score for row in scores.values() for score in row] if fits else []
+    if not fits or not all(isinstance(score, (int, float)) and abs(score) < 1e6 for score in numbers):
         raise UserError(f"{path} is damaged; delete it: the scores are then read from the replies again")
     return decision
-
-
-def count_dropped(decision: dict) -> Counter:
-    """Number of dropped samples by reason."""
-    return Counter({reason: len(keys) for reason, keys in decision["dropped"].items()})
 
 
 def scored(rollouts: Rollouts, decision: dict) -> tuple[Rollouts, list[list[float]]]:

@@ -1,4 +1,4 @@
-"""The run folder of RL: its name, whose experiment it holds, and what a killed or finished round leaves in it.
+"""The run folder of RL: its name, which experiment it belongs to, and what a killed or finished round leaves in it.
 
     {run}/args.yaml, metrics.jsonl, tensorboard/
     {run}/{n}/                  a finished round: policy, tokenizer, value function, optimizer (written in one step)
@@ -24,36 +24,21 @@ from typing import Any
 
 from ares import cli, files
 from ares.cli import UserError, print0
+from rl.flags import invalidating
 from teacher import handoff
 
 SAMPLING_FILE, PPO_FILE = "flags_sampling.json", "flags_ppo.json"  # what made a round, beside its rollouts
-FAILED = "failed.txt"  # there, too: why a process ended while others wait for its files
+FAILED = "failed.txt"  # also there: why a process ended while others wait for its files
 
-# A changed flag of the first group makes other rollouts, one of the second other updates. The second may change until
-# PPO has saved something: rollouts and replies are worth keeping. Folders of models are compared as resolved paths.
-SAMPLING_FLAGS = tuple(
-    "seed algo train_split train_le prompt_format use_caption options img_type input_len output_len bs k_actions "
-    "do_sample top_k top_p".split()
-)
-PPO_FLAGS = tuple(
-    "seed lr rl_batch_size rl_epochs ga_step init_kl_coef clip_range vf_coef gamma gae_lambda adv_normalization "
-    "neutral_score max_grad_norm lr_scheduler target_kl early_stop_kl entropy_coef vf_clip_range precision".split()
-)
-# Contents of files that make other rollouts, recorded with these flags, and what a refusal says of them.
+# Contents of files that the rollouts depend on, recorded with the flags, and the text of a refusal.
 CONTENTS = {
     "features": "--vision_features or --name_map: the features are not those it was begun with",
     "tokenizer_pieces": "--tokenizer: its pieces are not those it was begun with",
 }
-# Flags that may change at any time. Data may move: the prompts themselves are compared (rollouts.Store.plan).
-FREE_FLAGS = tuple(
-    "data_root dataset caption_file images vision_features name_map model tokenizer user_msg model_type feedback "
-    "base_model_dir ref_model continue_train epochs run_dir phase poll_seconds settle_seconds max_dropped "
-    "save_minutes overwrite log_term report_to gradient_checkpointing offload pass_tokens".split()
-)
 
 
 def run_name(args: argparse.Namespace) -> str:
-    """The run folder's name, as the released code builds it (SPEC 2); shortened with a hash where it is too long."""
+    """The run folder's name, as the released code builds it; shortened with a hash if it is too long."""
     reference = ("ref" if args.ref_model else "no_ref") + ("" if args.algo == "ppo" else f"_{args.algo}")
     return files.short_name(
         f"{args.model_type}_neutral{args.neutral_score}_k{args.k_actions}_rlb{args.rl_batch_size}"
@@ -78,7 +63,7 @@ def first_round(args: argparse.Namespace) -> int:
 
 
 def reference_folder(args: argparse.Namespace) -> str:
-    """`--ref_model`, else the frozen model that the continued run stayed close to, else the starting model."""
+    """`--ref_model`, else the reference of the run that is continued, else the starting model."""
     if args.ref_model:
         return args.ref_model
     recorded = Path(args.base_model_dir) / "args.yaml"
@@ -93,13 +78,13 @@ def reference_folder(args: argparse.Namespace) -> str:
 
 
 def claim(args: argparse.Namespace, folder: Path, start: int) -> None:
-    """Make the run folder ours (rank 0): writable, of the same flags as before, tidied after a kill.
+    """Prepare the run folder (rank 0): clean up after a kill, compare the flags with the recorded ones, record them.
 
     Raises UserError naming each flag that would mix two experiments in one folder.
     """
     for place in (folder, folder / "state", *folder.glob("rollouts/round_*")):
         sweep(place)
-    if not handoff.exported(folder / "questions"):  # later the Teacher's tools may be writing there
+    if not handoff.exported(folder / "questions"):  # after that the Teacher's tools may be writing there
         for place in actions_in(folder / "questions"):
             sweep(place, "**/")
         sweep(folder / "questions")
@@ -134,23 +119,22 @@ def holds_export(questions: Path) -> bool:
 
 
 def sweep(place: Path, below: str = "") -> None:
-    """Delete what a launch that was killed while it wrote left in a folder (`below` "**/": at any depth)."""
+    """Delete temporary files of a killed launch in a folder (`below` "**/": at any depth)."""
     for leftover in (*place.glob(f"{below}.tmp-*"), *place.glob(f"{below}.old-*")):
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def sampling_identity(args: argparse.Namespace, folder: Path, number: int) -> dict[str, Any]:
-    """The settings that make a round's rollouts what they are."""
+    """The settings that a round's rollouts depend on."""
     start = args.base_model_dir if number == first_round(args) else folder / str(number - 1)
     models = {"base_model_dir": str(Path(start).resolve()), "ref_model": str(Path(args.reference).resolve())}
-    return (
-        {key: getattr(args, key) for key in SAMPLING_FLAGS} | models | {key: vars(args).get(key) for key in CONTENTS}
-    )
+    flags = {key: getattr(args, key) for key in invalidating("rollouts")}
+    return flags | models | {key: vars(args).get(key) for key in CONTENTS}
 
 
 def ppo_identity(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that make a round's updates what they are."""
-    return {key: getattr(args, key) for key in PPO_FLAGS}
+    """The settings that a round's updates depend on."""
+    return {key: getattr(args, key) for key in invalidating("updates")}
 
 
 def refuse_changes(known: Path, now: dict[str, Any]) -> None:
@@ -158,9 +142,9 @@ def refuse_changes(known: Path, now: dict[str, Any]) -> None:
     if not known.exists():
         return
     before = files.read_json(known, "--run_dir", dict)
-    if before.get("precision") == "auto":  # earlier versions recorded the flag, not what it came to
+    if before.get("precision") == "auto":  # earlier versions recorded the flag, not the resolved precision
         del before["precision"]
-    # what is not on record is not compared: earlier versions recorded less
+    # only recorded keys are compared: earlier versions recorded fewer
     differs = [key for key in now if key in before and before[key] != now[key]]
     changed = [CONTENTS.get(key) or f"--{key} was {str(before[key])[:200]}, is {now[key]}" for key in differs]
     if changed:
@@ -171,13 +155,13 @@ def refuse_changes(known: Path, now: dict[str, Any]) -> None:
 
 
 def reopen(place: Path) -> None:
-    """Forget that a round was collected where batches of it are gone, so that they are sampled again."""
+    """If batches of a collected round are gone, mark it as not collected, so that they are sampled again."""
     collected = place / "collected.json"
     if collected.exists():
         missing = collected_batches(collected) - len(list(place.glob("batch_*.safetensors")))
         if missing > 0:
             cli.warn0(f"{place}: {missing} of its batches are gone and sampled again")
-            (place / "scores.json").unlink(missing_ok=True)  # read anew: nothing promises the same tokens on a GPU
+            (place / "scores.json").unlink(missing_ok=True)  # read again: tokens may differ on a GPU
             collected.unlink()
 
 
@@ -190,9 +174,9 @@ def collected_batches(path: Path) -> int:
 
 
 def move_aside(args: argparse.Namespace, folder: Path, start: int) -> None:
-    """--overwrite: what rounds `start` and later left goes to a subfolder. Replies cost money: nothing is deleted.
+    """--overwrite: move the files of rounds `start` and later to a subfolder. Nothing is deleted: replies cost money.
 
-    Raises UserError where a model that the new run needs lies among it.
+    Raises UserError if they include a model that the new run needs.
     """
     patterns = ("[0-9]*", "questions_round[0-9]*", "rollouts/round_[0-9]*", "samples_round_[0-9]*.jsonl")
     of_rounds = [path for pattern in patterns for path in folder.glob(pattern)]
@@ -212,7 +196,7 @@ def move_aside(args: argparse.Namespace, folder: Path, start: int) -> None:
 
 
 def tidy(folder: Path, end: int) -> None:
-    """Complete the end of finished rounds below `end`: keep their questions under their name, drop the PPO state."""
+    """Complete the end of finished rounds below `end`: rename their questions folder, delete the PPO state."""
     for number in range(end):
         kept, following = folder / f"questions_round{number}", folder / "rollouts" / f"round_{number + 1}"
         if finished(folder, number) and not following.exists() and not kept.exists():
@@ -224,7 +208,7 @@ def tidy(folder: Path, end: int) -> None:
 
 
 def kl_coefficient(args: argparse.Namespace, start: Path, first: bool, kl: float) -> float:
-    """The KL coefficient of a round whose rationales are `kl` nats from the reference, in the mean.
+    """The KL coefficient of a round whose rationales are on average `kl` nats from the reference.
 
     `--init_kl_coef`, unless `--target_kl` is given: then, from the second round on, the coefficient of the round
     before (recorded in `start`/args.yaml), doubled or halved where `kl` is 1.5 times above or below the target
@@ -242,7 +226,7 @@ def kl_coefficient(args: argparse.Namespace, start: Path, first: bool, kl: float
 def asked_processes() -> int | None:
     """The number of processes that `accelerate launch` was asked for on its command line or by its configuration.
 
-    None where this cannot be told: another launcher, or no Linux. It stands nowhere in the environment.
+    None if unknown: another launcher, or not Linux. The environment does not hold it.
     """
     try:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
@@ -263,12 +247,12 @@ def asked_processes() -> int | None:
 
 
 def finished(folder: Path, number: int) -> bool:
-    """Whether a round's checkpoint is there (it is written whole or not at all)."""
+    """Whether a round's checkpoint exists (it is written in one step)."""
     return (folder / str(number) / "args.yaml").exists()
 
 
 def next_commands(args: argparse.Namespace, folder: Path, argv: Sequence[str]) -> list[list[Any]]:
-    """What to type after --phase collect."""
+    """The commands to run after --phase collect."""
     questions = folder / "questions"
     names = [name for name in ("data_root", "dataset", "images") if getattr(args, name)]
     data = [word for name in names for word in (f"--{name}", getattr(args, name))]

@@ -1,12 +1,12 @@
-"""FSDP2 for PPO: policy and value function cut over the processes, and whole again where a file is written.
+"""FSDP2 for PPO: policy and value function sharded over the processes, and gathered where a file is written.
 
     accelerate launch --config_file configs/fsdp.yaml run_mm_cot_rl.py ...
 
-Each T5 block is a unit, what lies around the blocks (embeddings, norms, image layers, heads) another; torch's own
-`fully_shard` does the rest. accelerate's `prepare` is passed by: it swaps parameters under the optimizer, and so what
-runs on GPUs is what the tests run on two CPU processes. Weights are gathered in fp32 and autocast computes in bf16, so
-the numbers are those of DDP. Files are those of DDP too: every tensor whole. Without sharding each function hands
-back what it was given.
+Each T5 block is a unit, what is around the blocks (embeddings, norms, image layers, heads) another; torch's own
+`fully_shard` does the rest. accelerate's `prepare` is not used: it swaps parameters under the optimizer, and without
+it the tests run on two CPU processes what runs on GPUs. Weights are gathered in fp32 and autocast computes in bf16, so
+the numbers are those of DDP. Files are those of DDP too: every tensor is full. Without sharding each function returns
+what it was given.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def sharding_of(accelerator: Any) -> Sharding | None:
 
 
 def shard(model: nn.Module, how: Sharding) -> nn.Module:
-    """Cut `model` over all processes, in place. Its parameters are new objects: make the optimizer afterwards."""
+    """Shard `model` over all processes, in place. Its parameters are new objects: make the optimizer afterwards."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from transformers.models.t5.modeling_t5 import T5Block
@@ -49,59 +49,62 @@ def shard(model: nn.Module, how: Sharding) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def whole_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """`model.state_dict()` with whole tensors; tied names share one tensor, as in the model.
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) for p in model.parameters())
 
-    Collective where the model is sharded. Only a process that is to write asks to `keep`; the others get {}.
+
+def full_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """`model.state_dict()` with full tensors, on the CPU where it is sharded; {} on processes that do not `keep`.
+
+    Collective where the model is sharded; rank 0 is then the one that keeps.
     """
-    found, state = {}, {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in found:
-            found[id(tensor)] = whole(tensor, keep)
-        state[name] = found[id(tensor)]
-    return state if keep else {}
+    if not is_sharded(model):
+        return model.state_dict() if keep else {}
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
-def whole(value: Any, keep: bool = True) -> Any:
-    """Tensors in nested dicts, made whole (on the CPU) where they are sharded; collective there, alike everywhere."""
+def load_full_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what `full_state` returned, on every process."""
+    if not is_sharded(model):
+        model.load_state_dict(state)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+
+
+def full_tensors(value: Any, keep: bool = True, on_cpu: bool = True) -> Any:
+    """Tensors in nested dicts, gathered where they are sharded: collective there, with the same dict on every
+    process. None in place of gathered tensors on processes that do not `keep`."""
     if isinstance(value, dict):
-        return {key: whole(one, keep) for key, one in value.items()}
+        return {key: full_tensors(one, keep) for key, one in value.items()}
     if isinstance(value, DTensor):
         full = value.detach().full_tensor()
-        return full.cpu() if keep else None
+        return (full.cpu() if on_cpu else full) if keep else None
     return value.detach() if isinstance(value, Tensor) else value
 
 
-def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, cut as `parameter` is; collective where that is sharded."""
+def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Shard a full tensor like `parameter`; collective where that is sharded."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     value = value.to(device=parameter.to_local().device)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
-def load_whole(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """`model.load_state_dict` of what `whole_state` gave."""
-    own = model.state_dict(keep_vars=True)
-    model.load_state_dict({name: like(tensor, own[name]) if name in own else tensor for name, tensor in state.items()})
-
-
-def whole_norm(norm: Tensor) -> Tensor:
-    """A norm over sharded gradients, over all of their parts."""
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
 def no_sync(model: nn.Module, accelerator: Any, how: Sharding | None):
-    """Gradients of the backward passes within stay here (`accelerator.no_sync`, which knows its own models only)."""
+    """No gradient reduction in the block's backward passes (`accelerator.no_sync` handles its own models only)."""
     if how is None:
         return accelerator.no_sync(model)
 
     @contextlib.contextmanager
-    def held():
+    def without_sync():
         model.set_requires_gradient_sync(False)
         try:
             yield
         finally:
             model.set_requires_gradient_sync(True)
 
-    return held()
+    return without_sync()

@@ -2,20 +2,18 @@
 
     adapted = load_adapter(T5ForMultimodalGeneration.from_pretrained(folder), adapter_folder, "--lora")
 
-What is adapted and what is left out, with reasons, stands in run_mm_cot_lora.py. Leaves out training (sft/run.py).
+run_mm_cot_lora.py says which modules are adapted, and why.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import warnings
 from pathlib import Path
 
 from ares import files
 from ares.cli import UserError, in_one_line, print0
-from ares.portable import portable_adapter
 
 TARGETS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo", "image_dense", "gate_dense", "lm_head")
 NO_EFFECT = "out_proj"
@@ -30,7 +28,7 @@ def add_adapter(model, args: argparse.Namespace):
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     tied = model.lm_head.weight is model.shared.weight
     targets = sorted(names.intersection(TARGETS) - ({"lm_head"} if tied else set()))
-    print0(f"adapter on {' '.join(targets)}{' (lm_head is the tied embedding: left out)' if tied else ''}")
+    print0(f"adapter on {' '.join(targets)}{' (not on lm_head, which is the tied embedding)' if tied else ''}")
     config = peft.LoraConfig(
         task_type="SEQ_2_SEQ_LM",
         r=args.lora_r,
@@ -46,25 +44,26 @@ def _adapted(model, config):
     import peft
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that will go
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses names of transformers that are deprecated
         adapted = peft.get_peft_model(model, config)
-    adapted.save_pretrained = functools.partial(_save, adapted.save_pretrained)
+    save_pretrained = adapted.save_pretrained
+
+    def save(folder: str | Path, **kwargs) -> None:
+        from ares.checkpoints import portable_adapter
+
+        # peft would save all of lm_head beside an adapter on it: 100 MB of frozen weights
+        save_pretrained(folder, **{"save_embedding_layers": False, **kwargs})
+        if kwargs.get("is_main_process", True):
+            portable_adapter(Path(folder), peft.LoraConfig().to_dict())
+
+    adapted.save_pretrained = save
     return adapted
 
 
-def _save(save_pretrained, folder: str | Path, **kwargs) -> None:
-    import peft
-
-    # peft would save the whole lm_head beside an adapter on it: 100 MB of frozen weights
-    save_pretrained(folder, **{"save_embedding_layers": False, **kwargs})
-    if kwargs.get("is_main_process", True):
-        portable_adapter(Path(folder), peft.LoraConfig().to_dict())
-
-
 def peft_fault() -> str | None:
-    """In words, that the installed peft is outside the range that was tried with transformers; None if it is inside.
+    """A message that the installed peft is outside the range that was tried with transformers; None if it is inside.
 
-    Outside it, peft asks transformers' models for methods that they have under other names.
+    Outside it, peft calls methods of transformers' models that have other names there.
     """
     from importlib.metadata import PackageNotFoundError, version
 
@@ -109,12 +108,10 @@ def load_adapter(model, folder: Path, flag: str = "--evaluate_dir"):
         loaded = peft.set_peft_model_state_dict(adapted, kept)
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         # no such module, a tensor of another shape
-        reason = " ".join(str(error).split())[:200]
+        reason = in_one_line(error, 200)
         raise UserError(f"{flag}: the adapter in {folder} does not fit this --model ({reason})") from error
-    absent = [name for name in loaded.missing_keys if "lora_" in name]
-    if absent or loaded.unexpected_keys:
-        odd = (absent or loaded.unexpected_keys)[0]
-        raise UserError(f"{flag}: the adapter in {folder} does not fit this --model ({odd})")
+    if odd := [name for name in loaded.missing_keys if "lora_" in name] or loaded.unexpected_keys:
+        raise UserError(f"{flag}: the adapter in {folder} does not fit this --model ({odd[0]})")
     return adapted
 
 

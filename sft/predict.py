@@ -1,11 +1,10 @@
 """One prediction loop for evaluation during training, for the prediction files and for --evaluate_dir.
 
-Rows are sorted by length and dealt out to the processes; each batch is either generated greedily (--use_generate:
+Rows are sorted by length and distributed over the processes; each batch is either generated greedily (--use_generate:
 ares/decoding.py) or read off as the arg-max of teacher-forced logits. `predictions_ans_{test,eval,train}.json` are
-written one by one as each split is done; a killed split goes on where it stopped (`.predicting_{split}/`). A file that
-was made with the same weights, prompts and settings is kept.
-
-Leaves out the scores' formulas (utils_evaluate.py). Used by sft/run.py:
+written one by one as each split is done; an interrupted split continues with the rows that it has
+(`.predicting_{split}/`). A file that was made with the same weights, prompts and settings is kept. The scores'
+formulas are in utils_evaluate.py. Used by sft/run.py and tools/predict.py:
 
     predictor = Predictor(args, problems, tokenizer, collator, device)
     predictor.evaluate(model, dataset)     # {"rougeL": 61.2}
@@ -16,11 +15,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from ares.cli import UserError, print0
 from ares.decoding import greedy
 from ares.predictions import FILE_NAMES, prediction_file, unread_note
 from model import choose_attention
+from sft.batching import lengths, prediction_batches
 from utils_data import IGNORE
 from utils_evaluate import extract_answer, get_scores, resolve_answer, training_rouge
 from utils_prompt import answer_letter
@@ -44,13 +45,8 @@ FINGERPRINTS = ("tokenizer", "features")  # of a prediction file's settings: con
 Rows = dict[int, list[int]]  # row of the split -> predicted ids
 
 
-def asked_for(args: argparse.Namespace) -> str:
-    """What the target holds: A (the bare answer), E, LE, LEA or ALE."""
-    return args.prompt_format.split("-")[1]
-
-
 def from_rank0(function: Callable[[], Any]) -> Any:
-    """`function()`, called on rank 0 alone, given to every rank; so is a UserError. Must be picklable."""
+    """`function()` of rank 0, returned on every rank; a UserError is raised on every rank. Must be picklable."""
     box: list[Any] = [None, None]
     if cli.rank() == 0:
         try:
@@ -77,10 +73,8 @@ def digest(dataset: Any) -> str:
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """A hash of a tokenizer's pieces and their ids, the same whatever library version saved it."""
-    pieces = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps([pieces, tokenizer.pad_token_id, tokenizer.eos_token_id]).encode()).hexdigest()[
-        :16
-    ]
+    identity = [sorted(tokenizer.get_vocab().items()), tokenizer.pad_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
 class Predictor:
@@ -96,11 +90,12 @@ class Predictor:
         bf16: bool = False,
     ):
         self.args, self.problems, self.tokenizer = args, problems, tokenizer
+        self.asked = args.prompt_format.split("-")[1]  # of the target: A (the bare answer), E, LE, LEA or ALE
         self.collator, self.device, self.bf16 = collator, device, bf16
         if not args.use_generate:
             print0(
                 "note: predictions are the arg-max of logits that see the gold text (teacher forcing), as released; "
-                "--use_generate lets the model write"
+                "--use_generate generates them instead"
             )
 
     # -- the loop ------------------------------------------------------------------------------------------
@@ -108,47 +103,49 @@ class Predictor:
     def predict(self, model: torch.nn.Module, dataset: Any, desc: str, store: Path | None = None) -> list[list[int]]:
         """Predicted ids per row (no start token, no pads), in split order, on every rank.
 
-        `store`: folder where rows are kept as they come, and looked up first.
+        `store`: folder to which finished rows are appended; rows that it holds are not predicted again.
         """
         # a slow rank must not find rows that a fast one has added by now: their batches would differ
         done = _gather(_read_rows(store)) if store else {}
-        todo = [i for i in range(len(dataset)) if i not in done]
-        todo.sort(key=lambda i: (-len(dataset[i]["input_ids"]), -len(dataset[i]["labels"])))  # the largest first
-        batches = [todo[start : start + self.args.eval_bs] for start in range(0, len(todo), self.args.eval_bs)]
-        mine = batches[cli.rank() :: cli.world_size()]
+        mine = prediction_batches(lengths(dataset), self.args.eval_bs, done)[cli.rank() :: cli.world_size()]
         model.eval()
         rows: Rows = {}
-        held: list[tuple[list[int], torch.Tensor]] = []
-        keep = self.args.eval_acc or 1
-        with _appender(store) as append, cli.progress(mine, desc=desc, unit="batch") as bar:
+        held: list[tuple[list[int], torch.Tensor]] = []  # on the device, for --eval_acc batches
+        with contextlib.ExitStack() as stack:
+            lines = None
+            if store:
+                lines = files.Lines(store / f"rows_{cli.rank()}_{os.getpid()}.jsonl")
+                stack.callback(lines.close)
+            bar = stack.enter_context(cli.progress(mine, desc=desc, unit="batch"))
             for number, batch in enumerate(bar, 1):
-                held.append((batch, self._batch(model, [dataset[i] for i in batch])))
-                if len(held) == keep or number == len(mine):
+                held.append((batch, self._predict_batch(model, [dataset[i] for i in batch])))
+                if len(held) == (self.args.eval_acc or 1) or number == len(mine):
                     new = {i: ids for batch, ids in held for i, ids in zip(batch, self._trim(ids), strict=True)}
-                    append(new)
+                    if lines:
+                        lines.add("\n".join(json.dumps([index, ids]) for index, ids in new.items()))
                     rows.update(new)
                     held.clear()
         everything = {**done, **_gather(rows)}
         return [everything[i] for i in range(len(dataset))]
 
     @torch.no_grad()
-    def _batch(self, model: torch.nn.Module, items: list[dict]) -> torch.Tensor:
+    def _predict_batch(self, model: torch.nn.Module, items: list[dict]) -> torch.Tensor:
+        """Predicted ids (B, L), padded, without the start token."""
         inputs = {name: tensor.to(self.device) for name, tensor in self.collator(items).items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self._ids(model, inputs)
-
-    def _ids(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        if not self.args.use_generate:
-            logits = model(**inputs, use_cache=False).logits  # (B, L, V)
-            return logits.argmax(-1).masked_fill(inputs["labels"] == IGNORE, self.tokenizer.pad_token_id)
-        inputs.pop("labels")
-        return greedy(model, inputs, self.args.output_len)[:, 1:]  # --output_len counts the start token, as released
+            if not self.args.use_generate:
+                logits = model(**inputs, use_cache=False).logits  # (B, L, V)
+                return logits.argmax(-1).masked_fill(inputs["labels"] == IGNORE, self.tokenizer.pad_token_id)
+            inputs.pop("labels")
+            # --output_len counts the start token, as released
+            return greedy(model, inputs, self.args.output_len)[:, 1:]
 
     def _trim(self, ids: torch.Tensor) -> list[list[int]]:
+        """Rows of ids without the pads at their ends."""
         pad = self.tokenizer.pad_token_id
         rows = ids.cpu().tolist()
-        lengths = [max((t + 1 for t, token in enumerate(row) if token != pad), default=0) for row in rows]
-        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+        ends = [max((t + 1 for t, token in enumerate(row) if token != pad), default=0) for row in rows]
+        return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
     def decode(self, rows: Iterable[Sequence[int]]) -> list[str]:
         """Ids -> texts, blanks before punctuation removed as in transformers 4 (the released files' convention)."""
@@ -159,7 +156,7 @@ class Predictor:
     def evaluate(self, model: torch.nn.Module, dataset: Any) -> dict[str, float]:
         """The metric of one epoch, in percent: accuracy for the A formats (failed = wrong), else ROUGE-L."""
         texts = self.decode(self.predict(model, dataset, "evaluate"))
-        if asked_for(self.args) == "A":
+        if self.asked == "A":
             letters = self.letters(dataset.qids, texts)
             gold = [answer_letter(self.problems[qid], self.args.options, qid) for qid in dataset.qids]
             right = sum(letter == wanted for letter, wanted in zip(letters, gold, strict=True))
@@ -178,16 +175,16 @@ class Predictor:
 
         For E and LE there is no answer to fail at: `num_fail` is None, no table of random choices is made.
         """
-        asked = asked_for(self.args)
-        answers, read = {}, {}
-        if "A" in asked:
+        answers, failed = {}, 0
+        if "A" in self.asked:
             for qid, text in zip(qids, preds, strict=True):
                 n_choices = len(self.problems[qid]["choices"])
-                answers[qid], read[qid] = resolve_answer(text, n_choices, qid, self.args.seed, self.args.options)
-        rationales = dict(zip(qids, preds, strict=True)) if "E" in asked else {}
+                answers[qid], read = resolve_answer(text, n_choices, qid, self.args.seed, self.args.options)
+                failed += not read
+        rationales = dict(zip(qids, preds, strict=True)) if "E" in self.asked else {}
         references = dict(zip(qids, labels, strict=True))
         return {
-            "num_fail": sum(not value for value in read.values()) if answers else None,
+            "num_fail": failed if answers else None,
             "scores": get_scores(answers, rationales, references, self.problems),
         }
 
@@ -209,21 +206,20 @@ class Predictor:
         made: dict[str, list[list[int]]] = {}
         identity = from_rank0(lambda: weights_digest(weights))
         for split, dataset in datasets.items():
-            path = prediction_file(folder, split)
+            path, store = prediction_file(folder, split), folder / f".predicting_{FILE_NAMES[split]}"
             settings = self.settings(dataset, identity)
-            if not self.args.overwrite and from_rank0(lambda p=path, s=settings: _holds(p, s)):
-                print0(f"{path}: already there, made with these settings (--overwrite makes it anew)")
+            if not self.args.overwrite and from_rank0(functools.partial(_made_with, path, settings)):
+                print0(f"{path}: already there, made with these settings (--overwrite predicts again)")
                 continue
             if model is None:
                 model = load().to(self.device)
                 choose_attention(model, self.device)
-            store = folder / f".predicting_{FILE_NAMES[split]}"
-            from_rank0(lambda s=store, t=settings: _open_store(s, t, self.args.overwrite))
+            from_rank0(functools.partial(_open_store, store, settings, self.args.overwrite))
             rows = made.get(settings["data"])  # A-OKVQA: test = val
             if rows is None:
                 rows = made[settings["data"]] = self.predict(model, dataset, f"predict {FILE_NAMES[split]}", store)
-            from_rank0(lambda p=path, n=split, d=dataset, r=rows, s=settings: self._write_file(p, n, d, r, s))
-            from_rank0(lambda s=store: shutil.rmtree(s))
+            from_rank0(functools.partial(self._write_file, path, split, dataset, rows, settings))
+            from_rank0(functools.partial(shutil.rmtree, store))
 
     def settings(self, dataset: Any, identity: str) -> dict[str, Any]:
         """What the predictions of a split depend on; kept in its file under "settings"."""
@@ -256,37 +252,31 @@ class Predictor:
         content |= {"answers": self.letters(dataset.qids, preds), "settings": settings}
         files.write_json(path, content)
         print0(f"predictions: {path} ({len(preds)} rows)")
-        if "A" in asked_for(self.args):
-            warn_unread(content["answers"].count(None), len(preds), path)
+        if "A" in self.asked and (note := unread_note(content["answers"].count(None), len(preds), path)):
+            cli.warn0(f"{note}. Train longer, raise --output_len, or predict with --use_generate")
         if split == "test":
             failed = "" if content["num_fail"] is None else f"num_fail {content['num_fail']}, "
             print0(f"{failed}scores {json.dumps(content['scores'])}")
 
 
-def warn_unread(unread: int, rows: int, path: str | os.PathLike) -> None:
-    """Warn where more than 5 % of the answers could not be read: their scores are those of guesses."""
-    if note := unread_note(unread, rows, path):
-        cli.warn0(f"{note}. Train longer, raise --output_len, or predict with --use_generate")
-
-
-def weights_digest(places: Sequence[str | os.PathLike]) -> str:
+def weights_digest(folders: Sequence[str | os.PathLike]) -> str:
     """A hash over the weight files of some folders; a hub id counts by its name."""
     sha = hashlib.sha256()
-    for place in places:
-        files = sorted({file for pattern in WEIGHT_FILES for file in Path(place).glob(pattern)})
-        if not files:
-            sha.update(str(place).encode())
-        for file in files:
+    for folder in folders:
+        found = sorted({file for pattern in WEIGHT_FILES for file in Path(folder).glob(pattern)})
+        if not found:
+            sha.update(str(folder).encode())
+        for file in found:
             with open(file, "rb") as opened:
                 sha.update(hashlib.file_digest(opened, "sha256").digest())
     return sha.hexdigest()[:16]
 
 
-def _holds(path: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether `path` was made with these settings. Files are written in one step: one that is there is whole."""
+def _made_with(path: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether `path` was made with these settings. Files are written in one step: one that is there is complete."""
     try:
         found = files.read_json(path, "predictions", dict).get("settings")
-    except UserError:  # absent, or damaged: it is made anew
+    except UserError:  # absent, or damaged: it is made again
         return False
     # earlier versions recorded no FINGERPRINTS
     return isinstance(found, dict) and found == {
@@ -299,7 +289,7 @@ def _holds(path: Path, settings: Mapping[str, Any]) -> bool:
 
 def _open_store(store: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
     """Make `store` hold rows of these settings only."""
-    if overwrite or not _holds(store / "settings.json", {**settings}):
+    if overwrite or not _made_with(store / "settings.json", settings):
         shutil.rmtree(store, ignore_errors=True)
         files.write_json(store / "settings.json", {"settings": settings})
 
@@ -309,28 +299,10 @@ def _read_rows(store: Path) -> Rows:
     rows: Rows = {}
     for file in sorted(store.glob("rows_*.jsonl")):
         for _, entry in files.read_jsonl(file, "rows", lambda number: None):  # a kill cuts a line short
-            whole = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)
-            if whole and all(type(each) is int for each in (entry[0], *entry[1])):
+            complete = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)
+            if complete and all(type(each) is int for each in (entry[0], *entry[1])):
                 rows[entry[0]] = entry[1]
     return rows
-
-
-@contextlib.contextmanager
-def _appender(store: Path | None) -> Iterator[Callable[[Rows], None]]:
-    """A function that appends rows to this process's own file in `store`, or, without one, does nothing."""
-    if store is None:
-        yield lambda rows: None
-        return
-    lines = files.Lines(store / f"rows_{cli.rank()}_{os.getpid()}.jsonl")
-
-    def append(rows: Rows) -> None:
-        if rows:
-            lines.add("\n".join(json.dumps([index, ids]) for index, ids in rows.items()))
-
-    try:
-        yield append
-    finally:
-        lines.close()
 
 
 def _gather(rows: Rows) -> Rows:

@@ -1,61 +1,49 @@
 """Supervised fine-tuning as main.py and run_mm_cot_lora.py share it: flags, run folder, resume, train, predict.
 
-A run folder holds `args.yaml` (written first; what a second launch is compared with), `checkpoint-*/` (each with the
+A run folder holds `args.yaml` (written first; a second launch is compared with it), `checkpoint-*/` (each with the
 marker `complete`, written last), then the trained model with its tokenizer, `trainer_state.json` and `metrics.json`
 (written last: its presence says that training is done), then `predictions_ans_*.json`. The same command run again
-goes on from whichever of these is there. The training loop is in sft/trainer.py, the prediction loop in
-sft/predict.py; no script of its own: launch main.py or run_mm_cot_lora.py.
-
-Weights and optimizer are float32 always; --precision says what the products run in.
+continues from whichever of these is there. The training loop is in sft/trainer.py, the prediction loop in
+sft/predict.py. Weights and optimizer are float32 always; --precision sets the type of the matrix products.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ares import cli, files, launch
 from ares.cli import UserError, print0, warn0
 
-# Flags that a second launch of the same run may change: they only name folders, or do not touch the weights.
-_FREE = {
-    *("output_dir", "run_dir", "evaluate_dir", "overwrite", "save_minutes", "user_msg", "sep", "w_train_le", "rlh"),
-    *("eval_bs", "eval_acc", "images", "test_split", "test_le", "bs", "processes", "img_shape"),
-    *("precision", "workers"),
+# What a change of a setting means when a run folder is used again. A setting that is not listed must stay.
+#   free        may change: it names a folder, or does not affect the weights
+#   path        names a file or folder, which may move: its content is compared (train_data, eval_data)
+#   evaluation  may change under --final_eval
+#   training    must stay, but has no effect under --evaluate_dir
+#   features, tokenizer   a digest of content, in CONTENTS; not compared with runs that recorded none
+SETTINGS = {
+    name: meaning.split()
+    for meaning, names in {
+        "training": "epoch lr max_tokens final_eval lora_r lora_alpha lora_dropout lora_bias",
+        "training free": "bs workers save_minutes user_msg output_dir sep w_train_le rlh",
+        "free": "processes run_dir evaluate_dir overwrite eval_bs eval_acc images test_split test_le img_shape "
+        "precision",
+        "path": "data_root dataset caption_file vision_features name_map correction_file tokenizer train_le",
+        "path evaluation": "eval_le",
+        "evaluation": "val_split use_generate eval_data",
+        "features": "train_features eval_features",
+        "tokenizer": "tokenizer_pieces",
+    }.items()
+    for name in names.split()
 }
-# Flags that name files: compared by content (the digests), for folders move between machines.
-_FILES = {
-    *("data_root", "dataset", "caption_file", "vision_features", "name_map", "correction_file", "tokenizer"),
-    *("train_le", "eval_le"),
-}
-# Contents of files that args.yaml records, by what a refusal calls them.
-_CONTENTS = {
-    "--vision_features or --name_map (the features are not those of the earlier launch)": {
-        "train_features",
-        "eval_features",
-    },
-    "--tokenizer (its pieces are not those of the earlier launch)": {"tokenizer_pieces"},
-}
-# Without per-epoch evaluation these do not touch the weights either.
-_EVALUATION = {"val_split", "eval_le", "use_generate", "eval_data"}
-# Training flags that have no effect under --evaluate_dir; users copy them along with the rest of a command.
-_TRAINING = {
-    "epoch",
-    "lr",
-    "bs",
-    "max_tokens",
-    "workers",
-    "final_eval",
-    "save_minutes",
-    "user_msg",
-    "output_dir",
-    "sep",
-    "w_train_le",
-    "rlh",
+CONTENTS = {
+    "features": "--vision_features or --name_map (the features are not those of the earlier launch)",
+    "tokenizer": "--tokenizer (its pieces are not those of the earlier launch)",
 }
 
 
@@ -83,56 +71,57 @@ def add_sft_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def check_flags(
-    args: argparse.Namespace, given: set[str], faults: Sequence[str] = (), training_flags: Iterable[str] = ()
-) -> None:
+def check_flags(args: argparse.Namespace, given: set[str], faults: Sequence[str] = ()) -> None:
     """Refuse every contradiction in one message, then note the flags that have no effect.
 
-    `given`: cli.given_flags; `faults`, `training_flags`: the script's own.
+    `given`: cli.given_flags; `faults`: the script's own.
     """
-    from utils_data import data_flag_faults  # imports torch: after argparse has had its say
+    from utils_data import data_flag_faults  # imports torch, which --help does without
 
+    longest = args.input_len + args.output_len
+    checks = [
+        (args.workers is not None and args.workers < 0, f"--workers must not be negative, not {args.workers}"),
+        (
+            args.max_tokens is not None and args.max_tokens < longest,
+            f"--max_tokens {args.max_tokens} is less than one sample may have (--input_len + --output_len, {longest})",
+        ),
+        (
+            args.max_tokens is not None and "bs" in given and not args.evaluate_dir,
+            "--bs and --max_tokens both set the batch: drop one",
+        ),
+        (not 0 < args.lr < math.inf, f"--lr must be a number above 0, not {args.lr}"),
+        (not 0 <= args.seed < 2**32, f"--seed must be in 0 to 2**32 - 1, not {args.seed}"),
+        (not args.save_minutes >= 0, f"--save_minutes must not be negative, not {args.save_minutes}"),
+        (
+            args.correction_file and not args.correction,
+            "--correction_file is used with --correction True only; add it or drop the file",
+        ),
+        (
+            args.evaluate_dir and args.run_dir,
+            "--run_dir names a training run; --evaluate_dir writes its predictions into its own folder",
+        ),
+        (
+            args.evaluate_dir and not Path(args.evaluate_dir).is_dir(),
+            f"--evaluate_dir: {args.evaluate_dir} is not a folder",
+        ),
+    ]
     problems = [*faults, *data_flag_faults(args), *cli.precision_faults()]
     problems += [
-        f"--{name} must be at least 1, not {getattr(args, name)}"
+        f"--{name} must be at least 1, not {value}"
         for name in ("epoch", "bs", "eval_bs", "eval_acc", "input_len", "output_len")
-        if getattr(args, name) is not None and getattr(args, name) < 1
+        if (value := getattr(args, name)) is not None and value < 1
     ]
-    if args.workers is not None and args.workers < 0:
-        problems.append(f"--workers must not be negative, not {args.workers}")
-    if args.max_tokens is not None and args.max_tokens < args.input_len + args.output_len:
-        problems.append(
-            f"--max_tokens {args.max_tokens} is less than one sample may have (--input_len + --output_len, "
-            f"{args.input_len + args.output_len})"
-        )
-    if args.max_tokens is not None and "bs" in given and not args.evaluate_dir:
-        problems.append("--bs and --max_tokens both set the batch: drop one")
-    if not 0 < args.lr < math.inf:
-        problems.append(f"--lr must be a number above 0, not {args.lr}")
-    if not 0 <= args.seed < 2**32:
-        problems.append(f"--seed must be in 0 to 2**32 - 1, not {args.seed}")
-    if not args.save_minutes >= 0:
-        problems.append(f"--save_minutes must not be negative, not {args.save_minutes}")
-    if args.correction_file and not args.correction:
-        problems.append("--correction_file is used with --correction True only; add it or drop the file")
-    if args.evaluate_dir:
-        if args.run_dir:
-            problems.append(
-                "--run_dir names a training run; --evaluate_dir writes its predictions into its own folder"
-            )
-        if not Path(args.evaluate_dir).is_dir():
-            problems.append(f"--evaluate_dir: {args.evaluate_dir} is not a folder")
-    cli.refuse(problems)
-    useless = given & (_TRAINING | set(training_flags)) if args.evaluate_dir else set()
+    cli.refuse([*problems, *(text for wrong, text in checks if wrong)])
+    useless = sorted(name for name in given if "training" in SETTINGS.get(name, ())) if args.evaluate_dir else []
     if useless:
-        print0(f"note: no effect under --evaluate_dir: {' '.join('--' + name for name in sorted(useless))}")
+        print0(f"note: no effect under --evaluate_dir: {' '.join('--' + name for name in useless)}")
     if "images" in given:
         print0("note: --images has no effect here (pictures enter as the features of --vision_features)")
 
 
-def check_run_dir(folder: Path, model: str | None) -> None:
-    """Raise UserError if training would write over its own starting model."""
-    if model is not None and Path(model).exists() and folder.exists() and folder.samefile(model):
+def check_run_dir(folder: Path, model: str) -> None:
+    """Raise UserError if training would overwrite its own starting model."""
+    if Path(model).exists() and folder.exists() and folder.samefile(model):
         raise UserError(f"--run_dir: {folder} is the starting model's own folder (--model); name another")
 
 
@@ -140,104 +129,6 @@ def refuse_fresh_layers(info: Any, patch_size: Sequence[int] | None, flag: str) 
     """Raise UserError if --img_type would give a model image layers that nothing is going to train."""
     if info is not None and patch_size is not None and info.patch_size is None:
         raise UserError(f"{flag}: {info.folder} has no image layers; drop --img_type, or train some with main.py")
-
-
-def flat(name: str | None) -> str:
-    """A path or hub id as part of a folder name."""
-    return str(name).rstrip("/").replace("/", "-")
-
-
-# -- the run folder --------------------------------------------------------------------------------------
-
-
-def open_run(folder: Path, settings: dict[str, Any], overwrite: bool) -> str | None:
-    """Make `folder` this run's, or recognise it as such.
-
-    Returns "done" for a finished training, the newest complete checkpoint's path, or None for a fresh start. Removes
-    checkpoints that a kill left half written. Raises UserError if `folder` holds something else, or the same run
-    with other flags. On rank 0 only.
-    """
-    from sft.trainer import COMPLETE, METRICS, checkpoint_folders
-
-    if (folder / "args.yaml").exists():
-        if overwrite:
-            _clear(folder)
-        else:
-            old = files.read_yaml(folder / "args.yaml", "--run_dir")
-            changed = changed_flags(old, settings)
-            if changed:
-                raise UserError(
-                    f"{folder} holds a run with other flags: {', '.join(changed)}; "
-                    "go back to these, name another --run_dir, or start anew with --overwrite"
-                )
-    elif any((folder / name).exists() for name in ("config.json", "adapter_config.json", METRICS)):
-        raise UserError(f"--run_dir: {folder} holds a model that this command did not write; name another folder")
-    if (folder / METRICS).exists():
-        return "done"
-    files.write_args(folder, argparse.Namespace(**settings))
-    checkpoints = checkpoint_folders(folder)
-    for half in [path for path in checkpoints if not (path / COMPLETE).exists()]:
-        shutil.rmtree(half)
-    return newest_whole([path for path in checkpoints if path.exists()])
-
-
-def newest_whole(checkpoints: Sequence[Path]) -> str | None:
-    """The last of `checkpoints` that is not damaged; None if there are none. Raises UserError if all are damaged."""
-    from ares.checkpoints import refuse_damaged
-
-    fault = None
-    for path in reversed(checkpoints):
-        try:
-            files.refuse_unfit(path / "trainer_state.json", "--run_dir")
-            refuse_damaged(path, "--run_dir")
-            return str(path)
-        except UserError as error:
-            fault = error
-            warn0(f"{error}; looking for an older checkpoint")
-    if fault is not None:
-        raise UserError(f"{fault}; no checkpoint is whole: remove them to train from the beginning")
-    return None
-
-
-def _clear(folder: Path) -> None:
-    """Remove what an earlier run left: only called on a folder with our args.yaml, and only on our own names."""
-    from sft.trainer import METRICS, checkpoint_folders
-
-    (folder / METRICS).unlink(missing_ok=True)  # first: a kill in here must not leave a run that looks finished
-    for path in [*checkpoint_folders(folder), *folder.glob(".saving"), *folder.glob(".predicting_*")]:
-        shutil.rmtree(path)
-    written = ("predictions_ans_*.json", "*.safetensors", "config.json", "adapter_config.json", "trainer_state.json")
-    for path in [path for pattern in written for path in folder.glob(pattern)]:
-        path.unlink()
-
-
-def run_settings(args: argparse.Namespace, digests: dict[str, str], patch_size: Sequence[int] | None) -> dict:
-    """What args.yaml holds: every flag as resolved, the number of processes, what the data were."""
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    shape = list(patch_size) if patch_size else None
-    return {**plain, "processes": cli.world_size(), "img_shape": shape, **digests}
-
-
-def changed_flags(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The differences between two `run_settings` that would mix two experiments, as `--flag new (was old)`."""
-    ignored = _FREE | (_EVALUATION if new["final_eval"] and old.get("final_eval") else set())
-    differs = {key for key in new if key not in ignored and old.get(key) != new[key]}
-    data_changed = differs & {"train_data", "eval_data"}
-    # contents that earlier versions did not record are not compared
-    contents = [text for text, keys in _CONTENTS.items() if any(key in old for key in differs & keys)]
-    differs -= data_changed.union(*_CONTENTS.values())
-    named = sorted(differs if data_changed else differs - _FILES)
-    changed = [f"--{key} {new[key]} (was {old.get(key)})" for key in named]
-    sizes = [old.get("bs", 0), old.get("processes", 1)]
-    batch, old_batch = new["bs"] * new["processes"], sizes[0] * sizes[1] if {*map(type, sizes)} == {int} else sizes
-    if batch != old_batch:
-        changed.append(f"--bs x processes {batch} (was {old_batch})")
-    if data_changed and not changed:
-        changed.append(
-            "the files under --data_root, --caption_file or --correction_file (prompts or targets are not those of "
-            "the earlier launch)"
-        )
-    return changed + contents
 
 
 # -- train, then predict ---------------------------------------------------------------------------------
@@ -261,6 +152,7 @@ def run(
     """
     from utils_data import Collator, check_prompt_flags, check_vocabulary, load_data, load_tokenizer
 
+    # 1. everything that can be wrong with flags and files, before a model is loaded
     check_prompt_flags(args)
     data = load_data(args, {"train": args.train_split, "val": args.val_split, "test": args.test_split})
     info = check(data.patch_size)
@@ -270,75 +162,38 @@ def run(
     place = "--output_dir" if hasattr(args, "output_dir") else "--model"
     files.writable_dir(folder, "--evaluate_dir" if args.evaluate_dir else "--run_dir" if args.run_dir else place)
 
-    from sft.predict import Predictor, from_rank0
-    from sft.trainer import set_up
+    import torch
 
+    from sft.predict import Predictor, from_rank0
+    from sft.trainer import set_up, train
+
+    # 2. devices and processes
     training_args = set_up(args, folder, len(datasets.get("train", ())))
     predictor = Predictor(
         args, data.problems, tokenizer, Collator(tokenizer.pad_token_id, data.features), training_args.device,
         bf16=training_args.bf16,
     )  # fmt: skip
     with launch.only_launch(folder, from_rank0):
-        train_and_predict(args, folder, build, weights, data, datasets, training_args, predictor)
-        say_next(args, folder)
-    close_group()
-
-
-def say_next(args: argparse.Namespace, folder: Path) -> None:
-    """The command of the stage that follows this one."""
-    if args.prompt_format.endswith("-A"):
-        data = [word for name in ("data_root", "dataset") if getattr(args, name)
-                for word in (f"--{name}", getattr(args, name))]  # fmt: skip
-        launch.next_step(["python", "tools/results.py", "--system", f"answers={folder}", *data])
-    elif args.evaluate_dir:
-        file, tokenizer = folder / "predictions_ans_train.json", args.tokenizer or folder
-        script = "preprocessing_after_RL/remove_sentence.py"
-        launch.next_step(["python", script, "--file_path", file, "--tokenizer", tokenizer])
-    else:
-        launch.next_step([
-            "accelerate", "launch", "run_mm_cot_lora.py", *launch.data_words(args), "--model", folder,
-            "--correction", "False", "--prompt_format", "QCM-A", "--bs", "16", "--epoch", "20", "--lr", "8e-5",
-            "--output_len", "64", "--lora_r", "64", "--lora_alpha", "128", "--lora_dropout", "0.05", "--use_generate",
-            "--final_eval", "--eval_le", folder / "predictions_ans_eval.json",
-            "--test_le", folder / "predictions_ans_test.json",
-        ])  # fmt: skip
-
-
-def train_and_predict(
-    args: argparse.Namespace,
-    folder: Path,
-    build: Callable[[Sequence[int] | None, Path | None], Any],
-    weights: Sequence[str],
-    data: Any,
-    datasets: Mapping[str, Any],
-    training_args: Any,
-    predictor: Any,
-) -> None:
-    """What `run` does once everything is checked and the folder is this launch's."""
-    from sft.predict import digest, from_rank0, tokenizer_digest
-    from sft.trainer import train
-
-    model = None
-    if not args.evaluate_dir:
-        digests = {
-            "train_data": digest(datasets["train"]),
-            "eval_data": digest(datasets["val"]) if "val" in datasets else None,
-            "train_features": predictor.features_digest(data.qids["train"]),
-            "eval_features": predictor.features_digest(data.qids["val"]) if "val" in datasets else None,
-            "tokenizer_pieces": tokenizer_digest(predictor.tokenizer),
-        }
-        settings = run_settings(args, digests, data.patch_size)
-        checkpoint = from_rank0(lambda: open_run(folder, settings, args.overwrite))
-        if checkpoint == "done":
-            print0(f"{folder}: training is complete; going on to the predictions")
-        else:
-            model = train(args, training_args, lambda: build(data.patch_size, None), datasets, predictor, checkpoint)
-
-    def load():
-        return model if model is not None else build(data.patch_size, folder)
-
-    splits = ["test"] if args.prompt_format.endswith("-A") else ["test", "val", "train"]
-    predictor.write(folder, {split: datasets[split] for split in splits}, load, [folder, *weights])
+        # 3. train, or continue
+        model = None
+        if not args.evaluate_dir:
+            settings = run_settings(args, data, datasets, predictor)
+            checkpoint = from_rank0(lambda: open_run(folder, settings, args.overwrite))
+            if checkpoint == "done":
+                print0(f"{folder}: training is complete; continuing with the predictions")
+            else:
+                start = functools.partial(build, data.patch_size, None)
+                model = train(args, training_args, start, datasets, predictor, checkpoint)
+        # 4. predict
+        splits = ["test"] if args.prompt_format.endswith("-A") else ["test", "val", "train"]
+        predictor.write(
+            folder, {split: datasets[split] for split in splits},
+            lambda: model if model is not None else build(data.patch_size, folder), [folder, *weights],
+        )  # fmt: skip
+        print_next_step(args, folder)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()  # so that a launcher sees a clean end
 
 
 def tokenized_splits(args: argparse.Namespace, data: Any, tokenizer: Any) -> dict[str, Any]:
@@ -353,18 +208,136 @@ def tokenized_splits(args: argparse.Namespace, data: Any, tokenizer: Any) -> dic
     datasets = {}
     for split, flag in (("train", "train_le"), ("val", "eval_le"), ("test", "test_le")):
         path = getattr(args, flag)
-        le = read_le(path, data.qids[split], f"--{flag}") if path else None
+        rationales = read_le(path, data.qids[split], f"--{flag}") if path else None
         if split in wanted:
-            if not data.qids[split]:
-                raise UserError(f"--data_root: the split for {split} holds no question")
-            datasets[split] = RationaleDataset(data.problems, data.qids[split], tokenizer, args, le)
+            datasets[split] = RationaleDataset(data.problems, data.qids[split], tokenizer, args, rationales)
     return datasets
 
 
-def close_group() -> None:
-    """Leave the process group, so that a launcher sees a clean end."""
-    import torch
+def print_next_step(args: argparse.Namespace, folder: Path) -> None:
+    """The command of the stage that follows this one."""
+    if args.prompt_format.endswith("-A"):
+        data = [word for name in ("data_root", "dataset") if getattr(args, name)
+                for word in (f"--{name}", getattr(args, name))]  # fmt: skip
+        command = ["python", "tools/results.py", "--system", f"answers={folder}", *data]
+    elif args.evaluate_dir:
+        file, tokenizer = folder / "predictions_ans_train.json", args.tokenizer or folder
+        script = "preprocessing_after_RL/remove_sentence.py"
+        command = ["python", script, "--file_path", file, "--tokenizer", tokenizer]
+    else:
+        command = [
+            "accelerate", "launch", "run_mm_cot_lora.py", *launch.data_words(args), "--model", folder,
+            "--correction", "False", "--prompt_format", "QCM-A", "--bs", "16", "--epoch", "20", "--lr", "8e-5",
+            "--output_len", "64", "--lora_r", "64", "--lora_alpha", "128", "--lora_dropout", "0.05", "--use_generate",
+            "--final_eval", "--eval_le", folder / "predictions_ans_eval.json",
+            "--test_le", folder / "predictions_ans_test.json",
+        ]  # fmt: skip
+    launch.next_step(command)
 
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+
+# -- the run folder --------------------------------------------------------------------------------------
+
+
+def run_settings(args: argparse.Namespace, data: Any, datasets: dict[str, Any], predictor: Any) -> dict[str, Any]:
+    """The content of args.yaml: every flag as resolved, the number of processes, digests of what is read."""
+    from sft.predict import digest, tokenizer_digest
+
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings |= {"processes": cli.world_size(), "img_shape": list(data.patch_size) if data.patch_size else None}
+    for name, split in (("train", "train"), ("eval", "val")):
+        there = split in datasets
+        settings[f"{name}_data"] = digest(datasets[split]) if there else None
+        settings[f"{name}_features"] = predictor.features_digest(data.qids[split]) if there else None
+    return {**settings, "tokenizer_pieces": tokenizer_digest(predictor.tokenizer)}
+
+
+def open_run(folder: Path, settings: dict[str, Any], overwrite: bool) -> str | None:
+    """Make `folder` this run's, or recognise it as such.
+
+    Returns "done" for a finished training, the newest complete checkpoint's path, or None for a fresh start. Removes
+    checkpoints that a kill left incomplete. Raises UserError if `folder` holds something else, or the same run with
+    other flags. On rank 0 only.
+    """
+    from sft.trainer import COMPLETE, METRICS, checkpoint_folders
+
+    if (folder / "args.yaml").exists():
+        if overwrite:
+            _clear(folder)
+        else:
+            changed = changed_settings(files.read_yaml(folder / "args.yaml", "--run_dir"), settings)
+            if changed:
+                raise UserError(
+                    f"{folder} holds a run with other flags: {', '.join(changed)}; "
+                    "go back to these, name another --run_dir, or start anew with --overwrite"
+                )
+    elif any((folder / name).exists() for name in ("config.json", "adapter_config.json", METRICS)):
+        raise UserError(f"--run_dir: {folder} holds a model that this command did not write; name another folder")
+    if (folder / METRICS).exists():
+        return "done"
+    files.write_args(folder, argparse.Namespace(**settings))
+    checkpoints = []
+    for path in checkpoint_folders(folder):
+        if (path / COMPLETE).exists():
+            checkpoints.append(path)
+        else:
+            shutil.rmtree(path)
+    return newest_undamaged(checkpoints)
+
+
+def newest_undamaged(checkpoints: Sequence[Path]) -> str | None:
+    """The last of `checkpoints` that is not damaged; None if there are none. Raises UserError if all are damaged."""
+    from ares.checkpoints import refuse_damaged
+
+    fault = None
+    for path in reversed(checkpoints):
+        try:
+            files.refuse_unfit(path / "trainer_state.json", "--run_dir")
+            refuse_damaged(path, "--run_dir")
+            return str(path)
+        except UserError as error:
+            fault = error
+            warn0(f"{error}; looking for an older checkpoint")
+    if fault is not None:
+        raise UserError(f"{fault}; all checkpoints are damaged: remove them to train from the beginning")
+    return None
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run left: only called on a folder with our args.yaml, and only on our own names."""
+    from sft.trainer import METRICS, checkpoint_folders
+
+    (folder / METRICS).unlink(missing_ok=True)  # first: a kill in here must not leave a run that looks finished
+    for path in [*checkpoint_folders(folder), *folder.glob(".saving"), *folder.glob(".predicting_*")]:
+        shutil.rmtree(path)
+    written = ("predictions_ans_*.json", "*.safetensors", "config.json", "adapter_config.json", "trainer_state.json")
+    for path in [path for pattern in written for path in folder.glob(pattern)]:
+        path.unlink()
+
+
+def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The differences between two `run_settings` that would mix two experiments, as `--flag new (was old)`."""
+    final = new["final_eval"] and old.get("final_eval")
+    differs = {}  # name -> meanings
+    for name in new:
+        meanings = SETTINGS.get(name, [])
+        if old.get(name) != new[name] and "free" not in meanings and not (final and "evaluation" in meanings):
+            differs[name] = meanings
+    data_changed = [differs.pop(name) for name in ("train_data", "eval_data") if name in differs]
+    contents = [
+        text for kind, text in CONTENTS.items() if any(kind in differs[name] and name in old for name in differs)
+    ]
+    changed = [
+        f"--{name} {new[name]} (was {old.get(name)})"
+        for name, meanings in sorted(differs.items())
+        if not CONTENTS.keys() & set(meanings) and (data_changed or "path" not in meanings)
+    ]
+    sizes = [old.get("bs", 0), old.get("processes", 1)]
+    batch, old_batch = new["bs"] * new["processes"], sizes[0] * sizes[1] if {*map(type, sizes)} == {int} else sizes
+    if batch != old_batch:
+        changed.append(f"--bs x processes {batch} (was {old_batch})")
+    if data_changed and not changed:
+        changed.append(
+            "the files under --data_root, --caption_file or --correction_file (prompts or targets are not those of "
+            "the earlier launch)"
+        )
+    return changed + contents

@@ -1,17 +1,17 @@
-"""Message Batches: half the price, results within a day, and nothing paid twice if the client dies at any point.
+"""Message Batches: half the price, results within a day; nothing is paid twice, whenever the client is killed.
 
     {questions_dir}/teacher/batches/{nonce}.json   one record per batch: intent -> submitted -> collected
 
-1. The intent (hash of the body, count, time, what was asked) is on disk before a batch is created.
+1. The intent (count, time, what is asked) is on disk before a batch is created.
 2. The batch's id is on disk before polling begins.
 3. After a restart an intent without an id is searched for in the API's list of batches, by count and time, before
    anything is submitted again. The list shows no more; each custom_id begins with the record's nonce, so the results
    prove whose batch it is.
 4. Results come in any order and are matched by custom_id.
 
-Each record is one request of its items, whatever came of it, and no record of a created batch is ever deleted. So an
-item is asked at most `--attempts` times in all, over restarts and later runs. What the API cannot give back (unknown
-batch, results of others) and a cancelled batch end the run: only the user decides to pay again.
+Each record counts as one request of its items, whatever its outcome, and no record of a created batch is deleted. So
+an item is asked at most `--attempts` times in all, over restarts and later runs. A batch that the API does not know,
+results of other requests, and a cancelled batch end the run: only the user decides to pay again.
 """
 
 from __future__ import annotations
@@ -22,102 +22,80 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 from ares import cli
 from ares.cli import Stop, UserError
-from teacher.api_errors import (
-    KEY,
-    STOP_STATUS,
-    NotAReply,
-    as_user_error,
-    error_body,
-    failure_of,
-    is_account_refusal,
-    redact,
-    said,
-)
-from teacher.batch_records import COLLECTED, INTENT, SUBMITTED, Record, Store
+from teacher import api_responses
+from teacher.api_responses import STOP_STATUS, ApiError, NoAnswer, NotAReply, failure_of, is_account_refusal
+from teacher.api_teacher import LONGEST_PAUSE
+from teacher.batch_store import COLLECTED, INTENT, SUBMITTED, BatchStore, Record
 from teacher.budget import LOST
-from teacher.claude import LONGEST_PAUSE
 from teacher.handoff import Item, Refused
-from teacher.interface import Reply, Request
+from teacher.interface import Failed, Reply, Request
 from teacher.session import Session
 
 MAX_COUNT = 100_000  # requests per batch, of the API
 MAX_BYTES = 100_000_000  # of 256 MB: a body is held in memory and sent in one piece; images bind before the count
-CREATE_TRIES = 8
+TRIES = 8  # to create a batch, to fetch its results
 SETTLE_SECONDS = 30.0  # a batch whose creation was cut off is in the list by then
 CLOCKS_DIFFER = 3600.0  # seconds by which our clock may be ahead of the API's
 LONGEST = 26 * 3600.0  # seconds; batches expire after 24 h
-LIST_PAGES = 100
-PASSING = ("api_error", "overloaded_error", "rate_limit_error", "timeout_error")  # of single requests in a batch
-_BACKOFF = 1.0  # seconds, doubled up to 60
+LIST_LENGTH = 10_000  # batches of the list that are looked at
+BACKOFF = 1.0  # seconds, doubled up to 60
 
 
 @dataclass
 class Ask:
-    """A group's next request: its number, from 1, and why the reply before could not be used."""
+    """An open request (by its key in the session) to submit; `attempt` counts from 1.
 
-    group: int
+    `refused`: why the reply before could not be used.
+    """
+
+    key: str
     attempt: int = 1
     refused: Refused | None = None
 
 
-@dataclass(frozen=True)
-class Failed:
-    """What a batch has instead of a reply to a request. `said`: the API's sentence."""
-
-    reason: str
-    said: str = ""
-    permanent: bool = False  # the same request would fail again
-    account: bool = False  # every request would fail until the user acts
-    charged: bool = False  # perhaps
-
-
-def ask_in_batches(session: Session, store: Store, submit_only: bool, poll_seconds: float) -> None:
-    """Answer the session's open groups by batches, those of earlier runs first.
+def ask_in_batches(session: Session, store: BatchStore, submit_only: bool, poll_seconds: float) -> None:
+    """Answer the session's open requests by batches, those of earlier runs first.
 
     Raises UserError for what ends the run. With `submit_only` it returns once all is submitted.
     """
     pending = store.pending()
     other = next((record.model for record in pending if record.model != session.teacher.model), None)
     if other:
-        raise UserError(f"--teacher_model: the batches that are out were asked of {other}; name it to collect them")
+        raise UserError(f"--teacher_model: the pending batches were asked of {other}; name it to collect them")
     asked = {int(asked["item"].partition("/")[0]) for record in pending for asked in record.asked.values()}
     lost = sorted(action for action in asked - set(session.waiting) if (session.root / str(action)).is_dir())
     if lost:
         raise UserError(
-            f"--actions: the batches that are out hold action {lost[0]}, too, whose replies would be lost; leave "
+            f"--actions: the pending batches hold action {lost[0]}, too, whose replies would be lost; leave "
             "--actions out to collect them"
         )
-    if session.groups or pending:
+    if session.open or pending:
         asyncio.run(_Batches(session, store, submit_only, poll_seconds).run())
 
 
 class _Batches:
-    def __init__(self, session: Session, store: Store, submit_only: bool, poll_seconds: float):
+    def __init__(self, session: Session, store: BatchStore, submit_only: bool, poll_seconds: float):
         self.session, self.store = session, store
         self.submit_only, self.poll_seconds = submit_only, poll_seconds
         self.teacher, self.ledger = session.teacher, session.teacher.ledger
-        self.out: list[Record] = []  # created, not collected
+        self.pending: list[Record] = []  # created, not collected
         self.todo: list[Ask] = []
-        self.group_of: dict[str, int] = {}  # 0/p0/12 -> its open group
-        self.history: dict[str, dict[str, Any]] = {}  # key of a request -> its last entry in a record
-        self.used_up = 0  # groups given up after --attempts requests
-        self.ends: list[UserError] = []  # what ends the run once everything that has ended is collected
+        self.key_of = {_name(item): key for key, items in session.open.items() for item in items}
+        self.history: dict[str, dict[str, Any]] = {}  # "key" of a record's entry -> the last entry
+        self.used_up = 0  # requests given up after --attempts
+        self.ends: list[UserError] = []  # what ends the run once all results that are ready are collected
 
     async def run(self) -> None:
-        groups = self.session.groups
-        self.group_of = {_name(item): group for group in groups for item in groups.waiting(group)}
         async with self.teacher:
-            self.client = self.teacher.client.with_options(max_retries=6)
             try:
                 await self.resume()
-                with cli.progress(desc="batches", total=len(groups), unit="request") as bar:
+                with cli.progress(desc="batches", total=len(self.session.open), unit="request") as bar:
                     await self.work(bar)
             except UserError:
                 cli.print0(f"stopped; {self.session.report.summary()}")
@@ -132,17 +110,16 @@ class _Batches:
     async def resume(self) -> None:
         """Attach to what earlier runs have submitted; the rest goes to `todo`."""
         for record in self.store.pending():
-            self.ledger.adopt(_entry(record), record.most_usd or 0.0)
+            self.ledger.adopt(record.entry, record.most_usd or 0.0)
             if record.batch is None:
                 await self.reattach(record)
-        for record in sorted(self.store.records(), key=lambda record: record.time):
+        records = self.store.records()
+        for record in records:
             self.remember(record)
-            if record.state != COLLECTED:
-                self.out.append(record)
-        out = {self.group_of.get(asked["item"]) for record in self.out for asked in record.asked.values()}
-        for group in self.session.groups:
-            if group not in out:
-                self.ask(group)
+        self.pending = [record for record in records if record.state != COLLECTED]
+        submitted = {self.key_of.get(asked["item"]) for record in self.pending for asked in record.asked.values()}
+        for key in [key for key in self.session.open if key not in submitted]:
+            self.ask(key)
 
     def remember(self, record: Record) -> None:
         for asked in record.asked.values():
@@ -154,63 +131,59 @@ class _Batches:
         """Submit, wait, collect, until nothing is left. Each round uses up attempts, so the rounds are bounded."""
         if self.submit_only:
             await self.submit()
-            count = sum(record.count for record in self.out)
-            cli.print0(f"{len(self.out)} batches with {count} requests are out; collect them with --batch")
+            count = sum(record.count for record in self.pending)
+            cli.print0(f"{len(self.pending)} batches with {count} requests are pending; collect them with --batch")
             if self.todo:
                 raise self.over_budget()
             return
-        while self.out or self.todo:
-            if not self.out:
+        while self.pending or self.todo:
+            if not self.pending:
                 await self.submit()
-                if not self.out:
+                if not self.pending:
                     raise self.over_budget()
                 continue
-            ended = [record for record in self.out if await self.ended(record)]
+            ended = [record for record in self.pending if await self.ended(record)]
             for record in ended:
-                before = len(self.session.groups)
+                before = len(self.session.open)
                 await self.collect(record)
-                bar.update(before - len(self.session.groups))
+                bar.update(before - len(self.session.open))
             if self.ends:
                 raise max(self.ends, key=lambda end: getattr(end, "status", 0))
-            bar.set_postfix_str(f"{len(self.out)} batches out, {len(self.todo)} to ask again")
+            bar.set_postfix_str(f"{len(self.pending)} batches pending, {len(self.todo)} to ask again")
             if not ended:
                 await asyncio.sleep(self.poll_seconds)
 
     # -- submitting ------------------------------------------------------------------------------------------
 
-    def ask(self, group: int) -> None:
-        """Put a group's next request into `todo`, or give the group up if it has had all its requests."""
-        last = self.history.get(self.key(self.session.start(group)[0])) if self.history else None
+    def ask(self, key: str) -> None:
+        """Add a request to `todo`, or give it up if it has had all its attempts."""
+        last = self.history.get(key[:16])
         if last is None:
-            self.todo.append(Ask(group))
+            self.todo.append(Ask(key))
             return
         used_up = last["attempt"] >= self.session.attempts
         if used_up or last.get("permanent"):
             self.used_up += used_up
-            self.session.finish(group, last.get("reason", "no_reply"), last.get("said", ""))
+            self.session.give_up(key, last.get("reason", "no_reply"), last.get("said", ""))
             return
         refused = Refused(last["reason"], last["said"]) if last.get("replied") else None
-        self.todo.append(Ask(group, last["attempt"] + 1, refused))
-
-    def key(self, request: Request) -> str:
-        """What names a request in the records: the same question with another image or model is another request."""
-        return self.teacher.key(request)[:16]
-
-    async def submit(self) -> None:
-        """Create batches for `todo`; what the budget does not allow stays in it."""
-        asks, self.todo = self.todo, []
-        for shard, most_usd in self.shards(asks):
-            await self.create(shard, most_usd)
+        self.todo.append(Ask(key, last["attempt"] + 1, refused))
 
     def worst(self, ask: Ask) -> tuple[Request, float]:
         """The request, and the most that it can cost."""
-        request, _ = self.session.start(ask.group)
+        request, _ = self.session.prepare(ask.key)
         if ask.refused is not None:
             request = self.session.ask_again(request, ask.refused)
         return request, self.teacher.most_usd(request, batch=True) or 0.0
 
     def over_budget(self) -> Stop:
         return self.ledger.stop(self.worst(self.todo[0])[1])
+
+    async def submit(self) -> None:
+        """Create batches for `todo`; what exceeds the budget stays in it."""
+        asks, self.todo = self.todo, []
+        for shard, most_usd in self.shards(asks):
+            await self.create(shard, most_usd)
 
     def shards(self, asks: list[Ask]) -> Iterator[tuple[list[tuple[Ask, Request, dict]], float]]:
         """Parts of `asks` that fit one batch each, by bytes, by count and by what is left of the budget."""
@@ -234,50 +207,40 @@ class _Batches:
         """Save the intent, create the batch, save its id. Raises UserError if the API does not create it."""
         nonce = secrets.token_hex(5)
         requests, asked = [], {}
-        for ask, request, parameters in shard:
-            custom_id = f"{nonce}-{len(requests)}"
-            item = self.session.groups.items[ask.group]
-            about = {"item": _name(item), "text": _digest(request.text), "key": self.key(request)}
-            asked[custom_id] = about | {"attempt": ask.attempt}
-            requests.append({"custom_id": custom_id, "params": parameters})
-        whole = hashlib.sha256()
-        for request in requests:
-            whole.update(json.dumps(request, sort_keys=True).encode())
-        record = Record(
-            nonce, whole.hexdigest(), len(requests), self.teacher.model, time.time(),
-            most_usd if self.teacher.price else None, asked,
-        )  # fmt: skip
+        for number, (ask, request, parameters) in enumerate(shard):
+            requests.append({"custom_id": f"{nonce}-{number}", "params": parameters})
+            asked[f"{nonce}-{number}"] = {
+                "item": _name(self.session.open[ask.key][0]), "text": _digest(request.text), "key": ask.key[:16],
+                "attempt": ask.attempt,
+            }  # fmt: skip
+        most = most_usd if self.teacher.price else None
+        record = Record(nonce, len(requests), self.teacher.model, time.time(), most, asked)
         self.store.save(record)
-        self.ledger.open(f"batch of {record.count}", record.most_usd, entry=_entry(record))
-        for attempt in range(CREATE_TRIES):
+        self.ledger.open(f"batch of {record.count}", record.most_usd, entry=record.entry)
+        for attempt in range(TRIES):
             error = await self.try_to_create(record, requests)
             if error is None:
                 self.remember(record)
-                self.out.append(record)
+                self.pending.append(record)
                 return
             failure = failure_of(error)
-            last = attempt + 1 == CREATE_TRIES or isinstance(error, NotAReply)
-            if last or not failure.passing or (failure.retry_after or 0.0) > LONGEST_PAUSE:
+            pause = failure.retry_after or 0.0
+            last = attempt + 1 == TRIES or isinstance(error, NotAReply)
+            if last or not failure.retryable or pause > LONGEST_PAUSE:
                 break
-            await asyncio.sleep(max(failure.retry_after or 0.0, min(60.0, _BACKOFF * 2**attempt)))
+            await asyncio.sleep(max(pause, _backoff(attempt)))
         self.forget(record, failure.reason)  # refused, or searched for and not found
-        raise self.as_user_error(error, attempt)
+        raise self.user_error(error, attempt)
 
     async def try_to_create(self, record: Record, requests: list[dict]) -> Exception | None:
         """None once the batch's id is on disk; the error if no batch was created."""
-        import anthropic
-
-        create = self.client.with_options(max_retries=0, timeout=600.0).messages.batches.create
         try:
-            batch = await create(requests=requests)
-            if not isinstance(getattr(batch, "id", None), str) or not batch.id:
-                raise NotAReply(str(batch))
-            record.batch, record.state = batch.id, SUBMITTED
-        except (anthropic.AnthropicError, ValueError) as error:
+            record.batch, record.state = await self.teacher.create_batch(requests), SUBMITTED
+        except (ApiError, NoAnswer, ValueError) as error:
             failure = failure_of(error)
-            if not failure.passing or failure.status in (429, 529):
+            if not failure.retryable or failure.status in (429, 529):
                 return error  # refused
-            if not await self.found(record):  # an answer that was lost, or a gateway's: the batch may exist
+            if not await self.found(record):  # a lost answer, or a gateway's: the batch may exist
                 return error
         self.store.save(record)
         return None
@@ -297,62 +260,53 @@ class _Batches:
     async def found(self, record: Record) -> bool:
         """Whether the API lists a batch that can be this record's: same count, not older, nobody else's."""
         await asyncio.sleep(SETTLE_SECONDS)
-        taken = self.store.known_ids() | set(record.not_ours)
+        taken = {other.batch for other in self.store.records()} | set(record.not_ours)
         looked = 0
         try:
-            async for batch in self.client.messages.batches.list(limit=100):
+            async for batch, created, count in self.teacher.list_batches():
                 looked += 1
-                if batch.created_at.timestamp() < record.time - CLOCKS_DIFFER or looked > 100 * LIST_PAGES:
+                if created < record.time - CLOCKS_DIFFER or looked > LIST_LENGTH:
                     break  # newest first
-                counts = batch.request_counts
-                total = counts.processing + counts.succeeded + counts.errored + counts.canceled + counts.expired
-                if total == record.count and batch.id not in taken:
-                    record.batch, record.state, record.from_list = batch.id, SUBMITTED, True
+                if count == record.count and batch not in taken:
+                    record.batch, record.state, record.from_list = batch, SUBMITTED, True
                     return True
         except Exception as error:
-            raise self.as_user_error(error) from None
+            raise self.user_error(error) from None
         return False
 
     def forget(self, record: Record, reason: str) -> None:
-        """The batch of an intent does not exist. One that was taken for it may have been: that counts as a request."""
-        self.ledger.settle(_entry(record), 0.0, reason)
+        """The batch of an intent does not exist. A batch in `not_ours` may have been paid for: it stays recorded."""
+        self.ledger.settle(record.entry, 0.0, reason)
         if record.not_ours:
             record.state = COLLECTED
             self.store.save(record)
         else:
-            self.store.drop_intent(record)
+            self.store.path(record).unlink(missing_ok=True)
 
-    def as_user_error(self, error: Exception, retries: int = 6) -> BaseException:
-        """The error of a call about a batch as one line for the user; a defect of ours as it is."""
-        import anthropic
+    def user_error(self, error: Exception, retries: int = 6) -> Exception:
+        """The error of a call about a batch as one line for the user; a bug of ours as it is."""
+        known = (ApiError, NoAnswer, ValueError, AttributeError, TypeError)
+        return api_responses.as_user_error(error, self.teacher, None, retries) if isinstance(error, known) else error
 
-        if isinstance(error, (anthropic.AnthropicError, ValueError, AttributeError, TypeError)):
-            return as_user_error(error, self.teacher, None, self.teacher._key, retries)
-        return error
+    def said(self, error: Exception) -> str:
+        return api_responses.said(error, self.teacher.secret)
 
     # -- collecting ------------------------------------------------------------------------------------------
 
     async def ended(self, record: Record) -> bool:
-        import anthropic
-
         try:
-            batch = await self.client.messages.batches.retrieve(record.batch)
-            status = getattr(batch, "processing_status", None)
-            if status not in ("in_progress", "canceling", "ended"):
-                raise NotAReply(str(batch))
-        except anthropic.NotFoundError as error:
-            if is_account_refusal(error):
-                raise self.as_user_error(error) from None
-            self.lost(record, f"is not known at {self.client.base_url} (404: {said(error, self.teacher._key)})")
-            return False
+            ended = await self.teacher.batch_ended(record.batch)
         except Exception as error:
-            raise self.as_user_error(error) from None
-        if status != "ended" and time.time() > record.time + LONGEST:
+            if _is_unknown(error) and not is_account_refusal(error):
+                self.lost(record, f"is not known at {self.teacher.address} (404: {self.said(error)})")
+                return False
+            raise self.user_error(error) from None
+        if not ended and time.time() > record.time + LONGEST:
             self.lost(record, "has not ended within 26 hours")
-        return status == "ended"
+        return ended
 
     def lost(self, record: Record, what: str) -> None:
-        """End the run because of a batch without usable results: its requests are not paid for again by themselves."""
+        """End the run because of a batch without usable results: only the user decides to pay for it again."""
         self.ends.append(
             UserError(
                 f"--batch: batch {record.batch} of {record.count} requests {what}; they may be paid for, so they are "
@@ -372,7 +326,7 @@ class _Batches:
         try:
             waiting = [(record.asked[custom_id], outcome) for custom_id, outcome in outcomes.items()]
             for start in range(0, len(waiting), 64):
-                await asyncio.gather(*(self.settle(*each) for each in waiting[start : start + 64]))
+                await asyncio.gather(*(self.save_outcome(*each) for each in waiting[start : start + 64]))
         except OSError as failure:
             raise UserError(
                 f"cannot write a reply below {self.session.root} ({failure.strerror or failure}); make room, then run "
@@ -382,27 +336,28 @@ class _Batches:
             self.ends.append(
                 UserError(
                     f"--batch: the results of {record.batch} do not arrive whole "
-                    f"({said(error, self.teacher._key)}); {len(outcomes)} of {record.count} are saved; run the same "
+                    f"({self.said(error)}); {len(outcomes)} of {record.count} are saved; run the same "
                     f"command again later, or delete {self.store.path(record)} to have the others asked again"
                 )
             )
             return
         record.state = COLLECTED
         self.store.save(record)
-        self.out.remove(record)
-        usd = _cost(outcomes.values())
-        self.ledger.settle(_entry(record), usd, LOST if usd is None and self.teacher.price else "reply")
+        self.pending.remove(record)
+        usd = _cost(outcomes)
+        self.ledger.settle(record.entry, usd, LOST if usd is None and self.teacher.price else "reply")
         self.end_if_refused(record, outcomes)
 
-    def end_if_refused(self, record: Record, outcomes: dict[str, Reply | Failed]) -> None:
+    def end_if_refused(self, record: Record, outcomes: Mapping[str, Reply | Failed]) -> None:
         """End the run where the account was refused or the user has cancelled the batch."""
         failed = [outcome for outcome in outcomes.values() if isinstance(outcome, Failed)]
         refusal = next((outcome for outcome in failed if outcome.account), None)
         if refusal:
             self.ends.append(
                 Stop(
-                    f"{KEY}: the API refuses the whole account in batch {record.batch} ({refusal.reason}: "
-                    f"{refusal.said}); see billing and limits in the Console, then run this again to go on",
+                    f"{self.teacher.key_name}: the API refuses the whole account in batch {record.batch} "
+                    f"({refusal.reason}: {refusal.said}); see billing and limits in the Console, then run this again "
+                    "to go on",
                     STOP_STATUS,
                 )
             )
@@ -418,73 +373,36 @@ class _Batches:
     async def results(self, record: Record) -> tuple[dict[str, Reply | Failed], Exception | None]:
         """(outcome of each request by custom_id, the error that kept the others from arriving).
 
-        Without outcomes the batch is lost, or not ours; both are then dealt with.
+        Without outcomes the batch is lost, or not ours; both cases are handled here.
         """
-        import anthropic
-
-        error = None
-        for attempt in range(CREATE_TRIES):
+        for attempt in range(TRIES):
             found: dict[str, Reply | Failed] = {}
-            foreign = 0
+            foreign, error = 0, None
             try:
-                async for line in await self.stream(record):
-                    custom_id = getattr(line, "custom_id", None)
-                    if custom_id in record.asked:
-                        found[custom_id] = self.outcome(getattr(line, "result", None), record)
+                async for custom_id, outcome in self.teacher.batch_results(record.batch):
+                    if isinstance(custom_id, str) and custom_id in record.asked:
+                        found[custom_id] = outcome
                     else:
                         foreign += 1
-                error = None
-            except anthropic.NotFoundError as failure:
-                self.lost(record, f"has no results (404: {said(failure, self.teacher._key)})")
-                return {}, None
             except Exception as failure:  # whatever a stream that breaks off raises
-                if isinstance(failure, anthropic.APIStatusError) and not failure_of(failure).passing:
-                    raise self.as_user_error(failure) from None
                 error = failure
+                if _is_unknown(error):
+                    self.lost(record, f"has no results (404: {self.said(error)})")
+                    return {}, None
+                if isinstance(error, ApiError) and not failure_of(error).retryable:
+                    raise self.user_error(error) from None
             if len(found) == record.count or foreign and not found:
                 break
             # every request has a result, expired ones too: a stream without an error may have ended early, too
-            await asyncio.sleep(min(60.0, _BACKOFF * 2**attempt))
+            await asyncio.sleep(_backoff(attempt))
         if found:
             return found, error if len(found) < record.count else None
         if foreign and record.from_list:
             await self.disown(record)
         else:
             what = f"holds {foreign} results of other requests" if foreign else "gives back no result"
-            self.lost(record, what if error is None else f"{what} ({said(error, self.teacher._key)})")
+            self.lost(record, what if error is None else f"{what} ({self.said(error)})")
         return {}, None
-
-    async def stream(self, record: Record) -> Any:
-        """The lines of a batch's results, from the documented path below our own address.
-
-        The SDK's `results` follows `results_url`, which may be missing, or lead with the key to another host.
-        """
-        from anthropic.resources.messages import batches as sdk
-
-        return await self.client.get(
-            f"/v1/messages/batches/{quote(record.batch, safe='')}/results",
-            cast_to=sdk.AsyncJSONLDecoder[sdk.MessageBatchIndividualResponse],
-            options={"headers": {"Accept": "application/binary"}},
-            stream=True,
-        )
-
-    def outcome(self, result: Any, record: Record) -> Reply | Failed:
-        """A small record of a result: 100,000 of the SDK's own objects would fill the memory."""
-        kind = getattr(result, "type", None)
-        if kind == "errored":
-            error = error_body(result.error)
-            why = redact(" ".join(str(error["message"] or "")[:4000].split()), self.teacher._key)[:300]
-            name = str(error["type"] or "unknown")
-            account = is_account_refusal(result.error) or name in ("authentication_error", "permission_error")
-            return Failed(f"errored_{name}", why, not account and name not in (*PASSING, "unknown"), account)
-        if kind in ("expired", "canceled"):
-            return Failed(kind, "the batch ended before this request was processed")
-        try:
-            return self.teacher.reply(result.message, batch=record.batch)
-        except (AttributeError, TypeError, ValueError) as error:
-            return Failed(
-                "broken_reply", said(error, self.teacher._key), account=is_account_refusal(error), charged=True
-            )
 
     async def disown(self, record: Record) -> None:
         """The batch that was found in the list is somebody else's: look for another, or ask anew."""
@@ -493,22 +411,22 @@ class _Batches:
         self.store.save(record)
         await self.reattach(record)
         if record.batch is None:
-            self.out.remove(record)
-            for group in {self.group_of.get(asked["item"]) for asked in record.asked.values()}:
-                if group in self.session.groups:
-                    self.ask(group)
+            self.pending.remove(record)
+            for key in {self.key_of.get(asked["item"]) for asked in record.asked.values()}:
+                if key in self.session.open:
+                    self.ask(key)
 
-    async def settle(self, asked: dict[str, Any], outcome: Reply | Failed) -> None:
-        """One result: saved, asked again, or given up. An item that is answered or has changed is passed over.
+    async def save_outcome(self, asked: dict[str, Any], outcome: Reply | Failed) -> None:
+        """Save a reply; a failed or unusable one is asked again or given up. Skips items that are answered by now.
 
-        `asked` is the request's entry in the record, and is told what came of it.
+        `asked`: the request's entry in the record; a failure is noted there.
         """
-        session, group = self.session, self.group_of.get(asked["item"])
-        if group not in session.groups:
+        session, key = self.session, self.key_of.get(asked["item"])
+        if key not in session.open:
             return
-        request, sidecar = session.start(group)
+        request, sidecar = session.prepare(key)
         if _digest(request.text) != asked["text"]:  # the rationale was exported anew since
-            self.ask(group)
+            self.ask(key)
             return
         if isinstance(outcome, Failed):
             asked |= {"reason": outcome.reason, "said": outcome.said, "permanent": outcome.permanent}
@@ -517,32 +435,33 @@ class _Batches:
                 return
         else:
             session.report.add(outcome)
-            copies = len(session.groups.waiting(group)) - 1
-            refused = await asyncio.to_thread(
-                session.lay_down, group, request, outcome, sidecar | {"attempt": asked["attempt"]}
-            )
+            about = sidecar | {"attempt": asked["attempt"]}
+            refused = await asyncio.to_thread(session.save_reply, key, request, outcome, about)
             if refused is None:
-                session.report.copied += copies
-                session.finish(group, None)
+                session.finish(key, f"{outcome.teacher} {outcome.model}")
                 return
             why = str(refused).removeprefix(refused.reason).removeprefix(": ")
             asked |= {"reason": refused.reason, "said": why, "replied": True}
-        self.ask(group)
+        self.ask(key)
 
 
-def _cost(outcomes: Any) -> float | None:
+def _backoff(attempt: int) -> float:
+    return min(60.0, BACKOFF * 2**attempt)
+
+
+def _is_unknown(error: Exception) -> bool:
+    return isinstance(error, ApiError) and error.status == 404
+
+
+def _cost(outcomes: Mapping[str, Reply | Failed]) -> float | None:
     """Dollars of a batch; None if a reply of unknown cost is among them."""
-    costs = [outcome.cost_usd for outcome in outcomes if isinstance(outcome, Reply)]
-    charged = any(outcome.charged for outcome in outcomes if isinstance(outcome, Failed))
+    costs = [outcome.cost_usd for outcome in outcomes.values() if isinstance(outcome, Reply)]
+    charged = any(outcome.charged for outcome in outcomes.values() if isinstance(outcome, Failed))
     return None if charged or None in costs else sum(costs)
 
 
 def _name(item: Item) -> str:
     return f"{item.action}/p{item.rank}/{item.qid}"
-
-
-def _entry(record: Record) -> str:
-    return f"batch-{record.nonce}"
 
 
 def _digest(text: str) -> str:

@@ -1,82 +1,59 @@
-"""Claude as a Teacher: the official SDK, asked asynchronously, with images; typed errors become one line each.
+"""Claude as a Teacher: the official SDK, asked asynchronously, with images.
 
-The key comes from ANTHROPIC_API_KEY alone and is never written or shown. Retryable errors (429, 529, 5xx, lost
-connections) are retried here and not in the SDK, so that every request is paced (teacher/pacing.py) and booked
-(teacher/budget.py). Used through `python haiku.py --teacher claude`; teacher/batches.py asks in Message Batches.
+The key comes from ANTHROPIC_API_KEY alone and is never written or shown. Pace, retries and budget are in
+teacher/api_teacher.py, Message Batches in teacher/batches.py. Used through `python haiku.py --teacher claude`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import hashlib
 import importlib
 import inspect
 import json
 import os
-import random
 import re
-import time
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from ares import images
 from ares.cli import UserError
-from teacher.api_errors import DEFAULT_MODEL, KEY, Failure, as_user_error, failure_of, is_account_refusal, redact, said
-from teacher.budget import LOST, NOT_SENT, Ledger
-from teacher.interface import CORRECT, JUDGE, SCORE, Reply, Request, Stopped, Unanswered
-from teacher.pacing import START, Pace, Trials
-from teacher.prices import CACHE_WRITE_1_HOUR, Price, cost_usd, price_of
-from teacher.reply_bodies import ErrorAsReply, read_body, read_message
+from teacher.api_responses import (
+    ApiError,
+    NoAnswer,
+    NotAReply,
+    Received,
+    error_body,
+    is_account_refusal,
+    read_body,
+    read_message,
+    redact,
+    said,
+)
+from teacher.api_teacher import SCHEMAS, TIMEOUT, ApiTeacher
+from teacher.budget import Ledger, Price
+from teacher.interface import Failed, Reply, Request
 
 if TYPE_CHECKING:
     import anthropic
 
+KEY = "ANTHROPIC_API_KEY"
+DEFAULT_MODEL = "claude-haiku-5-5"
+# model ids that users still have in their scripts
+RETIRED = {"claude-3-haiku-20240307": "April 2026", "claude-3-5-haiku-20241022": "February 2026"}
 MAX_REQUEST_BYTES = 32_000_000
-MAX_RETRIES = 8  # pauses of 0.5, 1, 2, 4, 8, 8 ... s: about 40 s without any reply, then the run stops
-MAX_TRIES = 30  # of one request while others are answered
-MAX_SAME = 6  # of one request that meets the same error, with the same text, each time
-BACKOFF, MAX_BACKOFF = 0.5, 8.0  # seconds
-LONGEST_PAUSE = 3600.0  # seconds: a `retry-after` beyond it ends the run
-MAX_REJECTED = 20  # requests that the API calls invalid while it answers others
-MAX_REJECTED_ALIKE = 5  # of one sort (with images, say), in the same words, before any request of the sort has a reply
-# rate limits, overload, and what a proxy answers while its server restarts
-PASSING = frozenset((408, 409, 429, 502, 503, 504, 520, 521, 522, 523, 524, 529))
-TIMEOUT = 180.0  # seconds for one request; an answer takes a few
-
-_SCORES_SCHEMA = {
-    "type": "object",
-    "properties": {"scores": {"type": "array", "items": {"type": "number"}}},
-    "required": ["scores"],
-    "additionalProperties": False,
-}
-_CORRECTION_SCHEMA = {
-    "type": "object",
-    "properties": {"Original rationale": {"type": "string"}, "Final rationale": {"type": "string"}},
-    "required": ["Original rationale", "Final rationale"],
-    "additionalProperties": False,
-}
-_VERDICT_SCHEMA = {  # the reason first: a verdict that is written before its reason has none
-    "type": "object",
-    "properties": {"reason": {"type": "string"}, "verdict": {"type": "string", "enum": ["1", "2", "tie"]}},
-    "required": ["reason", "verdict"],
-    "additionalProperties": False,
-}
-# one schema per kind, whatever the sentences: a new schema costs the API a compilation
-SCHEMAS = {SCORE: _SCORES_SCHEMA, CORRECT: _CORRECTION_SCHEMA, JUDGE: _VERDICT_SCHEMA}
+TEMPORARY = ("api_error", "overloaded_error", "rate_limit_error", "timeout_error", "unknown")  # of requests in a batch
 
 
 @dataclass(frozen=True)
 class Family:
     """How a family of models wants to be asked: fields of the request's body."""
 
-    beginnings: tuple[str, ...]
+    prefixes: tuple[str, ...]  # of model ids
     body: Mapping[str, Any] = field(default_factory=dict)
     structured: bool = False  # takes output_config.format; counts and ranges are not enforced by it
-    may_think: bool = False  # thinking cannot be ruled out: its tokens count towards max_tokens
+    may_think: bool = False  # thinking cannot be turned off: its tokens count towards max_tokens
 
 
 # Grading needs neither thinking (paid as output) nor chance. The 5 series thinks unless told not to and answers a
@@ -84,24 +61,8 @@ class Family:
 FAMILIES = (
     Family(("claude-haiku-5", "claude-sonnet-5", "claude-opus-5"), {"thinking": {"type": "disabled"}}, True),
     Family(("claude-haiku-4-5", "claude-sonnet-4-5", "claude-opus-4-5"), {"temperature": 0.0}, True),
-    Family(("",), may_think=True),  # any other: nothing that it might refuse
+    Family(("",), may_think=True),  # any other: no field that it might refuse
 )
-
-
-def family_of(model: str) -> Family:
-    """The preset for a model id; the last one fits any."""
-    return next(family for family in FAMILIES if model.startswith(family.beginnings))
-
-
-def max_tokens(request: Request, family: Family) -> int:
-    """Room for the reply: it repeats the sentences (a correction twice), at no less than two characters a token."""
-    characters = sum(map(len, request.sentences))
-    room = 256 + 16 * len(request.sentences) + characters // 2
-    if request.kind == CORRECT:
-        room = 512 + characters
-    if request.kind == JUDGE:
-        room = 400  # a sentence and a word, whatever is judged
-    return room * request.room + (4096 if family.may_think else 0)
 
 
 def api_key() -> str:
@@ -123,7 +84,7 @@ def server_address(url: str | None, flag: str = "--base_url") -> str | None:
         return None
     url = url.strip()
     if "@" in url:
-        raise UserError(f"{flag}: the address holds a user name or a password; leave them out, the key is {KEY}")
+        raise UserError(f"{flag}: the address holds a user name or a password; remove them; the key is {KEY}")
     if not url.startswith(("http://", "https://")) or not urlsplit(url).hostname:
         shown = redact(url, os.environ.get(KEY, "").strip())
         raise UserError(f"{flag}: {shown} is no address; it begins with http:// or https://")
@@ -157,16 +118,17 @@ def check_network() -> None:
         ) from error
 
 
-class ClaudeTeacher:
+class ClaudeTeacher(ApiTeacher):
     """Asks one model through the Messages API. Needs ANTHROPIC_API_KEY once it is entered.
 
     Args:
-        price: overrides the table's.
         structured: False asks for JSON in words only, for gateways that do not know `output_config`.
-        timeout: seconds from sending a request to its whole reply.
+        price, timeout, ledger: see ApiTeacher.
     """
 
     name = "claude"
+    api = "Messages API"
+    key_name, default_model, retired = KEY, DEFAULT_MODEL, RETIRED
 
     def __init__(
         self,
@@ -179,27 +141,25 @@ class ClaudeTeacher:
         timeout: float = TIMEOUT,
         ledger: Ledger | None = None,
     ):
-        self.model = model
         self.base_url = server_address(base_url)
-        self.concurrency = concurrency
-        self.price = price or price_of(model)
-        self.family = family_of(model)
-        self.structured = structured and self.family.structured
-        self.timeout = timeout
-        self.ledger = ledger or Ledger()
-        self.retried: dict[str, int] = {}  # retried errors, by reason
+        self.family = next(family for family in FAMILIES if model.startswith(family.prefixes))
+        super().__init__(
+            model,
+            concurrency,
+            price=price,
+            structured=structured and self.family.structured,
+            may_think=self.family.may_think,
+            timeout=timeout,
+            ledger=ledger,
+        )
         self.client: anthropic.AsyncAnthropic | None = None
-        self._key = ""
-        self._rejected = 0
-        self._in_flight: Counter[int] = Counter()  # by the sort of request
-        self._image_digests: dict[tuple, str] = {}
 
     async def __aenter__(self) -> ClaudeTeacher:
         import anthropic  # a second to import: not for --help, nor for the reference Teacher
 
-        self._key = api_key()
+        self.secret = api_key()
         check_network()
-        self.pace, self.trials = Pace(self.concurrency, START), Trials(START)
+        self.start()
         address = self.base_url or server_address(os.environ.get("ANTHROPIC_BASE_URL") or None, "ANTHROPIC_BASE_URL")
         # httpx under the name by which this version of the SDK knows it
         base = next(each for each in anthropic.DefaultAsyncHttpxClient.__mro__ if each.__name__ == "AsyncClient")
@@ -207,30 +167,18 @@ class ClaudeTeacher:
         limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
         # an explicit api_key keeps the SDK from looking for other credentials in the environment and on disk
         self.client = anthropic.AsyncAnthropic(
-            api_key=self._key,
+            api_key=self.secret,
             base_url=address,
-            max_retries=0,
+            max_retries=0,  # retried in ApiTeacher, so that every request is paced and booked
             timeout=self.timeout,
             http_client=anthropic.DefaultAsyncHttpxClient(limits=limits),
         )
+        self.address = str(self.client.base_url)
         self._arguments = frozenset(inspect.signature(self.client.messages.create).parameters)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         await self.client.close()
-
-    def stop(self) -> None:
-        """Send nothing new; requests that wait for their turn raise Stopped."""
-        self.pace.stop()
-        self.trials.stop()
-
-    # -- one request -----------------------------------------------------------------------------------------
-
-    def key(self, request: Request) -> str:
-        """Digest of everything the reply depends on; images by content."""
-        asked = [self.model, request.kind, self.body(request), request.text, self.note(request), request.sentences]
-        asked.append([self._image_digest(path) for path in request.images])
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def body(self, request: Request) -> dict[str, Any]:
         """What the model's family adds to a request's body."""
@@ -239,13 +187,10 @@ class ClaudeTeacher:
         form = {"type": "json_schema", "schema": SCHEMAS[request.kind]}
         return {**self.family.body, "output_config": {"format": form}}
 
-    def note(self, request: Request) -> str:
-        return request.form_note if self.structured else ""
-
     def content(self, request: Request) -> list[dict[str, Any]]:
         """Images first, then the text, then the notes. Raises UserError for an unusable image."""
         blocks = [_image_block(path, request.qid) for path in request.images]
-        texts = [text for text in (request.text, self.note(request), request.again) if text]
+        texts = self.texts(request)
         size = sum(len(block["source"]["data"]) for block in blocks) + sum(map(len, texts))
         if size > MAX_REQUEST_BYTES:
             where = f" with its images ({request.images[0].parent})" if request.images else ""
@@ -259,196 +204,143 @@ class ClaudeTeacher:
         """The body of `POST /v1/messages`, as it also stands in a batch."""
         return {
             "model": self.model,
-            "max_tokens": max_tokens(request, self.family),
+            "max_tokens": self.max_tokens(request),
             "messages": [{"role": "user", "content": self.content(request)}],
             **self.body(request),
         }
 
-    def most_usd(self, request: Request, batch: bool = False) -> float | None:
-        """No request can cost more: a token is at least a byte, and the reply ends at max_tokens.
-
-        Where a gateway writes the request to a prompt cache, a token costs up to twice as much: so an image counts
-        twice, while text, of more than two bytes a token, is covered by its bytes.
-        """
-        if self.price is None:
-            return None
-        text = len(f"{request.text}{self.note(request)}{request.again}".encode())
-        form = 600 if self.structured else 100  # the API's own words around a request and its schema
-        tokens = text + form + int(CACHE_WRITE_1_HOUR * images.MAX_TOKENS) * len(request.images)
-        return self.price.usd(tokens, max_tokens(request, self.family), batch)
-
-    async def answer(self, request: Request) -> Reply:
-        """Ask the model until it replies (class Teacher says what is raised)."""
-        await self.trials.begin(_sort(request))
-        try:
-            return await self._answer(request)
-        finally:
-            self.trials.end(_sort(request))
-
-    async def _answer(self, request: Request) -> Reply:
-        parameters = await asyncio.to_thread(self.parameters, request) if request.images else self.parameters(request)
-        most_usd = self.most_usd(request)
-        successes = self.pace.successes
-        errors: list[tuple] = []
-        for attempt in range(MAX_TRIES):
-            outcome = await self._try(request, parameters, most_usd)
-            if isinstance(outcome, Reply):
-                return outcome
-            failure, error, began = outcome
-            if not failure.passing:
-                await self._refused(failure, error, request)
-            self.retried[failure.reason] = self.retried.get(failure.reason, 0) + 1
-            errors.append((failure.reason, said(error, self._key)))
-            if self._lasts(failure, errors[-1], request):
-                raise self._hopeless(error, request, attempt) from None
-            if failure.status in (429, 529):
-                self.pace.overloaded(began)
-            if failure.retry_after is not None:
-                if failure.retry_after > LONGEST_PAUSE:
-                    raise as_user_error(error, self, request, self._key, attempt) from None
-                self.pace.pause(failure.retry_after)
-            if attempt >= MAX_RETRIES and self.pace.successes == successes:
-                raise as_user_error(error, self, request, self._key, attempt) from None
-            if len(errors) >= MAX_SAME and len(set(errors)) == 1 and failure.status not in PASSING:
-                if self.pace.successes > successes:  # else it may be the server
-                    break
-            if not failure.retry_after:  # 0 is no pause: the tries would be used up at once
-                await self.pace.sleep(min(MAX_BACKOFF, BACKOFF * 2 ** min(attempt, 10)) * random.uniform(0.75, 1.0))
-        raise Unanswered(failure.reason, errors[-1][1])
-
-    async def _try(self, request: Request, parameters: dict[str, Any], most_usd: float | None) -> Reply | tuple:
-        """One HTTP request: the Reply, or (failure, error, when it began)."""
-        import anthropic
-
-        sort = _sort(request)
-        await self.pace.enter()
-        self._in_flight[sort] += 1
-        try:
-            entry = await self.ledger.reserve(request.custom_id, most_usd)
-            if self.pace.stopping:  # while it waited for the budget
-                self.ledger.settle(entry, 0.0, NOT_SENT)
-                raise Stopped
-            began = time.monotonic()
-            try:
-                async with asyncio.timeout(self.timeout):  # the SDK's own limit holds for each piece of a reply
-                    received = await self._create(parameters)
-                reply = self.reply(received[0], round(time.monotonic() - began, 3), request_id=received[1])
-            except (anthropic.AnthropicError, ValueError, TypeError, AttributeError, TimeoutError) as error:
-                failure = failure_of(error)
-                self.ledger.settle(entry, None, LOST if failure.charged else failure.reason)
-                return failure, error, began
-            except BaseException:  # cancelled, or a defect: whoever waits for the budget must not wait for this one
-                self.ledger.settle(entry, None, LOST)
-                raise
-            unknown = reply.cost_usd is None and self.price is not None  # no `usage`: at most `most_usd`
-            self.ledger.settle(entry, reply.cost_usd, LOST if unknown else "reply")
-            self.pace.succeeded()
-            self.trials.replied(sort)
-            return reply
-        finally:
-            self._in_flight[sort] -= 1
-            self.pace.leave()
-
-    async def _create(self, parameters: dict[str, Any]) -> tuple[Any, str | None]:
-        """(the reply's parts, the request's id). Raises what the SDK raises, and what `read_body` does."""
-        import anthropic
-
+    async def send(self, parameters: dict[str, Any]) -> tuple[Received, str | None]:
         # as extra_body what this SDK has no argument for: `temperature` in new ones, `output_config` in old ones
         extra = {name: value for name, value in parameters.items() if name not in self._arguments}
         known = {name: value for name, value in parameters.items() if name in self._arguments}
-        # raw: the SDK takes only its own form of a reply, and a body without `usage` was paid for all the same
-        raw = await self.client.messages.with_raw_response.create(**known, extra_body=extra or None)
-        response = raw.http_response
-        data = await response.aread()
+        try:
+            # raw: the SDK accepts only its own form of a reply, and a body without `usage` was paid for all the same
+            raw = await self.client.messages.with_raw_response.create(**known, extra_body=extra or None)
+            response = raw.http_response
+            data = await response.aread()
+        except Exception as error:
+            raise translated(error) from None
         try:
             return read_body(data), response.headers.get("request-id")
-        except ErrorAsReply as error:
-            headers = {name: response.headers[name] for name in ("retry-after",) if name in response.headers}
-            as_sent = type(response)(error.status, headers=headers, request=response.request)
-            raised = anthropic.APIStatusError(str(error), response=as_sent, body=error.body)
-            raised.came_as_reply = True
-            raise raised from None
-
-    def reply(
-        self, message: Any, seconds: float = 0.0, batch: str | None = None, request_id: str | None = None
-    ) -> Reply:
-        """A reply's parts (`reply_bodies.Received`) or a batch result's Message as a Reply, without the key.
-
-        Raises ValueError if there is no reply in it.
-        """
-        if hasattr(message, "to_dict"):
-            message = read_message(message.to_dict(warnings=False))
-
-        def clean(text: str | None) -> str | None:
-            # half a surrogate pair: JSON can carry it, no file can
-            return text and redact(text, self._key).encode(errors="replace").decode()
-
-        return Reply(
-            text=clean(message.text),
-            teacher=self.name,
-            model=clean(message.model) or self.model,
-            stop_reason=clean(message.stop_reason),
-            request_id=clean(request_id),
-            usage=message.usage,
-            cost_usd=cost_usd(self.price, message.usage, batch is not None) if message.usage else None,
-            seconds=seconds,
-            batch=batch,
-        )
-
-    # -- errors ----------------------------------------------------------------------------------------------
-
-    def _lasts(self, failure: Failure, error: tuple[str, str], request: Request) -> bool:
-        """Whether retrying is useless: requests of this sort meet the same error again and again."""
-        if failure.status in PASSING or failure.reason in ("timeout", "connection"):
-            return False
-        if failure.reason == "not_a_reply" and not self.pace.successes:  # not the API at all
-            return self.trials.lasts(error, _sort(request), "any", requests=1)
-        return self.trials.lasts(error, _sort(request), request.custom_id)
-
-    def _hopeless(self, error: Exception, request: Request, retries: int) -> UserError:
-        """What to raise when every request of a sort fails in the same way."""
-        if self.pace.successes and not self.trials.replies[_sort(request)] and request.images:
-            return UserError(
-                f"--teacher_model: {self.model} answers every request with images by {said(error, self._key)!r} "
-                f"({failure_of(error).reason}; question {request.qid}); name a model or server that takes images"
-            )
-        return as_user_error(error, self, request, self._key, retries)
-
-    async def _refused(self, failure: Failure, error: Exception, request: Request) -> None:
-        """An error that no repetition mends: of this one request if others are answered, else of the run."""
-        sort, why = _sort(request), said(error, self._key)
-        if failure.status in (400, 413, 422) and not is_account_refusal(error):
-            deadline = time.monotonic() + self.timeout
-            while not self.trials.replies[sort] and self._in_flight[sort] and time.monotonic() < deadline:
-                await self.pace.sleep(0.05)  # those in flight show whether it is this request or all
-            self._rejected += 1
-            if self.pace.successes and self._rejected <= MAX_REJECTED:
-                alike = self.trials.lasts((failure.reason, why), sort, request.custom_id, MAX_REJECTED_ALIKE, tries=1)
-                if self.trials.replies[sort] or not alike:
-                    raise Unanswered(failure.reason, why) from None
-                raise self._hopeless(error, request, 0) from None
-        raise as_user_error(error, self, request, self._key, 0) from None
+        except ApiError as error:
+            error.headers = {name: response.headers[name] for name in ("retry-after",) if name in response.headers}
+            raise
 
     async def count_tokens(self, request: Request) -> int:
-        """Input tokens of a request, by the API's free counting endpoint. Raises what the SDK raises."""
-        counted = await self.client.with_options(max_retries=2).messages.count_tokens(
-            model=self.model,
-            messages=[{"role": "user", "content": self.content(request)}],
-            extra_body={name: value for name, value in self.body(request).items() if name != "temperature"} or None,
-        )
+        """Input tokens of a request, by the API's free counting endpoint. Raises ApiError or NoAnswer."""
+        body = self.body(request)
+        try:
+            counted = await self.client.with_options(max_retries=2).messages.count_tokens(
+                model=self.model,
+                messages=[{"role": "user", "content": self.content(request)}],
+                extra_body={name: value for name, value in body.items() if name != "temperature"} or None,
+            )
+        except Exception as error:
+            raise translated(error) from None
         return counted.input_tokens
 
-    def _image_digest(self, path: os.PathLike) -> str:
-        identity = images.file_identity(path)
-        if identity not in self._image_digests:
-            with open(path, "rb") as file:
-                self._image_digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
-        return self._image_digests[identity]
+    # -- Message Batches (teacher/batches.py) ----------------------------------------------------------------
+
+    async def create_batch(self, requests: list[dict[str, Any]]) -> str:
+        """Create a batch of {"custom_id", "params"}; returns its id. Raises ApiError, NoAnswer, NotAReply."""
+        # not retried by the SDK: a batch of a lost answer may exist
+        create = self.client.with_options(timeout=600.0).messages.batches.create
+        try:
+            batch = await create(requests=requests)
+        except Exception as error:
+            raise translated(error) from None
+        if not isinstance(getattr(batch, "id", None), str) or not batch.id:
+            raise NotAReply(str(batch))
+        return batch.id
+
+    async def list_batches(self) -> AsyncIterator[tuple[str, float, int]]:
+        """(id, time of creation in Unix seconds, number of requests) of the account's batches, newest first."""
+        try:
+            async for batch in self._patient().messages.batches.list(limit=100):
+                counts = batch.request_counts
+                total = counts.processing + counts.succeeded + counts.errored + counts.canceled + counts.expired
+                yield batch.id, batch.created_at.timestamp(), total
+        except Exception as error:
+            raise translated(error) from None
+
+    async def batch_ended(self, batch_id: str) -> bool:
+        """Whether all requests of a batch are processed. Raises ApiError, NoAnswer, NotAReply."""
+        try:
+            batch = await self._patient().messages.batches.retrieve(batch_id)
+        except Exception as error:
+            raise translated(error) from None
+        status = getattr(batch, "processing_status", None)
+        if status not in ("in_progress", "canceling", "ended"):
+            raise NotAReply(str(batch))
+        return status == "ended"
+
+    async def batch_results(self, batch_id: str) -> AsyncIterator[tuple[str | None, Reply | Failed]]:
+        """(custom_id, outcome) of each line of a batch's results.
+
+        Raises ApiError, what a broken stream raises, and at the end ValueError if a line was no JSON. From the
+        documented path below our own address: the SDK's `results` follows `results_url`, which may be missing, or
+        send the key to another host.
+        """
+        from anthropic.resources.messages import batches as sdk
+
+        rest, damage = b"", None
+        try:
+            response = await self._patient().get(
+                f"/v1/messages/batches/{quote(batch_id, safe='')}/results",
+                cast_to=sdk.AsyncJSONLDecoder[sdk.MessageBatchIndividualResponse],
+                options={"headers": {"Accept": "application/binary"}},
+                stream=True,
+            )
+            # read to its end whatever a line holds: a stream that is dropped midway prints tracebacks at exit
+            async for chunk in response.http_response.aiter_bytes():
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    try:
+                        yield self._outcome(json.loads(line), batch_id)
+                    except ValueError as error:
+                        damage = error
+            if rest.strip():
+                yield self._outcome(json.loads(rest), batch_id)
+        except Exception as error:
+            raise translated(error) from None
+        if damage is not None:
+            raise damage
+
+    def _outcome(self, line: Any, batch_id: str) -> tuple[str | None, Reply | Failed]:
+        """(custom_id, outcome) of one line of a batch's results."""
+        line = line if isinstance(line, dict) else {}
+        result = line.get("result") if isinstance(line.get("result"), dict) else {}
+        kind, custom_id = result.get("type"), line.get("custom_id")
+        if kind == "errored":
+            error = error_body(result.get("error"))
+            why = redact(" ".join(str(error["message"] or "")[:4000].split()), self.secret)[:300]
+            name = str(error["type"] or "unknown")
+            account = is_account_refusal(result.get("error")) or name in ("authentication_error", "permission_error")
+            return custom_id, Failed(f"errored_{name}", why, not account and name not in TEMPORARY, account)
+        if kind in ("expired", "canceled"):
+            return custom_id, Failed(kind, "the batch ended before this request was processed")
+        try:
+            return custom_id, self.reply(read_message(result.get("message")), batch=batch_id)
+        except (ApiError, AttributeError, TypeError, ValueError) as error:
+            why = said(error, self.secret)
+            return custom_id, Failed("broken_reply", why, account=is_account_refusal(error), charged=True)
+
+    def _patient(self) -> anthropic.AsyncAnthropic:
+        return self.client.with_options(max_retries=6)  # free calls
 
 
-def _sort(request: Request) -> int:
-    """Requests without an image, with one, with several: a server may be able to do one and not the other."""
-    return min(2, len(request.images))
+def translated(error: Exception) -> Exception:
+    """An exception of the SDK as ApiError, NoAnswer or ValueError; any other one as it is."""
+    import anthropic
+
+    if isinstance(error, anthropic.APIStatusError):
+        return ApiError(error.status_code, error.body, error.response.headers)
+    if isinstance(error, anthropic.APIConnectionError):
+        kind = type(error.__cause__ or error).__name__
+        return NoAnswer(kind, timeout=isinstance(error, anthropic.APITimeoutError))
+    if isinstance(error, anthropic.AnthropicError):
+        return ValueError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _image_block(path: os.PathLike, qid: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """One client for every kind of Teacher: what haiku.py, haiku_for_correction_feedback.py and tools/win_rate.py share.
 
 Two Teachers: Claude (teacher/claude.py; live or, with --batch, through teacher/batches.py) and the offline reference
-(teacher/reference.py). Every item (`teacher.handoff.Item`) without a usable reply is asked, identical requests once
-(teacher/session.py). This module holds the flags and puts the parts together. Needs no torch.
+(teacher/reference.py). A request is sent for every item (`handoff.Item`) without a usable reply, identical requests
+only once (teacher/session.py). This module holds the flags and puts the parts together. Needs no torch.
 """
 
 from __future__ import annotations
@@ -18,25 +18,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ares import cli, files
-from ares.data_folder import Problems, find_dataset, load_problems
+from ares import cli, files, launch
+from ares.data_folder import Problems, read_data_folder
 from teacher import batches, claude, reference
-from teacher.batch_records import Store
-from teacher.budget import LOG, Ledger, read_log
+from teacher.batch_store import BatchStore
+from teacher.budget import LOG, Ledger, Price, price_of, read_log
 from teacher.claude import DEFAULT_MODEL, ClaudeTeacher, api_key, server_address
 from teacher.handoff import Item
-from teacher.interface import CORRECT, JUDGE, SCORE, Reply, Request, Teacher, Wording
+from teacher.interface import JUDGE, SCORE, Reply, Request, Teacher
 from teacher.live import ask_live
-from teacher.prices import Price, price_of
 from teacher.reply_cache import ReplyCache, default_folder
-from teacher.reply_files import is_answered, read_reply
 from teacher.session import OURS, Report, Session
-
-__all__ = [
-    "CORRECT", "JUDGE", "OURS", "SCORE", "ClaudeTeacher", "ReferenceTeacher", "Reply", "Report", "Request", "Session",
-    "Teacher", "Wording", "add_teacher_flags", "answer_items", "check_teacher_flags", "in_words", "is_answered",
-    "load_for", "make_cache", "make_session", "make_teacher", "read_reply", "refuse_unusable", "work_in",
-]  # fmt: skip
 
 
 class ReferenceTeacher:
@@ -44,10 +36,7 @@ class ReferenceTeacher:
 
     name = "reference"
     model = reference.VERSION
-    concurrency = 8  # answers come one after the other; their writes to disk overlap
-
-    def __init__(self) -> None:
-        self._stopped = False
+    concurrency = 8  # it computes one reply at a time; the writes to disk overlap
 
     async def __aenter__(self) -> ReferenceTeacher:
         return self
@@ -59,14 +48,8 @@ class ReferenceTeacher:
         return None
 
     def key(self, request: Request) -> str:
-        asked = [
-            self.model,
-            request.kind,
-            request.qid,
-            request.text,
-            request.sentences,
-            list(map(str, request.images)),
-        ]
+        asked = [self.model, request.kind, request.qid, request.text, request.sentences]
+        asked.append(list(map(str, request.images)))
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     async def answer(self, request: Request) -> Reply:
@@ -77,8 +60,8 @@ class ReferenceTeacher:
             lines = (f'"{text}": {score}' for text, score in zip(request.sentences, scores, strict=True))
             text = "{\n" + ",\n".join(lines) + "\n}"
         elif request.kind == JUDGE:
-            verdict, reason = reference.compare(request.problem, *request.sentences)
-            text = json.dumps({"reason": reason, "verdict": verdict})
+            verdict = reference.compare(request.problem, *request.sentences)
+            text = json.dumps({"reason": verdict.reason, "verdict": verdict.better})
         else:
             rationale = " ".join(request.sentences)
             final = reference.correct_rationale(request.problem, rationale)
@@ -91,7 +74,7 @@ class ReferenceTeacher:
 
 
 def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
-    """Who is asked, how, and for how much."""
+    """The flags that say which Teacher is asked, how, and at what cost."""
     group = parser.add_argument_group("teacher")
     group.add_argument(
         "--teacher",
@@ -128,7 +111,7 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     ways.add_argument(
         "--poll_seconds", type=float, default=30.0, metavar="S", help="between looks at batches (default: %(default)g)"
     )
-    ways.add_argument("--max_usd", type=float, metavar="USD", help="stop before this run's spend passes it (exit 3)")
+    ways.add_argument("--max_usd", type=float, metavar="USD", help="stop before this run's spend exceeds it (exit 3)")
     ways.add_argument(
         "--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars per million tokens, if not in the table"
     )
@@ -138,7 +121,7 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     ways.add_argument("--no-cache", action="store_true", help="neither read nor keep replies there")
 
 
-ROOM, ROOM_PER_REPLY = 1 << 20, 1 << 16  # bytes kept free: four files of some blocks each, and what comes besides
+ROOM, ROOM_PER_REPLY = 1 << 20, 1 << 16  # bytes of disk reserved: a reply has four files of some blocks each
 
 FOR_CLAUDE = frozenset(
     "teacher_model base_url concurrency attempts timeout no_structured batch submit_only poll_seconds max_usd price "
@@ -205,7 +188,7 @@ def make_teacher(args: argparse.Namespace, ledger: Ledger | None = None) -> Teac
 
 
 def make_cache(args: argparse.Namespace) -> ReplyCache:
-    """Where replies of earlier runs lie. The reference Teacher is cheaper than a look."""
+    """The cache of replies of earlier runs. The reference Teacher has none: computing is cheaper than looking up."""
     if args.no_cache or args.teacher == "reference":
         return ReplyCache(None)
     return ReplyCache(files.writable_dir(args.cache, "--cache") if args.cache else default_folder())
@@ -218,7 +201,7 @@ def load_for(args: argparse.Namespace, items: Sequence[Item]) -> Problems | None
     """
     if args.teacher == "claude" and not Path(args.data_root).is_dir():
         return None
-    problems = load_problems(args.data_root, find_dataset(args.data_root, args.dataset))
+    problems = read_data_folder(args.data_root, args.dataset).problems
     unknown = next((item for item in items if item.qid not in problems), None)
     if unknown:
         raise cli.UserError(
@@ -233,18 +216,18 @@ def load_for(args: argparse.Namespace, items: Sequence[Item]) -> Problems | None
 
 @contextlib.contextmanager
 def work_in(root: str | Path, flag: str, args: argparse.Namespace, before: Ledger | None = None) -> Iterator[Teacher]:
-    """The Teacher, with the folder's lock held and its spend log open. Raises UserError if another client is there.
+    """The Teacher, with the folder's lock held and its spend log open. Raises UserError if another client holds it.
 
-    At the end it says what the folder has cost, if requests were lost. `before`: the ledger of a folder that this run
-    worked in, whose spend counts towards --max_usd.
+    At the end it prints retried errors, and what the folder has cost if requests were lost. `before`: the ledger of a
+    folder that this run worked in before, whose spend counts towards --max_usd.
     """
     ours = Path(root) / OURS
     for place in (ours, ours / "batches"):
         files.refuse_links(place, root)
     files.writable_dir(ours, flag)
     with contextlib.ExitStack() as held:
-        held.enter_context(files.only_one(ours / "lock", f"{flag} {root}"))
-        if args.teacher == "claude":  # a full disk must not lose the replies that are paid for and on their way
+        held.enter_context(launch.only_one(ours / "lock", f"{flag} {root}"))
+        if args.teacher == "claude":  # on a full disk, replies to requests in flight must still be saved
             held.enter_context(files.reserve(ours / "reserve", ROOM + args.concurrency * ROOM_PER_REPLY))
         ledger = Ledger(ours if args.teacher == "claude" else None, args.max_usd)
         if before is not None:
@@ -254,12 +237,11 @@ def work_in(root: str | Path, flag: str, args: argparse.Namespace, before: Ledge
             yield teacher
         finally:
             ledger.close()
-            _tell_of_losses(ours, teacher)
+            _print_losses(ours, teacher)
 
 
-def _tell_of_losses(ours: Path, teacher: Teacher) -> None:
-    retried = Counter(getattr(teacher, "retried", {}))
-    if retried:
+def _print_losses(ours: Path, teacher: Teacher) -> None:
+    if retried := getattr(teacher, "retried", None):
         cli.print0(f"retried errors: {in_words(retried)}")
     totals = read_log(ours / LOG)
     if totals.unknown:
@@ -271,7 +253,7 @@ def _tell_of_losses(ours: Path, teacher: Teacher) -> None:
 
 
 def make_session(root: str | Path, teacher: Teacher, kind: str, args: argparse.Namespace, **more: Any) -> Session:
-    """A Session as the flags want it; `more` as in its class."""
+    """A Session with the settings of the flags; `more`: arguments of its class."""
     more |= {"attempts": args.attempts, "cache": make_cache(args), "keep_replies": args.keep_replies}
     return Session(root, teacher, kind, **more)
 
@@ -279,9 +261,9 @@ def make_session(root: str | Path, teacher: Teacher, kind: str, args: argparse.N
 def answer_items(session: Session, items: Sequence[Item], args: argparse.Namespace) -> Report:
     """Ask the Teacher for every item that has no usable reply, live or in batches as the flags say.
 
-    Raises UserError if items have no request, and for what stops the Teacher; what is answered by then is kept.
+    Raises UserError if items have no request, and for what stops the Teacher; replies so far are kept.
     """
-    store = Store(session.root / OURS / "batches")
+    store = BatchStore(session.root / OURS / "batches")
     if not args.batch:
         store.refuse_pending()
     session.add(items)

@@ -1,7 +1,7 @@
 """Reading the Teacher's corrections: the final rationale of a raw reply, or why there is none.
 
-Standard library only. What counts as a remark in the place of a text ("unchanged", "same as original_rationale") is
-decided by word lists: a text of these words alone is a remark, whatever its brackets, case or punctuation.
+Standard library only. Word lists decide what is a remark instead of a text ("unchanged", "same as
+original_rationale"): a text that consists of these words alone, whatever its brackets, case or punctuation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MOST_FINALS = 20  # each is read to its end, so their number must be bounded
 _STRINGS = re.compile(rf"(?:{STRING}|\[(?:\s?{STRING}\s?,?)*+\s?\])(?=\s?,?\s?[}}\"])", re.DOTALL)
 _OBJECT_GOES_ON = re.compile(r'\s?,?\s?[}"]')
 
-# Remarks and labels in the place of a text ("same as original_rationale", "{Final rationale}") consist of these words
+# Remarks and labels instead of a text ("same as original_rationale", "{Final rationale}") consist of these words
 # alone; a text that holds any other word is a rationale.
 _SAYS_UNCHANGED = frozenset(
     "unchanged unmodified unaltered unedited unrevised uncorrected untouched same identical original final no not "
@@ -57,7 +57,7 @@ def parse_correction(reply: str | bytes | None, rationale: str) -> str:
     """The corrected rationale, white space collapsed, from the Teacher's raw reply.
 
     The final part is found by its key - quoted or not, on one line or many - and ends where its string or its braces
-    end. `rationale` is the text that was sent: its echo is stepped over, so nothing in it is taken for a key.
+    end. `rationale` is the text that was sent: its echo is skipped, so nothing in it is taken for a key.
     A final part equal to the rationale is returned as it is.
 
     Raises Refused, and nothing else: no_reply, too_long; no_final (no key, or a part cut before its end); empty;
@@ -134,7 +134,7 @@ def _final_value(text: str, start: int, key: str) -> str | None:
 
 
 def _up_to_brace(text: str, start: int) -> str | None:
-    """Text from `start` to the brace that closes the object it stands in; braces of its own are counted."""
+    """Text from `start` to the brace that closes the object around it; braces of its own are counted."""
     depth = 0
     for match in re.compile(r"[{}]").finditer(text, start):
         depth += 1 if match[0] == "{" else -1

@@ -1,125 +1,94 @@
-"""The question folders through which the model and its Teacher hand each other files (SPEC 7).
+"""The questions folder, through which RL and the Teacher exchange files: names, order of writing, signals.
 
-    {questions}/{k}/p{rank}/{qid}/rationale_from_mm_cot.txt   written by RL
-                                  input_for_llm.txt, image.png, choice_0.png ...   by preprocessing
-                                  output_from_llm.txt          the Teacher's raw reply
-                                  score.txt | refused.txt      what was read from it, or why nothing was
-    {questions}/mmcot_finished_signal.txt   all rationales are out
-    {questions}/{k}/llm_done.txt            action k is answered
+    {questions}/{k}/p{rank}/{qid}/       sample k of question `qid`, made by RL process `rank`; written in this order:
+        rationale_from_mm_cot.txt        RL: the sentences, as the form that the Teacher fills in
+        image.png, choice_0.png, ...     preprocessing: the question's images
+        input_for_llm.txt                preprocessing: the request; written last, it says that the folder is ready
+        reply.json                       Teacher: who replied, tokens, dollars
+        output_from_llm.txt              Teacher: the raw reply; once it has content, the sample counts as answered
+        score.txt | refused.txt          the scores read from the reply, one a line, or why it cannot be used
+        older_*, unusable_*              a reply to an earlier rationale; a reply that was cut off
+    {questions}/mmcot_finished_signal.txt    RL: all rationales are exported
+    {questions}/{k}/llm_done.txt             the Teacher's client or the user: sample k of every question is answered
 
-Knows folders, signals and waiting; what is asked is laid out by teacher/requests.py, how a reply is read is in
-teacher/parsing.py and teacher/corrections.py. Corrections use the same files under `{correction}/0/p0/{qid}/`, without
-signals.
+A correction folder has the same files under `{correction}/0/p0/{qid}/`, without signals. Reading and writing replies
+is in teacher/reply_files.py, the text of a request in teacher/prompts.py. Needs no torch.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import re
-import sys
 import time
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ares import cli, files
-from teacher.corrections import parse_correction
-from teacher.parsing import Refused, parse_scores, parse_verdict
-
-__all__ = [
-    "DONE", "EXPORTED", "IMAGE", "RATIONALE", "REASON", "REPLY", "REQUEST", "SCORES", "SIDECAR",
-    "Item", "Items", "Refused", "exported", "form", "has_reply", "is_done", "iter_items", "mark_done", "mark_exported",
-    "parse_correction", "parse_scores", "parse_verdict", "progress_counts", "question_dir", "read_rationale",
-    "read_scores", "wait_for_feedback", "write_rationale",
-]  # fmt: skip
+from ares.data_folder import find_images, question_images
+from ares.predictions import read_predictions
+from teacher.parsing import Refused
 
 RATIONALE = "rationale_from_mm_cot.txt"
-REQUEST = "input_for_llm.txt"
 IMAGE = "image.png"
+REQUEST = "input_for_llm.txt"
+SIDECAR = "reply.json"
 REPLY = "output_from_llm.txt"
-SIDECAR = "reply.json"  # who wrote the reply, and what it cost
 SCORES = "score.txt"
 REASON = "refused.txt"
+REFUSED_REPLY = f"unusable_{REPLY}"  # can be read, but its stop reason says that it was cut off
 EXPORTED = "mmcot_finished_signal.txt"
 DONE = "llm_done.txt"
 
 # Some file systems keep whole seconds (FAT two): a signal that looks this much older may be the newer one.
 CLOCK_GRAIN_NS = 2_000_000_000
 
+# -- folders ---------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """One exported rationale: sample `action` of question `qid`, written by process `rank`."""
 
-    folder: Path
+    questions: Path
     action: int
     rank: int
     qid: str
 
-
-class Items(Sequence[Item]):
-    """Items in a row, about 20 bytes each; an Item is made when it is looked at (50,000 paths take 40 MB)."""
-
-    def __init__(self, items: Iterable[Item] = ()):
-        self._homes: list[tuple[Path, int, int]] = []  # folder above, action, rank
-        self._number: dict[tuple[int, int, Path], int] = {}
-        self._home = array("I")
-        self._qids: list[str] = []
-        for item in items:
-            self.append(item)
-
-    def append(self, item: Item) -> None:
-        self.extend(item.folder.parent, item.action, item.rank, [item.qid])
-
-    def extend(self, parent: Path, action: int, rank: int, qids: Sequence[str]) -> None:
-        """Questions of one action and process."""
-        number = self._number.setdefault((action, rank, parent), len(self._homes))
-        if number == len(self._homes):
-            self._homes.append((parent, action, rank))
-        self._home.extend([number] * len(qids))
-        self._qids.extend(map(sys.intern, qids))  # one text for all actions
-
-    def __len__(self) -> int:
-        return len(self._qids)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return Items(self[number] for number in range(*index.indices(len(self))))
-        parent, action, rank = self._homes[self._home[index]]
-        return Item(parent / self._qids[index], action, rank, self._qids[index])
-
-
-# -- folders ---------------------------------------------------------------------------------------------
+    @property
+    def folder(self) -> Path:
+        """Made on demand: 50,000 stored paths would take 40 MB."""
+        return Path(self.questions, str(self.action), f"p{self.rank}", self.qid)
 
 
 def question_dir(questions: str | os.PathLike, action: int, rank: int, qid: str) -> Path:
-    """`{questions}/{action}/p{rank}/{qid}`. Raises UserError for an id that is no plain folder name."""
+    """`{questions}/{action}/p{rank}/{qid}`. Raises UserError for an id that cannot be the name of a folder."""
     if not qid or qid in (".", "..") or "/" in qid or "\\" in qid or "\0" in qid:
         raise cli.UserError(f"question id {qid!r} cannot name a folder; rename it in problems.json and its splits")
-    return Path(questions) / str(int(action)) / f"p{int(rank)}" / qid
+    return Item(Path(questions), int(action), int(rank), qid).folder
 
 
-def iter_items(questions: str | os.PathLike, action: int | None = None) -> Items:
-    """Every folder with a rationale, by action, rank and question (numbers as numbers).
+def iter_items(questions: str | os.PathLike, action: int | None = None) -> list[Item]:
+    """Every folder with a rationale, of one action or of all, sorted by action, rank and question id as numbers.
 
-    Anything else beside them - scripts, `correction/`, a folder whose rationale is not there yet - is passed over:
-    `preprocessing_after_RL/` holds its own scripts, and RL may still be exporting. Raises UserError for a folder that
-    is a link out of `questions`.
+    Ignores everything else: `preprocessing_after_RL/` also holds scripts and `correction/`, and RL may still be
+    exporting. Raises UserError for a folder that is a link out of `questions`.
     """
-    items = Items()
-    actions = _actions(questions)
+    root, items = Path(questions), []
+    actions = _actions(root)
     for number in sorted(actions) if action is None else [action] * (action in actions):
-        folder = Path(questions, str(number))
+        folder = root / str(number)
         # exact: p1 is not p10
-        ranks = _names(folder, questions, lambda name: name[:1] == "p" and _is_number(name[1:]))
+        ranks = _names(folder, root, lambda name: name[:1] == "p" and _is_number(name[1:]))
         for rank in sorted(int(name[1:]) for name in ranks):
             parent = folder / f"p{rank}"
-            names = _names(parent, questions, lambda name: True)
+            names = _names(parent, root, lambda name: True)
             qids = [qid for qid in names if os.path.lexists(os.path.join(parent, qid, RATIONALE))]
-            items.extend(parent, number, rank, sorted(qids, key=_natural))
+            items += [Item(root, number, rank, qid) for qid in sorted(qids, key=_numeric_order)]
     return items
 
 
@@ -144,7 +113,7 @@ def _is_number(name: str) -> bool:
     return name.isascii() and name.isdigit() and str(int(name)) == name
 
 
-def _natural(qid: str) -> tuple:
+def _numeric_order(qid: str) -> tuple:
     return (0, int(qid), qid) if qid.isascii() and qid.isdigit() else (1, 0, qid)
 
 
@@ -153,15 +122,23 @@ def refuse_links(folder: str | os.PathLike) -> None:
     files.refuse_links(folder, Path(folder).parents[2])
 
 
-# -- rationale files -------------------------------------------------------------------------------------
+def write_if_changed(path: str | os.PathLike, text: str) -> None:
+    """Write a file that can be made again, unless it holds `text` already: a round has 50,000 of each kind."""
+    with contextlib.suppress(OSError, cli.UserError):
+        if files.read_shared(path) == text.encode("utf-8", errors="replace"):
+            return
+    files.write_text(path, text, flush=False)
+
+
+# -- the rationale ---------------------------------------------------------------------------------------
 
 
 def form(sentences: Sequence[str]) -> str:
-    """The sentences as the form that the Teacher fills: `{`, `"sentence": xxx,` one per line, `}`.
+    """The sentences as the form that the Teacher fills in: `{`, `"sentence": xxx,` one a line, `}`.
 
     Nothing is escaped, as released. A line break inside a sentence becomes a blank: the form is read by lines.
     """
-    lines = [f'"{_one_line(sentence)}": xxx' for sentence in sentences]
+    lines = ['"' + re.sub(r"\r?\n", " ", sentence) + '": xxx' for sentence in sentences]
     body = ",\n".join(lines) + "\n" if lines else ""
     return "{\n" + body + "}"
 
@@ -170,10 +147,6 @@ def write_rationale(folder: str | os.PathLike, sentences: Sequence[str]) -> None
     """Write the sentences as `form` shows them. Raises UserError for a `folder` behind a link."""
     refuse_links(folder)
     files.write_text(Path(folder) / RATIONALE, form(sentences) + "\n")
-
-
-def _one_line(sentence: str) -> str:
-    return re.sub(r"\r?\n", " ", sentence)
 
 
 def read_rationale(folder: str | os.PathLike) -> list[str]:
@@ -199,14 +172,116 @@ def read_rationale(folder: str | os.PathLike) -> list[str]:
     return sentences
 
 
+# -- the request -----------------------------------------------------------------------------------------
+
+
+def read_rationales(path: str | os.PathLike, train_qids: Sequence[str], flag: str = "--rationales") -> dict[str, str]:
+    """The rationales of train questions in a predictions file, `{"preds": [...], "qids": [...]}`: qid -> text.
+
+    By its `qids` where it has them (they may be a part of the split), else in split order and of equal length. Raises
+    UserError naming `flag` for another form, another length, or a question outside the split.
+    """
+    found = read_predictions(path, flag, train_qids, "; name its own split with --train_split")
+    fix = "in the train split; name what remove_sentence.py made of predictions_ans_train.json, and its --train_split"
+    found.refuse_unknown(set(train_qids), flag, fix)
+    return found.by_qid()
+
+
+def images_of_questions(
+    args: argparse.Namespace, problems: Mapping[str, Mapping[str, Any]], qids: Sequence[str]
+) -> dict[str, list[Path]]:
+    """qid -> its image files. Warns of images that are named but absent; with `args.strict` raises UserError."""
+    images_dir = find_images(args)
+    images = {qid: question_images(images_dir, qid) if images_dir else [] for qid in qids}
+    absent = [qid for qid in qids if problems[qid]["image"] is not None and not images[qid]]
+    if absent:
+        where = images_dir or f"{args.data_root}/images or ./images"
+        message = f"{len(absent)} of {len(qids)} questions name an image that is not under {where}, first {absent[0]}"
+        if args.strict:
+            raise cli.UserError(f"--strict: {message}; name the folder with --images")
+        cli.warn0(f"{message}; they are asked as text only")
+    return images
+
+
+def prepare_request(folder: str | os.PathLike, text: str, sentences: Sequence[str], images: Sequence[Path]) -> bool:
+    """Write one rationale's request; True if the reply to an older rationale had to be set aside."""
+    refuse_links(folder)
+    before = (request_text(folder) or "") if os.path.lexists(Path(folder, REQUEST)) else None
+    outdated = before is not None and form(sentences) not in before  # the words around the form may be others
+    aside = outdated and set_reply_aside(folder)
+    write_request(folder, text, images)
+    return aside
+
+
+def write_request(folder: str | os.PathLike, text: str, images: Sequence[Path] = ()) -> None:
+    """Write the images, then the text, which says that the folder is ready; what is there already stays untouched.
+
+    Raises UserError for a link, a FIFO or the like in the place of the text, or for an image that is no regular file.
+    """
+    place_images(folder, images)
+    if request_text(folder) != text:
+        files.write_text(Path(folder) / REQUEST, text, flush=False)
+
+
+def request_text(folder: str | os.PathLike) -> str | None:
+    """The request's text, None if there is none or it is not UTF-8.
+
+    No link is followed: it could send any file of this machine. Raises UserError for a link, a FIFO or the like.
+    """
+    path = os.path.join(folder, REQUEST)
+    try:
+        return files.read_shared(path).decode("utf-8")
+    except (FileNotFoundError, UnicodeDecodeError):
+        return None
+    except OSError as error:
+        raise cli.UserError(f"cannot read {path} ({error.strerror})") from None
+
+
+def place_images(folder: str | os.PathLike, images: Sequence[Path]) -> None:
+    """Put the images into the folder under their own names: hard links where the disk allows, copies elsewhere."""
+    for image in images:
+        files.place_file(image, Path(folder, image.name))
+
+
+# -- the reply -------------------------------------------------------------------------------------------
+
+
+def has_reply(folder: str | os.PathLike) -> bool:
+    """Whether there is a reply. An empty file is none: `cp` makes one before it fills it."""
+    try:
+        return os.stat(os.path.join(folder, REPLY)).st_size > 0
+    except OSError:
+        return False
+
+
+def progress_counts(questions: str | os.PathLike, action: int) -> tuple[int, int]:
+    """(answered, total) of one action."""
+    items = iter_items(questions, action)
+    return sum(has_reply(item.folder) for item in items), len(items)
+
+
+def set_reply_aside(folder: str | os.PathLike) -> bool:
+    """Rename a reply that belongs to another rationale (`older_...`: it was paid for); False if there was none."""
+    folder = Path(folder)
+    (folder / REFUSED_REPLY).unlink(missing_ok=True)
+    if not (folder / REPLY).exists():
+        return False
+    for name in (SIDECAR, REPLY):  # the reply last: it is what counts as answered
+        if os.path.lexists(folder / name):
+            os.replace(folder / name, folder / f"older_{name}")
+    for name in (SCORES, REASON):
+        (folder / name).unlink(missing_ok=True)
+    return True
+
+
 # -- signals ---------------------------------------------------------------------------------------------
 
 
 def mark_exported(questions: str | os.PathLike) -> None:
-    """Say that all rationales are out. Call it once per export: answers of an earlier export are void from here on.
+    """Signal that all rationales are exported. Call it once per export: it voids the answers to an earlier one.
 
     The file holds its own time, taken from the file system: a folder copied away and back (`cp -r` gives every copy
-    a new mtime, in the order of copying) keeps the true time of the export. `llm_done.txt` files that lie there
+    a new mtime, in the order of copying) keeps the true time of the export. `llm_done.txt` files that are there
     already belong to something older and are removed.
     """
     for action in _actions(questions):
@@ -217,29 +292,8 @@ def mark_exported(questions: str | os.PathLike) -> None:
 
 
 def exported(questions: str | os.PathLike) -> bool:
-    """Whether all rationales are out."""
+    """Whether all rationales are exported."""
     return Path(questions, EXPORTED).exists()
-
-
-def mark_done(questions: str | os.PathLike, action: int) -> None:
-    """Say that an action is answered, as the user does with `touch`."""
-    path = Path(questions, str(action), DONE)
-    files.refuse_links(path.parent, questions)
-    files.touch(path)
-
-
-def is_done(questions: str | os.PathLike, action: int) -> bool:
-    """Whether an action's signal is there and not older than the export (`stale_signal` tells the two apart)."""
-    return Path(questions, str(action), DONE).exists() and not stale_signal(questions, action)
-
-
-def stale_signal(questions: str | os.PathLike, action: int) -> bool:
-    """Whether `llm_done.txt` is there but older than the export: left over, and ignored."""
-    try:
-        done_ns = os.stat(Path(questions, str(action), DONE)).st_mtime_ns
-    except OSError:
-        return False
-    return done_ns + CLOCK_GRAIN_NS < export_time_ns(questions)
 
 
 def export_time_ns(questions: str | os.PathLike) -> int:
@@ -257,46 +311,25 @@ def export_time_ns(questions: str | os.PathLike) -> int:
     return modified_ns
 
 
-# -- replies ---------------------------------------------------------------------------------------------
+def mark_done(questions: str | os.PathLike, action: int) -> None:
+    """Signal that an action is answered, as the user does with `touch`."""
+    path = Path(questions, str(action), DONE)
+    files.refuse_links(path.parent, questions)
+    files.touch(path)
 
 
-def read_scores(folder: str | os.PathLike) -> list[float]:
-    """Scores of a folder's reply; written to `score.txt`, one per line.
+def is_done(questions: str | os.PathLike, action: int) -> bool:
+    """Whether an action's signal is there and not older than the export (`stale_signal` says which)."""
+    return Path(questions, str(action), DONE).exists() and not stale_signal(questions, action)
 
-    Raises Refused (see `teacher.parsing`) after writing the reason to `refused.txt` beside the reply.
-    """
-    folder = Path(folder)
+
+def stale_signal(questions: str | os.PathLike, action: int) -> bool:
+    """Whether `llm_done.txt` is there but older than the export: left from an earlier round, and ignored."""
     try:
-        sentences = read_rationale(folder)
-        try:
-            reply = files.read_shared(folder / REPLY)
-        except OSError as error:
-            raise Refused("no_reply", f"no {REPLY} ({error.strerror})") from None
-        scores = parse_scores(reply, sentences)
-    except Refused as refused:
-        if folder.is_dir():
-            (folder / SCORES).unlink(missing_ok=True)
-            if not has_reply(folder) and os.path.lexists(folder / REASON):
-                raise  # the Teacher's client says there why no reply came
-            files.write_text(folder / REASON, f"{refused}\n", flush=False)
-        raise
-    (folder / REASON).unlink(missing_ok=True)
-    files.write_text(folder / SCORES, "".join(f"{score}\n" for score in scores), flush=False)
-    return scores
-
-
-def has_reply(folder: str | os.PathLike) -> bool:
-    """Whether a reply lies there. An empty file is none: `cp` makes one before it fills it."""
-    try:
-        return os.stat(os.path.join(folder, REPLY)).st_size > 0
+        done_ns = os.stat(Path(questions, str(action), DONE)).st_mtime_ns
     except OSError:
         return False
-
-
-def progress_counts(questions: str | os.PathLike, action: int) -> tuple[int, int]:
-    """(answered, total) of one action."""
-    items = iter_items(questions, action)
-    return sum(has_reply(item.folder) for item in items), len(items)
+    return done_ns + CLOCK_GRAIN_NS < export_time_ns(questions)
 
 
 # -- waiting ---------------------------------------------------------------------------------------------
@@ -310,15 +343,15 @@ def wait_for_feedback(
 ) -> list[Item]:
     """Block until every action is signalled as done; return the items that have no reply (to be dropped).
 
-    Sleeps between looks at the disk, and looks again only at what was missing. With all signals there but replies
-    missing (a hand copy may bring `llm_done.txt` first) it waits until the number of replies has not grown for
+    Looks at the disk every `poll_seconds`, and only for replies that were missing. If all signals are there but
+    replies are missing (a copy by hand may bring `llm_done.txt` first), it waits until no new reply has come for
     `settle_seconds`. Several processes that wait on one folder may end seconds apart and see different replies: let
-    one wait and tell the others.
+    one wait and broadcast the result.
     """
     actions = list(actions)
     waiting = [item for action in actions for item in iter_items(questions, action)]
-    total, said = len(waiting), set()
-    last_growth = time.monotonic()  # of the replies, or of the signals: both start the settling anew
+    total, shown = len(waiting), set()
+    last_growth = time.monotonic()  # of the replies, or of the signals: both restart the settle time
     settling = False
     with cli.progress(desc="Waiting for the feedback", total=total, unit="reply") as bar:
         while True:
@@ -333,8 +366,8 @@ def wait_for_feedback(
             if settling and (not waiting or remaining <= 0):
                 break
             for hint in _hints(questions, actions, {item.action for item in waiting}):
-                if hint not in said:
-                    said.add(hint)
+                if hint not in shown:
+                    shown.add(hint)
                     bar.clear()
                     cli.print0(hint)
             time.sleep(max(0.01, min(poll_seconds, remaining) if settling else poll_seconds))

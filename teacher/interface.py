@@ -62,6 +62,17 @@ class Reply:
     batch: str | None = None
 
 
+@dataclass(frozen=True)
+class Failed:
+    """What a batch has instead of a reply to a request. `said`: the API's sentence."""
+
+    reason: str
+    said: str = ""
+    permanent: bool = False  # the same request would fail again
+    account: bool = False  # every request would fail until the user acts
+    charged: bool = False  # perhaps
+
+
 class Unanswered(Exception):
     """A request that got no reply though others do; `reason`: one word for counting, `message`: the API's sentence."""
 

@@ -1,6 +1,6 @@
-"""Asking live: every open request of a session, `teacher.concurrency` at a time.
+"""Sends every open request of a session, `teacher.concurrency` at a time, and saves the replies.
 
-At a failure, a budget stop or the first Ctrl-C nothing new is sent; replies to requests in flight are saved.
+After a failure, a budget stop or the first Ctrl-C no new request is sent; replies to requests in flight are saved.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ WRITERS = 4  # threads that save replies: their flushes to disk overlap
 
 
 def ask_live(session: Session) -> None:
-    """Answer the session's open groups. Raises UserError for what ends the run; what is answered by then is kept."""
-    if session.groups:
+    """Answer the session's open requests. Raises UserError for what ends the run; replies so far are kept."""
+    if session.open:
         asyncio.run(_Live(session).run())
 
 
@@ -34,18 +34,18 @@ class _Live:
 
     async def run(self) -> None:
         report = self.session.report
-        todo = iter(self.session.groups)  # numbers: texts and images are read when their turn comes
-        total = len(self.session.groups)
+        todo = iter(list(self.session.open))  # keys: texts and images are read when a request is sent
+        total = len(self.session.open)
         with cli.progress(desc=self.teacher.name, total=total, unit="request") as bar:
             async with self.teacher:
                 self.catch_signals()
                 workers = min(self.teacher.concurrency, total)
                 ends = await asyncio.gather(*(self.work(todo, bar) for _ in range(workers)), return_exceptions=True)
         self.writers.shutdown()
-        defect = next((end for end in ends if isinstance(end, BaseException)), None)
-        if defect or self.failure:
+        bug = next((end for end in ends if isinstance(end, BaseException)), None)
+        if bug or self.failure:
             cli.print0(f"stopped; {report.summary()}")
-            raise defect or self.failure
+            raise bug or self.failure
 
     def catch_signals(self) -> None:
         """The first Ctrl-C, or a scheduler's SIGTERM, lets requests in flight finish; the second does not."""
@@ -66,12 +66,12 @@ class _Live:
         self.failure = self.failure or failure
         self.teacher.stop()
 
-    async def work(self, todo: Iterator[int], bar: Any) -> None:
-        for group in todo:
+    async def work(self, todo: Iterator[str], bar: Any) -> None:
+        for key in todo:
             if self.failure:
                 return
             try:
-                await self.ask(group)
+                await self.ask(key)
             except cli.UserError as error:
                 self.stop(error)
                 return
@@ -82,13 +82,13 @@ class _Live:
                 self.stop(cli.UserError(f"{what}; make room, then run the same command again to go on"))
                 return
             except BaseException:
-                self.teacher.stop()  # nothing new is paid for after a defect of ours
+                self.teacher.stop()  # after a bug of ours nothing new is paid for
                 raise
             bar.update()
             bar.set_postfix_str(self.state(), refresh=False)
 
     def state(self) -> str:
-        """failed, tokens, dollars, and the pace where it was slowed."""
+        """Failures, tokens, dollars, and the number of requests in flight where the API limits it."""
         report = self.session.report
         tokens = report.usage.total()
         words = [f"{len(report.unusable)} failed", f"{tokens / 1e6:.2f}M tokens" if tokens else ""]
@@ -99,27 +99,22 @@ class _Live:
             words.append(f"{int(pace.limit)} at a time")
         return ", ".join(filter(None, words))
 
-    async def ask(self, group: int) -> None:
-        """Ask about one rationale, at most `attempts` times, and give every item of the group the reply."""
-        session, report = self.session, self.session.report
-        request, sidecar = session.start(group)
-        copies = len(session.groups.waiting(group)) - 1
+    async def ask(self, key: str) -> None:
+        """Send a request, at most `attempts` times until its reply is usable, and save the reply for all its items."""
+        session = self.session
+        request, sidecar = session.prepare(key)
         for attempt in range(1, session.attempts + 1):
             try:
                 reply = await self.teacher.answer(request)
             except Unanswered as failure:
-                reason, said = failure.reason, failure.message
-                break
-            report.add(reply)
-            about = sidecar | {"attempt": attempt}
+                return session.give_up(key, failure.reason, failure.message)
+            session.report.add(reply)
             refused = await asyncio.get_running_loop().run_in_executor(
-                self.writers, session.lay_down, group, request, reply, about
+                self.writers, session.save_reply, key, request, reply, sidecar | {"attempt": attempt}
             )
             if full := files.out_of_room():
                 self.stop(full)
             if refused is None:
-                report.copied += copies
-                return session.finish(group, None)
-            reason, said = refused.reason, str(refused).partition(": ")[2]
+                return session.finish(key, f"{reply.teacher} {reply.model}")
             request = session.ask_again(request, refused)
-        return session.finish(group, reason, said)
+        return session.give_up(key, refused.reason, str(refused).partition(": ")[2])

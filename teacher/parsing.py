@@ -1,8 +1,9 @@
 """Reading the Teacher's replies: sentence scores and a judge's verdicts (corrected rationales: corrections.py).
 
-A model asked for JSON does not always send JSON: fences, prose, unescaped quotes, one line or many. What is clear to a
-careful reader is read; everything else raises `Refused` with a reason, and nothing else is ever raised. A score counts
-only for the sentence that its key names: a wrong score trains the policy wrongly, a refused one only loses a sample.
+A model asked for JSON does not always send JSON: fences, prose, unescaped quotes, one line or many. What a careful
+reader would understand is accepted; everything else raises `Refused` with a reason, and nothing else is raised. A
+score counts only for the sentence that its key names: a wrong one trains the policy wrongly, a refused one only loses
+a sample.
 
 Replies are untrusted: `read_text` collapses blanks and caps the length first, so `\\s?` is any white space in the
 patterns below, and every pattern and loop takes time linear in the reply.
@@ -148,7 +149,7 @@ def _token(match: re.Match) -> str:
     return match["bare"] if match["quoted"] is None else match["quoted"]
 
 
-# Verbatim: the sentences themselves tell where a key ends, so nothing inside one can mislead.
+# Verbatim: a key ends where the sentence that it quotes ends, whatever quotes or colons that sentence holds.
 
 
 def _verbatim_answers(text: str, sentences: Sequence[str]) -> tuple[list[list[str]], str]:
@@ -222,7 +223,7 @@ def _by_text(entries: Sequence[_Entry], sentences: Sequence[str]) -> list[str]:
     return [values[sentence] for sentence in sentences]
 
 
-# Named: keys differ from the sentences in what models change when they copy.
+# Named: keys differ from the sentences only by what models change when they copy (case, quotes, numbering ...).
 
 
 def _named_answers(text: str, sentences: Sequence[str]) -> list[list[str]]:
@@ -231,7 +232,7 @@ def _named_answers(text: str, sentences: Sequence[str]) -> list[list[str]]:
     if objects and not complete:
         joined = [entry for entries in objects for entry in entries]  # one answer cut into several objects
         for entry in joined:
-            _number(entry.value)  # `nan` or `xxx` is the better reason than the count
+            _number(entry.value)  # `nan` or `xxx` is a better reason than the count
         if len(joined) != len(sentences):
             raise Refused("wrong_count", f"{len(joined)} scores for {len(sentences)} sentences")
         complete = [joined]
@@ -299,7 +300,7 @@ class _Names:
             return answers[0]
         unnamed = [entry.key for entry, name in zip(entries, named, strict=True) if name.key is None]
         if any(_WHOLE.fullmatch(key.strip().lower()) for key in unnamed):
-            raise Refused("wrong_count", "a score of the whole stands in the place of a sentence's")
+            raise Refused("wrong_count", "a score of the whole rationale in the place of a sentence's")
         key = unnamed[0] if unnamed else Counter(entry.key for entry in named).most_common(1)[0][0]
         raise Refused("ambiguous", f"{key[:60]!r} names {'no' if unnamed else 'more than one'} sentence")
 
@@ -392,8 +393,16 @@ _VERDICT = re.compile(r"""["']?\bverdict\b["']?\s?:\s?["']?\s?(1|2|tie)\b(?!["']
 _WHY = re.compile(rf'"reason"\s?:\s?({STRING})', re.DOTALL)
 
 
-def parse_verdict(reply: str | bytes | None) -> tuple[str, str]:
-    """("1" | "2" | "tie", the reason given or "") from a judge's raw reply.
+@dataclass(frozen=True)
+class Verdict:
+    """A judge's comparison of two texts: which is better, "1", "2" or "tie", and the reason given or ""."""
+
+    better: str
+    reason: str
+
+
+def parse_verdict(reply: str | bytes | None) -> Verdict:
+    """The verdict in a judge's raw reply.
 
     Raises Refused, and nothing else, for any text or bytes: without a verdict, or with two that differ.
     """
@@ -404,4 +413,4 @@ def parse_verdict(reply: str | bytes | None) -> tuple[str, str]:
     if len(found) > 1:
         raise Refused("ambiguous", f"it holds the verdicts {' and '.join(sorted(found))}")
     why = _WHY.search(text)
-    return found.pop(), unescape(why[1][1:-1]) if why else ""
+    return Verdict(found.pop(), unescape(why[1][1:-1]) if why else "")

@@ -1,16 +1,12 @@
 """The offline reference Teacher: scores and corrects a rationale from the question's own gold texts.
 
-It stands in for Claude where there is no key (demo, tests, a first try). It knows nothing of the world and sees no
+It replaces Claude where there is no key (demo, tests, a first try). It knows nothing of the world and sees no
 image: it compares words with the gold solution, the lecture, the hint, the question and the choices. Deterministic;
-scores are steps of 0.1. A paraphrase, a right sentence in quite other words than gold's, gets less than it deserves.
+scores are steps of 0.1. A paraphrase, a right sentence in other words than gold's, gets less than it deserves.
 It is called by teacher/client.py: `python haiku.py --teacher reference`.
 
-How two sentences are compared (`support`, 0-1): the mean of three F1 - over content words, over all words in order
-(longest common subsequence), over pairs of neighbouring words - after light stemming; a choice counts as one word, and
-`(B)`, `option B` and the text of choice B are the same word. Times 0.3 if one is negated and the other is not; times
-0.55 if a number, name, colour, choice or word of opposition (left/right, more/less ...) of gold's gave place to
-another of its kind; times 0.8 if one was added. A support of 0.9 or more scores 1.0, and the score falls
-in a line to 0 at 0.25. (The word lists and the comparison are in teacher/text_similarity.py.)
+How two sentences are compared (`similarity`, 0-1) is in teacher/text_similarity.py. A similarity of 0.9 or more scores
+1.0, and the score falls linearly to 0 at 0.25.
 
 A sentence is judged in this order, and the first rule that applies decides:
  1. repeat: says word for word what an earlier sentence said: 0.0.
@@ -19,11 +15,11 @@ A sentence is judged in this order, and the first rule that applies decides:
  3. contradiction: asserts another choice as the answer, denies the gold choice, names several choices as the answer,
     puts another choice where a gold sentence has the gold one, or calls something the answer that shares no word with
     the gold choice, the solution or the question ("So, the answer is Augusta.", where that is no choice): 0.0.
- 4. unfinished or garbled (breaks off, stutters, bare name of a choice): whatever follows, at most 0.3.
+ 4. unfinished or garbled (breaks off, stutters, bare name of a choice): at most 0.3, whichever rule follows.
  5. opening ("Let's look at ...", "To find out which ..., we need to ..."): 0.5, if most of its words are from the
     question's material.
  6. the best of:
-    - supported by a gold sentence: the score of the support; at most 0.5 if an earlier sentence already said that
+    - like a gold sentence: the score of the similarity; at most 0.5 if an earlier sentence already said that
       gold sentence;
     - conclusion: asserts the gold choice as the answer and says no more than that: 0.7 (1.0 without a gold solution);
     - elimination: denies a wrong choice, in words of the material: 0.5;
@@ -43,6 +39,7 @@ from typing import Any
 
 from ares.cli import progress
 from ares.sentences import is_finished, split_text
+from teacher.parsing import Verdict
 from teacher.text_similarity import (
     ANSWER_WORDS,
     Sentence,
@@ -52,7 +49,7 @@ from teacher.text_similarity import (
     option_patterns,
     score_of,
     share,
-    support,
+    similarity,
 )
 
 VERSION = "reference-2"  # raise it with every change that can change a score
@@ -70,73 +67,75 @@ _OPENING = re.compile(
 )
 
 _IS_ANSWER = re.compile(r"\banswer (?:is|must be|would be)\b|\bis the (?:correct |right |best )?answer\b", re.I)
-_SETTING_OUT = Counter(dict.fromkeys("think look see start begin go work find solv step first about care".split(), 9))
+_OPENING_WORDS = Counter(
+    dict.fromkeys("think look see start begin go work find solv step first about care".split(), 9)
+)
 
 
 def score_sentences(problem: Mapping[str, Any], sentences: Sequence[str]) -> list[float]:
     """One score per sentence, in order, 0.0-1.0 in steps of 0.1."""
-    return [verdict.score for verdict in judge(problem, sentences)]
+    return [judgement.score for judgement in judge(problem, sentences)]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """What was found about one sentence: the score, the rule that gave it, and the gold sentence that it says."""
 
     score: float
     kind: str  # repeat, contradiction, gold, opening, conclusion, elimination, neutral
     gold: int | None = None  # index among the gold sentences, where the sentence says one
-    finished: bool = True
 
 
-def judge(problem: Mapping[str, Any], sentences: Sequence[str]) -> list[Verdict]:
+def judge(problem: Mapping[str, Any], sentences: Sequence[str]) -> list[Judgement]:
     """Score the sentences of one rationale in order and say why (the rules: module docstring)."""
     material = _Material(problem)
     seen: set[tuple[str, ...]] = set()
     used: set[int] = set()
-    verdicts = []
+    judgements = []
     for text in sentences:
         sentence = Sentence(text, material.options)
-        verdict = Verdict(0.0, "repeat") if sentence.tokens in seen else _judge_one(sentence, material, used)
-        if verdict.gold in material.conclusions and used.isdisjoint(material.reasons) and material.reasons:
-            verdict = replace(verdict, score=min(verdict.score, NO_REASON))
-        if verdict.gold is not None and verdict.score >= COVERED:
-            used.add(verdict.gold)
+        judgement = Judgement(0.0, "repeat") if sentence.tokens in seen else _judge_one(sentence, material, used)
+        if judgement.gold in material.conclusions and used.isdisjoint(material.reasons) and material.reasons:
+            judgement = replace(judgement, score=min(judgement.score, NO_REASON))
+        if judgement.gold is not None and judgement.score >= COVERED:
+            used.add(judgement.gold)
         seen.add(sentence.tokens)
-        verdicts.append(verdict)
-    return verdicts
+        judgements.append(judgement)
+    return judgements
 
 
 def gold_coverage(problem: Mapping[str, Any], rationale: str) -> float:
-    """Share of the gold sentences that some sentence of the rationale says (support that scores 0.7 or more)."""
+    """Share of the gold sentences that some sentence of the rationale says (a similarity that scores 0.7 or more)."""
     material = _Material(problem)
     said = [Sentence(text, material.options) for text in split_text(rationale)]
     covered = [
-        any(sentence.tokens == gold.tokens or score_of(support(sentence, gold)) >= COVERED for sentence in said)
+        any(sentence.tokens == gold.tokens or score_of(similarity(sentence, gold)) >= COVERED for sentence in said)
         for gold in material.gold
     ]
     return sum(covered) / len(covered)
 
 
-def compare(problem: Mapping[str, Any], first: str, second: str) -> tuple[str, str]:
-    """("1" | "2" | "tie", why): which rationale is worth more, half its mean sentence score, half its gold coverage.
+def compare(problem: Mapping[str, Any], first: str, second: str) -> Verdict:
+    """Which rationale is worth more: half its mean sentence score plus half its gold coverage.
 
-    Within 0.05 it is a tie: less than one sentence of a usual rationale makes up.
+    A difference below 0.05, less than one sentence of a usual rationale, is a tie.
     """
     worths = []
     for text in (first, second):
         scores = score_sentences(problem, split_text(text))
         worths.append((sum(scores) / len(scores) if scores else 0.0, gold_coverage(problem, text)))
     ours, theirs = (sum(worth) / 2 for worth in worths)
-    verdict = "tie" if abs(ours - theirs) < 0.05 else "1" if ours > theirs else "2"
+    better = "tie" if abs(ours - theirs) < 0.05 else "1" if ours > theirs else "2"
     (score_1, covered_1), (score_2, covered_2) = worths
-    return verdict, (
+    return Verdict(
+        better,
         f"mean sentence score {score_1:.2f} and {score_2:.2f}, "
-        f"gold sentences covered {covered_1:.0%} and {covered_2:.0%}"
+        f"gold sentences covered {covered_1:.0%} and {covered_2:.0%}",
     )
 
 
 def names_only_gold_option(problem: Mapping[str, Any], rationale: str) -> bool:
-    """Whether the rationale names the gold choice and, besides words of the question, says nothing else.
+    """Whether the rationale names the gold choice and nothing else but words of the question.
 
     A sentence that is one of gold's reasons is something else, even if it consists of the question's words ("The
     capital of Texas is Austin.").
@@ -148,50 +147,50 @@ def names_only_gold_option(problem: Mapping[str, Any], rationale: str) -> bool:
     named = set().union(*(sentence.options for sentence in said))
     if named != {material.answer} or not words <= material.frame | {f"<{material.answer}>"}:
         return False
-    return not any(verdict.gold in material.reasons and verdict.score >= COVERED for verdict in judge(problem, texts))
+    return not any(each.gold in material.reasons and each.score >= COVERED for each in judge(problem, texts))
 
 
 # -- one sentence ----------------------------------------------------------------------------------------
 
 
-def _judge_one(sentence: Sentence, material: _Material, used: set[int]) -> Verdict:
+def _judge_one(sentence: Sentence, material: _Material, used: set[int]) -> Judgement:
     opening = _OPENING.match(sentence.text) if not sentence.options else None
     for index, gold in enumerate(material.gold):
         if sentence.tokens == gold.tokens and index not in used:
             if sentence.content and not opening:
-                return Verdict(1.0, "gold", index)
-            return Verdict(0.5, "opening" if opening else "neutral", index)
+                return Judgement(1.0, "gold", index)
+            return Judgement(0.5, "opening" if opening else "neutral", index)
     if not sentence.content:
-        return Verdict(0.2 if sentence.tokens else 0.0, "neutral", finished=sentence.finished)
+        return Judgement(0.2 if sentence.tokens else 0.0, "neutral")
     if _contradicts(sentence, material):
-        return Verdict(0.0, "contradiction", finished=sentence.finished)
+        return Judgement(0.0, "contradiction")
 
     limit = 0.3 if _is_broken(sentence, material) else 1.0
     known = share(sentence.content, material.words)
     if opening:
-        rest = Sentence(sentence.text[opening.end() :], material.options).content - _SETTING_OUT
+        rest = Sentence(sentence.text[opening.end() :], material.options).content - _OPENING_WORDS
         on_topic = not rest or share(rest, material.words) >= 0.6
-        return Verdict(min(limit, 0.5 if on_topic else 0.3), "opening", finished=sentence.finished)
+        return Judgement(min(limit, 0.5 if on_topic else 0.3), "opening")
 
-    candidates = [Verdict(0.0, "neutral")]
+    candidates = [Judgement(0.0, "neutral")]
     for index, gold in enumerate(material.gold):
-        score = score_of(support(sentence, gold))
-        candidates.append(Verdict(min(score, 0.5) if index in used else score, "gold", index))
+        score = score_of(similarity(sentence, gold))
+        candidates.append(Judgement(min(score, 0.5) if index in used else score, "gold", index))
     if material.only_concludes(sentence):
-        candidates.append(Verdict(NO_REASON if material.has_solution else 1.0, "conclusion"))
+        candidates.append(Judgement(NO_REASON if material.has_solution else 1.0, "conclusion"))
     if sentence.negated and sentence.options and material.answer not in sentence.options and known >= 0.6:
-        candidates.append(Verdict(0.5, "elimination"))
+        candidates.append(Judgement(0.5, "elimination"))
     if len(sentence.content) > 1:
         restated = max((containment(sentence, other) for other in material.neutral), default=0.0)
-        candidates.append(Verdict(min(0.5, score_of(restated)), "neutral"))
-    best = max(candidates, key=lambda verdict: verdict.score)
-    return Verdict(min(limit, best.score), best.kind, best.gold, sentence.finished)
+        candidates.append(Judgement(min(0.5, score_of(restated)), "neutral"))
+    best = max(candidates, key=lambda judgement: judgement.score)
+    return Judgement(min(limit, best.score), best.kind, best.gold)
 
 
 def _contradicts(sentence: Sentence, material: _Material) -> bool:
     """Whether the sentence asserts something about the choices that the gold answer rules out."""
     wrong = sentence.options - {material.answer}
-    if wrong and any(wrong <= gold.options and support(sentence, gold) >= 0.8 for gold in material.gold):
+    if wrong and any(wrong <= gold.options and similarity(sentence, gold) >= 0.8 for gold in material.gold):
         return False  # gold itself says so
     moved = wrong and material.answer not in sentence.options  # stands where a gold sentence names the gold choice
     if moved and any(
@@ -203,7 +202,7 @@ def _contradicts(sentence: Sentence, material: _Material) -> bool:
         return True
     if sentence.negated:
         denied = sentence.options == {material.answer} and sentence.concludes
-        return denied and not any(gold.negated and support(sentence, gold) >= 0.6 for gold in material.gold)
+        return denied and not any(gold.negated and similarity(sentence, gold) >= 0.6 for gold in material.gold)
     if not wrong:
         return not sentence.options and _names_no_choice(sentence, material)
     return sentence.concludes or not sentence.content.keys() - {f"<{option}>" for option in sentence.options}
@@ -283,24 +282,23 @@ def conclusion(problem: Mapping[str, Any]) -> str:
 def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
     """The corrected rationale, one line.
 
-    Right, neutral and opening sentences stay as they are; exact repeats go; an unfinished or wrong sentence gives
-    place to the unused gold sentence nearest to it (if all are said already, to nothing); where the gold answer is
-    not said in the end, the gold sentence that says it, or `The answer is (X).`, is added.
+    Keeps right, neutral and opening sentences; removes exact repeats; replaces an unfinished or wrong sentence by the
+    unused gold sentence nearest to it (removes it if all are said already); if nothing says the gold answer, adds the
+    gold sentence that does, or `The answer is (X).`.
     """
     material = _Material(problem)
     sentences = split_text(rationale)
-    verdicts = judge(problem, sentences)
-    kept = [verdict.score >= 0.5 and verdict.finished for verdict in verdicts]
-    used = {verdict.gold for verdict, keep in zip(verdicts, kept, strict=True) if keep}
+    judgements = judge(problem, sentences)
+    used = {judgement.gold for judgement in judgements if judgement.score >= 0.5}
     final = []
-    for text, verdict, keep in zip(sentences, verdicts, kept, strict=True):
-        if keep:
+    for text, judgement in zip(sentences, judgements, strict=True):
+        if judgement.score >= 0.5:
             final.append(text)
-        elif verdict.kind != "repeat":
+        elif judgement.kind != "repeat":
             unused = [index for index in range(len(material.gold)) if index not in used]
             if unused:
                 sentence = Sentence(text, material.options)
-                nearest = max(unused, key=lambda index: support(sentence, material.gold[index]))
+                nearest = max(unused, key=lambda index: similarity(sentence, material.gold[index]))
                 used.add(nearest)
                 final.append(material.gold_texts[nearest])
     concluding = material.concluding()
@@ -351,7 +349,7 @@ def rationale_figures(
 
     `score`: mean over all sentences of all rationales, 0-1 (`scores`, per rationale; None: the reference Teacher's);
     `repeated`: share of sentences that appeared before in their rationale; `unfinished`: share of rationales whose
-    last sentence does not end; `words`: per rationale; `covered`: mean share of gold sentences a rationale supports;
+    last sentence does not end; `words`: per rationale; `covered`: mean share of gold sentences that a rationale says;
     `only_option`: share of rationales that name the gold option and say nothing else.
     """
     stats = rationale_stats(preds)

@@ -1,7 +1,7 @@
-"""The items of one questions folder: which are answered, which requests are open, and how a reply is saved.
+"""The items of one questions folder: which have a reply, which requests are open, and how a reply is saved.
 
-A reply is on disk (teacher/reply_files.py) before the next thing happens, then in the cache. So a killed run loses the
-requests in flight, and the same command goes on with the rest. live.py and batches.py send the requests.
+A reply is written to disk first (teacher/reply_files.py), then to the cache. A killed run loses only the requests in
+flight; the same command continues with the rest. live.py and batches.py send the requests.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from typing import Any
 from ares import cli, files
 from ares.data_folder import question_images
 from teacher import handoff
-from teacher.groups import Groups
-from teacher.handoff import Item, Refused
+from teacher.budget import PRICES_DATE
+from teacher.handoff import Item, Refused, request_text
 from teacher.interface import CORRECT, JUDGE, SCORE, Reply, Request, Teacher, Wording, custom_id, same_model
-from teacher.prices import PRICES_DATE
 from teacher.reply_cache import ReplyCache
 from teacher.reply_files import is_answered, read_sidecar, reading, set_cut_reply_aside, write_reply
-from teacher.requests import request_text
 
 PREPARE = {
     SCORE: "bash preprocessing_after_RL/processing_sentence_level_feedback.sh --questions_dir",
     CORRECT: "python preprocessing_for_correction_feedback.py --correction_dir",
     JUDGE: "python tools/win_rate.py ... --output",
 }
-NOTHING_TO_ASK = frozenset(("no_rationale", "no_sentences"))  # no Teacher can answer: RL drops them in any case
+NOTHING_TO_ASK = frozenset(("no_rationale", "no_sentences"))  # no Teacher can score these; RL drops them
 CUT_SHORT = ("max_tokens", "refusal", "model_context_window_exceeded")
 UNKNOWN = "unknown origin"  # a reply without reply.json: of the released code, or copied in by hand
 OURS = "teacher"  # {questions_dir}/teacher/: lock, spend log, batch records
+IMAGE_NAME = re.compile(r"image\.png|choice_\d+\.png")
+SIDECAR_FIELDS = tuple(each.name for each in dataclasses.fields(Reply) if each.name != "text")
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Report:
     first: dict[str, tuple[Item, str]] = field(default_factory=dict)  # reason -> first item and what was said
 
     def blocking(self) -> dict[Item, str]:
-        """The unusable ones that asking again might mend."""
+        """The unusable ones for which another request may help."""
         return {item: reason for item, reason in self.unusable.items() if reason not in NOTHING_TO_ASK}
 
     def add(self, reply: Reply) -> None:
@@ -89,12 +89,16 @@ class Report:
 
     def examples(self) -> str:
         """`; first api_400: question 12: what the API said`, for each reason that came with a sentence."""
-        told = ((reason, item, said) for reason, (item, said) in self.first.items() if said)
-        return "".join(f"; first {reason}: question {item.qid}: {said[:300]}" for reason, item, said in told)
+        first = ((reason, item, said) for reason, (item, said) in self.first.items() if said)
+        return "".join(f"; first {reason}: question {item.qid}: {said[:300]}" for reason, item, said in first)
 
 
 class Session:
-    """Items grouped by identical request; a group is one reply to come (teacher/groups.py).
+    """Groups items by identical request (`Teacher.key`): a request is sent once, its reply is copied to all its items.
+
+    `open`: key -> items that have no reply yet; the reply is written beside the first one. `answered`: key -> an item
+    that has the reply. Items that are added later join an open request or get a copy of an answered one's reply; a
+    request that was given up is asked anew for items that are added later.
 
     Args:
         kind: SCORE, CORRECT or JUDGE.
@@ -102,7 +106,7 @@ class Session:
         images_dir: where to look for images when the item's own folder holds none.
         attempts: requests per distinct rationale until a reply can be read; the last one stays beside the reason.
         keep_replies: accept usable replies that another Teacher or model wrote (else `add` refuses them).
-        action_settled: called as soon as no item of an action is waiting any more.
+        action_settled: called when no item of an action is waiting any more.
     """
 
     def __init__(
@@ -122,28 +126,27 @@ class Session:
         self.root = Path(root)
         self.teacher, self.kind, self.wording = teacher, kind, wording
         self.problems, self.images_dir = problems or {}, images_dir
-        self.attempts = attempts if teacher.name == "claude" else 1  # the reference would say the same again
+        self.attempts = 1 if teacher.name == "reference" else attempts  # it would say the same again
         self.cache = cache or ReplyCache(None)
         self.keep_replies = keep_replies
         self.action_settled = action_settled or (lambda action, report: None)
         self.report = Report()
-        self.groups = Groups()
+        self.open: dict[str, list[Item]] = {}
+        self.answered: dict[str, Item] = {}
         self.waiting: Counter[int] = Counter()  # action -> items without a reply
-        self._cached: set[int] = set()  # groups whose reply is in the cache
-        self._author: dict[int, str] = {}  # group -> who wrote its reply
 
-    # -- what is open ----------------------------------------------------------------------------------------
+    # -- which requests are open -----------------------------------------------------------------------------
 
     def add(self, items: Sequence[Item], serve: bool = True) -> None:
-        """Tell answered from open items, and group the open ones.
+        """Sort items into answered and open ones.
 
         With `serve`, replies that are known already (`known`) are saved at once. Raises UserError if an item has no
         request, or if another Teacher wrote usable replies, unless `keep_replies`.
         """
         self.report.total += len(items)
-        unprepared, missing = 0, None
         settled: Counter[int] = Counter()
-        others: Counter[str] = Counter()
+        unprepared: list[Item] = []
+        others: Counter[str] = Counter()  # who wrote replies that are not this Teacher's
         foreign = None
         for item in cli.progress(items, desc="reading", unit="rationale"):
             self.waiting[item.action] += 1
@@ -154,30 +157,24 @@ class Session:
                 settled[item.action] += 1
                 continue
             if request is None:
-                unprepared, missing = unprepared + 1, missing or item
-                continue
-            answered = is_answered(self.kind, item.folder)
-            if answered:
+                unprepared.append(item)
+            elif is_answered(self.kind, item.folder):
+                self.report.kept += 1
+                settled[item.action] += 1
                 author, ours = self._written_by(item.folder)
                 self.report.written_by[author] += 1
-                if not ours:  # no reply of this Teacher, so none to copy either
+                if ours:
+                    self.answered.setdefault(self.teacher.key(request), item)
+                else:
                     others[author] += 1
                     foreign = foreign or item
-                    self.report.kept += 1
-                    settled[item.action] += 1
-                    continue
-            key = self.teacher.key(request)
-            group = self.groups.add(item, key, answered)
-            if not answered:
+            else:
                 self.report.text_only += _lacks_image(request)
-                if self.cache.has(key):
-                    self._cached.add(group)
-            self.report.kept += answered
-            settled[item.action] += answered
-        if missing is not None:
+                self.open.setdefault(self.teacher.key(request), []).append(item)
+        if unprepared:
             raise cli.UserError(
-                f"{unprepared} of {len(items)} rationales have no {handoff.REQUEST} that fits them (first: "
-                f"{missing.folder}); run `{PREPARE[self.kind]} {self.root}` first"
+                f"{len(unprepared)} of {len(items)} rationales have no {handoff.REQUEST} that fits them (first: "
+                f"{unprepared[0].folder}); run `{PREPARE[self.kind]} {self.root}` first"
             )
         if others and not self.keep_replies:
             who = ", ".join(f"{name} ({count} of {len(items)})" for name, count in others.most_common())
@@ -217,7 +214,7 @@ class Session:
 
     def images(self, item: Item) -> list[Path]:
         """Image files beside the request, else those of --images. Raises UserError for a link that leads out."""
-        names = [name for name in os.listdir(item.folder) if _IMAGE_NAME.fullmatch(name)]
+        names = [name for name in os.listdir(item.folder) if IMAGE_NAME.fullmatch(name)]
         for name in names:
             path = item.folder / name
             files.refuse_links(path, self.root)
@@ -237,69 +234,62 @@ class Session:
         asked = about.get("asked_model") == self.teacher.model  # a gateway may answer under another name
         return f"{name} {model}", name == self.teacher.name and (asked or same_model(model, self.teacher.model))
 
-    def known(self, group: int) -> bool:
-        """Whether a reply lies in the folder or in the cache: nothing to pay."""
-        return self.groups.is_answered(group) or group in self._cached
+    def known(self, key: str) -> bool:
+        """Whether the reply to an open request is in the folder or in the cache."""
+        return key in self.answered or self.cache.get(key) is not None
 
     def _serve_known(self) -> None:
-        """Groups whose reply is in the folder or in the cache already."""
-        for group in self.groups:
-            if self.groups.is_answered(group):
-                copies = self.groups.waiting(group)
-                self._copy(self.groups.items[group], copies)
-                self._author[group] = self._written_by(self.groups.items[group].folder)[0]
-                self.report.copied += len(copies)
-                self.finish(group, None)
-        cached = [group for group in sorted(self._cached) if group in self.groups]
+        """Answer open requests by replies from the folder and from the cache."""
+        known = [key for key in self.open if self.known(key)]
         with ThreadPoolExecutor(8) as pool:  # the flushes to disk overlap
-            for group, served in pool.map(self._from_cache, cached):
-                if served:
-                    self.report.cached += 1
-                    self.report.copied += served - 1
-                    self.finish(group, None)
-        self._cached.clear()
+            for key, author in zip(known, pool.map(self._serve, known), strict=True):
+                if author is None:
+                    continue
+                from_folder = key in self.answered
+                self.finish(key, author)
+                self.report.copied += from_folder
+                self.report.cached += not from_folder
 
-    def _from_cache(self, group: int) -> tuple[int, int]:
-        """(group, items that got the reply of an earlier run)."""
-        key = self.teacher.key(self.start(group)[0])
+    def _serve(self, key: str) -> str | None:
+        """Write a known reply to a request's items. Returns who wrote it, None if it can no longer be used."""
+        first, *copies = self.open[key]
+        if key in self.answered:
+            source = self.answered[key]
+            self._copy(source, [first, *copies])
+            return self._written_by(source.folder)[0]
         entry = self.cache.get(key)
-        if entry is None:
-            return group, 0
-        first, *copies = self.groups.waiting(group)
-        text = entry.pop("text")
+        text = entry.pop("text") if entry else ""
         read = reading(self.kind, text, handoff.read_rationale(first.folder))
         if isinstance(read, Refused):  # the rules of reading have changed since
-            return group, 0
-        entry.pop("key")
-        self._author[group] = f"{entry.get('teacher')} {entry.get('model')}" if "teacher" in entry else UNKNOWN
+            return None
         write_reply(first.folder, text, entry | {"from_cache": key[:16], "cost_usd": 0.0}, read)
         self._copy(first, copies)
-        return group, 1 + len(copies)
+        return f"{entry['teacher']} {entry.get('model')}" if "teacher" in entry else UNKNOWN
 
     # -- replies ---------------------------------------------------------------------------------------------
 
-    def start(self, group: int) -> tuple[Request, dict[str, Any]]:
-        """The request of a group, and what its sidecar says besides the reply."""
-        request = self.request(self.groups.items[group])
+    def prepare(self, key: str) -> tuple[Request, dict[str, Any]]:
+        """An open request, and what reply.json says besides the reply."""
+        request = self.request(self.open[key][0])
         sidecar = {"prompt_version": self.wording.version, "images": [path.name for path in request.images]}
         if _lacks_image(request):
             sidecar["text_only"] = "the question names an image that was not found"
         return request, sidecar
 
     def ask_again(self, request: Request, refused: Refused) -> Request:
-        """The request with the reason told to the model, and more room if it ran out."""
+        """The request with the reason added for the model, and more room for the reply if it was cut off."""
         more = 2 if refused.reason == "max_tokens" else 1
         return dataclasses.replace(
             request, again=self.wording.again.format(reason=refused), room=min(8, request.room * more)
         )
 
-    def lay_down(self, group: int, request: Request, reply: Reply, sidecar: Mapping[str, Any]) -> Refused | None:
-        """Write the reply beside the group's first item and read it; the others get copies. Returns why it is useless.
+    def save_reply(self, key: str, request: Request, reply: Reply, sidecar: Mapping[str, Any]) -> Refused | None:
+        """Write the reply beside the request's first item, copies beside the others. Returns why it cannot be used.
 
-        Safe in a thread, so that the flushes to disk of several replies overlap.
+        Runs in a thread, so that the flushes to disk of several replies overlap.
         """
-        first, *copies = self.groups.waiting(group)
-        about = {name: getattr(reply, name) for name in _SIDECAR_FIELDS}
+        first, *copies = self.open[key]
+        about = {name: getattr(reply, name) for name in SIDECAR_FIELDS}
         about |= {
             "asked_model": self.teacher.model,
             "prices": PRICES_DATE,
@@ -313,50 +303,47 @@ class Session:
         write_reply(first.folder, reply.text, about, read)
         if isinstance(read, Refused):
             return Refused(reply.stop_reason, str(read)) if reply.stop_reason in CUT_SHORT else read
-        self._author[group] = f"{reply.teacher} {reply.model}"
-        self.cache.put(self.teacher.key(request), reply.text, about)
+        self.cache.put(key, reply.text, about)
         self._copy(first, copies)
         return None
 
-    def finish(self, group: int, reason: str | None, said: str = "") -> None:
-        """A group is answered (reason None) or given up.
-
-        `said`: the API's sentence, or what is wrong with the reply, without the key; saved to `refused.txt`.
-        """
-        items = self.groups.waiting(group)
-        self.groups.close(group, answered=reason is None)
-        if reason is None:
-            self.report.answered += len(items)
-            self.report.written_by[self._author.pop(group, UNKNOWN)] += len(items)
-        else:
-            self.report.unusable |= dict.fromkeys(items, reason)
-            self.report.first.setdefault(reason, (items[0], said))
-            for item in items:
-                files.write_text(
-                    item.folder / handoff.REASON, f"{reason}: {said}\n" if said else f"{reason}\n", flush=False
-                )
+    def finish(self, key: str, author: str) -> None:
+        """All items of a request have their reply, by `author`: Teacher and model."""
+        items = self.open.pop(key)
+        self.answered.setdefault(key, items[0])
+        self.report.answered += len(items)
+        self.report.copied += len(items) - 1
+        self.report.written_by[author] += len(items)
         for item in items:
             self._settle(item.action)
 
+    def give_up(self, key: str, reason: str, said: str = "") -> None:
+        """No usable reply came to a request.
+
+        `said`: the API's sentence, or what is wrong with the reply, without the key; saved to `refused.txt`.
+        """
+        items = self.open.pop(key)
+        self.report.unusable |= dict.fromkeys(items, reason)
+        self.report.first.setdefault(reason, (items[0], said))
+        text = f"{reason}: {said}\n" if said else f"{reason}\n"
+        for item in items:
+            files.write_text(item.folder / handoff.REASON, text, flush=False)
+            self._settle(item.action)
+
     def _copy(self, source: Item, targets: Sequence[Item]) -> None:
-        """Give identical rationales the reply that is there."""
+        """Give the items the reply of an identical request."""
         if not targets:
             return
         reply = files.read_shared(source.folder / handoff.REPLY).decode("utf-8", errors="replace")
         sidecar = read_sidecar(source.folder)
         sidecar |= {"copied_from": f"{source.action}/p{source.rank}/{source.qid}", "cost_usd": 0.0}
         for item in targets:
-            read = reading(self.kind, reply, handoff.read_rationale(item.folder))
-            write_reply(item.folder, reply, sidecar, read)
+            write_reply(item.folder, reply, sidecar, reading(self.kind, reply, handoff.read_rationale(item.folder)))
 
     def _settle(self, action: int, count: int = 1) -> None:
         self.waiting[action] -= count
         if not self.waiting[action]:
             self.action_settled(action, self.report)
-
-
-_IMAGE_NAME = re.compile(r"image\.png|choice_\d+\.png")
-_SIDECAR_FIELDS = tuple(each.name for each in dataclasses.fields(Reply) if each.name != "text")
 
 
 def _lacks_image(request: Request) -> bool:

@@ -1,6 +1,15 @@
-"""How the reference Teacher reads and compares sentences: word lists, stemming, choices as words, support.
+"""How the reference Teacher reads and compares sentences: word lists, stemming, choices as words, `similarity`.
 
-Standard library only; the rules built on it are in teacher/reference.py, whose docstring defines `support`.
+The similarity of a sentence to a gold one (0-1) is the mean of three F1 after light stemming - of content words, of
+all words in order (longest common subsequence), of pairs of neighbouring words - times a penalty:
+
+- 0.3 if one of the two is negated and the other is not;
+- 0.55 if a number, name, colour, choice or word of opposition (left/right, more/less ...) replaces another of its
+  kind;
+- 0.8 if one was added.
+
+A choice counts as one word, and `(B)`, `option B` and the text of choice B are the same word. Standard library only;
+the rules built on it are in teacher/reference.py.
 """
 
 from __future__ import annotations
@@ -29,41 +38,15 @@ _NUMBER_WORDS = {
     )
 }
 _COLOURS = "red blue green yellow orange purple black white brown pink gray grey violet cyan magenta".split()
-# words that turn a statement round when one takes the place of another
+# words that reverse a statement when one replaces another
 _OPPOSITES = (
-    "north south east west",
-    "left right",
-    "more less fewer",
-    "most least fewest",
-    "higher lower",
-    "high low",
-    "larger smaller bigger",
-    "largest smallest biggest",
-    "large small big",
-    "hot cold warm cool",
-    "hotter colder warmer cooler",
-    "faster slower",
-    "fast slow",
-    "before after",
-    "above below under",
-    "increase decrease",
-    "attract repel",
-    "push pull",
-    "stronger weaker",
-    "strong weak",
-    "nearer farther closer",
-    "near far",
-    "heavier lighter",
-    "heavy light",
-    "longer shorter",
-    "long short",
-    "up down",
-    "top bottom",
-    "same different",
-    "always sometimes",
-    "first second third last",
-    "inside outside",
-)
+    "north south east west / left right / more less fewer / most least fewest / higher lower / high low / "
+    "larger smaller bigger / largest smallest biggest / large small big / hot cold warm cool / "
+    "hotter colder warmer cooler / faster slower / fast slow / before after / above below under / "
+    "increase decrease / attract repel / push pull / stronger weaker / strong weak / nearer farther closer / "
+    "near far / heavier lighter / heavy light / longer shorter / long short / up down / top bottom / "
+    "same different / always sometimes / first second third last / inside outside"
+).split(" / ")
 ANSWER_WORDS = frozenset("answer option choic correct right".split())  # as stemmed
 _THEREFORE = re.compile(r"^(?:so|therefore|thus|hence|then|this means)\b", re.I)
 
@@ -87,7 +70,7 @@ class Sentence:
         )
         self.content = Counter(token for token in self.tokens if token not in _STOP and token not in _NEGATION)
         self.pairs = Counter(zip(self.tokens, self.tokens[1:], strict=False))
-        self.frame = tuple("<>" if token[0] == "<" else token for token in self.tokens)  # the choices left open
+        self.frame = tuple("<>" if token[0] == "<" else token for token in self.tokens)  # any choice
         self.choices = [token for token in self.tokens if token[0] == "<"]
         self.options = {int(token[1:-1]) for token in self.choices}
         self.negated = any(token in _NEGATION for token in self.tokens)
@@ -173,8 +156,8 @@ _KEY_KIND = {word: "colour" for word in _COLOURS} | {
 # -- comparing sentences ---------------------------------------------------------------------------------
 
 
-def support(sentence: Sentence, gold: Sentence) -> float:
-    """How far `sentence` says what `gold` says, 0-1 (module docstring)."""
+def similarity(sentence: Sentence, gold: Sentence) -> float:
+    """How far `sentence` says what `gold` says, 0-1 (see the module docstring)."""
     shared = (sentence.content & gold.content).total()
     if shared == 0:
         return 0.0
@@ -185,7 +168,7 @@ def support(sentence: Sentence, gold: Sentence) -> float:
 
 
 def containment(sentence: Sentence, other: Sentence) -> float:
-    """Like `support`, but precision alone: a part of a long hint is as true as the whole."""
+    """Like `similarity`, but precision alone: a part of a long hint is as true as the whole."""
     bag = share(sentence.content, other.content)
     if bag == 0.0:
         return 0.0
@@ -208,9 +191,9 @@ def _penalty(sentence: Sentence, gold: Sentence) -> float:
     return 0.8 if added else 1.0
 
 
-def score_of(support_value: float) -> float:
-    """A support as a score: 0.9 and more is 1.0, 0.25 and less is 0.0, steps of 0.1."""
-    return round(min(1.0, max(0.0, (support_value - 0.25) / 0.65)), 1)
+def score_of(value: float) -> float:
+    """A similarity as a score: 0.9 and more is 1.0, 0.25 and less is 0.0, linear between, in steps of 0.1."""
+    return round(min(1.0, max(0.0, (value - 0.25) / 0.65)), 1)
 
 
 def f1(shared: int, mine: int, theirs: int) -> float:

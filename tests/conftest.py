@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("ARES_SHARED", ROOT.parent / "shared"))
 
 # OpenMP's threads spin while they wait: on two cores that several processes share, a second thread each makes the same
-# step seven times slower (measured), and tiny models gain nothing from it
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# step seven times slower (measured), tiny models gain nothing from it, and equal bits need equal thread counts
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

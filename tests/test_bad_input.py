@@ -7,6 +7,7 @@ Faults of single flags, files and fields are tested where they are checked (test
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -268,25 +269,19 @@ def test_output_that_cannot_be_written(script, extra, words, place):
 # -- as launched -----------------------------------------------------------------------------------------
 
 
-def test_status_and_line_of_real_launches(clean, tmp_path):
-    data = tmp_path / "data"
-    shutil.copytree(clean / "data", data)
-    problems = read(data / "scienceqa/problems.json")
+@pytest.mark.parametrize("script", ALL)
+def test_every_script_ends_in_one_line(script):
+    """Its entry point is `cli.run`, which turns a UserError into one line and status 2: see the launches below."""
+    assert re.search(r'\n\nif __name__ == "__main__":\n    (cli\.)?run\(main', Path(ALL[script].__file__).read_text())
+
+
+def test_status_and_line_of_a_real_launch(place):
+    problems = read(place / "data/scienceqa/problems.json")
     qid = list(problems)[5]
     problems[qid]["choices"] = []
-    write(data / "scienceqa/problems.json", problems)
-    spoilt = ["--data_root", data]
-
-    done = run_script("main.py", *flags("main", clean), *spoilt, check=False)
-    one_line_error(done, "main.py: error: --data_root", f"question {qid}", "0 choices")
-    done = run_script("haiku.py", *flags("haiku", clean), *spoilt, check=False)
+    write(place / "data/scienceqa/problems.json", problems)
+    done = run_script("haiku.py", *flags("haiku", place), check=False)
     one_line_error(done, "haiku.py: error: --data_root", f"question {qid}", "0 choices")
-    done = run_script("run_mm_cot_rl.py", *flags("rl", clean), "--base_model_dir", tmp_path / "gone", check=False)
-    one_line_error(done, "run_mm_cot_rl.py: error: --base_model_dir", str(tmp_path / "gone"))
-    write(tmp_path / "short.json", {"preds": ["One."]})
-    done = run_script("run_mm_cot_lora.py", *flags("lora", clean), "--eval_le", tmp_path / "short.json", check=False)
-    one_line_error(done, "run_mm_cot_lora.py: error: --eval_le", "1 rationales", "6 questions")
-    assert not list(clean.glob("model/mm_cot_lora*"))
 
 
 def test_two_processes_say_it_once(clean, tmp_path):

@@ -13,7 +13,7 @@ from ares import files
 from ares.cli import UserError
 from rl.metrics import Metrics
 from sft import run as sft_run
-from tests.rl.test_rl_trainer import make_trainer
+from tests.rl.rl_tools import make_trainer
 from tests.tools.report_tools import parts_of
 from tools import report
 
@@ -86,19 +86,19 @@ def checkpoints(tmp_path) -> list[Path]:
 ])  # fmt: skip
 def test_sft_goes_on_from_the_older_checkpoint(name, how, tmp_path, capsys):
     older, newer = checkpoints(tmp_path)
-    assert sft_run.newest_whole([older, newer]) == str(newer)
+    assert sft_run.newest_undamaged([older, newer]) == str(newer)
     spoil(newer / name, how)
-    assert sft_run.newest_whole([older, newer]) == str(older)
+    assert sft_run.newest_undamaged([older, newer]) == str(older)
     assert f"{newer / name}" in capsys.readouterr().err
     spoil(older / name, how)
-    with pytest.raises(UserError, match=f"--run_dir: {older / name} .*; no checkpoint is whole"):
-        sft_run.newest_whole([older, newer])
+    with pytest.raises(UserError, match=f"--run_dir: {older / name} .*; all checkpoints are damaged"):
+        sft_run.newest_undamaged([older, newer])
 
 
 def test_a_checkpoint_with_a_loss_that_is_no_number_is_whole(tmp_path):
     (folder, _) = checkpoints(tmp_path)
     (folder / "trainer_state.json").write_text('{"global_step": 2, "log_history": [{"loss": NaN}]}')
-    assert sft_run.newest_whole([folder]) == str(folder)
+    assert sft_run.newest_undamaged([folder]) == str(folder)
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])

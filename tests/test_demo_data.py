@@ -27,7 +27,7 @@ def demo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def problems(demo):
-    return ares_problems.load_problems(demo / "data", "scienceqa")
+    return ares_problems.read_data_folder(demo / "data").problems
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_same_seed_gives_the_same_bytes(demo, tmp_path):
 
 
 def test_splits(demo, problems):
-    splits = ares_problems.load_splits(demo / "data", "scienceqa", problems)
+    splits = ares_problems.read_data_folder(demo / "data").splits
     assert {name: len(splits[name]) for name in SIZES} == SIZES
     assert sorted(splits["train"] + splits["val"] + splits["test"], key=int) == [*problems]
     assert splits["trainval"] == splits["train"] + splits["val"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import json
@@ -22,7 +23,8 @@ import haiku_for_correction_feedback
 import preprocessing_for_correction_feedback
 from ares import cli, files
 from ares.cli import UserError
-from teacher import handoff
+from ares.launch import only_one
+from teacher import handoff, reply_files
 from tests.api_server import ApiServer
 from tests.conftest import ROOT
 from tests.disk import fill, small_disk
@@ -131,7 +133,7 @@ def _module(name: str):
 def _scores(questions: Path) -> None:
     for item in handoff.iter_items(questions):
         with contextlib.suppress(handoff.Refused):
-            handoff.read_scores(item.folder)
+            reply_files.read_scores(item.folder)
     assert handoff.is_done(questions, 0) in (True, False) and handoff.exported(questions) in (True, False)
 
 
@@ -168,6 +170,15 @@ def test_a_questions_folder_behind_a_link_is_fine(desk, api):
     assert (desk / "outside/real/0/p0" / QID / handoff.SCORES).read_text().split()
 
 
+def test_a_folder_whose_name_begins_like_the_root_is_outside(tmp_path):
+    for name in ("questions", "questions2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "questions/0").symlink_to(tmp_path / "questions2")
+    (tmp_path / "questions/1").symlink_to(tmp_path / "questions")
+    with pytest.raises(UserError, match="questions/0 is a link that leads out of"):
+        files.refuse_links(tmp_path / "questions/0", tmp_path / "questions")
+
+
 @pytest.mark.parametrize("root", [".", "./questions", "questions/", "../{name}/questions"])
 def test_links_are_found_however_the_folder_is_named(desk, root):
     root = root.format(name=desk.name)
@@ -187,7 +198,7 @@ TEXTS = {
     "deep": (b"[" * 200_000, "nested too deeply"),
     "deep and closed": (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
     "5000 digits": (b'{"a": ' + b"9" * 5000 + b"}", "of 5000 digits"),
-    "30 digits": (b'{"a": ' + b"9" * 30 + b"}", "of 30 digits"),
+    "20 digits": (b'{"a": ' + b"9" * 20 + b"}", "of 20 digits"),
     "1e999": (b'{"a": 1e999}', "holds the number 1e999"),
     "NaN": (b'{"a": NaN}', "holds NaN"),
     "-Infinity": (b'{"a": [-Infinity]}', "holds -Infinity"),
@@ -210,7 +221,14 @@ def test_damaged_json_is_one_line_that_names_flag_and_file(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"a": "\\ud83d\\ude00"}', '{"a": "\\\\ud83d"}', '\ufeff{"a": "b"}', '{"a": 1, "a": 2}']
+    "text",
+    [
+        '{"a": 9223372036854775807}',
+        '{"a": "\\ud83d\\ude00"}',
+        '{"a": "\\\\ud83d"}',
+        '\ufeff{"a": "b"}',
+        '{"a": 1, "a": 2}',
+    ],
 )
 def test_sound_json_is_read(text, tmp_path):
     (tmp_path / "x.json").write_text(text, encoding="utf-8")
@@ -331,6 +349,74 @@ def test_what_cannot_be_written_is_one_line(fault, write, disk):
     assert "\n" not in str(error.value) and str(path)[:140] in str(error.value)
 
 
+@pytest.mark.parametrize("way", ["bytes", "atomic_path", "atomic_dir"])
+def test_data_is_on_disk_before_the_file_gets_its_name(way, tmp_path, monkeypatch):
+    """Else a power failure leaves an empty file under that name."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def inode(file):
+        return os.fstat(file).st_ino if isinstance(file, int) else os.stat(file).st_ino
+
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(("fsync", inode(file))), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append(("replace", inode(a))), replace(a, b)))
+    if way == "bytes":
+        files.write_bytes(tmp_path / "x", b"data")
+    elif way == "atomic_path":
+        with files.atomic_path(tmp_path / "x") as file:
+            file.write_bytes(b"data")
+    else:
+        with files.atomic_dir(tmp_path / "x") as folder:
+            (folder / "y").write_bytes(b"data")
+    written = tmp_path / "x/y" if way == "atomic_dir" else tmp_path / "x"
+    assert done[0] == ("fsync", inode(written)) and done[1][0] == "replace"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_atomic_dir_replaces_a_folder_a_link_and_opens_files_to_the_group(tmp_path):
+    for number in range(3):
+        if number == 2:
+            shutil.move(tmp_path / "x", tmp_path / "y")
+            (tmp_path / "x").symlink_to(tmp_path / "y")
+        with files.atomic_dir(tmp_path / "x") as folder:
+            (folder / f"{number}").touch(mode=0o600)
+        assert [path.name for path in (tmp_path / "x").iterdir()] == [f"{number}"] and not (
+            tmp_path / "x"
+        ).is_symlink()
+        assert (tmp_path / f"x/{number}").stat().st_mode & 0o777 == 0o644
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "y"} and (tmp_path / "y/1").exists()
+    with pytest.raises(ZeroDivisionError), files.atomic_dir(tmp_path / "x") as folder:
+        (folder / "half").write_text(str(1 / 0))
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "y"} and (tmp_path / "x/2").exists()
+
+
+def test_a_placed_file_is_linked_or_copied_once(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(b"one")
+    files.place_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").samefile(tmp_path / "a")
+
+    def no_links(*_):
+        raise OSError(errno.EXDEV, "another disk")
+
+    monkeypatch.setattr(os, "link", no_links)
+    files.place_file(tmp_path / "a", tmp_path / "c")
+    inode = (tmp_path / "c").stat().st_ino
+    files.place_file(tmp_path / "a", tmp_path / "c")
+    assert (tmp_path / "c").stat().st_ino == inode != (tmp_path / "a").stat().st_ino, "not copied again"
+    for change in (b"two", b"three"):  # another time, then another size
+        (tmp_path / "c").write_bytes(change)
+        files.place_file(tmp_path / "a", tmp_path / "c")
+        assert (tmp_path / "c").read_bytes() == b"one"
+    with pytest.raises(UserError, match="no regular file"):
+        files.place_file(tmp_path, tmp_path / "d")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
+
+
+def test_names_of_255_bytes_are_the_longest():
+    assert files.short_name("é" * 127 + "x") == "é" * 127 + "x"
+    short = [files.short_name("é" * 127 + "xx" + end) for end in "ab"]
+    assert short[0] != short[1] and all(len(name.encode()) in (254, 255) for name in short)
+
+
 def test_a_line_that_the_disk_cut_is_ended_before_the_next(disk):
     log = files.Lines(disk / "log")
     log.add("first")
@@ -363,24 +449,91 @@ def test_the_scripts_own_end_turns_a_full_disk_into_one_line(disk, capsys):
         cli.run(defect)
 
 
+def test_the_next_start_removes_what_a_killed_process_left(tmp_path):
+    """Of this machine's dead processes only: not the files of one that runs, and no other file."""
+    code = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from ares import files\n"
+        f"os.chdir({str(tmp_path)!r})\nwith files.atomic_path('a') as file, files.atomic_dir('b') as folder:\n"
+        "    file.write_text('half'); (folder / 'part').write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    left = set(tmp_path.iterdir())
+    assert len(left) == 2
+    (tmp_path / ".tmp-notes").touch()
+    other_machine = tmp_path / f".tmp-{0:08x}-{max(left).name.split('-', 2)[2]}"
+    other_machine.touch()
+    with files.atomic_path(tmp_path / "c") as running:
+        running.touch()
+        files.writable_dir(tmp_path, "--x")
+        assert set(tmp_path.iterdir()) == {tmp_path / ".tmp-notes", other_machine, running}
+
+
 # -- one process at a time -----------------------------------------------------------------------------------
 
 
 def test_only_one_says_who_holds_the_lock_and_ends_with_the_process(tmp_path):
     lock = tmp_path / "run/lock"
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ares import files\n"
-    code += f"with files.only_one({str(lock)!r}, 'x'): print('held', flush=True); sys.stdin.read()"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ares.launch import only_one\n"
+    code += f"with only_one({str(lock)!r}, 'x'): print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     for _ in range(2):  # a refused one leaves the holder's name there
         with pytest.raises(UserError, match=f"--run_dir r: process {holder.pid} on .*since .*"):
-            with files.only_one(lock, "--run_dir r"):
+            with only_one(lock, "--run_dir r"):
                 pass
     holder.kill()
     holder.wait()
-    with files.only_one(lock, "--run_dir r"):
+    lock.write_text(lock.read_text() + " " * 99)  # text that is longer than ours
+    with only_one(lock, "--run_dir r"):
+        assert json.loads(lock.read_bytes())["pid"] == os.getpid() and not lock.read_text().endswith(" ")
         worker = multiprocessing.get_context("fork").Process(target=__import__("time").sleep, args=(30,))
         worker.start()  # inherits the file
-    with files.only_one(lock, "--run_dir r"):
+    with only_one(lock, "--run_dir r"):
         pass
     worker.kill()
+
+
+# -- ares/cli.py ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (UserError("--x: no"), 2, "error: --x: no"),
+        (cli.Stop("the budget is reached", 3), 3, "error: the budget is reached"),
+        (KeyboardInterrupt(), 130, "stopped (Ctrl-C): run it again"),
+        (KeyboardInterrupt("saved"), 130, "stopped (Ctrl-C): saved"),
+        (OSError(errno.ENAMETOOLONG, "", "x"), 2, "name a shorter path"),
+        (OSError(errno.EDQUOT, "", "x"), 2, "make room"),
+    ],
+)
+def test_exit_status_and_message(error, status, words, capsys, monkeypatch):
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        cli.run(main, "run it again")
+    said = capsys.readouterr().err
+    assert end.value.code == status and words in said and said.count("\n") == 1
+
+
+def test_given_flags_are_those_of_the_command_line(monkeypatch):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lr", type=float, default=1.0)
+    parser.add_argument("--bs", type=int, default=2)
+    parser.set_defaults(mode="x")
+    assert cli.given_flags(parser, ["--lr", "1.0"]) == {"lr"}
+    assert vars(parser.parse_args([])) == {"lr": 1.0, "bs": 2, "mode": "x"}, "the defaults are back"
+    for value, faults in (("fp16", 1), ("fp8", 1), ("bf16", 0), ("no", 0)):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", value)
+        assert len(cli.precision_faults()) == faults
+
+
+def test_only_rank_0_prints(monkeypatch, capsys):
+    for rank, said in (("0", ("a\n", "warning: b\n")), ("1", ("", ""))):
+        monkeypatch.setenv("RANK", rank)
+        cli.print0("a")
+        cli.warn0("b")
+        assert capsys.readouterr() == said

@@ -22,7 +22,6 @@ from teacher import handoff
 from tests.api_server import ApiServer
 from tests.disk import fill, small_disk
 from tests.rl import rl_tools
-from tests.sft.test_sft import one_thread  # noqa: F401
 from tests.teacher.teacher_tools import client, many_items
 from tools import prepare_data, report
 
@@ -105,17 +104,8 @@ def training(world, *more) -> list[str]:
             "--lr",
             "0.01",
         ),
-        *(
-            "--epoch",
-            "1",
-            "--output_len",
-            "12",
-            "--input_len",
-            "64",
-            "--final_eval",
-            "--use_generate",
-            *map(str, more),
-        ),
+        *("--epoch", "1", "--output_len", "12", "--input_len", "64", "--final_eval", "--use_generate"),
+        *map(str, more),
     ]
 
 

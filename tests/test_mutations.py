@@ -33,7 +33,7 @@ from ares import cli, files
 from rl import metrics, rollouts, run_folder
 from sft import run as sft_run
 from teacher import budget, handoff
-from teacher.batch_records import Record, Store
+from teacher.batch_store import BatchStore, Record
 from teacher.reply_cache import ReplyCache
 from tests.conftest import ROOT
 from tests.tiny import PATCHES, make_data, make_model, write
@@ -200,7 +200,17 @@ def clean(tmp_path_factory, sample, t5_tokenizer):
     script("processing_sentence_level_feedback").main(
         ["--questions_dir", f"{folder}/questions", "--data_root", str(data)]
     )
-    haiku.main(["--teacher", "reference", "--questions_dir", f"{folder}/questions", "--data_root", str(data)])
+    haiku.main(
+        [
+            "--teacher",
+            "reference",
+            "--keep_replies",
+            "--questions_dir",
+            f"{folder}/questions",
+            "--data_root",
+            str(data),
+        ]
+    )
     report_tools.picture(item / handoff.IMAGE)
     handoff.mark_exported(folder / "questions")
     handoff.mark_done(folder / "questions", 0)
@@ -208,9 +218,9 @@ def clean(tmp_path_factory, sample, t5_tokenizer):
     log = budget.Ledger(folder / "questions/teacher")
     log.settle(log.open("0/p0/1", 0.5), 0.1, "reply")
     log.close()
-    record = Record("ab", "0" * 64, 1, "claude-haiku-5-5", 1.0, 0.5, {"ab-0": {"item": f"0/p0/{qid}", "text": "0",
+    record = Record("ab", 1, "claude-haiku-5-5", 1.0, 0.5, {"ab-0": {"item": f"0/p0/{qid}", "text": "0",
                     "attempt": 1, "failures": 0}}, "collected", "msgbatch_1")  # fmt: skip
-    Store(folder / "questions/teacher/batches").save(record)
+    BatchStore(folder / "questions/teacher/batches").save(record)
     cache = ReplyCache(folder / "cache")
     cache.put("0" * 64, '{"One.": 1.0}', {"model": "x", "usage": {"input_tokens": 1}})
     cache.close()
@@ -317,12 +327,22 @@ def launch_predict(folder):
 
 
 def launch_haiku(folder):
-    haiku.main(["--teacher", "reference", "--questions_dir", f"{folder}/questions", "--data_root", f"{folder}/data"])
+    haiku.main(
+        [
+            "--teacher",
+            "reference",
+            "--keep_replies",
+            "--questions_dir",
+            f"{folder}/questions",
+            "--data_root",
+            f"{folder}/data",
+        ]
+    )
 
 
 def launch_estimate(folder):
-    haiku.main(["--estimate", "--questions_dir", f"{folder}/questions", "--data_root", f"{folder}/data", "--cache",
-                f"{folder}/cache"])  # fmt: skip
+    haiku.main(["--estimate", "--keep_replies", "--questions_dir", f"{folder}/questions", "--data_root",
+                f"{folder}/data", "--cache", f"{folder}/cache"])  # fmt: skip
 
 
 def launch_preprocess(folder):
@@ -394,7 +414,7 @@ def launch_captions(folder):
 def launch_rl_state(folder):
     """What a restarted RL run reads of its own, without its models."""
     place = folder / "run/rollouts/round_0"
-    store = rollouts.Store(folder / "run", 0)
+    store = rollouts.RolloutStore(folder / "run", 0)
     run_folder.refuse_changes(place / "flags_sampling.json", {"seed": 42, "top_k": 50})
     run_folder.reopen(place)
     splits = json.loads((folder / "data/scienceqa/pid_splits.json").read_text())
@@ -414,19 +434,19 @@ def launch_rl_state(folder):
 
 def launch_sft_state(folder):
     settings = {"bs": 4, "processes": 1, "final_eval": False, "seed": 42}
-    sft_run.changed_flags(files.read_yaml(folder / "model/args.yaml", "--run_dir"), settings)
-    sft_run.newest_whole([folder / "sft/checkpoint-2"])
+    sft_run.changed_settings(files.read_yaml(folder / "model/args.yaml", "--run_dir"), settings)
+    sft_run.newest_undamaged([folder / "sft/checkpoint-2"])
 
 
 def launch_optimizer(folder):
-    from ppo_trainer import read_optimizer
+    from rl.optimizer import read_optimizer
 
     read_optimizer(folder / "state/slot_0.pth", [])
 
 
 def launch_batches(folder):
-    haiku.main(["--batch", "--questions_dir", f"{folder}/questions", "--base_url", "http://127.0.0.1:9", "--data_root",
-                f"{folder}/data", "--no-cache"])  # fmt: skip
+    haiku.main(["--batch", "--keep_replies", "--questions_dir", f"{folder}/questions", "--base_url",
+                "http://127.0.0.1:9", "--data_root", f"{folder}/data", "--no-cache"])  # fmt: skip
 
 
 FILES: dict[Callable, tuple[str, ...]] = {
@@ -440,8 +460,8 @@ FILES: dict[Callable, tuple[str, ...]] = {
     launch_predict: ("model/args.yaml", "model/config.json", "adapter/adapter_config.json"),
     launch_haiku: ("data/scienceqa/problems.json", *(f"{ITEM}{name}" for name in (
         "rationale_from_mm_cot.txt", "input_for_llm.txt", "output_from_llm.txt", "reply.json", "score.txt",
-        "refused.txt", "image.png")), "questions/mmcot_finished_signal.txt", "questions/teacher/lock"),
-    launch_estimate: ("questions/teacher/spend.jsonl", "cache/replies.jsonl", f"{ITEM}image.png"),
+        "refused.txt", "image.png")), "questions/mmcot_finished_signal.txt"),
+    launch_estimate: ("questions/teacher/spend.jsonl", "cache/replies.sqlite3", f"{ITEM}image.png"),
     launch_batches: ("questions/teacher/batches/ab.json", "questions/teacher/spend.jsonl"),
     launch_preprocess: (f"{ITEM}rationale_from_mm_cot.txt", f"{ITEM}input_for_llm.txt"),
     launch_correct: (*DATA, "rationales.json", "correction/0/p0/*/output_from_llm.txt",

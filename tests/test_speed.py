@@ -35,13 +35,14 @@ def test_batches_of_like_length_have_the_loss_and_gradient_of_padding_to_512(par
     """fp32; losses within 1e-5, gradients within 1e-5 of the largest."""
     from benchmarks.released_recipe import padded_batch, plain_model
     from model import T5ForMultimodalGeneration, choose_attention
-    from sft.trainer import LengthGroupedOrder, lengths
+    from sft.batching import LengthGroupedBatches, lengths
 
     dataset, model, collate, loaded = parts
     found, rows = [], 12
     for plain in (False, True):
         model.zero_grad()
-        order = list(range(rows)) if plain else list(LengthGroupedOrder(lengths(dataset)[:rows], 4, seed=1))
+        batches = LengthGroupedBatches(lengths(dataset)[:rows], 4, seed=1)
+        order = list(range(rows)) if plain else [i for batch in batches for i in batch]
         targets = sum(len(labels) for labels in dataset.labels[:rows])
         other = T5ForMultimodalGeneration(model.config)
         other.load_state_dict(model.state_dict())

@@ -50,6 +50,10 @@ def make_model(folder: Path, *, tied: bool = False, dropout: float = 0.1, patch_
     return folder
 
 
+def predictions(folder: Path, split: str = "test") -> dict:
+    return json.loads((folder / f"predictions_ans_{split}.json").read_text())
+
+
 def write(path: Path, value) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))

@@ -1,15 +1,15 @@
-"""Is everything there that a run needs? One line per check, before hours or money are spent.
+"""Checks everything that a run needs, one line per check, before hours or money are spent.
 
     python tools/doctor.py --data_root data  # questions, splits, images, machine
     python tools/doctor.py --data_root data --img_type vit --model models/mm-cot-base-rationale --use_caption
     python tools/doctor.py --data_root aokvqa_data --correction_file aokvqa/correction.json
 
-`ok`: fine. `info`: for your information. `warn`: runs, but perhaps not as you think. `FAIL`: a stage would
-stop there, or train on rubbish; the line names the file, the question and the fix. Exit status 0 when nothing fails,
-1 when something would, 2 for wrong flags.
+`ok`: fine. `info`: a figure to compare. `warn`: a stage runs, but perhaps not as you expect. `FAIL`: a stage would
+stop, or train on wrong data; the line names the file, the question and the fix. Exit status 0 without any FAIL, 1
+with one, 2 for wrong flags.
 
-The checks are the functions that the stage scripts call themselves, on the flags that they take; only here is every
-image decoded and every feature row read. Changes nothing. Leaves out: what a run folder holds (the stages check it).
+The checks are the functions that the stage scripts call, on the same flags; but here every image is decoded and every
+feature row read. Nothing is changed, and no run folder is read: the stages check theirs.
 """
 
 from __future__ import annotations
@@ -17,42 +17,43 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
+import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from ares import cli, data_folder, images
-from ares.cli import IMG_TYPES, Stop, UserError, print0, run, warn0
+from ares import cli, data_folder
+from ares.cli import Stop, UserError, print0, run, warn0
+from ares.data_folder import DataFolder
+from ares.images import broken_images
 from teacher import claude
-from teacher.api_errors import KEY
-from teacher.requests import images_of_questions
+from teacher.handoff import images_of_questions
 
 PUBLIC = {
     "scienceqa": "12,726 train (6,218 with an image), 4,241 val (2,097), 4,241 test (2,017); 11,208 feature rows",
     "aokvqa": "17,056 train, 1,145 val (which serves as test), each with an image",
 }
-TESTS_ONLY = "# tests and lint"  # what follows this line of requirements.txt is not needed to run anything
+TESTS_ONLY = "# tests and lint"  # what follows this line of requirements.txt is not needed for a run
 # bytes per parameter, all in fp32: weights, gradients and AdamW's two moments; RL trains policy and value function
 SFT_MEMORY, RL_MEMORY = 16, 32
 RL_DISK = 72  # two save slots and the round's folder, each with two models, their weights and moments
 GB = 1e9
-Splits = Mapping[str, Sequence[str]]  # name -> qids
-SHOWN = 5  # faults of one check that its line names
+ROLES = ("train", "val", "test")
+FEATURE_ROWS = 64  # rows that are read at a time
+MOST_FAULTS = 5  # that the line of one check names
+Splits = Mapping[str, Sequence[str]]  # name -> question ids
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    data = cli.add_data_flags(parser)
-    data.add_argument("--caption_file", default=data_folder.CAPTION_DEFAULT, help="captions, {qid: text}")
-    data.add_argument("--use_caption", action="store_true", help="captions are needed (default: told if there)")
-    data.add_argument("--img_type", choices=IMG_TYPES, help="vision features to check (none: text only)")
-    data.add_argument("--vision_features", help="folder of feature files (default: {data_root}/vision_features)")
-    data.add_argument("--name_map", help="qid -> feature row (default: beside the features, then in --data_root)")
+    data = cli.add_prompt_data_flags(parser)
     data.add_argument("--train_split", default="train", help="split to train on")
     data.add_argument("--val_split", default="val", help="split to evaluate on")
     data.add_argument("--test_split", default="test", help="split to test on")
@@ -62,7 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument("--tokenizer", metavar="DIR", help="tokenizer (default: the checkpoint's own)")
     parser.add_argument("--strict", action="store_true", help="a named image that is absent counts as a fault")
     args = parser.parse_args(argv)
-    from utils_data import data_flag_faults  # imports torch: after argparse has had its say
+    from utils_data import data_flag_faults  # imports torch: only once the flags are parsed
 
     idle = ["--tokenizer: no effect without --model"] if args.tokenizer and not args.model else []
     cli.refuse(data_flag_faults(args) + idle)
@@ -72,27 +73,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # -- the report ------------------------------------------------------------------------------------------
 
 
-class _Warnings(io.TextIOBase):
-    """Standard error during a check: keeps what `warn0` says, lets progress bars through."""
+class WarningFilter(io.TextIOBase):
+    """Stands in for standard error: keeps the lines of `warn0` in `lines`, passes progress bars on."""
 
-    def __init__(self, real: Any):
-        self.real, self.lines, self.taken = real, [], False
+    def __init__(self, stream: Any):
+        self.stream, self.lines, self.in_warning = stream, [], False
 
     def write(self, text: str) -> int:
         if text.startswith("warning: "):
             self.lines.append(text.removeprefix("warning: "))
-            self.taken = True
-        elif not (self.taken and text == "\n"):
-            self.taken = False
-            self.real.write(text)
+            self.in_warning = True
+        elif not (self.in_warning and text == "\n"):  # print writes a line's end by itself
+            self.in_warning = False
+            self.stream.write(text)
         return len(text)
 
     def isatty(self) -> bool:
-        return self.real.isatty()
+        return self.stream.isatty()
 
 
 class Report:
-    """Runs checks and prints a line for each."""
+    """Runs checks, prints a line for each, and counts the results."""
 
     def __init__(self) -> None:
         self.counts = {"ok": 0, "info": 0, "warn": 0, "FAIL": 0}
@@ -101,50 +102,45 @@ class Report:
         self.counts[status] += 1
         print0(f"{status:4}  {name:10}  {text}")
 
-    def check(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
-        """The first of what `function` returns, (value, text for the line); None where it raised UserError."""
-        notes, warnings = io.StringIO(), _Warnings(sys.stderr)
+    def check(self, name: str, function: Callable[..., tuple[Any, str]], *args: Any) -> Any:
+        """Call `function`, which returns (value, text of the line), and return the value; None after a UserError."""
+        output, warnings = io.StringIO(), WarningFilter(sys.stderr)
         try:
-            with contextlib.redirect_stdout(notes), contextlib.redirect_stderr(warnings):
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(warnings):
                 value, text = function(*args)
         except UserError as error:
             self.line("FAIL", name, str(error))
             return None
-        told = [line.removeprefix("note: ") for line in notes.getvalue().splitlines() if line.startswith("note: ")]
-        self.line("warn" if warnings.lines else "ok", name, "; ".join([text, *told, *warnings.lines]))
+        notes = [line.removeprefix("note: ") for line in output.getvalue().splitlines() if line.startswith("note: ")]
+        self.line("warn" if warnings.lines else "ok", name, "; ".join([text, *notes, *warnings.lines]))
         return value
 
 
-class Faults(contextlib.AbstractContextManager):
-    """UserErrors of one check, raised as one at its end: nobody shall mend faults one run at a time.
-
-    >>> with Faults() as faults:
-    ...     for part in parts:
-    ...         with faults.kept():
-    ...             check(part)
-    """
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
+def results_of(calls: Iterable[Callable[[], Any]]) -> list[Any]:
+    """Make all calls and return what they return. Raises one UserError for all that failed, once all were made."""
+    results, faults = [], []
+    for call in calls:
         try:
-            yield
+            results.append(call())
         except UserError as error:
-            self.texts.append(str(error))
+            faults.append(str(error))
+    refuse(faults)
+    return results
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None and self.texts:
-            more = f" (and {len(self.texts) - SHOWN} more)" if len(self.texts) > SHOWN else ""
-            raise UserError("; ".join(self.texts[:SHOWN]) + more)
+
+def refuse(faults: Sequence[str]) -> None:
+    """Raise a UserError that names the first of `faults` and counts the rest."""
+    named = list(faults[:MOST_FAULTS])
+    if len(faults) > MOST_FAULTS:
+        named[-1] += f" (and {len(faults) - MOST_FAULTS} more)"
+    cli.refuse(named)
 
 
 # -- the machine -----------------------------------------------------------------------------------------
 
 
 def packages(requirements: str) -> tuple[None, str]:
-    """Every requirement installed, in its range. Raises UserError naming those that are not."""
+    """Checks that every requirement is installed in its range. Raises UserError naming those that are not."""
     from importlib.metadata import PackageNotFoundError, version
 
     from packaging.requirements import Requirement
@@ -167,35 +163,36 @@ def packages(requirements: str) -> tuple[None, str]:
 
 
 def devices(parameters: int | None) -> tuple[None, str]:
-    """GPUs and their free memory, against what training `parameters` takes at the least."""
+    """GPUs and their free memory, compared with what training a model of `parameters` needs at least."""
     import torch
 
     if not torch.cuda.is_available():
         warn0("no GPU that torch can use: training and extraction run on the CPU")
         return None, f"{os.cpu_count()} CPU cores"
-    told = []
+    found = []
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
-        told.append(f"GPU {number} {torch.cuda.get_device_name(number)}: {free / GB:.1f} of {total / GB:.1f} GB free")
-        if parameters and free < RL_MEMORY * parameters:
-            warn0(memory_told(number, free, parameters))
-    return None, "; ".join(told)
+        found.append(f"GPU {number} {torch.cuda.get_device_name(number)}: {free / GB:.1f} of {total / GB:.1f} GB free")
+        if parameters:
+            check_memory(number, free, parameters)
+    return None, "; ".join(found)
 
 
-def memory_told(number: int, free: int, parameters: int) -> str:
-    """Why a GPU's free memory is too little for training. Raises UserError where even SFT's weights do not fit."""
-    sft, rl = SFT_MEMORY * parameters / GB, RL_MEMORY * parameters / GB
+def check_memory(number: int, free: int, parameters: int) -> None:
+    """Warn if a GPU's free memory (bytes) is too little for RL. Raises UserError if it is too little for SFT."""
+    sft, rl = SFT_MEMORY * parameters, RL_MEMORY * parameters
     text = (
-        f"GPU {number} has {free / GB:.1f} GB free; weights, gradients and AdamW alone take {sft:.1f} GB in SFT and "
-        f"{rl:.1f} GB in RL (docs/rl.md)"
+        f"GPU {number} has {free / GB:.1f} GB free; weights, gradients and AdamW alone take {sft / GB:.1f} GB in SFT "
+        f"and {rl / GB:.1f} GB in RL (docs/rl.md)"
     )
-    if free < SFT_MEMORY * parameters:
+    if free < sft:
         raise UserError(f"{text}: end what else runs on it, or take a smaller model")
-    return text
+    if free < rl:
+        warn0(text)
 
 
 def disk(parameters: int | None) -> tuple[None, str]:
-    """Free space here, where runs are written by default, against what RL keeps."""
+    """Free space in the working folder, where runs are written by default, compared with what RL keeps."""
     free = shutil.disk_usage(".").free
     need = RL_DISK * parameters if parameters else GB
     if free < need:
@@ -207,94 +204,85 @@ def disk(parameters: int | None) -> tuple[None, str]:
 
 
 def api_key() -> tuple[None, str]:
-    """Whether a key for the Teacher is there; it is never shown. One that cannot be a key fails, as do proxy and
-    certificate settings that its client cannot use."""
+    """Warns if there is no key for the Teacher. Raises UserError for one that cannot be a key (which is never shown),
+    and for proxy and certificate settings that the Teacher's client cannot use."""
     try:
         claude.api_key()
     except UserError as error:
-        if os.environ.get(KEY, "").strip():
+        if os.environ.get(claude.KEY, "").strip():
             raise
         warn0(str(error))
         return None, "no key"
     claude.check_network()
-    return None, f"{KEY} is set"
+    return None, f"{claude.KEY} is set"
 
 
 # -- the data --------------------------------------------------------------------------------------------
 
 
-def questions(args: argparse.Namespace) -> tuple[tuple[str, data_folder.Problems], str]:
-    dataset = data_folder.find_dataset(args.data_root, args.dataset)
-    found = data_folder.load_problems(args.data_root, dataset)
-    return (dataset, found), f"{Path(args.data_root) / dataset / 'problems.json'}: {len(found)} questions"
+def questions(args: argparse.Namespace) -> tuple[DataFolder, str]:
+    data = data_folder.read_data_folder(args.data_root, args.dataset)
+    return data, f"{data.root / data.dataset / 'problems.json'}: {len(data.problems)} questions"
 
 
-def splits(args: argparse.Namespace, dataset: str, found: data_folder.Problems) -> tuple[dict[str, list[str]], str]:
-    everything = data_folder.load_splits(args.data_root, dataset, found)
-    names = {role: getattr(args, f"{role}_split") for role in ("train", "val", "test")}
-    with Faults() as faults:
-        for role, name in names.items():
-            with faults.kept():
-                data_folder.split_qids(everything, name, f"--{role}_split")
-    qids = {role: data_folder.split_qids(everything, name, f"--{role}_split") for role, name in names.items()}
-    data_folder.check_overlap(everything, names["train"], [names["val"], names["test"]])
-    left = len(found.keys() - {qid for part in everything.values() for qid in part})
-    rest = f"; {left} questions are in no split" if left else ""
-    return qids, ", ".join(f"{len(qids[role])} {names[role]}" for role in qids) + rest
+def splits(args: argparse.Namespace, data: DataFolder) -> tuple[dict[str, list[str]], str]:
+    """Role -> question ids of the split that the flag of that role names."""
+    names = {role: getattr(args, f"{role}_split") for role in ROLES}
+    found = results_of(partial(data.split, name, f"--{role}_split") for role, name in names.items())
+    data_folder.check_overlap(data.splits, names["train"], [names["val"], names["test"]])
+    text = ", ".join(f"{len(qids)} {name}" for qids, name in zip(found, names.values(), strict=True))
+    unused = len(data.problems.keys() - {qid for qids in data.splits.values() for qid in qids})
+    return dict(zip(names, found, strict=True)), text + f"; {unused} questions are in no split" * bool(unused)
 
 
-def pictures(args: argparse.Namespace, found: data_folder.Problems, qids: Sequence[str]) -> tuple[None, str]:
-    """Every image that the Teacher would be sent is there and decodes."""
-    named = images_of_questions(args, found, qids)
-    with Faults() as faults:
-        faults.texts += images.broken_images(named)
-    shown = [paths for paths in named.values() if paths]
-    return None, f"{sum(map(len, shown))} images of {len(shown)} questions decode"
+def pictures(args: argparse.Namespace, problems: data_folder.Problems, qids: Sequence[str]) -> tuple[None, str]:
+    """Checks that every image that the Teacher would get exists and decodes."""
+    files = images_of_questions(args, problems, qids)
+    refuse(broken_images(files))
+    with_images = [paths for paths in files.values() if paths]
+    return None, f"{sum(map(len, with_images))} images of {len(with_images)} questions decode"
 
 
-def captions(args: argparse.Namespace, found: data_folder.Problems, splits: Splits) -> tuple[None, str]:
+def captions(args: argparse.Namespace, problems: data_folder.Problems, splits: Splits) -> tuple[None, str]:
     try:
         path = data_folder.find_captions(args)
     except UserError:
-        if args.use_caption or args.caption_file != data_folder.CAPTION_DEFAULT:
+        if args.use_caption or args.caption_file != cli.CAPTION_DEFAULT:
             raise
         return None, "none (needed with --use_caption only)"
-    data = data_folder.load_captions(path)
-    data_folder.check_captions(path, data, found, splits)
-    return None, f"{path}: {len(data)} captions"
+    found = data_folder.load_captions(path)
+    data_folder.check_captions(path, found, problems, splits)
+    return None, f"{path}: {len(found)} captions"
 
 
-def features(args: argparse.Namespace, found: data_folder.Problems, splits: Splits) -> tuple[Any, str]:
-    """The feature file fits its name map and every split that a stage reads, and every number in it is finite."""
+def features(args: argparse.Namespace, problems: data_folder.Problems, splits: Splits) -> tuple[Any, str]:
+    """Checks that the feature file fits its name map and every split, and that every number in it is finite."""
     import utils_data
 
     opened = utils_data.open_features(args)
-    with Faults() as faults:
-        with faults.kept():
-            utils_data.check_coverage(opened, found, splits)
-        with cli.progress(desc="read features", total=opened.rows, unit="row") as bar:
-            for start in range(0, opened.rows, 64):
-                part = range(start, min(start + 64, opened.rows))
-                with faults.kept():
-                    opened.check_finite(part)
-                bar.update(len(part))
+    starts = range(0, opened.rows, FEATURE_ROWS)
+    rows = [range(start, min(start + FEATURE_ROWS, opened.rows)) for start in starts]
+    bar = cli.progress(rows, desc="read features", unit=f"{FEATURE_ROWS} rows")
+    checks = [partial(utils_data.check_coverage, opened, problems, splits)]
+    results_of(itertools.chain(checks, (partial(opened.check_finite, each) for each in bar)))
     return opened, f"{opened.path}: {opened.rows} rows of {opened.shape}, all finite"
 
 
-def correction(args: argparse.Namespace, found: data_folder.Problems, train: Sequence[str]) -> tuple[None, str]:
+def correction(args: argparse.Namespace, problems: data_folder.Problems, train: Sequence[str]) -> tuple[None, str]:
     path = data_folder.find_correction(args)
-    corrected = data_folder.read_correction(path, found, train)
-    same = sum(corrected[qid] == found[qid]["solution"] for qid in train)
-    return None, f"{path}: {len(corrected)} train solutions, {len(corrected) - same} of them other than the gold ones"
+    corrected = data_folder.read_correction(path, problems, train)
+    changed = sum(corrected[qid] != problems[qid]["solution"] for qid in train)
+    return None, f"{path}: {len(corrected)} train solutions, {changed} of them other than the gold ones"
 
 
 # -- the model -------------------------------------------------------------------------------------------
 
 
 def checkpoint(args: argparse.Namespace, patch_size: tuple[int, int] | None) -> tuple[Any, str]:
+    """(CheckpointInfo with the shapes of all weights; None for a model of the hub)."""
     from model import check_checkpoint, read_checkpoint
 
-    if args.img_type and patch_size is None and Path(args.model).is_dir():  # its features failed: that is told above
+    if args.img_type and patch_size is None and Path(args.model).is_dir():  # the features failed: their own line
         info = read_checkpoint(Path(args.model), "--model")
     else:
         info = check_checkpoint(args.model, patch_size, args.img_type)
@@ -306,8 +294,13 @@ def checkpoint(args: argparse.Namespace, patch_size: tuple[int, int] | None) -> 
     return info, f"{args.model}: {parameters_of(info) / 1e6:.1f} M parameters, features {info.patch_size}{value}"
 
 
+def parameters_of(info: Any) -> int | None:
+    """Number of parameters by the headers of the weights; None without a local checkpoint."""
+    return sum(map(math.prod, info.shapes.values())) if info is not None else None
+
+
 def hub_model(name: str) -> str:
-    """Where a stage would get this model from: the local cache, or the hub. Raises UserError if from neither."""
+    """Says where a stage would get this model: the hub's local cache, or the hub. Raises UserError if from neither."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     from vision.networks import hub_failure, offline_unless_reachable
@@ -330,13 +323,6 @@ def hub_model(name: str) -> str:
     return f"{name} is a model of the hub: its weights are checked when they are loaded"
 
 
-def parameters_of(info: Any) -> int | None:
-    """Number of parameters, from the headers of the weights."""
-    import math
-
-    return sum(math.prod(shape) for shape in info.shapes.values()) if info is not None else None
-
-
 def tokenizer(args: argparse.Namespace, info: Any) -> tuple[None, str]:
     import utils_data
 
@@ -349,40 +335,33 @@ def tokenizer(args: argparse.Namespace, info: Any) -> tuple[None, str]:
 
 
 def check_data(report: Report, args: argparse.Namespace) -> tuple[int, int] | None:
-    """The data folder's checks; returns the features' patch size, None without any."""
-    read = report.check("questions", questions, args)
-    if read is None and not Path(args.data_root).is_dir():
+    """The checks of the data folder; returns the features' (patches, dim), None without features."""
+    data = report.check("questions", questions, args)
+    if data is None and not Path(args.data_root).is_dir():
         return None
-    dataset, found = read or (None, {})
-    # without questions the other files are still read, against none
-    qids = (report.check("splits", splits, args, dataset, found) if read else None) or {}
-    used = list(dict.fromkeys(qid for part in qids.values() for qid in part)) or list(found)
-    by_split = {getattr(args, f"{role}_split"): part for role, part in qids.items()} or {"(all questions)": used}
-    if read:
-        count_told(report, dataset, found, qids)
-        report.check("images", pictures, args, found, used)
-    report.check("captions", captions, args, found, by_split)
+    # if the questions are damaged, the other files are still read, and checked against no question
+    problems = data.problems if data else {}
+    roles = (data and report.check("splits", splits, args, data)) or {}
+    used = list(dict.fromkeys(qid for qids in roles.values() for qid in qids)) or list(problems)
+    by_split = {getattr(args, f"{role}_split"): qids for role, qids in roles.items()} or {"(all questions)": used}
+    if data:
+        here = [f"{len(qids)} {role} ({sum(bool(problems[qid]['image']) for qid in qids)} with an image)"
+                for role, qids in roles.items()]  # fmt: skip
+        published = PUBLIC.get(data.dataset, "unknown")
+        report.line("info", "counts", f"here {', '.join(here)}; {data.dataset} as published: {published}")
+        report.check("images", pictures, args, problems, used)
+    report.check("captions", captions, args, problems, by_split)
     if args.correction_file:
-        report.check("correction", correction, args, found, qids.get("train", used))
-    if args.img_type is None:
-        return None
-    opened = report.check("features", features, args, found, by_split)
+        report.check("correction", correction, args, problems, roles.get("train", used))
+    opened = report.check("features", features, args, problems, by_split) if args.img_type else None
     return opened.shape if opened is not None else None
-
-
-def count_told(report: Report, dataset: str, found: Mapping[str, Any], qids: Mapping[str, Sequence[str]]) -> None:
-    """How many questions and images there are, beside the published data set's."""
-    here = [f"{len(part)} {role} ({sum(bool(found[qid]['image']) for qid in part)} with an image)"
-            for role, part in qids.items()]  # fmt: skip
-    report.line("info", "counts", f"here {', '.join(here)}; {dataset} as published: {PUBLIC.get(dataset, 'unknown')}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     report = Report()
-    report.check(
-        "packages", packages, (Path(__file__).resolve().parents[1] / "requirements.txt").read_text(encoding="utf-8")
-    )
+    requirements = Path(__file__).resolve().parents[1] / "requirements.txt"
+    report.check("packages", packages, requirements.read_text(encoding="utf-8"))
     patch_size = check_data(report, args)
     info = None
     if args.model:

@@ -1,15 +1,15 @@
-"""One question: its features made on the spot, the model's rationale, and the answer.
+"""Ask about one question: prints the model's rationale and the answer; features of a new picture are made on the way.
 
     python tools/predict.py --model experiments/RUN --lora experiments/RUN/mm_cot_lora_... --image map.png \\
         --question "Which of these states is farthest north?" --choices "West Virginia" Louisiana Arizona Oklahoma
     python tools/predict.py --model experiments/RUN --qid 11 --data_root data          # a question of a data folder
     python tools/predict.py --model models/rationale --answer_model models/answer --question ... --choices ...
 
-The rationale is --model's. The answer comes from --lora, an adapter on --model, or from --answer_model; where that was
-trained on given rationales (QCMG-A) its prompt holds the rationale. Prompt, lengths and kind of features are those in
-the args.yaml that training left in each folder; flags override them, and stand in where there is none (released
-checkpoints). A question of a data folder gets its stored features where the folder has them. Decoding is greedy, as
-in the scores. Leaves out many questions at once: main.py --evaluate_dir.
+--model writes the rationale. --lora, an adapter on --model, or --answer_model answers; the prompt of one that was
+trained on given rationales (QCMG-A) holds the rationale. Prompt format, lengths and kind of features are those in the
+args.yaml of each folder, which training wrote; flags override them, and stand in for them with released checkpoints.
+A question of a data folder uses its stored features if there are any. Decoding is greedy, as for the scores. For many
+questions at once: main.py --evaluate_dir.
 """
 
 from __future__ import annotations
@@ -26,17 +26,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from ares import cli
-from ares.cli import IMG_TYPES, PROMPT_FORMATS, UserError, print0, run
+from ares.cli import CAPTION_DEFAULT, IMG_TYPES, PROMPT_FORMATS, UserError, print0, run
 from ares.data_folder import (
-    CAPTION_DEFAULT,
     find_captions,
-    find_dataset,
     find_feature_file,
     find_images,
     load_captions,
-    load_problems,
     problem_fault,
     question_images,
+    read_data_folder,
 )
 from ares.files import read_json, read_yaml
 from sft import run as sft_run
@@ -44,42 +42,34 @@ from sft.lora import check_adapter, load_adapter
 from utils_prompt import answer_letter, option_letters
 
 RATIONALE_FORMAT, ANSWER_FORMAT = "QCM-E", "QCM-A"  # of folders without args.yaml: the paper's commands
-LENGTHS = {"input_len": 512, "output_len": 512}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     models = parser.add_argument_group("models")
-    models.add_argument("--model", required=True, metavar="DIR", help="rationale model (or one that also answers)")
+    models.add_argument("--model", required=True, metavar="DIR", help="model that writes rationales (or also answers)")
     models.add_argument("--lora", metavar="DIR", help="adapter on --model that answers")
-    models.add_argument("--answer_model", metavar="DIR", help="a whole model that answers")
+    models.add_argument("--answer_model", metavar="DIR", help="another model, which answers")
     models.add_argument("--tokenizer", metavar="DIR", help="tokenizer (default: the checkpoint's own)")
     models.add_argument("--prompt_format", choices=PROMPT_FORMATS, help="of --model (default: as trained, else QCM-E)")
-    models.add_argument(
-        "--answer_format", choices=PROMPT_FORMATS, help="of --lora or --answer_model (default: as trained, else QCM-A)"
-    )
-    models.add_argument(
-        "--use_caption",
-        type=cli.str2bool,
-        metavar="BOOL",
-        help="captions in prompts (default: as trained, else True)",
-    )
+    models.add_argument("--answer_format", choices=PROMPT_FORMATS, help="of the model or adapter that answers "
+                        "(default: as trained, else QCM-A)")  # fmt: skip
+    models.add_argument("--use_caption", type=cli.str2bool, metavar="BOOL", help="captions in prompts "
+                        "(default: as trained, else True)")  # fmt: skip
     models.add_argument("--output_len", type=int, help="longest rationale, in tokens (default: as trained, else 512)")
     models.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     question = parser.add_argument_group("a question of your own")
     question.add_argument("--question", metavar="TEXT", help="the question")
     question.add_argument("--choices", nargs="+", metavar="TEXT", help="its choices, 2 to 5")
-    question.add_argument("--image", metavar="FILE", help="its picture (none: the model sees zeros)")
+    question.add_argument("--image", metavar="FILE", help="its picture (default: none, features of zeros)")
     question.add_argument("--hint", default="", metavar="TEXT", help="its context")
     question.add_argument("--caption", default="", metavar="TEXT", help="a caption of the picture, added to the hint")
     data = cli.add_data_flags(parser)
-    data.add_argument("--qid", help="a question of --data_root, instead")
-    data.add_argument(
-        "--caption_file", default=CAPTION_DEFAULT, help="captions, where the model was trained with them"
-    )
+    data.add_argument("--qid", help="ask a question of --data_root")
+    data.add_argument("--caption_file", default=CAPTION_DEFAULT, help="captions, if the model was trained with them")
     vision = parser.add_argument_group("vision features")
     vision.add_argument("--img_type", choices=IMG_TYPES, help="kind of features (default: as trained)")
-    vision.add_argument("--vision_features", help="folder of feature files, whose network is taken for a new picture")
+    vision.add_argument("--vision_features", help="folder of feature files; a new picture gets the same network")
     vision.add_argument("--name_map", help="qid -> feature row (default: beside the features, then in --data_root)")
     vision.add_argument("--vision_model", help="the network that made the features (default: as recorded there)")
     vision.add_argument("--vision_weights", metavar="PATH", help="its weights, if not from the hub")
@@ -88,12 +78,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     faults = []
     if ("qid" in given) == ("question" in given):
         faults.append("name either --qid, or --question with --choices")
-    alien = (
-        {"question", "choices", "image", "hint", "caption"} if "qid" in given else {"data_root", "dataset", "images"}
-    )
-    faults += [
-        f"--{name} has no effect {'with' if 'qid' in given else 'without'} --qid" for name in sorted(given & alien)
-    ]
+    if "qid" in given:
+        unused, word = {"question", "choices", "image", "hint", "caption"}, "with"
+    else:
+        unused, word = {"data_root", "dataset", "images"}, "without"
+    faults += [f"--{name} has no effect {word} --qid" for name in sorted(given & unused)]
     if "question" in given and "choices" not in given:
         faults.append("--question needs --choices")
     if args.lora and args.answer_model:
@@ -109,43 +98,40 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _is_path(value: Any) -> bool:
-    return value is None or isinstance(value, str) and 0 < len(value) < 4096
+# -- how a model was trained -----------------------------------------------------------------------------
 
-
-RECORDED = {  # what args.yaml may hold of what is read here
-    "prompt_format": lambda value: value in PROMPT_FORMATS,
-    "img_type": lambda value: value is None or value in IMG_TYPES,
-    "use_caption": lambda value: isinstance(value, bool),
-    "options": lambda value: isinstance(value, list) and 2 <= len(value) <= 26
-    and all(isinstance(letter, str) and letter for letter in value),
-    "seed": lambda value: type(value) is int,
-    **{name: lambda value: type(value) is int and 2 <= value <= 10**6 for name in LENGTHS},
-    **dict.fromkeys(("data_root", "vision_features", "name_map", "dataset"), _is_path),
+LENGTH = (512, lambda value: type(value) is int and 2 <= value <= 10**6)
+PLACE = (None, lambda value: value is None or isinstance(value, str) and 0 < len(value) < 4096)
+RECORDED = {  # flag of training -> (default, whether a value can be one)
+    "prompt_format": (None, lambda value: value in PROMPT_FORMATS),
+    "img_type": (None, lambda value: value is None or value in IMG_TYPES),
+    "use_caption": (True, lambda value: isinstance(value, bool)),
+    "options": (list("ABCDE"), lambda value: isinstance(value, list) and 2 <= len(value) <= 26
+                and all(isinstance(letter, str) and letter for letter in value)),
+    "seed": (42, lambda value: type(value) is int),
+    "input_len": LENGTH, "output_len": LENGTH,
+    "data_root": PLACE, "dataset": PLACE, "vision_features": PLACE, "name_map": PLACE, "caption_file": PLACE,
 }  # fmt: skip
 
-# -- what a model folder was trained for -----------------------------------------------------------------
 
-
-def trained_with(folder: str | Path, default_format: str, prompt_format: str | None) -> argparse.Namespace:
-    """The flags of training that shape prompts and outputs, from `folder`/args.yaml, else the defaults (said)."""
+def training_flags(folder: str | Path, default_format: str, prompt_format: str | None) -> argparse.Namespace:
+    """The flags of training in `folder`/args.yaml, with defaults for those that are absent, and those that
+    `sft.predict.Predictor` needs. `recorded` holds the flags that the file has. Raises UserError for a value that no
+    training writes."""
     path = Path(folder) / "args.yaml"
     recorded = read_yaml(path, "--model") if os.path.lexists(path) else {}
-    for name, fits in RECORDED.items():
+    for name, (_, fits) in RECORDED.items():
         if name in recorded and not fits(recorded[name]):
             raise UserError(f"--model: {path}: {name} is {repr(recorded[name])[:60]}, which no training writes")
     if not prompt_format and "prompt_format" not in recorded:
         print0(f"note: {folder} has no args.yaml; its prompt format is taken to be {default_format}")
-    kept = {name: recorded.get(name, default) for name, default in LENGTHS.items()}
-    kept |= {"use_caption": bool(recorded.get("use_caption", True)), "options": recorded.get("options", list("ABCDE"))}
-    kept |= {"img_type": recorded.get("img_type"), "recorded": recorded}
-    # what utils_predict.Predictor reads besides
-    kept |= {"use_generate": True, "eval_bs": 1, "eval_acc": None, "seed": recorded.get("seed", 42)}
-    return argparse.Namespace(prompt_format=prompt_format or recorded.get("prompt_format", default_format), **kept)
+    flags = {name: recorded.get(name, default) for name, (default, _) in RECORDED.items()}
+    flags["prompt_format"] = prompt_format or flags["prompt_format"] or default_format
+    return argparse.Namespace(**flags, recorded=recorded, use_generate=True, eval_bs=1, eval_acc=None)
 
 
 def check_formats(args: argparse.Namespace, rationale: argparse.Namespace, answer: argparse.Namespace | None) -> None:
-    """Raise UserError where a stage would lack what its prompt holds, or would be asked for the wrong thing."""
+    """Raise UserError if a model's prompt format does not fit its place in the chain of rationale and answer."""
     fmt = rationale.prompt_format
     if fmt.startswith("QCMG"):
         raise UserError(
@@ -171,11 +157,11 @@ class Question:
     qid: str
     problem: dict[str, Any]
     image: Path | None
-    of_data: bool  # of a data folder: gold answer and stored features may be had
+    of_data: bool  # from a data folder, so it has a gold answer and may have stored features
 
 
-def the_question(args: argparse.Namespace, use_caption: bool) -> Question:
-    """The question asked for, checked. Raises UserError."""
+def read_question(args: argparse.Namespace, use_caption: bool) -> Question:
+    """The question of the flags, or of the data folder. Raises UserError."""
     if args.qid is None:
         problem = {"question": args.question, "choices": args.choices, "answer": 0, "hint": args.hint}
         problem |= {"image": args.image, "lecture": "", "solution": "", "caption": args.caption}
@@ -184,59 +170,58 @@ def the_question(args: argparse.Namespace, use_caption: bool) -> Question:
         if args.caption and not use_caption:
             raise UserError("--caption: the model was trained without captions; drop it, or say it in --hint")
         return Question("question", problem, Path(args.image) if args.image else None, False)
-    dataset = find_dataset(args.data_root, args.dataset)
-    problems = load_problems(args.data_root, dataset)
-    if args.qid not in problems:
-        raise UserError(f"--qid: {args.data_root}/{dataset}/problems.json has no question {args.qid}")
-    problem = problems[args.qid]
-    problem["caption"] = caption_of(args, use_caption)
+    data = read_data_folder(args.data_root, args.dataset)
+    if args.qid not in data.problems:
+        raise UserError(f"--qid: {args.data_root}/{data.dataset}/problems.json has no question {args.qid}")
+    problem = data.problems[args.qid]
+    problem["caption"] = ""
+    if use_caption:
+        try:
+            path = find_captions(args)
+        except UserError as error:
+            raise UserError(f"{error} (or without captions: --use_caption False)") from None
+        problem["caption"] = load_captions(path).get(args.qid, "")
     folder = find_images(args)
     images = question_images(folder, args.qid) if folder else []
     return Question(args.qid, problem, images[0] if images else None, True)
 
 
-def caption_of(args: argparse.Namespace, use_caption: bool) -> str:
-    if not use_caption:
-        return ""
-    try:
-        path = find_captions(args)
-    except UserError as error:
-        raise UserError(f"{error} (or take none: --use_caption False)") from None
-    return load_captions(path).get(args.qid, "")
-
-
 def kind_of_features(args: argparse.Namespace, recorded: str | None) -> str | None:
-    """--img_type, else what training recorded, else the one that fits the checkpoint; None for a text-only model."""
+    """--img_type, else that of training, else the one that fits the checkpoint; None for a text-only model."""
     from model import read_checkpoint, types_that_fit
 
-    held = read_checkpoint(Path(args.model), "--model").patch_size if Path(args.model).is_dir() else None
+    patch_size = read_checkpoint(Path(args.model), "--model").patch_size if Path(args.model).is_dir() else None
     if args.img_type or recorded:
         return args.img_type or recorded
-    fitting = types_that_fit(held) if held else []
-    if held and len(fitting) != 1:
-        told = f"name one of {', '.join(fitting)}" if fitting else "name the kind it was trained with"
-        raise UserError(f"--img_type: {args.model} does not tell which features it takes; {told}")
+    fitting = types_that_fit(patch_size) if patch_size else []
+    if patch_size and len(fitting) != 1:
+        fix = f"name one of {', '.join(fitting)}" if fitting else "name the kind it was trained with"
+        raise UserError(f"--img_type: {args.model} does not tell which features it takes; {fix}")
     return fitting[0] if fitting else None
 
 
 def features_for(args: argparse.Namespace, question: Question, settings: argparse.Namespace) -> Any:
-    """Stored features of a data folder's question where there are some, else the picture's, made now."""
+    """The stored features of a data folder's question if there are any, else features computed from the picture."""
     import utils_data
 
-    # what training used, unless another data folder is asked about: its features are other pictures
-    recorded = settings.recorded if not question.of_data or _same(settings.recorded, args.data_root) else {}
-    places = {name: getattr(args, name) or recorded.get(name) for name in ("vision_features", "name_map", "dataset")}
-    root = args.data_root if question.of_data else recorded.get("data_root", args.data_root)
-    captions = args.caption_file if question.of_data else recorded.get("caption_file", CAPTION_DEFAULT)
-    look = argparse.Namespace(**places, data_root=root, img_type=args.img_type, caption_file=captions)
+    # the places that training used, unless the question is from another data folder
+    recorded = settings.recorded
+    if question.of_data and Path(recorded.get("data_root") or "").resolve() != Path(args.data_root).resolve():
+        recorded = {}
+    names = ("vision_features", "name_map", "dataset")
+    where = argparse.Namespace(**{name: getattr(args, name) or recorded.get(name) for name in names})
+    where.img_type, where.data_root, where.caption_file = args.img_type, args.data_root, args.caption_file
+    if not question.of_data:
+        where.data_root = recorded.get("data_root") or args.data_root
+        where.caption_file = recorded.get("caption_file") or CAPTION_DEFAULT
     try:
-        file = find_feature_file(look)
+        file = find_feature_file(where)
     except UserError:
         if args.vision_features:
             raise
         file = None
     if question.of_data and file is not None:
-        stored = utils_data.open_features(look)
+        stored = utils_data.open_features(where)
         if question.qid in stored.name_map or question.image is None:
             print0(f"features: {file}")
             return stored
@@ -246,29 +231,25 @@ def features_for(args: argparse.Namespace, question: Question, settings: argpars
     encoder = load_encoder(args.img_type, name, weights, args.device, seed, "--vision_weights")
     print0(f"features: {encoder.model_name} ({encoder.weights} weights), {question.image or 'no picture: zeros'}")
     try:
-        # a data set's features were made without turning; a photo of one's own is meant as it is seen
+        # a data set's features are made without the EXIF orientation; a user's own photo is shown upright
         return LiveFeatures(encoder, {question.qid: question.image}, turned=not question.of_data)
     except (OSError, ValueError) as error:
         raise UserError(f"--image: cannot read {question.image} ({error})") from error
 
 
-def _same(recorded: dict[str, Any], data_root: str) -> bool:
-    return Path(recorded.get("data_root", "")).resolve() == Path(data_root).resolve()
-
-
 def network_of(args: argparse.Namespace, file: Path | None) -> tuple[str | None, str, int]:
-    """(name, weights, seed) of the network that made the features in `file`, as its sidecar tells; flags override."""
+    """(name, weights, seed) of the network that made `file`, by the JSON beside it; flags override."""
     sidecar = file.with_name(f"{args.img_type}.json") if file else None
-    told = read_json(sidecar, "--vision_features", dict) if sidecar and sidecar.is_file() else {}
-    if not all(isinstance(told.get(key, ""), str) for key in ("weights", "model_name")):
+    made_by = read_json(sidecar, "--vision_features", dict) if sidecar and sidecar.is_file() else {}
+    if not all(isinstance(made_by.get(key, ""), str) for key in ("weights", "model_name")):
         raise UserError(f"--vision_features: {sidecar} is not what extract_features.py writes; make both again")
-    weights = args.vision_weights or told.get("weights", "pretrained")
+    weights = args.vision_weights or made_by.get("weights", "pretrained")
     if weights == "local":
         raise UserError(
-            f"--vision_weights: the features were made with the weights {told.get('weights_file')}; name that file"
+            f"--vision_weights: the features were made with the weights {made_by.get('weights_file')}; name that file"
         )
-    seed = re.fullmatch(r"seed (\d+)", str(told.get("weights_file")))
-    return args.vision_model or told.get("model_name"), weights, int(seed[1]) if seed else 0
+    seed = re.fullmatch(r"seed (\d+)", str(made_by.get("weights_file")))
+    return args.vision_model or made_by.get("model_name"), weights, int(seed[1]) if seed else 0
 
 
 # -- asking ----------------------------------------------------------------------------------------------
@@ -282,7 +263,7 @@ def ask(
     settings: argparse.Namespace,
     given: str | None = None,
 ) -> str:
-    """What `model` writes, greedily, by the loop that makes the prediction files. `given`: a rationale for QCMG."""
+    """What `model` generates, by the loop that makes the prediction files. `given`: a rationale for QCMG formats."""
     import torch
 
     from sft.predict import Predictor
@@ -296,8 +277,8 @@ def ask(
     return predictor.decode(predictor.predict(model, dataset, "write"))[0]
 
 
-def told_answer(text: str, question: Question, settings: argparse.Namespace) -> str:
-    """The answer in words, or what the model wrote where it gives none."""
+def answer_text(text: str, question: Question, settings: argparse.Namespace) -> str:
+    """Letter and text of the choice that `text` names, or `text` itself if it names none."""
     from utils_evaluate import extract_answer
 
     choices = question.problem["choices"]
@@ -311,15 +292,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if args.lora:
         check_adapter(Path(args.lora), "--lora")
-    settings = trained_with(args.model, RATIONALE_FORMAT, args.prompt_format)
+    settings = training_flags(args.model, RATIONALE_FORMAT, args.prompt_format)
     settings.output_len = args.output_len or settings.output_len
     answering = args.lora or args.answer_model
-    answer_settings = trained_with(answering, ANSWER_FORMAT, args.answer_format) if answering else None
+    answer_settings = training_flags(answering, ANSWER_FORMAT, args.answer_format) if answering else None
     if args.use_caption is not None:
-        for one in filter(None, (settings, answer_settings)):
-            one.use_caption = args.use_caption
+        for flags in filter(None, (settings, answer_settings)):
+            flags.use_caption = args.use_caption
     check_formats(args, settings, answer_settings)
-    question = the_question(args, settings.use_caption)
+    question = read_question(args, settings.use_caption)
 
     from model import T5ForMultimodalGeneration, check_checkpoint
     from utils_data import check_vocabulary, load_tokenizer
@@ -331,13 +312,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--image: {args.model} reads no picture (it has no image layers); drop it, or name another")
     features = features_for(args, question, settings) if args.img_type else None
     shape = features.shape if features is not None else None
-    for place, flag in [
-        (args.model, "--model"),
-        *([(args.answer_model, "--answer_model")] if args.answer_model else []),
-    ]:
-        info = check_checkpoint(place, shape, args.img_type, flag)
-        sft_run.refuse_fresh_layers(info, shape, flag)
-        check_vocabulary(load_tokenizer(args, place), info)
+    for folder, flag in ((args.model, "--model"), (args.answer_model, "--answer_model")):
+        if folder:
+            info = check_checkpoint(folder, shape, args.img_type, flag)
+            sft_run.refuse_fresh_layers(info, shape, flag)
+            check_vocabulary(load_tokenizer(args, folder), info)
 
     model = T5ForMultimodalGeneration.from_pretrained(args.model, patch_size=shape).to(args.device)
     if model.config.patch_size is not None and features is None:
@@ -353,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = load_tokenizer(args, args.answer_model, args.model)
         written = ask(model, tokenizer, question, features, answer_settings, written)
     if answering or "A" in settings.prompt_format.split("-")[1]:
-        print0(f"Answer: {told_answer(written, question, answer_settings or settings)}")
+        print0(f"Answer: {answer_text(written, question, answer_settings or settings)}")
     else:
         print0("Answer: none asked for; --lora or --answer_model answers")
     if question.of_data:

@@ -30,8 +30,7 @@ from ares.data_folder import (
     find_dataset,
     find_images,
     load_captions,
-    load_problems,
-    load_splits,
+    read_data_folder,
 )
 from ares.predictions import unread_note
 from rl.metrics import read_metrics
@@ -135,15 +134,14 @@ def read_data(args: argparse.Namespace, notes: list[str]) -> tuple[Any, Mapping[
             raise
         notes.append("no data folder (--data_root): questions as the prediction files have them, no sentence scores")
         return None, {}, {}
-    problems = load_problems(args.data_root, dataset)
-    splits = load_splits(args.data_root, dataset, problems)
+    data = read_data_folder(args.data_root, dataset)
     try:
         captions = load_captions(find_captions(args))
     except UserError:
         if "caption_file" in args.given:
             raise
         captions = {}
-    return problems, splits, captions
+    return data.problems, data.splits, captions
 
 
 def read_verdicts(path: Path) -> dict[str, Any]:

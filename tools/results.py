@@ -24,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from ares import cli, files
-from ares.data_folder import Problems, find_dataset, load_problems, load_splits, split_qids
+from ares.data_folder import Problems, find_dataset, read_data_folder
 from ares.intervals import mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
 from ares.predictions import Predictions, find_predictions, labelled, read_predictions, scores_of, unread_note
 from ares.published import ANSWER_COLUMNS, NOTE, PUBLISHED
@@ -108,8 +108,8 @@ def find_problems(args: argparse.Namespace, needed: bool) -> tuple[Problems | No
             raise
         cli.warn0(f"{error}; without it there are no intervals")  # nobody asked for ./data
         return None, []
-    problems = load_problems(args.data_root, dataset)
-    return problems, split_qids(load_splits(args.data_root, dataset, problems), args.split, "--split")
+    data = read_data_folder(args.data_root, dataset)
+    return data.problems, data.split(args.split, "--split")
 
 
 def read_system(

@@ -27,12 +27,15 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
 from ares import cli, files
-from ares.data_folder import find_dataset, find_images, load_problems, load_splits, question_images, split_qids
+from ares.data_folder import find_images, question_images, read_data_folder
 from ares.intervals import ratio_interval, shares_interval
 from ares.predictions import FILE_NAMES, find_predictions, labelled, read_predictions
 from teacher import client, estimate, handoff
+from teacher.claude import DEFAULT_MODEL
+from teacher.handoff import place_images, request_text, set_reply_aside, write_request
+from teacher.interface import JUDGE
+from teacher.parsing import parse_verdict
 from teacher.prompts import JUDGE_WORDING, judge_request
-from teacher.requests import place_images, request_text, set_reply_aside, write_request
 from utils_evaluate import CATEGORIES
 from utils_prompt import normalize
 
@@ -59,9 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     how.add_argument("--seed", type=int, default=0, help="seed of random orders, of --questions and of the intervals")
     how.add_argument("--output", metavar="DIR", help="requests, replies and results (default: win_rate/{A}_vs_{B})")
     client.add_teacher_flags(parser)
-    how.add_argument(
-        "--judge_model", dest="teacher_model", default=client.DEFAULT_MODEL, help="same as --teacher_model"
-    )
+    how.add_argument("--judge_model", dest="teacher_model", default=DEFAULT_MODEL, help="same as --teacher_model")
     args = parser.parse_args(argv)
     given = cli.given_flags(parser, argv)
     wrong = ["--questions must be at least 1"] if args.questions is not None and args.questions < 1 else []
@@ -111,10 +112,10 @@ def orders_of(args: argparse.Namespace, qid: str) -> Sequence[str]:
 
 def write_requests(
     args: argparse.Namespace, problems: Mapping[str, Any], a: Mapping[str, str], b: Mapping[str, str]
-) -> handoff.Items:
+) -> list[handoff.Item]:
     """Write a request for every pair that differs. A reply to other texts, of an earlier run, is set aside."""
     images_dir = find_images(args, required=True) if args.with_image else None
-    items = handoff.Items()
+    items = []
     pairs = [(action, order, qid) for action, order in enumerate(ORDERS) for qid in a
              if a[qid] != b[qid] and order in orders_of(args, qid)]  # fmt: skip
     for action, order, qid in cli.progress(pairs, desc="requests", unit="pair"):
@@ -132,7 +133,7 @@ def write_requests(
         for stale in {path.name for path in question_images(folder.parent, qid)} - {path.name for path in images}:
             (folder / stale).unlink()  # of a run --with_image: every image in the folder is sent
         place_images(folder, images)
-        items.append(handoff.Item(folder, action, 0, qid))
+        items.append(handoff.Item(Path(args.output), action, 0, qid))
     return items
 
 
@@ -145,12 +146,12 @@ def read_verdicts(items: Sequence[handoff.Item]) -> list[dict[str, str]]:
     for item in items:
         try:
             reply = files.read_shared(item.folder / handoff.REPLY) if handoff.has_reply(item.folder) else None
-            shown, reason = handoff.parse_verdict(reply)
+            verdict = parse_verdict(reply)
         except handoff.Refused:
             continue
         order = ORDERS[item.action]
-        winner = "tie" if shown == "tie" else order[int(shown) - 1]
-        verdicts.append({"qid": item.qid, "order": order, "winner": winner, "reason": reason})
+        winner = "tie" if verdict.better == "tie" else order[int(verdict.better) - 1]
+        verdicts.append({"qid": item.qid, "order": order, "winner": winner, "reason": verdict.reason})
     return verdicts
 
 
@@ -278,9 +279,8 @@ def result_file(args: argparse.Namespace) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    dataset = find_dataset(args.data_root, args.dataset)
-    problems = load_problems(args.data_root, dataset)
-    qids = split_qids(load_splits(args.data_root, dataset, problems), args.split, "--split")
+    data = read_data_folder(args.data_root, args.dataset)
+    problems, qids = data.problems, data.split(args.split, "--split")
     a, b = read_systems(args, qids)
     files.writable_dir(args.output, "--output")
 
@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         items = write_requests(args, problems, a, b)
         # without --with_image the session must not report missing images
         shown = problems if args.with_image else {qid: {**problems[qid], "image": None} for qid in a}
-        session = client.make_session(args.output, each, client.JUDGE, args, wording=JUDGE_WORDING, problems=shown)
+        session = client.make_session(args.output, each, JUDGE, args, wording=JUDGE_WORDING, problems=shown)
         if args.show:
             return estimate.show(session, items, args.show)
         if args.estimate:
@@ -309,7 +309,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files.write_json(
         path,
         {"systems": labels, "judge": judge, "protocol": args.protocol, "seed": args.seed, "split": args.split,
-         "dataset": dataset, "summary": summary, "verdicts": verdicts},
+         "dataset": data.dataset, "summary": summary, "verdicts": verdicts},
         indent=1,
     )  # fmt: skip
     for line in result_lines(labels, summary):

@@ -1,7 +1,7 @@
-"""Vision features: one file for all images, mapped from disk, gathered batch by batch.
+"""Vision features: one file for all images, mapped from disk; batches are gathered from it.
 
-The published ViT features are 6.6 GB; no process ever holds a copy of them. Leaves out making them
-(extract_features.py) and finding them (ares/data_folder.py).
+The published ViT features are 6.6 GB; no process holds a copy of them. ares/data_folder.py finds such a file,
+extract_features.py makes one.
 
     features = VisionFeatures("vision_features/vit.pth", name_map, "vit")
     features.gather(["1", "2"]).shape  # (2, 145, 1024)
@@ -21,25 +21,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from ares.checkpoints import img_shape
-from ares.cli import UserError, warn0
-from ares.files import atomic_path, one_at_a_time, read_json
+from ares.cli import DiskError, UserError, img_shape, in_one_line, warn0
+from ares.files import atomic_path, read_json
+from ares.launch import only_one
 
-WHOLE = 2**28  # bytes: features up to this size are hashed whole
+WHOLE = 2**28  # bytes; smaller features are hashed completely
 
 
 class VisionFeatures:
-    """Vision features of all images, mapped from disk: nothing is read but the rows that a batch gathers.
+    """Vision features of all images, mapped from disk: only the rows of a batch are read.
 
-    Takes `.npy`, `.pth`/`.pt` (one tensor; never executed: weights_only) and `.safetensors` (one tensor), of fp16,
-    bf16, fp32 or fp64, (rows, patches, dim), or (rows, dim) for one vector repeated over all patches. A `.pth` of a
-    torch before 1.6, which cannot be mapped, is converted once, to `{name}.npy` beside it. Pickles and forks as a
-    path: each process maps the file itself, and the system keeps one copy of its pages for all.
+    The file is `.npy`, or one tensor in `.pth`/`.pt` (loaded with weights_only) or `.safetensors`, of fp16, bf16, fp32
+    or fp64: (rows, patches, dim), or (rows, dim) for one vector that is repeated over all patches. A `.pth` of a torch
+    before 1.6 cannot be mapped; it is converted once, to `{name}.npy` beside it. A pickle or fork holds the path: each
+    process maps the file itself, and the system keeps one copy of its pages.
 
     Args:
-        path: the feature file. A sidecar `{img_type}.json` beside it, {"shape": [patches, dim], ...} as written by
-            extract_features.py, tells the shape to expect; without one it is `img_shape[img_type]`.
-        name_map: qid -> row.
+        path: the feature file. `{img_type}.json` beside it, as extract_features.py writes it, gives the expected
+            "shape": [patches, dim]; without it that is `img_shape[img_type]`.
+        name_map: question id -> row.
 
     Raises UserError if the file cannot be mapped or has another shape.
     """
@@ -52,8 +52,13 @@ class VisionFeatures:
             found, floating = self._open_shape()
         except UserError:
             raise
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"--vision_features: cannot map {self.path} (it holds pickled objects, which are never executed; save "
+                "one plain tensor)"
+            ) from error
         except Exception as error:  # three libraries, each with its own errors for a broken file
-            raise UserError(f"--vision_features: cannot map {self.path} ({_reason(error)})") from error
+            raise UserError(f"--vision_features: cannot map {self.path} ({in_one_line(error, 200)})") from error
         if not floating:
             raise UserError(f"--vision_features: {self.path} holds no floating point numbers")
         if found[1:] not in (self.shape, self.shape[1:]) or (len(found) == 2 and img_type != "resnet"):
@@ -74,16 +79,16 @@ class VisionFeatures:
         return self.rows
 
     def check_finite(self, rows: Sequence[int]) -> None:
-        """Raise UserError naming the first of `rows` that holds a NaN or an infinity: it would spoil every weight."""
+        """Raise UserError naming the first of `rows` with a NaN or an infinity, which would spoil every weight."""
         for start in range(0, len(rows), 32):
             part = list(rows[start : start + 32])
             sums = self._read(part).flatten(1).sum(1, dtype=torch.float64)
-            spoilt = [row for row, total in zip(part, sums.tolist(), strict=True) if not math.isfinite(total)]
-            if spoilt:
-                qid = next((qid for qid, row in self.name_map.items() if row == spoilt[0]), None)
+            bad = [row for row, total in zip(part, sums.tolist(), strict=True) if not math.isfinite(total)]
+            if bad:
+                qid = next((qid for qid, row in self.name_map.items() if row == bad[0]), None)
                 whose = f"question {qid}" if qid else "of no question"
                 raise UserError(
-                    f"--vision_features: row {spoilt[0]} of {self.path} ({whose}) holds NaN or infinity; make the "
+                    f"--vision_features: row {bad[0]} of {self.path} ({whose}) holds NaN or infinity; make the "
                     "file again with extract_features.py"
                 )
 
@@ -92,41 +97,41 @@ class VisionFeatures:
         return self._spread(self._read([int(row)]))[0]
 
     def gather(self, qids: Sequence[str]) -> torch.Tensor:
-        """Features of a batch of questions, float32 (B, patches, dim); zeros for one without a row.
+        """Features of a batch of questions, float32 (B, patches, dim); zeros for those without a row.
 
-        A repeated vector comes as an expanded view: same values, a 512th of the memory; so do the zeros of a batch
-        without any image. Do not write into them.
+        A repeated vector is an expanded view, with a 512th of the memory, as are the zeros of a batch without any
+        image: do not write into them.
         """
-        places = [i for i, qid in enumerate(qids) if qid in self.name_map]
+        found = [i for i, qid in enumerate(qids) if qid in self.name_map]
         P, D = self.shape
-        if not places:
+        if not found:
             return torch.zeros(1, 1, 1).expand(len(qids), P, D)
         batch = torch.zeros((len(qids), D) if self._repeat else (len(qids), P, D))
-        batch[places] = self._read([self.name_map[qids[i]] for i in places])
+        batch[found] = self._read([self.name_map[qids[i]] for i in found])
         return self._spread(batch)
 
     def digest(self, qids: Sequence[str]) -> str:
-        """A hash of what the model sees of `qids`, whichever file and row it lies in: tells whether features or name
-        map changed since. Of more than WHOLE bytes one patch of every question is read, a different one each time."""
+        """A hash of the features of `qids`, which changes with the features or the name map, but not with the file's
+        form or order. Of more than WHOLE bytes only one patch of each question is read, the i-th patch of the i-th."""
         sha, (P, D) = hashlib.sha256(), self.shape
         whole = self._repeat or len(qids) * P * D * 4 <= WHOLE
         for i, qid in enumerate(qids):
             row = self.name_map.get(qid)
             sha.update(f"{qid}\0{row is not None}\0".encode())
             if row is not None:
-                values = self._read([row]) if whole else self._patch(row, i % P)
+                if whole:
+                    values = self._read([row])
+                else:
+                    part = self._mapped[row : row + 1, i % P : i % P + 1]
+                    values = (torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part).float()
                 sha.update(values.contiguous().numpy().tobytes())
         return sha.hexdigest()[:16]
-
-    def _patch(self, row: int, patch: int) -> torch.Tensor:
-        part = self._mapped[row : row + 1, patch : patch + 1]
-        return (torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part).float()
 
     def _spread(self, batch: torch.Tensor) -> torch.Tensor:
         return batch[:, None, :].expand(-1, self.shape[0], -1) if self._repeat else batch  # (B, P, D)
 
     def _read(self, rows: list[int]) -> torch.Tensor:
-        """The rows as stored, copied from the mapped file and made float32."""
+        """The rows as stored, copied from the mapped file as float32."""
         array = self._mapped
         if isinstance(array, np.ndarray):
             return torch.from_numpy(array[rows].astype(np.float32, copy=False))
@@ -147,7 +152,9 @@ class VisionFeatures:
             if len(names) != 1:
                 raise UserError(f"--vision_features: {self.path} holds {len(names)} tensors instead of one")
             return file.get_slice(names[0])
-        if _is_old_format(self.path):
+        with open(self.path, "rb") as file:
+            old_format = file.read(2) not in (b"PK", b"")  # torch before 1.6 wrote no zip archives
+        if old_format:
             return np.load(_mappable_copy(self.path), mmap_mode="r", allow_pickle=False)
         tensor = torch.load(self.path, mmap=True, weights_only=True, map_location="cpu")
         if not isinstance(tensor, torch.Tensor):
@@ -164,32 +171,26 @@ class VisionFeatures:
         return tuple(array.get_shape()), array.get_dtype() in ("F16", "BF16", "F32", "F64")
 
     def _expected_shape(self) -> tuple[tuple[int, int], int | None]:
-        """(patches, dim), and the number of rows where the sidecar tells it."""
+        """(patches, dim), and the number of rows if the JSON beside the file has it."""
         sidecar = self.path.with_name(f"{self.img_type}.json")
         if not sidecar.is_file():
             return img_shape[self.img_type], None
-        told = read_json(sidecar, "--vision_features")
-        shape = told.get("shape") if isinstance(told, dict) else None
+        record = read_json(sidecar, "--vision_features")
+        shape = record.get("shape") if isinstance(record, dict) else None
         if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in shape):
             raise UserError(f'--vision_features: {sidecar} must hold {{"shape": [patches, dim]}}')
-        if told.get("weights") == "random" or str(told.get("weights_file")).startswith("seed "):
+        if record.get("weights") == "random" or str(record.get("weights_file")).startswith("seed "):
             warn0(f"{self.path} was made by a network with random weights: for trials only")
-        return (shape[0], shape[1]), told.get("rows")
+        return (shape[0], shape[1]), record.get("rows")
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_mapped"}
 
 
-def _is_old_format(path: Path) -> bool:
-    """Whether a `.pth` is no zip archive: how torch saved before 1.6. Such a file cannot be mapped."""
-    with open(path, "rb") as file:
-        return file.read(2) not in (b"PK", b"")
-
-
 def _mappable_copy(path: Path) -> Path:
-    """`{path}.npy` with the tensor of an old-format file, made by whichever process comes first, kept for the next.
+    """`{path}.npy` with the tensor of an old-format file. The first process makes it; the others wait for it.
 
-    It bears the original's time stamp: another original is converted anew. Raises UserError if it cannot be written.
+    It has the original's time stamp: a changed original is converted again. Raises UserError if it cannot be written.
     """
     copy = path.with_name(path.name + ".npy")
 
@@ -199,7 +200,7 @@ def _mappable_copy(path: Path) -> Path:
     if is_made():
         return copy
     try:
-        with one_at_a_time(path.with_name(f".{path.name}.lock")):
+        with only_one(path.with_name(f".{path.name}.lock"), f"{path}", required=False, wait=True):
             if not is_made():
                 stamp = path.stat().st_mtime_ns
                 tensor = torch.load(path, weights_only=True, map_location="cpu")
@@ -211,17 +212,10 @@ def _mappable_copy(path: Path) -> Path:
                     with open(temporary, "wb") as file:
                         np.save(file, tensor.numpy())
                     os.utime(temporary, ns=(stamp, stamp))
-    except OSError as error:
+    except (DiskError, OSError) as error:
+        reason = getattr(error.__cause__ or error, "strerror", None) or error
         raise UserError(
             f"--vision_features: {path} was saved by a torch before 1.6, cannot be mapped, and no copy can be written "
-            f"beside it ({error.strerror or error}); make its folder writable, or load it once and save it again"
+            f"beside it ({reason}); make its folder writable, or load it once and save it again"
         ) from error
     return copy
-
-
-def _reason(error: Exception) -> str:
-    """One line on why a feature file cannot be mapped, with the fix where there is one."""
-    text = str(error)
-    if isinstance(error, pickle.UnpicklingError):
-        return "it holds pickled objects, which are never executed; save one plain tensor"
-    return " ".join(text.split())[:200] or type(error).__name__

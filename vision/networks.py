@@ -1,16 +1,15 @@
-"""Vision networks: an image file in, its patch features out. What extract_features.py runs over a folder.
+"""Vision networks: from an image file to its patch features.
 
     encoder = load_encoder("vit", weights="random")
     encoder([encoder.transform(read_image(path))]).shape  # (1, 145, 1024)
 
 The four kinds are those of MM-CoT (arXiv 2302.00923): ViT's token states, CLIP's grid before its attention pool,
-ResNet's pooled vector (the model repeats it), DETR's last decoder states. Leaves out reading feature files
-(vision/features.py). torch is imported by the functions that need it, so that flags are checked before it loads.
+ResNet's pooled vector (the model repeats it), DETR's last decoder states. Whole folders of images: extraction.py;
+reading feature files: features.py. torch is imported by the functions that need it: flags are checked before it loads.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 import warnings
 import zipfile
@@ -19,22 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ares.cli import UserError, warn0
-from ares.data_folder import question_images
+from ares.cli import UserError, in_one_line, warn0
 from ares.images import eight_bit, open_image, upright
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-# the networks of the published features; all are timm's but detr, which is transformers'
+# the networks of the published features; detr is transformers', the others are timm's
 MODEL_NAMES = {
     "vit": "vit_large_patch32_384.orig_in21k_ft_in1k",
     "clip": "resnet50_clip.openai",
     "resnet": "resnet50.tv_in1k",
     "detr": "facebook/detr-resnet-101-dc5",
 }
-SPLITS = ("train", "val", "test")
 RESNET_REPEATS = 512  # patches that the model sees of resnet's one vector
 SHORTEST_SIDE = 224  # pixels, of an image for detr, as released
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,42 +40,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # -- images ----------------------------------------------------------------------------------------------
 
 
-def list_images(folder: str | Path, splits: Sequence[str] | None = None, flag: str = "--data_root") -> dict[str, Path]:
-    """qid -> image file, sorted by number: `{qid}/image.png`, else the first choice image.
-
-    `splits` names subfolders that hold the questions' folders; by default train, val and test are looked through
-    where they are there. Raises UserError if a folder is absent, holds no image, or a question comes twice.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{flag}: {folder} is no folder; name the folder that holds {{qid}}/image.png")
-    found = [name for name in splits or SPLITS if (folder / name).is_dir()]
-    if splits and len(found) < len(splits):
-        raise UserError(f"--splits: no folder {', '.join(sorted(set(splits) - set(found)))} in {folder}")
-    images: dict[str, Path] = {}
-    for root in [folder / name for name in found] or [folder]:
-        for place in root.iterdir():
-            files = question_images(root, place.name) if place.is_dir() else []
-            if files and place.name in images:
-                raise UserError(
-                    f"{flag}: question {place.name} has two folders, {images[place.name].parent} and {place}"
-                )
-            if files:
-                images[place.name] = files[0]
-    if not images:
-        raise UserError(f"{flag}: no {{qid}}/image.png or {{qid}}/choice_0.png in {folder}")
-    return {qid: images[qid] for qid in sorted(images, key=_by_number)}
-
-
-def _by_number(qid: str) -> tuple[int, int, str]:
-    """Sort key: numbers by value, then everything else by name."""
-    return (0, int(qid), qid) if qid.isdecimal() else (1, 0, qid)
-
-
 def read_image(path: str | Path, turned: bool = False) -> Image.Image:
-    """The decoded image as RGB. Raises OSError or ValueError where the file is broken, or too large to decode.
+    """Decode an image as RGB. Raises OSError or ValueError if the file is broken or too large.
 
-    `turned` applies the EXIF orientation. The published features were made without: those of a data set stay so.
+    `turned` applies the EXIF orientation; the published features were made without it, so a data set's are, too.
     """
     with open_image(path) as image:
         return eight_bit(upright(image) if turned else image).convert("RGB")
@@ -89,10 +54,10 @@ def read_image(path: str | Path, turned: bool = False) -> Image.Image:
 
 @dataclass
 class Encoder:
-    """A vision network and how to feed it.
+    """A vision network and its preprocessing.
 
-    `stored` is the shape of one image's features in the file, (patches, dim) or, for resnet, (dim,); `shape` is what
-    the model sees, (patches, dim) always.
+    `stored`: shape of one image's features in the file, (patches, dim), or (dim,) for resnet; `shape`: what the model
+    sees, always (patches, dim).
     """
 
     img_type: str
@@ -107,7 +72,7 @@ class Encoder:
         import torch
 
         groups = by_size(images)
-        order = torch.tensor([place for places, _ in groups for place in places])
+        order = torch.tensor([position for positions, _ in groups for position in positions])
         return torch.cat([self.features(pixels) for _, pixels in groups])[order.argsort()]
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -134,20 +99,20 @@ class Encoder:
 
 
 def by_size(images: Sequence[torch.Tensor]) -> list[tuple[list[int], torch.Tensor]]:
-    """(places, images stacked) for every size among them: no padding enters anything."""
+    """(positions, images stacked) for every size among them, so that no image is padded."""
     import torch
 
-    places: dict[tuple, list[int]] = {}
-    for place, image in enumerate(images):
-        places.setdefault(tuple(image.shape), []).append(place)
-    return [(alike, torch.stack([images[place] for place in alike])) for _, alike in sorted(places.items())]
+    groups: dict[tuple, list[int]] = {}
+    for position, image in enumerate(images):
+        groups.setdefault(tuple(image.shape), []).append(position)
+    return [(alike, torch.stack([images[position] for position in alike])) for _, alike in sorted(groups.items())]
 
 
 class LiveFeatures:
-    """Features of pictures made on the spot, to be gathered like `utils_features.VisionFeatures`.
+    """Features that are computed now, with the `gather` of `vision.features.VisionFeatures`.
 
     Args:
-        pictures: qid -> image file, or None for a question without one: zeros.
+        pictures: qid -> image file, or None for a question without one, which gets zeros.
         turned: apply the EXIF orientation (`read_image`).
     """
 
@@ -166,15 +131,15 @@ class LiveFeatures:
 
 
 def pick_device(asked: str | None) -> str:
-    """--device, else cuda if there is one. Raises UserError where nothing can be computed on it."""
+    """--device, else cuda if there is one. Raises UserError if the device cannot be used."""
     import torch
 
     if asked is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=asked).cpu()
-    except Exception as error:  # torch's words for an unknown name, an absent driver and a number too high differ
-        reason = " ".join(str(error).split())[:100]
+    except Exception as error:  # the type differs for an unknown name, an absent driver and a number too high
+        reason = in_one_line(error, 100)
         raise UserError(f"--device: {asked} cannot be used here ({reason}); name another, such as cpu") from error
     return asked
 
@@ -191,10 +156,10 @@ def load_encoder(
 
     Args:
         model_name: another network of that kind: a timm model, for detr a transformers DETR. Default `MODEL_NAMES`.
-        weights: "pretrained" asks the hub once; "random" draws them from `seed`; anything else is a file or folder.
+        weights: "pretrained" (from the hub), "random" (from `seed`), else a file or folder.
         flag: the flag that named `weights`, for messages.
 
-    Raises UserError if the name is unknown or the weights cannot be had or do not fit.
+    Raises UserError if the name is unknown, or the weights are absent or do not fit.
     """
     import torch
 
@@ -225,7 +190,7 @@ def _load_timm(name: str, kind: str, weights: str, flag: str) -> tuple[Any, Call
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:3]) or "none"
         raise UserError(f"--model_name: timm {timm.__version__} has no model {name} (similar: {near})")
-    # timm gets tensors, never a path: it has readers that execute what a file pickles
+    # timm gets tensors, never a path: some of its readers execute what a file pickles
     source = {"pretrained_cfg_overlay": {"state_dict": read_weights(Path(weights), flag)}} if kind == "local" else {}
     try:
         # with its own number of classes: timm refuses some published heads otherwise, and nothing uses them
@@ -241,8 +206,7 @@ def _load_timm(name: str, kind: str, weights: str, flag: str) -> tuple[Any, Call
 def read_weights(path: Path, flag: str = "--weights") -> dict[str, torch.Tensor]:
     """The state dict in a .safetensors or PyTorch file, or in the first such file of a folder; nothing is executed.
 
-    Training checkpoints are looked into as timm does: EMA weights first, then `state_dict`, then `model`. Raises
-    UserError.
+    In a training checkpoint the order is timm's: EMA weights, then `state_dict`, then `model`. Raises UserError.
     """
     import torch
     from timm.models import clean_state_dict
@@ -266,7 +230,7 @@ def read_weights(path: Path, flag: str = "--weights") -> dict[str, torch.Tensor]
             f"{flag}: {path} holds pickled objects, which are never executed, or is damaged; save its state dict alone"
         ) from error
     except Exception as error:  # two libraries, each with its own errors for a damaged file
-        raise UserError(f"{flag}: cannot read {path} ({_reason(error)})") from error
+        raise UserError(f"{flag}: cannot read {path} ({in_one_line(error, 160)})") from error
     inner = ("state_dict_ema", "model_ema", "state_dict", "model")
     if isinstance(state, dict):
         state = next((state[name] for name in inner if isinstance(state.get(name), dict)), state)
@@ -302,7 +266,7 @@ def _load_detr(name: str, kind: str, weights: str, flag: str) -> tuple[Any, Call
 
 
 def offline_unless_reachable() -> None:
-    """One attempt to reach the hub; where it fails, what is not cached fails at once, not after minutes of retries."""
+    """Try once to reach the hub; if it fails, go offline, so that a file that is not cached fails without retries."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -314,34 +278,21 @@ def offline_unless_reachable() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
-def _reason(error: Exception) -> str:
-    """A library's error on one line."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:160]
-
-
 def hub_failure(error: Exception) -> str:
-    """Why something could not be had from the hub, on one line."""
+    """Why a file could not be downloaded from the hub, on one line."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return "not in the cache, and the hub cannot be reached"
-    return _reason(error)
+    return in_one_line(error, 160)
 
 
 def _no_weights(name: str, kind: str, weights: str, flag: str, error: Exception) -> UserError:
     if kind == "local":
-        return UserError(f"{flag}: {weights} does not fit {name} ({_reason(error)})")
+        return UserError(f"{flag}: {weights} does not fit {name} ({in_one_line(error, 160)})")
     if kind == "random":
-        return UserError(f"--model_name: cannot build {name} ({_reason(error)})")
+        return UserError(f"--model_name: cannot build {name} ({in_one_line(error, 160)})")
     return UserError(
         f"--model_name: no weights of {name} from the hub ({hub_failure(error)}); download them elsewhere and name "
         f"them by {flag} PATH" + ", or try things out with --random_weights" * (flag == "--weights")
     )
-
-
-def weights_identity(weights: str) -> str:
-    """A short text that changes when `--weights` names other weights: the kind, or file name and size in bytes."""
-    path = Path(weights)
-    if weights in ("pretrained", "random"):
-        return weights
-    return f"{path.name} ({os.path.getsize(path)} bytes)" if path.is_file() else path.name

@@ -1,4 +1,4 @@
-"""Why our sentence columns differ from the released ones: a class for every differing column, told from the pieces.
+"""Why our sentence columns differ from the released ones: a class for every differing column, by its pieces.
 
 `classify` knows nothing of ares/sentences.py: it looks at the pieces around the column. It raises where no class fits,
 so a difference nobody has thought of fails the test.

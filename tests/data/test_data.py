@@ -190,6 +190,10 @@ def test_aokvqa_in_the_same_schema(root):
     (root / "scienceqa/problems.json").write_text("{")  # the other one is not even read
     problems, _ = utils_data.load_data_std(parse("--data_root", root, "--dataset", "aokvqa", "--val_split", "test"))
     assert problems
+    shutil.move(root / "aokvqa", root / "mine")  # any name will do where it is the only one, or is given
+    assert files.find_dataset(root) == "scienceqa"
+    shutil.rmtree(root / "scienceqa")
+    assert files.find_dataset(root) == "mine"
 
 
 def test_dataset_faults(root, tmp_path):
@@ -423,6 +427,14 @@ def test_a_bad_question_is_named(root, keys, value, words):
     fails("--data_root", "scienceqa/problems.json", *words)
 
 
+def test_the_most_choices_and_the_longest_id_are_accepted(root):
+    change(root / "scienceqa/problems.json", "3", "choices", to=list("abcde"))
+    change(root / "scienceqa/problems.json", "x" * 255, to=question(choices=["a", "b"], answer=0))
+    assert len(load_data(parse("--data_root", root), {"train": "train"}).problems) == 7
+    change(root / "scienceqa/problems.json", "x" * 256, to=question())
+    fails("an id names a folder: at most 255 bytes")
+
+
 def test_bad_questions_are_counted(root):
     for qid in ("2", "4", "5"):
         change(root / "scienceqa/problems.json", qid, "answer", to=9)
@@ -454,6 +466,7 @@ def test_split_faults(root):
 
 def test_trainval_is_composed_when_absent(root, capsys):
     args = parse("--data_root", root)
+    change(root / "scienceqa/pid_splits.json", "val", to=["4", "2"])
     assert load_data(args, {"train": "trainval"}).qids["train"] == ["1", "2", "3", "4"]
     assert "no split trainval" in capsys.readouterr().out
     change(root / "scienceqa/pid_splits.json", "trainval", to=["4", "1"])
@@ -588,10 +601,6 @@ def test_shapes_of_the_other_types(tmp_path, img_type, stored):
     assert features.gather(["a", "b"]).sum() == np.prod(stored)
 
 
-def _sum_in_child(features, queue):
-    queue.put(("_mapped" in vars(features), float(features.gather(["1", "3"]).sum())))
-
-
 @pytest.mark.parametrize("suffix", [".npy", ".pth", ".safetensors"])
 def test_features_travel_to_workers(root, suffix):
     """A pickle is a path and a name map, never the data; forked DataLoader workers and spawned processes read."""
@@ -609,43 +618,34 @@ def test_features_travel_to_workers(root, suffix):
     assert np.array_equal(images.numpy(), values[:16])
 
 
-def test_features_in_a_spawned_process(root):
-    values = put_features(root)
-    features = VisionFeatures(root / "vision_features/vit.npy", {"1": 0, "3": 1}, "vit")
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    child = context.Process(target=_sum_in_child, args=(features, queue))
-    child.start()
-    assert queue.get(timeout=60) == (False, float(values[:2].sum()))
-    child.join()
-
-
-@pytest.mark.parametrize("suffix", [".npy", ".pth", ".safetensors"])
-def test_features_are_mapped_not_loaded(tmp_path, suffix):
+def test_features_are_mapped_not_loaded(tmp_path):
     """Two batches from a 118 MB file add a few megabytes of resident memory, not the file."""
     values = np.zeros((200, 145, 1024), dtype=np.float32)
     values[:, 0, 0] = np.arange(200)
-    path = write_features(tmp_path, suffix, values, torch.float32)
+    paths = [write_features(tmp_path, suffix, values, torch.float32) for suffix in (".npy", ".pth", ".safetensors")]
     del values
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # a new process: its memory holds nothing freed to reuse
     queue = context.Queue()
-    child = context.Process(target=_memory_of_two_batches, args=(path, queue))
+    child = context.Process(target=_memory_of_two_batches, args=(paths, queue))
     child.start()
-    firsts, grown = queue.get(timeout=120)
+    for path in paths:
+        firsts, grown = queue.get(timeout=120)
+        assert firsts == [3.0, 150.0, 7.0]
+        assert grown < 0.25 * path.stat().st_size, f"{path.suffix}: {grown / 2**20:.0f} MiB"
     child.join()
-    assert firsts == [3.0, 150.0, 7.0]
-    assert grown < 0.25 * path.stat().st_size, f"{grown / 2**20:.0f} MiB"
 
 
-def _memory_of_two_batches(path, queue):
+def _memory_of_two_batches(paths, queue):
     def anonymous():  # private memory: mapped pages of the file are the system's, shared by all processes
         return int(re.search(r"RssAnon:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
 
-    before = anonymous()
-    features = VisionFeatures(path, {str(n): n for n in range(200)}, "vit")
-    first = features.gather(["3", "150"])
-    second = features.gather(["7"])
-    queue.put(([float(first[0, 0, 0]), float(first[1, 0, 0]), float(second[0, 0, 0])], anonymous() - before))
+    for path in paths:
+        before = anonymous()
+        features = VisionFeatures(path, {str(n): n for n in range(200)}, "vit")
+        first = features.gather(["3", "150"])
+        second = features.gather(["7"])
+        firsts = [float(first[0, 0, 0]), float(first[1, 0, 0]), float(second[0, 0, 0])]
+        queue.put((firsts, anonymous() - before))
 
 
 def test_feature_faults(root):
@@ -672,6 +672,45 @@ def test_feature_faults(root):
     put(root / "vision_features/name_map.json", [1])
     fails("--name_map", "must hold", argv=argv)
     fails("--vision_features and --name_map", "without --img_type", argv=["--vision_features", "v", "--name_map", "n"])
+
+
+def test_large_numbers_are_finite_and_the_first_bad_row_is_named(tmp_path):
+    values = np.full((100, 2, DIM), 3e38, dtype=np.float32)  # their sum is beyond float32
+    np.save(tmp_path / "vit.npy", values)
+    put(tmp_path / "vit.json", {"shape": [2, DIM], "rows": 100})
+    VisionFeatures(tmp_path / "vit.npy", {"a": 0, "b": 97}, "vit").check_finite(range(100))
+    for row, name in ((97, "question b"), (34, "of no question")):
+        values[row, 1, 2] = np.inf
+        np.save(tmp_path / "vit.npy", values)
+        with pytest.raises(UserError, match=rf"row {row} of .*vit.npy \({name}\) holds NaN or infinity"):
+            VisionFeatures(tmp_path / "vit.npy", {"a": 0, "b": 97}, "vit").check_finite(range(100))
+
+
+def test_the_digest_follows_what_the_model_sees(tmp_path, monkeypatch):
+    """Not the order of the rows in the file, but values, ids and which questions have a row; of large files a part."""
+    from vision import features
+
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((4, 2, DIM), dtype=np.float32)
+    put(tmp_path / "vit.json", {"shape": [2, DIM]})
+
+    def digest(values, name_map, qids):
+        np.save(tmp_path / "vit.npy", values)
+        return VisionFeatures(tmp_path / "vit.npy", name_map, "vit").digest(qids)
+
+    for whole in (2**28, 0):
+        monkeypatch.setattr(features, "WHOLE", whole)
+        first = digest(values, {"a": 0, "b": 1}, ["a", "b", "c"])
+        assert digest(values[::-1], {"a": 3, "b": 2}, ["a", "b", "c"]) == first
+        changed = values.copy()
+        changed[1, 1, 0] += 1  # b, the second question: its second patch
+        others = [
+            digest(changed, {"a": 0, "b": 1}, ["a", "b", "c"]),
+            digest(values, {"a": 1, "b": 0}, ["a", "b", "c"]),
+            digest(values, {"a": 0, "c": 1}, ["a", "b", "c"]),
+            digest(values, {"a": 0, "b": 1}, ["a", "b", "d"]),
+        ]
+        assert len({first, *others}) == 5
 
 
 def test_some_rows_absent_is_said(root, capsys):
@@ -730,7 +769,7 @@ def test_old_format_is_converted_once_by_processes_that_start_together(tmp_path,
         torch.save(torch.full((3, 145, 1024), value, dtype=dtype), path, _use_new_zipfile_serialization=False)
 
     save(0.5)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     queue = context.Queue()
     children = [context.Process(target=_first_value, args=(path, queue)) for _ in range(3)]
     for child in children:
@@ -795,3 +834,14 @@ def test_empty_tokenizer_file(tmp_path):
     put(tmp_path / "tokenizer.json", "{}")
     with pytest.raises(UserError, match="--tokenizer: no tokenizer can be loaded"):
         utils_data.load_tokenizer(parse("--tokenizer", tmp_path))
+
+
+def test_a_tokenizer_of_another_model(t5_tokenizer):
+    def info(size):
+        return argparse.Namespace(folder="m", config=argparse.Namespace(vocab_size=size))
+
+    size = len(t5_tokenizer)
+    utils_data.check_vocabulary(t5_tokenizer, None)  # a hub id
+    utils_data.check_vocabulary(t5_tokenizer, info(size))
+    with pytest.raises(UserError, match=f"has {size} pieces but m only {size - 1} embeddings"):
+        utils_data.check_vocabulary(t5_tokenizer, info(size - 1))

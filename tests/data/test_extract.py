@@ -20,9 +20,10 @@ import extract_features
 from ares.cli import UserError
 from ares.data_folder import load_captions, load_name_map
 from ares.images import load_image
-from tests.conftest import ROOT, one_line_error, run_script
+from tests.conftest import ROOT, run_script
+from vision import extraction
 from vision.features import VisionFeatures
-from vision.networks import list_images, load_encoder, read_image
+from vision.networks import load_encoder, read_image, read_weights
 
 TRIAL = ["--model_name", "test_vit", "--random_weights", "--workers", "0", "--batch_size", "4"]
 
@@ -134,17 +135,16 @@ def test_kill_and_run_again(images, tmp_path):
     again = run_script(*command[1:], env={"OMP_NUM_THREADS": "1"})
     assert f"continuing after {done} of 12 images" in again.stdout
     assert "RANDOM WEIGHTS" in again.stderr
-    for name in ("vit.pth", "vit.json", "name_map.json"):
+    names = ["name_map.json", "vit.json", "vit.pth"]
+    for name in names:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes()
-    assert not part.exists()
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == names, "what the kill left is removed"
 
 
 def test_on_a_cpu_images_are_decoded_in_this_process_and_on_a_gpu_by_one_per_core(monkeypatch):
-    import extract_features
-
-    monkeypatch.setattr(extract_features.os, "sched_getaffinity", lambda pid: set(range(40)))
-    assert [extract_features.decoders(asked, "cpu") for asked in (None, 0, 3)] == [0, 0, 3]
-    assert [extract_features.decoders(asked, "cuda") for asked in (None, 0, 3)] == [16, 0, 3]
+    for cores, workers in ((40, 16), (5, 5)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+        assert extraction.default_workers("cpu") == 0 and extraction.default_workers("cuda") == workers
 
 
 def test_decoding_processes_on_any_python(images, tmp_path, monkeypatch):
@@ -165,7 +165,7 @@ def test_other_settings_start_over(images, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(extract_features.Rows, "finish", stop)
+        patched.setattr(extraction.FeatureStore, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
             extract(images, tmp_path / "a", *TRIAL)
     extract(images, tmp_path / "a", *TRIAL, "--seed", "5")
@@ -221,43 +221,67 @@ def test_pictures_of_every_kind_are_read_or_refused(tmp_path, monkeypatch):
 def test_stopped_at_the_very_end_nothing_is_lost(images, tmp_path, monkeypatch, capsys):
     """The finished rows of a .npy are the file itself, moved in one step."""
     flags = ["--img_type", "resnet", "--model_name", "test_resnet", "--random_weights", "--workers", "0"]
-    finish = extract_features.Rows.finish
+    finish = extraction.FeatureStore.finish
 
-    def stop(rows, path):
+    def stop(store, path):
         def no_disk(*_):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", no_disk)
             patched.setattr(os, "unlink", no_disk)
-            finish(rows, path)
+            finish(store, path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(extract_features.Rows, "finish", stop)
+        patched.setattr(extraction.FeatureStore, "finish", stop)
         with contextlib.suppress(KeyboardInterrupt):
             extract(images, tmp_path, *flags)
     extract(images, tmp_path, *flags)
     assert "there already" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", ["extract_features", "extract_caption"])
+@pytest.mark.parametrize("script", [extract_features, extract_caption])
 def test_a_device_that_is_not_there_is_named(script, images, tmp_path):
-    out = ["--output_dir", tmp_path] if script == "extract_features" else ["--output", tmp_path / "captions.json"]
-    done = run_script(f"{script}.py", "--data_root", images, *out, "--device", "warp", check=False)
-    one_line_error(done, "--device", "warp")
+    out = ["--output_dir", tmp_path] if script is extract_features else ["--output", tmp_path / "captions.json"]
+    with pytest.raises(UserError, match="--device: warp cannot be used here"):
+        script.main([str(word) for word in ("--data_root", images, *out, "--device", "warp")])
 
 
 def test_split_folders(images, tmp_path):
     for split, qids in (("train", ("46", "1014")), ("test", ("62", "133"))):
         for qid in qids:
             shutil.copytree(images / qid, tmp_path / split / qid)
-    assert [*list_images(tmp_path)] == ["46", "62", "133", "1014"]
-    assert [*list_images(tmp_path, ["test"])] == ["62", "133"]
+    assert [*extraction.list_images(tmp_path)] == ["46", "62", "133", "1014"]
+    assert [*extraction.list_images(tmp_path, ["test"])] == ["62", "133"]
     with pytest.raises(UserError, match="--splits: no folder val"):
-        list_images(tmp_path, ["val", "test"])
+        extraction.list_images(tmp_path, ["val", "test"])
     shutil.copytree(images / "62", tmp_path / "train" / "62")
     with pytest.raises(UserError, match="question 62 has two folders"):
-        list_images(tmp_path)
+        extraction.list_images(tmp_path)
+
+
+def test_images_of_several_sizes_keep_their_order():
+    encoder = load_encoder("resnet", "test_resnet", "random")
+    generator = torch.Generator().manual_seed(0)
+    pixels = [
+        torch.randn(3, *size, generator=generator) for size in ((96, 64), (64, 64), (64, 96), (64, 64), (96, 64))
+    ]
+    rows = encoder(pixels)
+    for each, row in zip(pixels, rows, strict=True):
+        torch.testing.assert_close(encoder([each])[0], row, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_in_a_training_checkpoint(tmp_path):
+    """As timm takes them: EMA weights, then state_dict, then model; `module.` of distributed training is dropped."""
+    kinds = ("state_dict_ema", "model_ema", "state_dict", "model")
+    checkpoint = {name: {"module.a": torch.full((2,), float(number))} for number, name in enumerate(kinds)}
+    for number, name in enumerate(kinds):
+        torch.save({"epoch": 3, **checkpoint}, tmp_path / "w.pth")
+        assert read_weights(tmp_path / "w.pth")["a"].tolist() == [number] * 2
+        del checkpoint[name]
+    with pytest.raises(UserError, match="is not a state dict"):
+        torch.save({"epoch": 3}, tmp_path / "w.pth")
+        read_weights(tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -307,17 +331,17 @@ def test_released_networks_give_the_released_shapes(img_type, small, tmp_path):
 
 
 def test_mistakes_before_any_network_is_built(images, tmp_path):
-    script = "extract_features.py"
-    one_line_error(run_script(script, "--data_root", tmp_path / "none", check=False), "--data_root", "is no folder")
-    where = ["--data_root", images, "--output_dir", tmp_path / "out"]
-    done = run_script(script, *where, "--weights", "x", "--random_weights", "--batch_size", "0", check=False)
-    one_line_error(done, "--weights and --random_weights", "--batch_size")
+    with pytest.raises(UserError, match="--data_root: .* is no folder"):
+        extract(tmp_path / "none", tmp_path / "out")
+    flags = ["--weights", "x", "--random_weights", "--batch_size", "0", "--workers", "-1"]
+    with pytest.raises(UserError, match="--batch_size: .*; --workers: .*; --weights and --random_weights"):
+        extract(images, tmp_path / "out", *flags)
     with pytest.raises(UserError, match="timm .* has no model vit_gigantisch"):
         extract(images, tmp_path / "out", "--model_name", "vit_gigantisch", "--random_weights")
     with pytest.raises(UserError, match="--weights: .*none.bin does not exist"):
         extract(images, tmp_path / "out", "--weights", str(tmp_path / "none.bin"))
     with pytest.raises(UserError, match="no .qid./image.png"):
-        list_images(tmp_path / "out")
+        extraction.list_images(tmp_path / "out")
 
 
 @pytest.mark.parametrize("img_type", ["vit", "detr"])
@@ -391,7 +415,7 @@ def test_captions(instructblip, images, tmp_path, capsys):
     output = tmp_path / "instruct_captions.json"
     caption(images, output, instructblip, "--batch_size", "5")
     captions = load_captions(output)
-    assert [*captions] == [*list_images(images)]
+    assert [*captions] == [*extraction.list_images(images)]
     assert len(set(captions.values())) > 1  # the image reaches the words
     assert not any("description for the image" in text or "<image>" in text for text in captions.values())
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
@@ -427,8 +451,8 @@ def test_captions_stopped_and_continued(instructblip, images, tmp_path, monkeypa
 def test_caption_mistakes(small, tmp_path):
     with pytest.raises(UserError, match="--model: cannot load .*nowhere"):
         caption(small, tmp_path / "captions.json", "nowhere/such-model")
-    done = run_script("extract_caption.py", "--data_root", small, "--batch_size", "0", check=False)
-    one_line_error(done, "--batch_size")
+    with pytest.raises(UserError, match="--max_new_tokens: 0 .*; --batch_size: 0 is less than 1"):
+        extract_caption.main(["--data_root", str(small), "--batch_size", "0", "--max_new_tokens", "0"])
 
 
 def test_caption_of_a_broken_image(small, tmp_path, capsys):

@@ -249,15 +249,8 @@ def test_kill_and_run_again(real, tmp_path):
     whole = tmp_path / "whole"
     prepare(real.folder, whole, "--images", real.images)
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        ROOT / "tools/prepare_data.py",
-        "scienceqa",
-        "--source",
-        real.folder,
-        "--images",
-        real.images,
-    ]
+    flags = ("scienceqa", "--source", real.folder, "--images", real.images)
+    command = [sys.executable, ROOT / "tools/prepare_data.py", *flags]
     process = subprocess.Popen(
         [*command, "--output", out], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -269,12 +262,11 @@ def test_kill_and_run_again(real, tmp_path):
     run_script(*command[1:], "--output", out)
 
     def content(folder):
-        files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".tmp-")]
-        return {path.relative_to(folder): path.read_bytes() for path in files}
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
     assert content(out) == content(whole)
     stamps = {path: path.stat().st_mtime_ns for path in (out / "images").rglob("*.png")}
-    run_script(*command[1:], "--output", out)
+    prepare(real.folder, out, "--images", real.images)
     assert {path: path.stat().st_mtime_ns for path in (out / "images").rglob("*.png")} == stamps
 
 
@@ -357,7 +349,7 @@ def test_mistakes(real, tmp_path):
         (["scienceqa", tmp_path / "empty"], "neither the official files, nor a DatasetDict"),
         (["scienceqa", tmp_path / "broken"], "cannot read .*broken"),
         (["scienceqa", tmp_path / "half"], "has no split val"),
-        (["scienceqa", "nobody/nothing-here"], "no folder here, and cannot be had from the hub"),
+        (["scienceqa", "nobody/nothing-here"], "no folder here, and cannot be downloaded from the hub"),
         (["scienceqa", real.folder, "--images", "gone"], "--images: gone is no folder"),
         (["scienceqa", tmp_path / "empty", "--images", "x"], "--images: the images of .* come with it"),
         (["aokvqa", vqa], "has no aokvqa_v1p0_val.json"),

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -22,8 +19,8 @@ from ares.sentences import (
     sentence_columns,
     sentences_from_ids,
     split_text,
-)
-from tests.conftest import ROOT, SHARED
+)  # fmt: skip
+from tests.conftest import SHARED
 from tests.data.sentence_differences import COUNTS, REAL_DIFFERENCES, REASONS, classify
 
 REAL = ("solution_norm", "solution_target", "lecture_norm", "lecture_target", "gpt3_output")
@@ -147,6 +144,8 @@ def test_indices_that_broke_the_released_code(cases, t5_tokenizer):
         ("It is in the U.S. Ohio is a state.", ["It is in the U.S.", "Ohio is a state."]),
         ("The U.S. Congress met at 5 p.m. It rained.", ["The U.S. Congress met at 5 p.m.", "It rained."]),
         ("A board 5 in. wide fits in. Put it in.", ["A board 5 in. wide fits in.", "Put it in."]),
+        ("Put it in. then close it.", ["Put it in.", "then close it."]),
+        ("It is in the U.S.Ohio is a state.", ["It is in the U.S.Ohio is a state."]),  # as glued as an acronym
         # quotes, brackets, forgotten blanks, dots
         ('"Stop!" Lila remarked. He said "no." She left.', ['"Stop!" Lila remarked.', 'He said "no."', "She left."]),
         ("A pronoun (he, she, etc.) is used.", ["A pronoun (he, she, etc.) is used."]),
@@ -168,7 +167,7 @@ def test_split_text(text, sentences):
 
 
 def test_text_and_ids_give_the_same_sentences_on_real_texts(cases, t5_tokenizer):
-    """split_text reads what decode() wrote; a stray n glued to a word, not to a stop, can be told in ids only."""
+    """split_text reads what decode() wrote; a stray n glued to a word, not to a stop, is visible in ids only."""
     equal = total = 0
     for case in cases:
         if case["kind"] in REAL:
@@ -228,24 +227,8 @@ def unigram(byte_fallback: bool):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    pieces = [
-        "<pad>",
-        "</s>",
-        "<unk>",
-        "▁",
-        "▁The",
-        "▁cat",
-        "t.",
-        ".n7",
-        "▁a.b",
-        "?No!Ye",
-        "s.▁It",
-        "▁U.S",
-        "▁Solution:",
-    ]
-    pieces += ["▁is", "▁2.", "é", "\\", "n"] + [
-        chr(code) for code in range(ord("a"), ord("z") + 1) if chr(code) != "n"
-    ]
+    pieces = "<pad> </s> <unk> ▁ ▁The ▁cat t. .n7 ▁a.b ?No!Ye s.▁It ▁U.S ▁Solution: ▁is ▁2. é \\ n".split()
+    pieces += list("abcdefghijklmopqrstuvwxyz")
     pieces += list(".!?…:,;\"')(\\0123456789ABCSTN"[:-1]) if not byte_fallback else [".", "A", "T", "N"]
     pieces = list(dict.fromkeys(pieces))
     if byte_fallback:
@@ -343,20 +326,3 @@ def test_bytes_are_read_as_the_letters_they_spell():
 def test_rows_are_refused(t5_tokenizer):
     with pytest.raises(ValueError, match="2 rows"):
         sentences_from_ids(np.zeros((2, 5), dtype=int), t5_tokenizer)
-
-
-# -- the machine -------------------------------------------------------------------------------------------
-
-
-def test_a_round_of_scienceqa_takes_well_under_a_minute(cases, t5_tokenizer):
-    """50,904 rationales of about 100 tokens on one core, extrapolated from 430 real ones."""
-    rows = [case["ids"] for case in cases if case["kind"] in ("solution_norm", "solution_target")]
-    started = time.process_time()
-    for ids in rows:
-        sentences_from_ids(ids, t5_tokenizer)
-    assert (time.process_time() - started) / len(rows) * 50904 < 60
-
-
-def test_needs_no_torch():
-    code = "import sys, ares.sentences; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,6 +1,6 @@
 """What each of two CPU processes runs in test_rl_sharding.py: PPO cut by torch's own FSDP2, stopped and gone on with.
 
-torchrun --nproc_per_node 2 -m tests.rl_sharding_worker FOLDER {checkpointing,plain}
+torchrun --nproc_per_node 2 -m tests.rl.rl_sharding_worker FOLDER {checkpointing,plain}
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from model import save_value_function
 from rl import sharding
-from rl import trainer as ppo_trainer
-from tests.rl.test_rl_trainer import make_trainer
+from rl.optimizer import optimizer_state
+from tests.rl.rl_tools import make_trainer
 
 
 class Stopped(Exception):
@@ -48,10 +48,10 @@ def main(folder: Path, checkpointing: bool) -> None:
     second.train()
 
     rank = torch.distributed.get_rank()
-    state = sharding.whole_state(second.raw, rank == 0)
-    policy = sharding.whole_state(second.raw.policy, rank == 0)
-    value = sharding.whole_state(second.raw.value_function, rank == 0)
-    optimizer = ppo_trainer.optimizer_state(second.optimizer, second.names, rank == 0)
+    state = sharding.full_state(second.raw, rank == 0)
+    policy = sharding.full_state(second.raw.policy, rank == 0)
+    value = sharding.full_state(second.raw.value_function, rank == 0)
+    optimizer = optimizer_state(second.optimizer, second.names, rank == 0)
     if rank == 0:
         torch.save({"model": state, "optimizer": optimizer}, folder / "whole.pth")
         second.raw.policy.save_pretrained(folder / "saved", state_dict=policy)

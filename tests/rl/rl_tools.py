@@ -1,105 +1,22 @@
-"""What the RL tests share: a folder of real questions, a tiny model of the real kind, a stand-in for the Teacher."""
+"""Helpers of the RL tests; data, model and replies of a small run are made by benchmarks/rl_common.py."""
 
 from __future__ import annotations
 
 import json
+import random
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
+import torch
 
-from ares import files
+import run_mm_cot_rl
+from benchmarks.rl_common import PATCHES, answer, make_data, make_model, reply, score
+from rl import metrics, ppo, rollouts, trainer
 from teacher import handoff
 
-PATCHES = (4, 16)  # the shape of the tiny vision features, told by the sidecar beside them
-
-
-def make_data(root: Path, sample: Path, questions: int) -> Path:
-    """A data root with the first real train questions (and a few others), captions and tiny vision features."""
-    source = sample / "ScienceQA/data/scienceqa"
-    problems = json.loads((source / "problems.json").read_text())
-    splits = json.loads((source / "pid_splits.json").read_text())
-    pictured = [qid for qid in splits["train"] if problems[qid]["image"]][: questions // 2]
-    plain = [qid for qid in splits["train"] if not problems[qid]["image"]][: questions - len(pictured)]
-    chosen = {"train": pictured + plain, "val": splits["val"][:2], "test": splits["test"][:2]}
-    used = [qid for qids in chosen.values() for qid in qids]
-    data = root / "data"
-    files.write_json(data / "scienceqa/problems.json", {qid: problems[qid] for qid in used})
-    files.write_json(data / "scienceqa/pid_splits.json", chosen)
-    captions = json.loads((sample / "instruct_captions.json").read_text())["captions"]
-    files.write_json(data / "captions.json", {"captions": {q: text for q, text in captions.items() if q in used}})
-    with_image = [qid for qid in used if problems[qid]["image"]]
-    features = np.random.default_rng(0).standard_normal((len(with_image), *PATCHES)).astype(np.float32)
-    folder = data / "vision_features"
-    folder.mkdir()
-    np.save(folder / "vit.npy", features)
-    files.write_json(folder / "vit.json", {"shape": list(PATCHES), "model_name": "test", "weights": "local"})
-    files.write_json(folder / "name_map.json", {qid: row for row, qid in enumerate(with_image)})
-    return data
-
-
-def make_model(folder: Path, data: Path, tokenizer, patch_size=PATCHES, steps: int = 25, vocab_size=32128) -> Path:
-    """A 2-layer T5 (of the real vocabulary), trained just enough that it writes words, full stops and `</s>`."""
-    import torch
-
-    from model import MultimodalT5Config, T5ForMultimodalGeneration
-
-    torch.set_num_threads(1)  # two threads of several processes on two cores wait for each other most of the time
-    torch.manual_seed(0)
-    config = MultimodalT5Config(
-        vocab_size=vocab_size, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0,
-        pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu", initializer_factor=0.05,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    model = T5ForMultimodalGeneration(config, patch_size)
-    problems = json.loads((data / "scienceqa/problems.json").read_text())
-    texts = [f"Solution: {problem['solution']}" for problem in problems.values() if problem["solution"]]
-    rows = tokenizer(texts, truncation=True, max_length=48)["input_ids"]
-    end = [tokenizer.convert_tokens_to_ids("."), 1]
-    rows = [row[:-1][: 8 + 3 * (i % 5)] + end for i, row in enumerate(rows)]  # short and ragged: it learns to stop
-    labels = torch.full((len(rows), max(map(len, rows))), -100)
-    for i, row in enumerate(rows):
-        labels[i, : len(row)] = torch.tensor(row)
-    inputs = tokenizer(["Question:"] * len(rows), return_tensors="pt")
-    images = {} if patch_size is None else {"image_ids": torch.zeros(len(rows), *patch_size)}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
-    for _ in range(steps):
-        loss = model(**inputs, **images, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert 1.0 < loss.item() < 8.0, loss.item()  # neither untrained (ln 32128 = 10.4) nor learnt by heart
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def score(sentence: str) -> float:
-    """The stand-in's taste: sentences with an `e` are good, the others bad."""
-    return 0.9 if "e" in sentence else 0.2
-
-
-def reply(sentences: list[str], scorer=score) -> str:
-    """A reply as the Teacher writes it: an object, one sentence per line, duplicates kept."""
-    return "{\n" + ",\n".join(f"{json.dumps(s, ensure_ascii=False)}: {scorer(s)}" for s in sentences) + "\n}"
-
-
-def answer(questions: Path, skip=lambda item: False, spoil=lambda item: False, scorer=score, done=True) -> int:
-    """Answer every exported rationale as the Teacher's tools do; with `done` signal every action. Returns the number
-    of sentences scored."""
-    count = 0
-    items = handoff.iter_items(questions)
-    for item in items:
-        sentences = handoff.read_rationale(item.folder)
-        if skip(item):
-            continue
-        text = (item.folder / handoff.RATIONALE).read_text() if spoil(item) else reply(sentences, scorer)
-        files.write_text(item.folder / handoff.REPLY, text)
-        count += 0 if spoil(item) else len(sentences)
-    for action in sorted({item.action for item in items}) if done else ():
-        handoff.mark_done(questions, action)
-    return count
+__all__ = ["PATCHES", "answer", "make_data", "make_model", "reply", "score"]
 
 
 class Teacher(threading.Thread):
@@ -114,3 +31,150 @@ class Teacher(threading.Thread):
         while not handoff.exported(self.questions):
             time.sleep(0.1)
         self.sentences = answer(self.questions, **self.how)
+
+
+# -- a small run -----------------------------------------------------------------------------------------
+
+ROUND_FILES = {
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "value_function.pth", "optimizer_state.pth", "args.yaml",
+}  # fmt: skip
+DIAGNOSTICS = (
+    "policy_loss value_loss loss approx_kl kl_ref entropy clipfrac explained_variance grad_norm lr "
+    "mean_sentence_score sentences reward length share_ended share_dropped"
+).split()
+
+
+def flags(world, run: Path, **changes) -> list[str]:
+    """The command line of a small run; `None` drops a flag."""
+    chosen = {
+        "data_root": world.data, "caption_file": world.data / "captions.json", "use_caption": "", "img_type": "vit",
+        "prompt_format": "QCM-E", "base_model_dir": world.base, "ref_model": world.base, "k_actions": 2, "bs": 3,
+        "output_len": 24, "do_sample": True, "top_k": 50, "rl_batch_size": 2, "ga_step": 2, "rl_epochs": 2,
+        "epochs": 1, "lr": 1e-3, "init_kl_coef": 0.01, "gamma": 1.0, "run_dir": run, "poll_seconds": 0.2,
+        "settle_seconds": 0.2, "report_to": "none",
+    } | changes  # fmt: skip
+    words = [(f"--{key}", str(value)) for key, value in chosen.items() if value is not None]
+    return [word for pair in words for word in pair if word]
+
+
+def launch(world, run: Path, **changes) -> None:
+    """Run in this process."""
+    run_mm_cot_rl.main(flags(world, run, **changes))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Policy and value function of a round folder."""
+    from safetensors.torch import load_file
+
+    value = torch.load(folder / "value_function.pth", weights_only=True)
+    return load_file(folder / "model.safetensors") | {f"value.{name}": tensor for name, tensor in value.items()}
+
+
+def metrics_of(run: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def weights_of_base(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def optimizer_of(folder: Path) -> dict:
+    return torch.load(folder / "optimizer_state.pth", weights_only=True)
+
+
+# -- a trainer without files -----------------------------------------------------------------------------
+
+
+def random_rollouts(rows: int, seed: int = 0) -> rollouts.Rollouts:
+    """Ragged rollouts with made-up numbers; ids of row i are i + 10, i + 11, ..."""
+    rng = random.Random(seed)
+    lengths = torch.tensor([rng.randint(1, 9) for _ in range(rows)])
+    counts = torch.tensor([rng.randint(0, int(n)) for n in lengths])
+    total = int(lengths.sum())
+    return rollouts.Rollouts(
+        qids=[f"q{i // 2}" for i in range(rows)],
+        action=[i % 2 for i in range(rows)],
+        rank=[i % 3 for i in range(rows)],
+        lengths=lengths,
+        sentence_counts=counts,
+        columns=torch.cat([torch.arange(1, int(c) + 1) for c in counts]).int(),
+        tokens=torch.cat([torch.arange(i + 10, i + 10 + int(n)) for i, n in enumerate(lengths)]).int(),
+        **{
+            name: torch.randn(total, generator=torch.Generator().manual_seed(seed + j))
+            for j, name in enumerate(rollouts.FIELDS[1:])
+        },
+    )
+
+
+SMALL_VOCABULARY, SMALL_PATCHES = 60, (3, 5)  # of `make_trainer`
+
+
+class SmallPrompts:
+    """In place of rollouts.Prompts: ragged prompts and image features by question id."""
+
+    def __init__(self, qids, dtype):
+        g = torch.Generator().manual_seed(5)
+        self.ids = {
+            q: torch.randint(2, SMALL_VOCABULARY, (3 + i % 4,), generator=g) for i, q in enumerate(sorted(set(qids)))
+        }
+        self.images = {q: torch.randn(*SMALL_PATCHES, generator=g, dtype=dtype) for q in self.ids}
+        self.lengths = {q: len(ids) for q, ids in self.ids.items()}
+
+    def batch(self, qids):
+        ids = torch.nn.utils.rnn.pad_sequence([self.ids[q] for q in qids], batch_first=True)
+        images = torch.stack([self.images[q] for q in qids])
+        return {"input_ids": ids, "attention_mask": (ids != 0).long(), "image_ids": images}
+
+
+def arguments(**changes) -> SimpleNamespace:
+    """The flags that the trainer reads, as parsed from no flags but these."""
+    args = run_mm_cot_rl.parse_args(["--base_model_dir", "."])
+    chosen = {"rl_batch_size": 2, "ga_step": 2, "rl_epochs": 2, "lr": 1e-2, "log_term": 10**6, "save_minutes": 1e6}
+    return SimpleNamespace(**(vars(args) | chosen | changes))
+
+
+def small_models(dtype, seed=0):
+    from model import MultimodalT5Config, T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction
+
+    torch.manual_seed(seed)
+    made = []
+    for cls in (T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction):
+        config = MultimodalT5Config(
+            vocab_size=SMALL_VOCABULARY, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, dropout_rate=0.1,
+            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False, initializer_factor=0.1,
+        )  # fmt: skip
+        made.append(cls(config, SMALL_PATCHES).to(dtype).eval())
+    return made
+
+
+def make_trainer(tmp_path, rows=9, seed=0, dtype=torch.float64, sharded=None, **changes):
+    """A trainer on random ragged rollouts whose stored numbers are near what the policy says, as after sampling."""
+    from accelerate import Accelerator
+
+    args = arguments(**changes)
+    policy, value_function = small_models(dtype, seed)
+    rolls = random_rollouts(rows, seed)
+    prompts = SmallPrompts(rolls.qids, dtype)
+    g = torch.Generator().manual_seed(seed)
+    for name in rollouts.FIELDS[1:]:
+        setattr(rolls, name, getattr(rolls, name).to(dtype))
+    with torch.no_grad():
+        for row in range(rows):  # some ratios beyond the clip range, some within
+            begin, n = int(rolls.offsets[row]), int(rolls.lengths[row])
+            actions = torch.tensor([rolls.ids(row)])
+            logits = policy(**prompts.batch([rolls.qids[row]]), decoder_input_ids=actions[:, :-1]).logits
+            logprobs = logits[0].log_softmax(-1)[torch.arange(n), actions[0, 1:]]
+            rolls.logprobs[begin : begin + n] = logprobs + 0.3 * torch.randn(n, generator=g, dtype=dtype)
+            rolls.ref_logprobs[begin : begin + n] = logprobs + 0.3 * torch.randn(n, generator=g, dtype=dtype)
+    scores = [[((7 * i + 3 * j) % 11) / 10 for j in range(int(n))] for i, n in enumerate(rolls.sentence_counts)]
+    data = ppo.compute_advantages(rolls, scores, args, args.init_kl_coef)
+    log = metrics.Metrics(tmp_path, "none", {})
+    return trainer.PpoTrainer(
+        policy, None if args.algo == "rloo" else value_function, data, prompts, args, Accelerator(cpu=True),
+        tmp_path, log, 0, sharded=sharded,
+    )  # fmt: skip

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from ares import head as head_module
+from ares.decoding import action_mask
 from rl import ppo
+from tests.rl.rl_tools import random_rollouts
 
 CASES = range(20)
 
@@ -35,9 +39,9 @@ def plain_gae(rewards, values, n, gamma, lam):
 
 
 def head(logits, labels):
-    """`ppo.head_logprobs` of given logits (B, T, V) and labels (B, T): the head is the identity."""
+    """`head_module.head_logprobs` of given logits (B, T, V) and labels (B, T): the head is the identity."""
     states, V = logits.flatten(0, 1), logits.size(-1)
-    logprobs, entropy = ppo.head_logprobs(states, torch.eye(V, dtype=logits.dtype), labels.flatten())
+    logprobs, entropy = head_module.head_logprobs(states, torch.eye(V, dtype=logits.dtype), labels.flatten())
     return logprobs.view(labels.shape), entropy.view(labels.shape)
 
 
@@ -90,17 +94,13 @@ def test_whitening(released, i):
     case = released[i]
     everything = torch.ones_like(case["mask"])
     n = everything.numel()
-    mean, var = ppo.mean_and_var(ppo.moments(case["adv"], everything))
-    torch.testing.assert_close(
-        ppo.masked_whiten(case["adv"], everything), case["adv_white_dist"], atol=1e-4, rtol=1e-4
-    )
-    torch.testing.assert_close(
-        ppo.masked_whiten(case["adv"], everything) + mean.float(), case["white_noshift_dist"], atol=1e-4, rtol=1e-4
-    )
+    white, mean = ppo.masked_whiten(case["adv"], everything), case["adv"].double().mean().float()
+    torch.testing.assert_close(white, case["adv_white_dist"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(white + mean, case["white_noshift_dist"], atol=1e-4, rtol=1e-4)
     if n > 1:
-        unbiased = ppo.whiten_with(case["adv"], mean, var * n / (n - 1))
+        unbiased = white * ((n - 1) / n) ** 0.5
         torch.testing.assert_close(unbiased, case["adv_white_nodist"], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(unbiased + mean.float(), case["white_noshift_nodist"], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(unbiased + mean, case["white_noshift_nodist"], atol=1e-4, rtol=1e-4)
     right = ppo.masked_whiten(case["adv"], case["mask"])
     real = right[case["mask"]].double()
     assert abs(real.mean()) < 1e-5
@@ -200,7 +200,6 @@ def everything(case, coef=0.1):
         loss.detach(),
         ppo.approx_kl(logprobs, case["old"], mask),
         ppo.clipfrac(logprobs, case["old"], white, mask, 0.2),
-        ppo.explained_variance(case["values"], returns, mask),
         ppo.masked_mean(case["old"] - case["ref"], mask),
     ]
     return torch.stack(scalars), (white, returns, rloo, logprobs.grad, values.grad)
@@ -225,15 +224,13 @@ def test_nothing_outside_the_mask_matters(seed, filler):
 
 
 def test_shares_of_a_step_add_up():
-    """Minibatches with the whole step's denominator, mean and variance give what one big batch gives."""
+    """Minibatches with the whole step's denominator give what one big batch gives."""
     case = random_case(7)
     while len(case["mask"]) < 4:
         case = random_case(len(case["mask"]) + 20)
     mask, n = case["mask"], case["mask"].sum()
     parts = [slice(0, 1), slice(1, 4), slice(4, None)]
-    mean, var = ppo.mean_and_var(sum(ppo.moments(case["rewards"][p], mask[p]) for p in parts))
     white = ppo.masked_whiten(case["rewards"], mask)
-    torch.testing.assert_close(ppo.whiten_with(case["rewards"], mean, var)[mask], white[mask])
     whole = ppo.policy_loss(case["new"], case["old"], white, mask, 0.2)
     shares = [ppo.policy_loss(case["new"][p], case["old"][p], white[p], mask[p], 0.2, n) for p in parts]
     torch.testing.assert_close(sum(shares), whole)
@@ -246,7 +243,7 @@ def test_shares_of_a_step_add_up():
 
 def test_mask_counts_the_end_token_and_not_the_start():
     actions = torch.tensor([[0, 5, 6, 1, 0, 0], [0, 7, 1, 0, 0, 0], [0, 5, 5, 5, 5, 5]])
-    assert ppo.action_mask(actions).tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
+    assert action_mask(actions).tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
 
 
 def test_sentence_reward_belongs_to_the_choice_of_its_last_token():
@@ -273,9 +270,9 @@ def test_kl_reward_covers_every_real_position():
 def test_head_logprobs_and_entropies_have_the_values_and_gradients_of_a_plain_softmax(monkeypatch, chunk, keep):
     """float64: logits in blocks of rows, the last one short, kept for the gradient or computed again, give what
     log_softmax of all logits gives."""
-    monkeypatch.setattr(ppo, "CHUNK", chunk)
-    monkeypatch.setattr(ppo, "CACHE", min(chunk, 22))
-    monkeypatch.setattr(ppo, "KEEP", keep)
+    monkeypatch.setattr(head_module, "CHUNK", chunk)
+    monkeypatch.setattr(head_module, "CACHE", min(chunk, 22))
+    monkeypatch.setattr(head_module, "KEEP", keep)
     g = torch.Generator().manual_seed(0)
     states = torch.randn(13, 4, generator=g, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 4, generator=g, dtype=torch.float64, requires_grad=True)
@@ -283,7 +280,7 @@ def test_head_logprobs_and_entropies_have_the_values_and_gradients_of_a_plain_so
     up = torch.randn(2, 13, generator=g, dtype=torch.float64)
     log_p = (states @ weight.T).log_softmax(-1)
     want = log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-    got = ppo.head_logprobs(states, weight, labels)
+    got = head_module.head_logprobs(states, weight, labels)
     for ours, plain in zip(got, want, strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-12)
     for part in ([0], [1], [0, 1]):
@@ -305,9 +302,9 @@ def test_head_logprobs_in_fp32_at_the_real_vocabulary(monkeypatch):
     want, entropy = log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
     (want * up).sum().backward()
     for keep in (0, 2**25):
-        monkeypatch.setattr(ppo, "KEEP", keep)
+        monkeypatch.setattr(head_module, "KEEP", keep)
         states, weight = (one.detach().clone().requires_grad_() for one in (plain_states, plain_weight))
-        got = ppo.head_logprobs(states, weight, labels)
+        got = head_module.head_logprobs(states, weight, labels)
         torch.testing.assert_close(got, (want, entropy), atol=2e-5, rtol=0)
         (got[0] * up).sum().backward()
         for ours, plain in ((states, plain_states), (weight, plain_weight)):
@@ -316,7 +313,7 @@ def test_head_logprobs_in_fp32_at_the_real_vocabulary(monkeypatch):
 
 def test_logits_never_dominate_memory(monkeypatch):
     """Beyond KEEP numbers nothing of the logits' size is held for the backward pass, and no block is above CHUNK."""
-    monkeypatch.setattr(ppo, "CHUNK", 1000)
+    monkeypatch.setattr(head_module, "CHUNK", 1000)
     held, largest = [], []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -328,14 +325,14 @@ def test_logits_never_dominate_memory(monkeypatch):
     states, weight = torch.randn(500, 3, requires_grad=True), torch.randn(100, 3, requires_grad=True)
     labels = torch.zeros(500, dtype=torch.long)
     for keep, least in ((0, 0), (10**6, 50_000)):
-        monkeypatch.setattr(ppo, "KEEP", keep)
+        monkeypatch.setattr(head_module, "KEEP", keep)
         held.clear(), largest.clear()
         with Watch(), torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
-            logprobs, _ = ppo.head_logprobs(states, weight, labels)
-            kept = sum(t.numel() for t in logprobs.grad_fn.kept)
+            logprobs, _ = head_module.head_logprobs(states, weight, labels)
+            kept = logprobs.grad_fn.kept
             logprobs.sum().backward()
-        assert max(largest) <= 1500 and max(t.numel() for t in held) <= 1500
-        assert kept == least
+        assert max(t.numel() for t in held) <= 1500 and (0 if kept is None else kept.numel()) == least
+        assert max(largest) <= max(1500, least)  # kept logits are made at once
 
 
 def test_logprobs_of_half_precision_states_are_fp32():
@@ -355,7 +352,7 @@ def test_logprobs_of_half_precision_states_are_fp32():
 def test_sure_tokens_keep_their_gradient_in_half_precision(monkeypatch, keep):
     """bf16, labels of probability 0.999 and the like, as a trained model has them: 1 - p would be 0 or 0.004 of a
     probability that was rounded. Within the rounding of the gradient itself, as in float64 from the same logits."""
-    monkeypatch.setattr(ppo, "KEEP", keep)
+    monkeypatch.setattr(head_module, "KEEP", keep)
     states = torch.eye(16).bfloat16()  # the logits are the weights
     weight = torch.zeros(40, 16)
     weight[range(16), range(16)] = torch.linspace(8.5, 12, 16)
@@ -365,7 +362,7 @@ def test_sure_tokens_keep_their_gradient_in_half_precision(monkeypatch, keep):
     assert 0.992 < log_p.exp().diag().min() and log_p.exp().diag().max() < 0.9999
     log_p.diag().sum().backward()
     weight.requires_grad_()
-    ppo.head_logprobs(states, weight, labels)[0].sum().backward()
+    head_module.head_logprobs(states, weight, labels)[0].sum().backward()
     torch.testing.assert_close(weight.grad.double(), plain.grad, rtol=2**-8, atol=0)
 
 
@@ -374,7 +371,7 @@ def test_head_logprobs_under_autocast_are_those_of_a_linear_layer_under_it():
     states, labels = torch.randn(6, 16, generator=g), torch.randint(0, 50, (6,), generator=g)
     layer = torch.nn.Linear(16, 50, bias=False)
     with torch.autocast("cpu", torch.bfloat16):
-        got, _ = ppo.head_logprobs(states, layer.weight, labels)
+        got, _ = head_module.head_logprobs(states, layer.weight, labels)
         logits = layer(states)
     want = logits.float().log_softmax(-1).gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
@@ -416,10 +413,18 @@ def test_approx_kl_estimates_the_kl_from_old_to_new():
 def test_explained_variance():
     case = random_case(3)
     returns, mask = case["rewards"], case["mask"]
-    assert ppo.explained_variance(returns + 4, returns, mask).item() == pytest.approx(1)  # a constant error explains
-    assert ppo.explained_variance(torch.zeros_like(returns), returns, mask).item() == pytest.approx(0)
-    assert ppo.explained_variance(-returns, returns, mask).item() == pytest.approx(-3)
-    assert ppo.explained_variance(returns, torch.ones_like(returns), mask).isnan()
+    args = SimpleNamespace(algo="ppo", entropy_coef=0.0, vf_coef=1.0, clip_range=0.2, vf_clip_range=None)
+
+    def explained(values, returns):
+        mb = ppo.MiniBatch(case["old"], case["ref"], case["values"], returns, case["rewards"])
+        sums = [ppo.ppo_loss(case["new"][r], case["new"][r], values[r], ppo.MiniBatch(*(one[r] for one in mb)),
+                             mask[r], args, 1)[1] for r in (slice(0, 1), slice(1, None))]  # fmt: skip
+        return ppo.diagnostics(sum(sums).tolist(), args)["explained_variance"]  # sums of passes add up
+
+    assert explained(returns + 4, returns) == pytest.approx(1)  # a constant error explains
+    assert explained(torch.zeros_like(returns), returns) == pytest.approx(0)
+    assert explained(-returns, returns) == pytest.approx(-3)
+    assert math.isnan(explained(returns, torch.ones_like(returns)))
 
 
 def test_value_loss_clipping():
@@ -439,3 +444,77 @@ def test_rloo_leaves_the_own_sample_out():
     expected = [[3 - 3, 3 - 0.5, 2 - 0], [2 - 3.5, 1 - 1.5, 0], [4 - 2.5, 0, 0], [0, 0, 0]]  # the last is alone
     torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float32))
     assert advantages[:3, 0].sum() == 0
+
+
+def test_whitening_of_constant_advantages_gives_zeros():
+    for value in (0.0, 0.3, -1e4):
+        x = torch.full((3, 4), value)
+        mask = torch.arange(4) < torch.tensor([[4], [2], [1]])
+        white = ppo.masked_whiten(x, mask)
+        assert white.isfinite().all() and white.abs().max() < 1e-2
+    one = torch.tensor([[1.0, 3.0]])
+    assert ppo.masked_whiten(one, one > 0).tolist() == [[pytest.approx(-1), pytest.approx(1)]]
+
+
+def test_masked_mean_divides_by_the_mask_or_what_is_given():
+    x, mask = torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[True, True, False]])
+    assert ppo.masked_mean(x, mask) == 1.5 and ppo.masked_mean(x, mask, 6) == 0.5
+    assert ppo.masked_mean(x, torch.zeros_like(mask)) == 0
+
+
+def test_the_loss_of_a_pass_and_its_diagnostics_are_those_of_a_plain_loop():
+    """float64, a pass of a step with more positions than its own; entropy bonus and clipped values included."""
+    case, total = random_case(11), 100
+    g = torch.Generator().manual_seed(0)
+    entropy, mask = torch.rand(case["mask"].shape, generator=g, dtype=torch.float64), case["mask"]
+    args = SimpleNamespace(algo="ppo", entropy_coef=0.3, vf_coef=0.7, clip_range=0.2, vf_clip_range=0.1)
+    mb = ppo.MiniBatch(case["old"], case["ref"], case["values"], case["rewards"], case["rewards"] - 1)
+    loss, sums = ppo.ppo_loss(case["new"], entropy, case["new_values"], mb, mask, args, total)
+    want = dict.fromkeys(ppo.SUMS, 0.0)
+    for b, t in mask.nonzero().tolist():
+        r = math.exp(case["new"][b, t] - case["old"][b, t])
+        ref, A = float(case["ref"][b, t] - case["new"][b, t]), float(mb.advantages[b, t])
+        R, V, V_old = (float(one[b, t]) for one in (mb.returns, case["new_values"], case["values"]))
+        plain, clipped = -A * r, -A * min(max(r, 0.8), 1.2)
+        near = V_old + min(max(V - V_old, -0.1), 0.1)
+        found = {
+            "policy_loss": max(plain, clipped), "value_loss": max((V - R) ** 2, (near - R) ** 2),
+            "approx_kl": r - 1 - math.log(r), "kl_ref": r * (math.exp(ref) - 1 - ref), "entropy": float(entropy[b, t]),
+            "clipfrac": float(clipped > plain), "ret": R, "ret2": R * R, "err": R - V, "err2": (R - V) ** 2, "n": 1,
+        }  # fmt: skip
+        want = {name: want[name] + found[name] for name in want}
+    assert dict(zip(ppo.SUMS, sums.tolist(), strict=True)) == pytest.approx(want)
+    assert loss.item() == pytest.approx(
+        (want["policy_loss"] + 0.7 * want["value_loss"] - 0.3 * want["entropy"]) / total
+    )
+    means = ppo.diagnostics(sums.tolist(), args)
+    n = int(mask.sum())
+    assert means["positions"] == n and means["kl_ref"] == pytest.approx(want["kl_ref"] / n)
+    assert means["loss"] == pytest.approx(loss.item() * total / n)
+
+
+def test_statistics_of_rows_are_those_of_their_sentences():
+    rows = random_rollouts(9)
+    rows.tokens[rows.offsets[2] + rows.lengths[2] - 1] = 1  # rows 2 and 5 end with `</s>`
+    rows.tokens[rows.offsets[5] + rows.lengths[5] - 1] = 1
+    scores = [[0.1 * (i + j) % 1 for j in range(int(n))] for i, n in enumerate(rows.sentence_counts)]
+    args = SimpleNamespace(neutral_score=0.4, gamma=0.9, gae_lambda=0.8, algo="ppo")
+    data = ppo.compute_advantages(rows, scores, args, kl_coef=0.3)
+    some = [2, 3, 5, 8]
+    stats, flat = data.row_stats(some), [score for row in some for score in scores[row]]
+    kl = [
+        float((rows.logprobs - rows.ref_logprobs)[b : b + n].sum())
+        for b, n in zip(rows.offsets, rows.lengths, strict=False)
+    ]
+    sentence = [sum(score - 0.4 for score in scores[row]) for row in some]
+    assert stats["sentences"] == len(flat) and stats["mean_sentence_score"] == pytest.approx(sum(flat) / len(flat))
+    assert stats["sentence_reward"] == pytest.approx(sum(sentence) / 4, abs=1e-6)
+    assert stats["reward"] == pytest.approx(
+        sum(s - 0.3 * kl[r] for s, r in zip(sentence, some, strict=False)) / 4, abs=1e-5
+    )
+    assert stats["length"] == pytest.approx(sum(int(rows.lengths[row]) for row in some) / 4)
+    assert stats["share_ended"] == 0.5
+    assert ppo.kl_per_rationale(rows).tolist() == pytest.approx(kl, abs=1e-5)
+    empty = rows.select([row for row in range(9) if int(rows.sentence_counts[row]) == 0])
+    none = ppo.compute_advantages(empty, [[] for _ in range(len(empty))], args, 0.3).row_stats(range(len(empty)))
+    assert len(empty) and math.isnan(none["mean_sentence_score"])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import shutil
 import signal
 import subprocess
@@ -22,12 +21,22 @@ import torch
 import run_mm_cot_rl
 from ares import files
 from ares.cli import UserError
-from rl import experience, rollouts, run_folder
 from rl import flags as rl_flags
+from rl import minibatches, ppo, rollouts, run_folder
 from teacher import handoff
 from tests.conftest import ROOT, one_line_error, run_script
 from tests.rl import rl_tools
-from tests.rl.test_rollouts import random_rollouts
+from tests.rl.rl_tools import (
+    DIAGNOSTICS,
+    ROUND_FILES,
+    flags,
+    launch,
+    metrics_of,
+    optimizer_of,
+    random_rollouts,
+    weights,
+    weights_of_base,
+)
 
 QUESTIONS = 7  # k = 2 gives 14 rationales: no multiple of any step below
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -42,24 +51,6 @@ def world(tmp_path_factory, sample, t5_tokenizer, t5_tokenizer_dir):
     return SimpleNamespace(tmp=tmp, data=data, base=base, tokenizer=t5_tokenizer_dir)
 
 
-def flags(world, run: Path, **changes) -> list[str]:
-    """The command line of a small run; `None` drops a flag."""
-    chosen = {
-        "data_root": world.data, "caption_file": world.data / "captions.json", "use_caption": "", "img_type": "vit",
-        "prompt_format": "QCM-E", "base_model_dir": world.base, "ref_model": world.base, "k_actions": 2, "bs": 3,
-        "output_len": 24, "do_sample": True, "top_k": 50, "rl_batch_size": 2, "ga_step": 2, "rl_epochs": 2,
-        "epochs": 1, "lr": 1e-3, "init_kl_coef": 0.01, "gamma": 1.0, "run_dir": run, "poll_seconds": 0.2,
-        "settle_seconds": 0.2, "report_to": "none",
-    } | changes  # fmt: skip
-    words = [(f"--{key}", str(value)) for key, value in chosen.items() if value is not None]
-    return [word for pair in words for word in pair if word]
-
-
-def launch(world, run: Path, **changes) -> None:
-    """Run in this process."""
-    run_mm_cot_rl.main(flags(world, run, **changes))
-
-
 @pytest.fixture(scope="module")
 def collected(world):
     """A run folder after `--phase collect` in one process, answered."""
@@ -72,19 +63,6 @@ def collected(world):
 def copy(collected: Path, to: Path) -> Path:
     shutil.copytree(collected, to)  # copies modification times: the signals stay younger than the export
     return to
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Policy and value function of a round folder."""
-    from safetensors.torch import load_file
-
-    value = torch.load(folder / "value_function.pth", weights_only=True)
-    return load_file(folder / "model.safetensors") | {f"value.{name}": tensor for name, tensor in value.items()}
-
-
-def metrics(run: Path, kind: str) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 # -- flags -----------------------------------------------------------------------------------------------
@@ -127,11 +105,42 @@ def test_defaults_are_the_released_ones(tmp_path):
     assert {key: getattr(args, key) for key in released} == released
 
 
-def test_every_flag_is_known_to_the_run_folder(tmp_path):
+def test_the_flag_table_has_every_flag_of_the_parser_once(tmp_path):
     args = vars(run_mm_cot_rl.parse_args(["--base_model_dir", str(tmp_path)]))
-    groups = [*run_folder.SAMPLING_FLAGS, *run_folder.PPO_FLAGS[1:], *run_folder.FREE_FLAGS, *rl_flags.EVALUATION_ONLY]
-    assert run_folder.PPO_FLAGS[0] == "seed"  # the one flag that both need
-    assert sorted(groups) == sorted(args)
+    assert sorted(flag.name for flag in rl_flags.FLAGS) == sorted(args)
+
+
+OTHER_VALUES = {
+    "rollouts": dict(
+        use_caption=True, img_type="vit", train_split="minitrain", train_le="x", options=["A"], prompt_format="QCM-E",
+        input_len=9, output_len=9, bs=9, seed=9, k_actions=9, do_sample=True, top_k=9, top_p=0.9, algo="rloo",
+    ),
+    "updates": dict(
+        lr=9.0, seed=9, rl_batch_size=9, rl_epochs=9, ga_step=9, init_kl_coef=0.9, clip_range=0.9, vf_coef=0.9,
+        gamma=0.9, gae_lambda=0.9, adv_normalization=False, neutral_score=0.9, max_grad_norm=9.0,
+        lr_scheduler="linear", target_kl=9.0, early_stop_kl=9.0, entropy_coef=0.9, vf_clip_range=0.9, precision="bf16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OTHER_VALUES)
+def test_a_changed_flag_is_refused_where_rollouts_or_updates_depend_on_it(what, tmp_path):
+    args = run_mm_cot_rl.parse_args(["--base_model_dir", str(tmp_path)])
+    args.reference, args.precision = str(tmp_path), "fp32"  # as `set_up` resolves them
+
+    def identity():
+        return run_folder.ppo_identity(args) if what == "updates" else run_folder.sampling_identity(args, tmp_path, 0)
+
+    files.write_json(tmp_path / "known.json", identity())
+    run_folder.refuse_changes(tmp_path / "known.json", identity())
+    for name, value in OTHER_VALUES[what].items():
+        before = getattr(args, name)
+        setattr(args, name, value)
+        with pytest.raises(UserError, match=f"--{name} was"):
+            run_folder.refuse_changes(tmp_path / "known.json", identity())
+        setattr(args, name, before)
+    models = {"base_model_dir", "ref_model", *run_folder.CONTENTS} if what == "rollouts" else set()
+    assert identity().keys() == OTHER_VALUES[what].keys() | models
 
 
 def test_bad_flags_are_refused_together(tmp_path):
@@ -181,15 +190,6 @@ def test_a_folder_without_weights_exits_with_two(world, tmp_path):
 
 # -- the whole path --------------------------------------------------------------------------------------
 
-ROUND_FILES = {
-    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    "value_function.pth", "optimizer_state.pth", "args.yaml",
-}  # fmt: skip
-DIAGNOSTICS = (
-    "policy_loss value_loss loss approx_kl kl_ref entropy clipfrac explained_variance grad_norm lr "
-    "mean_sentence_score sentences reward length share_ended share_dropped"
-).split()
-
 
 def test_two_processes_then_a_second_round(world, collected, tmp_path):
     """Waits for a Teacher; the same command again does nothing; --continue_train goes on, two replies lost."""
@@ -208,7 +208,7 @@ def test_two_processes_then_a_second_round(world, collected, tmp_path):
     assert sum(len((item.folder / handoff.SCORES).read_text().split()) for item in items) == teacher.sentences > 10
 
     # who samples a batch makes no difference
-    one, two = rollouts.Store(collected, 0).load(), rollouts.Store(run, 0).load()
+    one, two = rollouts.RolloutStore(collected, 0).load(), rollouts.RolloutStore(run, 0).load()
     assert one.keys() == two.keys() and torch.equal(one.tokens, two.tokens)
     torch.testing.assert_close(one.logprobs, two.logprobs, atol=1e-5, rtol=1e-5)
     assert set(one.rank) == {0} and set(two.rank) == {0, 1}
@@ -216,7 +216,7 @@ def test_two_processes_then_a_second_round(world, collected, tmp_path):
     before, after = weights_of_base(world.base), weights(run / "0")
     still = [name for name in before if torch.equal(before[name], after[name])]
     assert still == [], "every parameter of the policy moves"
-    updates, epochs, (rollout,) = metrics(run, "update"), metrics(run, "epoch"), metrics(run, "rollout")
+    updates, epochs, (rollout,) = metrics_of(run, "update"), metrics_of(run, "epoch"), metrics_of(run, "rollout")
     assert len(epochs) == 2 and len(updates) == 2 * math.ceil(14 / (2 * 2 * 2))
     for line in updates + epochs:
         assert all(math.isfinite(line[name]) for name in DIAGNOSTICS), line
@@ -233,22 +233,12 @@ def test_two_processes_then_a_second_round(world, collected, tmp_path):
     launch(world, run, base_model_dir=run / "0", continue_train=True, run_dir=None, ref_model=None)
     teacher.join(5)
     assert {path.name for path in run.iterdir()} >= {"0", "1", "questions_round0", "questions_round1"}
-    second = [line for line in metrics(run, "rollout") if line["round"] == 1][0]
+    second = [line for line in metrics_of(run, "rollout") if line["round"] == 1][0]
     assert second["rationales"] == 12 and second["dropped_no_reply"] == 2
     assert second["share_dropped"] == pytest.approx(2 / 14)
     assert f"reference: {world.base}" in (run / "1/args.yaml").read_text()  # still the first round's reference
-    steps = {int(state["step"]) for state in optimizer(run / "1")["state"].values()}
+    steps = {int(state["step"]) for state in optimizer_of(run / "1")["state"].values()}
     assert steps == {4 + 2 * math.ceil(12 / 4)}, "the optimizer went on from round 0"
-
-
-def weights_of_base(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
-
-
-def optimizer(folder: Path) -> dict:
-    return torch.load(folder / "optimizer_state.pth", weights_only=True)
 
 
 @pytest.mark.parametrize("passes", [{}, {"pass_tokens": 10**6}], ids=["minibatches", "joined"])
@@ -268,12 +258,12 @@ def test_one_process_and_two_make_the_same_update(world, collected, tmp_path, pa
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-6, rtol=0, msg=name)
-    left, right = optimizer(one / "0"), optimizer(two / "0")
+    left, right = optimizer_of(one / "0"), optimizer_of(two / "0")
     assert left["names"] == right["names"]
     for place, name in enumerate(left["names"]):
         x, y = (saved["state"][place]["exp_avg"] for saved in (left, right))  # 0.1 x the gradient
         assert float((x - y).norm()) <= 1e-5 * float(x.norm()), name
-    ((x,), (y,)) = metrics(one, "update"), metrics(two, "update")
+    ((x,), (y,)) = metrics_of(one, "update"), metrics_of(two, "update")
     for name in DIAGNOSTICS:
         assert x[name] == pytest.approx(y[name], rel=1e-5, abs=1e-6), name
 
@@ -299,7 +289,7 @@ def test_killed_in_ppo_and_again_gives_the_same_weights(world, collected, tmp_pa
     a, b = weights(whole / "0"), weights(cut / "0")
     assert all(torch.equal(a[name], b[name]) for name in a), "bit-equal on one thread of one CPU"
     for kind in ("rollout", "update", "epoch"):
-        assert metrics(whole, kind) == metrics(cut, kind)
+        assert metrics_of(whole, kind) == metrics_of(cut, kind)
     assert not (cut / "state").exists()
 
 
@@ -332,11 +322,10 @@ def test_overwrite_starts_anew_and_keeps_paid_replies(world, collected, tmp_path
 
 def test_the_commands_after_collecting_name_the_data(tmp_path):
     argv = f"--base_model_dir {tmp_path} --data_root data --dataset aokvqa --images pictures --phase collect".split()
-    commands = run_folder.next_commands(run_mm_cot_rl.parse_args(argv), tmp_path, argv)
-    first, second, third = (shlex.join(map(str, words)) for words in commands)
+    first, second, third = run_folder.next_commands(run_mm_cot_rl.parse_args(argv), tmp_path, argv)
     for command in (first, second):
-        assert command.endswith(" --data_root data --dataset aokvqa --images pictures")
-    assert third.endswith("--images pictures --phase train")
+        assert command[-6:] == "--data_root data --dataset aokvqa --images pictures".split()
+    assert third[-4:] == "--images pictures --phase train".split() and "collect" not in third
 
 
 def test_a_round_that_others_wrote_and_the_model_to_start_from_are_never_in_the_way(world, tmp_path):
@@ -352,7 +341,7 @@ def test_a_round_that_others_wrote_and_the_model_to_start_from_are_never_in_the_
 
 def test_a_batch_that_is_deleted_as_told_is_sampled_again(world, collected, tmp_path, capsys):
     run = copy(collected, tmp_path / "run")
-    shard = rollouts.Store(run, 0).shard(1)
+    shard = rollouts.RolloutStore(run, 0).shard(1)
     before = rollouts.Rollouts.load(shard).tokens.clone()  # mapped
     shard.write_text("torn")
     with pytest.raises(UserError, match="delete it and run again"):
@@ -388,7 +377,8 @@ def test_train_alone_says_what_is_missing(world, tmp_path, capsys):
 def test_an_optimizer_that_fits_no_model_is_refused_before_anyone_is_paid(world, fixtures, tmp_path, kind):
     """PPO's for `--algo rloo`, and the released code's, which holds no names; its own is taken."""
     import model
-    from rl.trainer import ActorCritic, make_optimizer, optimizer_state
+    from rl.actor_critic import ActorCritic
+    from rl.optimizer import make_optimizer, optimizer_state
 
     folder = tmp_path / "run/0"
     shutil.copytree(world.base if kind == "untied" else fixtures / "model/vit_tied", folder)
@@ -441,8 +431,8 @@ def test_text_only_greedy_two_rounds(world, tmp_path, capsys):
     out = capsys.readouterr()
     assert "sampling one" in out.err
     assert {item.action for item in handoff.iter_items(run / "questions_round1")} == {0}
-    assert (run / "1/model.safetensors").exists() and len(rollouts.Store(run, 1).load()) == QUESTIONS
-    assert {int(state["step"]) for state in optimizer(run / "1")["state"].values()} == {4}
+    assert (run / "1/model.safetensors").exists() and len(rollouts.RolloutStore(run, 1).load()) == QUESTIONS
+    assert {int(state["step"]) for state in optimizer_of(run / "1")["state"].values()} == {4}
 
 
 def test_released_checkpoint_is_accepted(world, fixtures, tmp_path):
@@ -484,7 +474,7 @@ def test_without_reward_the_policy_only_decays(world, collected, tmp_path):
     for name, tensor in before.items():
         decays = tensor.ndim > 1 and "bias" not in name
         torch.testing.assert_close(after[name], tensor * shrunk if decays else tensor, atol=1e-7, rtol=1e-6, msg=name)
-    assert all(line["kl_ref"] == pytest.approx(0, abs=1e-4) for line in metrics(run, "update"))
+    assert all(line["kl_ref"] == pytest.approx(0, abs=1e-4) for line in metrics_of(run, "update"))
 
 
 # -- the parts -------------------------------------------------------------------------------------------
@@ -495,7 +485,7 @@ def test_without_reward_the_policy_only_decays(world, collected, tmp_path):
 )
 def test_plan_covers_every_row_once_and_keeps_processes_in_step(rows, processes, accumulation):
     lengths = [((7 * i) % 13 + 1, (5 * i) % 11 + 1) for i in range(rows)]
-    plan = experience.plan_epoch(lengths, 2, processes, accumulation, seed=5)
+    plan = minibatches.plan_epoch(lengths, 2, processes, accumulation, seed=5)
     flat = [row for step in plan for group in step for minibatch in group for row in minibatch]
     assert sorted(flat) == list(range(rows))
     assert all(len(group) == processes for step in plan for group in step)  # nobody runs more minibatches than others
@@ -503,11 +493,11 @@ def test_plan_covers_every_row_once_and_keeps_processes_in_step(rows, processes,
     size = 2 * processes * accumulation
     assert [sum(len(m) for g in step for m in g) for step in plan[:-1]] == [size] * (len(plan) - 1)
     assert len(plan) == math.ceil(rows / size)
-    same = experience.plan_epoch(lengths, 2, 1, processes * accumulation, seed=5)
+    same = minibatches.plan_epoch(lengths, 2, 1, processes * accumulation, seed=5)
     sets = [[{r for g in step for m in g for r in m} for step in one] for one in (plan, same)]
     assert sets[0] == sets[1]  # which rows share a step depends on its size alone
     if rows > size:
-        other = experience.plan_epoch(lengths, 2, processes, accumulation, seed=6)
+        other = minibatches.plan_epoch(lengths, 2, processes, accumulation, seed=6)
         assert sets[0] != [{r for g in step for m in g for r in m} for step in other]
 
 
@@ -519,8 +509,8 @@ def test_passes_hold_the_rows_of_their_update_within_the_tokens_given(processes,
     def padded(rows) -> int:
         return len(rows) * (max(lengths[r][0] for r in rows) + max(lengths[r][1] for r in rows)) if rows else 0
 
-    for step in experience.plan_epoch(lengths, 3, processes, 4, seed=5):
-        found = experience.passes(step, lengths, tokens)
+    for step in minibatches.plan_epoch(lengths, 3, processes, 4, seed=5):
+        found = minibatches.micro_batches(step, lengths, tokens)
         for process in range(processes):
             assert [r for group in found for r in group[process]] == [r for group in step for r in group[process]]
         for group in found:
@@ -528,6 +518,12 @@ def test_passes_hold_the_rows_of_their_update_within_the_tokens_given(processes,
         for group, following in zip(found, found[1:], strict=False):  # no room was left
             assert max(padded(group[p] + following[p]) for p in range(processes)) > tokens or tokens == 0
         assert len(found) == (len(step) if tokens == 0 else 1 if tokens == 10**6 else len(found))
+
+
+def test_passes_use_the_whole_limit():
+    step, lengths = [[[0, 1]], [[2]], [[3]]], [(3, 7)] * 4  # 10 tokens a row
+    assert minibatches.micro_batches(step, lengths, 30) == [[[0, 1, 2]], [[3]]]
+    assert minibatches.micro_batches(step, lengths, 29) == [[[0, 1]], [[2, 3]]]
 
 
 def test_rows_of_like_length_share_a_minibatch():
@@ -541,7 +537,7 @@ def test_rows_of_like_length_share_a_minibatch():
 
     shuffled = by_rationale = ours = 0
     order = torch.randperm(256, generator=torch.Generator().manual_seed(3)).tolist()
-    for begin, step in zip(range(0, 256, 64), experience.plan_epoch(lengths, 8, 1, 8, seed=3), strict=True):
+    for begin, step in zip(range(0, 256, 64), minibatches.plan_epoch(lengths, 8, 1, 8, seed=3), strict=True):
         rows = order[begin : begin + 64]
         shuffled += padded([rows[i : i + 8] for i in range(0, 64, 8)])
         rows = sorted(rows, key=lambda row: lengths[row][0])
@@ -551,12 +547,13 @@ def test_rows_of_like_length_share_a_minibatch():
     assert real < ours < 0.95 * by_rationale < 0.8 * shuffled, (real, ours, by_rationale, shuffled)
 
 
-def test_experience_agrees_with_a_plain_loop():
-    """Rewards, GAE and returns of ragged rows in float64, position by position (SPEC 6)."""
+def test_advantages_agree_with_a_plain_loop(monkeypatch):
+    """Rewards, GAE and returns of ragged rows in float64, position by position."""
     rows = random_rollouts(9)
     scores = [[0.1 * (i + j) % 1 for j in range(int(n))] for i, n in enumerate(rows.sentence_counts)]
     args = SimpleNamespace(neutral_score=0.5, init_kl_coef=0.3, gamma=0.9, gae_lambda=0.8, algo="ppo")
-    data = experience.experience(rows, scores, args, chunk=4)
+    monkeypatch.setattr(ppo, "CHUNK_ROWS", 4)
+    data = ppo.compute_advantages(rows, scores, args, 0.3)
     for row in range(9):
         begin, n = int(rows.offsets[row]), int(rows.lengths[row])
         logp, ref, values = (
@@ -647,7 +644,7 @@ def test_an_export_without_its_rollouts_ends_every_rank(left, world, tmp_path):
 
 
 def test_a_process_that_waits_for_files_ends_with_the_one_that_failed(tmp_path, monkeypatch):
-    store = rollouts.Store(tmp_path, 0)
+    store = rollouts.RolloutStore(tmp_path, 0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="no reply"), rollouts.failure_shared(store):
         raise UserError("no reply can be used")

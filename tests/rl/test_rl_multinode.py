@@ -19,7 +19,7 @@ import torch
 from rl import rollouts, run_folder
 from tests.conftest import ROOT, _free_port, run_script
 from tests.rl import rl_tools
-from tests.rl.test_rl import DIAGNOSTICS, flags, launch, metrics, weights
+from tests.rl.rl_tools import DIAGNOSTICS, flags, launch, metrics_of, weights
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def test_collect_with_two_processes_score_in_place_train_with_one(world, collect
     done = run_script("run_mm_cot_rl.py", *flags(world, run, phase="train", report_to=None), env=environment())
     assert "1 process(es) on cpu" in done.stdout
     assert (run / "0/model.safetensors").exists() and list((run / "tensorboard").iterdir())
-    (rollout,) = metrics(run, "rollout")
-    lines = metrics(run, "update") + metrics(run, "epoch")
+    (rollout,) = metrics_of(run, "rollout")
+    lines = metrics_of(run, "update") + metrics_of(run, "epoch")
     assert len(lines) == 2 * math.ceil(14 / 4) + 2
     for line in lines:
         assert all(math.isfinite(line[name]) for name in (*DIAGNOSTICS, "kl_coef")), line
@@ -129,7 +129,7 @@ def test_one_of_two_processes_killed_while_sampling_loses_only_what_it_had_in_ha
     assert not (run / "questions/mmcot_finished_signal.txt").exists()
     there = {path.name: path.stat().st_mtime_ns for path in run.glob("rollouts/round_0/batch_*")}
     launch(world, run, phase="collect")
-    left, right = rollouts.Store(run, 0).load(), rollouts.Store(collected, 0).load()
+    left, right = rollouts.RolloutStore(run, 0).load(), rollouts.RolloutStore(collected, 0).load()
     assert there and all((run / "rollouts/round_0" / name).stat().st_mtime_ns == when for name, when in there.items())
     assert left.keys() == right.keys() and torch.equal(left.tokens, right.tokens)
     torch.testing.assert_close(left.logprobs, right.logprobs, atol=1e-5, rtol=1e-5)
@@ -145,7 +145,7 @@ def test_one_of_two_processes_killed_in_ppo_and_again_gives_the_same_weights(wor
     assert "going on with PPO at epoch 1, update" in done.stdout
     a, b = weights(two / "0"), weights(run / "0")
     assert all(torch.equal(a[name], b[name]) for name in a), "bit-equal: two terms have one sum"
-    assert metrics(two, "update") == metrics(run, "update")
+    assert metrics_of(two, "update") == metrics_of(run, "update")
 
 
 def test_a_world_smaller_than_asked_for_says_so(world, tmp_path):
@@ -190,7 +190,7 @@ def test_rloo_and_memory_flags_run_end_to_end_without_a_value_function(world, tm
     rl_tools.answer(run / "questions")
     launch(world, run, **how, phase="train")
     assert not (run / "0/value_function.pth").exists()
-    lines = metrics(run, "update")
+    lines = metrics_of(run, "update")
     wanted = [name for name in DIAGNOSTICS if name not in ("value_loss", "explained_variance")]
     for line in lines:
         assert all(math.isfinite(line[name]) for name in wanted) and "value_loss" not in line

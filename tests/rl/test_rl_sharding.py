@@ -9,7 +9,7 @@ import torch
 
 from rl import sharding
 from tests.conftest import one_line_error, run_script
-from tests.rl.test_rl_trainer import make_trainer
+from tests.rl.rl_tools import make_trainer
 
 
 @pytest.mark.parametrize("blocks", ["plain", "checkpointing"])
@@ -82,18 +82,19 @@ def test_on_a_gpu_accelerates_configuration_shards_the_parameters(tmp_path):
 import os, sys, torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
-import run_mm_cot_rl, sharding
-from tests.test_rl_trainer import models
-from ppo_trainer import ActorCritic
+import run_mm_cot_rl
+from rl import sharding
+from rl.actor_critic import ActorCritic
+from tests.rl.rl_tools import small_models
 accelerator = Accelerator(mixed_precision="bf16")
 run_mm_cot_rl.check_processes(accelerator)
 assert accelerator.distributed_type.value == "FSDP" and os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 how = sharding.sharding_of(accelerator)
-model = sharding.shard(ActorCritic(*models(torch.float32)).to(accelerator.device), how)
+model = sharding.shard(ActorCritic(*small_models(torch.float32)).to(accelerator.device), how)
 assert how.device_type == "cuda" and all(isinstance(p, DTensor) for p in model.parameters())
-state = sharding.whole_state(model, True)
+state = sharding.full_state(model, True)
 assert all(not isinstance(t, DTensor) and t.device.type == "cpu" for t in state.values())
-sharding.load_whole(model, state)
+sharding.load_full_state(model, state)
 print("sharded", len(state))
 """
     (tmp_path / "check.py").write_text(code)

@@ -11,79 +11,9 @@ import torch
 import run_mm_cot_rl
 from ares import cli, files
 from ares.cli import UserError
-from rl import experience, metrics, rollouts, run_folder
 from rl import flags as rl_flags
-from rl import trainer as ppo_trainer
-from tests.rl.test_rollouts import random_rollouts
-
-VOCABULARY, PATCHES = 60, (3, 5)
-
-
-class Prompts:
-    """Stands where rollouts.Prompts does: ragged prompts and image features by question id."""
-
-    def __init__(self, qids, dtype):
-        g = torch.Generator().manual_seed(5)
-        self.ids = {
-            q: torch.randint(2, VOCABULARY, (3 + i % 4,), generator=g) for i, q in enumerate(sorted(set(qids)))
-        }
-        self.images = {q: torch.randn(*PATCHES, generator=g, dtype=dtype) for q in self.ids}
-        self.lengths = {q: len(ids) for q, ids in self.ids.items()}
-
-    def batch(self, qids):
-        ids = torch.nn.utils.rnn.pad_sequence([self.ids[q] for q in qids], batch_first=True)
-        images = torch.stack([self.images[q] for q in qids])
-        return {"input_ids": ids, "attention_mask": (ids != 0).long(), "image_ids": images}
-
-
-def arguments(**changes) -> SimpleNamespace:
-    """The flags that the trainer reads, as parsed from no flags but these."""
-    args = run_mm_cot_rl.parse_args(["--base_model_dir", "."])
-    chosen = {"rl_batch_size": 2, "ga_step": 2, "rl_epochs": 2, "lr": 1e-2, "log_term": 10**6, "save_minutes": 1e6}
-    return SimpleNamespace(**(vars(args) | chosen | changes))
-
-
-def models(dtype, seed=0):
-    from model import MultimodalT5Config, T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction
-
-    torch.manual_seed(seed)
-    made = []
-    for cls in (T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction):
-        config = MultimodalT5Config(
-            vocab_size=VOCABULARY, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, dropout_rate=0.1,
-            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu",
-            tie_word_embeddings=False, initializer_factor=0.1,
-        )  # fmt: skip
-        made.append(cls(config, PATCHES).to(dtype).eval())
-    return made
-
-
-def make_trainer(tmp_path, rows=9, seed=0, dtype=torch.float64, sharded=None, **changes):
-    """A trainer on random ragged rollouts whose stored numbers are near what the policy says, as after sampling."""
-    from accelerate import Accelerator
-
-    args = arguments(**changes)
-    policy, value_function = models(dtype, seed)
-    rolls = random_rollouts(rows, seed)
-    prompts = Prompts(rolls.qids, dtype)
-    g = torch.Generator().manual_seed(seed)
-    for name in rollouts.FIELDS[1:]:
-        setattr(rolls, name, getattr(rolls, name).to(dtype))
-    with torch.no_grad():
-        for row in range(rows):  # some ratios beyond the clip range, some within
-            begin, n = int(rolls.offsets[row]), int(rolls.lengths[row])
-            actions = torch.tensor([rolls.ids(row)])
-            logits = policy(**prompts.batch([rolls.qids[row]]), decoder_input_ids=actions[:, :-1]).logits
-            logprobs = logits[0].log_softmax(-1)[torch.arange(n), actions[0, 1:]]
-            rolls.logprobs[begin : begin + n] = logprobs + 0.3 * torch.randn(n, generator=g, dtype=dtype)
-            rolls.ref_logprobs[begin : begin + n] = logprobs + 0.3 * torch.randn(n, generator=g, dtype=dtype)
-    scores = [[((7 * i + 3 * j) % 11) / 10 for j in range(int(n))] for i, n in enumerate(rolls.sentence_counts)]
-    data = experience.experience(rolls, scores, args)
-    log = metrics.Metrics(tmp_path, "none", {})
-    return ppo_trainer.PpoTrainer(
-        policy, None if args.algo == "rloo" else value_function, data, prompts, args, Accelerator(cpu=True),
-        tmp_path, log, 0, sharded=sharded,
-    )  # fmt: skip
+from rl import metrics, minibatches, optimizer, ppo, run_folder
+from tests.rl.rl_tools import make_trainer, random_rollouts
 
 
 def gradients(trainer, step) -> dict[str, torch.Tensor]:
@@ -152,7 +82,7 @@ def test_gradient_of_the_whole_loss_agrees_with_a_float64_rederivation(tmp_path,
     for seed in (0, 1):
         trainer = make_trainer(tmp_path, rows=7 + seed, seed=seed, **changes)
         args = trainer.args
-        plan = experience.plan_epoch(lengths(trainer), args.rl_batch_size, 1, args.ga_step, seed)
+        plan = minibatches.plan_epoch(lengths(trainer), args.rl_batch_size, 1, args.ga_step, seed)
         for step in (plan[0], plan[-1]):  # a full update and the short last one
             got = gradients(trainer, step)
             names, parameters = zip(*((n, p) for n, p in trainer.raw.named_parameters() if n in got), strict=True)
@@ -169,7 +99,7 @@ def first_update(trainer) -> dict:
     """The logged line of the first update."""
     seen = []
     trainer.metrics.log = lambda kind, number, update, values, **place: seen.append(values)
-    plan = experience.plan_epoch(lengths(trainer), 2, 1, trainer.args.ga_step, 0)
+    plan = minibatches.plan_epoch(lengths(trainer), 2, 1, trainer.args.ga_step, 0)
     trainer._update(plan[0], 10)
     return seen[0]
 
@@ -206,7 +136,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path):
 
 
 def test_schedules_end_where_they_should():
-    at = [[ppo_trainer.scheduled_lr(kind, 2.0, done, 8) for done in (0, 4, 7, 8)] for kind in rl_flags.SCHEDULES]
+    at = [[optimizer.scheduled_lr(kind, 2.0, done, 8) for done in (0, 4, 7, 8)] for kind in rl_flags.SCHEDULES]
     constant, linear, cosine = at
     assert constant == [2.0] * 4 and linear == [2.0, 1.0, 0.25, 0.0]
     assert cosine == pytest.approx([2.0, 1.0, 1 + math.cos(math.pi * 7 / 8), 0.0])
@@ -218,7 +148,71 @@ def test_the_learning_rate_used_is_the_scheduled_one(tmp_path):
     trainer.metrics.log = lambda kind, number, update, values, **place: used.append((kind, values["lr"]))
     trainer.train()
     rates = [lr for kind, lr in used if kind == "update"]
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {rates[-1]}
     assert rates == pytest.approx([1e-2 * (1 - i / 6) for i in range(6)])  # 9 rows: 3 updates x 2 epochs
+
+
+def test_an_epochs_line_holds_means_over_its_updates(tmp_path):
+    trainer, lines = make_trainer(tmp_path), []
+    trainer.metrics.log = lambda kind, number, update, values, **more: lines.append((kind, more["epoch"], values))
+    trainer.train()
+    for epoch in range(2):
+        updates = [values for kind, at, values in lines if kind == "update" and at == epoch]
+        (mean,) = [values for kind, at, values in lines if kind == "epoch" and at == epoch]
+        assert len(updates) == 3 and mean["grad_norm"] == pytest.approx(sum(one["grad_norm"] for one in updates) / 3)
+        weights = [one["positions"] / mean["positions"] for one in updates]
+        for name in ("policy_loss", "approx_kl", "kl_ref", "entropy", "clipfrac"):
+            assert mean[name] == pytest.approx(sum(w * one[name] for w, one in zip(weights, updates, strict=True)))
+    assert lines[0][2]["grad_norm"] != pytest.approx(lines[1][2]["grad_norm"], rel=1e-3)  # no gradient is left over
+
+
+def test_no_gradient_is_left_over_from_the_update_before(tmp_path):
+    trainer, norms = make_trainer(tmp_path, lr=0.0), []
+    trainer.metrics.log = lambda kind, number, update, values, **more: norms.append(values["grad_norm"])
+    for _ in range(2):
+        trainer._update([[[0, 1]], [[2, 3]]], 10)
+    assert norms[0] == pytest.approx(norms[1]) and norms[0] > 0
+
+
+def test_the_newest_of_two_saved_states_is_resumed(tmp_path):
+    trainer = make_trainer(tmp_path)
+    for done in (1, 2, 3):
+        trainer.position.done = trainer.position.update = done
+        with torch.no_grad():
+            trainer.raw.policy.lm_head.weight.fill_(done)
+        trainer.save_state()
+        again = make_trainer(tmp_path)
+        assert again.restore() and again.position.done == done
+        assert again.raw.policy.lm_head.weight.unique().tolist() == [done]
+        assert again.slots[again.saves % 2] == trainer.slots[trainer.saves % 2], "the older slot is written next"
+
+
+def test_weight_decay_is_for_matrices_only(tmp_path):
+    trainer = make_trainer(tmp_path)
+    decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainer.raw.named_parameters():
+        if parameter.requires_grad:
+            assert decay[id(parameter)] == (0.01 if parameter.ndim > 1 and "bias" not in name else 0.0), name
+    assert len(trainer.names) == len(decay) and "value_function.lm_head.weight" not in trainer.names
+
+
+def test_every_epoch_and_round_has_another_order(tmp_path):
+    orders = {}
+    for number in (0, 1):
+        trainer = make_trainer(tmp_path, rows=9, rl_epochs=3)
+        trainer.number = number
+        update = trainer._update
+
+        def seen(step, total, number=number, trainer=trainer, update=update):
+            orders.setdefault((number, trainer.position.epoch), []).append(step)
+            return update(step, total)
+
+        trainer._update = seen
+        trainer.train()
+    flat = [[sorted(row for group in step for rows in group for row in rows) for step in one]
+            for one in orders.values()]  # fmt: skip
+    assert len(flat) == 6 and all(sorted(sum(one, [])) == list(range(9)) for one in flat)
+    assert all(flat[i] != flat[j] for i in range(6) for j in range(i))
 
 
 def test_an_epoch_ends_early_when_the_policy_runs_away(tmp_path):
@@ -259,11 +253,12 @@ def test_checkpointed_gradients_are_those_of_eval_mode_and_blocks_run_twice(tmp_
         torch.testing.assert_close(found[1][name], tensor, atol=1e-12, rtol=1e-9, msg=name)
 
 
-def test_rloo_advantages_are_those_of_a_plain_loop():
+def test_rloo_advantages_are_those_of_a_plain_loop(monkeypatch):
     rows = random_rollouts(9)
     scores = [[0.1 * (i + j) % 1 for j in range(int(n))] for i, n in enumerate(rows.sentence_counts)]
     args = SimpleNamespace(neutral_score=0.5, init_kl_coef=0.3, gamma=0.9, algo="rloo")
-    data = experience.experience(rows, scores, args, chunk=3)  # never parts a question's two rows
+    monkeypatch.setattr(ppo, "CHUNK_ROWS", 3)
+    data = ppo.compute_advantages(rows, scores, args, 0.3)  # never parts a question's two rows
     to_go = []
     for row in range(9):
         begin, n = int(rows.offsets[row]), int(rows.lengths[row])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from types import SimpleNamespace
 
 import pytest
@@ -10,30 +9,12 @@ import torch
 
 from ares import files
 from ares.cli import UserError
-from rl import ppo, rollouts
+from ares.decoding import action_mask
+from ares.sentences import sentence_columns
+from rl import rollouts
 from teacher import handoff
 from tests.rl import rl_tools
-
-
-def random_rollouts(rows: int, seed: int = 0) -> rollouts.Rollouts:
-    """Ragged rollouts with made-up numbers; ids of row i are i + 10, i + 11, ..."""
-    rng = random.Random(seed)
-    lengths = torch.tensor([rng.randint(1, 9) for _ in range(rows)])
-    counts = torch.tensor([rng.randint(0, int(n)) for n in lengths])
-    total = int(lengths.sum())
-    return rollouts.Rollouts(
-        qids=[f"q{i // 2}" for i in range(rows)],
-        action=[i % 2 for i in range(rows)],
-        rank=[i % 3 for i in range(rows)],
-        lengths=lengths,
-        sentence_counts=counts,
-        columns=torch.cat([torch.arange(1, int(c) + 1) for c in counts]).int(),
-        tokens=torch.cat([torch.arange(i + 10, i + 10 + int(n)) for i, n in enumerate(lengths)]).int(),
-        **{
-            name: torch.randn(total, generator=torch.Generator().manual_seed(seed + j))
-            for j, name in enumerate(rollouts.FIELDS[1:])
-        },
-    )
+from tests.rl.rl_tools import random_rollouts
 
 
 def same(a: rollouts.Rollouts, b: rollouts.Rollouts) -> bool:
@@ -54,17 +35,34 @@ def test_a_file_gives_back_what_was_saved_and_rows_can_be_picked(tmp_path):
     assert len(whole.select([])) == 0
 
 
+def test_stored_columns_are_those_of_the_sampled_ids(t5_tokenizer):
+    """The last token of a rationale that is unfinished, or cut at output_len, ends its last sentence."""
+    texts = ["It is so. It ends.", "It is so. It does not", "Cut here. And here the", "Cut at the stop.", "So", ""]
+    ids = [[0, *t5_tokenizer(text).input_ids] for text in texts]
+    ids = [row[:-1] if text.startswith("Cut") else row for row, text in zip(ids, texts, strict=True)]
+    actions = torch.tensor([row + [0] * (12 - len(row)) for row in ids])
+    zeros = torch.zeros(len(ids), 11)
+    sampled = {"actions": actions} | dict.fromkeys(rollouts.FIELDS[1:], zeros)
+    rows = rollouts.to_rollouts(sampled, [str(i) for i in range(3)], 2, rank=0, tokenizer=t5_tokenizer)
+    assert [rows.ids(row) for row in range(6)] == ids
+    columns = [rows.row_columns(row) for row in range(6)]
+    assert columns == [sentence_columns(row, t5_tokenizer) for row in actions]
+    assert [row[-1] for row in columns[1:3]] == [len(ids[1]) - 1, len(ids[2]) - 1] and columns[5] == []
+
+
 def test_padding_puts_each_row_where_it_belongs():
     whole = random_rollouts(6)
     actions, mask = whole.actions([4, 1])
     assert actions.shape[1] == mask.shape[1] + 1 and (actions[:, 0] == 0).all()
     for i, row in enumerate((4, 1)):
         assert actions[i][actions[i] != 0].tolist() == whole.ids(row)[1:]
-        assert torch.equal(mask[i], ppo.action_mask(actions)[i])
+        assert torch.equal(mask[i], action_mask(actions)[i])
     values, _ = whole.pad(whole.values, [4, 1])
     begin = int(whole.offsets[1])
     assert torch.equal(values[1][mask[1]], whole.values[begin : begin + int(whole.lengths[1])])
     assert (values[~mask] == 0).all()
+    last, mask = whole.pad(whole.values, [5, int(whole.lengths.argmax())])
+    assert torch.equal(last[0][mask[0]], whole.values[-int(whole.lengths[5]) :])
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -87,12 +85,14 @@ def test_a_small_split_is_shared_out_and_the_plan_kept_on_another_number_of_proc
     """64 questions at --bs 64 would leave all but one process idle."""
     prompts = SimpleNamespace(lengths={f"q{i}": i for i in range(64)}, fingerprint=lambda: "same")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    store = rollouts.Store(tmp_path, 0)
+    store = rollouts.RolloutStore(tmp_path, 0)
     plan = store.plan(prompts, 64, 2)
     assert [len(batch) for batch in plan] == [16] * 4
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert store.plan(prompts, 64, 2) == plan
-    assert [len(batch) for batch in rollouts.Store(tmp_path, 1).plan(prompts, 24, 2)] == [24, 24, 16]
+    assert [len(batch) for batch in rollouts.RolloutStore(tmp_path, 1).plan(prompts, 24, 2)] == [24, 24, 16]
+    with pytest.raises(UserError, match="not those of the rollouts"):
+        store.plan(prompts, 64, 3)  # another k
     with pytest.raises(UserError, match="not those of the rollouts"):
         store.plan(SimpleNamespace(lengths=prompts.lengths, fingerprint=lambda: "other"), 64, 2)
 
@@ -107,7 +107,7 @@ def test_seeds_differ_and_stay():
 
 
 def test_collect_goes_on_where_it_was_killed(tmp_path, t5_tokenizer):
-    store = rollouts.Store(tmp_path, 0)
+    store = rollouts.RolloutStore(tmp_path, 0)
     batches = [["a", "b"], ["c", "d"], ["e"]]
     made = []
 
@@ -135,6 +135,24 @@ def test_collect_goes_on_where_it_was_killed(tmp_path, t5_tokenizer):
     assert files.read_json(store.collected_file, "test") == {"batches": 3, "samples": 5, "sentences": 10}
 
 
+def test_an_unfinished_rationale_keeps_its_last_token_and_the_reward_column_of_its_last_sentence(t5_tokenizer):
+    """From sampled ids to stored rows: one that ends with `</s>`, one cut in a word, one cut at a full stop."""
+    texts = ["The sun is a star. It is hot.", "The moon is a rock. It is very", "Ice is cold. Fire is hot."]
+    ids = [t5_tokenizer(text)["input_ids"] for text in texts]
+    ids = [ids[0], ids[1][:-1], ids[2][:-1]]  # without `</s>`: as cut at --output_len
+    T = max(map(len, ids))
+    actions = torch.tensor([[0, *row] + [0] * (T - len(row)) for row in ids])
+    numbers = {name: torch.arange(3 * T).view(3, T).float() for name in rollouts.FIELDS[1:]}
+    rows = rollouts.to_rollouts({"actions": actions, **numbers}, ["a", "b", "c"], 1, 0, t5_tokenizer)
+    for row in range(3):
+        assert rows.ids(row) == [0, *ids[row]]
+        assert rows.row_columns(row) == sentence_columns([0, *ids[row]], t5_tokenizer)
+        assert rows.row_columns(row)[-1] == len(ids[row]) - (row == 0) or row == 0
+        begin = int(rows.offsets[row])
+        assert rows.values[begin : begin + len(ids[row])].tolist() == list(range(row * T, row * T + len(ids[row])))
+    assert [len(rows.row_columns(row)) for row in range(3)] == [2, 2, 2]
+
+
 # -- replies ---------------------------------------------------------------------------------------------
 
 
@@ -145,7 +163,7 @@ def exported(tmp_path):
     rows.sentence_counts[:] = torch.tensor([2, 0, 1, 3, 2, 0, 1, 1, 2, 1])
     rows.columns = torch.ones(13, dtype=torch.int32)
     rows.__post_init__()
-    store = rollouts.Store(tmp_path, 0)
+    store = rollouts.RolloutStore(tmp_path, 0)
     for row in rollouts.rows_with_sentences(rows):
         folder = rollouts.question_folder(rows, row, store.questions)
         handoff.write_rationale(folder, [f"Sentence {i}." for i in range(int(rows.sentence_counts[row]))])

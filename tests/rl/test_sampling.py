@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 
-from rl import actor_critic, ppo, rollouts, sampling
+from ares import decoding
+from ares.decoding import action_mask
+from rl import actor_critic, minibatches, rollouts, sampling
 from rl.sampling import Sampling
 from teacher import handoff
 from tests.rl import rl_tools
@@ -70,7 +73,7 @@ def test_stored_numbers_are_those_of_one_plain_forward_pass_per_sample(models, t
     sampled = sampling.sample_batch(models, prompt, SOME, seed=7)
     actions = sampled["actions"]
     assert actions.shape[0] == 9 and actions.shape[1] <= 20
-    mask = ppo.action_mask(actions)
+    mask = action_mask(actions)
     assert not (mask[:, 1:] & ~mask[:, :-1]).any()  # real positions are a prefix: pad is never drawn
     assert len(set(mask.sum(1).tolist())) > 2  # ragged
     for row in range(9):
@@ -92,7 +95,7 @@ def test_the_step_decoder_gives_the_logits_of_a_whole_pass(tied, monkeypatch):
     """Every position, while rows and whole questions leave the batch and memory grows: fp32, within 1e-4."""
     from model import MultimodalT5Config, T5ForMultimodalGeneration
 
-    monkeypatch.setattr(sampling, "FIRST_LENGTH", 3)
+    monkeypatch.setattr(decoding, "FIRST_LENGTH", 3)
     torch.manual_seed(0)
     config = MultimodalT5Config(
         vocab_size=90, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0,
@@ -106,7 +109,7 @@ def test_the_step_decoder_gives_the_logits_of_a_whole_pass(tied, monkeypatch):
     whole = policy(
         input_ids=ids.repeat_interleave(k, 0), attention_mask=mask.repeat_interleave(k, 0), decoder_input_ids=actions
     ).logits
-    decoder = sampling.StepDecoder(policy, policy.encode(ids, mask).last_hidden_state, mask, k)
+    decoder = decoding.StepDecoder(policy, policy.encode(ids, mask).last_hidden_state, mask, k)
     live = torch.arange(6)
     leave = {2: [0, 1, 3, 4, 5], 4: [1, 2, 3], 7: [0, 2], 9: [1]}  # places among those present: all of 2 and 3 go
     for t in range(L):
@@ -137,10 +140,10 @@ def test_a_rationale_does_not_depend_on_who_leaves_the_batch_and_when(models, t5
     prompt = prompt_batch(t5_tokenizer)
     found = []
     for share in (0.0, 0.5, 1.0):  # nobody ever leaves; half must have ended; each at once
-        monkeypatch.setattr(sampling, "KEEP_SHARE", share)
+        monkeypatch.setattr(decoding, "KEEP_SHARE", share)
         found.append(sampling.sample_batch(models, prompt, SOME, seed=5)["actions"])
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    lengths = ppo.action_mask(found[0]).sum(1)
+    lengths = action_mask(found[0]).sum(1)
     assert lengths.min() < lengths.max()
 
 
@@ -149,11 +152,11 @@ def test_logprobs_of_writing_are_those_of_scoring_and_in_half_precision_they_are
     prompt = prompt_batch(t5_tokenizer)
     sampled = sampling.sample_batch(models, prompt, SOME, seed=7)
     with torch.no_grad():
-        whole = sampling.score(models.policy, prompt, sampled["actions"], 3)
+        whole = sampling.evaluate_actions(models.policy, prompt, sampled["actions"], 3)
     torch.testing.assert_close(sampled["logprobs"], whole, atol=1e-5, rtol=0)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         sampled = sampling.sample_batch(models, prompt, SOME, seed=7)
-        whole = sampling.score(models.policy, prompt, sampled["actions"], 3)
+        whole = sampling.evaluate_actions(models.policy, prompt, sampled["actions"], 3)
     assert torch.equal(sampled["logprobs"], whole) and sampled["logprobs"].dtype == torch.float32
 
 
@@ -162,26 +165,26 @@ def test_halved_weights_give_the_numbers_of_autocast(world, t5_tokenizer, value)
     """bf16: bit for bit, since autocast rounds the same weights at every call."""
     prompt = prompt_batch(t5_tokenizer)
     actions = torch.cat([torch.zeros(9, 1, dtype=torch.long), torch.arange(9 * 11).view(9, 11) + 50], 1)
-    whole, half = load(world, value), actor_critic.halve(load(world, value))
+    whole, half = load(world, value), actor_critic.cast_linears_bf16(load(world, value))
     size = [sum(p.numel() * p.element_size() for p in one.parameters()) for one in (whole, half)]
     assert size[1] < 0.8 * size[0]  # most of this tiny model is its embedding
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        scores = [sampling.score(one, prompt, actions, 3, value=value) for one in (whole, half)]
+        scores = [sampling.evaluate_actions(one, prompt, actions, 3, value=value) for one in (whole, half)]
         assert torch.equal(*scores)
         if not value:
             states = actor_critic.encode(whole, prompt)
-            written = [sampling.write(one, states, prompt["attention_mask"], SOME, 3) for one in (whole, half)]
+            written = [sampling.generate(one, states, prompt["attention_mask"], SOME, 3) for one in (whole, half)]
             assert torch.equal(written[0][0], written[1][0])
 
 
 def test_rows_leave_when_they_have_ended(models, t5_tokenizer, monkeypatch):
     """The work done follows the real lengths, not the longest."""
     prompt, sizes = prompt_batch(t5_tokenizer), []
-    step = sampling.StepDecoder.step
-    monkeypatch.setattr(sampling.StepDecoder, "step", lambda self, t: sizes.append(len(t)) or step(self, t))
-    monkeypatch.setattr(sampling, "KEEP_SHARE", 1.0)
+    step = decoding.StepDecoder.step
+    monkeypatch.setattr(decoding.StepDecoder, "step", lambda self, t: sizes.append(len(t)) or step(self, t))
+    monkeypatch.setattr(decoding, "KEEP_SHARE", 1.0)
     actions = sampling.sample_batch(models, prompt, SOME, seed=5)["actions"]
-    assert sum(sizes) == int(ppo.action_mask(actions).sum()) < 9 * max(len(sizes), 1)
+    assert sum(sizes) == int(action_mask(actions).sum()) < 9 * max(len(sizes), 1)
 
 
 def test_greedy_is_the_librarys_greedy_and_top_k_one(models, t5_tokenizer):
@@ -191,7 +194,7 @@ def test_greedy_is_the_librarys_greedy_and_top_k_one(models, t5_tokenizer):
     assert torch.equal(one, greedy.repeat_interleave(2, 0))
     library = models.policy.generate(**prompt, max_length=16, do_sample=False, num_beams=1, suppress_tokens=[0])
     for row in range(3):
-        ours = greedy[row][ppo.action_mask(greedy)[row].nonzero()[:, 0] + 1]
+        ours = greedy[row][action_mask(greedy)[row].nonzero()[:, 0] + 1]
         assert library[row, 1 : len(ours) + 1].tolist() == ours.tolist()
         assert not library[row, len(ours) + 1 :].any() and len(ours) <= 15
 
@@ -224,6 +227,8 @@ def test_draws_follow_their_probabilities_and_never_give_the_pad():
         share = torch.bincount(drawn, minlength=6) / 40_000
         assert share[0] == 0 and ((share > 0) == (want > 0)).all()
         torch.testing.assert_close(share, want, atol=0.01, rtol=0)  # four standard deviations
+    every = Sampling(1, True, 0, 1.0, 9)
+    assert sampling.draw(logits[:2].clone(), every, torch.tensor([0.0, 1 - 2**-24])).tolist() == [1, 5]
     ends = sampling.draw(logits[:2].clone(), Sampling(1, True, 3, 1.0, 9), torch.tensor([0.0, 1 - 2**-24]))
     assert ends.tolist() == [3, 5]
 
@@ -237,28 +242,27 @@ def test_top_is_topk(size):
         assert torch.equal(values, want.values) and torch.equal(ids, want.indices)
 
 
-def test_rows_of_like_length_are_scored_together():
-    lengths = torch.tensor([5, 90, 40, 88, 3, 61, 0])
-    groups = [group.tolist() for group in sampling.length_groups(lengths, 200)]
-    assert groups == [[1, 3], [5], [2], [0], [4], [6]]
-    assert [g.tolist() for g in sampling.length_groups(torch.tensor([4, 4, 4, 4, 4]), 8)] == [[0, 1], [2, 3], [4]]
-
-
 def test_groups_of_like_length_cost_least():
-    assert actor_critic.length_groups([5, 5, 5]) == [[0, 1, 2]]
-    assert actor_critic.length_groups([10, 300, 12, 290]) == [[1, 3], [2, 0]]
+    assert minibatches.length_groups([5, 5, 5]) == [[0, 1, 2]]
+    assert minibatches.length_groups([10, 300, 12, 290]) == [[1, 3], [2, 0]]
     g = torch.Generator().manual_seed(0)
-    for n in (1, 2, 5, 6):
+    for n, tokens in itertools.product((1, 2, 5, 6), (150, 300, math.inf)):
         lengths = torch.randint(1, 200, (n,), generator=g).tolist()
-        groups = actor_critic.length_groups(lengths)
+        groups = minibatches.length_groups(lengths, tokens)
         assert sorted(row for rows in groups for row in rows) == list(range(n))
+        assert all(len(rows) == 1 or len(rows) * lengths[rows[0]] <= tokens for rows in groups)
         cuts = [[0, *cut, n] for r in range(n) for cut in itertools.combinations(range(1, n), r)]
-        got = sum(len(rows) * lengths[rows[0]] + actor_critic.GROUP_COST for rows in groups)
-        assert got == min(cost_of(cut, sorted(lengths, reverse=True)) for cut in cuts)
+        got = sum(len(rows) * lengths[rows[0]] + minibatches.GROUP_COST for rows in groups)
+        assert got == min(cost_of(cut, sorted(lengths, reverse=True), tokens) for cut in cuts)
+    assert minibatches.length_groups([4, 4, 4, 4, 4], 8) == [[0], [1, 2], [3, 4]]
+    assert minibatches.length_groups([]) == []
 
 
-def cost_of(edges: list[int], falling: list[int]) -> int:
-    return sum((b - a) * falling[a] + actor_critic.GROUP_COST for a, b in itertools.pairwise(edges))
+def cost_of(edges: list[int], falling: list[int], tokens: float) -> float:
+    groups = [(b - a, falling[a]) for a, b in itertools.pairwise(edges)]
+    if any(n > 1 and n * longest > tokens for n, longest in groups):
+        return math.inf
+    return sum(n * longest + minibatches.GROUP_COST for n, longest in groups)
 
 
 @pytest.mark.parametrize("question", [None, [0, 2, 2, 1]], ids=["own", "shared"])
@@ -271,16 +275,16 @@ def test_groups_of_like_length_change_no_number(models, t5_tokenizer, monkeypatc
     actions = torch.zeros(4, 13, dtype=torch.long)
     for row, n in enumerate((3, 12, 7, 11)):
         actions[row, 1 : n + 1] = torch.arange(100, 100 + n)
-    mask, found = ppo.action_mask(actions), []
+    mask, found = action_mask(actions), []
     for cost in (0, 10**6):  # a group for each length; one group
-        monkeypatch.setattr(actor_critic, "GROUP_COST", cost)
+        monkeypatch.setattr(minibatches, "GROUP_COST", cost)
         states = actor_critic.encode(models.policy, prompt)
         real = states * prompt["attention_mask"][..., None]
         how = (states, prompt["attention_mask"], question, actions)
-        logprobs, entropy = actor_critic.policy_logprobs(models.policy, *how, actor_critic.places_of(mask))
-        values = actor_critic.values(models.value_function, *how) * mask
+        logprobs, entropy = actor_critic.policy_logprobs(models.policy, *how, actor_critic.flat_index(mask))
+        values = actor_critic.state_values(models.value_function, *how) * mask
         found.append((real, logprobs, entropy, values))
-    assert len(actor_critic.length_groups([3, 12, 7, 11])) == 1
+    assert len(minibatches.length_groups([3, 12, 7, 11])) == 1
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
 
 
@@ -289,9 +293,9 @@ def test_masks_as_a_gpu_gets_them_change_no_number(world, t5_tokenizer):
     model, prompt = load(world), prompt_batch(t5_tokenizer)
     model.set_attn_implementation("sdpa")
     mask = prompt["attention_mask"]
-    wide = actor_critic.for_attention(mask, model, on_gpu=True)
+    wide = actor_critic.expanded_mask(mask, model, on_gpu=True)
     assert (
-        mask.min() == 0 and wide.shape == (3, 1, 1, mask.size(1)) and actor_critic.for_attention(mask, model) is mask
+        mask.min() == 0 and wide.shape == (3, 1, 1, mask.size(1)) and actor_critic.expanded_mask(mask, model) is mask
     )
     states = [model.encode(**prompt | {"attention_mask": one})[0] for one in (mask, wide)]
     assert torch.equal(states[0][mask.bool()], states[1][mask.bool()])
@@ -302,7 +306,7 @@ def test_masks_as_a_gpu_gets_them_change_no_number(world, t5_tokenizer):
     ]
     assert torch.equal(*found)
     model.set_attn_implementation("eager")
-    assert actor_critic.for_attention(mask, model, on_gpu=True) is mask
+    assert actor_critic.expanded_mask(mask, model, on_gpu=True) is mask
 
 
 def test_an_expanded_view_reaches_a_gpu_although_torch_cannot_pin_it(monkeypatch):
@@ -359,20 +363,46 @@ def test_offload_brings_each_model_to_its_device_in_turn():
         three = sampling.Models(named("policy"), named("reference"), named("value"), offload=offload)
         parked = [("reference", "cpu"), ("value", "cpu")] if offload else []
         assert seen == parked
-        with three.at_work(three.reference):
+        with three.on_device(three.reference):
             assert seen[len(parked) :] == [("reference", "cpu")]  # the policy's device
         assert len(seen) == (4 if offload else 1)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_policy_logprobs_are_those_of_the_models_own_logits(tied):
+    """A tied T5 scales its states before the head: log-probabilities and entropies in fp32 within 1e-5."""
+    from model import MultimodalT5Config, T5ForMultimodalGeneration
+
+    torch.manual_seed(0)
+    config = MultimodalT5Config(
+        vocab_size=90, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        feed_forward_proj="relu" if tied else "gated-gelu", tie_word_embeddings=tied, initializer_factor=0.3,
+    )  # fmt: skip
+    policy = T5ForMultimodalGeneration(config).eval().requires_grad_(False)
+    assert (policy.config.head_scale != 1) == tied
+    ids, mask = torch.randint(2, 90, (2, 6)), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    actions = torch.cat([torch.zeros(2, 1, dtype=torch.long), torch.randint(2, 90, (2, 7))], 1)
+    actions[1, 5:] = 0
+    real = action_mask(actions)
+    log_p = policy(input_ids=ids, attention_mask=mask, decoder_input_ids=actions[:, :-1]).logits.log_softmax(-1)
+    states = actor_critic.encode(policy, {"input_ids": ids, "attention_mask": mask})
+    index = actor_critic.flat_index(real)
+    logprobs, entropy = actor_critic.policy_logprobs(policy, states, mask, None, actions, index)
+    want = log_p.gather(-1, actions[:, 1:, None]).squeeze(-1) * real
+    torch.testing.assert_close(logprobs, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(-1) * real, atol=1e-5, rtol=1e-5)
+    again, none = actor_critic.policy_logprobs(policy, states, mask, None, actions, index, with_entropy=False)
+    torch.testing.assert_close(again, logprobs, atol=1e-6, rtol=0)
+    assert not none.any()
+
+
 def test_rows_of_one_question_share_its_encoding_and_its_gradient(models, t5_tokenizer):
     """Encoded once for three rows against once for each row: values and gradients, fp32 within 1e-5."""
-    from rl import trainer
-
     prompt = prompt_batch(t5_tokenizer)
     question = torch.tensor([2, 0, 2, 1, 2])
     actions = torch.cat([torch.zeros(5, 1, dtype=torch.long), torch.randint(3, 900, (5, 7))], 1)
-    places = actor_critic.places_of(torch.ones(5, 7, dtype=torch.bool))
-    model = trainer.ActorCritic(models.policy, models.value_function).requires_grad_(True)
+    places = actor_critic.flat_index(torch.ones(5, 7, dtype=torch.bool))
+    model = actor_critic.ActorCritic(models.policy, models.value_function).requires_grad_(True)
     found = []
     for rows in (question, None):
         given = prompt if rows is not None else {name: tensor[question] for name, tensor in prompt.items()}
@@ -397,8 +427,10 @@ def test_on_a_gpu_the_same_ids_get_the_same_numbers(world, t5_tokenizer):
     two = [load(world, value).cuda() for value in (False, False, True)]
     sampled = sampling.sample_batch(sampling.Models(*two), there, SOME, seed=7)
     for name, model in zip(("logprobs", "ref_logprobs", "values"), one, strict=True):
-        want = sampling.score(model, prompt, sampled["actions"], 3, value=name == "values")
+        want = sampling.evaluate_actions(model, prompt, sampled["actions"], 3, value=name == "values")
         torch.testing.assert_close(sampled[name], want, atol=1e-3, rtol=1e-3)
     with torch.autocast("cuda", torch.bfloat16):
-        sampled = sampling.sample_batch(sampling.Models(*map(actor_critic.halve, two)), there, SOME, seed=7)
+        sampled = sampling.sample_batch(
+            sampling.Models(*map(actor_critic.cast_linears_bf16, two)), there, SOME, seed=7
+        )
     assert all(sampled[name].isfinite().all() for name in ("logprobs", "ref_logprobs", "values"))

@@ -1,10 +1,11 @@
-"""Greedy decoding writes what the library's generate writes, whatever rows share a batch and however they end."""
+"""Greedy decoding gives the ids of the library's generate, whatever rows share a batch and however they end."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from ares import decoding
 from ares.decoding import greedy
 from benchmarks.endings import EndingPolicy
 from model import MultimodalT5Config
@@ -19,7 +20,7 @@ def model(request):
         vocab_size=12, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0,
         pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu", patch_size=request.param,
     )  # fmt: skip
-    made = EndingPolicy(config).eval()  # a model without training writes no `</s>`: this one is told when to
+    made = EndingPolicy(config).eval()  # an untrained model generates no `</s>`: this one ends at given lengths
     made.lengths, made.ending = {tuple(row[row > 0].tolist()): 2 + i for i, row in enumerate(prompts(16)[0])}, True
     return made
 
@@ -44,21 +45,21 @@ def test_same_as_generate_with_rows_that_end_anywhere(model, monkeypatch):
     uncached = model.generate(**inputs, max_length=24, do_sample=False, use_cache=False)  # as bench_eval's other side
     assert torch.equal(uncached, expected)
     widths = []
-    forward = model.forward
-    monkeypatch.setattr(
-        model, "forward", lambda **kwargs: widths.append(len(kwargs["attention_mask"])) or forward(**kwargs)
-    )
-    ids = greedy(model, inputs, 24)
+    step = decoding.StepDecoder.step
+    monkeypatch.setattr(decoding.StepDecoder, "step", lambda self, ids: widths.append(len(ids)) or step(self, ids))
+    with model.ending_greedy():
+        ids = greedy(model, inputs, 24)
     assert torch.equal(ids, expected)
     assert (ids == 1).int().argmax(1).tolist() == list(range(2, 18)) and ids.shape == (16, 18)
-    assert widths[0] == 16 and widths[-1] < 4  # those that ended had left
+    assert widths[0] == 16 and widths[-1] < 4  # finished rows are removed
 
 
 def test_every_row_alone_gives_the_same(model):
     inputs = batch(model, rows=6)
-    together = greedy(model, inputs, 16)
-    for i, row in enumerate(together):
-        alone = greedy(model, {name: tensor[i : i + 1] for name, tensor in inputs.items()}, 16)[0]
+    for i in range(6):
+        with model.ending_greedy():
+            row = greedy(model, inputs, 16)[i]
+            alone = greedy(model, {name: tensor[i : i + 1] for name, tensor in inputs.items()}, 16)[0]
         assert torch.equal(row[: len(alone)], alone) and not row[len(alone) :].any()
 
 

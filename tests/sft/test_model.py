@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from ares.cli import UserError
+from ares.decoding import action_mask
 from model import (
     EMBEDDINGS,
     VALUE_FUNCTION,
@@ -22,8 +23,9 @@ from model import (
     check_checkpoint,
     choose_attention,
     save_value_function,
+    types_that_fit,
 )
-from rl import actor_critic, ppo
+from rl import actor_critic
 
 KINDS = ("vit", "vit_tied")
 BOTH = (T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction)
@@ -54,15 +56,6 @@ class Released:
         mask = (actions != 0).long()
         mask[:, 0] = 1
         return {"decoder_input_ids": actions, "decoder_attention_mask": mask}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small lose by threads: on busy cores two are eight times slower than one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -149,11 +142,11 @@ def test_logprobs_of_given_actions(released, policy, source):
     """As PPO computes them: the encoder once, the decoder on its states, the label's logit minus logsumexp."""
     expected = released.expected
     actions = expected["greedy_ids" if source == "greedy" else "actions2"]
-    mask = ppo.action_mask(actions)
+    mask = action_mask(actions)
     with torch.no_grad():
         states = actor_critic.encode(policy, released.prompt)
         logprobs, _ = actor_critic.policy_logprobs(
-            policy, states, released.prompt["attention_mask"], None, actions, actor_critic.places_of(mask)
+            policy, states, released.prompt["attention_mask"], None, actions, actor_critic.flat_index(mask)
         )
     assert_near(logprobs[mask], expected[f"{source}_logprobs"][mask], 2e-3)
 
@@ -290,6 +283,9 @@ def test_value_function_file_and_its_absence(vit, vit_value, tmp_path):
     assert torch.equal(fresh.v_head[0].weight, same.v_head[0].weight)
     assert not torch.equal(fresh.v_head[0].weight, other.v_head[0].weight)
 
+    halved = {name: tensor / 2 for name, tensor in value.state_dict().items()}  # gathered from shards, say
+    loaded = torch.load(save_value_function(value, tmp_path / "policy", halved), weights_only=True)
+    assert torch.equal(loaded["shared.weight"], value.shared.weight / 2)
     save_value_function(value, tmp_path / "policy")
     assert sorted(path.name for path in (tmp_path / "policy").glob(".tmp*")) == []
     again = T5ForMultimodalGenerationValueFunction.from_pretrained(tmp_path / "policy")
@@ -501,6 +497,42 @@ def test_bf16_autocast():
     assert all(p.grad.isfinite().all() for p in policy.parameters())
 
 
+@pytest.mark.parametrize(("tied", "adapter"), [(False, False), (True, False), (False, True)])
+def test_training_loss_is_the_sum_over_real_labels_divided_by_those_of_the_step(tied, adapter):
+    """The Trainer's call, which never makes all logits, against the plain call, which does; an adapter on the head."""
+    from peft import LoraConfig, get_peft_model
+
+    model, inputs = small(tied), batch()
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head", "q"], init_lora_weights=False)).eval()
+    real = inputs["labels"] != -100
+    assert not real.all() and not inputs["attention_mask"].all()
+    logits = model(**inputs).logits
+    expected = torch.nn.functional.cross_entropy(logits[real], inputs["labels"][real], reduction="sum") / 37
+    loss = model(**inputs, num_items_in_batch=torch.tensor(37)).loss
+    assert_near(loss, expected, 1e-5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    torch.testing.assert_close(torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained))
+    # masks and decoder ids that are given are used
+    ids = inputs["labels"].clamp(min=2).flip(1)
+    for name, value in (("decoder_input_ids", ids), ("decoder_attention_mask", real.flip(1).long())):
+        given = {**inputs, "decoder_input_ids": ids, name: value}
+        expected = torch.nn.functional.cross_entropy(model(**given).logits[real], inputs["labels"][real])
+        assert_near(model(**given, num_items_in_batch=real.sum()).loss, expected, 1e-5)
+        assert abs(expected.item() * real.sum().item() / 37 - loss.item()) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "decoder_attention_mask"])
+def test_values_depend_on_the_masks(name):
+    """Without dropout or padding rows the masks are all that hides a token."""
+    model, inputs = small(cls=T5ForMultimodalGenerationValueFunction), batch()
+    inputs["decoder_attention_mask"] = torch.ones_like(inputs["labels"])
+    changed = inputs[name].clone()
+    changed[:, 1] = 0
+    with torch.no_grad():
+        assert not torch.allclose(model(**inputs)[:, 2:], model(**{**inputs, name: changed})[:, 2:], atol=1e-4)
+
+
 def test_trainer_accumulation_is_exact(tmp_path):
     """Two ragged micro-batches of 2 take the step of one batch of 4 (the loss is divided by the step's targets)."""
     from transformers import Trainer, TrainingArguments
@@ -528,35 +560,6 @@ def test_trainer_accumulation_is_exact(tmp_path):
     torch.testing.assert_close(after[0], after[1], atol=1e-6, rtol=1e-4)
     start = dict(small().named_parameters())
     assert not torch.equal(after[0]["encoder.image_dense.weight"], start["encoder.image_dense.weight"])
-
-
-def test_lora_adapter_trains_generates_and_reloads(tmp_path):
-    from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-
-    small().save_pretrained(tmp_path / "base")
-    targets = ["q", "k", "v", "o", "wi", "wo", "image_dense", "gate_dense", "lm_head"]
-    config = LoraConfig(task_type=TaskType.SEQ_2_SEQ_LM, r=4, lora_alpha=8, target_modules=targets)
-    model = get_peft_model(T5ForMultimodalGeneration.from_pretrained(tmp_path / "base"), config)
-    inputs = batch()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(2):  # the second step moves lora_A: lora_B starts at zero
-        optimizer.zero_grad()
-        model(**inputs).loss.backward()
-        optimizer.step()
-    adapted = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert any("image_dense.lora_B" in name for name in adapted) and any("lm_head.lora_B" in n for n in adapted)
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
-
-    model.eval().save_pretrained(tmp_path / "adapter")
-    base = T5ForMultimodalGeneration.from_pretrained(tmp_path / "base")
-    again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask", "image_ids")}
-    with torch.no_grad():
-        assert_near(again(**inputs).logits, model(**inputs).logits, 1e-5)
-        assert not torch.allclose(small()(**inputs).logits, model(**inputs).logits, atol=1e-2)
-        greedy = again.generate(**prompt, max_length=8)
-        merged = again.merge_and_unload()
-        assert torch.equal(merged.generate(**prompt, max_length=8), greedy)
 
 
 # -- checkpoints that do not fit -------------------------------------------------------------------------
@@ -605,6 +608,8 @@ def test_features_of_another_kind(released, folder):
 def test_types_that_share_a_size_are_both_named(tmp_path):
     small(patch_size=(None, 2048)).save_pretrained(tmp_path)
     refused(tmp_path, "--img_type resnet or clip")
+    assert types_that_fit((512, 2048)) == ["resnet"] and types_that_fit((49, 2048)) == ["clip"]
+    assert types_that_fit((7, 2048)) == [] and types_that_fit((None, 1024)) == ["vit"]
 
 
 def test_folders_without_a_model(tmp_path, folder):
@@ -618,8 +623,9 @@ def test_folders_without_a_model(tmp_path, folder):
     refused(folder, "config.json")
     (folder / "config.json").write_text('{"model_type": "bert"}')
     refused(folder, "'bert'", "T5")
-    (folder / "config.json").write_text('{"model_type": "t5", "d_model": "wide"}')
-    refused(folder, "d_model")
+    for name, value in (("d_model", '"wide"'), ("d_ff", 10**8), ("num_layers", 0), ("vocab_size", "true")):
+        (folder / "config.json").write_text(f'{{"model_type": "t5", "{name}": {value}}}')
+        refused(folder, f"no valid T5 configuration ({name} is")
 
 
 def test_damaged_weights(folder, vit, tmp_path):
@@ -641,6 +647,19 @@ def test_tensors_that_are_absent_or_of_another_size(folder):
         T5ForMultimodalGeneration.from_pretrained(folder)
     save_file({**weights, name: torch.zeros(5, 32)}, folder / "model.safetensors", {"format": "pt"})
     refused(folder, name, "[5, 32]", "[32, 32]")
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_the_embedding_may_have_any_of_its_names(folder, name):
+    before = T5ForMultimodalGeneration.from_pretrained(folder).state_dict()
+    weights = load_file(folder / "model.safetensors")
+    stored = next(each for each in ("shared.weight", *EMBEDDINGS) if each in weights)
+    weights[name] = weights.pop(stored)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert check_checkpoint(folder, (145, 1024), "vit") is not None
+    model = T5ForMultimodalGeneration.from_pretrained(folder)
+    assert_tied(model, tied=False)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 def test_sharded_checkpoints(folder, tmp_path):
@@ -723,7 +742,8 @@ def test_the_configs_image_field_has_a_name_of_its_own(tmp_path, t5_tokenizer):
 def test_the_tokenizer_file_is_in_the_form_of_tokenizers_0_13(tmp_path, t5_tokenizer, problems):
     from transformers import AutoTokenizer
 
-    from ares.portable import portable_tokenizer
+    from ares.checkpoints import portable_tokenizer
+    from tests.tiny import write
 
     t5_tokenizer("a prompt", truncation=True, max_length=3)  # what a run leaves in the tokenizer's state
     t5_tokenizer.save_pretrained(tmp_path)
@@ -736,6 +756,12 @@ def test_the_tokenizer_file_is_in_the_form_of_tokenizers_0_13(tmp_path, t5_token
         parts = part.get("pretokenizers") or part.get("decoders") or [part]
         (metaspace,) = [one for one in parts if one["type"] == "Metaspace"]
         assert metaspace["add_prefix_space"] is True and not {"prepend_scheme", "split"} & metaspace.keys()
+    write(
+        tmp_path / "other/tokenizer.json", {"decoder": {"type": "Metaspace", "prepend_scheme": "never", "split": True}}
+    )
+    portable_tokenizer(tmp_path / "other")
+    other = json.loads((tmp_path / "other/tokenizer.json").read_text())["decoder"]
+    assert other == {"type": "Metaspace", "add_prefix_space": False}
     again = AutoTokenizer.from_pretrained(tmp_path)
     texts = [problem["question"] + " " + problem["solution"] for problem in problems.values()][:200]
     texts += ["", " ", "  two  blanks ", "x\ny", "naïve café 水 <extra_id_3>", "</s> a"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,42 +20,11 @@ from safetensors.torch import load_file
 import main as script
 from ares.cli import UserError
 from sft import run as sft_run
-from tests.conftest import ROOT, one_line_error, run_script
-from tests.tiny import make_data, make_model, write
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Several threads on a busy machine wait for each other; and equal bits need equal thread counts."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory, sample):
-    return make_data(tmp_path_factory.mktemp("data"), sample)
-
-
-@pytest.fixture(scope="session")
-def plain(tmp_path_factory):
-    """A T5 without image layers, as flan-alpaca is."""
-    return make_model(tmp_path_factory.mktemp("models") / "plain")
-
-
-@pytest.fixture
-def flags(root, plain, t5_tokenizer_dir):
-    """Flags of a small run; later ones win."""
-    return [
-        *("--data_root", str(root), "--img_type", "vit", "--model", str(plain), "--tokenizer", str(t5_tokenizer_dir)),
-        *("--bs", "4", "--eval_bs", "3", "--lr", "0.003", "--input_len", "64", "--output_len", "16", "--epoch", "2"),
-    ]
-
-
-def predictions(folder: Path, split: str = "test") -> dict:
-    return json.loads((folder / f"predictions_ans_{split}.json").read_text())
-
+from sft.batching import LengthGroupedBatches, TokenBudgetBatches, lengths, prediction_batches
+from sft.predict import _made_with, _open_store
+from sft.trainer import kept_checkpoints
+from tests.conftest import ROOT, run_script
+from tests.tiny import make_data, make_model, predictions, write
 
 # -- names and flags -------------------------------------------------------------------------------------
 
@@ -93,6 +63,9 @@ def test_contradictions_come_together(tmp_path):
     ("extra", "words"),
     [
         ("--seed -1", "--seed must be in 0"),
+        ("--seed 4294967296", "--seed must be in 0"),
+        ("--workers -1", "--workers must not be negative"),
+        ("--save_minutes -0.1", "--save_minutes"),
         ("--lr inf", "--lr must be a number"),
         ("--save_minutes nan", "--save_minutes"),
         ("--options A B A", "--options: A B A names a letter twice"),
@@ -118,97 +91,182 @@ def test_evaluate_dir_names_the_flags_that_do_nothing(tmp_path, capsys):
         ({"data_root": "/other", "train_data": "2"}, "--data_root /other (was d)"),
         ({"train_data": "2"}, "files under --data_root"),
         ({"use_generate": True}, "--use_generate True (was False)"),
+        ({"train_features": "g"}, "--vision_features or --name_map"),
+        ({"tokenizer_pieces": "u"}, "--tokenizer"),
+        ({"eval_features": "new"}, ""),  # earlier versions recorded none
         ({"use_generate": True, "final_eval": True}, "--final_eval True (was False), --use_generate True (was False)"),
     ],
 )
-def test_changed_flags(change, said):
+def test_changed_settings(change, said):
     old = {"epoch": 2, "bs": 4, "processes": 1, "data_root": "d", "train_data": "1", "eval_data": "1", "eval_bs": 2}
-    old |= {"final_eval": False, "use_generate": False, "test_le": None}
-    changed = ", ".join(sft_run.changed_flags(old, {**old, **change}))
+    old |= {
+        "final_eval": False,
+        "use_generate": False,
+        "test_le": None,
+        "train_features": "f",
+        "tokenizer_pieces": "t",
+    }
+    changed = ", ".join(sft_run.changed_settings(old, {**old, **change}))
     assert (said in changed) if said else changed == ""
+
+
+def test_evaluation_flags_may_change_where_no_epoch_is_evaluated():
+    old = {"bs": 4, "processes": 1, "final_eval": True, "use_generate": True, "eval_data": "1", "eval_le": "a"}
+    assert sft_run.changed_settings(old, {**old, "use_generate": False, "eval_data": "2", "eval_le": "b"}) == []
+    old["final_eval"] = False
+    changed = sft_run.changed_settings(old, {**old, "use_generate": False, "eval_data": "2", "eval_le": "b"})
+    assert changed == ["--eval_le b (was a)", "--use_generate False (was True)"]
+
+
+def test_a_run_folder_is_resumed_or_cleared(tmp_path, capsys):
+    """Incomplete checkpoints are removed, damaged ones skipped; --overwrite removes what a run writes, only that."""
+    settings = {"bs": 4, "processes": 1, "final_eval": True, "lr": 0.1}
+    assert sft_run.open_run(tmp_path, settings, overwrite=False) is None
+    for step in (2, 4, 10, 12):
+        write(tmp_path / f"checkpoint-{step}/trainer_state.json", {"global_step": step})
+        (tmp_path / f"checkpoint-{step}/complete").touch()
+    (tmp_path / "checkpoint-12/complete").unlink()
+    assert sft_run.open_run(tmp_path, settings, False) == str(tmp_path / "checkpoint-10")
+    assert not (tmp_path / "checkpoint-12").exists()
+    (tmp_path / "checkpoint-10/optimizer.pt").write_bytes(b"cut short")
+    assert sft_run.open_run(tmp_path, settings, False) == str(tmp_path / "checkpoint-4")
+    assert "looking for an older checkpoint" in capsys.readouterr().err
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").unlink()
+    with pytest.raises(UserError, match="checkpoint-2.*remove them to train from the beginning"):
+        sft_run.open_run(tmp_path, settings, False)
+    for name in (
+        "metrics.json",
+        "config.json",
+        "predictions_ans_test.json",
+        ".predicting_test/settings.json",
+        "my.txt",
+    ):
+        write(tmp_path / name, {})
+    assert sft_run.open_run(tmp_path, settings, False) == "done"
+    with pytest.raises(UserError, match=r"--lr 0.2 \(was 0.1\)"):
+        sft_run.open_run(tmp_path, {**settings, "lr": 0.2}, False)
+    assert sft_run.open_run(tmp_path, {**settings, "lr": 0.2}, overwrite=True) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["args.yaml", "my.txt"]
+    write(tmp_path / "other/config.json", {})
+    with pytest.raises(UserError, match="did not write"):
+        sft_run.open_run(tmp_path / "other", settings, True)
+
+
+def test_max_tokens_may_be_just_one_sample():
+    argv = "--input_len 30 --output_len 10 --max_tokens".split()
+    assert script.parse_args([*argv, "40"]).max_tokens == 40
+    with pytest.raises(UserError, match="--max_tokens 39 is less than one sample may have .*, 40"):
+        script.parse_args([*argv, "39"])
 
 
 # -- the order of the data -------------------------------------------------------------------------------
 
 
-def test_order_is_a_seeded_permutation_in_steps_of_like_length():
-    from sft.trainer import LengthGroupedOrder
+def batches_of(kind, *args, epoch=0, **kwargs):
+    batches = kind(*args, **kwargs)
+    batches.epoch = epoch
+    made = list(batches)
+    assert len(made) == len(batches) == batches.steps
+    return made
 
-    lengths = torch.randint(20, 400, (1003, 2), generator=torch.Generator().manual_seed(1)).tolist()
-    order = LengthGroupedOrder(lengths, step=8, seed=42)
-    first = list(order)
-    assert sorted(first) == list(range(1003)) and list(order) == first and order.steps == 126
-    order.epoch = 1
-    assert list(order) != first and list(LengthGroupedOrder(lengths, 8, seed=43)) != first
 
-    def spread(indices, part):
-        steps = [[lengths[j][part] for j in indices[i : i + 8]] for i in range(0, 1000, 8)]
-        return sum(max(step) - min(step) for step in steps) / len(steps)
+def test_batches_are_a_seeded_permutation_in_steps_of_similar_length():
+    sizes = torch.randint(20, 400, (1003, 2), generator=torch.Generator().manual_seed(1)).tolist()
+    first = batches_of(LengthGroupedBatches, sizes, 8, 42)
+    assert sorted(i for batch in first for i in batch) == list(range(1003))
+    assert [len(batch) for batch in first] == [8] * 125 + [3]
+    assert first == batches_of(LengthGroupedBatches, sizes, 8, 42) != batches_of(LengthGroupedBatches, sizes, 8, 43)
+    other = batches_of(LengthGroupedBatches, sizes, 8, 42, epoch=1)
+    assert {frozenset(batch) for batch in first} != {frozenset(batch) for batch in other}  # not the order alone
 
-    assert spread(first, 0) < 0.3 * spread(list(range(1003)), 0)  # prompts
-    assert spread(first, 1) < 0.15 * spread(list(range(1003)), 1)  # targets
+    def spread(steps, part):
+        return sum(max(sizes[i][part] for i in step) - min(sizes[i][part] for i in step) for step in steps) / 125
+
+    unsorted = [range(i, i + 8) for i in range(0, 1000, 8)]
+    assert spread(first[:125], 0) < 0.3 * spread(unsorted, 0)  # prompts
+    assert spread(first[:125], 1) < 0.15 * spread(unsorted, 1)  # targets
     # still shuffled: the steps do not come by length
-    heads = [lengths[first[i]] for i in range(0, 400, 8)]
+    heads = [sizes[batch[0]] for batch in first[:50]]
     assert heads != sorted(heads) and heads != sorted(heads, reverse=True)
 
 
-def test_shares_of_a_step_are_of_one_size_and_double_nothing():
-    from sft.trainer import LengthGroupedOrder, Shares
+def test_ranks_share_every_step():
+    sizes = [(5 + i, 3) for i in range(19)]
+    ranks = [batches_of(LengthGroupedBatches, sizes, 4, 1, rank, 2) for rank in (0, 1)]
+    assert [[len(batch) for batch in batches] for batches in ranks] == [[4, 4, 1], [4, 4, 2]]
+    alone = batches_of(LengthGroupedBatches, sizes, 8, 1)
+    assert [a + b for a, b in zip(*ranks, strict=True)] == alone  # 2 x 4 and 1 x 8 take the same steps
+    few = [batches_of(LengthGroupedBatches, sizes[:9], 2, 1, rank, 4) for rank in range(4)]
+    assert [len(batches) for batches in few] == [2] * 4
+    assert len({batches[1][0] for batches in few}) == 1  # one sample is left: every rank has it
 
-    order = LengthGroupedOrder([(5 + i, 3) for i in range(19)], step=8, seed=1)
-    shares = [list(Shares(order, rank, 2)) for rank in (0, 1)]
-    assert [[len(batch) for batch in share] for share in shares] == [[4, 4, 1], [4, 4, 2]]
-    assert [a + b for a, b in zip(*shares, strict=True)] == [list(order)[i : i + 8] for i in (0, 8, 16)]
-    few = [list(Shares(LengthGroupedOrder([(5, 3)] * 9, 8, 1), rank, 4)) for rank in range(4)]
-    assert [len(share) for share in few] == [2] * 4 and len({share[1][0] for share in few}) == 1  # one sample for all
 
-
-def test_token_budget_batches_are_whole_small_and_shared():
-    from sft.trainer import TokenBudgetBatches
-
+def test_token_budget_batches_are_complete_small_and_shared():
     draw = torch.Generator().manual_seed(1)
     sizes = [torch.randint(5, 200, (2,), generator=draw).tolist() for _ in range(301)]
-    alone = TokenBudgetBatches(sizes, 1000, seed=42)
-    first = list(alone)
-    assert sorted(i for batch in first for i in batch) == list(range(301)) and len(first) == len(alone)
+    first = batches_of(TokenBudgetBatches, sizes, 1000, 42)
+    assert sorted(i for batch in first for i in batch) == list(range(301))
     for batch in first:
         assert len(batch) * sum(max(sizes[i][part] for i in batch) for part in (0, 1)) <= 1000
     assert len(first) < 120  # 301 samples in batches of five or so, not one by one
-    alone.epoch = 1
-    assert len(list(alone)) == len(first)
-    assert {frozenset(batch) for batch in alone} != {frozenset(batch) for batch in first}  # not the order alone
-    ranks = [list(TokenBudgetBatches(sizes, 1000, 42, rank, world=2)) for rank in (0, 1)]
+    assert batches_of(TokenBudgetBatches, [(8, 8)] * 40, 160, 42)[0] != [0]  # exactly ten samples fill the budget
+    assert {len(batch) for batch in batches_of(TokenBudgetBatches, [(8, 8)] * 40, 160, 42)} == {10}
+    other = batches_of(TokenBudgetBatches, sizes, 1000, 42, epoch=1)
+    assert len(other) == len(first)
+    assert {frozenset(batch) for batch in other} != {frozenset(batch) for batch in first}  # not the order alone
+    assert first != batches_of(TokenBudgetBatches, sizes, 1000, 43)
+    ranks = [batches_of(TokenBudgetBatches, sizes, 1000, 42, rank, world=2) for rank in (0, 1)]
     assert len(ranks[0]) == len(ranks[1])
-    assert sorted(i for share in ranks for batch in share for i in batch) == list(range(301))
+    assert sorted(i for batches in ranks for batch in batches for i in batch) == list(range(301))
     with pytest.raises(UserError, match="too few"):
         TokenBudgetBatches(sizes[:1], 1000, 42, 0, world=2)
 
 
-def test_two_checkpoints_are_kept():
-    from sft.trainer import kept_checkpoints
+def test_batches_of_stored_runs_stay():
+    """A checkpoint continues in the middle of an epoch: these are the batches of commit 12494b9."""
+    sizes = [(5 + 7 * i % 23, 3 + 5 * i % 11) for i in range(21)]
+    grouped = [LengthGroupedBatches(sizes, 3, 42, rank, world=2) for rank in (0, 1)]
+    tokens = TokenBudgetBatches(sizes, 130, 42)
+    ranks = [TokenBudgetBatches(sizes, 130, 42, rank, world=4) for rank in range(4)]
+    for batches in (*grouped, tokens, *ranks):
+        batches.epoch = 2
+    assert [list(batches) for batches in grouped] == [
+        [[0, 10, 20], [14, 1, 11], [15, 2, 12], [16]],
+        [[7, 17, 4], [8, 18, 5], [9, 19, 6], [3, 13]],
+    ]
+    assert list(tokens) == [[7, 20, 0, 1, 18], [15, 13], [14, 11, 9, 12], [10, 4, 8, 17], [6, 19, 2], [5, 3, 16]]
+    assert [list(batches) for batches in ranks] == [
+        [[7, 20], [5, 3, 16]],
+        [[0, 1, 18], [10, 4, 8, 17]],
+        [[14, 11], [6, 19, 2]],
+        [[9, 12], [15, 13]],
+    ]
+    assert prediction_batches(sizes[:7], 3, done={1}) == [[3, 6, 2], [5, 4, 0]]
 
+
+def test_two_checkpoints_are_kept():
     two, four, six = found = [Path(f"run/checkpoint-{step}") for step in (2, 4, 6)]
     assert kept_checkpoints(found, six, None) == {four, six}
     assert kept_checkpoints(found, six, best_step=2) == {two, six}
     assert kept_checkpoints(found, six, best_step=6) == {four, six}
 
 
-def test_order_is_the_same_with_any_workers(root, t5_tokenizer):
+def test_batches_are_the_same_with_any_workers(root, t5_tokenizer):
     """What a worker makes of the seeded order is what the process itself makes of it."""
-    from sft.trainer import LengthGroupedOrder, lengths
     from utils_data import Collator, RationaleDataset, load_data
 
     args = script.parse_args(["--data_root", str(root), "--img_type", "vit", "--prompt_format", "QCM-E"])
     data = load_data(args, {"train": "train"})
     dataset = RationaleDataset(data.problems, data.qids["train"], t5_tokenizer, args)
+    order, collate = LengthGroupedBatches(lengths(dataset), 4, seed=3), Collator(0, data.features, with_qids=True)
 
-    def batches(workers):
-        order, collate = LengthGroupedOrder(lengths(dataset), 4, seed=3), Collator(0, data.features, with_qids=True)
-        return list(torch.utils.data.DataLoader(dataset, 4, sampler=order, collate_fn=collate, num_workers=workers))
+    def loaded(workers):
+        return list(torch.utils.data.DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=workers))
 
-    plain = batches(0)
-    assert len({qid for batch in plain for qid in batch["qids"]}) == 24
-    for batch, other in zip(plain, batches(2), strict=True):
+    alone = loaded(0)
+    assert len({qid for batch in alone for qid in batch["qids"]}) == 24
+    for batch, other in zip(alone, loaded(2), strict=True):
         assert batch["qids"] == other["qids"]
         assert all(torch.equal(batch[name], other[name]) for name in ("input_ids", "labels", "image_ids"))
 
@@ -271,7 +329,7 @@ def make_predictor(parts, t5_tokenizer, **changes):
 
 
 def test_sorted_batches_give_what_one_row_at_a_time_gives(predictor_parts, t5_tokenizer):
-    parts, dataset = predictor_parts, predictor_parts.datasets["train"]
+    parts, dataset = predictor_parts, predictor_parts.datasets["test"]
     rows = make_predictor(parts, t5_tokenizer, eval_acc=2).predict(parts.model, dataset, "test")
     assert len({tuple(row) for row in rows}) > len(rows) // 2  # the outputs differ, so their order is tested
     for i, row in enumerate(rows):
@@ -285,7 +343,11 @@ def test_sorted_batches_give_what_one_row_at_a_time_gives(predictor_parts, t5_to
 
 
 def test_argmax_is_of_teacher_forced_logits(predictor_parts, t5_tokenizer):
-    parts, dataset = predictor_parts, predictor_parts.datasets["test"]
+    from utils_data import RationaleDataset
+
+    parts, args = predictor_parts, SimpleNamespace(**{**vars(predictor_parts.args), "output_len": 300})
+    dataset = RationaleDataset(parts.data.problems, parts.data.qids["test"], t5_tokenizer, args)
+    assert len({len(ids) for ids in dataset.labels}) > 5  # batches have pads, which are no predictions
     rows = make_predictor(parts, t5_tokenizer, use_generate=False).predict(parts.model, dataset, "test")
     for i, row in enumerate(rows):
         with torch.no_grad():
@@ -322,6 +384,19 @@ def test_interrupted_split_goes_on_with_the_rows_it_has(predictor_parts, t5_toke
     assert rows == [[5, 6], *whole[1:]]
 
 
+def test_rows_are_kept_for_the_same_settings_only(tmp_path):
+    rows = tmp_path / "store/rows_0_1.jsonl"
+    for settings, overwrite, kept in (
+        ({"seed": 1}, False, False),
+        ({"seed": 1}, False, True),
+        ({"seed": 1}, True, False),
+        ({"seed": 2}, False, False),
+    ):
+        _open_store(rows.parent, settings, overwrite)
+        assert rows.exists() == kept
+        rows.write_text("[0, [5, 6]]\n")
+
+
 def test_prediction_files(predictor_parts, t5_tokenizer, tmp_path, capsys, monkeypatch):
     parts = predictor_parts
     predictor = make_predictor(parts, t5_tokenizer)
@@ -343,14 +418,25 @@ def test_prediction_files(predictor_parts, t5_tokenizer, tmp_path, capsys, monke
     wanted = {"num_fail", "scores", "preds", "labels", "qids", "prompts", "answers", "settings"}
     assert set(test) == wanted and set(predictions(tmp_path, "eval")) == wanted - {"num_fail", "scores"}
     assert test["qids"] == parts.data.qids["test"] and len(test["preds"]) == len(test["qids"]) == len(test["answers"])
-    assert test["num_fail"] == test["answers"].count(None)
+    assert test["num_fail"] == test["answers"].count(None) == 8
+    assert "8 of 8 answers could not be read" in capsys.readouterr().err
+    flags = {name: getattr(parts.args, name) for name in ("img_type", "prompt_format", "output_len", "seed")}
+    assert flags.items() <= test["settings"].items() and test["settings"]["use_generate"] is True
     assert {"acc_average"} <= set(test["scores"]["answer"]) and {"bleu1", "rouge"} <= set(test["scores"]["rationale"])
     assert predictions(tmp_path, "eval")["preds"] == test["preds"]
     assert not list(tmp_path.glob(".predicting*"))
 
     capsys.readouterr()
+    for name in ("test", "eval"):  # earlier versions recorded no digests of tokenizer and features
+        old = predictions(tmp_path, name)
+        del old["settings"]["tokenizer"], old["settings"]["features"]
+        write(tmp_path / f"predictions_ans_{name}.json", old)
     predictor.write(tmp_path, splits, load, [tmp_path])
     assert len(loads) == 1 and capsys.readouterr().out.count("already there") == 3
+    made = predictions(tmp_path, "train")
+    for key, value in {"tokenizer": "t", "features": "f", "seed": 7, "data": "d"}.items():
+        write(tmp_path / "predictions_ans_train.json", {**made, "settings": {**made["settings"], key: value}})
+        assert not _made_with(tmp_path / "predictions_ans_train.json", made["settings"]), key
     make_predictor(parts, t5_tokenizer, output_len=9).write(tmp_path, {"val": splits["val"]}, load, [tmp_path])
     write(tmp_path / "adapter_config.json", {"other": "weights"})
     predictor.write(tmp_path, {"val": splits["val"]}, load, [tmp_path])
@@ -377,6 +463,50 @@ def test_predictions_depend_on_the_features_wherever_the_first_image_stands(pred
     assert told[0]["data"] != told[1]["data"]
 
 
+def test_metric_of_an_epoch(predictor_parts, t5_tokenizer, monkeypatch):
+    """Accuracy of the letters that were read for A (none read is wrong), ROUGE-L against the targets otherwise."""
+    parts, dataset = predictor_parts, predictor_parts.datasets["test"]
+    gold = ["ABCDE"[parts.data.problems[qid]["answer"]] for qid in dataset.qids]
+    texts = [f"The answer is ({letter})." for letter in gold[:6]] + ["no idea", "The answer is (E)."]
+    assert len(texts) == len(gold) == 8 and gold[7] != "E"
+    for prompt_format, rows, expected in (
+        ("QCM-A", t5_tokenizer(texts)["input_ids"], {"accuracy": 75.0}),
+        ("QCM-LEA", dataset.labels, {"rougeL": pytest.approx(100)}),
+        ("QCM-LEA", dataset.labels[:4] + [[1]] * 4, {"rougeL": pytest.approx(50)}),
+    ):
+        predictor = make_predictor(parts, t5_tokenizer, prompt_format=prompt_format)
+        monkeypatch.setattr(predictor, "predict", lambda model, dataset, desc, rows=rows: rows)
+        assert predictor.evaluate(parts.model, dataset) == expected
+
+
+def test_digests_see_every_part(predictor_parts, tmp_path):
+    from sft.predict import digest, tokenizer_digest, weights_digest
+
+    item = {"qid": "1", "input_ids": [5, 6, 1], "labels": [7, 1]}
+    changes = [{}, {"qid": "2"}, {"input_ids": [5, 1]}, {"labels": [8, 1]}, {"input_ids": [5, 6], "labels": [1, 7, 1]}]
+    made = [digest([{**item, **change}]) for change in changes]
+    assert len(set(made)) == len(made) and digest([item, item]) != digest([item]) == made[0]
+
+    pieces = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 1}, pad_token_id=0, eos_token_id=1)
+    others = ({"pad_token_id": 1}, {"eos_token_id": 0}, {"get_vocab": lambda: {"a": 1, "b": 0}})
+    made = [tokenizer_digest(SimpleNamespace(**{**vars(pieces), **change})) for change in ({}, *others)]
+    assert len(set(made)) == 4
+
+    (tmp_path / "model.safetensors").write_bytes(b"1")
+    first = weights_digest([tmp_path])
+    (tmp_path / "adapter_config.json").write_text("{}")
+    second = weights_digest([tmp_path])
+    (tmp_path / "notes.txt").write_text("not a weight")
+    assert first != second == weights_digest([tmp_path])
+    assert weights_digest(["hub/a"]) != weights_digest(["hub/b"])
+
+
+def test_decoding_drops_blanks_before_punctuation(predictor_parts, t5_tokenizer):
+    """As transformers 4 did when the released files were written; special tokens are dropped, too."""
+    ids = t5_tokenizer("Ice , at 0 . It melts .")["input_ids"]
+    assert make_predictor(predictor_parts, t5_tokenizer).decode([[0, *ids, 0]]) == ["Ice, at 0. It melts."]
+
+
 def test_failed_answers_and_formats_without_one(predictor_parts, t5_tokenizer):
     parts = predictor_parts
     qids = parts.data.qids["test"]
@@ -399,55 +529,118 @@ def test_failed_answers_and_formats_without_one(predictor_parts, t5_tokenizer):
 # -- training --------------------------------------------------------------------------------------------
 
 
-def test_train_from_a_plain_t5_then_evaluate_and_resume(flags, plain, tmp_path, capsys):
+def test_the_recipe_is_the_released_one(tmp_path):
+    """The defaults of transformers' Trainer: AdamW with weight decay, linear decay from the first step, clip 1."""
+    from sft.trainer import set_up
+
+    args = script.parse_args("--bs 4 --lr 8e-5 --epoch 3 --seed 7 --precision fp32".split())
+    made = set_up(args, tmp_path, examples=1000)
+    assert (made.learning_rate, made.num_train_epochs, made.seed, made.per_device_train_batch_size) == (8e-5, 3, 7, 4)
+    assert (made.weight_decay, made.max_grad_norm, made.warmup_steps) == (0.01, 1.0, 0)
+    assert (made.adam_beta1, made.adam_beta2, made.adam_epsilon) == (0.9, 0.999, 1e-8)
+    assert made.lr_scheduler_type == "linear" and made.logging_steps == 50 and not made.logging_nan_inf_filter
+    assert (made.metric_for_best_model, made.greater_is_better, made.eval_strategy) == ("accuracy", True, "epoch")
+    args = script.parse_args("--bs 4 --prompt_format QCM-LE --final_eval --precision fp32".split())
+    assert set_up(args, tmp_path, examples=24).logging_steps == 3
+    assert set_up(args, tmp_path, examples=1).eval_strategy == "no"
+    args.final_eval = False
+    assert set_up(args, tmp_path, examples=24).metric_for_best_model == "rougeL"
+
+
+def test_models_are_built_from_the_seed(tmp_path):
+    """A fresh adapter draws from the global random state."""
+    from sft.trainer import train
+
+    def build():
+        raise UserError(f"seed {torch.initial_seed()}")
+
+    torch.manual_seed(1)
+    with pytest.raises(UserError, match="seed 7"):
+        train(SimpleNamespace(seed=7), SimpleNamespace(output_dir=tmp_path), build, {}, None, None)
+
+
+def test_saves_within_an_epoch_follow_the_clock(monkeypatch):
+    from sft import trainer
+
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: clock.now)
+    batches, ctrl_c = SimpleNamespace(steps=4), SimpleNamespace(pressed=False)
+
+    def saves(minutes):
+        clock.now, args, saved = 100.0, SimpleNamespace(world_size=1), []
+        run = trainer.RunControl(batches, minutes, ctrl_c)
+        run.on_train_begin(args, None, None)
+        for step, now in ((1, 129), (2, 131), (3, 140), (4, 200), (5, 201), (6, 260), (7, 270), (8, 400)):
+            clock.now, control = now, SimpleNamespace(should_save=False, should_training_stop=False)
+            run.on_step_end(args, SimpleNamespace(global_step=step, max_steps=8), control)
+            if control.should_save:
+                saved.append((step, control.should_training_stop))
+                run.on_save(args, None, control)
+        run.on_epoch_begin(args, SimpleNamespace(global_step=5), None)
+        assert batches.epoch == 1
+        return saved
+
+    assert saves(0.5) == [(2, False), (5, False), (6, False)]  # the ends of epochs, 4 and 8, are saved anyway
+    assert saves(0) == []
+    ctrl_c.pressed = True
+    assert saves(0) == [(step, True) for step in range(1, 8)]
+
+
+def test_train_from_a_plain_t5_then_evaluate_and_resume(trained, plain, tmp_path, capsys):
     from model import T5ForMultimodalGeneration
 
     run = tmp_path / "run"
-    argv = [*flags, "--prompt_format", "QCM-E", "--use_generate", "--epoch", "3", "--run_dir", str(run)]
-    script.main(argv)
-    out = capsys.readouterr().out
-    assert "eval_rougeL" in out and "best rougeL" in out
+    shutil.copytree(trained.folder, run)
+    argv = [*trained.argv, "--run_dir", str(run)]
+    assert "eval_rougeL" in trained.out and "best rougeL" in trained.out
     files = {path.name for path in run.iterdir()}
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "args.yaml"} <= files
     assert {"trainer_state.json", "metrics.json"} <= files
     assert {f"predictions_ans_{split}.json" for split in ("test", "eval", "train")} <= files
     assert not [name for name in files if name.startswith(".")] and "training_args.bin" not in files
+    assert {path.stat().st_mode & 0o777 for path in trained.folder.iterdir() if path.suffix == ".safetensors"} == {
+        0o644
+    }
+    assert "prepend_scheme" not in (run / "tokenizer.json").read_text()  # in the form that tokenizers 0.13 reads
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["steps"] == 18 and metrics["last_loss"] < metrics["first_loss"] < 11
+    assert [entry["step"] for entry in metrics["evaluations"]] == [6, 12, 18] and metrics["epochs"] == 3
+    assert metrics["best_metric"] == max(entry["eval_rougeL"] for entry in metrics["evaluations"])
     checkpoints = {path.name for path in run.glob("checkpoint-*")}
-    assert f"checkpoint-{metrics['best_step']}" in checkpoints and "checkpoint-18" in checkpoints
-    assert len(checkpoints) == 2
+    assert checkpoints == {f"checkpoint-{metrics['best_step']}", "checkpoint-18"} | (
+        {"checkpoint-12"} if metrics["best_step"] == 18 else set()
+    )
     # the folder loads alone, with its image layers; what was best was saved; every parameter moved
     model = T5ForMultimodalGeneration.from_pretrained(run)
     assert tuple(model.config.patch_size) == (5, 8) and model.config.use_cache
     best = load_file(run / f"checkpoint-{metrics['best_step']}" / "model.safetensors")
-    trained = load_file(run / "model.safetensors")
-    assert all(torch.equal(best[name], trained[name]) for name in trained)
+    weights = load_file(run / "model.safetensors")
+    assert all(torch.equal(best[name], weights[name]) for name in weights)
     start = T5ForMultimodalGeneration.from_pretrained(plain, patch_size=(5, 8), seed=42)
     moved = {
-        name: not torch.equal(tensor, trained[name]) for name, tensor in start.state_dict().items() if name in trained
+        name: not torch.equal(tensor, weights[name]) for name, tensor in start.state_dict().items() if name in weights
     }
-    assert len(moved) == len(trained) and all(moved.values()), [name for name in moved if not moved[name]]
+    assert len(moved) == len(weights) and all(moved.values()), [name for name in moved if not moved[name]]
 
     # the same command: nothing is done again. A kill before metrics.json: training is closed from its checkpoint
     made = {path.name: path.stat().st_mtime_ns for path in run.glob("predictions*.json")}
     (run / "metrics.json").unlink()
     (run / "model.safetensors").unlink()
     script.main(argv)
-    assert "going on from checkpoint-18" in capsys.readouterr().out
+    assert "resuming from checkpoint-18" in capsys.readouterr().out
     again = load_file(run / "model.safetensors")
-    assert all(torch.equal(again[name], trained[name]) for name in trained)
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
     assert made == {path.name: path.stat().st_mtime_ns for path in run.glob("predictions*.json")}
 
     # --evaluate_dir on our own folder: its tokenizer, its image size; a changed flag of the run is refused
-    (run / "predictions_ans_test.json").rename(tmp_path / "first.json")
-    script.main([*argv[:-2], "--evaluate_dir", str(run), "--tokenizer", str(run)])
-    first = json.loads((tmp_path / "first.json").read_text())
+    first = predictions(run)
+    (run / "predictions_ans_test.json").unlink()
+    script.main([*trained.argv, "--evaluate_dir", str(run), "--tokenizer", str(run)])
     assert predictions(run)["preds"] == first["preds"] and predictions(run)["prompts"] == first["prompts"]
     with pytest.raises(UserError, match=r"--lr 0.1 \(was 0.003\)"):
         script.main([*argv, "--lr", "0.1"])
     with pytest.raises(UserError, match="--run_dir"):
-        script.main([*argv[:-2], "--run_dir", str(plain)])
+        script.main([*trained.argv, "--run_dir", str(plain)])
 
 
 def test_answer_format_final_eval_and_overwrite(flags, root, tmp_path, capsys):
@@ -538,33 +731,25 @@ def kill_after(command: list, folder: Path, checkpoint: int, timeout: float = 30
     pytest.fail(f"ended with {process.wait()} before it could be killed; checkpoints {whole}")
 
 
-def test_killed_training_ends_with_the_same_weights(flags, tmp_path):
+def test_killed_training_ends_with_the_same_weights(trained, tmp_path):
     """SIGKILL in the middle of the second of three epochs, dropout on: bit for bit the undisturbed run."""
-    argv = [*flags, "--train_split", "train", "--epoch", "3", "--use_generate"]
     run = tmp_path / "killed"
-    command = ["main.py", *argv, "--run_dir", run, "--save_minutes", "0.00001"]
+    command = ["main.py", *trained.argv, "--run_dir", run, "--save_minutes", "0.00001"]
     last = kill_after(command, run, checkpoint=8)
     assert 8 <= int(last.split("-")[1]) < 18 and not (run / "metrics.json").exists()
     (run / "checkpoint-17").mkdir(exist_ok=True)  # a save that a kill cut short: no marker
     (run / "checkpoint-17" / "trainer_state.json").write_text("{")
-    done = run_script(*command, env={"OMP_NUM_THREADS": "1"})
-    assert f"going on from {last}" in done.stdout, done.stdout[-2000:]
-    script.main([*argv, "--run_dir", str(tmp_path / "whole")])
-    killed, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
+    done = run_script(*command)
+    assert f"resuming from {last}" in done.stdout, done.stdout[-2000:]
+    killed, whole = (load_file(folder / "model.safetensors") for folder in (run, trained.folder))
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
-    states = [json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("killed", "whole")]
+    states = [json.loads((folder / "trainer_state.json").read_text()) for folder in (run, trained.folder)]
     assert states[0]["best_metric"] == states[1]["best_metric"]
     assert states[0]["best_global_step"] == states[1]["best_global_step"]
-    assert predictions(run)["preds"] == predictions(tmp_path / "whole")["preds"]
+    assert predictions(run)["preds"] == predictions(trained.folder)["preds"]
 
 
 # -- bad input, before a model is loaded -----------------------------------------------------------------
-
-
-def test_a_users_mistake_is_one_line(flags, tmp_path):
-    (tmp_path / "empty").mkdir()
-    write(tmp_path / "empty/config.json", {"model_type": "t5"})
-    one_line_error(run_script("main.py", *flags, "--model", tmp_path / "empty", check=False), "--model", "weights")
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import haiku
 from ares import cli, files
 from ares.sentences import split_text
 from teacher import batches, handoff
+from teacher.handoff import place_images
 from teacher.prompts import scoring_request
-from teacher.requests import place_images
 from tests.api_server import KEY
 from tests.conftest import ROOT
 
@@ -47,6 +47,51 @@ def many_items(root, count, problems):
         found[hashlib.sha256((folder / handoff.REQUEST).read_bytes()).hexdigest()] = folder
     handoff.mark_exported(root)
     return found
+
+
+PICTURE, CHOICES, TEXT = "952", "363", "155"  # test questions: an image; choice images only; text
+OVERLOADED = {"type": "overloaded_error", "message": "Overloaded"}
+CREDIT = "Your credit balance is too low to access the Anthropic API. Please go to Plans & Billing to upgrade."
+
+
+def flags(server, questions, *more):
+    """Arguments of haiku.py. What `more` repeats overrides them."""
+    return ["--questions_dir", str(questions), "--base_url", server.url, "--data_root", "no-data-here", *more]
+
+
+def ask(server, questions, *more):
+    haiku.main(flags(server, questions, *more))
+
+
+def batch_flags(server, questions, *more):
+    return flags(server, questions, "--batch", "--poll_seconds", "0.1", *more)
+
+
+def ask_in_batches(server, questions, *more):
+    haiku.main(batch_flags(server, questions, *more))
+
+
+def batch_records(questions):
+    return [json.loads(path.read_text()) for path in sorted((questions / "teacher/batches").glob("*.json"))]
+
+
+def paid_usd(server, batch=False):
+    """What the server's replies cost at the prices of claude-haiku-5-5."""
+    kind = "batch_" if batch else ""
+    usd = (server.billed[f"{kind}input_tokens"] * 0.10 + server.billed[f"{kind}output_tokens"] * 0.50) / 1e6
+    return usd / 2 if batch else usd
+
+
+def messages(**changes):
+    """text -> a body of the Messages API with fields changed (`absent` removes one)."""
+
+    def made(text):
+        message = {"type": "message", "role": "assistant", "model": "claude-haiku-5-5", "stop_reason": "end_turn"}
+        message |= {"content": [{"type": "text", "text": text}], "usage": {"input_tokens": 9, "output_tokens": 9}}
+        message |= {name: value(text) if callable(value) else value for name, value in changes.items()}
+        return json.dumps({name: value for name, value in message.items() if value != "absent"})
+
+    return made
 
 
 def scores(root):
@@ -88,5 +133,5 @@ def batch_client(argv, log, environment) -> None:
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     sys.argv = ["haiku.py", *argv]
-    batches.SETTLE_SECONDS, batches._BACKOFF, batches.MAX_COUNT = 0.2, 0.001, 4
+    batches.SETTLE_SECONDS, batches.BACKOFF, batches.MAX_COUNT = 0.2, 0.001, 4
     cli.run(lambda: haiku.main(argv))

@@ -5,53 +5,30 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 
 import haiku
 from ares import cli
-from teacher import batches, claude, handoff
+from teacher import batches, budget, handoff
 from teacher.budget import read_log
-from tests.api_server import KEY, ApiServer, Batch, Fault, _Handler, fill_form, score_by_text
-from tests.teacher.teacher_tools import client, lay_out, lines_of, many_items, scores
+from tests.api_server import KEY, Fault, _Handler, fill_form
+from tests.teacher.teacher_tools import (
+    OVERLOADED,
+    ask_in_batches,
+    batch_records,
+    lay_out,
+    paid_usd,
+    scores,
+)
 
-QUICK = "from ares import batches; batches.SETTLE_SECONDS = 0.3; batches._BACKOFF = 0.05\n"
-
-
-@pytest.fixture
-def server(monkeypatch, api_environment):
-    monkeypatch.setattr(batches, "SETTLE_SECONDS", 0.05)
-    monkeypatch.setattr(batches, "_BACKOFF", 0.002)
-    with ApiServer(score_by_text) as server:
-        server.most_batches = 30
-        yield server
-
-
-@pytest.fixture
-def questions(tmp_path, problems):
-    root = tmp_path / "questions"
-    many_items(root, 12, problems)
-    return root
-
-
-def flags(server, questions, *more):
-    return ["--questions_dir", str(questions), "--base_url", server.url, "--data_root", "no-data-here", "--batch",
-            "--poll_seconds", "0.1", *more]  # fmt: skip
-
-
-def ask(server, questions, *more):
-    haiku.main(flags(server, questions, *more))
-
-
-def records(questions):
-    return [json.loads(path.read_text()) for path in sorted((questions / "teacher/batches").glob("*.json"))]
+QUICK = "from teacher import batches, session; batches.SETTLE_SECONDS = 0.3; batches.BACKOFF = 0.05\n"
 
 
 def test_a_batch_answers_everything_at_half_the_price(server, questions, capsys):
     server.batch_seconds = 0.3
-    ask(server, questions)
+    ask_in_batches(server, questions)
     assert len(scores(questions)) == 12 and not server.asked, "nothing was asked live"
     assert all(handoff.is_done(questions, action) for action in range(4))
     sidecar = json.loads((handoff.iter_items(questions)[0].folder / handoff.SIDECAR).read_text())
@@ -59,17 +36,17 @@ def test_a_batch_answers_everything_at_half_the_price(server, questions, capsys)
     live = (usage["input_tokens"] * 0.10 + usage["output_tokens"] * 0.50) / 1e6
     assert sidecar["batch"] == server.batches[0].id and sidecar["cost_usd"] == pytest.approx(live / 2)
     totals = read_log(questions / "teacher/spend.jsonl")
-    paid = (server.billed["batch_input_tokens"] * 0.10 + server.billed["batch_output_tokens"] * 0.50) / 2e6
+    paid = paid_usd(server, batch=True)
     assert totals.usd == pytest.approx(paid) and totals.unknown == 0
-    assert [record["state"] for record in records(questions)] == ["collected"]
-    ask(server, questions)
+    assert [record["state"] for record in batch_records(questions)] == ["collected"]
+    ask_in_batches(server, questions)
     assert len(server.batches) == 1
 
 
 def test_scores_are_those_of_live_asking(server, questions, tmp_path):
     other = tmp_path / "live"
     shutil.copytree(questions, other)
-    ask(server, questions)
+    ask_in_batches(server, questions)
     haiku.main(["--questions_dir", str(other), "--base_url", server.url, "--data_root", "none", "--no-cache"])
     assert scores(questions) == scores(other) and len(server.asked) == 12
 
@@ -78,7 +55,7 @@ def test_shards_by_count_and_by_bytes(server, questions, problems, sample, monke
     for qid in ("952", "363"):
         lay_out(questions, 0, qid, ["Look at it."], problems, sample)
     monkeypatch.setattr(batches, "MAX_COUNT", 5)
-    ask(server, questions)
+    ask_in_batches(server, questions)
     assert sorted(len(batch.requests) for batch in server.batches) == [4, 5, 5]
     assert sum(len(batch.requests) for batch in server.batches) == 14
     for item in handoff.iter_items(questions):
@@ -86,7 +63,7 @@ def test_shards_by_count_and_by_bytes(server, questions, problems, sample, monke
     before = len(server.batches)
     monkeypatch.setattr(batches, "MAX_COUNT", 100)
     monkeypatch.setattr(batches, "MAX_BYTES", 20_000)
-    ask(server, questions, "--no-cache")
+    ask_in_batches(server, questions, "--no-cache")
     sizes = [len(json.dumps(batch.requests)) for batch in server.batches[before:]]
     assert len(sizes) > 2 and all(size <= 20_000 or len(batch.requests) == 1
                                   for size, batch in zip(sizes, server.batches[before:], strict=True))  # fmt: skip
@@ -102,7 +79,7 @@ def test_expired_and_errored_are_asked_again(server, questions):
         return ("succeeded", "expired", "errored", OVERLOADED)[number % 4] if first else "succeeded"
 
     server.outcome = outcome
-    ask(server, questions)
+    ask_in_batches(server, questions)
     assert len(scores(questions)) == 12
     assert [len(batch.requests) for batch in server.batches] == [12, 9]
 
@@ -112,58 +89,72 @@ def test_what_keeps_failing_is_reported_by_reason(server, questions):
     text = (poor.folder / handoff.REQUEST).read_text()
     server.outcome = lambda custom_id, asked: "expired" if asked.text == text else "succeeded"
     with pytest.raises(cli.UserError, match="1 of 12 replies are unusable .expired 1.*larger --attempts"):
-        ask(server, questions)
+        ask_in_batches(server, questions)
     assert [len(batch.requests) for batch in server.batches] == [12, 1, 1] and len(scores(questions)) == 11
     with pytest.raises(cli.UserError, match="1 of 12 replies are unusable .expired 1."):
-        ask(server, questions)
+        ask_in_batches(server, questions)
     assert len(server.batches) == 3, "--attempts counts over runs"
     server.outcome = lambda custom_id, asked: "succeeded"
-    ask(server, questions, "--attempts", "4")
+    ask_in_batches(server, questions, "--attempts", "4")
     assert len(server.batches) == 4 and len(scores(questions)) == 12
 
 
 def test_unusable_replies_are_asked_again_with_the_reason(server, questions):
-    told = []
+    notes_seen = []
 
     def respond(asked):
-        told.append(asked.notes)
+        notes_seen.append(asked.notes)
         return fill_form(asked) if len(asked.notes) > 1 else ("I like it.", "end_turn")
 
     server.respond = respond
-    ask(server, questions)
+    ask_in_batches(server, questions)
     assert [len(batch.requests) for batch in server.batches] == [12, 12]
-    assert all("no_json" in notes[1] for notes in told[12:])
+    assert all("no_json" in notes[1] for notes in notes_seen[12:])
 
 
 def test_submit_now_collect_later(server, questions, capsys):
     server.batch_seconds = 1000
-    ask(server, questions, "--submit-only")
-    assert "1 batches with 12 requests are out" in capsys.readouterr().out and not scores(questions)
-    with pytest.raises(cli.UserError, match="1 batches with 12 requests are out.*--batch"):
+    ask_in_batches(server, questions, "--submit-only")
+    assert "1 batches with 12 requests are pending" in capsys.readouterr().out and not scores(questions)
+    with pytest.raises(cli.UserError, match="1 batches with 12 requests are pending.*--batch"):
         haiku.main(["--questions_dir", str(questions), "--base_url", server.url, "--data_root", "none"])
     with pytest.raises(cli.UserError, match="--teacher_model.*claude-haiku-5-5"):
-        ask(server, questions, "--teacher_model", "claude-haiku-4-5-20251001")
-    ask(server, questions, "--submit-only")
+        ask_in_batches(server, questions, "--teacher_model", "claude-haiku-4-5-20251001")
+    ask_in_batches(server, questions, "--submit-only")
     assert len(server.batches) == 1 and not server.asked
     server.batch_seconds = 0  # it ends while no client runs
-    ask(server, questions)
+    ask_in_batches(server, questions)
+    assert len(scores(questions)) == 12 and len(server.batches) == 1
+
+
+def test_a_batch_recorded_by_an_earlier_version_is_collected(server, questions):
+    """Its entries have no "key" but "failures" (commit 12494b9)."""
+    ask_in_batches(server, questions, "--submit-only")
+    (path,) = (questions / "teacher/batches").glob("*.json")
+    record = json.loads(path.read_text())
+    record["asked"] = {
+        name: {"item": asked["item"], "text": asked["text"], "attempt": 1, "failures": 0}
+        for name, asked in record["asked"].items()
+    }
+    path.write_text(json.dumps({**record, "hash": "0" * 64}))
+    ask_in_batches(server, questions)
     assert len(scores(questions)) == 12 and len(server.batches) == 1
 
 
 def test_collecting_some_actions_does_not_throw_away_the_others(server, questions):
-    ask(server, questions, "--submit-only")
-    with pytest.raises(cli.UserError, match="--actions: the batches that are out hold action 1"):
-        ask(server, questions, "--actions", "0")
-    ask(server, questions)
+    ask_in_batches(server, questions, "--submit-only")
+    with pytest.raises(cli.UserError, match="--actions: the pending batches hold action 1"):
+        ask_in_batches(server, questions, "--actions", "0")
+    ask_in_batches(server, questions)
     assert len(scores(questions)) == 12 and len(server.batches) == 1
-    ask(server, questions, "--actions", "0")  # nothing is out
+    ask_in_batches(server, questions, "--actions", "0")  # nothing is out
 
 
 def test_a_changed_rationale_does_not_get_an_old_reply(server, questions, problems):
-    ask(server, questions, "--submit-only")
+    ask_in_batches(server, questions, "--submit-only")
     item = handoff.iter_items(questions)[0]
     lay_out(questions, item.action, item.qid, ["Quite another thought."], problems)
-    ask(server, questions)
+    ask_in_batches(server, questions)
     assert [len(batch.requests) for batch in server.batches] == [12, 1]
     assert len((item.folder / handoff.SCORES).read_text().split()) == 1
 
@@ -171,13 +162,13 @@ def test_a_changed_rationale_does_not_get_an_old_reply(server, questions, proble
 def test_results_that_break_off_and_errors_that_pass(server, questions):
     server.batch_faults.extend([Fault(529), Fault(429, headers={"retry-after": "0.1"})])
     server.result_faults.extend([Fault(0, kind="reset"), Fault(529)])
-    ask(server, questions)
+    ask_in_batches(server, questions)
     assert len(scores(questions)) == 12 and len(server.batches) == 1
 
 
 def test_results_that_end_early_are_fetched_again_and_not_paid_again(server, questions, monkeypatch):
     """A stream may end between two lines without an error; what it lacks has not expired."""
-    ask(server, questions, "--submit-only")
+    ask_in_batches(server, questions, "--submit-only")
     whole = server.results_of
     cuts = [whole(server.batches[0])[:5], whole(server.batches[0])[:7]]
 
@@ -186,7 +177,7 @@ def test_results_that_end_early_are_fetched_again_and_not_paid_again(server, que
         handler.send_bytes(200, "".join(f"{line}\n" for line in lines).encode(), {}, "application/x-jsonl")
 
     monkeypatch.setattr(_Handler, "batch_results", short)
-    ask(server, questions)
+    ask_in_batches(server, questions)
     assert not cuts and len(scores(questions)) == 12 and len(server.batches) == 1
 
 
@@ -201,13 +192,14 @@ def test_results_that_end_early_are_fetched_again_and_not_paid_again(server, que
 def test_errors_that_last_stop_in_one_line(server, questions, fault, words):
     server.batch_faults.append(fault)
     with pytest.raises(cli.UserError, match=words) as error:
-        ask(server, questions)
-    assert "\n" not in str(error.value) and not records(questions)
-    ask(server, questions)
+        ask_in_batches(server, questions)
+    assert "\n" not in str(error.value) and not batch_records(questions)
+    ask_in_batches(server, questions)
     assert len(scores(questions)) == 12
 
 
 # -- what the API does not give back is not bought again ---------------------------------------------------
+
 
 LOST = {
     "retrieval 404": (Fault(404, "batch not found"), None, "404: batch not found"),
@@ -224,40 +216,40 @@ LOST = {
 def test_a_lost_batch_ends_the_run_and_is_not_bought_again(server, questions, name, submitted_before):
     retrieval, results, words = LOST[name]
     if submitted_before:
-        ask(server, questions, "--submit-only")
+        ask_in_batches(server, questions, "--submit-only")
     server.retrieve_plan, server.results_plan = lambda batch: retrieval, lambda batch: results
     for _ in range(2):
         with pytest.raises(cli.UserError, match=words) as error:
-            ask(server, questions)
-        [record] = records(questions)
+            ask_in_batches(server, questions)
+        [record] = batch_records(questions)
         assert "\n" not in str(error.value) and server.batches[0].id in str(error.value)
         assert f"{record['nonce']}.json" in str(error.value), "how to give the batch up"
         assert len(server.batches) == 1 and record["batch"] == server.batches[0].id and record["state"] == "submitted"
     server.retrieve_plan = server.results_plan = lambda batch: None
-    ask(server, questions)
+    ask_in_batches(server, questions)
     assert len(scores(questions)) == 12 and len(server.batches) == 1 and set(server.paid.values()) == {1}
     assert read_log(questions / "teacher/spend.jsonl").unknown == 0
 
 
 def test_a_lost_batch_that_is_given_up_is_asked_again(server, questions):
-    ask(server, questions, "--submit-only")
+    ask_in_batches(server, questions, "--submit-only")
     lost = server.batches[0]
     server.retrieve_plan = lambda batch: Fault(404) if batch is lost else None
     with pytest.raises(cli.UserError, match="or delete (.*json) to give it up") as error:
-        ask(server, questions)
+        ask_in_batches(server, questions)
     Path(re.search(r"delete (\S+)", str(error.value))[1]).unlink()
-    ask(server, questions)
+    ask_in_batches(server, questions)
     assert len(scores(questions)) == 12 and len(server.batches) == 2
     assert read_log(questions / "teacher/spend.jsonl").unknown == 1
 
 
 def test_one_lost_batch_does_not_keep_the_others_from_being_collected(server, questions, monkeypatch):
     monkeypatch.setattr(batches, "MAX_COUNT", 4)
-    ask(server, questions, "--submit-only")
+    ask_in_batches(server, questions, "--submit-only")
     lost = server.batches[0]
     server.retrieve_plan = lambda batch: Fault(404) if batch is lost else None
     with pytest.raises(cli.UserError, match=lost.id):
-        ask(server, questions)
+        ask_in_batches(server, questions)
     assert len(scores(questions)) == 8 and len(server.batches) == 3
 
 
@@ -265,37 +257,37 @@ def test_one_lost_batch_does_not_keep_the_others_from_being_collected(server, qu
 def test_results_come_from_the_documented_path(server, questions, kind):
     """`results_url` may be missing, or lead with the key to another host."""
     server.retrieve_plan = lambda batch: Fault(0, kind=kind)
-    ask(server, questions)
+    ask_in_batches(server, questions)
     assert len(scores(questions)) == 12 and len(server.batches) == 1
 
 
 @pytest.mark.parametrize("kind", ["html", "no_status"])
 def test_an_answer_that_is_no_batch_ends_in_one_line(server, questions, kind):
-    ask(server, questions, "--submit-only")
+    ask_in_batches(server, questions, "--submit-only")
     server.retrieve_plan = lambda batch: Fault(0, kind=kind)
     with pytest.raises(cli.UserError, match="sends no usable reply") as error:
-        ask(server, questions)
-    assert "\n" not in str(error.value) and len(records(questions)) == len(server.batches) == 1
+        ask_in_batches(server, questions)
+    assert "\n" not in str(error.value) and len(batch_records(questions)) == len(server.batches) == 1
 
 
 @pytest.mark.parametrize("kind", ["one_missing", "partly_foreign", "odd_line"])
 def test_missing_results_count_as_failures(server, questions, kind):
     server.results_plan = lambda batch: Fault(0, kind=kind) if len(batch.requests) > 2 else None
     with pytest.raises(cli.UserError, match="no_result 1"):
-        ask(server, questions, "--attempts", "1")
+        ask_in_batches(server, questions, "--attempts", "1")
     assert len(scores(questions)) == 11 and len(server.batches) == 1
-    ask(server, questions)
+    ask_in_batches(server, questions)
     assert len(scores(questions)) == 12 and [len(batch.requests) for batch in server.batches] == [12, 1]
     totals = read_log(questions / "teacher/spend.jsonl")
-    paid = (server.billed["batch_input_tokens"] * 0.10 + server.billed["batch_output_tokens"] * 0.50) / 2e6
+    paid = paid_usd(server, batch=True)
     assert totals.unknown == 1 and totals.usd < paid < totals.usd + totals.unknown_usd
 
 
 def test_results_that_come_twice_count_once(server, questions):
     server.results_plan = lambda batch: Fault(0, kind="twice")
-    ask(server, questions)
+    ask_in_batches(server, questions)
     assert len(scores(questions)) == 12 and len(server.batches) == 1
-    paid = (server.billed["batch_input_tokens"] * 0.10 + server.billed["batch_output_tokens"] * 0.50) / 2e6
+    paid = paid_usd(server, batch=True)
     assert read_log(questions / "teacher/spend.jsonl").usd == pytest.approx(paid)
 
 
@@ -304,208 +296,25 @@ def test_a_cancelled_batch_stops_the_run(server, questions):
     server.outcome = lambda custom_id, asked: "canceled" if int(custom_id.rsplit("-", 1)[1]) > 4 else "succeeded"
     for _ in range(4):  # free, and the user's own act: no attempt
         with pytest.raises(cli.UserError, match="was cancelled before .* of its .* requests") as error:
-            ask(server, questions, "--attempts", "2")
+            ask_in_batches(server, questions, "--attempts", "2")
         assert server.batches[-1].id in str(error.value) and "\n" not in str(error.value)
         if len(server.batches) == 1:
             assert len(scores(questions)) == 5
             server.outcome = lambda custom_id, asked: "canceled"
     assert [len(batch.requests) for batch in server.batches] == [12, 7, 7, 7]
     server.outcome = lambda custom_id, asked: "succeeded"
-    ask(server, questions)
+    ask_in_batches(server, questions)
     assert len(scores(questions)) == 12 and set(server.paid.values()) == {1}
-
-
-# -- refusals ----------------------------------------------------------------------------------------------
-
-CREDIT = "Your credit balance is too low to access the Anthropic API. Please go to Plans & Billing to upgrade."
-ACCOUNT = {
-    "credit": {"type": "invalid_request_error", "message": CREDIT},
-    "usage limit": {
-        "type": "invalid_request_error",
-        "message": "You have reached your specified API usage limits. You will regain access on 2026-12-01.",
-    },
-    "billing": {"type": "billing_error", "message": "There is an issue with your billing."},
-    "disabled": {"type": "invalid_request_error", "message": "This organization has been disabled."},
-    "key": {"type": "authentication_error", "message": "invalid x-api-key"},
-}
-OVERLOADED = {"type": "overloaded_error", "message": "Overloaded"}
-
-
-@pytest.mark.parametrize("name", ACCOUNT)
-def test_an_account_refusal_in_results_stops_the_run(server, questions, name):
-    server.outcome = lambda custom_id, asked: ACCOUNT[name] if int(custom_id.rsplit("-", 1)[1]) > 3 else "succeeded"
-    with pytest.raises(cli.Stop) as stop:
-        ask(server, questions, "--accept-missing")
-    assert stop.value.status == 3 and ACCOUNT[name]["message"] in str(stop.value)
-    assert len(scores(questions)) == 4 and len(server.batches) == 1
-    assert [handoff.is_done(questions, action) for action in range(4)] == [True, False, False, False], "3 are in"
-    server.outcome = lambda custom_id, asked: "succeeded"
-    ask(server, questions, "--attempts", "1")
-    assert len(scores(questions)) == 12 and set(server.paid.values()) == {1}
-
-
-@pytest.mark.parametrize("when", ["creation", "retrieval", "results"])
-@pytest.mark.parametrize(
-    "status, message", [(400, CREDIT), (402, "Payment required"), (403, ACCOUNT["disabled"]["message"])]
-)
-def test_an_account_refusal_of_a_call_stops_the_run(server, questions, when, status, message):
-    fault = Fault(status, message)
-    if when == "creation":
-        server.batch_faults.append(fault)
-    else:
-        setattr(server, {"retrieval": "retrieve_plan", "results": "results_plan"}[when], lambda batch: fault)
-    with pytest.raises(cli.Stop) as stop:
-        ask(server, questions, "--accept-missing")
-    assert stop.value.status == 3 and message in str(stop.value) and "\n" not in str(stop.value)
-    assert len(records(questions)) == len(server.batches) == (when != "creation")
-    server.retrieve_plan = server.results_plan = lambda batch: None
-    ask(server, questions)
-    assert len(scores(questions)) == 12 and len(server.batches) == 1
-
-
-@pytest.mark.parametrize("kind", ["invalid_request_error", "request_too_large", "not_found_error"])
-def test_a_request_that_the_api_calls_invalid_is_not_submitted_again(server, questions, problems, kind):
-    said = "messages.0.content.0: Could not process image"
-    poor = handoff.iter_items(questions)[5]
-    text = (poor.folder / handoff.REQUEST).read_text()
-    server.outcome = lambda custom_id, asked: {"type": kind, "message": said} if asked.text == text else "succeeded"
-    for _ in range(2):
-        with pytest.raises(cli.UserError, match=f"1 of 12 replies are unusable .errored_{kind} 1."):
-            ask(server, questions)
-        assert [len(batch.requests) for batch in server.batches] == [12]
-        assert (poor.folder / handoff.REASON).read_text() == f"errored_{kind}: {said}\n"
-    lay_out(questions, poor.action, poor.qid, ["Another thought."], problems)
-    ask(server, questions)  # another request
-    assert [len(batch.requests) for batch in server.batches] == [12, 1] and len(scores(questions)) == 12
-
-
-def test_pending_batches_are_of_one_model_and_one_teacher(server, questions, sample):
-    data = sample / "ScienceQA/data"
-    ask(server, questions, "--submit-only")
-    with pytest.raises(cli.UserError, match="--teacher_model.*claude-haiku-5-5"):
-        ask(server, questions, "--teacher_model", "claude-haiku-4-5-20251001")
-    with pytest.raises(cli.UserError, match="12 requests are out .*asked of claude-haiku-5-5.*--batch"):
-        haiku.main(["--questions_dir", str(questions), "--teacher", "reference", "--data_root", str(data)])
-    assert not scores(questions)
-
-
-# -- creation ----------------------------------------------------------------------------------------------
-
-
-NOT_CREATED = [*map(Fault, (404, 408, 413, 429, 500, 503, 529)), Fault(0, kind="dropped"), Fault(0, kind="html")]
-
-
-@pytest.mark.parametrize("fault", NOT_CREATED, ids=lambda fault: fault.name)
-def test_a_batch_that_is_not_created_leaves_no_intent(server, questions, fault):
-    server.create_plan = lambda: fault
-    with pytest.raises(cli.UserError) as error:
-        ask(server, questions)
-    assert "\n" not in str(error.value) and not records(questions) and not server.batches
-    haiku.main(["--questions_dir", str(questions), "--base_url", server.url, "--data_root", "none"])
-    assert len(scores(questions)) == 12 and read_log(questions / "teacher/spend.jsonl").unknown == 0
-
-
-@pytest.mark.parametrize("fault", [Fault(504, kind="created"), Fault(500, kind="created"), Fault(0, kind="lost")],
-                         ids=["504", "500", "lost"])  # fmt: skip
-def test_a_batch_that_may_exist_is_looked_up(server, questions, fault):
-    server.batch_faults.append(fault)
-    ask(server, questions)
-    assert len(scores(questions)) == 12 and len(server.batches) == 1
-
-
-def test_a_damaged_record_is_named(server, questions):
-    ask(server, questions, "--submit-only")
-    [path] = (questions / "teacher/batches").glob("*.json")
-    sound = json.loads(path.read_text())
-    changed = ({"asked": None}, {"asked": {"x": 1}}, {"count": "12"}, {"batch": None}, {"nonce": "../x"}, {"more": 1})
-    for damaged in ("null", "[]", "{", '{"nonce": 1}', "[" * 100_000, *(json.dumps(sound | each) for each in changed)):
-        path.write_text(damaged)
-        for way in (["--batch"], []):
-            with pytest.raises(cli.UserError, match=f"{path.name} is damaged"):
-                haiku.main(["--questions_dir", str(questions), "--base_url", server.url, "--data_root", "none", *way])
-    path.write_text(json.dumps(sound))
-    ask(server, questions)
-    assert len(scores(questions)) == 12 and len(server.batches) == 1
 
 
 # -- the client dies ---------------------------------------------------------------------------------------
 
-DIE_BEFORE_CREATION = QUICK + (
-    "save = batches.Store.save\n"
-    "def dying(self, record):\n"
-    "    save(self, record)\n"
-    "    if record.batch is None: os.kill(os.getpid(), signal.SIGKILL)\n"
-    "batches.Store.save = dying\n"
-)
-DIE_BEFORE_THE_ID = QUICK + (
-    "from anthropic.resources.messages.batches import AsyncBatches\n"
-    "create = AsyncBatches.create\n"
-    "async def dying(self, **about):\n"
-    "    await create(self, **about)\n"
-    "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    "AsyncBatches.create = dying\n"
-)
-DIE_WHILE_POLLING = QUICK + (
-    "async def dying(self, record):\n    os.kill(os.getpid(), signal.SIGKILL)\nbatches._Batches.ended = dying\n"
-)
-DIE_WHILE_COLLECTING = QUICK + (
-    "from ares.answering import Session\n"
-    "lay_down, count = Session.lay_down, []\n"
-    "def dying(self, *about):\n"
-    "    count.append(1)\n"
-    "    if len(count) > 5: os.kill(os.getpid(), signal.SIGKILL)\n"
-    "    return lay_down(self, *about)\n"
-    "Session.lay_down = dying\n"
-)
-
-
-@pytest.mark.parametrize(
-    "patch, created, state",
-    [
-        (DIE_BEFORE_CREATION, 0, "intent"),
-        (DIE_BEFORE_THE_ID, 1, "intent"),
-        (DIE_WHILE_POLLING, 1, "submitted"),
-        (DIE_WHILE_COLLECTING, 1, "submitted"),
-    ],
-    ids=["between intent and creation", "between creation and id on disk", "polling", "collecting"],
-)
-def test_a_killed_client_attaches_instead_of_paying_again(server, questions, patch, created, state):
-    killed = client(*flags(server, questions), patch=patch)
-    out, err = killed.communicate(timeout=60)
-    assert killed.returncode == -signal.SIGKILL, (out, err)
-    assert len(server.batches) == created
-    assert [record["state"] for record in records(questions)] == [state]
-    ask(server, questions, "--no-cache")
-    assert len(scores(questions)) == 12 and len(server.batches) == 1, "exactly one batch was ever paid for"
-    assert all(handoff.is_done(questions, action) for action in range(4))
-    opened = [line for line in lines_of(questions / "teacher/spend.jsonl") if "most_usd" in line]
-    assert len(opened) == 1
-    totals = read_log(questions / "teacher/spend.jsonl")
-    assert totals.unknown == 0 and totals.replies == 1
-
-
-def test_someone_elses_batch_of_the_same_size_is_not_ours(server, questions):
-    killed = client(*flags(server, questions), patch=DIE_BEFORE_CREATION)
-    killed.communicate(timeout=60)
-    content = [{"type": "text", "text": '\n{\n"A.": xxx\n}'}]
-    params = {"model": "claude-haiku-5-5", "max_tokens": 9, "messages": [{"role": "user", "content": content}]}
-    theirs = [{"custom_id": f"other-{number}", "params": params} for number in range(12)]
-    server.batches.append(Batch("msgbatch_theirs", records(questions)[0]["time"] + 1, theirs))
-    ask(server, questions)
-    assert len(scores(questions)) == 12 and len(server.batches) == 2
-
-
-def test_a_creation_whose_answer_was_lost_is_found(server, questions):
-    server.batch_faults.append(Fault(0, kind="lost"))
-    ask(server, questions)
-    assert len(scores(questions)) == 12 and len(server.batches) == 1
-
 
 def test_budget_cuts_batches_and_the_next_run_goes_on(server, questions, monkeypatch):
     with pytest.raises(cli.Stop, match="--max_usd 1e-06") as stop:
-        ask(server, questions, "--max_usd", "0.000001")
+        ask_in_batches(server, questions, "--max_usd", "0.000001")
     assert stop.value.status == 3 and not server.batches
-    ask(
+    ask_in_batches(
         server, questions, "--max_usd", "0.001"
     )  # a worst case of about $0.0001 each: two batches, one after the other
     assert len(scores(questions)) == 12 and len(server.batches) > 1
@@ -521,4 +330,4 @@ def test_flags(monkeypatch):
     ):
         with pytest.raises(cli.UserError, match=words):
             haiku.parse_args(wrong)
-    assert claude.price_of("claude-haiku-5-5").usd(1e6, 1e6, batch=True) == pytest.approx(0.3)
+    assert budget.price_of("claude-haiku-5-5").usd(1e6, 1e6, batch=True) == pytest.approx(0.3)

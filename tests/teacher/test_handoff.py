@@ -24,8 +24,7 @@ from ares.cli import UserError
 from teacher import handoff
 from tests.conftest import ROOT
 from tests.rl import rl_tools
-from tests.rl.test_rl import ROUND_FILES, flags, metrics
-from tests.sft.test_sft import one_thread  # noqa: F401
+from tests.rl.rl_tools import ROUND_FILES, flags, metrics_of
 
 QUESTIONS = 7  # k = 2 gives 14 rationales; a few hold no sentence, about which the Teacher is not asked
 
@@ -90,7 +89,7 @@ def still_waiting(questions: Path) -> None:
 def check_trained(run: Path) -> dict:
     """The round is saved, every exported sentence was scored; returns the round's line of metrics.jsonl."""
     assert {path.name for path in (run / "0").iterdir()} - {"special_tokens_map.json"} == ROUND_FILES
-    (rollout,) = metrics(run, "rollout")
+    (rollout,) = metrics_of(run, "rollout")
     scored = list((run / "questions_round0").glob(f"[01]/p0/*/{handoff.SCORES}"))
     assert rollout["sentences"] == sum(len(path.read_text().split()) for path in scored) > 10
     return rollout
@@ -114,12 +113,12 @@ def test_by_hand(world, tmp_path, capsys):
     def act(questions):
         before = {item.folder.relative_to(questions) for item in handoff.iter_items(questions)}
         shell(f"cp -r {questions}/* preprocessing_after_RL/", tmp_path)
-        told = shell(
+        out = shell(
             f"bash {ROOT}/preprocessing_after_RL/processing_sentence_level_feedback.sh --problems scienceqa "
             f"--data_root {world.data} --images {world.images}",
             tmp_path,
         )
-        assert f"{len(before)} requests in preprocessing_after_RL" in told
+        assert f"{len(before)} requests in preprocessing_after_RL" in out
         shell(
             f"$PYTHON {ROOT}/haiku.py --teacher reference --no-done --data_root {world.data} --images {world.images}",
             tmp_path,
@@ -151,8 +150,8 @@ def test_in_place(world, tmp_path, capsys):
     def act(questions):
         place = f"--questions_dir {questions} --data_root {world.data} --images {world.images}"
         shell(f"bash {ROOT}/preprocessing_after_RL/processing_sentence_level_feedback.sh {place}", tmp_path)
-        told = shell(f"$PYTHON {ROOT}/haiku.py --teacher reference --actions 1 {place}", tmp_path)
-        assert "action 1: done" in told
+        out = shell(f"$PYTHON {ROOT}/haiku.py --teacher reference --actions 1 {place}", tmp_path)
+        assert "action 1: done" in out
         still_waiting(questions)
         shell(f"$PYTHON {ROOT}/haiku.py --teacher reference {place}", tmp_path)
 
@@ -250,10 +249,10 @@ def test_lora_on_a_released_checkpoint(name, world, true_shape, fixtures, tmp_pa
     run_mm_cot_lora.main([*argv, "--tokenizer", str(world.tokenizer)])
     (adapter,) = (path for path in checkpoint.iterdir() if path.is_dir())
     assert adapter.name == "mm_cot_lora_r32_a64_d0.05_s42_lr0.01_bs4_e1_len12"
-    told = json.loads((adapter / "predictions_ans_test.json").read_text())
-    assert len(told["preds"]) == 2 and ("tied" in capsys.readouterr().out) == (name == "vit_tied")
+    out = json.loads((adapter / "predictions_ans_test.json").read_text())
+    assert len(out["preds"]) == 2 and ("tied" in capsys.readouterr().out) == (name == "vit_tied")
 
     moved = tmp_path / "adapter"  # the tokenizer was saved with it
     shutil.copytree(adapter, moved, ignore=shutil.ignore_patterns("predictions*", "checkpoint-*"))
     run_mm_cot_lora.main([*argv, "--evaluate_dir", str(moved)])
-    assert json.loads((moved / "predictions_ans_test.json").read_text())["preds"] == told["preds"]
+    assert json.loads((moved / "predictions_ans_test.json").read_text())["preds"] == out["preds"]

@@ -11,22 +11,28 @@ from pathlib import Path
 
 import pytest
 
+from ares.cli import UserError
 from teacher.handoff import (
     DONE,
     IMAGE,
     RATIONALE,
+    REASON,
     REPLY,
     REQUEST,
+    SCORES,
     SIDECAR,
     is_done,
     mark_done,
     mark_exported,
+    place_images,
+    prepare_request,
     question_dir,
     read_rationale,
+    read_rationales,
     write_rationale,
-)
+    write_request,
+)  # fmt: skip
 from teacher.prompts import correction_request, scoring_request
-from teacher.requests import place_images, prepare_request, read_rationales
 from tests.conftest import ROOT, one_line_error, run_script
 
 SH = ROOT / "preprocessing_after_RL" / "processing_sentence_level_feedback.sh"
@@ -107,6 +113,15 @@ def test_every_action_gets_request_and_images(tmp_path, sample, data_root, probl
     one_line_error(missing, "question half", "not in problems.json", "--data_root")
 
 
+def test_requests_name_the_correct_answer_and_an_image_only_if_there_is_one(problems):
+    for problem in problems.values():
+        gold = problem["answer"]
+        for text in (scoring_request(problem, SENTENCES), correction_request(problem, "It is so.")):
+            assert f"\nCorrect answer: ({'ABCDE'[gold]}) {problem['choices'][gold]}\n" in text
+            assert ("its context, the image and the correct answer" in text) == (problem["image"] is not None)
+    assert {problem["answer"] for problem in problems.values()} >= {0, 1, 2, 3}
+
+
 def test_the_manual_copy_and_a_second_round(tmp_path, sample, data_root, problems, pictured):
     """`cp -r {run}/questions/*` into a folder that still holds last round's replies and signals."""
     qid = pictured[0]
@@ -125,7 +140,7 @@ def test_the_manual_copy_and_a_second_round(tmp_path, sample, data_root, problem
         assert (folder / REQUEST).read_text() == scoring_request(problems[qid], sentences)
         if number == 0:
             for k in range(2):
-                for name in (REPLY, SIDECAR):
+                for name in (REPLY, SIDECAR, SCORES, REASON):
                     (question_dir(desk, k, 0, qid) / name).write_text(f"reply of round {number}")
                 mark_done(desk, k)
             (question_dir(desk, 0, 0, pictured[1]) / REPLY).write_text("still good")
@@ -133,7 +148,7 @@ def test_the_manual_copy_and_a_second_round(tmp_path, sample, data_root, problem
     assert "2 replies to older rationales set aside" in done.stdout
     for k in range(2):
         folder = question_dir(desk, k, 0, qid)
-        assert not (folder / REPLY).exists() and not (folder / SIDECAR).exists()
+        assert not any((folder / name).exists() for name in (REPLY, SIDECAR, SCORES, REASON))
         assert (folder / f"older_{REPLY}").read_text() == "reply of round 0"  # paid for: kept
         assert not (desk / str(k) / DONE).exists()
     assert (question_dir(desk, 0, 0, pictured[1]) / REPLY).read_text() == "still good"
@@ -166,8 +181,10 @@ def test_absent_images_and_bad_forms(tmp_path, sample, data_root, problems):
     assert (question_dir(questions, 0, 0, train) / REQUEST).exists()
     one_line_error(shell(*argv, "--strict"), "--strict", train, "--images")
     (question_dir(questions, 0, 0, train) / RATIONALE).write_text("no form")
+    write_rationale(question_dir(questions, 1, 0, train), [])
+    write_rationale(question_dir(questions, 2, 0, train), SENTENCES)
     done = shell(*argv)
-    assert done.returncode == 0 and "1 rationales get no request" in done.stderr and "1 requests" in done.stdout
+    assert done.returncode == 0 and "2 rationales get no request" in done.stderr and "1 requests" in done.stdout
 
 
 def test_one_line_errors(tmp_path, sample, data_root):
@@ -198,6 +215,9 @@ def test_images_are_linked_or_copied_and_replaced_when_they_change(tmp_path):
     place_images(folder, [link])
     assert not (folder / "choice_0.png").is_symlink() and (folder / "choice_0.png").read_bytes() == b"two"
     assert sorted(p.name for p in folder.iterdir()) == ["choice_0.png", "image.png"]
+    with pytest.raises(UserError, match="absent.png is no regular file"):
+        write_request(folder, "text", [tmp_path / "absent.png"])
+    assert not (folder / REQUEST).exists()  # it would say that the folder is ready
 
 
 def test_images_are_copied_where_links_are_refused(tmp_path, monkeypatch):
@@ -283,8 +303,6 @@ def test_correction_one_line_errors(tmp_path, sample, data_root, problems):
     ],
 )
 def test_rationales_file_is_checked(tmp_path, content, words):
-    from ares.cli import UserError
-
     path = tmp_path / "r.json"
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=words):
@@ -297,13 +315,3 @@ def test_rationales_by_id_never_by_place(tmp_path):
     assert read_rationales(path, ["1", "2", "3"]) == {"2": "b", "1": "a"}
     path.write_text(json.dumps({"preds": ["a", "b"]}))
     assert read_rationales(path, ["1", "2"]) == {"1": "a", "2": "b"}
-
-
-def test_scripts_need_no_torch():
-    for script in (ROOT / "preprocessing_for_correction_feedback.py", SH.with_suffix(".py")):
-        code = (
-            f"import runpy, sys; runpy.run_path({str(script)!r}); "
-            "sys.exit(', '.join({'torch', 'transformers'} & sys.modules.keys()) or 0)"
-        )
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr

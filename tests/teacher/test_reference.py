@@ -10,7 +10,8 @@ from statistics import mean
 import pytest
 
 from ares.sentences import split_text
-from teacher.reference import correct_rationale, gold_coverage, judge, names_only_gold_option, score_sentences
+from teacher.parsing import Verdict
+from teacher.reference import compare, correct_rationale, gold_coverage, judge, names_only_gold_option, score_sentences
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +124,14 @@ def test_lecture_hint_and_openings_are_neutral(problems):
     "sentence, score",
     [
         ("One boat moved 240 miles in 10 hours.", 1.0),
+        ("One boat moved 240 miles in ten hours.", 1.0),
         ("One boat moved 235 miles in 10 hours.", (0.2, 0.45)),  # a wrong number
         ("A boat moved 240 miles in just 10 hours.", (0.6, 1.0)),  # other words
         ("One boat moved 240", (0.0, 0.3)),  # breaks off
+        ("Let's look at which boat was moving at a higher", (0.1, 0.3)),  # an opening that breaks off
+        ("To find the higher speed, we need to compare the distance that", (0.1, 0.3)),
+        ("One boat boat moved 240 miles in 10 hours.", (0.1, 0.3)),  # stutters
+        ("The boat that moved 240 miles in 10 hours.", (0.1, 0.3)),  # the bare name of the gold choice
         ("Look at the distance each boat moved.", 0.5),  # an opening, though gold has it
         ("Speed depends on distance and time.", 0.5),  # true, but only the lecture says it
         ("An object's speed tells you how slow the object is moving.", (0.0, 0.45)),
@@ -138,6 +144,13 @@ def test_lecture_hint_and_openings_are_neutral(problems):
         ("The answer is not (B).", 0.0),
         ("The answer is (A) or (B).", 0.0),
         ("Boats boats boats boats move boats.", (0.0, 0.3)),
+        ("Hours moved 240 miles in 10 hours, boat hours.", (0.1, 0.3)),  # a word more often than in gold
+        ("One red boat moved 240 miles in 10 hours.", 0.7),  # says more than gold
+        (
+            "Purple dragons never eat (A) at midnight.",
+            0.0,
+        ),  # denies a wrong choice, in other words than the question's
+        ("Speed.", 0.0),
         ("Plants make food from sunlight.", 0.0),
         ("...", 0.0),
     ],
@@ -146,6 +159,38 @@ def test_one_sentence(speed, sentence, score):
     found = score_sentences(speed, [sentence])[0]
     low, high = score if isinstance(score, tuple) else (score, score)
     assert low <= found <= high
+
+
+def test_rules_that_need_another_question():
+    problem = {
+        "question": "What is the capital of Texas?", "choices": ["Austin", "Topeka"], "answer": 0, "hint": "",
+        "lecture": "", "solution": "It is Austin. The capital of Texas is Austin. A whale is not a fish.",
+    }  # fmt: skip
+    problem["hint"] = "On Monday the fox ran over the hill near the old mill and slept under a tall tree until dawn."
+    assert score_sentences(problem, ["The old fox slept near the mill."]) == [0.5]  # a part of a long hint
+    sentences = [
+        "Austin.",
+        "The capital of Texas is not Topeka.",
+        "A whale is not a fish at all.",
+        "A whale is a fish.",
+    ]
+    assert [score_sentences(problem, [sentence])[0] for sentence in sentences] == [0.3, 0.5, 0.9, 0.0]
+
+
+def test_a_comparison_is_a_tie_within_a_twentieth(speed):
+    whole = speed["solution"].replace("\n", " ")
+    longer = f"{whole} Speed depends on distance and time."  # mean score 0.80 instead of 0.88
+    assert compare(speed, whole, longer).better == compare(speed, longer, whole).better == "tie"
+    part = "One boat moved 240 miles in 10 hours. Plants make food."
+    assert compare(speed, whole, part) == Verdict(
+        "1", "mean sentence score 0.88 and 0.50, gold sentences covered 100% and 25%"
+    )
+    assert compare(speed, "", whole).better == "2"
+
+
+def test_a_gold_sentence_is_said_by_a_sentence_that_scores_well(speed):
+    scores = score_sentences(speed, ["One boat moved 140 miles in 10 hours.", "One boat moved 240 miles in 10 hours."])
+    assert scores[0] < 0.5 and scores[1] == 1.0
 
 
 def test_saying_it_again_earns_nothing(speed):
@@ -226,14 +271,16 @@ def test_correction_raises_scores_and_mends(problems, speed):
         "So, the boat that moved 135 miles in 10 hours had the higher"
     )
     assert correct_rationale(speed, rationale) == " ".join(gold(speed))
+    twice = "One boat moved 240 miles in 10 hours. One boat moved 240 miles in 10 hours. So, the answer is (B)."
+    assert correct_rationale(speed, twice) == twice[38:]  # a repeat goes, and nothing comes in its place
 
 
-def test_deterministic_and_total(problems):
+def test_any_text_has_scores_and_a_correction(problems):
     rng = random.Random(2)
     for problem in problems[:30]:
         text = "".join(rng.choice("ab<1>(B) .!?\n\"{}0\\n'é") for _ in range(80))
-        assert score_sentences(problem, [text, ""]) == score_sentences(problem, [text, ""])
-        assert correct_rationale(problem, text) == correct_rationale(problem, text)
+        assert all(0 <= score <= 1 for score in score_sentences(problem, [text, ""]))
+        assert score_sentences(problem, split_text(correct_rationale(problem, text)))[-1] >= 0.5
 
 
 def test_an_answer_that_is_no_choice_is_wrong_and_corrected():

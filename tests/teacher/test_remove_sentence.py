@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 
 import pytest
 
+from ares.cli import UserError
 from ares.sentences import remove_repeats, split_text
+from preprocessing_after_RL import remove_sentence
 from tests.conftest import ROOT, one_line_error, run_script
 
 SCRIPT = "preprocessing_after_RL/remove_sentence.py"
@@ -113,18 +114,6 @@ def test_what_must_hold_of_every_case(cases):
         assert not got.startswith("Solution:") and got == " ".join(got.split())
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("remove_sentence", ROOT / SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def script():
-    return load_script()
-
-
 def write(path, data):
     path.write_text(json.dumps(data))
     return path
@@ -147,16 +136,16 @@ def test_script_as_released(tmp_path, t5_tokenizer_dir):
     assert source.read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
-def test_released_file_without_ids(tmp_path, sample, script, capsys):
+def test_released_file_without_ids(tmp_path, sample, capsys):
     data_root = sample / "ScienceQA" / "data"
     splits = json.loads((data_root / "scienceqa" / "pid_splits.json").read_text())
     source = write(tmp_path / "p.json", {"preds": [f"It is {i}. It is {i}." for i in range(len(splits["minitest"]))]})
-    script.main(["--file_path", str(source)])
+    remove_sentence.main(["--file_path", str(source)])
     assert "holds no question ids" in capsys.readouterr().out
     output = tmp_path / "remove_repetitive_sentences.json"
     assert list(json.loads(output.read_text())) == ["preds"]
 
-    script.main(["--file_path", str(source), "--data_root", str(data_root), "--split", "minitest"])
+    remove_sentence.main(["--file_path", str(source), "--data_root", str(data_root), "--split", "minitest"])
     got = json.loads(output.read_text())
     assert got["qids"] == splits["minitest"] and got["preds"][1] == "It is 1."
 
@@ -169,21 +158,19 @@ def test_released_file_without_ids(tmp_path, sample, script, capsys):
         ({"labels": []}, [], 'no list "preds"'),
         ({"preds": ["a", 3]}, [], "preds[1]"),
         ({"preds": ["a"], "qids": []}, [], "qids do not match"),
-        ({"preds": ["a"]}, ["--split", "train"], "--split says nothing without --data_root"),
+        ({"preds": ["a"]}, ["--split", "train"], "--split has no effect without --data_root"),
         ({"preds": ["a"]}, ["--data_root", "DATA", "--split", "minitest"], "1 rationales but the split"),
         ({"preds": ["a"]}, ["--data_root", "DATA", "--split", "nosuch"], "no split nosuch"),
         ({"preds": ["a"], "qids": ["x"]}, ["--data_root", "DATA"], "holds question x"),
     ],
 )
-def test_mistakes_end_in_one_line(data, flags, words, tmp_path, sample, script):
-    from ares.cli import UserError
-
+def test_mistakes_end_in_one_line(data, flags, words, tmp_path, sample):
     source = tmp_path / "predictions_ans_train.json"
     if data is not None:
         source.write_text(data if isinstance(data, str) else json.dumps(data))
     flags = [str(sample / "ScienceQA" / "data") if flag == "DATA" else flag for flag in flags]
     with pytest.raises(UserError) as error:
-        script.main(["--file_path", str(source), *flags])
+        remove_sentence.main(["--file_path", str(source), *flags])
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "remove_repetitive_sentences.json").exists()
 

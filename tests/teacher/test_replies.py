@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import time
 import tracemalloc
@@ -14,9 +15,20 @@ from hypothesis import strategies as st
 
 from ares.sentences import is_finished, remove_repeats, sentence_columns, split_text
 from teacher.corrections import parse_correction
-from teacher.handoff import RATIONALE, REASON, REPLY, SCORES, Refused, parse_scores, read_scores
-from teacher.parsing import LONGEST, parse_verdict
+from teacher.handoff import RATIONALE, REASON, REFUSED_REPLY, REPLY, SCORES, SIDECAR
+from teacher.interface import CORRECT, JUDGE, SCORE
+from teacher.parsing import LONGEST, Refused, Verdict, parse_scores, parse_verdict
 from teacher.reference import correct_rationale, score_sentences
+from teacher.reply_files import (
+    is_answered,
+    read_reply,
+    read_scores,
+    read_sidecar,
+    reading,
+    reason_of,
+    set_cut_reply_aside,
+    write_reply,
+)  # fmt: skip
 from utils_evaluate import extract_answer
 
 # Cases of fixtures/scores_parse.json where the released parser is no guide, with the right verdict and why.
@@ -81,6 +93,71 @@ def test_cases_of_the_released_parser(fixtures, tmp_path):
     assert (len(cases), same, len(ACCEPT), refused) == (81, 32, 12, 37)
 
 
+def test_files_that_hold_the_result_already_are_not_written_again(tmp_path):
+    """A round has 50,904 of them, and RL reads them all after the Teacher's client did."""
+    (tmp_path / RATIONALE).write_text('{\n"A.": xxx,\n"B.": xxx\n}\n')
+    for reply, result in (('{"A.": 1, "B.": 0}', SCORES), ("no scores", REASON)):
+        (tmp_path / REPLY).write_text(reply)
+        inodes = set()
+        for _ in range(2):
+            with contextlib.suppress(Refused):
+                assert read_scores(tmp_path) == [1.0, 0.0]
+            inodes.add((tmp_path / result).stat().st_ino)
+        assert len(inodes) == 1
+    (tmp_path / SCORES).symlink_to(tmp_path / "elsewhere")  # a link there is replaced, never written through
+    (tmp_path / "elsewhere").write_text("1.0\n0.0\n")
+    (tmp_path / REPLY).write_text('{"A.": 1, "B.": 0}')
+    read_scores(tmp_path)
+    assert not (tmp_path / SCORES).is_symlink() and (tmp_path / SCORES).read_text() == "1.0\n0.0\n"
+
+
+def test_the_clients_reason_stays_while_there_is_no_reply(tmp_path):
+    (tmp_path / RATIONALE).write_text('{\n"A.": xxx\n}\n')
+    (tmp_path / SCORES).write_text("0.5\n")
+    (tmp_path / REASON).write_text("api_400: too odd\n")
+    with pytest.raises(Refused, match="no_reply"):
+        read_scores(tmp_path)
+    assert (tmp_path / REASON).read_text() == "api_400: too odd\n" and not (tmp_path / SCORES).exists()
+
+
+def test_when_an_item_needs_no_asking_again(tmp_path):
+    (tmp_path / RATIONALE).write_text('{\n"A.": xxx\n}\n')
+    assert not is_answered(SCORE, tmp_path)
+    (tmp_path / REPLY).write_text('{"A.": 0.2}')
+    assert is_answered(SCORE, tmp_path) and (tmp_path / SCORES).read_text() == "0.2\n"
+    (tmp_path / REPLY).write_text("I would rather not.")
+    os.utime(tmp_path / SCORES, (1, 1))  # scores of an older reply say nothing of this one
+    assert not is_answered(SCORE, tmp_path)
+    (tmp_path / SCORES).touch()  # nor does an empty file
+    assert not is_answered(SCORE, tmp_path)
+    for reply, answered in (
+        ("{final rationale: unchanged}", True),
+        ("{final rationale: A b.}", True),
+        ("A b.", False),
+    ):
+        (tmp_path / REPLY).write_text(reply)
+        assert is_answered(CORRECT, tmp_path) == answered, reply
+        refused = reading(CORRECT, reply, ["A."])
+        assert (refused is None) == answered
+    assert reading(SCORE, '{"A.": 0.2}', ["A."]) == [0.2] and reading(SCORE, "?", ["A."]).reason == "no_json"
+    (tmp_path / REPLY).write_text('{"verdict": "2"}')
+    assert is_answered(JUDGE, tmp_path) and read_reply(JUDGE, tmp_path) == "2" and reading(JUDGE, "?", ()) is not None
+
+
+def test_a_reply_is_flushed_to_disk_after_its_sidecar(tmp_path, monkeypatch):
+    """A kill or a power cut may leave a sidecar without a reply, never a reply without its sidecar."""
+    (tmp_path / REASON).write_text("no_reply\n")
+    events, replace, fsync = [], os.replace, os.fsync
+    monkeypatch.setattr(os, "replace", lambda source, to: replace(source, to) or events.append(os.path.basename(to)))
+    monkeypatch.setattr(os, "fsync", lambda file: fsync(file) or events.append("flush"))
+    write_reply(tmp_path, "{}", {"model": "m"}, [0.5])
+    assert events == [SIDECAR, "flush", REPLY, SCORES] and not (tmp_path / REASON).exists()
+    assert read_sidecar(tmp_path) == {"model": "m"}
+    set_cut_reply_aside(tmp_path, "{", "max_tokens")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([REASON, SIDECAR, REFUSED_REPLY])
+    assert reason_of(tmp_path) == "max_tokens"
+
+
 def test_reason_and_scores_replace_each_other(tmp_path):
     (tmp_path / RATIONALE).write_text('{\n"A.": xxx\n}\n')
     (tmp_path / REPLY).write_text('{"A.": 2}')
@@ -93,6 +170,12 @@ def test_reason_and_scores_replace_each_other(tmp_path):
     with pytest.raises(Refused, match="no_json"):
         read_scores(tmp_path)
     assert (tmp_path / REASON).exists() and not (tmp_path / SCORES).exists()
+
+
+THREE = ["The ice melts.", "It is a change of state.", "So, the answer is B."]
+T1, T2, T3 = THREE
+SCORED = [0.1, 0.2, 0.3]
+ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
 
 
 @pytest.mark.parametrize(
@@ -114,6 +197,9 @@ def test_reason_and_scores_replace_each_other(tmp_path):
         ('{"A.": 0.7}\nThat is:\n{"A.": 0.7}', ["A."], [0.7]),
         ('Form: {"A.": xxx}\nFilled: {"A.": 0.7}', ["A."], [0.7]),
         ('Like {"sentence": 0.5}: {"A.": 0.7, "B.": 0.1}', ["A.", "B."], [0.7, 0.1]),
+        # a sentence that begins like another
+        ('{"a": 0.5, "b": 0.9, "a": 0.1, "X": 0.3}', ["X", "a", 'a": 0.5, "b'], [0.3, 0.1, 0.9]),
+        ('{"A.": 0.1, "A.": 0.1}', ["A.", "B."], "ambiguous"),  # one sentence twice is not both
         # reworded sentences are nobody's
         ('{"The A!": 0.7, "The B!": 0.1}', ["A.", "B."], "ambiguous"),
         ('{"B.": 0.7, "The A!": 0.1}', ["A.", "B."], "ambiguous"),
@@ -134,26 +220,6 @@ def test_reason_and_scores_replace_each_other(tmp_path):
         ('{"A.": "xxx"}', ["A."], "placeholder"),
         (None, ["A."], "no_reply"),
         (b"\xef\xbb\xbf{\"A.\": 0.5}", ["A."], [0.5]),
-    ],
-)  # fmt: skip
-def test_score_verdicts(reply, sentences, expected):
-    if isinstance(expected, str):
-        with pytest.raises(Refused) as error:
-            parse_scores(reply, sentences)
-        assert error.value.reason == expected
-    else:
-        assert parse_scores(reply, sentences) == expected
-
-
-THREE = ["The ice melts.", "It is a change of state.", "So, the answer is B."]
-T1, T2, T3 = THREE
-SCORED = [0.1, 0.2, 0.3]
-ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
-
-
-@pytest.mark.parametrize(
-    "reply, sentences, expected",
-    [
         # a score of the whole, or of something else, is no sentence's
         ('{"A.": 0.9, "B.": 0.8, "overall_score": 0.2}', ["A.", "B.", "C."], "wrong_count"),
         ('{"A.": 0.9, "B.": 0.8, "Overall": 0.2}', ["A.", "B.", "C."], "wrong_count"),
@@ -187,6 +253,7 @@ ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
          SCORED),
         ('{"So, the...": 0.3, "The ice ...": 0.1, "It is a ch…": 0.2}', THREE, SCORED),
         ('{"So, ... is B.": 0.3, "The ice melts.": 0.1, "It is … of state.": 0.2}', THREE, SCORED),
+        ('{"The ...": 0.3, "The water is hot.": 0.1}', ["The ice melts.", "The water is hot."], "ambiguous"),
         ('{"The ...": 0.3, "Water...": 0.1}', ["The ice melts.", "The water is hot."], "ambiguous"),
         ('{"...": 0.3, "It ...": 0.1}', ["The ice melts.", "It is hot."], "ambiguous"),
         ('{"Sentence 2: It is a change of state.": 0.2, "(3) So, the answer is B.": 0.3, "1) The ice melts.": 0.1}',
@@ -195,6 +262,7 @@ ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
         ('{"2. walk": 0.2, "1. walk": 0.1}', ["1. Walk.", "2. Walk."], [0.1, 0.2]),
         ('{"x is < 2": 0.2, "X is > 2": 0.1}', ["x is > 2.", "x is < 2."], [0.1, 0.2]),
         ('{"is it hot": 0.2, "It is.": 0.1}', ["Is it hot?", "Is it hot."], "ambiguous"),
+        ('{"IS IT HOT": 0.2, "Is it hot?": 0.1}', ["Is it hot?", "Is it hot."], "ambiguous"),
         ('{"It is hot.": 0.2, "Is it hot!": 0.1}', ["Is it hot?", "Is it hot."], "ambiguous"),
         # JSON's escapes in keys, LaTeX raw and escaped
         ('{"He said \\"no\\".": 0.2, "The \\u00e9t\\u00e9 is hot": 0.1, "It is \\\\frac{1}{2} of x.": 0.3}', ESCAPED,
@@ -224,7 +292,12 @@ ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
     ],
 )  # fmt: skip
 def test_a_number_counts_for_the_sentence_that_its_key_names(reply, sentences, expected):
-    test_score_verdicts(reply, sentences, expected)
+    if isinstance(expected, str):
+        with pytest.raises(Refused) as error:
+            parse_scores(reply, sentences)
+        assert error.value.reason == expected
+    else:
+        assert parse_scores(reply, sentences) == expected
 
 
 WORDS = "the a ice heat x state melts is not > < 2 3.5 B 'hot' (A) -5 so, \"no\" water".split()
@@ -450,6 +523,7 @@ def test_final_rationale_in_other_values():
         ),
         ('{"Final rationale": "xxx"}', "placeholder"),
         ('{"Final rationale": "A."}\n{"Final rationale": "B."}', "ambiguous"),
+        ('{"Final rationale": "A."}\n' * 21, "ambiguous"),  # more than are read
     ],
 )
 def test_correction_refusals(reply, reason):
@@ -518,19 +592,10 @@ def outcome(reply, rationale=BEFORE):
         return refused.reason
 
 
-@pytest.mark.parametrize("remark", REMARKS)
-def test_a_remark_means_unchanged(remark):
-    assert {outcome(form(remark)) for form in FORMS} == {"unchanged"}
-
-
-@pytest.mark.parametrize("words", FORM_WORDS)
-def test_a_word_of_the_form_is_no_rationale(words):
-    assert {outcome(form(words)) for form in FORMS} == {"placeholder"}
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_a_rationale_may_hold_such_words(text):
-    assert {outcome(form(text)) for form in FORMS} == {text}
+@pytest.mark.parametrize("text", REMARKS + FORM_WORDS + TEXTS)
+def test_remarks_and_words_of_the_form_are_no_rationale_but_one_may_hold_such_words(text):
+    expected = "unchanged" if text in REMARKS else "placeholder" if text in FORM_WORDS else text
+    assert {outcome(form(text)) for form in FORMS} == {expected}
 
 
 def test_remarks_and_texts():
@@ -563,6 +628,40 @@ def test_escapes_are_decoded_where_they_are_ones(written, read):
     assert outcome(f'{{"Original rationale": "x", "Final rationale": "{written}"}}') == read
     assert outcome(f'{{"Final rationale": ["{written}"]}}') == read
     assert outcome(f'{{"Final rationale": "He said "so". {written}"}}') == f'He said "so". {read}'
+
+
+# -- verdicts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reply, verdict",
+    [
+        ('{"reason": "a \\"b\\"", "verdict": "1"}', ("1", 'a "b"')),
+        ('```json\n{"verdict": 2}\n```', ("2", "")),
+        ("verdict: Tie", ("tie", "")),
+        ('{"verdict": "1", "verdict": "2"}', "ambiguous"),
+        ('{"verdict": "1" or "2"}', "no_verdict"),
+        ('{"verdict": "12"}', "no_verdict"),
+        ("The first is better.", "no_verdict"),
+        (" ", "no_reply"),
+        (None, "no_reply"),
+    ],
+)
+def test_verdicts(reply, verdict):
+    if isinstance(verdict, tuple):
+        assert parse_verdict(reply) == Verdict(*verdict)
+    else:
+        with pytest.raises(Refused) as refused:
+            parse_verdict(reply)
+        assert refused.value.reason == verdict
+
+
+@given(st.one_of(st.binary(), st.text(), st.text(alphabet='{}":verdict12tie \n')))
+def test_any_bytes_give_a_verdict_or_a_refusal(reply):
+    try:
+        assert parse_verdict(reply).better in ("1", "2", "tie")
+    except Refused:
+        pass
 
 
 # -- work: any text, in time and memory that grow with its length --------------------------------------------

@@ -21,15 +21,15 @@ from pathlib import Path
 import pytest
 
 import haiku
-from teacher import claude, handoff
+from teacher import api_teacher, handoff
 from teacher.budget import read_log
 from tests import api_server
 from tests.api_server import LOST, SPOILT, ApiServer, Fault, score_by_text
 from tests.conftest import ROOT
-from tests.teacher.teacher_tools import KEY, batch_client, client, lines_of, many_items, scores
+from tests.teacher.teacher_tools import KEY, batch_client, client, lines_of, many_items, paid_usd, scores
 
 FULL = os.environ.get("ARES_STORM") == "full"
-ITEMS, KILLS, CONCURRENCY = (5000, 10, 32) if FULL else (360, 4, 16)
+ITEMS, KILLS, CONCURRENCY = (5000, 10, 32) if FULL else (200, 3, 16)
 FAULT_SHARE = 0.30
 FAULTS = {
     "429": Fault(429, headers={"retry-after": "0.2"}),
@@ -40,7 +40,7 @@ FAULTS = {
     **{kind: Fault(0, kind=kind) for kind in ("reset", "truncated_json", "hang", "slow", "prose", *SPOILT)},
 }
 # short times, so that a storm of hours takes seconds; what is done is the same
-QUICK = "from ares import claude; claude.BACKOFF, claude.MAX_BACKOFF = 0.05, 0.4"
+QUICK = "from teacher import api_teacher; api_teacher.BACKOFF, api_teacher.MAX_BACKOFF = 0.05, 0.4"
 
 
 def flags(server, questions, *more):
@@ -126,7 +126,7 @@ def test_storm(tmp_path, problems):
     equal = scores(questions) == scores(calm)
     assert equal and len(scores(calm)) == ITEMS
 
-    told = {
+    found = {
         "items": ITEMS, "kills": KILLS, "concurrency": CONCURRENCY, "fault_share": FAULT_SHARE,
         "seconds": round(seconds, 1), "requests": len(log), "requests_by_class": dict(sorted(classes.items())),
         "answered": len(replies_on_disk(folders)), "asked_again_after_their_reply_was_on_disk": paid_twice,
@@ -137,10 +137,10 @@ def test_storm(tmp_path, problems):
                       "unknown_usd_at_most": round(totals.unknown_usd, 6)},
         "billed_by_the_server_usd": round(paid, 6), "scores_equal_those_of_a_run_without_faults": equal,
     }  # fmt: skip
-    print(json.dumps(told, indent=1))
+    print(json.dumps(found, indent=1))
     if FULL:
         Path(ROOT / "benchmarks/results").mkdir(parents=True, exist_ok=True)
-        (ROOT / "benchmarks/results/storm.json").write_text(json.dumps(told, indent=1) + "\n")
+        (ROOT / "benchmarks/results/storm.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 # -- batches ---------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_batch_storm(api_environment, tmp_path, problems, seed):
         records = [json.loads(path.read_text()) for path in (questions / "teacher/batches").glob("*.json")]
         kept = {record["batch"] for record in records} | {id for record in records for id in record["not_ours"]}
         assert {batch.id for batch in server.batches} <= kept | set(deleted), "no record of a paid batch is lost"
-        paid = (server.billed["batch_input_tokens"] * 0.10 + server.billed["batch_output_tokens"] * 0.50) / 2e6
+        paid = paid_usd(server, batch=True)
     totals = read_log(questions / "teacher/spend.jsonl")
     assert totals.usd - 1e-9 <= paid <= totals.usd + totals.unknown_usd + 1e-9
     print(f"{stormy} batches in the storm, {len(server.batches)} in all, {len(deleted)} given up; {dict(ended)}")
@@ -301,7 +301,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     monkeypatch.delenv("ANTHROPIC_BASE_URL", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.setattr(claude, "BACKOFF", 0.02)
+    monkeypatch.setattr(api_teacher, "BACKOFF", 0.02)
 
 
 @pytest.mark.parametrize("name", sorted(FAULTS))
@@ -326,7 +326,7 @@ def test_each_fault_alone(quick, tmp_path, problems, name):
         firsts = {asked.text: asked for asked in reversed(server.asked)}
         seconds = [asked for asked in server.asked if asked is not firsts[asked.text]]  # in any order
         assert all(len(asked.notes) == 1 + (name in SPOILT) for asked in seconds)
-        paid = (server.billed["input_tokens"] * 0.10 + server.billed["output_tokens"] * 0.50) / 1e6
+        paid = paid_usd(server)
     assert replies_on_disk(folders) == set(folders)
     totals = read_log(questions / "teacher/spend.jsonl")
     assert totals.requests == len(server.log) and totals.outcomes.get("lost", 0) == (3 if name in LOST else 0)

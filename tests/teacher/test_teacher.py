@@ -12,29 +12,24 @@ from pathlib import Path
 import pytest
 
 import haiku
-import haiku_for_correction_feedback
-import preprocessing_for_correction_feedback
-from ares import cli, files
+from ares import cli
 from ares.images import media_type
 from ares.sentences import split_text
-from teacher import claude, client, handoff
-from teacher.api_errors import said
+from teacher import api_teacher, claude, handoff
+from teacher.api_responses import said
+from teacher.budget import cost_usd, price_of
 from teacher.interface import CORRECT, SCORE, Request, custom_id
-from teacher.prices import cost_usd, price_of
 from teacher.prompts import PROMPT_VERSION, WORDING, correction_request, scoring_request
-from teacher.reply_files import REFUSED_REPLY
-from teacher.requests import place_images, set_reply_aside
-from tests.api_server import KEY, ApiServer, Fault, fill_form
+from teacher.reply_files import read_scores
+from tests.api_server import KEY, Fault, fill_form
 from tests.conftest import one_line_error, run_script
-
-PICTURE, CHOICES, TEXT = "952", "363", "155"  # test questions: an image; choice images only; text
-
-
-@pytest.fixture
-def server(monkeypatch, api_environment):
-    monkeypatch.setattr(claude, "BACKOFF", 0.05)
-    with ApiServer() as server:
-        yield server
+from tests.teacher.teacher_tools import (
+    CHOICES,
+    PICTURE,
+    TEXT,
+    ask,
+    lay_out,
+)
 
 
 @pytest.fixture
@@ -51,17 +46,6 @@ def questions(tmp_path, sample, problems):
     return root
 
 
-def lay_out(root, action, qid, sentences, problems, sample):
-    folder = handoff.question_dir(root, action, 0, qid)
-    handoff.write_rationale(folder, sentences)
-    (folder / handoff.REQUEST).write_text(scoring_request(problems[qid], sentences))
-    place_images(folder, sorted((sample / "images" / qid).glob("*.png")))
-
-
-def ask(server, questions, *flags, data_root="no-data-here"):
-    haiku.main(["--questions_dir", str(questions), "--base_url", server.url, "--data_root", str(data_root), *flags])
-
-
 def folders(questions):
     return [item.folder for item in handoff.iter_items(questions)]
 
@@ -74,6 +58,7 @@ def sidecar(folder):
 
 
 def test_answers_are_written_and_images_travel_for_every_action(server, questions, capsys):
+    server.respond = fill_form
     ask(server, questions)
     assert "6 rationales: 0 had a reply, 6 answered now (5 requests, 1 copies), 0 unusable" in capsys.readouterr().out
     assert len(server.asked) == 5  # the text question's two equal rationales are one request
@@ -171,10 +156,10 @@ def test_a_jpeg_called_png_travels_as_jpeg(server, questions):
     assert {kind for asked in server.asked for kind, _, _ in asked.images} == {"image/png", "image/jpeg"}
 
 
-def test_an_absent_image_is_said(server, questions, sample, capsys, tmp_path):
-    shutil.copytree(sample / "ScienceQA/data/scienceqa", tmp_path / "bare/scienceqa")  # without the sample's images
+def test_an_absent_image_is_said(server, questions, sample, tmp_path, capsys):
     (handoff.question_dir(questions, 0, 0, PICTURE) / "image.png").unlink()
-    ask(server, questions, data_root=tmp_path / "bare")
+    (tmp_path / "no-images").mkdir()
+    ask(server, questions, "--data_root", str(sample / "ScienceQA/data"), "--images", str(tmp_path / "no-images"))
     assert "1 asked without the image" in capsys.readouterr().out
     assert "not found" in sidecar(handoff.question_dir(questions, 0, 0, PICTURE))["text_only"]
     shutil.rmtree(questions / "1")
@@ -189,7 +174,7 @@ def test_an_absent_image_is_said(server, questions, sample, capsys, tmp_path):
 @pytest.mark.parametrize(
     "fault", [Fault(429, headers={"retry-after": "1"}), Fault(529), Fault(500), Fault(408), Fault(0, kind="reset")]
 )
-def test_passing_faults_are_sat_out(server, questions, fault):
+def test_temporary_errors_are_retried(server, questions, fault):
     server.faults.append(fault)
     ask(server, questions)
     assert handoff.is_done(questions, 0) and len(server.asked) == 6  # one was repeated
@@ -206,7 +191,7 @@ def test_passing_faults_are_sat_out(server, questions, fault):
         (Fault(429, "limit", error_code="enforced_spend_limit_reached"), ("spend limit", "run this again")),
     ],
 )
-def test_lasting_faults_stop_at_once_in_one_line(server, questions, fault, words):
+def test_permanent_errors_stop_at_once_in_one_line(server, questions, fault, words):
     server.faults.extend([fault] * 3)
     with pytest.raises(cli.UserError) as error:
         ask(server, questions, "--concurrency", "1")
@@ -217,7 +202,7 @@ def test_lasting_faults_stop_at_once_in_one_line(server, questions, fault, words
     assert handoff.is_done(questions, 0)
 
 
-def test_what_is_in_flight_at_a_failure_comes_home(server, questions):
+def test_replies_in_flight_at_a_failure_are_saved(server, questions):
     server.latency = 0.5  # all three have left before the first is refused
     server.faults.append(Fault(401))
     with pytest.raises(cli.UserError):
@@ -235,7 +220,7 @@ def test_unknown_and_retired_models(server, questions, model, words):
 
 
 def test_overload_that_lasts(server, questions, monkeypatch):
-    monkeypatch.setattr(claude, "MAX_RETRIES", 1)
+    monkeypatch.setattr(api_teacher, "MAX_RETRIES", 1)
     server.faults.extend([Fault(529)] * 20)
     with pytest.raises(cli.UserError, match="529.*same command again"):
         ask(server, questions, "--concurrency", "1")
@@ -243,7 +228,7 @@ def test_overload_that_lasts(server, questions, monkeypatch):
 
 def test_server_that_is_not_there(questions, monkeypatch):
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    monkeypatch.setattr(claude, "MAX_RETRIES", 0)
+    monkeypatch.setattr(api_teacher, "MAX_RETRIES", 0)
     with pytest.raises(cli.UserError, match="--base_url.*127.0.0.1:9"):
         haiku.main(["--questions_dir", str(questions), "--base_url", "http://127.0.0.1:9", "--data_root", "none"])
 
@@ -267,7 +252,7 @@ def test_unusable_replies_are_asked_again_then_reported(server, questions, probl
     assert handoff.is_done(questions, 0) and "RL will drop 1 (no_json 1)" in out
     server.respond = fill_form
     ask(server, questions)
-    assert handoff.read_scores(handoff.question_dir(questions, 0, 0, PICTURE))
+    assert read_scores(handoff.question_dir(questions, 0, 0, PICTURE))
 
 
 def test_complete_scores_count_though_the_reply_stopped_at_max_tokens(server, questions):
@@ -275,28 +260,28 @@ def test_complete_scores_count_though_the_reply_stopped_at_max_tokens(server, qu
     server.respond = lambda asked: (fill_form(asked)[0] + "\n\nNote: the second sen", "max_tokens")
     ask(server, questions, "--attempts", "1")
     assert handoff.is_done(questions, 0)
-    assert all(handoff.read_scores(folder) for folder in folders(questions))
+    assert all(read_scores(folder) for folder in folders(questions))
 
 
-def test_a_defect_lets_the_others_come_home(server, questions, monkeypatch):
-    """Six requests on their way, the first of which meets a defect of ours: the other five were paid for."""
+def test_after_a_bug_the_replies_in_flight_are_saved(server, questions, monkeypatch):
+    """Six requests in flight, the first of which meets a bug of ours: the other five were paid for."""
     server.latency = 0.3
-    monkeypatch.setattr(claude, "START", 6)
+    monkeypatch.setattr(api_teacher, "START", 6)
     taken = []
     real = claude.ClaudeTeacher.reply
 
     def reply(self, message, *about, **more):
         taken.append(message)
         if len(taken) == 1:
-            raise LookupError("a defect")
+            raise LookupError("a bug")
         return real(self, message, *about, **more)
 
     monkeypatch.setattr(claude.ClaudeTeacher, "reply", reply)
-    with pytest.raises(LookupError, match="a defect"):
+    with pytest.raises(LookupError, match="a bug"):
         ask(server, questions, "--concurrency", "6", "--max_usd", "1")
     assert len(taken) == len({asked.text for asked in server.asked}) == 5  # one rationale is there twice
-    items = handoff.iter_items(questions)
-    assert sum(handoff.has_reply(item.folder) for item in items) == len({asked.text for asked in server.asked}) - 1
+    answered = [item.folder for item in handoff.iter_items(questions) if handoff.has_reply(item.folder)]
+    assert len({(folder / handoff.REQUEST).read_text() for folder in answered}) == 4
 
 
 # -- what a user gets wrong --------------------------------------------------------------------------------
@@ -392,7 +377,7 @@ def test_reference_teacher_goes_through_the_same_files(questions, sample, monkey
     data_root = sample / "ScienceQA/data"
     haiku.main(["--questions_dir", str(questions), "--teacher", "reference", "--data_root", str(data_root)])
     folder = handoff.question_dir(questions, 0, 0, TEXT)
-    assert handoff.read_scores(folder) == [1.0] * len(handoff.read_rationale(folder))
+    assert read_scores(folder) == [1.0] * len(handoff.read_rationale(folder))
     assert sidecar(folder)["teacher"] == "reference" and sidecar(folder)["cost_usd"] == 0
     assert handoff.is_done(questions, 0) and handoff.is_done(questions, 1)
 
@@ -401,110 +386,6 @@ def test_form_of_the_request_is_the_rationale_file(questions, problems):
     for folder in folders(questions):
         form = (folder / handoff.RATIONALE).read_text().strip()
         assert (folder / handoff.REQUEST).read_text().endswith(form)
-
-
-# -- corrections -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def correction(tmp_path, sample, problems):
-    """A data root of four train questions, three with a rationale, and the prepared requests."""
-    train = [qid for qid, problem in problems.items() if problem["split"] == "train" and problem["solution"]][:4]
-    chosen = {qid: problems[qid] for qid in [*train, TEXT]}
-    data = tmp_path / "data"
-    files.write_json(data / "scienceqa/problems.json", chosen)
-    files.write_json(data / "scienceqa/pid_splits.json", {"train": train, "test": [TEXT]})
-    rationales = tmp_path / "remove_repetitive_sentences.json"
-    files.write_json(rationales, {"preds": [f"Let's see. {qid} is {{it}}" for qid in train[:3]], "qids": train[:3]})
-    flags = ["--data_root", str(data), "--correction_dir", str(tmp_path / "correction")]
-    preprocessing_for_correction_feedback.main([*flags, "--rationales", str(rationales)])
-    return flags, train, data / "scienceqa/correction.json", chosen
-
-
-def test_correction_file(server, correction, capsys):
-    flags, train, output, chosen = correction
-
-    def respond(asked):
-        if f" {train[0]} is" in asked.text:
-            return '{\nOriginal rationale: x.\nFinal rationale: Let\'s see. "It" is {right}.\n}', "end_turn"
-        return fill_form(asked) if f" {train[1]} is" in asked.text else ("I cannot do that.", "end_turn")
-
-    server.respond = respond
-    haiku_for_correction_feedback.main([*flags, "--base_url", server.url])
-    found = json.loads(output.read_text())
-    assert found.keys() == chosen.keys()
-    assert found[train[0]]["solution"] == 'Let\'s see. "It" is {right}.'
-    assert found[train[1]]["solution"] == f"Let's see. {train[1]} is {{it}}"
-    assert found[train[2]]["solution"] == f"Let's see. {train[2]} is {{it}}"
-    assert found[train[3]] == chosen[train[3]] and found[TEXT] == chosen[TEXT]  # no rationale; not train
-    assert {**found[train[0]], "solution": ""} == {**chosen[train[0]], "solution": ""}
-    out = capsys.readouterr()
-    for words in ("replaced 1", "unchanged 1", "fell back: no_final 1", "of 3 rationales"):
-        assert words in out.out
-    assert "1 of 4 train questions have no rationale" in out.err
-    assert len(server.asked) == 2 + 3  # the unusable one three times
-    assert "no_final" in server.asked[-1].notes[-1] and not server.asked[0].notes
-    assert "mean edit distance of the replaced ones 2.0 words of 5.0" in out.out
-    assert "Correct answer: (" in server.asked[0].text
-
-
-def test_correction_refuses_to_write_with_missing_replies(server, correction, capsys):
-    flags, train, output, chosen = correction
-    more = output.parent / "more.json"
-    files.write_json(more, {"preds": [f"Let's see.  {train[0]} is {{it}}", "Two."], "qids": [train[0], train[3]]})
-    argv = [*flags, "--base_url", server.url, "--rationales", str(more)]
-    with pytest.raises(cli.UserError, match=f"1 of 4 questions have no reply.*{train[3]}"):
-        haiku_for_correction_feedback.main(argv)
-    assert not output.exists()
-    haiku_for_correction_feedback.main([*argv, "--accept-missing"])
-    assert json.loads(output.read_text())[train[3]]["solution"] == "Two."
-    assert "fell back: no reply 1" in capsys.readouterr().out
-
-
-def test_correction_of_last_rounds_requests_is_refused(server, correction):
-    flags, train, output, chosen = correction
-    new = output.parent / "new.json"
-    files.write_json(new, {"preds": ["Quite another.", f"Let's see. {train[1]} is {{it}}"], "qids": train[:2]})
-    with pytest.raises(
-        cli.UserError, match=f"--rationales: 1 requests .*question {train[0]}.*preprocessing_for_correction"
-    ):
-        haiku_for_correction_feedback.main([*flags, "--base_url", server.url, "--rationales", str(new)])
-    assert not server.log and not output.exists()
-
-
-def test_a_correction_cut_by_its_stop_reason_falls_back(server, correction, capsys):
-    """It reads well and is set aside: a reply that cannot be used, not a missing one."""
-    flags, train, output, chosen = correction
-    server.respond = lambda asked: (fill_form(asked)[0].replace("see.", "think."), "max_tokens")
-    haiku_for_correction_feedback.main([*flags, "--base_url", server.url, "--attempts", "1"])
-    found = json.loads(output.read_text())
-    assert [found[qid]["solution"] for qid in train[:3]] == [f"Let's see. {qid} is {{it}}" for qid in train[:3]]
-    assert "fell back: max_tokens 3" in capsys.readouterr().out
-    folder = handoff.question_dir(flags[-1], 0, 0, train[0])
-    assert (folder / REFUSED_REPLY).exists()
-    set_reply_aside(folder)  # another rationale is to be asked about
-    assert not (folder / REFUSED_REPLY).exists()
-
-
-def test_correction_by_the_reference_teacher(correction, monkeypatch):
-    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
-    flags, train, output, chosen = correction
-    haiku_for_correction_feedback.main([*flags, "--teacher", "reference"])
-    found = json.loads(output.read_text())
-    for qid in train[:3]:
-        assert found[qid]["solution"].startswith("Let's see.") and "{it}" not in found[qid]["solution"]
-
-
-def test_correction_of_other_data_is_refused(server, correction, sample):
-    flags, train, output, chosen = correction
-    splits = output.parent / "pid_splits.json"
-    files.write_json(splits, {"train": train[1:], "test": [TEXT]})
-    with pytest.raises(cli.UserError, match=f"question {train[0]}.*--train_split"):
-        haiku_for_correction_feedback.main([*flags, "--base_url", server.url])
-    with pytest.raises(cli.UserError, match="preprocessing_for_correction_feedback.py"):
-        haiku_for_correction_feedback.main(
-            [*flags[:2], "--correction_dir", str(output.parent), "--base_url", "http://x"]
-        )
 
 
 # -- small parts -------------------------------------------------------------------------------------------
@@ -524,9 +405,8 @@ def test_media_types_by_content():
 
 def test_room_for_the_reply():
     request = Request("id", SCORE, "1", "text", ("a" * 600, "b" * 600))
-    quiet, free = claude.family_of("claude-haiku-5-5"), claude.family_of("my-gateway-model")
-    assert 600 <= claude.max_tokens(request, quiet) <= 1200
-    assert claude.max_tokens(request, free) - claude.max_tokens(request, quiet) >= 1024
+    quiet, thinking = (claude.ClaudeTeacher(model).max_tokens(request) for model in ("claude-haiku-5-5", "mine"))
+    assert 600 <= quiet <= 1200 and thinking - quiet >= 1024
     assert cost_usd(price_of("my-gateway-model"), {"input_tokens": 5}) is None
     assert cost_usd(price_of("claude-haiku-4-5-20251001"), {"input_tokens": 10**6, "output_tokens": 10**6}) == 6.0
 
@@ -539,7 +419,3 @@ def test_teacher_prompts_hold_what_the_teacher_needs(problems):
     assert text.endswith('{\n"One.": xxx,\n"Two "2".": xxx\n}')
     assert "the image" not in scoring_request(problems[TEXT], ["One."])
     assert correction_request(problem, "It is {one}.\nSo").endswith("It is {one}. So\n")
-
-
-def test_teacher_keeps_its_public_names():
-    assert {"Request", "Reply", "Teacher", "ReferenceTeacher", "ClaudeTeacher"} <= set(client.__all__)

@@ -106,7 +106,7 @@ def make_rl(run: Path, problems: dict, qids: list[str], tokenizer) -> None:
     """One finished round with two samples a question; the reply to 0/{last question} is spoilt."""
     import torch
 
-    from rl import experience, rollouts
+    from rl import metrics, ppo, rollouts
 
     texts = []
     for qid in qids:
@@ -118,7 +118,7 @@ def make_rl(run: Path, problems: dict, qids: list[str], tokenizer) -> None:
     generator = torch.Generator().manual_seed(0)
     fields = {name: torch.randn(len(rows), width - 1, generator=generator) for name in rollouts.FIELDS[1:]}
     made = rollouts.to_rollouts({"actions": actions, **fields}, qids, 2, 0, tokenizer)
-    store = rollouts.Store(run, 0)
+    store = rollouts.RolloutStore(run, 0)
     made.save(store.shard(0))
     rollouts.export(made, store.questions, tokenizer)
     files.write_json(store.collected_file, {"batches": 1, "samples": len(made)})
@@ -128,8 +128,8 @@ def make_rl(run: Path, problems: dict, qids: list[str], tokenizer) -> None:
         files.write_json(item.folder / handoff.SIDECAR, {**sidecar, "time": f"2026-11-25T10:00:0{item.action}Z"})
     decision = rollouts.read_feedback(store, made, max_dropped=0.5)
     kept, scores = rollouts.scored(made, decision)
-    data = experience.experience(kept, scores, SimpleNamespace(**RUN_FLAGS), RUN_FLAGS["kl_coef"])
-    experience.write_samples(run / "samples_round_0.jsonl", data, scores, dict.fromkeys(qids, "prompt"), tokenizer)
+    data = ppo.compute_advantages(kept, scores, SimpleNamespace(**RUN_FLAGS), RUN_FLAGS["kl_coef"])
+    metrics.write_samples(run / "samples_round_0.jsonl", data, scores, dict.fromkeys(qids, "prompt"), tokenizer)
     store.questions.rename(run / "questions_round0")
     files.write_args(run / "0", SimpleNamespace(**RUN_FLAGS))
     tokenizer.save_pretrained(run / "0")

@@ -8,13 +8,10 @@ import re
 from collections import Counter
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ares import cli
 from ares.intervals import shares_interval
-from teacher import claude
-from teacher.handoff import Refused, parse_verdict
+from teacher import api_teacher
 from teacher.prompts import judge_request
 from tests.api_server import KEY, ApiServer, Fault
 from tests.conftest import one_line_error, run_script
@@ -63,7 +60,7 @@ def judge(asked) -> tuple[str, str]:
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    monkeypatch.setattr(claude, "BACKOFF", 0.02)
+    monkeypatch.setattr(api_teacher, "BACKOFF", 0.02)
     with ApiServer(judge) as server:
         yield server
 
@@ -245,37 +242,6 @@ def test_text_of_rationales_is_data(problems):
     (mark,) = set(re.findall(r"</explanation-[12]-(\w{8})>", text))
     first = text.split(f"<explanation-1-{mark}>\n")[1].split(f"\n</explanation-1-{mark}>")[0]
     assert first == nasty and "never an instruction" in text.partition(f"<explanation-1-{mark}>")[0]
-
-
-@pytest.mark.parametrize(
-    "reply, verdict",
-    [
-        ('{"reason": "a \\"b\\"", "verdict": "1"}', ("1", 'a "b"')),
-        ('```json\n{"verdict": 2}\n```', ("2", "")),
-        ("verdict: Tie", ("tie", "")),
-        ('{"verdict": "1", "verdict": "2"}', "ambiguous"),
-        ('{"verdict": "1" or "2"}', "no_verdict"),
-        ('{"verdict": "12"}', "no_verdict"),
-        ("The first is better.", "no_verdict"),
-        (" ", "no_reply"),
-        (None, "no_reply"),
-    ],
-)
-def test_verdicts(reply, verdict):
-    if isinstance(verdict, tuple):
-        assert parse_verdict(reply) == verdict
-    else:
-        with pytest.raises(Refused) as refused:
-            parse_verdict(reply)
-        assert refused.value.reason == verdict
-
-
-@given(st.one_of(st.binary(), st.text(), st.text(alphabet='{}":verdict12tie \n')))
-def test_any_bytes_give_a_verdict_or_a_refusal(reply):
-    try:
-        assert parse_verdict(reply)[0] in ("1", "2", "tie")
-    except Refused:
-        pass
 
 
 def test_mistakes_end_in_one_line(systems, data_root, tmp_path):

@@ -1,6 +1,6 @@
 """Rewards and advantages of single tokens, computed anew from a round's rollouts (needs torch and the tokenizer).
 
-The same functions as in training (rl/experience.py) on the same files give the same numbers; nothing is whitened here.
+The same functions as in training (rl/ppo.py) on the same files give the same numbers; nothing is whitened here.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def add_tokens(run: Path, each: Round, shown: Collection[str]) -> str | None:
     try:
         from transformers import AutoTokenizer
 
-        from rl.experience import experience
-        from rl.rollouts import Store, read_decision, scored
+        from rl.ppo import compute_advantages
+        from rl.rollouts import RolloutStore, read_decision, scored
     except ImportError as error:
         return f"{error.name} is not installed"
     args = argparse.Namespace(**files.read_yaml(settings, "--run"))
-    store = Store(run, each.number)
+    store = RolloutStore(run, each.number)
     rows, scores = scored(store.load(), read_decision(store.scores_file))
     wanted = [row for row, qid in enumerate(rows.qids) if qid in shown]
     if not wanted:
@@ -40,7 +40,7 @@ def add_tokens(run: Path, each: Round, shown: Collection[str]) -> str | None:
     rows, scores = rows.select(wanted), [scores[row] for row in wanted]
     try:
         kl_coef = getattr(args, "kl_coef", args.init_kl_coef)  # --target_kl may have moved it
-        data = experience(rows, scores, args, kl_coef)
+        data = compute_advantages(rows, scores, args, kl_coef)
         if not math.isfinite(float(data.advantages.sum()) + float(args.neutral_score)):
             raise TypeError("a flag is no usual number")
     except (AttributeError, TypeError, KeyError, ValueError, RuntimeError) as error:
@@ -58,7 +58,7 @@ def add_tokens(run: Path, each: Round, shown: Collection[str]) -> str | None:
 
 
 def _of_row(rows: Any, data: Any, scores: list, row: int, neutral: float, tokenizer: Any) -> dict[str, list]:
-    from rl.experience import token_rewards
+    from rl.ppo import token_rewards
 
     begin, length = int(rows.offsets[row]), int(rows.lengths[row])
     rewards = token_rewards(rows, scores, [row], neutral, data.kl_coef)[1][0, :length]

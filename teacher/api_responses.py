@@ -1,0 +1,425 @@
+"""What an API answered: a reply in one of several forms, or an error and what it means.
+
+Errors are sorted (`failure_of`): retryable or not, perhaps charged or not, of one request or of the whole account.
+Replies are read (`read_body`) in the form of Anthropic's Messages API, of OpenAI's, or as server-sent events, as
+gateways and local servers send them. `redact` removes the key from every text before it is shown or saved. Knows no
+SDK: the provider's module (teacher/claude.py) turns its SDK's exceptions into ApiError and NoAnswer.
+"""
+
+from __future__ import annotations
+
+import base64
+import email.utils
+import functools
+import html
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ares.cli import Stop, UserError
+
+STOP_STATUS = 3  # exit status where money or the account ends the run
+# exceptions of httpx that say that the request was not sent
+NOT_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "ProxyError")
+ACCOUNT = re.compile(
+    r"credit balance|(insufficient|not enough|out of|no|purchase|buy|add( more)?) (credits?|funds?|balance|quota)\b|"
+    r"(usage|spend(ing)?|billing|budget|monthly|hard) (limit|cap|quota)s?\b|regain access|out of (extra )?usage|"
+    r"budget (has been |is |was )?exceeded|exceeded (your |the )?(current |monthly )?(quota|budget)|budgetexceeded|"
+    r"exceededbudget|payment (is )?required|billing error|plans & billing|billing details|unpaid|overdue|past due|"
+    r"(organi[sz]ation|account|workspace|subscription|project)( \S{1,60})? "
+    r"(has been|is|was) (\w+ )?(disabled|suspended|deactivated|blocked|banned|terminated|closed|restricted)",
+    re.IGNORECASE,
+)
+ABOUT_REQUEST = re.compile(r"\W*(messages|system|tools|output_config|max_tokens)\b")  # may quote the question
+STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal"}  # OpenAI's -> Anthropic's
+NO_TEXT = frozenset(("refusal", "max_tokens", "model_context_window_exceeded"))  # with these a reply may be empty
+# the status that belongs to each type of error
+STATUS = {
+    "invalid_request_error": 400, "authentication_error": 401, "billing_error": 402, "permission_error": 403,
+    "not_found_error": 404, "request_too_large": 413, "rate_limit_error": 429, "overloaded_error": 529,
+}  # fmt: skip
+
+
+class ApiError(Exception):
+    """The server answered with an error. `charged`: it came as HTTP 200, so that the work may have been done."""
+
+    def __init__(self, status: int, body: object, headers: Mapping[str, str] | None = None, charged: bool = False):
+        super().__init__(f"HTTP {status}")
+        self.status, self.body, self.headers, self.charged = status, body, headers or {}, charged
+
+
+class NoAnswer(Exception):
+    """No answer came. `kind`: the name of the exception of the HTTP library."""
+
+    def __init__(self, kind: str, timeout: bool = False):
+        super().__init__(kind)
+        self.kind, self.timeout = kind, timeout
+
+
+class NotAReply(ValueError):
+    """HTTP 200 whose body (`body`, as text) holds no reply."""
+
+    def __init__(self, body: str):
+        super().__init__("no reply")
+        self.text = body
+
+
+@dataclass(frozen=True)
+class Failure:
+    """`reason`: one word for counting. `charged`: the API may have done the work."""
+
+    reason: str
+    retryable: bool
+    charged: bool = False
+    status: int | None = None
+    retry_after: float | None = None  # seconds
+
+
+@dataclass(frozen=True)
+class Received:
+    """A reply's parts. `usage` is empty where the server did not say how many tokens were used."""
+
+    text: str
+    usage: dict[str, int]
+    model: str | None = None
+    stop_reason: str | None = None
+
+
+# -- errors ----------------------------------------------------------------------------------------------
+
+
+def error_body(body: object) -> dict[str, Any]:
+    """{"type", "message", "code", "details"} of an error body: the API's, the SDK's object of a batch result, or the
+    form of another server (`{"error": "..."}`, `{"detail": ...}`, a list, plain text). Missing ones are None."""
+    if isinstance(body, (bytes, str)):
+        text = body.decode(errors="replace") if isinstance(body, bytes) else body
+        try:
+            inner = json.loads(text) if text.lstrip()[:1] in ("{", "[") else None
+        except (ValueError, RecursionError):
+            inner = None
+        return error_body(inner) if isinstance(inner, (dict, list)) else _error_fields({"message": text})
+    if isinstance(body, Sequence):
+        return error_body(body[0]) if body else _error_fields({})
+    if not isinstance(body, Mapping):
+        names = ("type", "message", "code", "details", "error")
+        body = {name: getattr(body, name) for name in names if getattr(body, name, None) is not None}
+    for name in ("error", "errors", "detail"):
+        inner = body.get(name)
+        if inner and not isinstance(inner, (str, bool, int, float)):
+            return error_body(inner)
+        if isinstance(inner, str) and not body.get("message"):
+            return _error_fields({**body, "message": inner})
+    return _error_fields(body)
+
+
+def _error_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: body.get(name) for name in ("type", "message", "code", "details")}
+    if found["message"] is not None and not isinstance(found["message"], str):
+        found["message"] = json.dumps(found["message"], default=str)
+    return found
+
+
+def is_account_refusal(error: object) -> bool:
+    """Whether an error is about the whole account: credit, spend or usage limits, billing, a disabled organisation.
+
+    `error`: an exception, or an error body (mapping, text, or the SDK's object in a batch result). The API sends most
+    of these as HTTP 400 `invalid_request_error`, so the message decides. No request can succeed until the user acts:
+    stop at the first one (`as_user_error`).
+    """
+    status = error.status if isinstance(error, ApiError) else None
+    body = error_body(getattr(error, "body", error) if isinstance(error, Exception) else error)
+    if is_spend_limit({"error": body}):
+        return True
+    codes = {status, body["code"], str(body["code"]), body["type"]}
+    if codes & {402, "402", "billing_error"}:
+        return True
+    if status == 429 and retry_after(error.headers) is not None:
+        return False  # a rate limit, whatever its words: it passes
+    words = " ".join(str(body[name]).replace("_", " ") for name in ("type", "code") if body[name])
+    message = body["message"] or ""
+    return bool(ACCOUNT.search(words) or not ABOUT_REQUEST.match(message) and ACCOUNT.search(message))
+
+
+def is_spend_limit(body: object) -> bool:
+    """Whether an error body is one of the `..._spend_limit_reached` kinds, which do not pass."""
+    details = error_body(body)["details"]
+    code = details.get("error_code") if isinstance(details, Mapping) else None
+    return isinstance(code, str) and code.endswith("spend_limit_reached")
+
+
+def failure_of(error: Exception) -> Failure:
+    """Sort an error of one request. Connection errors and replies that break off may have been charged."""
+    if isinstance(error, ApiError):
+        status = error.status
+        not_the_api = status < 400  # a redirect, say
+        retryable = status in (408, 409, 429) or status >= 500
+        if is_account_refusal(error) or error.headers.get("x-should-retry") == "false":
+            retryable = False
+        after = retry_after(error.headers)
+        return Failure(f"api_{status}", retryable or not_the_api, error.charged or not_the_api, status, after)
+    if isinstance(error, NoAnswer):
+        return Failure("timeout" if error.timeout else "connection", True, charged=error.kind not in NOT_SENT)
+    return Failure("not_a_reply" if isinstance(error, NotAReply) else "broken_reply", True, charged=True)
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait as the API asks: `retry-after-ms`, or `retry-after` as a number or a date."""
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) / unit
+        except ValueError:
+            continue
+        return seconds if 0 <= seconds < float("inf") else None
+    when = email.utils.parsedate_tz(headers.get("retry-after", ""))
+    return max(0.0, email.utils.mktime_tz(when) - time.time()) if when else None
+
+
+def as_user_error(error: Exception, teacher: Any, request: Any, retries: int) -> UserError:
+    """What to raise for an error that ends the run: one line that says what, where and the fix, never the key.
+
+    `teacher`: an ApiTeacher. `request`: the one that failed, or None for a call about a batch. Exit status 3 where
+    the account is refused.
+    """
+    line = redact(_explain(error, teacher, request, retries), teacher.secret)
+    return Stop(line, STOP_STATUS) if is_account_refusal(error) else UserError(line)
+
+
+def _explain(error: Exception, teacher: Any, request: Any, retries: int) -> str:
+    address, key = teacher.address, teacher.key_name
+    again = "run the same command again to go on: replies so far are kept"
+    what = f"the request for question {request.qid}" if request is not None else "the batch"
+    why = said(error, teacher.secret)
+    if isinstance(error, NoAnswer):
+        return f"--base_url: cannot reach {address} after {retries} retries ({error.kind}); {again}"
+    if not isinstance(error, ApiError):
+        return f"--base_url: {address} sends no usable reply to {what}, but: {why}; name a server of this API"
+    status = error.status
+    if is_account_refusal(error):
+        kind = "the spend limit is reached" if is_spend_limit(error.body) else "the API refuses the whole account"
+        return f"{key}: {kind} ({status}: {why}); see billing and limits in the Console, then run this again to go on"
+    if status == 401:
+        return f"{key}: the API does not accept this key ({why}); export a valid one"
+    if status == 403:
+        return f"{key}: the key may not do this ({status}: {why}); see its workspace in the Console"
+    if status in (404, 405) and not _is_unknown_model(error):
+        if request is None:
+            return f"--batch: the server {address} has no Message Batches ({status}: {why}); leave --batch out"
+        return f"--base_url: {address} has no {teacher.api} ({status}: {why}); name the server's address without /v1"
+    if status == 404:
+        retired = teacher.retired.get(teacher.model)
+        unknown = f"was retired in {retired}" if retired else f"is not known at {address} ({why})"
+        return f"--teacher_model: {teacher.model} {unknown}; use --teacher_model {teacher.default_model}"
+    if status == 413:
+        return f"--images: {what} is too large for the API (413: {why}); shrink its images"
+    if failure_of(error).retryable:
+        name = teacher.name
+        return f"--teacher {name}: the API still answers {status} ({why}) after {retries} retries; wait, then {again}"
+    return f"--teacher_model: {teacher.model} does not accept {what} ({status}: {why})"
+
+
+def _is_unknown_model(error: ApiError) -> bool:
+    """The API's own 404 about a model; any other one is about the address."""
+    body = error_body(error.body)
+    return body["type"] == "not_found_error" and bool(re.match(r"\W*model\b", body["message"] or ""))
+
+
+def said(error: Exception, key: str) -> str:
+    """The server's own words, shortened, on one line, without the key."""
+    if isinstance(error, NotAReply):
+        return repr(redact(error.text[:2000], key)[:200]) if error.text.strip() else "an empty body"
+    if isinstance(error, NoAnswer):
+        return error.kind
+    body = getattr(error, "body", None)
+    message = error_body(body)["message"] if body else None
+    text = str(message or body or (str(error) if type(error) is ValueError else "") or type(error).__name__)
+    return redact(" ".join(text[:4000].split()), key)[:300]  # before the cut
+
+
+# -- replies ---------------------------------------------------------------------------------------------
+
+
+def read_body(data: bytes) -> Received:
+    """The reply in the body of an HTTP 200.
+
+    Raises ApiError, NotAReply (a web page, say), or ValueError for JSON or events that break off.
+    """
+    text = data.decode("utf-8-sig", errors="replace")
+    start = text.lstrip()[:1]
+    if start in ("{", "["):
+        try:
+            body = json.loads(text)
+        except RecursionError:
+            raise NotAReply(text) from None
+        return read_message(body)
+    if text.lstrip().startswith(("data:", "event:", ":")):
+        return read_message(_joined_events(text))
+    raise NotAReply(text)
+
+
+def read_message(body: Any) -> Received:
+    """The reply in a decoded body, of a batch's result too. Raises ApiError or NotAReply."""
+    shown = json.dumps(body, default=str) if not isinstance(body, str) else body
+    if not isinstance(body, Mapping):
+        raise NotAReply(shown)
+    if body.get("type") == "error" or body.get("error") and not body.get("content"):
+        raise _error_as_reply(body)
+    choice = body["choices"][0] if isinstance(body.get("choices"), list) and body["choices"] else {}
+    choice = choice if isinstance(choice, Mapping) else {}
+    outer = next((each for each in (choice, body) if isinstance(each.get("message"), Mapping)), None)
+    message = outer["message"] if outer else choice or body
+    found = [message.get(name) for name in ("content", "text", "completion", "response", "output_text")]
+    text = next((text for text in map(_text, found) if text is not None), None)
+    stop = message.get("stop_reason") or choice.get("finish_reason") or body.get("stop_reason")
+    stop = STOP_REASONS.get(str(stop), str(stop)) if stop is not None else None
+    if text is None and stop not in NO_TEXT:
+        raise NotAReply(shown)
+    model = body.get("model")
+    return Received(text or "", _usage(body.get("usage")), model if isinstance(model, str) and model else None, stop)
+
+
+def _error_as_reply(body: Mapping[str, Any]) -> ApiError:
+    """The error in the body of an HTTP 200, with the status that it should have had."""
+    error = body.get("error")
+    error = error if isinstance(error, Mapping) else body
+    codes = [error.get(name) for name in ("code", "status", "status_code")]
+    codes = [int(code) for code in codes if str(code).isdigit() and 400 <= int(code) <= 599]
+    return ApiError(STATUS.get(str(error.get("type"))) or next(iter(codes), 500), body, charged=True)
+
+
+def _text(content: Any) -> str | None:
+    """Of a string or of content blocks; None where there is neither."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return None
+    blocks = [{"text": block} if isinstance(block, str) else block for block in content]
+    blocks = [block for block in blocks if isinstance(block, Mapping)]
+    blocks = [block for block in blocks if block.get("type") in (None, "text", "output_text")]
+    return "".join(block["text"] for block in blocks if isinstance(block.get("text"), str))
+
+
+def _usage(usage: Any) -> dict[str, int]:
+    if not isinstance(usage, Mapping):
+        return {}
+    found = {
+        "input_tokens": usage.get("input_tokens", usage.get("prompt_tokens")),
+        "output_tokens": usage.get("output_tokens", usage.get("completion_tokens")),
+    }
+    if not all(_is_count(number) for number in found.values()):
+        return {}
+    lifetimes = usage.get("cache_creation")
+    cached = {**usage, **lifetimes} if isinstance(lifetimes, Mapping) else usage
+    for name in ("cache_creation_input_tokens", "cache_read_input_tokens", "ephemeral_1h_input_tokens"):
+        if _is_count(cached.get(name)) and cached[name]:
+            found[name] = cached[name]
+    return found
+
+
+def _is_count(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+
+
+def _joined_events(text: str) -> dict[str, Any]:
+    """The message that server-sent events (`data: {...}` lines) add up to. Raises ValueError if they break off."""
+    body: dict[str, Any] = {}
+    parts, usage, stop, ended, seen = [], {}, None, False, False
+    for line in text.splitlines():
+        if not line.startswith("data:") or not (data := line[5:].strip()):
+            continue
+        if data == "[DONE]":
+            ended = True
+            continue
+        event = json.loads(data)
+        if not isinstance(event, Mapping):
+            raise NotAReply(text)
+        if event.get("error"):
+            raise _error_as_reply(event)
+        seen = True
+        choice = (event.get("choices") or [{}])[0]
+        message, delta = event.get("message") or {}, event.get("delta") or choice.get("delta") or {}
+        parts += [piece for piece in (delta.get("text"), delta.get("content")) if isinstance(piece, str)]
+        body["model"] = message.get("model") or event.get("model") or body.get("model")
+        usage |= {**(message.get("usage") or {}), **(event.get("usage") or {})}
+        stop = delta.get("stop_reason") or choice.get("finish_reason") or stop
+        ended = ended or event.get("type") == "message_stop" or bool(choice.get("finish_reason"))
+    if not seen:
+        raise NotAReply(text)
+    if not ended:
+        raise ValueError("the events break off")
+    stop = STOP_REASONS.get(str(stop), stop)
+    return {**body, "content": "".join(parts), "usage": usage, "stop_reason": stop}
+
+
+# -- the key -------------------------------------------------------------------------------------------------
+
+PART = 12  # characters; shorter parts of a key are not replaced
+ESCAPE = re.compile(r"%[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|\\(?=[^\sa-zA-Z0-9])|&#?\w{1,8};")
+
+
+def redact(text: str, key: str) -> str:
+    """`text` with `***` for the API key and its parts of 12 characters and more.
+
+    Also where it is written in base64 (standard or URL-safe, at any alignment), hex, or with characters escaped as in
+    URLs, JSON, HTML or Python. Of a key below 12 characters only the whole is replaced, and not at all where it may
+    be a word (local servers take any key).
+    """
+    parts = _parts(key)
+    if not parts or not text:
+        return text
+    length = min(PART, len(key))
+    marks = bytearray(len(text))
+    view, places = text, list(range(len(text) + 1))  # place of each character of `view` in `text`
+    for _ in range(4):  # escapes of escapes
+        for i in range(len(view) - length + 1):
+            if view[i : i + length] in parts:
+                start, end = places[i], places[i + length]
+                marks[start:end] = b"\1" * (end - start)
+        if not ESCAPE.search(view):
+            break
+        view, places = _unescape(view, places)
+    if not any(marks):
+        return text
+    pieces, at = [], 0
+    for run in re.finditer(b"\1+", bytes(marks)):
+        pieces += [text[at : run.start()], "***"]
+        at = run.end()
+    return "".join([*pieces, text[at:]])
+
+
+@functools.lru_cache(maxsize=4)
+def _parts(key: str) -> frozenset[str]:
+    """All pieces of PART characters of the key as it is and as encoded."""
+    if len(key) < PART:
+        secret = len(key) >= 8 and any(map(str.isdigit, key)) and not key.isdigit()
+        return frozenset([key]) if secret else frozenset()
+    raw = key.encode()
+    forms = [key, raw.hex(), raw.hex().upper()]
+    for shift in range(3):
+        # the first and last characters also hold bits of the neighbours
+        inner = base64.b64encode(bytes(shift) + raw).decode().rstrip("=")[4 if shift else 0 : -1]
+        forms += [inner, inner.translate(str.maketrans("+/", "-_"))]
+    return frozenset(form[i : i + PART] for form in forms for i in range(len(form) - PART + 1))
+
+
+def _unescape(view: str, places: list[int]) -> tuple[str, list[int]]:
+    """One level of escapes undone, and the place of each character in the text."""
+    found, where, at = [], [], 0
+    for escape in ESCAPE.finditer(view):
+        found.append(view[at : escape.start()])
+        where += places[at : escape.start()]
+        at = escape.end()
+        word = escape[0]
+        if word[0] == "&":
+            plain = html.unescape(word)
+        elif word == "\\":
+            plain = ""
+        else:
+            plain = chr(int(word.lstrip("%\\ux"), 16))
+        found.append(plain)
+        where += [places[escape.start()]] * len(plain)
+    found.append(view[at:])
+    where += places[at:]
+    return "".join(found), where

@@ -1,0 +1,111 @@
+"""The records of Message Batches, one file each: what must outlive the client (teacher/batches.py says when).
+
+{questions_dir}/teacher/batches/{nonce}.json   intent -> submitted -> collected
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ares import files
+from ares.cli import UserError, in_one_line
+
+INTENT, SUBMITTED, COLLECTED = "intent", "submitted", "collected"
+
+
+@dataclass
+class Record:
+    """One batch on disk.
+
+    `asked`: custom_id -> {"item", "text" (hash of the request's text), "key" (of the whole request), "attempt" (from
+    1)}; once collected, where there is no usable reply, also "reason", "said" (a sentence), "replied" (an unusable
+    reply came) and "permanent" (the API called the request invalid). `from_list`: the id was found in the API's list
+    of batches, so it may be somebody else's batch; those that were are in `not_ours`. Without any batch it counts as
+    collected.
+    """
+
+    nonce: str
+    count: int
+    model: str
+    time: float
+    most_usd: float | None
+    asked: dict[str, dict[str, Any]]
+    state: str = INTENT
+    batch: str | None = None
+    from_list: bool = False
+    not_ours: list[str] = field(default_factory=list)
+    hash: str = ""  # unused; older records have it
+
+    @property
+    def entry(self) -> str:
+        """Its id in the spend log."""
+        return f"batch-{self.nonce}"
+
+    def is_sound(self) -> bool:
+        """Whether the fields have the types that the client relies on."""
+        return (
+            isinstance(self.count, int)
+            and isinstance(self.model, str)
+            and isinstance(self.time, int | float)
+            and isinstance(self.most_usd, int | float | None)
+            and self.state in (INTENT, SUBMITTED, COLLECTED)
+            and isinstance(self.batch, str | None)
+            and (self.state != SUBMITTED or bool(self.batch))
+            and isinstance(self.not_ours, list)
+            and isinstance(self.asked, dict)
+            and all(
+                isinstance(asked, dict)
+                and all(isinstance(asked.get(name), str) for name in ("item", "text", "key"))
+                and asked["item"].partition("/")[0].isdecimal()
+                and isinstance(asked.get("attempt"), int)
+                for asked in self.asked.values()
+            )
+        )
+
+
+class BatchStore:
+    """The records of a questions folder. Collected ones are kept: they count how often an item was asked."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+
+    def path(self, record: Record) -> Path:
+        return self.folder / f"{record.nonce}.json"
+
+    def records(self) -> list[Record]:
+        """All records, oldest first. Raises UserError for one that cannot be read."""
+        found = []
+        for path in self.folder.glob("*.json"):
+            try:
+                record = Record(**files.parse_json(files.read_shared(path).decode("utf-8-sig")))
+                for asked in record.asked.values():
+                    asked.setdefault("key", asked.get("item"))  # records of earlier versions have none
+                if record.nonce != path.stem or not record.is_sound():  # the nonce names the file that is written next
+                    raise ValueError("not a batch record")
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"{path} is damaged ({in_one_line(error, 160)}); it names a batch that was paid for: mend it, or "
+                    "delete it to have its requests asked again"
+                ) from None
+            found.append(record)
+        return sorted(found, key=lambda record: record.time)
+
+    def pending(self) -> list[Record]:
+        """Batches whose results are not collected, oldest first. Raises UserError for a damaged record."""
+        return [record for record in self.records() if record.state != COLLECTED]
+
+    def save(self, record: Record) -> None:
+        """Raises UserError if the file cannot be written."""
+        files.write_json(self.path(record), asdict(record), indent=None)
+
+    def refuse_pending(self) -> None:
+        """Raise UserError if batches are pending: asking live would pay for the same items again."""
+        if pending := self.pending():
+            model = ", ".join(sorted({record.model for record in pending}))
+            raise UserError(
+                f"{len(pending)} batches with {sum(record.count for record in pending)} requests are pending "
+                f"({self.folder}, asked of {model}); collect them with --batch, or remove that folder to give them up"
+            )

@@ -1,0 +1,25 @@
+"""Fixtures of the Teacher's tests: a local server that speaks the API, and a questions folder of real questions."""
+
+import pytest
+
+from teacher import api_teacher, batches
+from tests.api_server import ApiServer, score_by_text
+from tests.teacher.teacher_tools import many_items
+
+
+@pytest.fixture
+def server(monkeypatch, api_environment):
+    """The API, with a client that pauses for milliseconds only."""
+    monkeypatch.setattr(api_teacher, "BACKOFF", 0.02)
+    monkeypatch.setattr(batches, "SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(batches, "BACKOFF", 0.002)
+    with ApiServer(score_by_text) as server:
+        server.most_batches = 30
+        yield server
+
+
+@pytest.fixture
+def questions(tmp_path, problems):
+    """12 text-only items of 4 actions, no two alike, with their requests."""
+    many_items(tmp_path / "questions", 12, problems)
+    return tmp_path / "questions"

@@ -1,0 +1,232 @@
+"""Features of many images: the images of a folder, their decoding in batches, and rows on disk that survive a kill.
+
+    images = list_images("images")
+    store = FeatureStore(Path("vision_features"), settings, encoder.stored)
+    extract(encoder, images, store)
+    store.finish(Path("vision_features/vit.pth"))
+
+The script is extract_features.py; torch is imported by the functions that need it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ares import files
+from ares.cli import UserError, print0, progress, warn0
+from ares.data_folder import question_images
+from vision.networks import Encoder, by_size, read_image
+
+if TYPE_CHECKING:
+    import torch
+
+SPLITS = ("train", "val", "test")
+MAX_WORKERS = 16  # of the default: a GPU needs no more
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def list_images(folder: str | Path, splits: Sequence[str] | None = None, flag: str = "--data_root") -> dict[str, Path]:
+    """Question id -> image file, sorted by number: `{qid}/image.png`, else the first choice image.
+
+    `splits` names subfolders that hold the questions' folders; the default is those of train, val and test that exist.
+    Raises UserError if a folder is absent or holds no image, or if a question has two folders.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{flag}: {folder} is no folder; name the folder that holds {{qid}}/image.png")
+    found = [name for name in splits or SPLITS if (folder / name).is_dir()]
+    if splits and len(found) < len(splits):
+        raise UserError(f"--splits: no folder {', '.join(sorted(set(splits) - set(found)))} in {folder}")
+    images: dict[str, Path] = {}
+    for root in [folder / name for name in found] or [folder]:
+        for place in root.iterdir():
+            paths = question_images(root, place.name) if place.is_dir() else []
+            if paths and place.name in images:
+                raise UserError(
+                    f"{flag}: question {place.name} has two folders, {images[place.name].parent} and {place}"
+                )
+            if paths:
+                images[place.name] = paths[0]
+    if not images:
+        raise UserError(f"{flag}: no {{qid}}/image.png or {{qid}}/choice_0.png in {folder}")
+    # numbers by value, then other ids by name
+    order = sorted(images, key=lambda qid: (0, int(qid), qid) if qid.isdecimal() else (1, 0, qid))
+    return {qid: images[qid] for qid in order}
+
+
+# -- rows on disk ----------------------------------------------------------------------------------------
+
+
+class FeatureStore:
+    """Features under construction: a mapped array on disk, and beside it a record of how many rows are finished.
+
+    Args:
+        folder: holds `.{img_type}.part.npy` and `.{img_type}.part.json`.
+        settings: at least img_type, dtype and rows; the record of an earlier run is continued if it has the same ones.
+        stored: shape of one image's features.
+
+    Raises UserError if the files of an earlier run are damaged, DiskError.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], stored: tuple[int, ...]):
+        self.array_file = folder / f".{settings['img_type']}.part.npy"
+        self.record_file = folder / f".{settings['img_type']}.part.json"
+        settings = {**settings, "stored": list(stored)}
+        self.record = {**settings, "done": 0, "broken": []}
+        if self.record_file.exists() and self.array_file.exists():
+            earlier = files.read_json(self.record_file, "--output_dir", dict)
+            if type(earlier.get("done")) is not int or not isinstance(earlier.get("broken"), list):
+                raise UserError(f"--output_dir: {self.record_file} is damaged; remove it to begin anew")
+            if not changed(settings, earlier):
+                self.record = earlier
+                print0(f"continuing after {self.record['done']} of {settings['rows']} images")
+        shape = (settings["rows"], *stored)
+        if self.record["done"]:
+            self.array = self._open(shape, settings["dtype"])
+            return
+        self.record_file.unlink(missing_ok=True)
+        with files.writing(self.array_file):
+            self.array = np.lib.format.open_memmap(self.array_file, mode="w+", dtype=settings["dtype"], shape=shape)
+            with open(self.array_file, "rb+") as file:  # a full disk would kill the process that writes to the map
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+
+    def _open(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            array = np.load(self.array_file, mmap_mode="r+", allow_pickle=False)
+            if array.shape == shape and array.dtype == dtype:
+                return array
+        raise UserError(f"--output_dir: {self.array_file} is damaged; remove it, then run the same command again")
+
+    def append(self, features: np.ndarray, broken: Sequence[str]) -> None:
+        """Add the rows of a batch, and record them once they are on disk."""
+        done = self.record["done"]
+        self.array[done : done + len(features)] = features
+        with files.writing(self.array_file):
+            self.array.flush()
+        self.record["done"] = done + len(features)
+        self.record["broken"] += broken
+        files.write_json(self.record_file, self.record)
+
+    def finish(self, path: Path) -> None:
+        """Move the rows to `path`: a .npy as it is, a .pth as one tensor."""
+        if path.suffix == ".npy":
+            os.replace(self.array_file, path)  # every batch was flushed
+        else:
+            import torch
+
+            # into an open file: given a path, torch would write the temporary name into the archive
+            with files.atomic_path(path) as temporary, open(temporary, "wb") as file:
+                torch.save(torch.from_numpy(self.array), file)
+        self.array_file.unlink(missing_ok=True)
+        self.record_file.unlink(missing_ok=True)
+
+
+def changed(settings: dict[str, Any], record: Any) -> list[str]:
+    """Names of the settings that differ from an earlier run's record."""
+    return [name for name in settings if not isinstance(record, dict) or settings[name] != record.get(name)]
+
+
+# -- the loop --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Consecutive images: those of each size stacked (B, 3, H, W), with their positions in the batch."""
+
+    qids: list[str]
+    stacks: list[tuple[list[int], torch.Tensor]]
+    broken: dict[str, str] = field(default_factory=dict)  # question id -> why its image cannot be read
+
+
+def default_workers(device: str) -> int:
+    """Decoding processes beside a GPU: one per core. None on a CPU, where they would slow the network down."""
+    return min(len(os.sched_getaffinity(0)), MAX_WORKERS) if device == "cuda" else 0
+
+
+def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: int, workers: int) -> Iterator[Batch]:
+    """The images from number `done` on, in order, decoded by `workers` processes, or by threads of this one."""
+    from torch.utils.data import DataLoader
+
+    class Images:
+        def __init__(self):
+            self.rows = list(images.items())[done:]
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitems__(self, positions):
+            return list(map(self.load, positions) if workers else threads.map(self.load, positions))
+
+        def load(self, position):
+            qid, path = self.rows[position]
+            try:
+                return qid, encoder.transform(read_image(path)), ""
+            except (OSError, ValueError) as error:
+                return qid, None, f"{path}: {error}"
+
+    def collate(rows):
+        sound = [position for position, (_, pixels, _) in enumerate(rows) if pixels is not None]
+        groups = by_size([rows[position][1] for position in sound])
+        stacks = [([sound[i] for i in positions], pixels) for positions, pixels in groups]
+        return Batch([qid for qid, *_ in rows], stacks, {qid: why for qid, pixels, why in rows if pixels is None})
+
+    context = "fork" if workers else None  # the default of Python 3.14 would have to pickle the classes above
+    # the threads end with the loop: OpenMP waits less eagerly in a process with more of them than cores, which slows
+    # every other matrix product
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        yield from DataLoader(
+            Images(), batch_size=batch_size, num_workers=workers, collate_fn=collate, multiprocessing_context=context
+        )
+
+
+def extract(
+    encoder: Encoder,
+    images: dict[str, Path],
+    store: FeatureStore,
+    batch_size: int = 16,
+    workers: int | None = None,
+    strict: bool = False,
+) -> None:
+    """Fill the rows of `store` that are not done; broken images get zeros, or, with `strict`, raise UserError.
+
+    `workers`: processes that decode images, 0: threads of this process; None: `default_workers`.
+    """
+    if workers is None:
+        workers = default_workers(next(encoder.network.parameters()).device.type)
+    done = store.record["done"]
+    with (
+        progress(desc=encoder.img_type, total=len(images), initial=done, unit="img") as bar,
+        ThreadPoolExecutor(1) as writer,  # writes a batch to disk while the next one is computed
+    ):
+        written = None
+        for batch in batches(encoder, images, done, batch_size, workers):
+            for qid, reason in batch.broken.items():
+                if strict:
+                    raise UserError(f"--strict: question {qid}: cannot read {reason}")
+                warn0(f"question {qid}: cannot read {reason}; its row is zeros")
+            features = np.zeros((len(batch.qids), *encoder.stored), dtype=store.array.dtype)
+            for positions, pixels in batch.stacks:
+                features[positions] = encoder.features(pixels).numpy()
+            if written:
+                written.result()
+            written = writer.submit(store.append, features, list(batch.broken))
+            bar.update(len(batch.qids))
+        if written:
+            written.result()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed blocks of up to 1 GB instead of returning those over 32 MB to the system: getting the next
+    one page by page took 11% of a ViT-L's time on a CPU. Does nothing with another C library."""
+    with contextlib.suppress(AttributeError, OSError):
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            ctypes.CDLL(None).mallopt(parameter, 2**30)
