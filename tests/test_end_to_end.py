@@ -378,7 +378,9 @@ def check_demo_report(output, table):
     assert len(samples) == 64 * len(parts["main"]["rounds"]) and len(parts["details"]["corrections"]) == 32
     for each in samples:
         assert sum(each["rewards"]) == pytest.approx(each["reward"], abs=len(each["rewards"]))
-    assert parts["images"]["of"] and parts["main"]["notes"] == []
+    assert parts["images"]["of"]
+    # a model that learned nothing gives no answers that can be read; nothing else is to be noted
+    assert [note for note in parts["main"]["notes"] if "could not be read" not in note] == []
 
 
 def test_demo_script_explains_itself(tmp_path):

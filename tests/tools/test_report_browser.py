@@ -299,7 +299,7 @@ def scienceqa_sized() -> collect.Inputs:
     for name in ("MM-CoT", "RL", "SFT", "LoRA"):
         preds = [paragraph(4) for _ in problems]
         sentences = [split_text(pred) for pred in preds]
-        scores = [[draw.randint(0, 10) / 10 for _ in each] for each in sentences]
+        scores = [[draw.randint(0, 100) / 100 for _ in each] for each in sentences]
         answers = [draw.randint(-1, 2) for _ in preds]
         figures = {"rationale": {"rouge": 50.0}, "answer": {"acc_average": 50.0}}
         file = Predictions(ROOT, preds, list(problems), preds, preds, scores=figures)
@@ -328,6 +328,9 @@ def test_4241_questions_and_four_stages_fit_in_40_mb_and_a_page_of_few_elements(
     assert until(lambda: chromium.execute_script(ready))
     assert text(chromium, "#count") == "4,241 questions" and "Question 4000" in text(chromium, "#detail")
     assert len(css(chromium, ".row")) < 60, "only the visible rows are in the page"
+    row = inputs.stages[0].splits["test"].file.qids.index("4000")
+    wanted = [score for stage in inputs.stages for score in stage.splits["test"].scores[row]]
+    assert [float(each.text) for each in css(chromium, "#detail .sent .n")] == wanted
     chromium.find_element("id", "search").send_keys("abcd")
     assert until(lambda: text(chromium, "#count") != "4,241 questions")
     print(f"{path.stat().st_size / 1e6:.1f} MB; opened in {chromium.execute_script(ready):.0f} ms")

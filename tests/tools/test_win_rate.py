@@ -188,6 +188,14 @@ def test_protocols_and_splits_have_a_result_each(data_root, problems, tmp_path, 
     }  # fmt: skip
     assert (tmp_path / "out/win_rate_paper.json").read_bytes() == earlier
     assert "verdicts: " + str(tmp_path / "out/win_rate_paper_val.json") in capsys.readouterr().out
+    drawn = []
+    for seed in ("1", "2"):
+        output = ["--output", str(tmp_path / seed), "--questions", "6", "--seed", seed]
+        win_rate.main([*argv["test"], *output])
+        result = json.loads((tmp_path / seed / "win_rate.json").read_text())
+        drawn.append({verdict["qid"] for verdict in result["verdicts"]})
+    assert len(drawn[0]) == len(drawn[1]) == 6 and drawn[0] != drawn[1], "--seed draws the --questions"
+    capsys.readouterr()
     # both tools read each of them, whatever its name
     paths = [word for name in written for word in ("--win_rate", str(tmp_path / "out" / name))]
     results.main([*paths, "--published", "none"])
@@ -221,6 +229,10 @@ def test_the_summary_of_known_verdicts(problems):
     subjects = {problems[qid]["subject"] for qid in qids[:5]} | {problems[qids[6]]["subject"]}
     assert {"natural", "social", "language"} & found["rows"].keys() == {name.split()[0] for name in subjects}
     assert win_rate.rates(["tie", "tie"], 0)["decided"] is None
+    many = win_rate.rates(["a"] * 30 + ["b"] * 10 + ["tie"] * 5, 0)
+    for name in ("win_rate", "decided"):
+        low, high = many[f"{name}_interval"]
+        assert 50 < low < many[name] < high < 95
 
 
 def test_text_of_rationales_is_data(problems):
