@@ -134,7 +134,7 @@ def make_rollouts(world: rl_common.World, args: argparse.Namespace) -> ppo.Score
     )
     noise = torch.randn(2, len(logprobs), generator=g)
     one = torch.ones(len(rows))
-    return ppo.ScoredRollouts(rolls, noise[0], noise[1], one, one, one, one.bool(), 0.0)
+    return ppo.ScoredRollouts(rolls, noise[0], noise[1], noise[1], one, one, [[1.0]] * len(rows), one.bool(), 0.0)
 
 
 def peak(function: Callable) -> int:

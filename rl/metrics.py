@@ -15,7 +15,8 @@ from ares.sentences import sentences_from_ids
 
 
 class Metrics:
-    """Writes `metrics.jsonl`, and TensorBoard or W&B besides. A line has its kind (rollout, update, epoch).
+    """Writes `metrics.jsonl`, and TensorBoard or W&B besides. A line has its kind (rollout,
+    value_warmup, update, epoch).
 
     Lines after the update that a killed run resumes from are dropped, so none is there twice.
     """
@@ -37,14 +38,17 @@ class Metrics:
         elif self.active and report_to == "wandb":
             self.wandb = _wandb_run(Path(run), config)
 
-    def rewind(self, number: int, updates_done: int | None) -> None:
-        """Drop lines of round `number` beyond `updates_done` updates (None: all of them), and a cut last line."""
+    def rewind(self, number: int, updates_done: int | None, epoch: int = 0) -> None:
+        """Drop lines of round `number` beyond `updates_done` updates (None: all of them), and a cut last line; of the
+        value warm-up those of `epoch` and later ones."""
         if not self.active or not self.path.exists():
             return
 
         def keep(entry: dict[str, Any]) -> bool:
             if entry["round"] != number:
                 return entry["round"] < number
+            if entry["kind"] == "value_warmup" and entry.get("epoch", epoch) >= epoch:
+                return False
             return updates_done is not None and entry["update"] <= updates_done
 
         kept = [json.dumps(entry) + "\n" for entry in read_metrics(self.path, "--run_dir") if keep(entry)]
@@ -158,7 +162,10 @@ def write_samples(path: Path, data: Any, scores: Sequence[Sequence[float]], text
 
 def summary(values: dict[str, float]) -> str:
     """The few numbers of a log line."""
-    names = ("mean_sentence_score", "reward", "policy_loss", "value_loss", "approx_kl", "kl_ref", "clipfrac", "length")
+    names = (
+        "mean_sentence_score", "reward", "policy_loss", "value_loss", "explained_variance", "approx_kl", "kl_ref",
+        "clipfrac", "signal_share", "length",
+    )  # fmt: skip
     return "  ".join(f"{name} {values[name]:.4g}" for name in names if name in values)
 
 

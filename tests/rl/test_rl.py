@@ -114,11 +114,13 @@ OTHER_VALUES = {
     "rollouts": dict(
         use_caption=True, img_type="vit", train_split="minitrain", train_le="x", options=["A"], prompt_format="QCM-E",
         input_len=9, output_len=9, bs=9, seed=9, k_actions=9, do_sample=True, top_k=9, top_p=0.9, algo="rloo",
+        value_init="zero",
     ),
     "updates": dict(
         lr=9.0, seed=9, rl_batch_size=9, rl_epochs=9, ga_step=9, init_kl_coef=0.9, clip_range=0.9, vf_coef=0.9,
         gamma=0.9, gae_lambda=0.9, adv_normalization=False, neutral_score=0.9, max_grad_norm=9.0,
         lr_scheduler="linear", target_kl=9.0, early_stop_kl=9.0, entropy_coef=0.9, vf_clip_range=0.9, precision="bf16",
+        rloo_baseline="sentence", group_by_question=True, value_warmup=9, value_init="zero", vf_lr=9.0, adam_eps=9.0,
     ),
 }  # fmt: skip
 
@@ -385,7 +387,8 @@ def test_an_optimizer_that_fits_no_model_is_refused_before_anyone_is_paid(world,
     policy = model.T5ForMultimodalGeneration.from_pretrained(folder)
     value = model.T5ForMultimodalGenerationValueFunction.from_pretrained(folder)
     model.save_value_function(value, folder)
-    torch.save(optimizer_state(*make_optimizer(ActorCritic(policy, value), lr=1e-3)), folder / "optimizer_state.pth")
+    made = make_optimizer(ActorCritic(policy, value), SimpleNamespace(lr=1e-3, vf_lr=None, adam_eps=1e-8))
+    torch.save(optimizer_state(*made), folder / "optimizer_state.pth")
     info = model.check_checkpoint(folder, policy.config.patch_size)
     run_mm_cot_rl.check_optimizer(SimpleNamespace(base_model_dir=folder, algo="ppo"), info)
     with pytest.raises(UserError, match="--algo"):

@@ -256,7 +256,7 @@ def test_checkpointed_gradients_are_those_of_eval_mode_and_blocks_run_twice(tmp_
 def test_rloo_advantages_are_those_of_a_plain_loop(monkeypatch):
     rows = random_rollouts(9)
     scores = [[0.1 * (i + j) % 1 for j in range(int(n))] for i, n in enumerate(rows.sentence_counts)]
-    args = SimpleNamespace(neutral_score=0.5, init_kl_coef=0.3, gamma=0.9, algo="rloo")
+    args = SimpleNamespace(neutral_score=0.5, init_kl_coef=0.3, gamma=0.9, algo="rloo", rloo_baseline="token")
     monkeypatch.setattr(ppo, "CHUNK_ROWS", 3)
     data = ppo.compute_advantages(rows, scores, args, 0.3)  # never parts a question's two rows
     to_go = []
