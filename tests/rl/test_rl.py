@@ -243,7 +243,9 @@ def test_two_processes_then_a_second_round(world, collected, tmp_path):
     assert steps == {4 + 2 * math.ceil(12 / 4)}, "the optimizer went on from round 0"
 
 
-@pytest.mark.parametrize("passes", [{}, {"pass_tokens": 10**6}], ids=["minibatches", "joined"])
+@pytest.mark.parametrize(
+    "passes", [{"value_warmup": 1, "vf_lr": 2e-3}, {"pass_tokens": 10**6}], ids=["minibatches, warm-up", "joined"]
+)
 def test_one_process_and_two_make_the_same_update(world, collected, tmp_path, passes):
     """1 process x 4 accumulation steps = 2 x 2, on 14 rationales in minibatches of 5, 5 and 4: the second process has
     one real minibatch and one that weighs nothing, or, joined, 5 rows where the first has 9.
@@ -253,7 +255,7 @@ def test_one_process_and_two_make_the_same_update(world, collected, tmp_path, pa
     """
     one, two = copy(collected, tmp_path / "one"), copy(collected, tmp_path / "two")
     how = {"phase": "train", "rl_epochs": 1, "rl_batch_size": 5}
-    launch(world, one, ga_step=4, **how)
+    launch(world, one, ga_step=4, **how, **{name: value for name, value in passes.items() if name != "pass_tokens"})
     run_script("run_mm_cot_rl.py", *flags(world, two, ga_step=2, **how, **passes), nproc=2, env=ONE_THREAD)
     a, b, start = weights(one / "0"), weights(two / "0"), weights_of_base(world.base)
     assert max(float((a[name] - start[name]).abs().max()) for name in start) > 9e-4
