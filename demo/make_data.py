@@ -54,7 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def identity(question: Question) -> tuple:
     """Equal for two equal questions: the facts that decide the answer, the set of choices and the pictures."""
     images = tuple((name, image.tobytes()) for name, image in question.images.items())
-    return question.skill, question.facts or question.question + question.hint, frozenset(question.choices), images
+    return question.about[-1], question.facts or question.question + question.hint, frozenset(question.choices), images
 
 
 def draw_questions(names: Sequence[str], count: int, seed: int) -> list[tuple[str, Question]]:
@@ -102,10 +102,7 @@ def problem(question: Question, split: str, rng: Random) -> dict:
         "image": "image.png" if "image.png" in question.images else None,
         "task": "closed choice",
         "grade": f"grade{rng.randint(*question.grades)}",
-        "subject": question.subject,
-        "topic": question.topic,
-        "category": question.category,
-        "skill": question.skill,
+        **dict(zip(("subject", "topic", "category", "skill"), question.about, strict=True)),
         "lecture": question.lecture,
         "solution": question.solution,
         "split": split,
