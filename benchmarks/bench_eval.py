@@ -46,7 +46,7 @@ class Sides:
         flags = common.sft_flags("--use_generate", "--eval_bs", str(EVAL_BS), "--prompt_format", "QCM-E",
                                  "--output_len", str(OUTPUT_LEN))  # fmt: skip
         bf16 = cli.mixed_precision(flags.precision) == "bf16"
-        self.predictor = Predictor(flags, data.problems, data.tokenizer, data.collator(), self.device, bf16=bf16)
+        self.predictor = Predictor(flags, data.problems, data.tokenizer, data.collator, self.device, bf16=bf16)
 
     def texts(self, dataset, rows: list[list[int]]) -> list[dict[str, str]]:
         """qid -> decoded row: the predictions, and the references."""
@@ -109,13 +109,13 @@ def growth(sides: Sides, questions: int) -> dict[str, float]:
 
 def how_close(sides: Sides, per_row: float) -> str:
     """On a GPU the FLOPs of real tokens over the peak; on a CPU the share of the bare matrix products."""
-    rows, model = common.lengths(sides.dataset), sides.fast  # texts end at the lengths of their targets
+    model, rows = sides.fast, sides.dataset
     if sides.device.type == "cuda":
-        flops = sum(limits.row_flops(model.config, *row) for row in rows) / len(rows)
+        flops = limits.mean_flops(model.config, rows)  # texts end at the lengths of their targets
         return limits.utilisation(flops, per_row, "cuda", torch.bfloat16 if sides.predictor.bf16 else torch.float32)
     with model.ending_greedy():
         predict = sides.predictor.predict
-        return limits.share_of_products(lambda: predict(model, sides.dataset, "products"), "cpu", len(rows), per_row)
+        return limits.share_of_products(lambda: predict(model, rows, "products"), "cpu", len(rows), per_row)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import torch.nn.functional as F
 
 from ares import cli
 from ares.decoding import action_mask
@@ -68,7 +69,7 @@ class Bench:
         (ours,), k = self.ours(min(4, self.args.questions)), self.args.k_actions
         actions = ours["actions"]
         repeated = {name: tensor.repeat_interleave(k, 0) for name, tensor in prompt.items()}
-        wide = released_rl.padded_actions(actions, self.args.output_len).to(self.world.device)
+        wide = F.pad(actions, (0, self.args.output_len - actions.size(1))).to(self.world.device)
         models, equal = self.world.models, []
         for name, model in (("logprobs", models.policy), ("values", models.value_function)):
             got = sampling.evaluate_actions(model, prompt, actions, k, value=name == "values")

@@ -29,7 +29,7 @@ def check_equal(data: common.BenchData, features: released_recipe.LoadedFeatures
     """Loss and gradients of eight questions, padded to 512 + 512 against padded to their longest."""
     dataset = data.dataset("train", BS)
     items = [dataset[i] for i in range(BS)]
-    batches = {"released": released_recipe.padded_batch(items, features), "ours": data.collator()(items)}
+    batches = {"released": released_recipe.padded_batch(items, features), "ours": data.collator(items)}
     losses, gradients = [], []
     for side, batch in batches.items():
         model = T5ForMultimodalGeneration.from_pretrained(data.model).to(device).eval()
@@ -56,7 +56,7 @@ def our_trainers(data: common.BenchData, out: Path, samples: int) -> dict:
         training_args.save_strategy = "no"
         choose_attention(model, training_args.device)
         trainers[n] = SFTTrainer(
-            model, training_args, data.collator(), data.dataset("train", n * samples), None,
+            model, training_args, data.collator, data.dataset("train", n * samples), None,
             processing_class=data.tokenizer, evaluate_with=None, save_minutes=0, ctrl_c=launch.CtrlC(),
         )  # fmt: skip
     return trainers
@@ -94,13 +94,13 @@ def how_close(trainer, data: common.BenchData, device: str, per_sample: float) -
     """On a GPU the FLOPs of real tokens over the peak; on a CPU the share of the bare matrix products."""
     dataset, model = trainer.train_dataset, trainer.model.train()
     if device == "cuda":
-        flops = 3 * sum(limits.row_flops(model.config, *row) for row in common.lengths(dataset)) / len(dataset)
+        flops = 3 * limits.mean_flops(model.config, dataset)
         return limits.utilisation(flops, per_sample, device, torch.bfloat16 if trainer.args.bf16 else torch.float32)
     order = [i for batch in trainer.batches for i in batch]
 
     def epoch():
         for start in range(0, len(order), BS):
-            model(**data.collator()([dataset[i] for i in order[start : start + BS]])).loss.backward()
+            model(**data.collator([dataset[i] for i in order[start : start + BS]])).loss.backward()
         model.zero_grad()
 
     return limits.share_of_products(epoch, device, len(dataset), per_sample)

@@ -130,6 +130,7 @@ class BenchData:
     qids: dict[str, list[str]]
     tokenizer: Any
     features: Any  # VisionFeatures
+    collator: Any
     model: Path  # a checkpoint folder (policy and tokenizer) of `build_model`; either class loads it
 
     def dataset(self, split: str, count: int | None = None) -> Any:
@@ -144,15 +145,10 @@ class BenchData:
 
         return RationaleDataset(self.problems, qids, self.tokenizer, self.args)
 
-    def collator(self) -> Any:
-        from utils_data import Collator
-
-        return Collator(self.tokenizer.pad_token_id, self.features)
-
 
 def load(args: argparse.Namespace) -> BenchData:
     """Questions with captions, as the users' commands read them (`--use_caption`), and a model of --size."""
-    from utils_data import load_data, load_tokenizer
+    from utils_data import Collator, load_data, load_tokenizer
 
     source = find_source()
     features = cache_dir() / f"vision_features_{source.name}"
@@ -171,7 +167,8 @@ def load(args: argparse.Namespace) -> BenchData:
         with files.atomic_dir(folder) as temporary:
             build_model(args.size, vocabulary, args.seed, data.features.shape).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-    return BenchData(flags, data.problems, data.qids, tokenizer, data.features, folder)
+    collator = Collator(tokenizer.pad_token_id, data.features)
+    return BenchData(flags, data.problems, data.qids, tokenizer, data.features, collator, folder)
 
 
 def sft_flags(*argv: str) -> argparse.Namespace:
@@ -199,11 +196,6 @@ def _make_features(folder: Path, source: Source) -> None:
         np.save(file, np.random.default_rng(0).standard_normal((FEATURE_ROWS, *VIT), dtype=np.float32))
     pictured = [qid for qid, problem in problems.items() if problem["image"]]
     files.write_json(folder / "name_map.json", {qid: i % FEATURE_ROWS for i, qid in enumerate(pictured)})
-
-
-def lengths(dataset: Any) -> list[tuple[int, int]]:
-    """(prompt, target) tokens of every row."""
-    return [(len(ids), len(labels)) for ids, labels in zip(dataset.input_ids, dataset.labels, strict=True)]
 
 
 def config_of(size: str, vocabulary: int, patch_size: tuple[int, int]) -> Any:

@@ -39,6 +39,12 @@ def row_flops(config: Any, prompt: int, target: int) -> float:
     return float(total)
 
 
+def mean_flops(config: Any, dataset: Any) -> float:
+    """`row_flops` of a `RationaleDataset`'s prompts and targets: the mean over its rows."""
+    rows = zip(dataset.input_ids, dataset.labels, strict=True)
+    return sum(row_flops(config, len(prompt), len(target)) for prompt, target in rows) / len(dataset)
+
+
 class Products(TorchDispatchMode):
     """Counts the matrix products that run under it: operator, sizes, strides, dtype."""
 

@@ -9,6 +9,7 @@ log_softmax of all logits at once; numbers fetched from the device in every mini
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +29,6 @@ def padded(prompt: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**prompt, **wide}
 
 
-def padded_actions(actions: Tensor, output_len: int) -> Tensor:
-    return F.pad(actions, (0, output_len - actions.size(1)))
-
-
 def all_logprobs(logits: Tensor, actions: Tensor) -> Tensor:
     """(B, T) log-probabilities of actions (B, T + 1) from log_softmax of all logits (B, T, V)."""
     return logits.float().log_softmax(-1).gather(-1, actions[:, 1:, None]).squeeze(-1)
@@ -45,18 +42,13 @@ def score(model: nn.Module, prompt: dict[str, Tensor], actions: Tensor) -> Tenso
     return scores.float() * action_mask(actions)
 
 
-class EndAt:
+def end_at(lengths: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
     """A processor of logits: text i ends after `lengths[i]` tokens (`</s>` counted), and no sooner."""
-
-    def __init__(self, lengths: Tensor):
-        self.lengths = lengths
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, EOS] = -torch.inf
-        ends = self.lengths <= ids.size(1)
-        scores[ends] = -torch.inf
-        scores[ends, EOS] = 0.0
-        return scores
+    scores[:, EOS] = -torch.inf
+    ends = lengths <= ids.size(1)
+    scores[ends] = -torch.inf
+    scores[ends, EOS] = 0.0
+    return scores
 
 
 @torch.no_grad()
@@ -69,9 +61,9 @@ def rollouts(
     for action in range(k):
         actions = models.policy.generate(
             **padded(prompt), use_cache=False, do_sample=True, top_k=top_k, max_length=output_len,
-            suppress_tokens=[0], logits_processor=[EndAt(lengths[:, action])],
+            suppress_tokens=[0], logits_processor=[partial(end_at, lengths[:, action])],
         )  # fmt: skip
-        actions = padded_actions(actions, output_len)
+        actions = F.pad(actions, (0, output_len - actions.size(1)))
         three = {"logprobs": models.policy, "ref_logprobs": models.reference, "values": models.value_function}
         passes.append({"actions": actions} | {name: score(model, prompt, actions) for name, model in three.items()})
     return {name: torch.stack([one[name] for one in passes], 1).flatten(0, 1).cpu() for name in passes[0]}
@@ -94,7 +86,8 @@ def update(trainer: Any, optimizer: torch.optim.Optimizer, step: list, output_le
         T = output_len - 1
         flat = [roll.pad(one, minibatch)[0] for one in (roll.logprobs, data.returns)]
         wide = [F.pad(one, (0, T - one.size(1))).to(device) for one in flat]
-        actions = padded_actions(roll.actions(minibatch)[0], output_len).to(device)
+        actions = roll.actions(minibatch)[0]
+        actions = F.pad(actions, (0, output_len - actions.size(1))).to(device)
         adv = advantages[[rows.index(row) for row in minibatch]]
         adv = F.pad(adv, (0, T - adv.size(1))).to(device)
         mask = action_mask(actions)

@@ -41,7 +41,7 @@ class World:
         for model in (self.models.policy, self.models.reference, self.models.value_function):
             choose_attention(model, self.device)
         self.dataset = data.dataset("train", questions)
-        self.prompts = Prompts(self.dataset, data.collator(), self.device)
+        self.prompts = Prompts(self.dataset, data.collator, self.device)
 
 
 def solution_lengths(dataset: Any, rows: int, longest: int, seed: int) -> Tensor:
