@@ -5,13 +5,13 @@ image: it compares words with the gold solution, the lecture, the hint, the ques
 scores are steps of 0.1. A paraphrase, a right sentence in other words than gold's, gets less than it deserves.
 It is called by teacher/client.py: `python haiku.py --teacher reference`.
 
-How two sentences are compared (`Match`, 0-1) is in teacher/text_similarity.py. A similarity of 0.9 or more scores
-1.0, and the score falls linearly to 0 at 0.25.
+How two sentences are compared (`Match`, 0-1) is in teacher/text_similarity.py. Its score (`score_of`)
+falls linearly from 1.0 at 0.9 to 0 at 0.25; 0.9 at most where the words are not the same.
 
 First each sentence is judged by itself, in reading order; the first rule that applies decides (`_judge_one`):
- 1. repeat, 0.0: says word for word what an earlier sentence said.
- 2. gold, 1.0: says word for word what an unused gold sentence says (0.5 if it is an opening or has no content word).
- 3. loop, 0.0: says the same words again and again, or is far longer than every sentence of the question's texts.
+ 1. loop, 0.0: says the same words again and again, or is far longer than every sentence of the question's texts.
+ 2. repeat, 0.0: says word for word what an earlier sentence said.
+ 3. gold, 1.0: says word for word what an unused gold sentence says (0.5 if it is an opening or has no content word).
  4. wrong answer, 0.1: asserts another choice as the answer, denies the gold choice, names several choices, calls
     something the answer that shares no word with gold choice, solution and question, or is a wrong fact (5) in the
     place of gold's conclusion.
@@ -31,7 +31,7 @@ Then the rationale as a whole lowers scores (`_weigh`), never raises them:
  b. Without the right conclusion nothing earns credit: with a wrong answer anywhere, or with no conclusion where gold
     has one, no score is above 0.5; with none, the last sentence gets at most 0.3 times the share of reasons given.
  c. With a loop anywhere no score is above 0.3.
- d. Where gold has openings and the rationale none, its first credited sentence gets 0.5, as an opening would.
+ d. For each opening fewer than gold's, one sentence from the beginning gets 0.5 at most, as the opening would.
  e. Openings, eliminations and neutral sentences beyond the number of gold's openings are padding: at most 0.4, and
     at most the mean of the other sentences.
 
@@ -68,6 +68,7 @@ from teacher.text_similarity import (
 
 VERSION = "reference-3"  # raise it with every change that can change a score
 COVERED = 0.7  # a gold sentence is said by a sentence of at least this score
+REWORDED = 0.9  # at most, for what is not gold's own words: an exchanged word may be a synonym or a mistake
 NEUTRAL = 0.5  # no reward in RL
 WRONG = 0.1
 PADDING = 0.4
@@ -173,7 +174,12 @@ def _judge_each(sentences: Sequence[Sentence], material: _Material) -> list[Judg
     used: set[int] = set()
     judgements = []
     for sentence in sentences:
-        judgement = Judgement(0.0, "repeat") if sentence.tokens in seen else _judge_one(sentence, material, used)
+        if _loops(sentence, material):
+            judgement = Judgement(0.0, "loop")
+        elif sentence.tokens in seen:
+            judgement = Judgement(0.0, "repeat")
+        else:
+            judgement = _judge_one(sentence, material, used)
         if judgement.kind in ("gold", "conclusion", "opening") and judgement.gold is not None:
             if judgement.score >= NEUTRAL:
                 used.add(judgement.gold)
@@ -183,8 +189,6 @@ def _judge_each(sentences: Sequence[Sentence], material: _Material) -> list[Judg
 
 
 def _judge_one(sentence: Sentence, material: _Material, used: set[int]) -> Judgement:
-    if _loops(sentence, material):
-        return Judgement(0.0, "loop")
     for index, gold in enumerate(material.gold):
         if sentence.tokens == gold.tokens and index not in used and sentence.stutters == gold.stutters:
             if index in material.openings or not sentence.content:
@@ -200,7 +204,7 @@ def _judge_one(sentence: Sentence, material: _Material, used: set[int]) -> Judge
         return Judgement(WRONG, "broken")
     limit = 0.3 if sentence.tokens == (f"<{material.answer}>",) else 1.0
 
-    scores = [score_of(match.similarity) for match in matches]
+    scores = [min(REWORDED, score_of(match.similarity)) for match in matches]
     best = max(range(len(scores)), key=lambda index: (scores[index], index not in used))
     begins = sentence.opening()
     if begins or (best in material.openings and scores[best] >= NEUTRAL):
@@ -333,10 +337,9 @@ def _weigh(judgements: Sequence[Judgement], material: _Material) -> list[Judgeme
 
     neutral = [index for index, kind in enumerate(kinds) if kind in ("opening", "elimination", "neutral")]
     allowed = [index for index in neutral if judgements[index].score >= NEUTRAL][: len(material.openings)]
-    if material.openings and "opening" not in kinds:
-        credited = next((index for index, score in enumerate(scores) if score > NEUTRAL), None)
-        if credited is not None:
-            scores[credited] = NEUTRAL
+    credited = [index for index, score in enumerate(scores) if score > NEUTRAL]
+    for index in credited[: len(material.openings) - kinds.count("opening")]:
+        scores[index] = NEUTRAL
     padding = set(neutral).difference(allowed)
     rest = [index for index in range(len(scores)) if index not in padding]
     if unanswered and rest and "wrong answer" not in kinds:

@@ -80,7 +80,8 @@ _OPENING = re.compile(
     re.I,
 )
 _CLAIM = re.compile(  # something is asserted after the instruction: "Notice that it is red", "Look: it is red"
-    r"\b(?:notice|note|recall|remember|see|know|tell|means?|shows?) that\b|[:;] |, (?:so|because|since|which|who)\b"
+    r"\b(?:notice|note|recall|remember|see|know|tell|find|recognize|realize|identify|determine|conclude|means?|shows?)"
+    r" that\b|[:;] |, (?:so|because|since|which|who)\b"
     r"|(?:,|\band) (?:it|they|he|she|this|there) ",
     re.I,
 )
