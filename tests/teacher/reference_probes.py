@@ -1,0 +1,206 @@
+"""Rationales made from gold ones, which the reference Teacher must put in order, and the table of their scores.
+
+    python -m tests.teacher.reference_probes                    # the demo's questions, every kind: docs/teacher.md
+    python -m tests.teacher.reference_probes --problems data/scienceqa/problems.json   # real ones, by subject
+
+`ORDER` lists the probes from the best to the worst; `CHEATS` are additions to gold that must not pay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from random import Random
+from statistics import mean
+from typing import Any
+
+from ares.sentences import split_text
+from demo.make_data import KINDS, draw_questions, place_answers
+from demo.make_data import problem as as_problem
+from teacher.reference import score_sentences
+
+Problem = dict[str, Any]
+GROUPS = (
+    "red blue green yellow orange purple black white brown gray / north south east west / left right / top bottom / "
+    "more less / higher lower / larger smaller / farther shorter / hot cold cool warm / one two / first second / "
+    "circle square triangle / mammal bird fish reptile insect / past present future / period question exclamation / "
+    "same different / like unlike / dominant recessive / always never"
+)
+SWAPS = {word: group.split() for group in GROUPS.split(" / ") for word in group.split()}
+
+
+def gold(problem: Problem) -> list[str]:
+    return split_text(problem["solution"].replace("\n", "\\n"))
+
+
+def demo_problems(each: int, seed: int) -> dict[str, list[Problem]]:
+    """`each` different questions of every kind of the demo, at least as many as the kind has."""
+    found = {}
+    for name in KINDS:
+        few = {"capitals": 6}.get(name, each)
+        drawn = draw_questions([name], few, seed)
+        place_answers(drawn, Random(seed))
+        found[name] = [as_problem(question, "train", Random(seed)) for _, question in drawn]
+    return found
+
+
+def concludes(problem: Problem) -> bool:
+    """Whether the last gold sentence names the gold choice and there is a sentence before it."""
+    sentences = gold(problem)
+    return len(sentences) > 1 and names(sentences[-1], problem["choices"][problem["answer"]])
+
+
+def names(sentence: str, choice: str) -> bool:
+    words = [re.findall(r"\w+", text.lower()) for text in (sentence, choice)]
+    text, wanted = (" ".join(part) for part in words)
+    return f" {wanted} " in f" {text} " or (choice.startswith("a ") and " ".join(words[1][1:5]) in text)
+
+
+def wrong_choice(problem: Problem, rng: Random) -> str:
+    return rng.choice([text for index, text in enumerate(problem["choices"]) if index != problem["answer"]])
+
+
+def falsify(sentence: str, problem: Problem, rng: Random) -> str | None:
+    """The sentence with one fact replaced: a choice, a number, or a word of the lists above; None without any."""
+    answer, other = problem["choices"][problem["answer"]], wrong_choice(problem, rng)
+    spots = []
+    for match in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", sentence, re.I):
+        spots.append((match.span(), other))
+    for match in re.finditer(r"\d+(?:\.\d+)?", sentence):
+        spots.append((match.span(), str(int(float(match[0])) + rng.choice((2, 3, 7)))))
+    for match in re.finditer(r"\w+", sentence):
+        others = [word for word in SWAPS.get(match[0], ()) if word != match[0]]
+        if others:
+            spots.append((match.span(), rng.choice(others)))
+    names = [name for name in re.findall(r"(?<=\w )[A-Z][a-z]+", problem["hint"])]
+    for match in re.finditer(r"(?<=, and )[A-Z][a-z]+|(?<=the )\w+(?=[,.])", sentence):
+        pool = names if match[0][0].isupper() else re.findall(r"\ban? (\w+)", problem["hint"])
+        others = sorted(set(pool) - {match[0]})
+        if others:
+            spots.append((match.span(), rng.choice(others)))
+    if not spots:
+        return None
+    (start, end), new = rng.choice(spots)
+    return sentence[:start] + new + sentence[end:]
+
+
+def is_opening(sentence: str) -> bool:
+    return re.match(r"(?:Look|Think|Find|Count|Use|Read|To) ", sentence) is not None
+
+
+def wrong_fact(problem: Problem, others: Sequence[Problem], rng: Random) -> list[str] | None:
+    """Gold with one reason falsified, or with another question's in its place."""
+    sentences = gold(problem)
+    places = [index for index in range(len(sentences) - 1) if not is_opening(sentences[index])]
+    rng.shuffle(places)
+    for index in places:
+        if rng.random() < 0.7:
+            new = falsify(sentences[index], problem, rng)
+        else:
+            new = _of_another(index, sentences, others, rng)
+        new = new or _of_another(index, sentences, others, rng)
+        if new:
+            return [*sentences[:index], new, *sentences[index + 1 :]]
+    return None
+
+
+def _of_another(index: int, sentences: list[str], others: Sequence[Problem], rng: Random) -> str | None:
+    """The sentence at this place of a question of the same kind, where gold of both begins alike."""
+    pool = [gold(other) for other in others]
+    same = [each[index] for each in pool if len(each) == len(sentences) and each[index] not in sentences]
+    return rng.choice(same) if same else None
+
+
+def wrong_conclusion(problem: Problem, rng: Random) -> list[str]:
+    """Gold whose last sentence names another choice, in gold's words where they name the gold choice."""
+    sentences, choice = gold(problem), problem["choices"][problem["answer"]]
+    other = wrong_choice(problem, rng)
+    swapped = re.sub(re.escape(choice), lambda _: other, sentences[-1], flags=re.I)
+    if swapped == sentences[-1] or rng.random() < 0.5:
+        swapped = f"So, the answer is {other.rstrip('.')}."
+    return [*sentences[:-1], swapped]
+
+
+def rephrased(problem: Problem) -> list[str]:
+    choice, letter = problem["choices"][problem["answer"]].rstrip("."), "ABCDE"[problem["answer"]]
+    return [
+        f"The answer is ({letter}).",
+        f"Therefore, the correct answer is {choice}.",
+        f"The right choice is {choice}.",
+        f"So, option {letter} is correct.",
+        f"Thus, the best answer must be {choice}.",
+    ]
+
+
+def stutter(problem: Problem, rng: Random) -> list[str]:
+    """One sentence of 122 words: the beginning of a gold one, then a word or a phrase of it again and again."""
+    words = rng.choice(gold(problem)[-2:]).rstrip(".").split()
+    loop = words[-rng.choice((1, 2, 3)) :]
+    return [" ".join((words + loop * 122)[:122]) + rng.choice(("", "."))]
+
+
+def stutter_at_the_end(problem: Problem, rng: Random) -> list[str]:
+    return gold(problem)[:-1] + stutter(problem, rng)
+
+
+Probe = Callable[[Problem, Random], list[str]]
+ORDER: dict[str, Probe] = {
+    "gold": lambda p, rng: gold(p),
+    "one fact wrong": lambda p, rng: p["wrong fact"],
+    "no conclusion": lambda p, rng: gold(p)[:-1],
+    "wrong conclusion": wrong_conclusion,
+    "stutter at the end": stutter_at_the_end,
+}
+BOTTOM: dict[str, Probe] = {"stutter alone": stutter}
+CHEATS: dict[str, Probe] = {
+    "gold twice": lambda p, rng: gold(p) * 2,
+    'gold + "Also," copies': lambda p, rng: gold(p) + [f"Also, {s[0].lower()}{s[1:]}" for s in gold(p)],
+    "gold + 5 conclusions": lambda p, rng: gold(p) + rephrased(p),
+    "gold + lecture": lambda p, rng: gold(p) + split_text(p["lecture"].replace("\n", "\\n")),
+    "gold + hint": lambda p, rng: gold(p) + split_text(p["hint"].replace("\n", "\\n")),
+    "gold + 3 openings": lambda p, rng: (
+        [
+            "Let's think step by step.",
+            "Look at the question again.",
+            "Find the answer.",
+        ]
+        + gold(p)
+    ),
+    "gold + stutter": lambda p, rng: gold(p) + stutter(p, rng),
+    "gold without opening": lambda p, rng: [s for s in gold(p) if not is_opening(s)],
+    "gold without a reason": lambda p, rng: _without_a_reason(p, rng),
+    "conclusion alone": lambda p, rng: gold(p)[-1:],
+    "opening alone": lambda p, rng: gold(p)[:1],
+    "gold in one sentence": lambda p, rng: [", and ".join(s.rstrip(".") for s in gold(p)) + "."],
+    "all conclusions": lambda p, rng: gold(p)[:-1] + [f"So, the answer is {c}." for c in p["choices"]],
+}
+
+
+def _without_a_reason(problem: Problem, rng: Random) -> list[str]:
+    sentences = gold(problem)
+    places = [index for index in range(len(sentences) - 1) if not is_opening(sentences[index])]
+    gone = rng.choice(places) if places else -1
+    return [text for index, text in enumerate(sentences) if index != gone]
+
+
+def value(scores: Sequence[float]) -> tuple[float, float]:
+    """(mean score, sum of score - 0.5): the figure, and RL's reward."""
+    return mean(scores), sum(scores) - 0.5 * len(scores)
+
+
+def measure(problems: Sequence[Problem], seed: int = 0) -> dict[str, list[tuple[float, float]]]:
+    """The value of every probe of every question that has them all; lists are aligned over the questions."""
+    table: dict[str, list[tuple[float, float]]] = {name: [] for name in (*ORDER, *BOTTOM, *CHEATS)}
+    for number, problem in enumerate(problems):
+        rng = Random(f"{seed} {number}")
+        wrong = wrong_fact(problem, problems, rng)
+        if wrong is None or not concludes(problem):
+            continue
+        for name, probe in {**ORDER, **BOTTOM, **CHEATS}.items():
+            table[name].append(value(score_sentences(problem, probe({**problem, "wrong fact": wrong}, rng))))
+    return table
+
+
+def in_order(table: dict[str, list[tuple[float, float]]], better: str, worse: str, what: int) -> list[bool]:
+    """Per question: whether `better` has a higher mean (what = 0) or sum (1) than `worse`."""
+    return [a[what] > b[what] + 1e-9 for a, b in zip(table[better], table[worse], strict=True)]
