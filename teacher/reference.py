@@ -32,7 +32,8 @@ Then the rationale as a whole lowers scores (`_weigh`), never raises them:
     has one, no score is above 0.5; with none, the last sentence gets at most 0.3 times the share of reasons given.
  c. With a loop anywhere no score is above 0.3.
  d. For each opening fewer than gold's, one sentence from the beginning gets 0.5 at most, as the opening would.
- e. Openings, eliminations and neutral sentences beyond the number of gold's openings are padding: at most 0.4, and
+ e. Of sentences that say a gold one only partly (below 0.5), each after the first gets at most 0.1.
+ f. Openings, eliminations and neutral sentences beyond the number of gold's openings are padding: at most 0.4, and
     at most the mean of the other sentences.
 
 So neither the sum of (score - 0.5), RL's reward, nor the mean rises by copies, rephrasing, padding or omission, and
@@ -216,8 +217,8 @@ def _judge_one(sentence: Sentence, material: _Material, used: set[int]) -> Judge
         return Judgement(0.0, "repeat")
 
     scores = [max(score, WRONG) if match.raw > TRY else score for score, match in zip(scores, matches, strict=True)]
-    candidates = [Judgement(score, "gold", index) for index, score in enumerate(scores) if index not in used]
-    candidates.append(Judgement(0.0, "neutral"))
+    candidates = [Judgement(0.0, "neutral")]
+    candidates += [Judgement(score, "gold", index) for index, score in enumerate(scores) if index not in used]
     if concludes:
         unused = max(material.conclusions - used, default=None)
         candidates.append(Judgement(NEUTRAL if unused is None else 1.0, "conclusion", unused))
@@ -239,7 +240,7 @@ def _wrong(sentence: Sentence, material: _Material, matches: Sequence[Match], us
     """The judgement of a sentence that gold rules out: a wrong answer or a wrong fact."""
     nearest = max(range(len(matches)), key=lambda index: matches[index].raw)
     if _contradicts(sentence, material, matches):
-        answers = material.concluded(sentence) or sentence.concludes and not sentence.negated or sentence.says_no_more
+        answers = sentence.concludes or sentence.says_no_more or material.concluded(sentence)
         return Judgement(WRONG, "wrong answer" if answers else "wrong fact", nearest)
     if any(sentence.tokens == gold.tokens for gold in material.gold):
         return None
@@ -317,18 +318,22 @@ def _reasons_given(judgements: Sequence[Judgement], material: _Material) -> tupl
 
 
 def _weigh(judgements: Sequence[Judgement], material: _Material) -> list[Judgement]:
-    """Lower the scores of sentences by what the whole rationale does (rules a-e of the module docstring)."""
+    """Lower the scores of sentences by what the whole rationale does (rules a-f of the module docstring)."""
     scores = [judgement.score for judgement in judgements]
     kinds = [judgement.kind for judgement in judgements]
     part, hedged = _reasons_given(judgements, material)
 
     concludes = False
+    partly: set[int | None] = set()  # gold sentences that got a score below neutral
     for index, each in enumerate(judgements):
         if each.kind == "conclusion" or (each.kind == "gold" and each.gold in material.conclusions):
             concludes = concludes or each.score >= NEUTRAL
             scores[index] = min(each.score, NO_REASON + (1 - NO_REASON) * part)
         elif each.kind == "gold" and each.gold in hedged:
             scores[index] = min(each.score, NEUTRAL)
+        if each.kind == "gold" and each.score < NEUTRAL:
+            scores[index] = min(scores[index], WRONG if each.gold in partly else 1.0)
+            partly.add(each.gold)
     unanswered = bool(material.conclusions) and not concludes
     if "loop" in kinds:
         scores = [min(score, LOOP) for score in scores]
@@ -338,7 +343,7 @@ def _weigh(judgements: Sequence[Judgement], material: _Material) -> list[Judgeme
     neutral = [index for index, kind in enumerate(kinds) if kind in ("opening", "elimination", "neutral")]
     allowed = [index for index in neutral if judgements[index].score >= NEUTRAL][: len(material.openings)]
     credited = [index for index, score in enumerate(scores) if score > NEUTRAL]
-    for index in credited[: len(material.openings) - kinds.count("opening")]:
+    for index in credited[: max(0, len(material.openings) - kinds.count("opening"))]:
         scores[index] = NEUTRAL
     padding = set(neutral).difference(allowed)
     rest = [index for index in range(len(scores)) if index not in padding]
@@ -359,26 +364,24 @@ class _Material:
     def __init__(self, question: str, options: tuple[str, ...], answer: int, hint: str, lecture: str, solution: str):
         self.answer = answer
         self.choices = Choices(options)
-        self.has_solution = bool(self._read(solution))
-        self.question = self._read(question)
-        self.frame = {word for sentence in self.question for word in sentence.content} | ANSWER_WORDS
-        self.gold = self._read(solution)
-        if not self.gold:
-            self.gold = [*self._read(lecture), Sentence(_conclusion(answer), self.choices)]
+        self.question, hint, lecture, self.gold = (self._read(text) for text in (question, hint, lecture, solution))
+        self.has_solution = bool(self.gold)
+        if not self.has_solution:
+            self.gold, lecture = [*lecture, Sentence(_conclusion(answer), self.choices)], []
         self.gold_texts = [sentence.text for sentence in self.gold]
-        self.answer_words = {
-            word for text in (options[answer], solution or lecture) for word in Sentence(text).content
-        }
+        self.frame = {word for sentence in self.question for word in sentence.content} | ANSWER_WORDS
+        self.answer_words = self.choices.content[answer].union(*(gold.words for gold in self.gold))
         self.openings = {index for index, gold in enumerate(self.gold) if gold.opening() or not gold.content}
         indices = set(range(len(self.gold))) - self.openings
         explicit = {index for index in indices if self.gold[index].asserted(self.choices) == {answer}}
         self.explicit = bool(explicit)
         self.conclusions = explicit or {index for index in indices if self.gold[index].says_only(answer)}
-        self.reasons = indices - self.conclusions
-        self.neutral = self.question + self._read(hint) + (self._read(lecture) if self.has_solution else [])
+        last = {max(self.conclusions)} if self.conclusions else set()
+        self.reasons = indices - (explicit if explicit and indices - explicit else last)
+        self.neutral = self.question + hint + lecture
         everything = self.gold + self.neutral
         self.words = Counter({word: 99 for sentence in everything for word in sentence.content})
-        self.words.update({word: 99 for text in options for word in Sentence(text).content})
+        self.words.update(dict.fromkeys(self.choices.words, 99))
         self.words.update({f"<{option}>": 99 for option in range(len(options))})
         self.words.update(dict.fromkeys(ANSWER_WORDS, 99))
         self.longest = 10 + 2 * max(len(sentence.words) for sentence in everything)
@@ -388,7 +391,7 @@ class _Material:
 
     def only_concludes(self, sentence: Sentence) -> bool:
         """Whether a sentence asserts the gold choice as the answer, in words of the question, and no more."""
-        words = sentence.content.keys() - {f"<{self.answer}>"} - self.choices.own[self.answer]
+        words = sentence.content.keys() - {f"<{self.answer}>"} - self.choices.content[self.answer]
         return self.concluded(sentence) == {self.answer} and words <= self.frame
 
     def concluded(self, sentence: Sentence) -> set[int]:

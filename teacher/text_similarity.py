@@ -95,8 +95,10 @@ class Choices:
 
     def __init__(self, texts: Sequence[str]):
         self.patterns = option_patterns(texts)
-        self.keys = [Sentence(f"is {text}").keys for text in texts]
-        words = [set(Sentence(text).content) for text in texts]
+        read = [Sentence(f"is {text}") for text in texts]  # "is": a name is no capital at the beginning
+        self.keys = [choice.keys for choice in read]
+        self.content = words = [set(choice.content) for choice in read]
+        self.words = set().union(*words)
         others = [set().union(*words[:index], *words[index + 1 :]) for index in range(len(words))]
         self.own = [mine - theirs for mine, theirs in zip(words, others, strict=True)]  # of no other choice
 
