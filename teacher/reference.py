@@ -29,7 +29,7 @@ Then the rationale as a whole lowers scores (`_weigh`), never raises them:
  a. A conclusion is worth 0.4 plus 0.6 times the share of gold's reasons that were given (a wrong or half right one
     counts two thirds; a reason given both right and wrong is wrong, and its right form gets 0.5).
  b. Without the right conclusion nothing earns credit: with a wrong answer anywhere, or with no conclusion where gold
-    has one, no score is above 0.5; with none, the last sentence gets at most 0.3 times the share of reasons given.
+    has one, no score is above 0.5; with none, the last sentence gets at most 0.3, or 0.0 if no reason is given.
  c. With a loop anywhere no score is above 0.3.
  d. For each opening fewer than gold's, one sentence from the beginning gets 0.5 at most, as the opening would.
  e. Of sentences that say a gold one only partly (below 0.5), each after the first gets at most 0.1.
@@ -249,11 +249,13 @@ def _wrong(sentence: Sentence, material: _Material, matches: Sequence[Match], us
         index
         for index, (gold, match) in enumerate(zip(material.gold, matches, strict=True))
         if index not in material.openings
+        and gold.negated == sentence.negated
         and (match.replaced and match.raw >= ALIKE or match.raw >= SAME_FORM and swaps_a_word(sentence, gold, known))
     ]
     if not about or _restated(sentence, material) >= 0.9:
         return None
-    if any(score_of(match.similarity) >= COVERED for index, match in enumerate(matches) if index not in about):
+    others = set(range(len(matches))) - material.openings - set(about)
+    if any(score_of(matches[index].similarity) >= COVERED for index in others):
         return None  # it says another gold sentence
     nearest = max(about, key=lambda index: (index not in used, matches[index].raw))
     return Judgement(WRONG, "wrong answer" if nearest in material.conclusions else "wrong fact", nearest)
@@ -348,7 +350,7 @@ def _weigh(judgements: Sequence[Judgement], material: _Material) -> list[Judgeme
     padding = set(neutral).difference(allowed)
     rest = [index for index in range(len(scores)) if index not in padding]
     if unanswered and rest and "wrong answer" not in kinds:
-        scores[rest[-1]] = min(scores[rest[-1]], NO_CONCLUSION * part)
+        scores[rest[-1]] = min(scores[rest[-1]], NO_CONCLUSION if part else 0.0)
     average = mean(scores[index] for index in rest) if rest else 0.0
     for index in padding:
         scores[index] = min(scores[index], PADDING, math.floor(10 * average + 1e-9) / 10)
@@ -405,11 +407,6 @@ class _Material:
         )
         return sentence.options if any(alike) else set()
 
-    def concluding(self) -> list[int]:
-        """Gold sentences that give the answer: those that name the gold choice, else the solution's last one."""
-        naming = [index for index, gold in enumerate(self.gold) if gold.says(self.answer)]
-        return naming or ([len(self.gold) - 1] if self.has_solution else [])
-
     def _read(self, text: str) -> list[Sentence]:
         sentences = (Sentence(part, self.choices) for part in split_text(text.replace("\n", "\\n")))
         return [sentence for sentence in sentences if sentence.tokens]
@@ -439,7 +436,7 @@ def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
 
     Keeps right, neutral and opening sentences; removes exact repeats; replaces an unfinished or wrong sentence by the
     unused gold sentence nearest to it (removes it if all are said already); if nothing says the gold answer, adds the
-    gold sentence that does, or `The answer is (X).`.
+    gold sentence that does, or gold's last one.
     """
     material = _material(problem)
     sentences = split_text(rationale)
@@ -456,10 +453,13 @@ def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
                 nearest = max(unused, key=lambda index: similarity(sentence, material.gold[index]))
                 used.add(nearest)
                 final.append(material.gold_texts[nearest])
-    concluding = material.concluding()
     read = [Sentence(text, material.choices) for text in final]
-    if used.isdisjoint(concluding) and not any(sentence.says(material.answer) for sentence in read):
-        final.append(material.gold_texts[concluding[-1]] if concluding else _conclusion(material.answer))
+    if material.conclusions:
+        answered = not used.isdisjoint(material.conclusions) or {material.answer} in map(material.concluded, read)
+    else:
+        answered = len(material.gold) - 1 in used or any(sentence.says(material.answer) for sentence in read)
+    if not answered:
+        final.append(material.gold_texts[max(material.conclusions, default=-1)])
     return " ".join(final)
 
 
