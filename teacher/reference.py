@@ -32,7 +32,7 @@ Then the rationale as a whole lowers scores (`_weigh`), never raises them:
     has one, no score is above 0.5; with none, the last sentence gets at most 0.3, or 0.0 if no reason is given.
  c. With a loop anywhere no score is above 0.3.
  d. For each opening fewer than gold's, one sentence from the beginning gets 0.5 at most, as the opening would.
- e. Of sentences that say a gold one only partly (below 0.5), each after the first gets at most 0.1.
+ e. Of sentences that say a gold one only partly (0.5 or less), each after the first gets at most 0.1.
  f. Openings, eliminations and neutral sentences beyond the number of gold's openings are padding: at most 0.4, and
     at most the mean of the other sentences.
 
@@ -182,7 +182,7 @@ def _judge_each(sentences: Sequence[Sentence], material: _Material) -> list[Judg
         else:
             judgement = _judge_one(sentence, material, used)
         if judgement.kind in ("gold", "conclusion", "opening") and judgement.gold is not None:
-            if judgement.score >= NEUTRAL:
+            if judgement.score > NEUTRAL or judgement.kind == "opening":
                 used.add(judgement.gold)
         seen.add(sentence.tokens)
         judgements.append(judgement)
@@ -326,14 +326,14 @@ def _weigh(judgements: Sequence[Judgement], material: _Material) -> list[Judgeme
     part, hedged = _reasons_given(judgements, material)
 
     concludes = False
-    partly: set[int | None] = set()  # gold sentences that got a score below neutral
+    partly: set[int | None] = set()  # gold sentences that are said only partly
     for index, each in enumerate(judgements):
         if each.kind == "conclusion" or (each.kind == "gold" and each.gold in material.conclusions):
             concludes = concludes or each.score >= NEUTRAL
             scores[index] = min(each.score, NO_REASON + (1 - NO_REASON) * part)
         elif each.kind == "gold" and each.gold in hedged:
             scores[index] = min(each.score, NEUTRAL)
-        if each.kind == "gold" and each.score < NEUTRAL:
+        if each.kind == "gold" and each.score <= NEUTRAL:
             scores[index] = min(scores[index], WRONG if each.gold in partly else 1.0)
             partly.add(each.gold)
     unanswered = bool(material.conclusions) and not concludes

@@ -57,6 +57,7 @@ _CONCLUDES = re.compile(
 )
 
 _IS_ANSWER = re.compile(r"\banswer (?:is|must be|would be)\b|\bis the (?:correct |right |best )?answer\b", re.I)
+_NAMES = re.compile(r"(?:(?<=[^.!?:] )|(?<=\b[MD]r\. )|(?<=\bMs\. )|(?<=\bMrs\. ))[\"'(]?([A-Z][a-z]{2,})")
 # an instruction: a verb in its base form, then a word that opens its object, as "Look at", "Find the", "Count each"
 _VERB = (
     r"(?:look|find|think|count|use|read|compare|check|examine|consider|recall|remember|identify|determine|decide|note|"
@@ -178,7 +179,7 @@ class Sentence:
         return option in self.options and not self.negated
 
     def _key_tokens(self) -> dict[str, set[str]]:
-        names = {_stem(_plain(name)) for name in re.findall(r"(?<=[^.!?:] )[\"'(]?([A-Z][a-z]{2,})", self.text)}
+        names = {_stem(_plain(name)) for name in _NAMES.findall(self.text)}
         keys: dict[str, set[str]] = {}
         for token in self.content:
             kind = _KEY_KIND.get(token)

@@ -112,7 +112,7 @@ def wrong_fact(problem: Problem, others: Sequence[Problem], rng: Random) -> list
 
 def _of_another(index: int, sentences: list[str], others: Sequence[Problem], rng: Random) -> str | None:
     """The sentence at this place of a question of the same kind, where gold of both begins alike."""
-    pool = [gold(other) for other in others]
+    pool = [gold(other) for other in others[:40]]
     same = [each[index] for each in pool if len(each) == len(sentences) and each[index] not in sentences]
     return rng.choice(same) if same else None
 
