@@ -1,7 +1,7 @@
 """Experiments with RL on the demo's data; every run is a stage that a later call does not repeat.
 
     python demo/experiments.py recipes --output experiments --seeds 0           # all recipes, equal processor time
-    python demo/experiments.py recipes --output experiments --seeds 0 1 2 --rl_seeds 0 1 --arms released warm_vf-2e-4-1e-2
+    python demo/experiments.py recipes --output experiments --seeds 0 1 2 --rl_seeds 0 1 --arms warm_vf-2e-4-1e-2
     python demo/experiments.py rounds --output experiments --seeds 0 1 2        # RL -> SFT -> RL -> SFT
     python demo/experiments.py table --output experiments --save demo/results   # recipes.md, rounds.md and their JSON
 

@@ -29,10 +29,16 @@ Then the rationale as a whole lowers scores (`_weigh`), never raises them:
  a. A conclusion is worth 0.4 plus 0.6 times the share of gold's reasons that were given (a wrong or half right one
     counts two thirds; a reason given both right and wrong is wrong, and its right form gets 0.5).
  b. Without the right conclusion nothing earns credit: with a wrong answer anywhere, or with no conclusion where gold
-    has one, no score is above 0.5; with none, the last sentence gets at most 0.3 times the share of reasons given.
+    has one, no score is above 0.5; with none, the last sentence gets at most 0.3, or 0.0 if no reason is given.
  c. With a loop anywhere no score is above 0.3.
+<<<<<<< HEAD
  d. Where gold has openings and the rationale none, its first credited sentence gets 0.5, as an opening would.
  e. Openings, eliminations and neutral sentences beyond the number of gold's openings are padding: at most 0.4, and
+=======
+ d. For each opening fewer than gold's, one sentence from the beginning gets 0.5 at most, as the opening would.
+ e. Of sentences that say a gold one only partly (0.5 or less), each after the first gets at most 0.1.
+ f. Openings, eliminations and neutral sentences beyond the number of gold's openings are padding: at most 0.4, and
+>>>>>>> i14/reference
     at most the mean of the other sentences.
 
 So neither the sum of (score - 0.5), RL's reward, nor the mean rises by copies, rephrasing, padding or omission, and
@@ -173,7 +179,7 @@ def _judge_each(sentences: Sequence[Sentence], material: _Material) -> list[Judg
     for sentence in sentences:
         judgement = Judgement(0.0, "repeat") if sentence.tokens in seen else _judge_one(sentence, material, used)
         if judgement.kind in ("gold", "conclusion", "opening") and judgement.gold is not None:
-            if judgement.score >= NEUTRAL:
+            if judgement.score > NEUTRAL or judgement.kind == "opening":
                 used.add(judgement.gold)
         seen.add(sentence.tokens)
         judgements.append(judgement)
@@ -209,8 +215,14 @@ def _judge_one(sentence: Sentence, material: _Material, used: set[int]) -> Judge
     if scores[best] >= COVERED and best in used or concludes and material.conclusions and material.conclusions <= used:
         return Judgement(0.0, "repeat")
 
+<<<<<<< HEAD
     candidates = [Judgement(score, "gold", index) for index, score in enumerate(scores) if index not in used]
     candidates.append(Judgement(0.0, "neutral"))
+=======
+    scores = [max(score, WRONG) if match.raw > TRY else score for score, match in zip(scores, matches, strict=True)]
+    candidates = [Judgement(0.0, "neutral")]
+    candidates += [Judgement(score, "gold", index) for index, score in enumerate(scores) if index not in used]
+>>>>>>> i14/reference
     if concludes:
         unused = max(material.conclusions - used, default=None)
         candidates.append(Judgement(NEUTRAL if unused is None else 1.0, "conclusion", unused))
@@ -232,19 +244,27 @@ def _wrong(sentence: Sentence, material: _Material, matches: Sequence[Match]) ->
     """The judgement of a sentence that gold rules out: a wrong answer or a wrong fact."""
     nearest = max(range(len(matches)), key=lambda index: matches[index].raw)
     if _contradicts(sentence, material, matches):
-        answers = material.concluded(sentence) or sentence.concludes and not sentence.negated or sentence.says_no_more
+        answers = sentence.concludes or sentence.says_no_more or material.concluded(sentence)
         return Judgement(WRONG, "wrong answer" if answers else "wrong fact", nearest)
     if max(score_of(match.similarity) for match in matches) >= 1.0:
         return None
     about = [index for index, match in enumerate(matches) if match.raw >= ALIKE and index not in material.openings]
     about = [
         index
+<<<<<<< HEAD
         for index in about
         if matches[index].replaced or swaps_a_word(sentence, material.gold[index], material.words.keys())
+=======
+        for index, (gold, match) in enumerate(zip(material.gold, matches, strict=True))
+        if index not in material.openings
+        and gold.negated == sentence.negated
+        and (match.replaced and match.raw >= ALIKE or match.raw >= SAME_FORM and swaps_a_word(sentence, gold, known))
+>>>>>>> i14/reference
     ]
     if not about or _restated(sentence, material) >= 0.9:
         return None
-    if any(score_of(match.similarity) >= COVERED for index, match in enumerate(matches) if index not in about):
+    others = set(range(len(matches))) - material.openings - set(about)
+    if any(score_of(matches[index].similarity) >= COVERED for index in others):
         return None  # it says another gold sentence
     nearest = max(about, key=lambda index: matches[index].raw)
     return Judgement(WRONG, "wrong answer" if nearest in material.conclusions else "wrong fact", nearest)
@@ -297,7 +317,7 @@ def _loops(sentence: Sentence, material: _Material) -> bool:
 
 
 def _weigh(judgements: Sequence[Judgement], material: _Material) -> list[Judgement]:
-    """Lower the scores of sentences by what the whole rationale does (rules a-e of the module docstring)."""
+    """Lower the scores of sentences by what the whole rationale does (rules a-f of the module docstring)."""
     scores = [judgement.score for judgement in judgements]
     kinds = [judgement.kind for judgement in judgements]
     given = {each.gold for each in judgements if each.kind == "gold" and each.score >= COVERED} & material.reasons
@@ -308,12 +328,16 @@ def _weigh(judgements: Sequence[Judgement], material: _Material) -> list[Judgeme
     part = (len(right) + ATTEMPT * len(tried)) / len(material.reasons) if material.reasons else 1.0
 
     concludes = False
+    partly: set[int | None] = set()  # gold sentences that are said only partly
     for index, each in enumerate(judgements):
         if each.kind == "conclusion" or (each.kind == "gold" and each.gold in material.conclusions):
             concludes = concludes or each.score >= NEUTRAL
             scores[index] = min(each.score, NO_REASON + (1 - NO_REASON) * part)
         elif each.kind == "gold" and each.gold in missed:
             scores[index] = min(each.score, NEUTRAL)
+        if each.kind == "gold" and each.score <= NEUTRAL:
+            scores[index] = min(scores[index], WRONG if each.gold in partly else 1.0)
+            partly.add(each.gold)
     unanswered = bool(material.conclusions) and not concludes
     if "loop" in kinds:
         scores = [min(score, LOOP) for score in scores]
@@ -322,14 +346,20 @@ def _weigh(judgements: Sequence[Judgement], material: _Material) -> list[Judgeme
 
     neutral = [index for index, kind in enumerate(kinds) if kind in ("opening", "elimination", "neutral")]
     allowed = [index for index in neutral if judgements[index].score >= NEUTRAL][: len(material.openings)]
+<<<<<<< HEAD
     if material.openings and "opening" not in kinds:
         credited = next((index for index, score in enumerate(scores) if score > NEUTRAL), None)
         if credited is not None:
             scores[credited] = NEUTRAL
+=======
+    credited = [index for index, score in enumerate(scores) if score > NEUTRAL]
+    for index in credited[: max(0, len(material.openings) - kinds.count("opening"))]:
+        scores[index] = NEUTRAL
+>>>>>>> i14/reference
     padding = set(neutral).difference(allowed)
     rest = [index for index in range(len(scores)) if index not in padding]
     if unanswered and rest and "wrong answer" not in kinds:
-        scores[rest[-1]] = min(scores[rest[-1]], NO_CONCLUSION * part)
+        scores[rest[-1]] = min(scores[rest[-1]], NO_CONCLUSION if part else 0.0)
     average = mean(scores[index] for index in rest) if rest else 0.0
     for index in padding:
         scores[index] = min(scores[index], PADDING, math.floor(10 * average + 1e-9) / 10)
@@ -345,24 +375,28 @@ class _Material:
     def __init__(self, question: str, options: tuple[str, ...], answer: int, hint: str, lecture: str, solution: str):
         self.answer = answer
         self.choices = Choices(options)
-        self.has_solution = bool(self._read(solution))
-        self.question = self._read(question)
-        self.frame = {word for sentence in self.question for word in sentence.content} | ANSWER_WORDS
-        self.gold = self._read(solution)
-        if not self.gold:
-            self.gold = [*self._read(lecture), Sentence(_conclusion(answer), self.choices)]
+        self.question, hint, lecture, self.gold = (self._read(text) for text in (question, hint, lecture, solution))
+        self.has_solution = bool(self.gold)
+        if not self.has_solution:
+            self.gold, lecture = [*lecture, Sentence(_conclusion(answer), self.choices)], []
         self.gold_texts = [sentence.text for sentence in self.gold]
+<<<<<<< HEAD
         self.answer_words = {word for text in (options[answer], solution or lecture) for word in Sentence(text).content}
+=======
+        self.frame = {word for sentence in self.question for word in sentence.content} | ANSWER_WORDS
+        self.answer_words = self.choices.content[answer].union(*(gold.words for gold in self.gold))
+>>>>>>> i14/reference
         self.openings = {index for index, gold in enumerate(self.gold) if gold.opening() or not gold.content}
         indices = set(range(len(self.gold))) - self.openings
         explicit = {index for index in indices if self.gold[index].asserted(self.choices) == {answer}}
         self.explicit = bool(explicit)
         self.conclusions = explicit or {index for index in indices if self.gold[index].says_only(answer)}
-        self.reasons = indices - self.conclusions
-        self.neutral = self.question + self._read(hint) + (self._read(lecture) if self.has_solution else [])
+        last = {max(self.conclusions)} if self.conclusions else set()
+        self.reasons = indices - (explicit if explicit and indices - explicit else last)
+        self.neutral = self.question + hint + lecture
         everything = self.gold + self.neutral
         self.words = Counter({word: 99 for sentence in everything for word in sentence.content})
-        self.words.update({word: 99 for text in options for word in Sentence(text).content})
+        self.words.update(dict.fromkeys(self.choices.words, 99))
         self.words.update({f"<{option}>": 99 for option in range(len(options))})
         self.words.update(dict.fromkeys(ANSWER_WORDS, 99))
         self.longest = 10 + 2 * max(len(sentence.tokens) for sentence in everything)
@@ -370,7 +404,7 @@ class _Material:
 
     def only_concludes(self, sentence: Sentence) -> bool:
         """Whether a sentence asserts the gold choice as the answer, in words of the question, and no more."""
-        words = sentence.content.keys() - {f"<{self.answer}>"} - self.choices.own[self.answer]
+        words = sentence.content.keys() - {f"<{self.answer}>"} - self.choices.content[self.answer]
         return self.concluded(sentence) == {self.answer} and words <= self.frame
 
     def concluded(self, sentence: Sentence) -> set[int]:
@@ -383,11 +417,6 @@ class _Material:
             for gold in (self.gold[index] for index in self.conclusions)
         )
         return sentence.options if any(alike) else set()
-
-    def concluding(self) -> list[int]:
-        """Gold sentences that give the answer: those that name the gold choice, else the solution's last one."""
-        naming = [index for index, gold in enumerate(self.gold) if gold.says(self.answer)]
-        return naming or ([len(self.gold) - 1] if self.has_solution else [])
 
     def _read(self, text: str) -> list[Sentence]:
         sentences = (Sentence(part, self.choices) for part in split_text(text.replace("\n", "\\n")))
@@ -418,7 +447,7 @@ def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
 
     Keeps right, neutral and opening sentences; removes exact repeats; replaces an unfinished or wrong sentence by the
     unused gold sentence nearest to it (removes it if all are said already); if nothing says the gold answer, adds the
-    gold sentence that does, or `The answer is (X).`.
+    gold sentence that does, or gold's last one.
     """
     material = _material(problem)
     sentences = split_text(rationale)
@@ -435,10 +464,13 @@ def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
                 nearest = max(unused, key=lambda index: similarity(sentence, material.gold[index]))
                 used.add(nearest)
                 final.append(material.gold_texts[nearest])
-    concluding = material.concluding()
     read = [Sentence(text, material.choices) for text in final]
-    if used.isdisjoint(concluding) and not any(sentence.says(material.answer) for sentence in read):
-        final.append(material.gold_texts[concluding[-1]] if concluding else _conclusion(material.answer))
+    if material.conclusions:
+        answered = not used.isdisjoint(material.conclusions) or {material.answer} in map(material.concluded, read)
+    else:
+        answered = len(material.gold) - 1 in used or any(sentence.says(material.answer) for sentence in read)
+    if not answered:
+        final.append(material.gold_texts[max(material.conclusions, default=-1)])
     return " ".join(final)
 
 

@@ -57,7 +57,11 @@ _CONCLUDES = re.compile(
 )
 
 _IS_ANSWER = re.compile(r"\banswer (?:is|must be|would be)\b|\bis the (?:correct |right |best )?answer\b", re.I)
+<<<<<<< HEAD
 _IS_ANSWER = re.compile(r"\banswer (?:is|must be|would be)\b|\bis the (?:correct |right |best )?answer\b", re.I)
+=======
+_NAMES = re.compile(r"(?:(?<=[^.!?:] )|(?<=\b[MD]r\. )|(?<=\bMs\. )|(?<=\bMrs\. ))[\"'(]?([A-Z][a-z]{2,})")
+>>>>>>> i14/reference
 # an instruction: a verb in its base form, then a word that opens its object, as "Look at", "Find the", "Count each"
 _VERB = (
     r"(?:look|find|think|count|use|read|compare|check|examine|consider|recall|remember|identify|determine|decide|note|"
@@ -96,8 +100,10 @@ class Choices:
 
     def __init__(self, texts: Sequence[str]):
         self.patterns = option_patterns(texts)
-        self.keys = [Sentence(f"is {text}").keys for text in texts]
-        words = [set(Sentence(text).content) for text in texts]
+        read = [Sentence(f"is {text}") for text in texts]  # "is": a name is no capital at the beginning
+        self.keys = [choice.keys for choice in read]
+        self.content = words = [set(choice.content) for choice in read]
+        self.words = set().union(*words)
         others = [set().union(*words[:index], *words[index + 1 :]) for index in range(len(words))]
         self.own = [mine - theirs for mine, theirs in zip(words, others, strict=True)]  # of no other choice
 
@@ -191,7 +197,7 @@ class Sentence:
         return option in self.options and not self.negated
 
     def _key_tokens(self) -> dict[str, set[str]]:
-        names = {_stem(_plain(name)) for name in re.findall(r"(?<=[^.!?:] )[\"'(]?([A-Z][a-z]{2,})", self.text)}
+        names = {_stem(_plain(name)) for name in _NAMES.findall(self.text)}
         keys: dict[str, set[str]] = {}
         for token in self.content:
             kind = _KEY_KIND.get(token)

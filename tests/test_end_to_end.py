@@ -346,6 +346,7 @@ def test_demo_at_its_smallest(tmp_path):
     assert text.rstrip() in done.stdout
     assert set(table["rationales"]) == {"starting model", "after RL", "after SFT"}
     figures = {"score", "repeated", "unfinished", "words", "rouge_l", "covered", "only_option"}
+    figures |= {"concludes", "no_conclusion"}
     assert all(set(row) == figures for row in table["rationales"].values())
     assert {"num_fail", "acc_average"} <= set(table["answers"])
     assert set(table["folders"].values()) == {"models/rationale", "RL_models/demo/1", "models/sft", "models/lora"}

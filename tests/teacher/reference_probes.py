@@ -1,15 +1,18 @@
 """Rationales made from gold ones, which the reference Teacher must put in order, and the table of their scores.
 
-    python -m tests.teacher.reference_probes                    # the demo's questions, every kind: docs/teacher.md
-    python -m tests.teacher.reference_probes --problems data/scienceqa/problems.json   # real ones, by subject
+    python -m tests.teacher.reference_probes                                               # the demo's questions
+    python -m tests.teacher.reference_probes --problems data/scienceqa/problems.json       # real ones, by subject
 
-`ORDER` lists the probes from the best to the worst; `CHEATS` are additions to gold that must not pay.
+`ORDER` lists the probes from the best to the worst; `CHEATS` are changes of gold that must not pay.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from random import Random
 from statistics import mean
 from typing import Any
@@ -20,12 +23,15 @@ from demo.make_data import problem as as_problem
 from teacher.reference import score_sentences
 
 Problem = dict[str, Any]
+SUBJECTS = ("natural science", "social science", "language science")
+EACH = 40  # questions of a kind in the table
 GROUPS = (
     "red blue green yellow orange purple black white brown gray / north south east west / left right / top bottom / "
     "more less / higher lower / larger smaller / farther shorter / hot cold cool warm / one two / first second / "
     "circle square triangle / mammal bird fish reptile insect / past present future / period question exclamation / "
     "same different / like unlike / dominant recessive / always never"
 )
+CUE = re.compile(r"\b(?:so|therefore|thus|hence|then|answer|option|choice|conclusion)\b", re.I)
 SWAPS = {word: group.split() for group in GROUPS.split(" / ") for word in group.split()}
 
 
@@ -33,10 +39,10 @@ def gold(problem: Problem) -> list[str]:
     return split_text(problem["solution"].replace("\n", "\\n"))
 
 
-def demo_problems(each: int, seed: int) -> dict[str, list[Problem]]:
-    """`each` different questions of every kind of the demo, at least as many as the kind has."""
+def demo_problems(each: int, seed: int, kinds: Sequence[str] = tuple(KINDS)) -> dict[str, list[Problem]]:
+    """`each` different questions of every kind of the demo; all six of the capitals."""
     found = {}
-    for name in KINDS:
+    for name in kinds:
         few = {"capitals": 6}.get(name, each)
         drawn = draw_questions([name], few, seed)
         place_answers(drawn, Random(seed))
@@ -106,7 +112,7 @@ def wrong_fact(problem: Problem, others: Sequence[Problem], rng: Random) -> list
 
 def _of_another(index: int, sentences: list[str], others: Sequence[Problem], rng: Random) -> str | None:
     """The sentence at this place of a question of the same kind, where gold of both begins alike."""
-    pool = [gold(other) for other in others]
+    pool = [gold(other) for other in others[:40]]
     same = [each[index] for each in pool if len(each) == len(sentences) and each[index] not in sentences]
     return rng.choice(same) if same else None
 
@@ -119,6 +125,14 @@ def wrong_conclusion(problem: Problem, rng: Random) -> list[str]:
     if swapped == sentences[-1] or rng.random() < 0.5:
         swapped = f"So, the answer is {other.rstrip('.')}."
     return [*sentences[:-1], swapped]
+
+
+def without_conclusion(problem: Problem) -> list[str]:
+    """Gold without its last sentence and all others that conclude in its way: with "so", or by naming the choice."""
+    *sentences, last = gold(problem)
+    cue = CUE if CUE.search(last) else re.compile("")
+    choice = problem["choices"][problem["answer"]]
+    return [text for text in sentences if not (cue.search(text) and names(text, choice))] or sentences
 
 
 def rephrased(problem: Problem) -> list[str]:
@@ -147,7 +161,7 @@ Probe = Callable[[Problem, Random], list[str]]
 ORDER: dict[str, Probe] = {
     "gold": lambda p, rng: gold(p),
     "one fact wrong": lambda p, rng: p["wrong fact"],
-    "no conclusion": lambda p, rng: gold(p)[:-1],
+    "no conclusion": lambda p, rng: without_conclusion(p),
     "wrong conclusion": wrong_conclusion,
     "stutter at the end": stutter_at_the_end,
 }
@@ -188,19 +202,86 @@ def value(scores: Sequence[float]) -> tuple[float, float]:
     return mean(scores), sum(scores) - 0.5 * len(scores)
 
 
-def measure(problems: Sequence[Problem], seed: int = 0) -> dict[str, list[tuple[float, float]]]:
-    """The value of every probe of every question that has them all; lists are aligned over the questions."""
-    table: dict[str, list[tuple[float, float]]] = {name: [] for name in (*ORDER, *BOTTOM, *CHEATS)}
+Table = dict[str, list[tuple[float, float]]]
+
+
+def measure(problems: Sequence[Problem], names: Sequence[str] = (*ORDER, *BOTTOM, *CHEATS)) -> Table:
+    """The values of the probes of every question that has them all; the lists are aligned over the questions."""
+    found = {**ORDER, **BOTTOM, **CHEATS}
+    table: Table = {name: [] for name in names}
     for number, problem in enumerate(problems):
-        rng = Random(f"{seed} {number}")
+        rng = Random(number)
         wrong = wrong_fact(problem, problems, rng)
         if wrong is None or not concludes(problem):
             continue
-        for name, probe in {**ORDER, **BOTTOM, **CHEATS}.items():
-            table[name].append(value(score_sentences(problem, probe({**problem, "wrong fact": wrong}, rng))))
+        for name in names:
+            table[name].append(value(score_sentences(problem, found[name]({**problem, "wrong fact": wrong}, rng))))
     return table
 
 
-def in_order(table: dict[str, list[tuple[float, float]]], better: str, worse: str, what: int) -> list[bool]:
+def in_order(table: Table, better: str, worse: str, what: int) -> list[bool]:
     """Per question: whether `better` has a higher mean (what = 0) or sum (1) than `worse`."""
     return [a[what] > b[what] + 1e-9 for a, b in zip(table[better], table[worse], strict=True)]
+
+
+def pairs() -> list[tuple[str, str]]:
+    """(better, worse) of all probes that must be in order."""
+    names = list(ORDER)
+    return [*zip(names, names[1:], strict=False), *((name, "stutter alone") for name in names[:-1])]
+
+
+def share_in_order(table: Table, name: str, what: int) -> float:
+    """The share of questions where a probe is above the next of ORDER and a lone stutter; a cheat not above gold."""
+    if name in CHEATS:
+        return 1 - mean(in_order(table, name, "gold", what))
+    checks = [in_order(table, better, worse, what) for better, worse in pairs() if better == name]
+    return mean(all(row) for row in zip(*checks, strict=True)) if checks else 1.0
+
+
+def kind_row(kind: str, table: Table) -> str:
+    """A kind's line: mean score and sum of each probe of ORDER, and the share of questions with all in order."""
+    cells = []
+    for name in (*ORDER, *BOTTOM):
+        score, total = (mean(value[what] for value in table[name]) for what in (0, 1))
+        cells.append(f"{score:.2f} {total:+.2f}")
+    shares = []
+    for what in (0, 1):
+        checks = [in_order(table, better, worse, what) for better, worse in pairs()]
+        shares.append(f"{100 * mean(all(row) for row in zip(*checks, strict=True)):.0f}")
+    return f"| {kind} ({len(table['gold'])}) | {' | '.join(cells)} | {' / '.join(shares)} |"
+
+
+def probe_row(name: str, tables: Sequence[Table]) -> str:
+    """A probe's line over all questions: mean score, mean sum, share in order for the mean and for the sum."""
+    values = [value for table in tables for value in table[name]]
+    score, total = (mean(value[what] for value in values) for what in (0, 1))
+    weights = [len(table["gold"]) for table in tables]
+    shares = [
+        sum(share_in_order(table, name, what) * weight for table, weight in zip(tables, weights, strict=True))
+        for what in (0, 1)
+    ]
+    both = " / ".join(f"{100 * each / sum(weights):.0f}" for each in shares)
+    return f"| {name} | {score:.3f} | {total:+.2f} | {both} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", type=Path, help="problems.json of real questions (default: the demo's)")
+    args = parser.parse_args()
+    if args.problems:
+        solved = [each for each in json.loads(args.problems.read_text()).values() if each["solution"].strip()]
+        groups = {name: [each for each in solved if each["subject"] == name] for name in SUBJECTS}
+    else:
+        groups = demo_problems(EACH, 0)
+    tables = {name: measure(found) for name, found in groups.items()}
+    columns = [*ORDER, *BOTTOM]
+    print("| probe | mean score | sum | in order %, mean / sum |", "|---|---|---|---|", sep="\n")
+    print(*(probe_row(name, list(tables.values())) for name in (*columns, *CHEATS)), sep="\n")
+    print(
+        f"\n| kind (questions) | {' | '.join(columns)} | all in order % |", "|---" * (len(columns) + 2) + "|", sep="\n"
+    )
+    print(*(kind_row(name, table) for name, table in tables.items()), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
