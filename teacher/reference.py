@@ -5,19 +5,19 @@ image: it compares words with the gold solution, the lecture, the hint, the ques
 scores are steps of 0.1. A paraphrase, a right sentence in other words than gold's, gets less than it deserves.
 It is called by teacher/client.py: `python haiku.py --teacher reference`.
 
-How two sentences are compared (`Match`, 0-1) is in teacher/text_similarity.py. A similarity of 0.9 or more scores
-1.0, and the score falls linearly to 0 at 0.25.
+How two sentences are compared (`Match`, 0-1) is in teacher/text_similarity.py. Its score (`score_of`)
+falls linearly from 1.0 at 0.9 to 0 at 0.25; 0.9 at most where the words are not the same.
 
 First each sentence is judged by itself, in reading order; the first rule that applies decides (`_judge_one`):
- 1. repeat, 0.0: says word for word what an earlier sentence said.
- 2. gold, 1.0: says word for word what an unused gold sentence says (0.5 if it is an opening or has no content word).
- 3. loop, 0.0: stutters, goes round in circles, or is far longer than every sentence of the material.
+ 1. loop, 0.0: says the same words again and again, or is far longer than every sentence of the question's texts.
+ 2. repeat, 0.0: says word for word what an earlier sentence said.
+ 3. gold, 1.0: says word for word what an unused gold sentence says (0.5 if it is an opening or has no content word).
  4. wrong answer, 0.1: asserts another choice as the answer, denies the gold choice, names several choices, calls
     something the answer that shares no word with gold choice, solution and question, or is a wrong fact (5) in the
     place of gold's conclusion.
  5. wrong fact, 0.1: like a gold sentence but with another number, name, colour, choice or word of the question's
     texts in place of gold's own.
- 6. unfinished, 0.1: breaks off. The bare name of a choice gets at most 0.3.
+ 6. broken, 0.1: breaks off, or has a word twice in a row. The bare name of a choice gets at most 0.3.
  7. opening, 0.5: an instruction without a claim ("Look at the ...", "To find out which ..., we need to ..."), mostly
     in words of the question's texts, or like such a gold sentence.
  8. repeat, 0.0: says in other words what an earlier sentence said of gold, or the conclusion again.
@@ -31,14 +31,9 @@ Then the rationale as a whole lowers scores (`_weigh`), never raises them:
  b. Without the right conclusion nothing earns credit: with a wrong answer anywhere, or with no conclusion where gold
     has one, no score is above 0.5; with none, the last sentence gets at most 0.3, or 0.0 if no reason is given.
  c. With a loop anywhere no score is above 0.3.
-<<<<<<< HEAD
- d. Where gold has openings and the rationale none, its first credited sentence gets 0.5, as an opening would.
- e. Openings, eliminations and neutral sentences beyond the number of gold's openings are padding: at most 0.4, and
-=======
  d. For each opening fewer than gold's, one sentence from the beginning gets 0.5 at most, as the opening would.
  e. Of sentences that say a gold one only partly (0.5 or less), each after the first gets at most 0.1.
  f. Openings, eliminations and neutral sentences beyond the number of gold's openings are padding: at most 0.4, and
->>>>>>> i14/reference
     at most the mean of the other sentences.
 
 So neither the sum of (score - 0.5), RL's reward, nor the mean rises by copies, rephrasing, padding or omission, and
@@ -74,6 +69,7 @@ from teacher.text_similarity import (
 
 VERSION = "reference-3"  # raise it with every change that can change a score
 COVERED = 0.7  # a gold sentence is said by a sentence of at least this score
+REWORDED = 0.9  # at most, for what is not gold's own words: an exchanged word may be a synonym or a mistake
 NEUTRAL = 0.5  # no reward in RL
 WRONG = 0.1
 PADDING = 0.4
@@ -81,7 +77,9 @@ NO_REASON = 0.4  # a right answer without a reason
 ATTEMPT = 2 / 3  # what a wrong or half right reason counts of a right one
 NO_CONCLUSION = 0.3
 LOOP = 0.3
-ALIKE = 0.5  # from this similarity before penalties on, a sentence is about a gold sentence
+# similarities before penalties, from which on a sentence is a try at a gold sentence, replaces a fact of its kind in
+# it, has its form with a word or two exchanged
+TRY, ALIKE, SAME_FORM = 0.25, 0.4, 0.5
 
 _OPENING_WORDS = Counter(
     dict.fromkeys("think look see start begin go work find solv step first about care".split(), 9)
@@ -98,7 +96,7 @@ class Judgement:
     """What was found about one sentence: the score, the rule that gave it, and the gold sentence that it is about."""
 
     score: float
-    kind: str  # repeat, gold, loop, wrong answer, wrong fact, unfinished, opening, conclusion, elimination, neutral
+    kind: str  # repeat, gold, loop, wrong answer, wrong fact, broken, opening, conclusion, elimination, neutral
     gold: int | None = None  # index among the gold sentences, where the sentence says one or gets it wrong
 
 
@@ -177,7 +175,12 @@ def _judge_each(sentences: Sequence[Sentence], material: _Material) -> list[Judg
     used: set[int] = set()
     judgements = []
     for sentence in sentences:
-        judgement = Judgement(0.0, "repeat") if sentence.tokens in seen else _judge_one(sentence, material, used)
+        if _loops(sentence, material):
+            judgement = Judgement(0.0, "loop")
+        elif sentence.tokens in seen:
+            judgement = Judgement(0.0, "repeat")
+        else:
+            judgement = _judge_one(sentence, material, used)
         if judgement.kind in ("gold", "conclusion", "opening") and judgement.gold is not None:
             if judgement.score > NEUTRAL or judgement.kind == "opening":
                 used.add(judgement.gold)
@@ -188,23 +191,21 @@ def _judge_each(sentences: Sequence[Sentence], material: _Material) -> list[Judg
 
 def _judge_one(sentence: Sentence, material: _Material, used: set[int]) -> Judgement:
     for index, gold in enumerate(material.gold):
-        if sentence.tokens == gold.tokens and index not in used:
+        if sentence.tokens == gold.tokens and index not in used and sentence.stutters == gold.stutters:
             if index in material.openings or not sentence.content:
                 return Judgement(NEUTRAL, "opening", index)
             return Judgement(1.0, "gold", index)
     if not sentence.content:
         return Judgement(0.2 if sentence.tokens else 0.0, "neutral")
-    if _loops(sentence, material):
-        return Judgement(0.0, "loop")
     matches = [Match(sentence, gold) for gold in material.gold]
-    wrong = _wrong(sentence, material, matches)
+    wrong = _wrong(sentence, material, matches, used)
     if wrong is not None:
         return wrong
-    if not sentence.finished:
-        return Judgement(WRONG, "unfinished")
+    if not sentence.finished or sentence.stutters or sentence.repeats()[0] > material.same_word:
+        return Judgement(WRONG, "broken")
     limit = 0.3 if sentence.tokens == (f"<{material.answer}>",) else 1.0
 
-    scores = [score_of(match.similarity) for match in matches]
+    scores = [min(REWORDED, score_of(match.similarity)) for match in matches]
     best = max(range(len(scores)), key=lambda index: (scores[index], index not in used))
     begins = sentence.opening()
     if begins or (best in material.openings and scores[best] >= NEUTRAL):
@@ -215,14 +216,9 @@ def _judge_one(sentence: Sentence, material: _Material, used: set[int]) -> Judge
     if scores[best] >= COVERED and best in used or concludes and material.conclusions and material.conclusions <= used:
         return Judgement(0.0, "repeat")
 
-<<<<<<< HEAD
-    candidates = [Judgement(score, "gold", index) for index, score in enumerate(scores) if index not in used]
-    candidates.append(Judgement(0.0, "neutral"))
-=======
     scores = [max(score, WRONG) if match.raw > TRY else score for score, match in zip(scores, matches, strict=True)]
     candidates = [Judgement(0.0, "neutral")]
     candidates += [Judgement(score, "gold", index) for index, score in enumerate(scores) if index not in used]
->>>>>>> i14/reference
     if concludes:
         unused = max(material.conclusions - used, default=None)
         candidates.append(Judgement(NEUTRAL if unused is None else 1.0, "conclusion", unused))
@@ -240,33 +236,28 @@ def _restated(sentence: Sentence, material: _Material) -> float:
     return score_of(max((containment(sentence, other) for other in material.neutral), default=0.0))
 
 
-def _wrong(sentence: Sentence, material: _Material, matches: Sequence[Match]) -> Judgement | None:
+def _wrong(sentence: Sentence, material: _Material, matches: Sequence[Match], used: set[int]) -> Judgement | None:
     """The judgement of a sentence that gold rules out: a wrong answer or a wrong fact."""
     nearest = max(range(len(matches)), key=lambda index: matches[index].raw)
     if _contradicts(sentence, material, matches):
         answers = sentence.concludes or sentence.says_no_more or material.concluded(sentence)
         return Judgement(WRONG, "wrong answer" if answers else "wrong fact", nearest)
-    if max(score_of(match.similarity) for match in matches) >= 1.0:
+    if any(sentence.tokens == gold.tokens for gold in material.gold):
         return None
-    about = [index for index, match in enumerate(matches) if match.raw >= ALIKE and index not in material.openings]
+    known = material.words.keys()
     about = [
         index
-<<<<<<< HEAD
-        for index in about
-        if matches[index].replaced or swaps_a_word(sentence, material.gold[index], material.words.keys())
-=======
         for index, (gold, match) in enumerate(zip(material.gold, matches, strict=True))
         if index not in material.openings
         and gold.negated == sentence.negated
         and (match.replaced and match.raw >= ALIKE or match.raw >= SAME_FORM and swaps_a_word(sentence, gold, known))
->>>>>>> i14/reference
     ]
     if not about or _restated(sentence, material) >= 0.9:
         return None
     others = set(range(len(matches))) - material.openings - set(about)
     if any(score_of(matches[index].similarity) >= COVERED for index in others):
         return None  # it says another gold sentence
-    nearest = max(about, key=lambda index: matches[index].raw)
+    nearest = max(about, key=lambda index: (index not in used, matches[index].raw))
     return Judgement(WRONG, "wrong answer" if nearest in material.conclusions else "wrong fact", nearest)
 
 
@@ -302,30 +293,37 @@ def _names_no_choice(sentence: Sentence, material: _Material) -> bool:
 
 
 def _loops(sentence: Sentence, material: _Material) -> bool:
-    """Stutters or goes round in circles, compared with gold, or is far longer than any sentence of the material."""
-    if len(sentence.tokens) > material.longest:
-        return True
-    if any(a == b for a, b in zip(sentence.tokens, sentence.tokens[1:], strict=False)):
-        return True
-    if sentence.pairs.total() - len(sentence.pairs) > max(2, material.most_repeated_pairs):
-        return True
-    word, count = sentence.content.most_common(1)[0]
-    return count > max(2, *(gold.content[word] for gold in material.gold))
+    """Goes round in circles, compared with the question's texts, or is far longer than each of their sentences."""
+    word, pairs = sentence.repeats()
+    many = word > material.same_word + 1 or pairs > material.same_pairs + 2
+    return many or len(sentence.words) > material.longest
 
 
 # -- the rationale as a whole ------------------------------------------------------------------------------
+
+
+def _reasons_given(judgements: Sequence[Judgement], material: _Material) -> tuple[float, set[int]]:
+    """The share of gold's reasons that are given (a try counts ATTEMPT), and those given both right and wrong."""
+    tries = [each for each in judgements if each.kind in ("gold", "wrong fact") and each.gold in material.reasons]
+    given = {each.gold for each in tries if each.score >= COVERED}
+    tried = {each.gold for each in tries} - given
+    hedged = set()
+    for each in tries:
+        if each.kind == "wrong fact" and each.gold in given:
+            left = material.reasons - given - tried
+            if left:  # where one reason is left, the sentence stands in its place
+                tried.add(min(left))
+            else:
+                hedged.add(each.gold)
+    right = len(given - hedged) + ATTEMPT * len(tried | hedged)
+    return (right / len(material.reasons) if material.reasons else 1.0), hedged
 
 
 def _weigh(judgements: Sequence[Judgement], material: _Material) -> list[Judgement]:
     """Lower the scores of sentences by what the whole rationale does (rules a-f of the module docstring)."""
     scores = [judgement.score for judgement in judgements]
     kinds = [judgement.kind for judgement in judgements]
-    given = {each.gold for each in judgements if each.kind == "gold" and each.score >= COVERED} & material.reasons
-    missed = {each.gold for each in judgements if each.kind == "wrong fact"} & material.reasons
-    half = {each.gold for each in judgements if each.kind == "gold" and each.score < COVERED} & material.reasons
-    right = given - missed
-    tried = (missed | half) - right
-    part = (len(right) + ATTEMPT * len(tried)) / len(material.reasons) if material.reasons else 1.0
+    part, hedged = _reasons_given(judgements, material)
 
     concludes = False
     partly: set[int | None] = set()  # gold sentences that are said only partly
@@ -333,7 +331,7 @@ def _weigh(judgements: Sequence[Judgement], material: _Material) -> list[Judgeme
         if each.kind == "conclusion" or (each.kind == "gold" and each.gold in material.conclusions):
             concludes = concludes or each.score >= NEUTRAL
             scores[index] = min(each.score, NO_REASON + (1 - NO_REASON) * part)
-        elif each.kind == "gold" and each.gold in missed:
+        elif each.kind == "gold" and each.gold in hedged:
             scores[index] = min(each.score, NEUTRAL)
         if each.kind == "gold" and each.score <= NEUTRAL:
             scores[index] = min(scores[index], WRONG if each.gold in partly else 1.0)
@@ -346,16 +344,9 @@ def _weigh(judgements: Sequence[Judgement], material: _Material) -> list[Judgeme
 
     neutral = [index for index, kind in enumerate(kinds) if kind in ("opening", "elimination", "neutral")]
     allowed = [index for index in neutral if judgements[index].score >= NEUTRAL][: len(material.openings)]
-<<<<<<< HEAD
-    if material.openings and "opening" not in kinds:
-        credited = next((index for index, score in enumerate(scores) if score > NEUTRAL), None)
-        if credited is not None:
-            scores[credited] = NEUTRAL
-=======
     credited = [index for index, score in enumerate(scores) if score > NEUTRAL]
     for index in credited[: max(0, len(material.openings) - kinds.count("opening"))]:
         scores[index] = NEUTRAL
->>>>>>> i14/reference
     padding = set(neutral).difference(allowed)
     rest = [index for index in range(len(scores)) if index not in padding]
     if unanswered and rest and "wrong answer" not in kinds:
@@ -380,12 +371,8 @@ class _Material:
         if not self.has_solution:
             self.gold, lecture = [*lecture, Sentence(_conclusion(answer), self.choices)], []
         self.gold_texts = [sentence.text for sentence in self.gold]
-<<<<<<< HEAD
-        self.answer_words = {word for text in (options[answer], solution or lecture) for word in Sentence(text).content}
-=======
         self.frame = {word for sentence in self.question for word in sentence.content} | ANSWER_WORDS
         self.answer_words = self.choices.content[answer].union(*(gold.words for gold in self.gold))
->>>>>>> i14/reference
         self.openings = {index for index, gold in enumerate(self.gold) if gold.opening() or not gold.content}
         indices = set(range(len(self.gold))) - self.openings
         explicit = {index for index in indices if self.gold[index].asserted(self.choices) == {answer}}
@@ -399,8 +386,10 @@ class _Material:
         self.words.update(dict.fromkeys(self.choices.words, 99))
         self.words.update({f"<{option}>": 99 for option in range(len(options))})
         self.words.update(dict.fromkeys(ANSWER_WORDS, 99))
-        self.longest = 10 + 2 * max(len(sentence.tokens) for sentence in everything)
-        self.most_repeated_pairs = max(gold.pairs.total() - len(gold.pairs) for gold in everything)
+        self.longest = 10 + 2 * max(len(sentence.words) for sentence in everything)
+        repeats = [sentence.repeats() for sentence in everything]
+        self.same_word = max(2, *(word for word, _ in repeats))
+        self.same_pairs = max(2, *(pairs for _, pairs in repeats))
 
     def only_concludes(self, sentence: Sentence) -> bool:
         """Whether a sentence asserts the gold choice as the answer, in words of the question, and no more."""
@@ -524,7 +513,6 @@ def rationale_figures(
     every = [score for row in scores for score in row]
     pairs = [(problems[qid], pred) for qid, pred in zip(qids, preds, strict=True)]
     concluded = [(concluded_choice(problem, pred), problem["answer"]) for problem, pred in pairs]
-    concluded = [(concluded_choice(problem, pred), problem["answer"]) for problem, pred in pairs]
     return {
         "score": mean(every) if every else 0.0,
         "repeated": 100 * stats["repeated"],
@@ -532,8 +520,6 @@ def rationale_figures(
         "words": mean(len(pred.split()) for pred in preds),
         "covered": 100 * mean(gold_coverage(problem, pred) for problem, pred in pairs),
         "only_option": 100 * mean(names_only_gold_option(problem, pred) for problem, pred in pairs),
-        "concludes": 100 * mean(choice == answer for choice, answer in concluded),
-        "no_conclusion": 100 * mean(choice is None for choice, _ in concluded),
         "concludes": 100 * mean(choice == answer for choice, answer in concluded),
         "no_conclusion": 100 * mean(choice is None for choice, _ in concluded),
     }

@@ -57,11 +57,7 @@ _CONCLUDES = re.compile(
 )
 
 _IS_ANSWER = re.compile(r"\banswer (?:is|must be|would be)\b|\bis the (?:correct |right |best )?answer\b", re.I)
-<<<<<<< HEAD
-_IS_ANSWER = re.compile(r"\banswer (?:is|must be|would be)\b|\bis the (?:correct |right |best )?answer\b", re.I)
-=======
 _NAMES = re.compile(r"(?:(?<=[^.!?:] )|(?<=\b[MD]r\. )|(?<=\bMs\. )|(?<=\bMrs\. ))[\"'(]?([A-Z][a-z]{2,})")
->>>>>>> i14/reference
 # an instruction: a verb in its base form, then a word that opens its object, as "Look at", "Find the", "Count each"
 _VERB = (
     r"(?:look|find|think|count|use|read|compare|check|examine|consider|recall|remember|identify|determine|decide|note|"
@@ -160,20 +156,6 @@ class Sentence:
     def stutters(self) -> bool:
         """Whether a word stands twice in a row."""
         return any(a == b for a, b in zip(self.words, self.words[1:], strict=False))
-
-    @property
-    def calls_answer(self) -> bool:
-        """Whether something is called the answer."""
-        return bool(_IS_ANSWER.search(self.text))
-
-    def says_only(self, option: int) -> bool:
-        """Whether the sentence names this choice and no other, without a negation."""
-        return self.options == {option} and not self.negated
-
-    @property
-    def says_no_more(self) -> bool:
-        """Whether the sentence is nothing but names of choices."""
-        return all(token[0] == "<" for token in self.content)
 
     @property
     def calls_answer(self) -> bool:
