@@ -63,6 +63,7 @@ class Setup:
     run: Path
     accelerator: Any
     tokenizer: Any
+    problems: dict[str, Any]
     prompts: Any  # rollouts.Prompts
     patch_size: tuple[int, int] | None
     start: int  # number of the first round
@@ -126,7 +127,7 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
         f"run folder {folder}: {len(dataset)} questions, {accelerator.num_processes} process(es) "
         f"on {accelerator.device.type}, {args.precision}"
     )
-    return Setup(args, folder, accelerator, tokenizer, prompts, data.patch_size, start)
+    return Setup(args, folder, accelerator, tokenizer, data.problems, prompts, data.patch_size, start)
 
 
 def check_optimizer(args: argparse.Namespace, info: Any) -> None:
@@ -263,7 +264,7 @@ def await_feedback(setup: Setup, store) -> dict:
 def train_round(setup: Setup, store, number: int, decision: dict) -> None:
     """Step 4: PPO from the rollouts on disk, then the round's folder."""
     from rl import ppo, rollouts, sharding
-    from rl.metrics import Metrics, rollout_warnings, write_samples
+    from rl.metrics import Metrics, rollout_warnings, text_figures, write_samples
     from rl.optimizer import load_moments, read_optimizer
     from rl.trainer import Position, PpoTrainer
 
@@ -304,6 +305,8 @@ def train_round(setup: Setup, store, number: int, decision: dict) -> None:
         values |= {f"dropped_{reason}": len(keys) for reason, keys in decision["dropped"].items()}
         if args.algo == "ppo":
             values["explained_variance"] = data.explained_variance()
+        if cli.rank() == 0:
+            values |= text_figures(rows, setup.problems, setup.tokenizer)
         metrics.log("rollout", number, 0, values)
         print0(f"round {number}: {len(rows)} rationales, mean sentence score {values['mean_sentence_score']:.4f}")
         for warning in rollout_warnings(values):

@@ -8,10 +8,12 @@ import threading
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ares import cli, files
 from ares.sentences import sentences_from_ids
+from teacher.reference import concluded_choice
 
 
 class Metrics:
@@ -155,6 +157,16 @@ def write_samples(path: Path, data: Any, scores: Sequence[Sequence[float]], text
                 "sentences": sentences,
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def text_figures(rollouts: Any, problems: dict[str, Any], tokenizer: Any, most: int = 2000) -> dict[str, float]:
+    """Mean `words` and `share_without_conclusion` (no sentence asserts a choice as the answer) of the rationales; of
+    `most` of them, evenly spaced, where there are more."""
+    rows = range(0, len(rollouts), -(-len(rollouts) // most))
+    texts = [tokenizer.decode(rollouts.ids(row), skip_special_tokens=True) for row in rows]
+    without = [concluded_choice(problems[rollouts.qids[row]], text) is None
+               for row, text in zip(rows, texts, strict=True)]  # fmt: skip
+    return {"words": mean(len(text.split()) for text in texts), "share_without_conclusion": mean(without)}
 
 
 # -- warnings --------------------------------------------------------------------------------------------
