@@ -161,11 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return client.make_session(args.correction_dir, each, CORRECT, args, **more)
 
     if args.estimate or args.show:
-        session = session_with(client.make_teacher(args))
-        if args.show:
-            return estimate.show(session, items, args.show)
-        session.add(items, serve=False)
-        return estimate.estimate(session)
+        return estimate.preview(session_with(client.make_teacher(args)), items, args)
     files.writable_dir(output.parent, "--output")
     with client.work_in(args.correction_dir, "--correction_dir", args) as each:
         report = client.answer_items(session_with(each), items, args)

@@ -39,20 +39,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def exported_items(questions_dir: str) -> list[handoff.Item]:
-    """All exported rationales. Raises UserError if there are none."""
-    items = handoff.iter_items(questions_dir)
-    if not items:
-        inner = Path(questions_dir) / "questions"
-        fix = f"did you mean {inner}?" if inner.is_dir() else "copy {run}/questions/* there, or name {run}/questions"
-        files = f"{{k}}/p{{rank}}/{{qid}}/{handoff.RATIONALE}"
-        raise cli.UserError(f"--questions_dir: {Path(questions_dir).absolute()} holds no {files}; {fix}")
-    return items
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    items = exported_items(args.questions_dir)
+    items = handoff.exported_items(args.questions_dir)
     problems = read_data_folder(args.data_root, args.dataset).problems
     unknown = [item for item in items if item.qid not in problems]
     if unknown:

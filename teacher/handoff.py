@@ -92,6 +92,17 @@ def iter_items(questions: str | os.PathLike, action: int | None = None) -> list[
     return items
 
 
+def exported_items(questions: str | os.PathLike) -> list[Item]:
+    """All exported rationales. Raises UserError if there are none."""
+    items = iter_items(questions)
+    if not items:
+        inner = Path(questions, "questions")
+        fix = f"did you mean {inner}?" if inner.is_dir() else "copy {run}/questions/* there, or name {run}/questions"
+        form = f"{{k}}/p{{rank}}/{{qid}}/{RATIONALE}"
+        raise cli.UserError(f"--questions_dir: {Path(questions).absolute()} holds no {form}; {fix}")
+    return items
+
+
 def _actions(questions: str | os.PathLike) -> list[int]:
     return [int(name) for name in _names(questions, questions, _is_number)]
 
