@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ares import cli
-from ares.data_folder import find_images, question_images
+from ares.data_folder import find_images, question_images, read_data_folder
 from teacher import client, estimate, handoff
 from teacher.budget import Ledger
 from teacher.interface import SCORE, Teacher
@@ -130,10 +130,9 @@ class Watch:
             if _identity(self.folder) != folder:
                 return False
             items = [item for item in exports if item.qid not in known.get(item.folder.parent, ())]
+            handoff.refuse_unknown(items, session.problems)
             for item in items:
                 known.setdefault(item.folder.parent, set()).add(item.qid)
-                if item.qid not in session.problems:
-                    raise cli.UserError(f"--data_root: question {item.qid} ({item.folder}) is not in problems.json")
                 if sentences := _sentences(item):
                     images = question_images(session.images_dir, item.qid) if session.images_dir else []
                     request = scoring_request(session.problems[item.qid], sentences)
@@ -230,8 +229,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     exported = handoff.exported(args.questions_dir)  # before the listing: what is listed is then complete
     items = [] if args.watch else find_items(args)
-    problems = client.load_for(args, items)
-    if problems is None and (args.watch or args.check):
+    problems = None  # Claude can do without: its requests are written
+    if args.teacher == "reference" or Path(args.data_root).is_dir():
+        problems = read_data_folder(args.data_root, args.dataset).problems
+        handoff.refuse_unknown(items, problems)
+    elif args.watch or args.check:
         what = "--watch writes the requests itself and" if args.watch else "--check"
         raise cli.UserError(f"{what} needs problems.json; name its folder with --data_root")
     if args.estimate or args.show:

@@ -19,14 +19,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ares import cli, files
 from ares.data_folder import find_images, read_data_folder
 from teacher import client, estimate, handoff, reply_files
-from teacher.interface import CORRECT, Teacher
+from teacher.interface import CORRECT
 from teacher.prompts import WORDING
-from teacher.session import Session
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -78,14 +76,6 @@ def read_corrections(items: Sequence[handoff.Item], rationales: Mapping[str, str
         except handoff.Refused as refused:
             found.counts["unchanged" if refused.reason == "unchanged" else f"fell back: {refused.reason}"] += 1
     return found
-
-
-def corrected(problems: Mapping[str, Any], final: Mapping[str, str]) -> dict[str, Any]:
-    """All problems, with the final rationales as solutions. The gold solution stays where the rationale is empty."""
-    return {
-        qid: {**problem, "solution": final[qid]} if final.get(qid, "").strip() else problem
-        for qid, problem in problems.items()
-    }
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
@@ -156,29 +146,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         rationales = {**wanted, **rationales}
     output = Path(args.output or data.root / data.dataset / "correction.json")
 
-    def session_with(each: Teacher) -> Session:
-        more = {"wording": WORDING, "problems": problems, "images_dir": find_images(args)}
-        return client.make_session(args.correction_dir, each, CORRECT, args, **more)
-
+    more = {"wording": WORDING, "problems": problems, "images_dir": find_images(args)}
     if args.estimate or args.show:
-        return estimate.preview(session_with(client.make_teacher(args)), items, args)
+        session = client.make_session(args.correction_dir, client.make_teacher(args), CORRECT, args, **more)
+        return estimate.preview(session, items, args)
     files.writable_dir(output.parent, "--output")
     with client.work_in(args.correction_dir, "--correction_dir", args) as each:
-        report = client.answer_items(session_with(each), items, args)
+        session = client.make_session(args.correction_dir, each, CORRECT, args, **more)
+        report = client.answer_items(session, items, args)
     cli.print0(f"{args.teacher}: {report.summary()}")
-    if not args.submit_only:
-        write_correction(args, output, problems, items, rationales, train_qids)
-
-
-def write_correction(
-    args: argparse.Namespace,
-    output: Path,
-    problems: Mapping[str, Any],
-    items: Sequence[handoff.Item],
-    rationales: Mapping[str, str],
-    train_qids: Sequence[str],
-) -> None:
-    """Write correction.json and print a summary. Raises UserError for missing replies without --accept-missing."""
+    if args.submit_only:
+        return
     found = read_corrections(items, rationales)
     if found.missing and not args.accept_missing:
         raise cli.UserError(
@@ -186,7 +164,9 @@ def write_correction(
             "is not written; prepare and ask for them, or add --accept-missing to keep their rationales as they are"
         )
     found.counts["fell back: no reply"] += len(found.missing)
-    files.write_json(output, corrected(problems, found.final))
+    # the gold solution stays where the rationale is empty
+    final = {qid: {**problems[qid], "solution": text} for qid, text in found.final.items() if text.strip()}
+    files.write_json(output, {qid: final.get(qid, problem) for qid, problem in problems.items()})
     cli.print0(f"{output}: {summary(found, rationales)}")
     left = len(train_qids) - len(rationales)
     if left:

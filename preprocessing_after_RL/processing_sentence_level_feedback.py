@@ -43,12 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     items = handoff.exported_items(args.questions_dir)
     problems = read_data_folder(args.data_root, args.dataset).problems
-    unknown = [item for item in items if item.qid not in problems]
-    if unknown:
-        raise cli.UserError(
-            f"--questions_dir: question {unknown[0].qid} ({unknown[0].folder}) is not in problems.json; "
-            "name the data of this run with --data_root and --problems"
-        )
+    handoff.refuse_unknown(items, problems)
     images = handoff.images_of_questions(args, problems, list(dict.fromkeys(item.qid for item in items)))
     unusable, outdated = [], set()
     set_aside = 0

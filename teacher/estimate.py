@@ -23,9 +23,8 @@ from teacher.api_teacher import ApiTeacher
 from teacher.budget import BATCH_FACTOR, PRICES_DATE
 from teacher.handoff import Item, Refused
 from teacher.interface import CORRECT, JUDGE, SCORE, Request
-from teacher.live import ask_live
 from teacher.reply_files import read_scores
-from teacher.session import Session
+from teacher.session import Session, ask_live
 
 CHARACTERS_PER_TOKEN = 3.5
 FRAME_TOKENS = 20  # of a message's own frame

@@ -103,6 +103,16 @@ def exported_items(questions: str | os.PathLike) -> list[Item]:
     return items
 
 
+def refuse_unknown(items: Sequence[Item], problems: Mapping[str, Any]) -> None:
+    """Raise UserError if an item's question is not among the problems."""
+    for item in items:
+        if item.qid not in problems:
+            raise cli.UserError(
+                f"--data_root: question {item.qid} ({item.folder}) is not in problems.json; name the data of this run "
+                "with --data_root and --dataset"
+            )
+
+
 def _actions(questions: str | os.PathLike) -> list[int]:
     return [int(name) for name in _names(questions, questions, _is_number)]
 
