@@ -64,7 +64,7 @@ def read_corrections(items: Sequence[handoff.Item], rationales: Mapping[str, str
     for qid, rationale in rationales.items():
         folder = folders.get(qid)
         if folder is None or not os.path.lexists(folder / handoff.REPLY):
-            if folder is not None and (folder / handoff.REFUSED_REPLY).exists():  # cut off, though it can be read
+            if folder and (folder / handoff.REFUSED_REPLY).exists():  # cut off, though it can be read
                 word = reply_files.reason_of(folder).partition(":")[0].strip() or "cut off"
                 found.counts[f"fell back: {word}"] += 1
             else:
@@ -112,38 +112,36 @@ def summary(found: Corrections, rationales: Mapping[str, str]) -> str:
     return line
 
 
+def read_requests(args: argparse.Namespace, train_qids: Sequence[str]) -> tuple[list[handoff.Item], dict[str, str]]:
+    """The prepared items, and qid -> rationale of all questions that must have a reply. Raises UserError."""
+    again = "run preprocessing_for_correction_feedback.py"
+    where = f"--correction_dir: {args.correction_dir} holds"
+    items = handoff.iter_items(args.correction_dir, 0)
+    if not items:
+        raise cli.UserError(f"{where} no requests; {again} first, or name its --correction_dir")
+    if outside := sorted({item.qid for item in items} - set(train_qids)):
+        split = f"--train_split {args.train_split}; name the data and the split of this run"
+        raise cli.UserError(f"{where} question {outside[0]}, which is not in {split}")
+    try:
+        rationales = {item.qid: " ".join(handoff.read_rationale(item.folder)) for item in items}
+    except handoff.Refused as refused:
+        raise cli.UserError(f"--correction_dir: {refused}; {again} again") from None
+    wanted = handoff.read_rationales(args.rationales, train_qids) if args.rationales else {}
+    other = [qid for qid in rationales if qid in wanted and wanted[qid].split() != rationales[qid].split()]
+    if other:
+        raise cli.UserError(
+            f"--rationales: {len(other)} requests in {args.correction_dir} are about other rationales than "
+            f"{args.rationales} holds (first: question {other[0]}); {again} --rationales {args.rationales} "
+            f"--correction_dir {args.correction_dir} first"
+        )
+    return items, {**wanted, **rationales}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     data = read_data_folder(args.data_root, args.dataset)
     problems, train_qids = data.problems, data.split(args.train_split, "--train_split")
-    items = handoff.iter_items(args.correction_dir, 0)
-    if not items:
-        raise cli.UserError(
-            f"--correction_dir: {args.correction_dir} holds no requests; run preprocessing_for_correction_feedback.py "
-            "first, or name its --correction_dir"
-        )
-    outside = sorted({item.qid for item in items} - set(train_qids))
-    if outside:
-        raise cli.UserError(
-            f"--correction_dir: {args.correction_dir} holds question {outside[0]}, which is not in --train_split "
-            f"{args.train_split}; name the data and the split of this run"
-        )
-    try:
-        rationales = {item.qid: " ".join(handoff.read_rationale(item.folder)) for item in items}
-    except handoff.Refused as refused:
-        raise cli.UserError(
-            f"--correction_dir: {refused}; run preprocessing_for_correction_feedback.py again"
-        ) from None
-    if args.rationales:
-        wanted = handoff.read_rationales(args.rationales, train_qids)
-        other = [qid for qid in rationales if qid in wanted and wanted[qid].split() != rationales[qid].split()]
-        if other:
-            raise cli.UserError(
-                f"--rationales: {len(other)} requests in {args.correction_dir} are about other rationales than "
-                f"{args.rationales} holds (first: question {other[0]}); run preprocessing_for_correction_feedback.py "
-                f"--rationales {args.rationales} --correction_dir {args.correction_dir} first"
-            )
-        rationales = {**wanted, **rationales}
+    items, rationales = read_requests(args, train_qids)
     output = Path(args.output or data.root / data.dataset / "correction.json")
 
     more = {"wording": WORDING, "problems": problems, "images_dir": find_images(args)}
@@ -168,8 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     final = {qid: {**problems[qid], "solution": text} for qid, text in found.final.items() if text.strip()}
     files.write_json(output, {qid: final.get(qid, problem) for qid, problem in problems.items()})
     cli.print0(f"{output}: {summary(found, rationales)}")
-    left = len(train_qids) - len(rationales)
-    if left:
+    if left := len(train_qids) - len(rationales):
         cli.warn0(f"{left} of {len(train_qids)} train questions have no rationale and keep their gold solution")
 
 
