@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ares import cli
+from ares import cli, files
 from ares.data_folder import find_images, question_images, read_data_folder
 from teacher import client, estimate, handoff
 from teacher.budget import Ledger
@@ -175,14 +175,12 @@ def rounds_to_come(questions: Path) -> bool:
     By the run's args.yaml and its rollouts; False where there are none, as in a folder that was copied.
     """
     run = questions.absolute().parent
-    import yaml
-
     try:
-        flags = yaml.safe_load((run / "args.yaml").read_text(encoding="utf-8"))
+        flags = files.read_yaml(run / "args.yaml", "--questions_dir")
         first = int(Path(flags["base_model_dir"]).resolve().name) + 1 if flags.get("continue_train") else 0
         at = max(int(place.name.removeprefix("round_")) for place in (run / "rollouts").glob("round_*"))
         return at + 1 < first + int(flags["epochs"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, cli.UserError):
         return False
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import random
 import re
 import time
@@ -81,8 +80,8 @@ SCHEMAS = {
 class ApiTeacher:
     """Asks one model through an HTTP API.
 
-    A subclass sets the five fields below, and defines `__aenter__` (which sets `secret` and `address` and calls
-    `start`), `__aexit__`, and
+    A subclass sets the five fields below, and defines `__aenter__` (which sets `secret` and `address` and
+    calls `start`), `__aexit__`, and
 
         body(request)       fields of the request's body besides model, length and messages
         parameters(request) the request's body; raises UserError for an image that cannot be used
@@ -122,7 +121,7 @@ class ApiTeacher:
         self.secret = ""
         self.address = ""
         self._rejected = 0
-        self._image_digests: dict[tuple, str] = {}
+        self._image_digests: dict[tuple, str] = {}  # identity of a file -> digest
 
     def start(self) -> None:
         """Begin to send requests. Call it within the event loop that sends them."""
@@ -136,8 +135,15 @@ class ApiTeacher:
 
     def key(self, request: Request) -> str:
         """Digest of everything the reply depends on; images by content."""
+        digests = []
+        for path in request.images:
+            identity = images.file_identity(path)
+            if identity not in self._image_digests:
+                with open(path, "rb") as file:
+                    self._image_digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests.append(self._image_digests[identity])
         asked = [self.model, request.kind, self.body(request), request.text, self.note(request), request.sentences]
-        asked.append([self._image_digest(path) for path in request.images])
+        asked.append(digests)
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def note(self, request: Request) -> str:
@@ -184,13 +190,6 @@ class ApiTeacher:
             clean(received.text), self.name, clean(received.model) or self.model, clean(received.stop_reason),
             clean(request_id), received.usage, cost, seconds, batch,
         )  # fmt: skip
-
-    def _image_digest(self, path: os.PathLike) -> str:
-        identity = images.file_identity(path)
-        if identity not in self._image_digests:
-            with open(path, "rb") as file:
-                self._image_digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
-        return self._image_digests[identity]
 
     # -- asking ----------------------------------------------------------------------------------------------
 

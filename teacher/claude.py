@@ -162,6 +162,7 @@ class ClaudeTeacher(ApiTeacher):
             timeout=self.timeout,
             http_client=anthropic.DefaultAsyncHttpxClient(limits=limits),
         )
+        self._patient = self.client.with_options(max_retries=6)  # for free calls
         self.address = str(self.client.base_url)
         self._arguments = frozenset(inspect.signature(self.client.messages.create).parameters)
         return self
@@ -235,7 +236,7 @@ class ClaudeTeacher(ApiTeacher):
     async def list_batches(self) -> AsyncIterator[tuple[str, float, int]]:
         """(id, time of creation in Unix seconds, number of requests) of the account's batches, newest first."""
         with translated_errors():
-            async for batch in self._patient().messages.batches.list(limit=100):
+            async for batch in self._patient.messages.batches.list(limit=100):
                 counts = batch.request_counts
                 total = counts.processing + counts.succeeded + counts.errored + counts.canceled + counts.expired
                 yield batch.id, batch.created_at.timestamp(), total
@@ -243,7 +244,7 @@ class ClaudeTeacher(ApiTeacher):
     async def batch_ended(self, batch_id: str) -> bool:
         """Whether all requests of a batch are processed. Raises ApiError, NoAnswer, NotAReply."""
         with translated_errors():
-            batch = await self._patient().messages.batches.retrieve(batch_id)
+            batch = await self._patient.messages.batches.retrieve(batch_id)
         status = getattr(batch, "processing_status", None)
         if status not in ("in_progress", "canceling", "ended"):
             raise NotAReply(str(batch))
@@ -260,7 +261,7 @@ class ClaudeTeacher(ApiTeacher):
 
         rest, damage = b"", None
         with translated_errors():
-            response = await self._patient().get(
+            response = await self._patient.get(
                 f"/v1/messages/batches/{quote(batch_id, safe='')}/results",
                 cast_to=sdk.AsyncJSONLDecoder[sdk.MessageBatchIndividualResponse],
                 options={"headers": {"Accept": "application/binary"}},
@@ -297,9 +298,6 @@ class ClaudeTeacher(ApiTeacher):
         except (ApiError, AttributeError, TypeError, ValueError) as error:
             why = said(error, self.secret)
             return custom_id, Failed("broken_reply", why, account=is_account_refusal(error), charged=True)
-
-    def _patient(self) -> anthropic.AsyncAnthropic:
-        return self.client.with_options(max_retries=6)  # free calls
 
 
 @contextlib.contextmanager

@@ -9,23 +9,66 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
+import json
 import math
+import os
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ares import cli, files, launch
-from teacher import batches
+from teacher import batches, reference
 from teacher.api_teacher import TIMEOUT
 from teacher.batch_store import BatchStore
 from teacher.budget import LOG, Ledger, Price, price_of, read_log
 from teacher.claude import DEFAULT_MODEL, ClaudeTeacher, api_key, server_address
 from teacher.handoff import Item
-from teacher.interface import Teacher
-from teacher.reference import ReferenceTeacher
-from teacher.reply_files import ReplyCache, default_cache
+from teacher.interface import JUDGE, SCORE, Reply, Request, Teacher
+from teacher.reply_files import ReplyCache
 from teacher.session import OURS, Report, Session, ask_live
+
+
+class ReferenceTeacher:
+    """Scores and corrects from the question's own gold texts: free, offline, deterministic (teacher/reference.py)."""
+
+    name = "reference"
+    model = reference.VERSION
+    concurrency = 8  # it computes one reply at a time; the writes to disk overlap
+
+    async def __aenter__(self) -> ReferenceTeacher:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def key(self, request: Request) -> str:
+        images = list(map(str, request.images))
+        asked = [self.model, request.kind, request.qid, request.text, request.sentences, images]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+    async def answer(self, request: Request) -> Reply:
+        """The reply in the form that Claude is asked for."""
+        began = time.monotonic()
+        if request.kind == SCORE:
+            scores = reference.score_sentences(request.problem, request.sentences)
+            lines = (f'"{text}": {score}' for text, score in zip(request.sentences, scores, strict=True))
+            text = "{\n" + ",\n".join(lines) + "\n}"
+        elif request.kind == JUDGE:
+            verdict = reference.compare(request.problem, *request.sentences)
+            text = json.dumps({"reason": verdict.reason, "verdict": verdict.better})
+        else:
+            rationale = " ".join(request.sentences)
+            final = reference.correct_rationale(request.problem, rationale)
+            both = {"Original rationale": rationale, "Final rationale": final}
+            text = json.dumps(both, indent=0, ensure_ascii=False)
+        return Reply(text, self.name, self.model, "end_turn", seconds=round(time.monotonic() - began, 3))
+
 
 # -- flags -----------------------------------------------------------------------------------------------
 
@@ -160,10 +203,12 @@ def work_in(root: str | Path, flag: str, args: argparse.Namespace, before: Ledge
 
 def make_session(root: str | Path, teacher: Teacher, kind: str, args: argparse.Namespace, **more: Any) -> Session:
     """A Session with the settings of the flags; `more`: arguments of its class."""
-    cache = ReplyCache(None)
-    if not args.no_cache and args.teacher == "claude":  # the reference Teacher computes faster than a look-up
-        cache = ReplyCache(files.writable_dir(args.cache, "--cache") if args.cache else default_cache())
-    more |= {"attempts": args.attempts, "cache": cache, "keep_replies": args.keep_replies}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ares" / "teacher"
+    if args.no_cache or args.teacher == "reference":  # it computes faster than a look-up
+        cache = None
+    elif args.cache:
+        cache = files.writable_dir(args.cache, "--cache")
+    more |= {"attempts": args.attempts, "cache": ReplyCache(cache), "keep_replies": args.keep_replies}
     return Session(root, teacher, kind, **more)
 
 

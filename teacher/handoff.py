@@ -23,7 +23,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ REASON = "refused.txt"
 REFUSED_REPLY = f"unusable_{REPLY}"  # can be read, but its stop reason says that it was cut off
 EXPORTED = "mmcot_finished_signal.txt"
 DONE = "llm_done.txt"
+NUMBER = "0|[1-9][0-9]*"  # as folders are named
 
 # Some file systems keep whole seconds (FAT two): a signal that looks this much older may be the newer one.
 CLOCK_GRAIN_NS = 2_000_000_000
@@ -79,16 +80,15 @@ def iter_items(questions: str | os.PathLike, action: int | None = None) -> list[
     exporting. Raises UserError for a folder that is a link out of `questions`.
     """
     root, items = Path(questions), []
-    actions = _actions(root)
-    for number in sorted(actions) if action is None else [action] * (action in actions):
-        folder = root / str(number)
-        # exact: p1 is not p10
-        ranks = _names(folder, root, lambda name: name[:1] == "p" and _is_number(name[1:]))
-        for rank in sorted(int(name[1:]) for name in ranks):
-            parent = folder / f"p{rank}"
-            names = _names(parent, root, lambda name: True)
+    for number in sorted(map(int, _names(root, root, NUMBER))):
+        if action not in (None, number):
+            continue
+        for rank in sorted(int(name[1:]) for name in _names(root / str(number), root, f"p({NUMBER})")):
+            parent = root / str(number) / f"p{rank}"
+            names = _names(parent, root, ".*")
             qids = [qid for qid in names if os.path.lexists(os.path.join(parent, qid, RATIONALE))]
-            items += [Item(root, number, rank, qid) for qid in sorted(qids, key=_numeric_order)]
+            qids.sort(key=lambda qid: (0, int(qid), qid) if qid.isascii() and qid.isdigit() else (1, 0, qid))
+            items += [Item(root, number, rank, qid) for qid in qids]
     return items
 
 
@@ -113,29 +113,17 @@ def refuse_unknown(items: Sequence[Item], problems: Mapping[str, Any]) -> None:
             )
 
 
-def _actions(questions: str | os.PathLike) -> list[int]:
-    return [int(name) for name in _names(questions, questions, _is_number)]
-
-
-def _names(folder: str | os.PathLike, root: str | os.PathLike, wanted: Callable[[str], bool]) -> list[str]:
-    """The wanted names in a folder. Raises UserError if one of them is a link that leads out of `root`."""
+def _names(folder: str | os.PathLike, root: str | os.PathLike, pattern: str) -> list[str]:
+    """The names in a folder that match. Raises UserError if one of them is a link that leads out of `root`."""
     try:
         with os.scandir(folder) as entries:
-            found = [entry for entry in entries if wanted(entry.name)]
+            found = [entry for entry in entries if re.fullmatch(pattern, entry.name, re.DOTALL)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     for entry in found:
         if entry.is_symlink():
             files.refuse_links(entry.path, root)
     return [entry.name for entry in found]
-
-
-def _is_number(name: str) -> bool:
-    return name.isascii() and name.isdigit() and str(int(name)) == name
-
-
-def _numeric_order(qid: str) -> tuple:
-    return (0, int(qid), qid) if qid.isascii() and qid.isdigit() else (1, 0, qid)
 
 
 def refuse_links(folder: str | os.PathLike) -> None:
@@ -160,8 +148,7 @@ def form(sentences: Sequence[str]) -> str:
     Nothing is escaped, as released. A line break inside a sentence becomes a blank: the form is read by lines.
     """
     lines = ['"' + re.sub(r"\r?\n", " ", sentence) + '": xxx' for sentence in sentences]
-    body = ",\n".join(lines) + "\n" if lines else ""
-    return "{\n" + body + "}"
+    return "\n".join(["{", *([",\n".join(lines)] if lines else []), "}"])
 
 
 def write_rationale(folder: str | os.PathLike, sentences: Sequence[str]) -> None:
@@ -305,8 +292,8 @@ def mark_exported(questions: str | os.PathLike) -> None:
     a new mtime, in the order of copying) keeps the true time of the export. `llm_done.txt` files that are there
     already belong to something older and are removed.
     """
-    for action in _actions(questions):
-        Path(questions, str(action), DONE).unlink(missing_ok=True)
+    for action in _names(questions, questions, NUMBER):
+        Path(questions, action, DONE).unlink(missing_ok=True)
     with files.atomic_path(Path(questions) / EXPORTED) as temporary:
         temporary.touch()
         temporary.write_text(json.dumps({"exported_ns": temporary.stat().st_mtime_ns}) + "\n")
@@ -371,9 +358,8 @@ def wait_for_feedback(
     """
     actions = list(actions)
     waiting = [item for action in actions for item in iter_items(questions, action)]
-    total, shown = len(waiting), set()
+    total, shown, settling = len(waiting), set(), False
     last_growth = time.monotonic()  # of the replies, or of the signals: both restart the settle time
-    settling = False
     with cli.progress(desc="Waiting for the feedback", total=total, unit="reply") as bar:
         while True:
             missing = [item for item in waiting if not has_reply(item.folder)]

@@ -3,7 +3,7 @@
 It replaces Claude where there is no key (demo, tests, a first try). It knows nothing of the world and sees no
 image: it compares words with the gold solution, the lecture, the hint, the question and the choices. Deterministic;
 scores are steps of 0.1. A paraphrase, a right sentence in other words than gold's, gets less than it deserves.
-Used through `python haiku.py --teacher reference`.
+It is called by teacher/client.py: `python haiku.py --teacher reference`.
 
 How two sentences are compared (`similarity`, 0-1) is in teacher/text_similarity.py. A similarity of 0.9 or more scores
 1.0, and the score falls linearly to 0 at 0.25.
@@ -30,10 +30,7 @@ gold gives any). A true remark that gold does not make never earns more than 0.5
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +39,6 @@ from typing import Any
 
 from ares.cli import progress
 from ares.sentences import is_finished, split_text
-from teacher.interface import JUDGE, SCORE, Reply, Request
 from teacher.parsing import Verdict
 from teacher.text_similarity import (
     ANSWER_WORDS,
@@ -310,48 +306,6 @@ def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
     if used.isdisjoint(concluding) and not any(sentence.says(material.answer) for sentence in read):
         final.append(material.gold_texts[concluding[-1]] if concluding else conclusion(problem))
     return " ".join(final)
-
-
-# -- as a Teacher -----------------------------------------------------------------------------------------
-
-
-class ReferenceTeacher:
-    """Scores and corrects from the question's own gold texts: free, offline, deterministic."""
-
-    name = "reference"
-    model = VERSION
-    concurrency = 8  # it computes one reply at a time; the writes to disk overlap
-
-    async def __aenter__(self) -> ReferenceTeacher:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        return None
-
-    def stop(self) -> None:
-        return None
-
-    def key(self, request: Request) -> str:
-        images = list(map(str, request.images))
-        asked = [self.model, request.kind, request.qid, request.text, request.sentences, images]
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-
-    async def answer(self, request: Request) -> Reply:
-        """The reply in the form that Claude is asked for."""
-        began = time.monotonic()
-        if request.kind == SCORE:
-            scores = score_sentences(request.problem, request.sentences)
-            lines = (f'"{text}": {score}' for text, score in zip(request.sentences, scores, strict=True))
-            text = "{\n" + ",\n".join(lines) + "\n}"
-        elif request.kind == JUDGE:
-            verdict = compare(request.problem, *request.sentences)
-            text = json.dumps({"reason": verdict.reason, "verdict": verdict.better})
-        else:
-            rationale = " ".join(request.sentences)
-            final = correct_rationale(request.problem, rationale)
-            both = {"Original rationale": rationale, "Final rationale": final}
-            text = json.dumps(both, indent=0, ensure_ascii=False)
-        return Reply(text, self.name, self.model, "end_turn", seconds=round(time.monotonic() - began, 3))
 
 
 # -- figures over many rationales

@@ -30,6 +30,7 @@ from teacher.parsing import Refused, parse_scores, parse_verdict
 
 CACHE_FILE = "replies.sqlite3"
 OLD_CACHE_FILE = "replies.jsonl"  # one {"key", "text", ...} a line; imported when CACHE_FILE is made
+PUT = "INSERT OR REPLACE INTO replies VALUES (?, ?)"
 LOCK_SECONDS = 60.0  # for another process's write
 
 
@@ -146,11 +147,6 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
 # -- the cache ---------------------------------------------------------------------------------------------
 
 
-def default_cache() -> Path:
-    """`~/.cache/ares/teacher`, or under XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ares" / "teacher"
-
-
 class ReplyCache:
     """A map from keys to replies on disk. `folder` None keeps nothing. Safe in threads.
 
@@ -178,7 +174,7 @@ class ReplyCache:
         """Keep a reply; it replaces an earlier one."""
         with self._lock, self._off_on_error():
             if self._database is not None:
-                self._insert([(key, json.dumps({**about, "text": text}))])
+                self._database.execute(PUT, (key, json.dumps({**about, "text": text})))
 
     def close(self) -> None:
         if self._database is not None:
@@ -204,12 +200,9 @@ class ReplyCache:
         self._database.execute("BEGIN IMMEDIATE")  # one process imports, others wait here
         if not self._database.execute("PRAGMA user_version").fetchone()[0]:
             self._database.execute("CREATE TABLE replies (key TEXT PRIMARY KEY, entry TEXT NOT NULL)")
-            self._insert(_old_replies(self._path.with_name(OLD_CACHE_FILE)))
+            self._database.executemany(PUT, _old_replies(self._path.with_name(OLD_CACHE_FILE)))
             self._database.execute("PRAGMA user_version = 1")
         self._database.execute("COMMIT")
-
-    def _insert(self, rows: Any) -> None:
-        self._database.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?)", rows)
 
     @contextlib.contextmanager
     def _off_on_error(self) -> Iterator[None]:
