@@ -17,8 +17,8 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 
 from ares import cli, files
 from ares.data_folder import find_images, read_data_folder
@@ -48,34 +48,31 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-@dataclass
-class Corrections:
-    """What the replies make of the rationales."""
+def read_corrections(
+    items: Sequence[handoff.Item], rationales: Mapping[str, str]
+) -> tuple[dict[str, str], Counter[str], list[str]]:
+    """Read every reply: qid -> the corrected rationale, or the original one; how often each was "replaced",
+    "unchanged" or "fell back: {reason}"; the questions without a reply.
 
-    final: dict[str, str] = field(default_factory=dict)  # qid -> corrected rationale, or the original one
-    counts: Counter[str] = field(default_factory=Counter)  # "replaced", "unchanged", "fell back: {reason}" -> number
-    missing: list[str] = field(default_factory=list)  # questions without a reply
-
-
-def read_corrections(items: Sequence[handoff.Item], rationales: Mapping[str, str]) -> Corrections:
-    """Read every reply. `rationales`: qid -> what was sent, also for questions without a folder."""
+    `rationales`: qid -> what was sent, also for questions without a folder.
+    """
     folders = {item.qid: item.folder for item in items}
-    found = Corrections(final=dict(rationales))
+    final, counts, missing = dict(rationales), Counter(), []
     for qid, rationale in rationales.items():
         folder = folders.get(qid)
         if folder is None or not os.path.lexists(folder / handoff.REPLY):
             if folder and (folder / handoff.REFUSED_REPLY).exists():  # cut off, though it can be read
                 word = reply_files.reason_of(folder).partition(":")[0].strip() or "cut off"
-                found.counts[f"fell back: {word}"] += 1
+                counts[f"fell back: {word}"] += 1
             else:
-                found.missing.append(qid)
+                missing.append(qid)
             continue
         try:
-            found.final[qid] = reply_files.read_reply(CORRECT, folder)
-            found.counts["unchanged" if found.final[qid] == rationale else "replaced"] += 1
+            final[qid] = reply_files.read_reply(CORRECT, folder)
+            counts["unchanged" if final[qid] == rationale else "replaced"] += 1
         except handoff.Refused as refused:
-            found.counts["unchanged" if refused.reason == "unchanged" else f"fell back: {refused.reason}"] += 1
-    return found
+            counts["unchanged" if refused.reason == "unchanged" else f"fell back: {refused.reason}"] += 1
+    return final, counts, missing
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
@@ -96,20 +93,6 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
         left = (left << 1) & full
         up, down = (left | ~(diagonal | right)) & full, right & diagonal
     return distance
-
-
-def summary(found: Corrections, rationales: Mapping[str, str]) -> str:
-    """One line: what became of the rationales, and how many words the corrections changed."""
-    changed = [
-        (edit_distance(rationales[qid].split(), text.split()), len(rationales[qid].split()))
-        for qid, text in found.final.items()
-        if text != rationales[qid]
-    ]
-    line = f"{client.in_words(+found.counts)} of {len(rationales)} rationales"
-    if changed:
-        edits, words = (sum(column) / len(changed) for column in zip(*changed, strict=True))
-        line += f"; mean edit distance of the replaced ones {edits:.1f} words of {words:.1f}"
-    return line
 
 
 def read_requests(args: argparse.Namespace, train_qids: Sequence[str]) -> tuple[list[handoff.Item], dict[str, str]]:
@@ -155,17 +138,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.print0(f"{args.teacher}: {report.summary()}")
     if args.submit_only:
         return
-    found = read_corrections(items, rationales)
-    if found.missing and not args.accept_missing:
+    final, counts, missing = read_corrections(items, rationales)
+    if missing and not args.accept_missing:
         raise cli.UserError(
-            f"{len(found.missing)} of {len(rationales)} questions have no reply (first: {found.missing[0]}), {output} "
-            "is not written; prepare and ask for them, or add --accept-missing to keep their rationales as they are"
+            f"{len(missing)} of {len(rationales)} questions have no reply (first: {missing[0]}), {output} is not "
+            "written; prepare and ask for them, or add --accept-missing to keep their rationales as they are"
         )
-    found.counts["fell back: no reply"] += len(found.missing)
+    counts["fell back: no reply"] += len(missing)
     # the gold solution stays where the rationale is empty
-    final = {qid: {**problems[qid], "solution": text} for qid, text in found.final.items() if text.strip()}
-    files.write_json(output, {qid: final.get(qid, problem) for qid, problem in problems.items()})
-    cli.print0(f"{output}: {summary(found, rationales)}")
+    corrected = {qid: {**problems[qid], "solution": text} for qid, text in final.items() if text.strip()}
+    files.write_json(output, {qid: corrected.get(qid, problem) for qid, problem in problems.items()})
+    line = f"{output}: {client.in_words(+counts)} of {len(rationales)} rationales"
+    pairs = [(rationales[qid].split(), text.split()) for qid, text in final.items() if text != rationales[qid]]
+    if pairs:
+        edits, words = mean(edit_distance(*pair) for pair in pairs), mean(len(before) for before, _ in pairs)
+        line += f"; mean edit distance of the replaced ones {edits:.1f} words of {words:.1f}"
+    cli.print0(line)
     if left := len(train_qids) - len(rationales):
         cli.warn0(f"{left} of {len(train_qids)} train questions have no rationale and keep their gold solution")
 

@@ -11,9 +11,8 @@ again at any time: files that are there stay untouched; a reply to another ratio
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import contextlib
+from collections.abc import Sequence
 
 from ares import cli, files
 from ares.data_folder import read_data_folder
@@ -35,24 +34,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepare(folder: Path, problem: Mapping[str, Any], rationale: str, images: Sequence[Path]) -> bool:
-    """Write one question's folder; True if the reply to another rationale had to be set aside.
-
-    The rationale file holds the whole rationale as its one entry, so that no part of it can be lost in splitting.
-    """
-    handoff.refuse_links(folder)
-    aside = False
-    try:
-        known = handoff.read_rationale(folder) == [rationale]
-    except handoff.Refused:
-        known = False
-    if not known:
-        aside = handoff.set_reply_aside(folder)
-        handoff.write_rationale(folder, [rationale])
-    handoff.write_request(folder, correction_request(problem, rationale), images)
-    return aside
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     data = read_data_folder(args.data_root, args.dataset)
@@ -67,7 +48,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_aside = 0
     for qid, rationale in cli.progress(rationales.items(), desc="requests", unit="question"):
         folder = handoff.question_dir(args.correction_dir, 0, 0, qid)
-        set_aside += prepare(folder, data.problems[qid], rationale, images[qid])
+        handoff.refuse_links(folder)
+        known = None
+        with contextlib.suppress(handoff.Refused):
+            known = handoff.read_rationale(folder)
+        if known != [rationale]:  # the whole text as one entry: no part of it can be lost in splitting
+            set_aside += handoff.set_reply_aside(folder)
+            handoff.write_rationale(folder, [rationale])
+        handoff.write_request(folder, correction_request(data.problems[qid], rationale), images[qid])
     if set_aside:
         cli.print0(f"{set_aside} replies to older rationales set aside (older_{handoff.REPLY})")
     cli.print0(

@@ -31,7 +31,7 @@ from teacher.api_responses import STOP_STATUS, ApiError, NoAnswer, NotAReply, fa
 from teacher.api_teacher import LONGEST_PAUSE
 from teacher.batch_store import COLLECTED, INTENT, SUBMITTED, BatchStore, Record
 from teacher.budget import LOST
-from teacher.handoff import Item, Refused
+from teacher.handoff import Refused
 from teacher.interface import Failed, Reply, Request
 from teacher.session import Session
 
@@ -72,7 +72,7 @@ class _Batches:
         self.teacher, self.ledger = session.teacher, session.teacher.ledger
         self.pending: list[Record] = []  # created, not collected
         self.todo: list[str] = []  # keys of requests to submit
-        self.key_of = {_name(item): key for key, items in session.open.items() for item in items}
+        self.key_of = {item.name: key for key, items in session.open.items() for item in items}
         self.history: dict[str, dict[str, Any]] = {}  # "key" of a record's entry -> the last entry
         self.used_up = 0  # requests given up after --attempts
         self.ends: list[UserError] = []  # what ends the run once all results that are ready are collected
@@ -187,7 +187,7 @@ class _Batches:
         for number, (key, request, parameters) in enumerate(shard):
             requests.append({"custom_id": f"{nonce}-{number}", "params": parameters})
             attempt = self.history.get(key[:16], {"attempt": 0})["attempt"] + 1
-            item = _name(self.session.open[key][0])
+            item = self.session.open[key][0].name
             asked[f"{nonce}-{number}"] = {
                 "item": item, "text": _digest(request.text), "key": key[:16], "attempt": attempt
             }  # fmt: skip
@@ -412,10 +412,6 @@ def _backoff(attempt: int) -> float:
 
 def _is_unknown(error: Exception) -> bool:
     return isinstance(error, ApiError) and error.status == 404
-
-
-def _name(item: Item) -> str:
-    return f"{item.action}/p{item.rank}/{item.qid}"
 
 
 def _digest(text: str) -> str:

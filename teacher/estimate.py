@@ -108,22 +108,22 @@ def _counted(session: Session, keys: list[str]) -> tuple[float, str]:
     if not keys or not key:
         return 1.0, rule
     sample = keys[:: max(1, len(keys) // SAMPLE)][:SAMPLE]
+
+    async def count() -> float:
+        counted = by_rule = 0.0
+        async with session.teacher as teacher:
+            for key in sample:
+                request, _ = session.prepare(key)
+                counted += await teacher.count_tokens(request)
+                by_rule += sum(input_tokens(request, teacher.structured))
+        return counted / by_rule
+
     try:
-        ratio = asyncio.run(_count(session, sample))
+        ratio = asyncio.run(count())
     except Exception as error:  # the rule needs no network
         why = said(error, key)
         return 1.0, f"{rule}; counting failed: {why}"
     return ratio, f"by the API's count of {len(sample)} requests, {ratio:.2f} times the rule"
-
-
-async def _count(session: Session, sample: list[str]) -> float:
-    counted = by_rule = 0.0
-    async with session.teacher as teacher:
-        for key in sample:
-            request, _ = session.prepare(key)
-            counted += await teacher.count_tokens(request)
-            by_rule += sum(input_tokens(request, teacher.structured))
-    return counted / by_rule
 
 
 def show(session: Session, items: list[Item], qid: str) -> None:

@@ -63,7 +63,12 @@ class Item:
     @property
     def folder(self) -> Path:
         """Made on demand: 50,000 stored paths would take 40 MB."""
-        return Path(self.questions, str(self.action), f"p{self.rank}", self.qid)
+        return Path(self.questions, self.name)
+
+    @property
+    def name(self) -> str:
+        """As records and copies name it."""
+        return f"{self.action}/p{self.rank}/{self.qid}"
 
 
 def question_dir(questions: str | os.PathLike, action: int, rank: int, qid: str) -> Path:

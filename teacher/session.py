@@ -350,7 +350,7 @@ class Session:
             return
         reply = files.read_shared(source.folder / handoff.REPLY).decode("utf-8", errors="replace")
         sidecar = read_sidecar(source.folder)
-        sidecar |= {"copied_from": f"{source.action}/p{source.rank}/{source.qid}", "cost_usd": 0.0}
+        sidecar |= {"copied_from": source.name, "cost_usd": 0.0}
         for item in targets:
             write_reply(item.folder, reply, sidecar, reading(self.kind, reply, handoff.read_rationale(item.folder)))
 
