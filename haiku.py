@@ -38,23 +38,15 @@ HEARTBEAT = 60.0  # seconds between lines while --watch waits
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_data_flags(parser)
-    parser.add_argument(
-        "--questions_dir", default="preprocessing_after_RL", help="folder of {k}/p{rank}/{qid}/ (default: %(default)s)"
-    )
+    folder = "folder of {k}/p{rank}/{qid}/ (default: %(default)s)"
+    parser.add_argument("--questions_dir", default="preprocessing_after_RL", help=folder)
     parser.add_argument("--actions", type=int, nargs="+", metavar="K", help="only these actions (default: all found)")
     parser.add_argument("--no-done", action="store_true", help=f"write no {handoff.DONE}; write it by hand")
-    parser.add_argument(
-        "--watch",
-        type=float,
-        nargs="?",
-        const=72.0,
-        metavar="HOURS",
-        help="score while RL exports, in all rounds of its --epochs (at most this long; default: 72 hours)",
-    )
+    watch = "score while RL exports, in all rounds of its --epochs (at most this long; default: 72 hours)"
+    parser.add_argument("--watch", type=float, nargs="?", const=72.0, metavar="HOURS", help=watch)
     parser.add_argument("--check", type=int, metavar="N", help="print how far two Teachers agree on N rationales")
-    parser.add_argument(
-        "--against", metavar="MODEL", help="the second Teacher of --check: a model id, or reference (the default)"
-    )
+    against = "the second Teacher of --check: a model id, or reference (the default)"
+    parser.add_argument("--against", metavar="MODEL", help=against)
     client.add_teacher_flags(parser)
     args = parser.parse_args(argv)
     given = cli.given_flags(parser, argv)

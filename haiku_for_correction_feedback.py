@@ -31,17 +31,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_data_flags(parser)
     parser.add_argument("--train_split", default="train", help="split the rationales belong to (default: %(default)s)")
-    parser.add_argument(
-        "--correction_dir",
-        default="preprocessing_after_RL/correction",
-        help="folder of 0/p0/{qid}/ (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--rationales", metavar="FILE", help="the output of remove_sentence.py: says which questions must have a reply"
-    )
-    parser.add_argument(
-        "--output", metavar="FILE", help="what to write (default: {data_root}/{dataset}/correction.json)"
-    )
+    folder = "folder of 0/p0/{qid}/ (default: %(default)s)"
+    parser.add_argument("--correction_dir", default="preprocessing_after_RL/correction", help=folder)
+    rationales = "the output of remove_sentence.py: says which questions must have a reply"
+    parser.add_argument("--rationales", metavar="FILE", help=rationales)
+    output = "what to write (default: {data_root}/{dataset}/correction.json)"
+    parser.add_argument("--output", metavar="FILE", help=output)
     client.add_teacher_flags(parser)
     args = parser.parse_args(argv)
     client.check_teacher_flags(args, cli.given_flags(parser, argv))

@@ -25,11 +25,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_data_flags(parser)
     parser.add_argument("--train_split", default="train", help="split the rationales belong to (default: %(default)s)")
     parser.add_argument("--rationales", metavar="FILE", required=True, help="the output of remove_sentence.py")
-    parser.add_argument(
-        "--correction_dir",
-        default="preprocessing_after_RL/correction",
-        help="where the requests go (default: %(default)s)",
-    )
+    folder = "where the requests go (default: %(default)s)"
+    parser.add_argument("--correction_dir", default="preprocessing_after_RL/correction", help=folder)
     parser.add_argument("--strict", action="store_true", help="stop when an image that a question names is absent")
     return parser.parse_args(argv)
 

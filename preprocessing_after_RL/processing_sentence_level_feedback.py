@@ -28,9 +28,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_data_flags(parser)
     parser.add_argument("--problems", metavar="{scienceqa,aokvqa}", help="the released name of --dataset")
-    parser.add_argument(
-        "--questions_dir", default="preprocessing_after_RL", help="folder of {k}/p{rank}/{qid}/ (default: %(default)s)"
-    )
+    folder = "folder of {k}/p{rank}/{qid}/ (default: %(default)s)"
+    parser.add_argument("--questions_dir", default="preprocessing_after_RL", help=folder)
     parser.add_argument("--strict", action="store_true", help="stop when a named image or a rationale is unusable")
     args = parser.parse_args(argv)
     if args.problems and args.dataset and args.problems != args.dataset:
