@@ -53,7 +53,6 @@ UNKNOWN = "unknown origin"  # a reply without reply.json: of the released code, 
 OURS = "teacher"  # {questions_dir}/teacher/: lock, spend log, batch records
 IMAGE_NAME = re.compile(r"image\.png|choice_\d+\.png")
 WRITERS = 4  # threads that save replies: their flushes to disk overlap
-SIDECAR_FIELDS = tuple(each.name for each in dataclasses.fields(Reply) if each.name != "text")
 
 
 @dataclass
@@ -299,7 +298,7 @@ class Session:
         Runs in a thread, so that the flushes to disk of several replies overlap.
         """
         first, *copies = self.open[key]
-        about = {name: getattr(reply, name) for name in SIDECAR_FIELDS}
+        about = {name: value for name, value in vars(reply).items() if name != "text"}
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         about |= {"asked_model": self.teacher.model, "prices": PRICES_DATE, "time": now} | sidecar
         read = reading(self.kind, reply.text, request.sentences)
@@ -427,13 +426,9 @@ class _Live:
                 raise
             bar.update()
             report, pace = self.session.report, getattr(self.teacher, "pace", None)
-            words = [
-                f"{len(report.unusable)} failed",
-                report.usage and f"{report.usage.total() / 1e6:.2f}M tokens",
-                report.cost_usd and f"${report.cost_usd:.3f}",
-                pace and pace.limit < pace.most and f"{int(pace.limit)} at a time",
-            ]
-            bar.set_postfix_str(", ".join(filter(None, words)), refresh=False)
+            words = f"{len(report.unusable)} failed, {report.usage.total() / 1e6:.2f}M tokens, ${report.cost_usd:.3f}"
+            words += f", {int(pace.limit)} at a time" if pace and pace.limit < pace.most else ""
+            bar.set_postfix_str(words, refresh=False)
 
     async def ask(self, key: str) -> None:
         """Send a request, at most `attempts` times until its reply is usable, and save the reply for all its items."""
