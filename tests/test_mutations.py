@@ -34,7 +34,7 @@ from rl import metrics, rollouts, run_folder
 from sft import run as sft_run
 from teacher import budget, handoff
 from teacher.batch_store import BatchStore, Record
-from teacher.reply_cache import ReplyCache
+from teacher.reply_files import ReplyCache
 from tests.conftest import ROOT
 from tests.tiny import PATCHES, make_data, make_model, write
 from tests.tools import report_tools

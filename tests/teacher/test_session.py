@@ -16,7 +16,7 @@ from teacher import handoff
 from teacher.claude import ClaudeTeacher
 from teacher.interface import SCORE, Reply, Request, same_model
 from teacher.prompts import WORDING
-from teacher.reply_cache import ReplyCache
+from teacher.reply_files import ReplyCache
 from teacher.session import Session
 from tests.api_server import KEY, Fault, fill_form, score_by_text
 from tests.teacher.teacher_tools import TEXT, ask, client, flags, lay_out, many_items, messages, scores
