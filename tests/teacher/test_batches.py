@@ -96,25 +96,18 @@ def test_expired_and_errored_are_asked_again(server, world):
 def test_what_keeps_failing_is_reported_by_reason(server, world):
     text = world.request(0)
     server.outcome = lambda custom_id, asked: "expired" if asked.text == text else "succeeded"
-    world.stops("1 of 12 replies are unusable .expired 1.*larger --attempts")
-    assert world.submitted == [12, 1, 1] and world.answered == 11
-    world.stops("1 of 12 replies are unusable .expired 1.")
-    assert len(server.batches) == 3, "--attempts counts over runs"
-    server.outcome = lambda custom_id, asked: "succeeded"
-    world.ask("--attempts", "4")
-    assert len(server.batches) == 4 and world.answered == 12
-
-
-def test_unusable_replies_are_asked_again_with_the_reason(server, world):
-    notes_seen = []
+    for _ in range(2):  # --attempts counts over runs
+        world.stops("1 of 12 replies are unusable .expired 1.*larger --attempts")
+        assert world.submitted == [12, 1, 1] and world.answered == 11
+    server.outcome, notes = lambda custom_id, asked: "succeeded", []
 
     def respond(asked):
-        notes_seen.append(asked.notes)
+        notes.append(asked.notes)
         return fill_form(asked) if len(asked.notes) > 1 else ("I like it.", "end_turn")
 
     server.respond = respond
-    world.ask()
-    assert world.submitted == [12, 12] and all("no_json" in notes[1] for notes in notes_seen[12:])
+    world.ask("--attempts", "5")  # unusable replies are asked again with the reason
+    assert world.submitted == [12, 1, 1, 1, 1] and world.answered == 12 and "no_json" in notes[1][1]
 
 
 @pytest.mark.parametrize("kind", ["invalid_request_error", "request_too_large", "not_found_error"])
