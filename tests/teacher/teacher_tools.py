@@ -27,15 +27,11 @@ HAIKU_45 = "claude-haiku-4-5-20251001"  # a model of another family than the def
 CREDIT = "Your credit balance is too low to access the Anthropic API. Please go to Plans & Billing to upgrade."
 
 
-def form(sentences):
-    return ",\n".join(f'"{sentence}": xxx' for sentence in sentences) + "\n"
-
-
 def lay_out(root, action, qid, sentences, problems, sample=None):
     """One prepared item, as RL and preprocessing leave it."""
     folder = handoff.question_dir(root, action, 0, qid)
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_text(folder / handoff.RATIONALE, "{\n" + form(sentences) + "}\n", flush=False)  # thousands of them
+    files.write_text(folder / handoff.RATIONALE, handoff.form(sentences) + "\n", flush=False)  # thousands of them
     files.write_text(folder / handoff.REQUEST, scoring_request(problems[qid], sentences), flush=False)
     if sample is not None:
         handoff.place_images(folder, sorted((sample / "images" / qid).glob("*.png")))
@@ -106,9 +102,7 @@ class World:
     @property
     def done(self) -> list[int]:
         """Actions whose signal counts."""
-        return [
-            action for action in sorted({item.action for item in self.items}) if handoff.is_done(self.root, action)
-        ]
+        return sorted({item.action for item in self.items if handoff.is_done(self.root, item.action)})
 
     @property
     def totals(self) -> Totals:
@@ -171,15 +165,15 @@ def wait_until(condition, seconds=60) -> None:
 
 def client(*argv, script="haiku.py", patch="", env=None) -> subprocess.Popen:
     """The script in its own process, as a user runs it; `patch` is Python run before it (times, points of death)."""
-    code = (
-        "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        f"sys.argv = [{script!r}, *{[str(arg) for arg in argv]!r}]\n"
-        f"{patch}\n"
-        f"import {Path(script).stem} as room\n"
-        "from ares import cli\n"
-        "cli.run(room.main)\n"
-    )
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv = [{script!r}, *{[str(arg) for arg in argv]!r}]
+{patch}
+import {Path(script).stem} as script
+from ares import cli
+cli.run(script.main)
+"""
     environment = {**os.environ, "ANTHROPIC_API_KEY": KEY, **(env or {})}
     environment.pop("ANTHROPIC_BASE_URL", None)
     return subprocess.Popen(
