@@ -22,18 +22,21 @@ def problems(sample):
     return random.Random(0).sample(solved, 60)
 
 
+def made(question, choices, solution, answer=0, **more):
+    problem = {"question": question, "choices": choices, "solution": solution, "answer": answer}
+    return problem | {"hint": "", "image": None, "lecture": "", **more}
+
+
 @pytest.fixture
 def speed():
-    return {
-        "question": "Compare the motion of two boats. Which boat was moving at a higher speed?",
-        "choices": ["a boat that moved 135miles in 10hours", "a boat that moved 240miles in 10hours"],
-        "answer": 1,
-        "hint": "",
-        "image": None,
-        "lecture": "An object's speed tells you how fast the object is moving. Speed depends on distance and time.",
-        "solution": "Look at the distance each boat moved.\nOne boat moved 240 miles in 10 hours.\nThe other boat "
-        "moved 135 miles in 10 hours.\nThe boat that moved 240 miles in 10 hours had the higher speed.",
-    }
+    return made(
+        "Compare the motion of two boats. Which boat was moving at a higher speed?",
+        ["a boat that moved 135miles in 10hours", "a boat that moved 240miles in 10hours"],
+        "Look at the distance each boat moved.\nOne boat moved 240 miles in 10 hours.\nThe other boat moved 135 miles "
+        "in 10 hours.\nThe boat that moved 240 miles in 10 hours had the higher speed.",
+        answer=1,
+        lecture="An object's speed tells you how fast the object is moving. Speed depends on distance and time.",
+    )
 
 
 def gold(problem):
@@ -64,36 +67,31 @@ def swapped(problem):
 
 def test_gold_is_high_and_other_texts_are_low(problems):
     rng = random.Random(1)
-    others = problems[1:] + problems[:1]
-    other_of = {id(problem): other for problem, other in zip(problems, others, strict=True)}
-    means = {
-        "gold": average(problems, gold),
-        "gold, sentences shuffled": average(problems, lambda p: rng.sample(gold(p), len(gold(p)))),
-        "gold, words shuffled": average(problems, lambda p: [_shuffle(text, rng) for text in gold(p)]),
-        "gold, cut in half": average(problems, lambda p: [_half(text) for text in gold(p) if len(text.split()) > 3]),
-        "gold, numbers changed": average(problems, _other_numbers),
-        "another question's gold": average(problems, lambda p: gold(other_of[id(p)])),
-        "gold with the wrong answer": average(problems, swapped),
-        "wrong conclusion": average(problems, lambda p: [f"So, the answer is {choice(p, 1)}."]),
-        "wrong letter": average(problems, lambda p: [f"The answer is ({letter(p, 1)})."]),
-        "right conclusion alone": average(problems, lambda p: [f"The answer is ({letter(p)})."]),
-        "name of the gold choice": average(problems, lambda p: [f"{choice(p)}."]),
-        "all choices": average(problems, lambda p: ["The answer is " + " or ".join(p["choices"]) + "."]),
-        "gold choice denied": average(problems, lambda p: [f"The answer is not {choice(p)}."]),
-        "wrong choice denied": average(problems, lambda p: [f"The answer is not ({letter(p, 1)})."]),
-        "gold twice": average(problems, lambda p: gold(p) * 2),
+    other_of = {id(problem): other for problem, other in zip(problems, problems[1:] + problems[:1], strict=True)}
+    bounds = {  # text -> sentences of a problem, bounds of their mean score
+        "gold": (gold, 0.93, 1),
+        "gold, sentences shuffled": (lambda p: rng.sample(gold(p), len(gold(p))), 0.9, 1),
+        "gold, words shuffled": (lambda p: [_shuffle(text, rng) for text in gold(p)], 0, 0.45),
+        "gold, cut in half": (lambda p: [_half(text) for text in gold(p) if len(text.split()) > 3], 0, 0.35),
+        "gold, numbers changed": (_other_numbers, 0, 0.5),
+        "another question's gold": (lambda p: gold(other_of[id(p)]), 0, 0.1),
+        "gold with the wrong answer": (swapped, 0, 0.15),
+        "wrong conclusion": (lambda p: [f"So, the answer is {choice(p, 1)}."], 0, 0.02),
+        "wrong letter": (lambda p: [f"The answer is ({letter(p, 1)})."], 0, 0),
+        "right conclusion alone": (lambda p: [f"The answer is ({letter(p)})."], 0.6, 0.75),
+        "name of the gold choice": (lambda p: [f"{choice(p)}."], 0, 0.2),
+        "all choices": (lambda p: ["The answer is " + " or ".join(p["choices"]) + "."], 0, 0.05),
+        "gold choice denied": (lambda p: [f"The answer is not {choice(p)}."], 0, 0.02),
+        "wrong choice denied": (lambda p: [f"The answer is not ({letter(p, 1)})."], 0.47, 0.53),
+        "restated hint": (lambda p: split_text(p["hint"]), 0.4, 0.6),
     }
-    print(*(f"{name:28s} {value:.3f}" for name, value in means.items()), sep="\n")
-    assert means["gold"] > 0.93 and means["gold, sentences shuffled"] > 0.9
-    assert means["gold, words shuffled"] < 0.45 and means["gold, cut in half"] < 0.35
-    assert means["gold, numbers changed"] < 0.5
-    assert means["another question's gold"] < 0.1
-    assert means["gold with the wrong answer"] < 0.15
-    assert means["wrong conclusion"] < 0.02 and means["wrong letter"] == 0
-    assert 0.6 < means["right conclusion alone"] < 0.75
-    assert means["name of the gold choice"] < 0.2 and means["all choices"] < 0.05
-    assert means["gold choice denied"] < 0.02 and means["wrong choice denied"] == pytest.approx(0.5, abs=0.03)
-    assert means["gold twice"] == pytest.approx(means["gold"] / 2, abs=0.02)
+    means = {name: average(problems, make) for name, (make, _, _) in bounds.items()}
+    outside = {name: means[name] for name, (_, low, high) in bounds.items() if not low <= means[name] <= high}
+    assert not outside
+    assert average(problems, lambda p: gold(p) * 2) == pytest.approx(means["gold"] / 2, abs=0.02)
+    for problem in problems[:20]:
+        assert score_sentences(problem, ["Let's think about it step by step."]) == [0.5]
+        assert score_sentences(problem, ["Let's eat bananas in a spaceship."]) == [0.3]
 
 
 def _shuffle(text, rng):
@@ -110,14 +108,6 @@ def _other_numbers(problem):
     return [
         re.sub(r"\d+", lambda match: str(int(match[0]) + 3), text) for text in gold(problem) if re.search(r"\d", text)
     ]
-
-
-def test_lecture_hint_and_openings_are_neutral(problems):
-    restated = average(problems, lambda p: split_text(p["hint"])) if any(p["hint"] for p in problems) else 0.5
-    assert 0.4 < restated < 0.6
-    for problem in problems[:20]:
-        assert score_sentences(problem, ["Let's think about it step by step."]) == [0.5]
-        assert score_sentences(problem, ["Let's eat bananas in a spaceship."]) == [0.3]
 
 
 @pytest.mark.parametrize(
@@ -146,10 +136,7 @@ def test_lecture_hint_and_openings_are_neutral(problems):
         ("Boats boats boats boats move boats.", (0.0, 0.3)),
         ("Hours moved 240 miles in 10 hours, boat hours.", (0.1, 0.3)),  # a word more often than in gold
         ("One red boat moved 240 miles in 10 hours.", 0.7),  # says more than gold
-        (
-            "Purple dragons never eat (A) at midnight.",
-            0.0,
-        ),  # denies a wrong choice, in other words than the question's
+        ("Purple dragons never eat (A) at midnight.", 0.0),  # denies a wrong choice, in words of its own
         ("Speed.", 0.0),
         ("Plants make food from sunlight.", 0.0),
         ("...", 0.0),
@@ -162,19 +149,17 @@ def test_one_sentence(speed, sentence, score):
 
 
 def test_rules_that_need_another_question():
-    problem = {
-        "question": "What is the capital of Texas?", "choices": ["Austin", "Topeka"], "answer": 0, "hint": "",
-        "lecture": "", "solution": "It is Austin. The capital of Texas is Austin. A whale is not a fish.",
-    }  # fmt: skip
-    problem["hint"] = "On Monday the fox ran over the hill near the old mill and slept under a tall tree until dawn."
-    assert score_sentences(problem, ["The old fox slept near the mill."]) == [0.5]  # a part of a long hint
-    sentences = [
-        "Austin.",
-        "The capital of Texas is not Topeka.",
-        "A whale is not a fish at all.",
-        "A whale is a fish.",
-    ]
-    assert [score_sentences(problem, [sentence])[0] for sentence in sentences] == [0.3, 0.5, 0.9, 0.0]
+    solution = "It is Austin. The capital of Texas is Austin. A whale is not a fish."
+    hint = "On Monday the fox ran over the hill near the old mill and slept under a tall tree until dawn."
+    problem = made("What is the capital of Texas?", ["Austin", "Topeka"], solution, hint=hint)
+    for sentence, score in (
+        ("The old fox slept near the mill.", 0.5),  # a part of a long hint
+        ("Austin.", 0.3),
+        ("The capital of Texas is not Topeka.", 0.5),
+        ("A whale is not a fish at all.", 0.9),
+        ("A whale is a fish.", 0.0),
+    ):
+        assert score_sentences(problem, [sentence]) == [score]
 
 
 def test_a_comparison_is_a_tie_within_a_twentieth(speed):
@@ -188,40 +173,26 @@ def test_a_comparison_is_a_tie_within_a_twentieth(speed):
     assert compare(speed, "", whole).better == "2"
 
 
-def test_a_gold_sentence_is_said_by_a_sentence_that_scores_well(speed):
-    scores = score_sentences(speed, ["One boat moved 140 miles in 10 hours.", "One boat moved 240 miles in 10 hours."])
+def test_a_sentence_in_its_rationale(speed):
+    """A gold sentence said well counts, saying it again earns nothing, a conclusion needs a reason."""
+    moved, other = "One boat moved 240 miles in 10 hours.", "One boat moved 140 miles in 10 hours."
+    scores = score_sentences(speed, [other, moved])
     assert scores[0] < 0.5 and scores[1] == 1.0
-
-
-def test_saying_it_again_earns_nothing(speed):
-    scores = score_sentences(speed, ["One boat moved 240 miles in 10 hours.", "One boat moved 240 miles in 10 hours."])
-    assert scores == [1.0, 0.0]
-    paraphrase = score_sentences(
-        speed, ["One boat moved 240 miles in 10 hours.", "One boat, it moved 240 miles in 10 hours."]
-    )
-    assert paraphrase[1] <= 0.5
-
-
-def test_a_conclusion_needs_a_reason(speed):
-    speed = {**speed, "solution": "One boat moved 240 miles in 10 hours. So, the answer is (B)."}
-    assert score_sentences(speed, ["So, the answer is (B)."]) == [0.7]
-    assert score_sentences(speed, gold(speed)) == [1.0, 1.0]
-
-
-def test_question_without_solution_or_lecture(speed):
-    bare = {**speed, "solution": "", "lecture": ""}
+    assert score_sentences(speed, [moved, moved]) == [1.0, 0.0]
+    assert score_sentences(speed, [moved, "One boat, it moved 240 miles in 10 hours."])[1] <= 0.5
+    concluded = speed | {"solution": f"{moved} So, the answer is (B)."}
+    assert score_sentences(concluded, ["So, the answer is (B)."]) == [0.7]
+    assert score_sentences(concluded, gold(concluded)) == [1.0, 1.0]
+    bare = speed | {"solution": "", "lecture": ""}
     assert score_sentences(bare, ["The answer is (B)."]) == [1.0]
     assert score_sentences(bare, ["The answer is (A)."]) == [0.0]
     assert correct_rationale(bare, "").endswith("The answer is (B).")
-    lectured = {**speed, "solution": ""}
-    assert score_sentences(lectured, ["Speed depends on distance and time."]) == [1.0]
+    assert score_sentences(speed | {"solution": ""}, ["Speed depends on distance and time."]) == [1.0]
 
 
 def test_choices_that_differ_only_in_capitals():
-    problem = {
-        "question": "How should you write the closing?", "choices": ["Best Wishes,\nHelen", "Best wishes,\nHelen"],
-        "answer": 1, "hint": "", "image": None, "lecture": "", "solution": "The second closing is correct.",
-    }  # fmt: skip
+    choices = ["Best Wishes,\nHelen", "Best wishes,\nHelen"]
+    problem = made("How should you write the closing?", choices, "The second closing is correct.", answer=1)
     assert judge(problem, ["So, the answer is Best Wishes,\nHelen."])[0].score == 0.0
     assert judge(problem, ["So, the answer is Best wishes,\nHelen."])[0].score > 0.5
 
@@ -235,36 +206,22 @@ def test_measures_beside_the_reward(problems, speed):
     assert not names_only_gold_option(speed, " ".join(gold(speed)))
     assert not names_only_gold_option(speed, "The answer is (A).")
     assert not names_only_gold_option(speed, "")
-    capital = {
-        "question": "What is the capital of Texas?",
-        "choices": ["Austin", "Topeka"],
-        "answer": 0,
-        "hint": "",
-        "lecture": "",
-        "solution": "The capital of Texas is Austin. So, the answer is Austin.",
-    }
+    solution = "The capital of Texas is Austin. So, the answer is Austin."
+    capital = made("What is the capital of Texas?", ["Austin", "Topeka"], solution)
     assert names_only_gold_option(capital, "The answer is Austin.")
     assert not names_only_gold_option(capital, "The capital of Texas is Austin. The answer is Austin.")  # a reason
 
 
-def test_gold_is_not_corrected(problems):
-    def once(problem):
-        return " ".join(dict.fromkeys(gold(problem)))
-
-    unchanged = [correct_rationale(problem, " ".join(gold(problem))) == once(problem) for problem in problems]
-    assert mean(unchanged) > 0.95
-
-
-def test_correction_raises_scores_and_mends(problems, speed):
-    others = problems[1:] + problems[:1]
-    before, after = [], []
-    for problem, other in zip(problems, others, strict=True):
+def test_correction_keeps_gold_raises_scores_and_mends(problems, speed):
+    before, after, unchanged = [], [], []
+    for problem, other in zip(problems, problems[1:] + problems[:1], strict=True):
+        once = " ".join(dict.fromkeys(gold(problem)))
+        unchanged.append(correct_rationale(problem, " ".join(gold(problem))) == once)
         rationale = gold(other)[:3] + [_half(gold(problem)[-1])]
         final = split_text(correct_rationale(problem, " ".join(rationale)))
         before.append(mean(score_sentences(problem, rationale)))
         after.append(mean(score_sentences(problem, final)))
-    assert mean(before) < 0.3 and mean(after) > 0.85
-
+    assert mean(unchanged) > 0.95 and mean(before) < 0.3 and mean(after) > 0.85
     rationale = (
         "Look at the distance each boat moved. One boat moved 240 miles in 10 hours. "
         "One boat moved 240 miles in 10 hours. The other boat moved 100 miles in 10 hours. "
@@ -285,16 +242,11 @@ def test_any_text_has_scores_and_a_correction(problems):
 
 def test_an_answer_that_is_no_choice_is_wrong_and_corrected():
     """Seen in the demo: it scored 0.5 and stayed in the corrected rationale beside the right capital."""
-    problem = {
-        "question": "What is the capital of Minnesota?", "choices": ["St. Paul", "Austin", "Columbus"], "answer": 0,
-        "hint": "", "lecture": "", "solution": "The capital of Minnesota is St. Paul. So, the answer is St. Paul.",
-    }  # fmt: skip
+    solution = "The capital of Minnesota is St. Paul. So, the answer is St. Paul."
+    problem = made("What is the capital of Minnesota?", ["St. Paul", "Austin", "Columbus"], solution)
     wrote = ["The capital of Minnesota is St. Paul.", "So, the answer is Augusta."]
     assert score_sentences(problem, wrote) == [1.0, 0.0]
     assert correct_rationale(problem, " ".join(wrote)) == problem["solution"]
     assert score_sentences(problem, [wrote[0], "So, the answer is St. Paul."]) == [1.0, 1.0]
-    thermometer = problem | {
-        "choices": ["5.5°C", "15.5°C"],
-        "solution": "The column ends at 5.5°C. The answer is 5.5°C.",
-    }
+    thermometer = made("How warm is it?", ["5.5°C", "15.5°C"], "The column ends at 5.5°C. The answer is 5.5°C.")
     assert score_sentences(thermometer, ["The column ends at 5.5°C.", "The answer is 5."]) == [1.0, 0.0]
