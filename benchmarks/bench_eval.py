@@ -15,8 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a file, the project is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -30,24 +29,16 @@ from utils_evaluate import get_scores, similarity_model
 EVAL_BS, OUTPUT_LEN = 16, 512
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = common.parser(__doc__)
-    parser.add_argument("--rows", type=int, default=16, help="test questions, a multiple of 16 (default: %(default)s)")
-    parser.add_argument("--no_similarity", action="store_true", help="skip the embedding model")
-    return parser.parse_args(argv)
-
-
 class Sides:
     """Both ways from questions to scores."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device):
-        self.args, self.device = args, device
-        self.data = data = common.load(args, output_len=OUTPUT_LEN)
-        folder = common.model_folder(args, data)
+    def __init__(self, args: argparse.Namespace):
+        self.device = torch.device(args.device)
+        self.data = data = common.load(args)
         self.dataset = data.dataset("test", args.rows)
-        self.plain, self.fast = (EndingPolicy.from_pretrained(folder).to(device).eval() for _ in range(2))
+        self.plain, self.fast = (EndingPolicy.from_pretrained(data.model).to(self.device).eval() for _ in range(2))
         released_recipe.plain_model(self.plain)
-        choose_attention(self.fast, device)
+        choose_attention(self.fast, self.device)
         for model in (self.plain, self.fast):
             model.know(self.dataset, data.dataset("test"))
         self.features = released_recipe.LoadedFeatures(data.features.path, data.features.name_map)
@@ -55,11 +46,11 @@ class Sides:
         flags = common.sft_flags("--use_generate", "--eval_bs", str(EVAL_BS), "--prompt_format", "QCM-E",
                                  "--output_len", str(OUTPUT_LEN))  # fmt: skip
         bf16 = cli.mixed_precision(flags.precision) == "bf16"
-        self.predictor = Predictor(flags, data.problems, data.tokenizer, data.collator(), device, bf16=bf16)
+        self.predictor = Predictor(flags, data.problems, data.tokenizer, data.collator, self.device, bf16=bf16)
 
-    def texts(self, dataset, rows: list[list[int]]) -> dict[str, str]:
-        """qid -> decoded row."""
-        return dict(zip(dataset.qids, self.predictor.decode(rows), strict=True))
+    def texts(self, dataset, rows: list[list[int]]) -> list[dict[str, str]]:
+        """qid -> decoded row: the predictions, and the references."""
+        return [dict(zip(dataset.qids, self.predictor.decode(ids), strict=True)) for ids in (rows, dataset.labels)]
 
     def released(self) -> dict[str, float]:
         """One pass of generation, then scores, with its seconds apart: `report` counts the pass twice."""
@@ -68,22 +59,21 @@ class Sides:
             self.plain, self.dataset, self.features, self.device, EVAL_BS, OUTPUT_LEN
         )
         self.pass_seconds = time.perf_counter() - began
-        predictions, references = (self.texts(self.dataset, ids) for ids in (self.released_ids, self.dataset.labels))
-        return released_recipe.rationale_scores(predictions, references, self.encoder)
+        return released_recipe.rationale_scores(*self.texts(self.dataset, self.released_ids), self.encoder)
 
     def ours(self, dataset=None) -> dict[str, float]:
         dataset = dataset or self.dataset
         with self.fast.ending_greedy():
             self.our_ids = self.predictor.predict(self.fast, dataset, "generate")
-        predictions, references = (self.texts(dataset, ids) for ids in (self.our_ids, dataset.labels))
-        found = get_scores({}, predictions, references, self.data.problems, self.encoder is not None)
-        return found["rationale"]
+        texts = self.texts(dataset, self.our_ids)
+        return get_scores({}, *texts, self.data.problems, self.encoder is not None)["rationale"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    device = common.set_up(args)
-    sides = Sides(args, device)
+    args = common.parse(
+        __doc__, argv, rows=(16, "test questions, a multiple of 16"), no_similarity=(False, "skip the embedding model")
+    )
+    sides = Sides(args)
     ours, released = sides.ours(), sides.released()
     equal = [
         common.check("greedy ids of every question", sides.released_ids, sides.our_ids),
@@ -91,17 +81,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
 
     def seconds(function, device) -> float:
-        took = common.seconds(function, device)
+        took = limits.seconds(function, device)
         return took + sides.pass_seconds if function == sides.released else took  # the split is generated twice
 
-    result = common.compare(sides.released, sides.ours, args, (args.rows, args.rows), warm_up=False, time_of=seconds)
+    result = common.compare(sides.released, sides.ours, args, (args.rows, args.rows), time_of=seconds)
     scaling = growth(sides, 8 * args.rows)
     common.profile(sides.ours, args)
+    per_question = result["ours"]["median"]
     common.report(
-        args, "generate + score", result, target=">= 10x" if args.device == "cpu" else ">= 20x", equal=equal,
-        limit=how_close(sides, device, result["ours"]["median"]), scaling=scaling,
+        args, "eval", result, equal=equal, limit=how_close(sides, per_question), scaling=scaling,
         slice=f"{args.rows} test questions; seconds per question",
-        projection={"generate_seconds_per_question": result["ours"]["median"]},
+        projection={"generate_seconds_per_question": per_question},
     )  # fmt: skip
 
 
@@ -111,22 +101,21 @@ def growth(sides: Sides, questions: int) -> dict[str, float]:
 
     def seconds(parts: int) -> float:
         some = [sides.data.of(whole.qids[i::parts]) for i in range(parts)]
-        return sum(common.seconds(lambda one=one: sides.ours(one), sides.device) for one in some)
+        return sum(limits.seconds(lambda one=one: sides.ours(one), sides.device) for one in some)
 
     quarters = seconds(4)
     return {"2x": seconds(2) / quarters, "4x": seconds(1) / quarters}
 
 
-def how_close(sides: Sides, device: torch.device, per_row: float) -> str:
+def how_close(sides: Sides, per_row: float) -> str:
     """On a GPU the FLOPs of real tokens over the peak; on a CPU the share of the bare matrix products."""
-    rows = common.lengths(sides.dataset)  # texts end at the lengths of their targets
-    if device.type == "cuda":
-        flops = sum(limits.row_flops(sides.fast.config, *row) for row in rows)
-        dtype = torch.bfloat16 if sides.predictor.bf16 else torch.float32
-        return f"model FLOP utilisation {flops / len(rows) / per_row / limits.peak_flops(device, dtype):.1%}"
-    with sides.fast.ending_greedy():
-        work = limits.products(lambda: sides.predictor.predict(sides.fast, sides.dataset, "products"))
-    return f"bare matrix products of the model take {work.seconds(device) / len(rows) / per_row:.0%} of our time"
+    model, rows = sides.fast, sides.dataset
+    if sides.device.type == "cuda":
+        flops = limits.mean_flops(model.config, rows)  # texts end at the lengths of their targets
+        return limits.utilisation(flops, per_row, "cuda", torch.bfloat16 if sides.predictor.bf16 else torch.float32)
+    with model.ending_greedy():
+        predict = sides.predictor.predict
+        return limits.share_of_products(lambda: predict(model, rows, "products"), "cpu", len(rows), per_row)
 
 
 if __name__ == "__main__":

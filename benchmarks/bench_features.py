@@ -10,14 +10,12 @@ times as many images, as folders are long. Checked first: the same features from
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a file, the project is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -27,24 +25,15 @@ from benchmarks import common, limits, released_recipe
 from vision.extraction import FeatureStore, extract, keep_freed_memory, list_images
 from vision.networks import MODEL_NAMES, load_encoder
 
-NETWORKS = {"tiny": "vit_small_patch32_384"}  # other sizes: that of the published ViT features
 MORE = 4  # times as many images on our side
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = common.parser(__doc__)
-    parser.add_argument("--images", type=int, default=56, help="images per call (default: %(default)s)")
-    parser.add_argument("--model_name", help="another timm network")
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    device = common.set_up(args)
+    args = common.parse(__doc__, argv, images=(56, "images per call"), model_name=("", "another timm network"))
     keep_freed_memory()  # as the script does; for both sides
-    found = list(list_images(common.find_source(args).images).items())
+    found = list(list_images(common.find_source().images).items())
     cli.refuse([f"--images: the sample has {len(found)}"] * (args.images > len(found)))
-    name = args.model_name or NETWORKS.get(args.size, MODEL_NAMES["vit"])
+    name = args.model_name or ("vit_small_patch32_384" if args.size == "tiny" else MODEL_NAMES["vit"])
     encoder = load_encoder("vit", name, "random", args.device)
 
     def ours(count: int) -> np.ndarray:
@@ -60,21 +49,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     equal = [common.check("features of every image", released(), torch.from_numpy(ours(args.images)), 1e-3)]
     many = MORE * args.images
-    result = common.compare(released, lambda: ours(many), args, (args.images, many), warm_up=False)
-    once = argparse.Namespace(**vars(args) | {"repeats": 1})
-    scaling = common.linear(lambda n: ours(n * many), once) if args.size == "tiny" else {}
+    result = common.compare(released, lambda: ours(many), args, (args.images, many))
+    scaling = common.linear(ours, args.device, many) if args.size == "tiny" else {}
     common.profile(lambda: ours(args.images), args)
     per_image = result["ours"]["median"]
     pixels = [encoder.transform(released_recipe.read(path)) for _, path in found[: min(8, args.images)]]
-    products = limits.products(lambda: encoder(pixels))
-    if device.type == "cuda":
-        peak = limits.peak_flops(device, torch.float32)
-        limit = f"model FLOP utilisation {products.flops() / len(pixels) / per_image / peak:.0%} of the fp32 peak"
+    if args.device == "cuda":
+        flops = limits.products(lambda: encoder(pixels)).flops() / len(pixels)
+        limit = limits.utilisation(flops, per_image, args.device, torch.float32)
     else:
-        limit = f"bare matrix products take {products.seconds(device) / len(pixels) / per_image:.0%} of our time"
+        limit = limits.share_of_products(lambda: encoder(pixels), args.device, len(pixels), per_image)
     common.report(
-        args, "feature extraction", result, target=">= 1.3x" if args.device == "cpu" else ">= 30x", equal=equal,
-        limit=limit, scaling=scaling, slice=f"{args.images} images, {many} of ours, {encoder.model_name}; per image",
+        args, "features", result, equal=equal, limit=limit, scaling=scaling,
+        slice=f"{args.images} images, {many} of ours, {encoder.model_name}; per image",
         projection={"seconds_per_image": per_image},
     )  # fmt: skip
 

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import re
 import sys
@@ -19,8 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # run as a file, the project is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
@@ -33,15 +31,9 @@ ROW_BYTES = 145 * 1024 * 4
 BATCH = 8
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = common.parser(__doc__)
-    parser.add_argument("--load_rows", type=int, default=1400, help="rows that the released side loads")
-    parser.add_argument("--batches", type=int, default=50, help="batches of 8 that our side gathers")
-    return parser.parse_args(argv)
-
-
 def sparse_file(path: Path, rows: int) -> Path:
-    """A .npy of `rows` ViT features that takes no disk: zeros that were never written."""
+    """A new .npy of `rows` ViT features that takes no disk: zeros that were never written."""
+    path.unlink(missing_ok=True)
     np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(rows, *common.VIT)).flush()
     return path
 
@@ -52,8 +44,8 @@ def sparse_file(path: Path, rows: int) -> Path:
 def memory() -> dict[str, int]:
     """Bytes of this process: private (RssAnon) and resident (with mapped pages)."""
     status = Path("/proc/self/status").read_text()
-    found = {name: int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024 for name in ("RssAnon", "VmRSS")}
-    return {"private": found["RssAnon"], "resident": found["VmRSS"]}
+    names = {"private": "RssAnon", "resident": "VmRSS"}
+    return {ours: int(re.search(rf"{name}:\s+(\d+)", status)[1]) * 1024 for ours, name in names.items()}
 
 
 def mapped(path: Path, rows: int, batches: int, seed: int, queue: Any, barrier: Any) -> None:
@@ -70,22 +62,20 @@ def mapped(path: Path, rows: int, batches: int, seed: int, queue: Any, barrier: 
         touched |= set(chosen)
         features.gather([str(n) for n in chosen])
     barrier.wait()
-    after = memory()
-    queue.put({name: after[name] - before[name] for name in before} | {"touched": len(touched) * ROW_BYTES})
+    added = {name: bytes_now - before[name] for name, bytes_now in memory().items()}
+    queue.put(added | {"touched": len(touched) * ROW_BYTES})
     barrier.wait()
 
 
 def loaded(path: Path, rows: int, batches: int, seed: int, queue: Any, barrier: Any) -> None:
     """As the released code: the whole file in this process's memory."""
     before = memory()
-    values = np.load(path)
-    values = values + 0  # write to it: unwritten zeros of a sparse file take no memory
-    after = memory()
-    queue.put({name: after[name] - before[name] for name in before} | {"rows": len(values)})
+    values = np.load(path) + 0  # write to it: unwritten zeros of a sparse file take no memory
+    queue.put({name: bytes_now - before[name] for name, bytes_now in memory().items()} | {"rows": len(values)})
 
 
 def in_processes(count: int, target: Any, *args: Any) -> list[dict[str, int]]:
-    """What `count` fresh processes report, sorted."""
+    """What `count` fresh processes report."""
     context = multiprocessing.get_context("spawn")
     queue, barrier = context.Queue(), context.Barrier(count)
     children = [context.Process(target=target, args=(*args, seed, queue, barrier)) for seed in range(count)]
@@ -101,28 +91,26 @@ def in_processes(count: int, target: Any, *args: Any) -> list[dict[str, int]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    common.set_up(args)
+    args = common.parse(
+        __doc__, argv, load_rows=(1400, "rows that the released side loads"),
+        batches=(50, "batches of 8 that our side gathers"),
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         full = sparse_file(Path(scratch) / "vit.npy", ROWS)
-        ours = in_processes(1, mapped, full, ROWS, args.batches)[0]
-        growth = [in_processes(1, mapped, full, ROWS, n * args.batches)[0]["private"] for n in (1, 2, 4)]
-        full.unlink()
+        ours, *growth = (in_processes(1, mapped, full, ROWS, n * args.batches)[0]["private"] for n in (1, 1, 2, 4))
         part = sparse_file(full, args.load_rows)
         theirs = in_processes(1, loaded, part, args.load_rows, 0)[0]["private"] * ROWS / args.load_rows
-        part.unlink()
         small = sparse_file(full, SMALL_ROWS)
         both = in_processes(2, mapped, small, SMALL_ROWS, args.batches // 2)
     beyond = sum(one["resident"] - one["touched"] for one in both) / (SMALL_ROWS * ROW_BYTES)
-    share = ours["private"] / theirs
+    share = ours / theirs
     cli.refuse(
         [f"private memory of a reader is {share:.1%} of loading, above 5%"] * (share > 0.05)
         + [f"two readers add {beyond:.1%} of the file beyond the rows touched, above 10%"] * (beyond > 0.1)
     )
-    print0(f"private: {ours['private'] / 2**20:.0f} MiB mapped, {theirs / 2**20:.0f} MiB loaded: {share:.2%}")
-    result = {"ratio": common.spread([theirs / max(ours["private"], 2**20)])}
+    print0(f"private: {ours / 2**20:.0f} MiB mapped, {theirs / 2**20:.0f} MiB loaded: {share:.2%}")
     common.report(
-        args, "memory of features", result, target="private <= 5% of loading", private_share=f"{share:.2%}",
+        args, "memory", {"ratio": common.spread([theirs / max(ours, 2**20)])}, private_share=f"{share:.2%}",
         two_readers=f"{beyond:+.2%} of a file of 2,000 rows beyond the rows touched (at most 10%)",
         growth=f"private MiB over {args.batches}, {2 * args.batches}, {4 * args.batches} batches: "
         + ", ".join(f"{private / 2**20:.0f}" for private in growth),

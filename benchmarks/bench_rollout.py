@@ -9,15 +9,14 @@ numbers for the same ids, and both generate the wanted lengths. The Teacher and 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a file, the project is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import torch.nn.functional as F
 
 from ares import cli
 from ares.decoding import action_mask
@@ -25,23 +24,15 @@ from benchmarks import common, limits, released_recipe, released_rl, rl_common
 from rl import sampling
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = common.parser(__doc__)
-    parser.add_argument("--questions", type=int, default=4, help="the released way's (default: %(default)s)")
-    parser.add_argument("--bs", type=int, default=16, help="ours, one batch of them (default: %(default)s)")
-    parser.add_argument("--k_actions", type=int, default=4, help="rationales per question (default: %(default)s)")
-    parser.add_argument("--output_len", type=int, default=128, help="longest rationale (default: %(default)s)")
-    parser.add_argument("--top_k", type=int, default=50, help="(default: %(default)s)")
-    return parser.parse_args(argv)
-
-
 class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args, self.scale = args, 4 * max(args.questions, args.bs)
-        self.world = rl_common.make_world(args, self.scale)
+        self.world = rl_common.World(args, self.scale)
         self.how = sampling.Sampling(args.k_actions, True, args.top_k, 1.0, args.output_len)
         # the same lengths of texts again and again, so that both sides write alike per question
-        self.lengths = self.world.lengths(args.questions * args.k_actions).repeat(self.scale)
+        count, longest = args.questions * args.k_actions, args.output_len - 1
+        lengths = rl_common.solution_lengths(self.world.dataset, count, longest, args.seed)
+        self.lengths = lengths.repeat(self.scale)
         # by falling length of the prompt, as a plan of sampling batches
         self.order = sorted(self.world.dataset.qids, key=lambda qid: -self.world.prompts.lengths[qid])
 
@@ -57,13 +48,11 @@ class Bench:
     def ours(self, questions: int) -> list[dict]:
         found = []
         for prompt, lengths in self.batches(questions):
-            with rl_common.ending(lengths), self.autocast():
+            # bf16 on a GPU, as --precision auto
+            bf16 = torch.autocast("cuda", torch.bfloat16, enabled=self.args.device == "cuda")
+            with rl_common.ending(lengths), bf16:
                 found.append(sampling.sample_batch(self.world.models, prompt, self.how, seed=self.args.seed))
         return found
-
-    def autocast(self):
-        """bf16 on a GPU, as --precision auto."""
-        return torch.autocast("cuda", torch.bfloat16, enabled=self.args.device == "cuda")
 
     def released(self, questions: int) -> list[dict]:
         return [self.released_batch(prompt, lengths) for prompt, lengths in self.batches(questions)]
@@ -71,9 +60,7 @@ class Bench:
     def released_batch(self, prompt: dict, lengths: torch.Tensor) -> dict:
         how, models = self.how, self.world.models
         lengths = lengths.view(-1, how.k).to(self.world.device)
-        with contextlib.ExitStack() as stack:
-            for model in (models.policy, models.reference, models.value_function):
-                stack.enter_context(released_recipe.plainly(model))
+        with released_recipe.plainly(models.policy, models.reference, models.value_function):
             return released_rl.rollouts(models, prompt, how.k, how.top_k, how.output_len, lengths)
 
     def check(self) -> list[str]:
@@ -82,38 +69,42 @@ class Bench:
         (ours,), k = self.ours(min(4, self.args.questions)), self.args.k_actions
         actions = ours["actions"]
         repeated = {name: tensor.repeat_interleave(k, 0) for name, tensor in prompt.items()}
-        wide = released_rl.padded_actions(actions, self.args.output_len).to(self.world.device)
-        models, said = self.world.models, []
+        wide = F.pad(actions, (0, self.args.output_len - actions.size(1))).to(self.world.device)
+        models, equal = self.world.models, []
         for name, model in (("logprobs", models.policy), ("values", models.value_function)):
             got = sampling.evaluate_actions(model, prompt, actions, k, value=name == "values")
             want = released_rl.score(model, repeated, wide).cpu()[:, : got.size(1)]
-            said.append(common.check(f"{name} of the same ids", got.detach(), want.detach(), 5e-4))
+            equal.append(common.check(f"{name} of the same ids", got.detach(), want.detach(), 5e-4))
         theirs = self.released_batch(prompt, lengths)
         for side, found in (("ours", ours), ("released", theirs)):
             written = action_mask(found["actions"]).sum(1)
-            said.append(common.check(f"lengths written, {side}", written.tolist(), lengths.tolist()))
-        return said
+            equal.append(common.check(f"lengths written, {side}", written.tolist(), lengths.tolist()))
+        return equal
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    bench = Bench(args)
-    n = args.questions
+    args = common.parse(
+        __doc__, argv, questions=(4, "the released way's"), bs=(16, "ours, one batch of them"),
+        k_actions=(4, "rationales per question"), output_len=(128, "longest rationale"),
+        top_k=(50, "most likely tokens to draw from"),
+    )  # fmt: skip
+    bench, n, rollouts = Bench(args), args.questions, args.bs * args.k_actions
+
+    def ours() -> None:
+        bench.ours(args.bs)
+
     equal = bench.check()
-    work = (n * args.k_actions, args.bs * args.k_actions)  # rollouts
-    result = common.compare(lambda: bench.released(n), lambda: bench.ours(args.bs), args, work=work)
-    common.profile(lambda: bench.ours(args.bs), args)
-    per_rollout = result["ours"]["median"]
-    bare = limits.products(lambda: bench.ours(args.bs)).seconds(torch.device(args.device)) / work[1]
-    tokens = float(bench.lengths.float().mean())
+    ours()
+    result = common.compare(lambda: bench.released(n), ours, args, work=(n * args.k_actions, rollouts))
+    common.profile(ours, args)
+    per_rollout, tokens = result["ours"]["median"], float(bench.lengths.float().mean())
     common.report(
-        args, "rollouts", result, target=">= 8x" if args.device == "cpu" else ">= 20x", equal=equal,
+        args, "rollout", result, equal=equal,
         slice=f"k = {args.k_actions}, {tokens:.0f} tokens in the mean, output_len {args.output_len}; per rollout, "
         f"of {n} questions the released way, of {args.bs} ours",
-        limit=f"{bare / per_rollout:.0%} of the time is the bare matrix products",
-        scaling=common.linear(bench.ours, argparse.Namespace(**vars(args) | {"repeats": 1}), unit=args.bs),
-        projection={"seconds_per_rollout": per_rollout},
-        rollouts_per_second=1 / per_rollout,
+        limit=limits.share_of_products(ours, args.device, rollouts, per_rollout),
+        scaling=common.linear(bench.ours, args.device, unit=args.bs),
+        projection={"seconds_per_rollout": per_rollout}, rollouts_per_second=1 / per_rollout,
     )  # fmt: skip
 
 

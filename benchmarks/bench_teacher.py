@@ -31,13 +31,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ares import cli, files
+from teacher import handoff
+from teacher.prompts import scoring_request
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from ares import cli, files  # noqa: E402
-from teacher import handoff  # noqa: E402
-from teacher.prompts import scoring_request  # noqa: E402
-
 KEY = "sk-ant-benchmark-0123456789"
 SENTENCES = [
     "Figure out which of the given places is farthest north on the map.",
@@ -65,12 +65,10 @@ WANTED = {
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     counts = {"type": int, "nargs": 2, "metavar": ("FEW", "MANY")}
-    parser.add_argument(
-        "--items", default=[1000, 10000], help="items at full concurrency (default: 1000 10000)", **counts
-    )
-    parser.add_argument("--single_items", default=[10, 60], help="items one at a time (default: 10 60)", **counts)
-    parser.add_argument("--concurrency", type=int, default=64, help="requests in flight (default: %(default)s)")
-    parser.add_argument("--latency", type=float, default=0.2, help="seconds per reply (default: %(default)s)")
+    parser.add_argument("--items", default=[1000, 10000], help="items at full concurrency", **counts)
+    parser.add_argument("--single_items", default=[10, 60], help="items one at a time", **counts)
+    parser.add_argument("--concurrency", type=int, default=64, help="requests in flight")
+    parser.add_argument("--latency", type=float, default=0.2, help="seconds per reply")
     parser.add_argument("--output", default=str(ROOT / "benchmarks/results/teacher.json"), help="where it goes")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)  # the server's process
     parser.add_argument("--bare", nargs=3, help=argparse.SUPPRESS)  # a measured process: folder, url, concurrency
@@ -122,7 +120,7 @@ def serve(latency: float) -> None:
 # -- measured processes ----------------------------------------------------------------------------------------
 
 
-def lay_out(root: Path, count: int) -> None:
+def write_items(root: Path, count: int) -> None:
     """`count` different text-only items in a questions folder."""
     for number in range(count):
         folder = handoff.question_dir(root, number % 4, 0, str(number // 4))
@@ -141,11 +139,10 @@ async def bare_sdk(folder: str, url: str, concurrency: int) -> None:
 
         async def one_after_the_other() -> None:
             for text in texts:
+                message = {"role": "user", "content": [{"type": "text", "text": text}]}
+                thinking = {"type": "disabled"}
                 await sdk.messages.create(
-                    model="claude-haiku-5-5",
-                    max_tokens=500,
-                    messages=[{"role": "user", "content": [{"type": "text", "text": text}]}],
-                    thinking={"type": "disabled"},
+                    model="claude-haiku-5-5", max_tokens=500, messages=[message], thinking=thinking
                 )
 
         await asyncio.gather(*(one_after_the_other() for _ in range(concurrency)))
@@ -155,7 +152,7 @@ def measure(kind: str, count: int, url: str, concurrency: int) -> dict[str, floa
     """Seconds, CPU seconds and largest resident memory (MiB) of one fresh process over `count` items."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "questions"
-        lay_out(root, count)
+        write_items(root, count)
         if kind == "haiku.py":
             command = ["haiku.py", "--questions_dir", root, "--base_url", url, "--data_root", "none",
                        "--concurrency", concurrency, "--cache", Path(scratch) / "cache"]  # fmt: skip
@@ -166,8 +163,7 @@ def measure(kind: str, count: int, url: str, concurrency: int) -> dict[str, floa
         with open(Path(scratch) / "log", "w+") as log:
             command = [sys.executable, *map(str, command)]
             process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
-            _, status, used = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
+            _, process.returncode, used = os.wait4(process.pid, 0)
             seconds = time.perf_counter() - began
             log.seek(0)
             if process.returncode:
@@ -183,29 +179,31 @@ def per_item(kind: str, counts: Sequence[int], url: str, concurrency: int) -> di
     few, many = (measure(kind, count, url, concurrency) for count in counts)
     more = many["items"] - few["items"]
     return {
-        "items": list(counts),
-        "concurrency": concurrency,
+        "items": list(counts), "concurrency": concurrency,
         "items_per_second": round(more / (many["seconds"] - few["seconds"]), 2),
         "cpu_ms_per_item": round(1000 * (many["cpu"] - few["cpu"]) / more, 3),
         "memory_mb": [round(few["mb"], 1), round(many["mb"], 1)],
         "memory_bytes_per_item": round((many["mb"] - few["mb"]) * 2**20 / more),
-    }
+    }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     if args.serve:
-        return serve(args.latency)
-    if args.bare:
+        serve(args.latency)
+    elif args.bare:
         folder, url, concurrency = args.bare
-        return asyncio.run(bare_sdk(folder, url, int(concurrency)))
+        asyncio.run(bare_sdk(folder, url, int(concurrency)))
+    else:
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Run the measured processes against a server, print the figures, and write them to --output."""
     results: dict = {"latency_seconds": args.latency, "cores": os.cpu_count()}
-    server = subprocess.Popen(
-        [sys.executable, __file__, "--serve", "--latency", str(args.latency)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        url = server.stdout.readline().strip()
+    server = [sys.executable, __file__, "--serve", "--latency", str(args.latency)]
+    with subprocess.Popen(server, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as serving:
+        url = serving.stdout.readline().strip()  # leaving the block closes its input, which ends it
         for name, kind, counts, concurrency in (
             ("one at a time", "haiku.py", args.single_items, 1),
             ("concurrent", "haiku.py", args.items, args.concurrency),
@@ -213,9 +211,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         ):
             results[name] = per_item(kind, counts, url, concurrency)
             cli.print0(f"{name:>20}: {results[name]}")
-    finally:
-        server.stdin.close()
-        server.wait(30)
     one, concurrent, bare = (results[name] for name in ("one at a time", "concurrent", "bare SDK"))
     results["speed-up"] = round(concurrent["items_per_second"] / one["items_per_second"], 1)
     results["cpu_ms_over_the_bare_sdk"] = round(concurrent["cpu_ms_per_item"] - bare["cpu_ms_per_item"], 3)
@@ -224,7 +219,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         holds = results[name] >= bound if sign == ">=" else results[name] <= bound
         cli.print0(f"{name}: {results[name]}, wanted {sign} {bound}: {'yes' if holds else 'NO'}")
     files.write_json(args.output, results, indent=1)
-    return None
 
 
 if __name__ == "__main__":

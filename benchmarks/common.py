@@ -1,11 +1,9 @@
 """Shared by the benchmarks: flags, models, real prompts, timing, checks of equality, one report per stage.
 
-    args = common.parse(__doc__, argv)                       # --size --device --repeats --profile --json --threads
-    device = common.set_up(args)
-    data = common.load(args, prompt_format="QCM-E")          # real questions, real tokenizer, mapped random features
-    folder = common.model_folder(args, data)                 # a checkpoint with trained-like weights
+    args = common.parse(__doc__, argv, rows=(16, "test questions"))   # --size --device --repeats ... and --rows
+    data = common.load(args)                                 # real questions, tokenizer, random features, a model
     result = common.compare(released, ours, args)            # interleaved; median ratio, min-max
-    common.report(args, "SFT", result, equal=[...], limit="62% of the time is bare matrix products")
+    common.report(args, "sft", result, equal=[...], limit="62% of the time is bare matrix products")
 
 Both sides of a comparison run in one process, on the same weights and threads. Questions and tokenizer are those of
 the real sample in ../shared or $ARES_SHARED; without it the benchmarks make the demo's, and say so.
@@ -21,15 +19,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # a benchmark run as a file
-    sys.path.insert(0, str(ROOT))
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,8 +32,10 @@ import torch  # noqa: E402
 
 from ares import cli, files  # noqa: E402
 from ares.cli import UserError, print0  # noqa: E402
-from benchmarks.limits import synchronize  # noqa: E402
+from benchmarks.limits import seconds  # noqa: E402
+from benchmarks.table import STAGES  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("ARES_SHARED", ROOT.parent / "shared"))
 SAMPLE = SHARED / "data/scienceqa_sample"
 VOCABULARY = 32128  # rows of the embedding of every published T5, for the tokenizer's 32,100 pieces
@@ -51,28 +46,26 @@ SIZES = {
     "large": {"d_model": 1024, "d_kv": 64, "d_ff": 2816, "num_layers": 24, "num_heads": 16},
 }
 FEATURE_ROWS = 64  # rows of random features on disk; the questions with an image share them
-DEMO_QUESTIONS = {"train": 500, "val": 60, "test": 300}
+DEMO_QUESTIONS = ("--train=500", "--val=60", "--test=300")
 
 
 # -- flags and machine -----------------------------------------------------------------------------------
 
 
-def parser(doc: str, **defaults: Any) -> argparse.ArgumentParser:
-    """The flags of every benchmark; `defaults` replaces theirs (`repeats=3`). Add a stage's own, then `set_up`."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=cli.HelpFormatter)
-    made.add_argument("--size", choices=SIZES, default="tiny", help="model size (default: %(default)s)")
-    made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    made.add_argument("--repeats", type=int, default=3, help="timings of each side (default: %(default)s)")
-    made.add_argument("--profile", action="store_true", help="also print a torch profiler table of our side")
-    made.add_argument("--json", metavar="FILE", help="also write the result there, for run_all.sh")
-    made.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads (default: %(default)s)")
-    made.add_argument("--seed", type=int, default=0, help="seed of weights and order (default: %(default)s)")
-    made.set_defaults(**defaults)
-    return made
-
-
-def set_up(args: argparse.Namespace) -> torch.device:
-    """Check the flags, set threads and seed; the device to run on. Raises UserError."""
+def parse(doc: str, argv: Sequence[str] | None, **own: tuple[Any, str]) -> argparse.Namespace:
+    """The flags of every benchmark and `own` ones, name=(default, help); sets threads and seed. Raises UserError."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="model size")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    parser.add_argument("--repeats", type=int, default=3, help="timings of each side")
+    parser.add_argument("--profile", action="store_true", help="also print a torch profiler table of our side")
+    parser.add_argument("--json", metavar="FILE", help="also write the result there, for run_all.sh")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and order")
+    for name, (default, text) in own.items():
+        how = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
+        parser.add_argument(f"--{name}", help=text, **how)
+    args = parser.parse_args(argv)
     cli.refuse(
         [f"--{name} must be at least 1" for name in ("repeats", "threads") if getattr(args, name) < 1]
         + ["--device cuda: this torch finds no GPU"] * (args.device == "cuda" and not torch.cuda.is_available())
@@ -80,8 +73,8 @@ def set_up(args: argparse.Namespace) -> torch.device:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    print0(machine_line(args))
-    return torch.device(args.device)
+    print0(", ".join(f"{name} {value}" for name, value in machine(args).items() if value is not None))
+    return args
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
@@ -90,31 +83,17 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
-        "device": args.device,
-        "threads": args.threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit.stdout.strip() or None,
-    }
+        "cpu": cpu, "cores": os.cpu_count(), "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
+        "device": args.device, "threads": args.threads, "python": platform.python_version(),
+        "torch": torch.__version__, "transformers": transformers.__version__, "commit": commit.stdout.strip() or None,
+    }  # fmt: skip
 
 
-def machine_line(args: argparse.Namespace) -> str:
-    """`machine` on one line."""
-    found = machine(args)
-    gpu = found["gpu"] or "no GPU used"
-    versions = f"python {found['python']}, torch {found['torch']}, transformers {found['transformers']}"
-    return f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads, {gpu}; {versions}; {found['commit']}"
-
-
-# -- questions -------------------------------------------------------------------------------------------
+# -- questions and model ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -128,17 +107,16 @@ class Source:
     tokenizer: Path
 
 
-def find_source(args: argparse.Namespace) -> Source:
+def find_source() -> Source:
     """The real sample, or where it is absent the demo's questions and tokenizer, made once in `cache_dir`."""
-    demo = cache_dir(args) / "demo"
+    demo = cache_dir() / "demo"
     if SAMPLE.is_dir():
         return Source("sample", SAMPLE / "ScienceQA/data", SAMPLE / "instruct_captions.json", SAMPLE / "images",
                       SHARED / "data/t5_tokenizer")  # fmt: skip
     cli.warn0(f"no real questions at {SAMPLE} (ARES_SHARED names the folder that holds data/): the demo's are used")
     if not (demo / "t5").is_dir():
-        sizes = [f"--{split}={count}" for split, count in DEMO_QUESTIONS.items()]
         model = ["--data", demo, "--tokenizer", demo / "tokenizer", "--output", demo / "t5", "--d_model", "16"]
-        for script, *argv in (["make_data.py", "--output", demo, *sizes], ["make_model.py", *model]):
+        for script, *argv in (["make_data.py", "--output", demo, *DEMO_QUESTIONS], ["make_model.py", *model]):
             subprocess.run([sys.executable, ROOT / "demo" / script, *argv], check=True, stdout=sys.stderr)
     return Source("demo", demo / "data", demo / "data/captions.json", demo / "images", demo / "tokenizer")
 
@@ -151,17 +129,15 @@ class BenchData:
     problems: dict[str, Any]
     qids: dict[str, list[str]]
     tokenizer: Any
-    features: Any  # VisionFeatures, or None without img_type
-    source: Source
+    features: Any  # VisionFeatures
+    collator: Any
+    model: Path  # a checkpoint folder (policy and tokenizer) of `build_model`; either class loads it
 
-    def dataset(self, split: str, count: int | None = None, start: int = 0) -> Any:
-        """`RationaleDataset` of `count` questions, spread evenly over a split so that their lengths are its own.
-
-        `start` shifts the choice, so that two calls give different questions.
-        """
+    def dataset(self, split: str, count: int | None = None) -> Any:
+        """`RationaleDataset` of `count` questions, spread evenly over a split so that their lengths are its own."""
         qids = self.qids[split]
         count = len(qids) if count is None else count
-        return self.of([qids[(start + i * len(qids) // count) % len(qids)] for i in range(count)])
+        return self.of([qids[i * len(qids) // count % len(qids)] for i in range(count)])
 
     def of(self, qids: Sequence[str]) -> Any:
         """`RationaleDataset` of these questions."""
@@ -169,48 +145,43 @@ class BenchData:
 
         return RationaleDataset(self.problems, qids, self.tokenizer, self.args)
 
-    def collator(self, **kwargs: Any) -> Any:
-        from utils_data import Collator
 
-        return Collator(self.tokenizer.pad_token_id, self.features, **kwargs)
+def load(args: argparse.Namespace) -> BenchData:
+    """Questions with captions, as the users' commands read them (`--use_caption`), and a model of --size."""
+    from utils_data import Collator, load_data, load_tokenizer
 
-
-def load(
-    args: argparse.Namespace,
-    prompt_format: str = "QCM-E",
-    input_len: int = 512,
-    output_len: int = 512,
-    img_type: str | None = "vit",
-) -> BenchData:
-    """Questions with captions, as the users' commands read them (`--use_caption`)."""
-    from utils_data import load_data, load_tokenizer
-
-    source = find_source(args)
-    features = cache_dir(args) / f"vision_features_{source.name}"
-    if img_type is not None:
-        _make_features(features, source)
+    source = find_source()
+    features = cache_dir() / f"vision_features_{source.name}"
+    _make_features(features, source)
     flags = argparse.Namespace(
-        data_root=str(source.data_root), dataset=None, images=None, img_type=img_type,
-        caption_file=str(source.captions), use_caption=True, options=["A", "B", "C", "D", "E"],
-        vision_features=str(features) if img_type else None, name_map=None, prompt_format=prompt_format,
-        input_len=input_len, output_len=output_len, seed=args.seed, model="none", correction=False,
+        data_root=str(source.data_root), dataset=None, images=None, img_type="vit", caption_file=str(source.captions),
+        use_caption=True, options=["A", "B", "C", "D", "E"], vision_features=str(features), name_map=None,
+        prompt_format="QCM-E", input_len=512, output_len=512, seed=args.seed, model="none", correction=False,
         tokenizer=str(source.tokenizer), train_le=None, eval_le=None, test_le=None,
     )  # fmt: skip
-    data = load_data(flags, {"train": "train", "val": "val", "test": "test"})
-    return BenchData(flags, data.problems, data.qids, load_tokenizer(flags), data.features, source)
+    data, tokenizer = load_data(flags, {"train": "train", "val": "val", "test": "test"}), load_tokenizer(flags)
+    folder = cache_dir() / f"{args.size}_vit_seed{args.seed}_{source.name}"
+    if not (folder / "config.json").exists():
+        # beyond the demo's tokenizer ids have no text
+        vocabulary = VOCABULARY if source.name == "sample" else len(tokenizer)
+        with files.atomic_dir(folder) as temporary:
+            build_model(args.size, vocabulary, args.seed, data.features.shape).save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    collator = Collator(tokenizer.pad_token_id, data.features)
+    return BenchData(flags, data.problems, data.qids, tokenizer, data.features, collator, folder)
 
 
 def sft_flags(*argv: str) -> argparse.Namespace:
     """The flags of main.py for `argv`."""
     from sft.run import add_sft_flags
 
-    made = argparse.ArgumentParser()
-    cli.add_common_flags(made, output_len=64, lr=5e-5)
-    add_sft_flags(made)
-    return made.parse_args(argv)
+    parser = argparse.ArgumentParser()
+    cli.add_common_flags(parser, output_len=64, lr=5e-5)
+    add_sft_flags(parser)
+    return parser.parse_args(argv)
 
 
-def cache_dir(args: argparse.Namespace) -> Path:
+def cache_dir() -> Path:
     """Folder of models, features and demo questions, kept between runs on this machine."""
     return files.writable_dir(Path(tempfile.gettempdir()) / f"ares_benchmarks_{os.getuid()}", "temporary folder")
 
@@ -221,66 +192,39 @@ def _make_features(folder: Path, source: Source) -> None:
         return
     problems = json.loads((source.data_root / "scienceqa/problems.json").read_text())
     folder.mkdir(exist_ok=True)
-    rows = np.random.default_rng(0).standard_normal((FEATURE_ROWS, *VIT), dtype=np.float32)
     with files.atomic_path(folder / "vit.npy") as temporary, open(temporary, "wb") as file:
-        np.save(file, rows)
+        np.save(file, np.random.default_rng(0).standard_normal((FEATURE_ROWS, *VIT), dtype=np.float32))
     pictured = [qid for qid, problem in problems.items() if problem["image"]]
     files.write_json(folder / "name_map.json", {qid: i % FEATURE_ROWS for i, qid in enumerate(pictured)})
 
 
-def lengths(dataset: Any) -> list[tuple[int, int]]:
-    """(prompt, target) tokens of every row."""
-    return [(len(item["input_ids"]), len(item["labels"])) for item in (dataset[i] for i in range(len(dataset)))]
+def config_of(size: str, vocabulary: int, patch_size: tuple[int, int]) -> Any:
+    """A policy's config: gated GELU and untied, as flan-alpaca."""
+    from model import MultimodalT5Config
+
+    return MultimodalT5Config(
+        vocab_size=vocabulary, feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.1,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, patch_size=patch_size, **SIZES[size],
+    )  # fmt: skip
 
 
-# -- models ----------------------------------------------------------------------------------------------
-
-
-def build_model(size: str, vocabulary: int, seed: int, patch_size: tuple[int, int] | None) -> Any:
-    """A policy of one size (gated GELU and untied, as flan-alpaca), its loss near ln(vocabulary).
+def build_model(size: str, vocabulary: int, seed: int, patch_size: tuple[int, int]) -> Any:
+    """A policy of one size, its loss near ln(vocabulary).
 
     The library draws lm_head from N(0, 1): logits of magnitude sqrt(d_model), a loss of 70, and a softmax so peaked
     that its gradients are denormals, which slow a CPU eightfold. With 1 / sqrt(d_model) none of that happens.
     """
-    from model import MultimodalT5Config, T5ForMultimodalGeneration
+    from model import T5ForMultimodalGeneration
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = MultimodalT5Config(
-            vocab_size=vocabulary, feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.1,
-            decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, patch_size=patch_size, **SIZES[size],
-        )  # fmt: skip
-        model = T5ForMultimodalGeneration(config)
+        model = T5ForMultimodalGeneration(config_of(size, vocabulary, patch_size))
         with torch.no_grad():
             model.lm_head.weight.mul_(model.config.d_model**-0.5)
     return model
 
 
-def model_folder(args: argparse.Namespace, data: BenchData) -> Path:
-    """A checkpoint folder (policy and tokenizer) of `build_model`, kept in `cache_dir`; either class loads it."""
-    patch_size = data.features.shape if data.features is not None else None
-    kind = "text" if patch_size is None else "vit"
-    folder = cache_dir(args) / f"{args.size}_{kind}_seed{args.seed}_{data.source.name}"
-    if not (folder / "config.json").exists():
-        # beyond the demo's tokenizer ids have no text
-        vocabulary = VOCABULARY if data.source.name == "sample" else len(data.tokenizer)
-        with files.atomic_dir(folder) as temporary:
-            build_model(args.size, vocabulary, args.seed, patch_size).save_pretrained(temporary)
-            data.tokenizer.save_pretrained(temporary)
-    return folder
-
-
 # -- timing ----------------------------------------------------------------------------------------------
-
-
-def seconds(function: Callable[[], Any], device: torch.device | str = "cpu") -> float:
-    """Wall seconds of one call, a GPU's work included."""
-    device = torch.device(device)
-    synchronize(device)
-    began = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - began
 
 
 def compare(
@@ -288,17 +232,14 @@ def compare(
     ours: Callable[[], Any],
     args: argparse.Namespace,
     work: tuple[float, float] = (1, 1),
-    warm_up: bool = True,
     time_of: Callable[[Callable[[], Any], Any], float] = seconds,
 ) -> dict[str, Any]:
-    """Both sides interleaved (A B, B A, ...) `--repeats` times, after one untimed call of ours.
+    """Both sides interleaved (A B, B A, ...) `--repeats` times; let ours run once before, untimed.
 
     `work`: units (samples, questions) that a call of either does; times are per unit. `time_of(function, device)`
     calls a side and returns its seconds. Returns medians and ranges in seconds, and the ratio released / ours of
     neighbouring calls: its median and range.
     """
-    if warm_up:
-        ours()
     times: dict[str, list[float]] = {"released": [], "ours": []}
     for repeat in range(args.repeats):
         pair = [("released", released, work[0]), ("ours", ours, work[1])]
@@ -313,43 +254,35 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def linear(function: Callable[[int], Any], args: argparse.Namespace, unit: int = 1) -> dict[str, float]:
+def linear(function: Callable[[int], Any], device: str, unit: int = 1) -> dict[str, float]:
     """Time of 2x and 4x the work over 1x, per unit of work: 1.0 is linear. `function(n)` does n x `unit`."""
     function(unit)
-    times = {
-        n: statistics.median(seconds(lambda n=n: function(n * unit), args.device) for _ in range(args.repeats))
-        for n in (1, 2, 4)
-    }
-    return {f"{n}x": times[n] / times[1] / n for n in (2, 4)}
+    once, twice, four = (seconds(lambda n=n: function(n * unit), device) for n in (1, 2, 4))
+    return {"2x": twice / once / 2, "4x": four / once / 4}
 
 
 def check(what: str, left: Any, right: Any, tolerance: float = 0.0) -> str:
     """One line that says both sides computed the same. Raises UserError where they differ by more than `tolerance`."""
-    if isinstance(left, (torch.Tensor, np.ndarray, float)):
+    if isinstance(left, list):
+        same, apart = left == right, ""
+    else:
         left, right = torch.as_tensor(left).double(), torch.as_tensor(right).double()
-        same = left.shape == right.shape
-        apart = float((left - right).abs().max()) if same and left.numel() else 0.0
-        if not same or not apart <= tolerance:
-            raise UserError(
-                f"{what}: the two sides differ by {apart:.3g}, more than {tolerance:g}; their times cannot be compared"
-            )
-        return f"{what}: equal within {tolerance:g} (largest difference {apart:.2g})"
-    if left != right:
-        raise UserError(f"{what}: the two sides differ; their times cannot be compared")
-    return f"{what}: equal"
+        largest = float((left - right).abs().max()) if left.shape == right.shape and left.numel() else 0.0
+        same = left.shape == right.shape and largest <= tolerance
+        apart = f" within {tolerance:g} (largest difference {largest:.2g})"
+    if not same:
+        raise UserError(f"{what}: the two sides differ: not equal{apart}; their times cannot be compared")
+    return f"{what}: equal{apart}"
 
 
-def profile(function: Callable[[], Any], args: argparse.Namespace, rows: int = 25) -> None:
+def profile(function: Callable[[], Any], args: argparse.Namespace) -> None:
     """With --profile: run `function` once under torch's profiler and print its table."""
     if not args.profile:
         return
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if args.device == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as found:
+    with torch.profiler.profile() as found:  # the CPU, and a GPU if there is one
         function()
-    order = "self_cuda_time_total" if args.device == "cuda" else "self_cpu_time_total"
-    print0(found.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=48))
+    order = f"self_{args.device}_time_total"
+    print0(found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=48))
 
 
 # -- report ----------------------------------------------------------------------------------------------
@@ -358,22 +291,23 @@ def profile(function: Callable[[], Any], args: argparse.Namespace, rows: int = 2
 def report(args: argparse.Namespace, stage: str, result: dict[str, Any], **more: Any) -> None:
     """Print a stage's result and, with --json, write it for run_all.sh.
 
-    `result` is what `compare` returned (or holds a `ratio` of its own); `more`: `target` (">= 7x"), `equal` (lines of
-    `check`), `limit` (how close to the machine's limit), `scaling` (of `linear`), `slice` (what was measured),
-    `projection` (name -> seconds per unit of work), and other values to print.
+    `result` is what `compare` returned (or holds a `ratio` of its own); `more`: `equal` (lines of `check`), `limit`
+    (how close to the machine's limit), `scaling` (of `linear`), `slice` (what was measured), `projection` (name ->
+    seconds per unit of work), and other values to print.
     """
-    record = {"stage": stage, "size": args.size, "device": args.device, **result, **more, "machine": machine(args)}
-    record["questions"] = "sample" if SAMPLE.is_dir() else "demo"
+    label, *targets = STAGES[stage]
     for line in more.get("equal", ()):
         print0(f"  {line}")
     for name in ("released", "ours"):
         if name in result:
             print0(f"  {name}: {_range(result[name], ' s')}")
-    print0(f"{stage}: {_range(result['ratio'], 'x')}" + (f" (target {more['target']})" if "target" in more else ""))
+    print0(f"{label}: {_range(result['ratio'], 'x')} (target >= {targets[args.device == 'cuda']}x)")
     for name, value in more.items():
-        if name not in ("equal", "target"):
+        if name != "equal":
             print0(f"  {name}: {value}")
     if args.json:
+        record = {"stage": label, "size": args.size, "device": args.device, **result, **more}
+        record |= {"machine": machine(args), "questions": "sample" if SAMPLE.is_dir() else "demo"}
         files.write_json(args.json, record, indent=1)
 
 

@@ -8,6 +8,7 @@ Norms, softmax and optimizer are not counted; the share of the products in a sta
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -38,19 +39,22 @@ def row_flops(config: Any, prompt: int, target: int) -> float:
     return float(total)
 
 
+def mean_flops(config: Any, dataset: Any) -> float:
+    """`row_flops` of a `RationaleDataset`'s prompts and targets: the mean over its rows."""
+    rows = zip(dataset.input_ids, dataset.labels, strict=True)
+    return sum(row_flops(config, len(prompt), len(target)) for prompt, target in rows) / len(dataset)
+
+
 class Products(TorchDispatchMode):
     """Counts the matrix products that run under it: operator, sizes, strides, dtype."""
 
     def __init__(self):
         super().__init__()
-        self.seen: Counter = Counter()
+        self.seen: Counter = Counter()  # (shapes, strides and type of both sides) -> times
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = {aten.mm.default: "mm", aten.addmm.default: "addmm", aten.bmm.default: "bmm"}.get(func)
-        name = name or ("baddbmm" if func is aten.baddbmm.default else None)
-        if name:
-            left, right = args[-2:] if len(args) > 2 else args
-            self._add(left, right)
+        if func in (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default):
+            self._add(*args[-2:])
         elif func is aten.linear.default:  # under inference mode nothing is decomposed
             self._add(args[0].flatten(0, -2), args[1].t())
         elif "scaled_dot_product" in str(func):
@@ -72,19 +76,21 @@ class Products(TorchDispatchMode):
 
     def flops(self) -> float:
         """FLOPs of all that was seen, pads included."""
-        return sum(
-            2.0 * torch.Size(left).numel() * right[-1] * times for (left, right, *_), times in self.seen.items()
-        )
+        return sum(2.0 * math.prod(left) * right[-1] * times for (left, right, *_), times in self.seen.items())
 
-    def seconds(self, device: torch.device, repeats: int = 3) -> float:
+    def seconds(self, device: torch.device | str, repeats: int = 3) -> float:
         """Time of these products alone, on random numbers: the least time over `repeats`, summed over all."""
         total = 0.0
-        for (left, right, left_stride, right_stride, dtype), times in self.seen.items():
-            a = _strided(left, left_stride, dtype, device)
-            b = _strided(right, right_stride, dtype, device)
+        for (*shapes, left_stride, right_stride, dtype), times in self.seen.items():
+            a, b = (
+                # as many random numbers as the strides reach
+                torch.randn(1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)), device=device)
+                .to(dtype)
+                .as_strided(shape, stride)
+                for shape, stride in zip(shapes, (left_stride, right_stride), strict=True)
+            )
             a @ b
-            best = min(_timed(lambda a=a, b=b: a @ b, device, min(times, 8)) for _ in range(repeats))
-            total += best * times
+            total += times * min(seconds(lambda a=a, b=b: a @ b, device, min(times, 8)) for _ in range(repeats))
         return total
 
 
@@ -95,24 +101,28 @@ def products(function: Callable[[], Any]) -> Products:
     return seen
 
 
-def _strided(shape: tuple, stride: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    size = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
-    return torch.randn(size, device=device).to(dtype).as_strided(shape, stride)
-
-
-def _timed(function: Callable[[], Any], device: torch.device, times: int) -> float:
-    synchronize(device)
+def seconds(function: Callable[[], Any], device: torch.device | str = "cpu", times: int = 1) -> float:
+    """Wall seconds of one call, a GPU's work included: the mean of `times` calls."""
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
     began = time.perf_counter()
     for _ in range(times):
         function()
-    synchronize(device)
+    if on_gpu:
+        torch.cuda.synchronize(device)
     return (time.perf_counter() - began) / times
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU; nothing on the CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def share_of_products(function: Callable[[], Any], device: torch.device | str, units: int, per_unit: float) -> str:
+    """How close to the limit `per_unit` seconds are, if `function` does the matrix products of `units` units."""
+    return f"bare matrix products take {products(function).seconds(device) / units / per_unit:.0%} of our time"
+
+
+def utilisation(flops: float, per_unit: float, device: torch.device | str, dtype: torch.dtype) -> str:
+    """How close to a GPU's peak a unit of `flops` (of real tokens) in `per_unit` seconds is."""
+    share = flops / per_unit / peak_flops(torch.device(device), dtype)
+    return f"model FLOP utilisation {share:.1%} of the {str(dtype).removeprefix('torch.')} peak"
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -124,4 +134,4 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     a @ b
-    return 2 * n**3 / min(_timed(lambda: a @ b, device, 1) for _ in range(5))
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(5))

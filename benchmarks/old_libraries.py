@@ -36,8 +36,7 @@ def load_model(folder: Path):
                 self.encoder.gate_dense = torch.nn.Linear(2 * config.d_model, config.d_model)
 
     model, loading = Model.from_pretrained(str(folder), patch_size=shape, output_loading_info=True)
-    wrong = {key: value for key, value in loading.items() if value}
-    if wrong:
+    if wrong := {key: value for key, value in loading.items() if value}:
         raise ValueError(f"{wrong}")
     return model
 
@@ -57,8 +56,7 @@ def check_adapter(model, folder: Path) -> str:
     from peft import PeftModel
 
     adapted = PeftModel.from_pretrained(model, str(folder))
-    layers = sum(".lora_A." in name for name, _ in adapted.named_parameters())
-    if not layers:
+    if not (layers := sum(".lora_A." in name for name, _ in adapted.named_parameters())):
         raise ValueError("no layer has an adapter")
     return f"{layers} layers, targets {' '.join(sorted(adapted.peft_config['default'].target_modules))}"
 
@@ -73,27 +71,25 @@ def main() -> int:
     import transformers
 
     print(f"transformers {transformers.__version__}, tokenizers {tokenizers.__version__}, peft {peft.__version__}")
-    failed = 0
+    results = []
 
     def check(name: str, function, *arguments):
-        nonlocal failed
         try:
-            found = function(*arguments)
+            found, result = function(*arguments), "ok  "
+            text = found if isinstance(found, str) else f"{found.num_parameters()} parameters"
         except Exception as error:  # whatever the old libraries raise is the answer
-            failed += 1
-            print(f"FAIL  {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-            return None
-        print(f"ok    {name}: {found if isinstance(found, str) else f'{found.num_parameters()} parameters'}")
+            found, result = None, "FAIL"
+            text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        print(f"{result}  {name}: {text}")
+        results.append(result)
         return found
 
-    for folder in args.folders:
+    for folder in (*args.folders, *args.lora):
         check(f"tokenizer {folder}", check_tokenizer, folder)
-        model = check(f"model {folder}", load_model, folder)
-        first = model if folder == args.folders[0] else first  # noqa: F821
+    first, *_ = [check(f"model {folder}", load_model, folder) for folder in args.folders]
     for folder in args.lora:
-        check(f"tokenizer {folder}", check_tokenizer, folder)
         check(f"adapter {folder}", check_adapter, first, folder)
-    return int(failed > 0)
+    return int("FAIL" in results)
 
 
 if __name__ == "__main__":

@@ -26,27 +26,32 @@ PAD_TO = 512
 
 def plain_model(model: Any) -> Any:
     """`model` with the library's own attention and activation, in place."""
-    for module in model.modules():
-        if isinstance(getattr(module, "act", None), torch.nn.GELU):
-            module.act = ACT2FN["gelu_new"]
+    for module in fused_activations(model):
+        module.act = ACT2FN["gelu_new"]
     model.set_attn_implementation("eager")
     return model
 
 
+def fused_activations(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(getattr(module, "act", None), torch.nn.GELU)]
+
+
 @contextlib.contextmanager
-def plainly(model: Any) -> Iterator[None]:
-    """Within, `plain_model`; then as it was."""
-    acts = {
-        module: module.act for module in model.modules() if isinstance(getattr(module, "act", None), torch.nn.GELU)
-    }
-    attention = model.config._attn_implementation
-    plain_model(model)
+def plainly(*models: Any) -> Iterator[None]:
+    """Within, `plain_model` of each; then as they were."""
+    before = [
+        (model, model.config._attn_implementation, {module: module.act for module in fused_activations(model)})
+        for model in models
+    ]
+    for model in models:
+        plain_model(model)
     try:
         yield
     finally:
-        model.set_attn_implementation(attention)
-        for module, act in acts.items():
-            module.act = act
+        for model, attention, acts in before:
+            model.set_attn_implementation(attention)
+            for module, act in acts.items():
+                module.act = act
 
 
 # -- batches ---------------------------------------------------------------------------------------------
@@ -65,35 +70,35 @@ class LoadedFeatures:
         return self.nothing if row is None else self.rows[row].numpy()
 
 
-def padded_batch(items: Sequence[Mapping[str, Any]], features: LoadedFeatures, pad_to: int = PAD_TO) -> dict:
-    """A batch with every prompt and target padded to `pad_to`, features by way of Python lists."""
+def padded_batch(items: Sequence[Mapping[str, Any]], features: LoadedFeatures) -> dict:
+    """A batch with every prompt and target padded to PAD_TO, features by way of Python lists."""
     batch: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": [], "image_ids": []}
     for item in items:
         ids, labels = item["input_ids"], item["labels"]
-        batch["input_ids"].append(ids + [0] * (pad_to - len(ids)))
-        batch["attention_mask"].append([1] * len(ids) + [0] * (pad_to - len(ids)))
-        batch["labels"].append(labels + [-100] * (pad_to - len(labels)))
+        batch["input_ids"].append(ids + [0] * (PAD_TO - len(ids)))
+        batch["attention_mask"].append([1] * len(ids) + [0] * (PAD_TO - len(ids)))
+        batch["labels"].append(labels + [-100] * (PAD_TO - len(labels)))
         batch["image_ids"].append(features.of(item["qid"]).tolist())
     return {name: torch.tensor(rows) for name, rows in batch.items()}
+
+
+def batches(dataset: Any, features: LoadedFeatures, device: Any, bs: int) -> Iterator[dict[str, torch.Tensor]]:
+    """`padded_batch`es of `bs` rows on the device, in the order of `dataset`."""
+    for start in range(0, len(dataset), bs):
+        items = [dataset[i] for i in range(start, min(start + bs, len(dataset)))]
+        yield {name: tensor.to(device) for name, tensor in padded_batch(items, features).items()}
 
 
 # -- fine-tuning -----------------------------------------------------------------------------------------
 
 
 def train_steps(
-    model: Any,
-    dataset: Any,
-    features: LoadedFeatures,
-    optimizer: torch.optim.Optimizer,
-    device: torch.device,
-    bs: int = 8,
+    model: Any, dataset: Any, features: LoadedFeatures, optimizer: torch.optim.Optimizer, device: Any, bs: int
 ) -> list[float]:
     """A step per `bs` rows, in the order of `dataset`: forward, backward, clip at 1.0, update. Returns the losses."""
     model.train()
     losses = []
-    for start in range(0, len(dataset), bs):
-        items = [dataset[i] for i in range(start, min(start + bs, len(dataset)))]
-        batch = {name: tensor.to(device) for name, tensor in padded_batch(items, features).items()}
+    for batch in batches(dataset, features, device, bs):
         loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -118,9 +123,7 @@ def generate_split(
     """Greedy ids of every row, in split order: padded prompts, no key-value cache. Ends when a whole batch has."""
     model.eval()
     rows: list[list[int]] = []
-    for start in range(0, len(dataset), bs):
-        items = [dataset[i] for i in range(start, min(start + bs, len(dataset)))]
-        batch = {name: tensor.to(device) for name, tensor in padded_batch(items, features).items()}
+    for batch in batches(dataset, features, device, bs):
         batch.pop("labels")
         ids = model.generate(**batch, max_length=max_length, do_sample=False, use_cache=False)[:, 1:].tolist()
         rows += [row[: max((t + 1 for t, token in enumerate(row) if token), default=0)] for row in ids]

@@ -8,6 +8,8 @@ log_softmax of all logits at once; numbers fetched from the device in every mini
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,10 +29,6 @@ def padded(prompt: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**prompt, **wide}
 
 
-def padded_actions(actions: Tensor, output_len: int) -> Tensor:
-    return F.pad(actions, (0, output_len - actions.size(1)))
-
-
 def all_logprobs(logits: Tensor, actions: Tensor) -> Tensor:
     """(B, T) log-probabilities of actions (B, T + 1) from log_softmax of all logits (B, T, V)."""
     return logits.float().log_softmax(-1).gather(-1, actions[:, 1:, None]).squeeze(-1)
@@ -44,18 +42,13 @@ def score(model: nn.Module, prompt: dict[str, Tensor], actions: Tensor) -> Tenso
     return scores.float() * action_mask(actions)
 
 
-class EndAt:
+def end_at(lengths: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
     """A processor of logits: text i ends after `lengths[i]` tokens (`</s>` counted), and no sooner."""
-
-    def __init__(self, lengths: Tensor):
-        self.lengths = lengths
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, EOS] = -torch.inf
-        ends = self.lengths <= ids.size(1)
-        scores[ends] = -torch.inf
-        scores[ends, EOS] = 0.0
-        return scores
+    scores[:, EOS] = -torch.inf
+    ends = lengths <= ids.size(1)
+    scores[ends] = -torch.inf
+    scores[ends, EOS] = 0.0
+    return scores
 
 
 @torch.no_grad()
@@ -67,22 +60,20 @@ def rollouts(
     passes = []
     for action in range(k):
         actions = models.policy.generate(
-            **padded(prompt),
-            use_cache=False,
-            do_sample=True,
-            top_k=top_k,
-            max_length=output_len,
-            suppress_tokens=[0],
-            logits_processor=[EndAt(lengths[:, action])],
-        )
-        actions = padded_actions(actions, output_len)
+            **padded(prompt), use_cache=False, do_sample=True, top_k=top_k, max_length=output_len,
+            suppress_tokens=[0], logits_processor=[partial(end_at, lengths[:, action])],
+        )  # fmt: skip
+        actions = F.pad(actions, (0, output_len - actions.size(1)))
         three = {"logprobs": models.policy, "ref_logprobs": models.reference, "values": models.value_function}
         passes.append({"actions": actions} | {name: score(model, prompt, actions) for name, model in three.items()})
     return {name: torch.stack([one[name] for one in passes], 1).flatten(0, 1).cpu() for name in passes[0]}
 
 
-def update(trainer: Any, optimizer: torch.optim.Optimizer, step: list, output_len: int) -> dict[str, float]:
-    """One optimizer step over the minibatches of `step` (one process), as `PpoTrainer._update` makes it."""
+def update(trainer: Any, optimizer: torch.optim.Optimizer, step: list, output_len: int, entropy: bool) -> dict:
+    """One optimizer step over the minibatches of `step` (one process), as `PpoTrainer._update` makes it.
+
+    Returns the losses, and with `entropy` that of the policy, for comparison: the released code computes none in PPO.
+    """
     args, data, roll = trainer.args, trainer.data, trainer.data.rollouts
     policy, value_function, device = trainer.raw.policy, trainer.raw.value_function, trainer.accelerator.device
     rows = [row for minibatches in step for minibatch in minibatches for row in minibatch]
@@ -90,14 +81,14 @@ def update(trainer: Any, optimizer: torch.optim.Optimizer, step: list, output_le
     advantages, mask = roll.pad(data.advantages, rows)
     if args.adv_normalization:
         advantages = ppo.masked_whiten(advantages, mask)
-    sums = {"policy_loss": 0.0, "value_loss": 0.0, "entropy": 0.0}
-    place = {row: i for i, row in enumerate(rows)}
+    sums: Counter[str] = Counter()
     for (minibatch,) in step:
         T = output_len - 1
         flat = [roll.pad(one, minibatch)[0] for one in (roll.logprobs, data.returns)]
         wide = [F.pad(one, (0, T - one.size(1))).to(device) for one in flat]
-        actions = padded_actions(roll.actions(minibatch)[0], output_len).to(device)
-        adv = advantages[[place[row] for row in minibatch]]
+        actions = roll.actions(minibatch)[0]
+        actions = F.pad(actions, (0, output_len - actions.size(1))).to(device)
+        adv = advantages[[rows.index(row) for row in minibatch]]
         adv = F.pad(adv, (0, T - adv.size(1))).to(device)
         mask = action_mask(actions)
         prompt = padded(trainer.prompts.batch([roll.qids[row] for row in minibatch]))
@@ -108,11 +99,10 @@ def update(trainer: Any, optimizer: torch.optim.Optimizer, step: list, output_le
         policy_loss = ppo.policy_loss(logprobs, wide[0], adv, mask, args.clip_range, denominator=total)
         value_loss = ppo.value_loss(values, wide[1], mask, total)
         (policy_loss + args.vf_coef * value_loss).backward()
-        with torch.no_grad():
-            log_p = logits.float().log_softmax(-1)
-            entropy = (-(log_p.exp() * log_p).sum(-1) * mask).sum() / total
-        for name, value in (("policy_loss", policy_loss), ("value_loss", value_loss), ("entropy", entropy)):
-            sums[name] += value.item()
+        sums.update(policy_loss=policy_loss.item(), value_loss=value_loss.item())
+        if entropy:
+            entropies = torch.distributions.Categorical(logits=logits.detach().float()).entropy()
+            sums.update(entropy=(entropies * mask).sum().item() / total)
     optimizer.step()
     optimizer.zero_grad()
     return sums

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,37 +29,25 @@ PAST_END = 2.0  # instead of a number in [0, 1): the text ends here
 PATCHES = (4, 16)  # shape of the small vision features, recorded in the sidecar beside them
 
 
-@dataclass
 class World:
     """Real questions in the split's order, their prompts, and models on the device."""
 
-    args: argparse.Namespace
-    device: torch.device
-    dataset: Any
-    prompts: Prompts
-    models: sampling.Models
+    def __init__(self, args: argparse.Namespace, questions: int):
+        from model import T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction, choose_attention
 
-    def lengths(self, rows: int) -> Tensor:
-        """(rows,) lengths of texts, `</s>` counted, drawn from those of the real solutions, cut at --output_len."""
-        real = torch.tensor([min(n, self.args.output_len - 1) for _, n in common.lengths(self.dataset)])
-        pick = torch.randint(len(real), (rows,), generator=torch.Generator().manual_seed(self.args.seed))
-        return real[pick]
+        data, self.device = common.load(args), torch.device(args.device)
+        kinds = (T5ForMultimodalGeneration, T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction)
+        self.models = sampling.Models(*(cls.from_pretrained(data.model).to(self.device).eval() for cls in kinds))
+        for model in (self.models.policy, self.models.reference, self.models.value_function):
+            choose_attention(model, self.device)
+        self.dataset = data.dataset("train", questions)
+        self.prompts = Prompts(self.dataset, data.collator, self.device)
 
 
-def make_world(args: argparse.Namespace, questions: int) -> World:
-    from model import T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction
-
-    device = common.set_up(args)
-    data = common.load(args, prompt_format="QCM-E")
-    folder, shape = common.model_folder(args, data), data.features.shape
-    policy, reference = (T5ForMultimodalGeneration.from_pretrained(folder, patch_size=shape) for _ in range(2))
-    value = T5ForMultimodalGenerationValueFunction.from_pretrained(folder, patch_size=shape)
-    models = [one.to(device).eval() for one in (policy, reference, value)]
-    for one in models:
-        if device.type == "cpu":
-            one.set_attn_implementation("eager")  # as run_mm_cot_rl.py does
-    dataset = data.dataset("train", questions)
-    return World(args, device, dataset, Prompts(dataset, data.collator(), device), sampling.Models(*models))
+def solution_lengths(dataset: Any, rows: int, longest: int, seed: int) -> Tensor:
+    """(rows,) lengths of texts, `</s>` counted, drawn from those of the real solutions, cut at `longest`."""
+    real = torch.tensor([min(len(labels), longest) for labels in dataset.labels])
+    return real[torch.randint(len(real), (rows,), generator=torch.Generator().manual_seed(seed))]
 
 
 @contextlib.contextmanager
@@ -87,23 +74,22 @@ def ending(lengths: Tensor) -> Iterator[None]:
 
 def make_data(root: Path, sample: Path, questions: int) -> Path:
     """A data root with the first real train questions (and a few others), captions and tiny vision features."""
-    source = sample / "ScienceQA/data/scienceqa"
+    source, data = sample / "ScienceQA/data/scienceqa", root / "data"
     problems = json.loads((source / "problems.json").read_text())
     splits = json.loads((source / "pid_splits.json").read_text())
+    captions = json.loads((sample / "instruct_captions.json").read_text())["captions"]
     pictured = [qid for qid in splits["train"] if problems[qid]["image"]][: questions // 2]
     plain = [qid for qid in splits["train"] if not problems[qid]["image"]][: questions - len(pictured)]
     chosen = {"train": pictured + plain, "val": splits["val"][:2], "test": splits["test"][:2]}
     used = [qid for qids in chosen.values() for qid in qids]
-    data = root / "data"
+    with_image = [qid for qid in used if problems[qid]["image"]]
     files.write_json(data / "scienceqa/problems.json", {qid: problems[qid] for qid in used})
     files.write_json(data / "scienceqa/pid_splits.json", chosen)
-    captions = json.loads((sample / "instruct_captions.json").read_text())["captions"]
     files.write_json(data / "captions.json", {"captions": {q: text for q, text in captions.items() if q in used}})
-    with_image = [qid for qid in used if problems[qid]["image"]]
-    features = np.random.default_rng(0).standard_normal((len(with_image), *PATCHES)).astype(np.float32)
     folder = data / "vision_features"
     folder.mkdir()
-    np.save(folder / "vit.npy", features)
+    features = np.random.default_rng(0).standard_normal((len(with_image), *PATCHES))
+    np.save(folder / "vit.npy", features.astype(np.float32))
     files.write_json(folder / "vit.json", {"shape": list(PATCHES), "model_name": "test", "weights": "local"})
     files.write_json(folder / "name_map.json", {qid: row for row, qid in enumerate(with_image)})
     return data
@@ -125,10 +111,9 @@ def make_model(folder: Path, data: Path, tokenizer, patch_size=PATCHES, steps: i
     texts = [f"Solution: {problem['solution']}" for problem in problems.values() if problem["solution"]]
     rows = tokenizer(texts, truncation=True, max_length=48)["input_ids"]
     end = [tokenizer.convert_tokens_to_ids("."), 1]
-    rows = [row[:-1][: 8 + 3 * (i % 5)] + end for i, row in enumerate(rows)]  # short and ragged: it learns to stop
-    labels = torch.full((len(rows), max(map(len, rows))), -100)
-    for i, row in enumerate(rows):
-        labels[i, : len(row)] = torch.tensor(row)
+    # short and ragged: it learns to stop
+    rows = [torch.tensor(row[:-1][: 8 + 3 * (i % 5)] + end) for i, row in enumerate(rows)]
+    labels = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
     inputs = tokenizer(["Question:"] * len(rows), return_tensors="pt")
     images = {} if patch_size is None else {"image_ids": torch.zeros(len(rows), *patch_size)}
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-2)
@@ -157,15 +142,16 @@ def answer(questions: Path, skip=lambda item: False, spoil=lambda item: False, s
     """Write a reply to every exported rationale as the Teacher's tools do; with `done` signal every action.
 
     `skip(item)`: no reply; `spoil(item)`: an unusable one. Returns the number of sentences scored."""
-    count = 0
-    items = handoff.iter_items(questions)
+    count, items = 0, handoff.iter_items(questions)
     for item in items:
-        sentences = handoff.read_rationale(item.folder)
         if skip(item):
             continue
-        text = (item.folder / handoff.RATIONALE).read_text() if spoil(item) else reply(sentences, scorer)
+        if spoil(item):
+            text = (item.folder / handoff.RATIONALE).read_text()
+        else:
+            sentences = handoff.read_rationale(item.folder)
+            text, count = reply(sentences, scorer), count + len(sentences)
         files.write_text(item.folder / handoff.REPLY, text)
-        count += 0 if spoil(item) else len(sentences)
     for action in sorted({item.action for item in items}) if done else ():
         handoff.mark_done(questions, action)
     return count

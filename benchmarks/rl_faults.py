@@ -1,7 +1,7 @@
 """Kill RL with SIGKILL at seeded points of every stage, run the same command again, and compare what it ends with.
 
     python benchmarks/rl_faults.py --kills 25 --seed 0 --output benchmarks/rl_faults.json     # the committed result
-    python benchmarks/rl_faults.py --kills 8                                                  # what the tests run
+    python benchmarks/rl_faults.py --kills 5                                                  # what the tests run
 
 A run of two rounds (real questions, a tiny model with image layers) goes through once while every file operation of
 it under its folder is counted (`sys.addaudithook`). Between two of them the disk does not change, so "before the n-th
@@ -20,6 +20,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import multiprocessing
 import os
 import random
 import runpy
@@ -30,18 +31,19 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":  # run as a file, the project is not on the path
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="true")
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from torch.utils._pytree import tree_flatten_with_path  # noqa: E402
 
 from ares import cli, files  # noqa: E402
 from ares.cli import UserError, print0  # noqa: E402
 from benchmarks import rl_common  # noqa: E402
+from benchmarks.common import ROOT, SAMPLE  # noqa: E402
 from teacher import handoff  # noqa: E402
 
 STAGES = ("sampling", "export", "waiting", "PPO", "saving")
@@ -64,27 +66,20 @@ def command(world: Path, run: Path) -> list[str]:
     return [str(word) for pair in flags.items() for word in (f"--{pair[0]}", pair[1])]
 
 
-def forked(work: Callable[[], None], log: Path) -> int:
-    """Start `work` in a fork whose output goes to `log`; returns its process id."""
-    sys.stdout.flush()
-    if pid := os.fork():
-        return pid
-    status = 1
-    try:
+def forked(log: Path, work: Callable[..., None], *args: Any) -> multiprocessing.Process:
+    """Start `work(*args)` in a fork whose output goes to `log`."""
+
+    def logged() -> None:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1), os.dup2(out, 2)
-        work()
-        status = 0
-    except BaseException:
-        import traceback
+        work(*args)
 
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
+    process = multiprocessing.get_context("fork").Process(target=logged)
+    process.start()
+    return process
 
 
-def watched(world: Path, run: Path, record: Path | None = None, kill_at: int | None = None, delay: float = 0.0):
+def watched(world: Path, run: Path, record: Path | None, kill_at: int | None = None, delay: float = 0.0) -> None:
     """RL's main with every operation on `run` counted; recorded at its end, or killed before operation `kill_at`."""
     operations: list[tuple[str, str]] = []
 
@@ -126,31 +121,27 @@ def kill_self(delay: float) -> None:
         os._exit(0)
 
 
-def attend(pid: int, run: Path, kill_waiting: int | None = None) -> int:
+def attend(process: multiprocessing.Process, run: Path, kill_waiting: int | None = None) -> int:
     """Answer what the run exports until it ends; returns its exit status, negative for a signal.
 
     With `kill_waiting` n the run is killed while it waits in round n, when half of the replies are there.
     """
     questions, end = run / "questions", time.monotonic() + LIMIT
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+    while process.is_alive():
         if time.monotonic() > end:
-            os.kill(pid, signal.SIGKILL)
+            process.kill()
             raise UserError(f"{run}: the run hangs; see the log beside it")
         if handoff.exported(questions):
-            actions = {item.action for item in handoff.iter_items(questions)}
-            if kill_waiting is not None and not (run / str(kill_waiting)).exists():
-                if kill_waiting == 0 or (run / str(kill_waiting - 1)).exists():
-                    rl_common.answer(questions, skip=lambda item: item.action == 1, done=False)
-                    time.sleep(0.1)
-                    os.kill(pid, signal.SIGKILL)
-                    kill_waiting = None
-                    continue
-            if not all(handoff.is_done(questions, action) for action in actions):
+            # rounds finish in order: as many folders as rounds before it
+            if kill_waiting is not None and sum((run / str(n)).exists() for n in range(ROUNDS)) == kill_waiting:
+                rl_common.answer(questions, skip=lambda item: item.action == 1, done=False)
+                time.sleep(0.1)
+                process.kill()
+                process.join()
+            elif not all(handoff.is_done(questions, item.action) for item in handoff.iter_items(questions)):
                 rl_common.answer(questions)
-        time.sleep(0.02)
+        process.join(0.02)
+    return process.exitcode
 
 
 # -- what a run leaves -----------------------------------------------------------------------------------
@@ -179,46 +170,40 @@ def torn_files(run: Path) -> list[str]:
     }
     torn = []
     for path in run.rglob("*"):
-        hidden = any(part.startswith((".tmp-", ".old-")) for part in path.relative_to(run).parts)
+        name = path.relative_to(run)
+        hidden = any(part.startswith((".tmp-", ".old-")) for part in name.parts)
         if path.is_dir() or hidden or path.suffix not in readers:
             continue
         try:
             readers[path.suffix](path)
         except Exception as error:
-            torn.append(f"{path.relative_to(run)}: {error}")
+            torn.append(f"{name}: {error}")
     return torn
 
 
 def digest(run: Path) -> dict[str, str]:
     """A hash of every file that counts, by name: tensors bit by bit, the rest byte by byte."""
-    files = [run / "metrics.jsonl", *run.glob("samples_round_*.jsonl"), *run.glob("rollouts/*/*")]
+    paths = [run / "metrics.jsonl", *run.glob("samples_round_*.jsonl"), *run.glob("rollouts/*/*")]
     for number in range(ROUNDS):
-        files += [path for path in (run / str(number)).iterdir() if path.name != "args.yaml"]
-        files += (run / f"questions_round{number}").rglob(handoff.SCORES)
-    found = {}
-    for path in files:
-        name = str(path.relative_to(run))
-        if path.name.startswith("flags_"):
-            continue  # holds the run folder's path
-        if path.suffix == ".pth":
-            found[name] = hash_of(torch.load(path, weights_only=True))
-        elif path.suffix == ".safetensors":
-            found[name] = hash_of(load_file(path))
-        else:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+        paths += (run / str(number)).iterdir()
+        paths += (run / f"questions_round{number}").rglob(handoff.SCORES)
+    # args.yaml and flags_*.json hold the run folder's path
+    paths = [path for path in paths if path.name != "args.yaml" and not path.name.startswith("flags_")]
+    return {str(path.relative_to(run)): hash_of(path) for path in paths}
 
 
-def hash_of(value) -> str:
-    """A hash of nested dicts and lists of tensors and plain values."""
-    if isinstance(value, torch.Tensor):
-        head = f"{value.dtype}{tuple(value.shape)}".encode()
-        return hashlib.sha256(head + value.contiguous().numpy().tobytes()).hexdigest()
-    if isinstance(value, dict):
-        value = [(str(key), hash_of(one)) for key, one in sorted(value.items(), key=lambda pair: str(pair[0]))]
-    elif isinstance(value, (list, tuple)):
-        value = [hash_of(one) for one in value]
-    return hashlib.sha256(repr(value).encode()).hexdigest()
+def hash_of(path: Path) -> str:
+    """Of a file's bytes; of the values in a .pth (whose bytes depend on its temporary name) and a .safetensors (whose
+    metadata are in any order)."""
+    if path.suffix not in (".pth", ".safetensors"):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    content = torch.load(path, weights_only=True) if path.suffix == ".pth" else load_file(path)
+    parts = hashlib.sha256()
+    for place, value in sorted(tree_flatten_with_path(content)[0], key=lambda leaf: str(leaf[0])):
+        tensor = isinstance(value, torch.Tensor)
+        parts.update(repr((place, value.dtype, value.shape) if tensor else (place, value)).encode())
+        parts.update(value.contiguous().numpy().tobytes() if tensor else b"")
+    return parts.hexdigest()
 
 
 # -- the test --------------------------------------------------------------------------------------------
@@ -256,16 +241,11 @@ def make_world(world: Path, sample: Path) -> None:
 
 def fault_test(work: Path, sample: Path, kills: int, seed: int) -> dict:
     """Run it all under `work`; returns the kills with what came of each. Raises UserError when a plain run fails."""
-    log = work / "log.txt"
-
-    def end(pid: int, run: Path, **how) -> int:
-        return attend(pid, run, **how)
-
-    if end(forked(lambda: make_world(work / "world", sample), log), work / "world") != 0:
+    log, world, whole, record = (work / name for name in ("log.txt", "world", "whole", "operations.json"))
+    if attend(forked(log, make_world, world, sample), world) != 0:
         raise UserError(f"the world could not be made; see {log}")
-    whole, record = work / "whole", work / "operations.json"
     begin = time.monotonic()
-    if end(forked(lambda: watched(work / "world", whole, record), log), whole) != 0:
+    if attend(forked(log, watched, world, whole, record), whole) != 0:
         raise UserError(f"the undisturbed run failed; see {log}")
     seconds, expected, operations = time.monotonic() - begin, digest(whole), json.loads(record.read_text())
     print0(f"undisturbed: {seconds:.1f} s, {len(operations)} file operations, {len(expected)} files compared")
@@ -273,47 +253,36 @@ def fault_test(work: Path, sample: Path, kills: int, seed: int) -> dict:
     results = []
     for number, kill in enumerate(choose(operations, kills, seed)):
         run = work / f"run_{number}"
-        at = {"kill_at": kill.get("operation"), "delay": kill["delay_s"]}
-        status = end(forked(lambda r=run, a=at: watched(work / "world", r, **a), log), run,
-                     kill_waiting=kill.get("waiting"))  # fmt: skip
+        disturbed = forked(log, watched, world, run, None, kill.get("operation"), kill["delay_s"])
+        killed = attend(disturbed, run, kill.get("waiting")) == -signal.SIGKILL
         torn = torn_files(run)
-        again = end(forked(lambda r=run: watched(work / "world", r), log), run)
+        again = attend(forked(log, watched, world, run, None), run)
         found = digest(run) if again == 0 else {}
         differ = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         left = [str(path.relative_to(run)) for path in run.rglob(".tmp-*")]
-        ok = status == -signal.SIGKILL and again == 0 and not (torn or differ or left)
-        results.append(kill | {"killed": status == -signal.SIGKILL, "rerun_status": again, "torn_files": torn,
-                               "differing_files": differ, "left_over": left, "ok": ok})  # fmt: skip
+        ok = killed and again == 0 and not (torn or differ or left)
+        results.append({**kill, "killed": killed, "rerun_status": again, "torn_files": torn,
+                        "differing_files": differ, "left_over": left, "ok": ok})  # fmt: skip
         place = kill.get("path", f"round {kill.get('waiting')}, half of the replies there")
         print0(f"{number + 1:3} {kill['stage']:9} {kill['delay_s']:.4f} s after {place}: {'ok' if ok else 'FAILED'}")
         if ok:
             shutil.rmtree(run)
+    by_stage = {stage: sum(result["stage"] == stage for result in results) for stage in STAGES}
     return {
-        "seed": seed,
-        "torch": torch.__version__,
-        "operations": len(operations),
-        "files_compared": len(expected),
-        "kills": len(results),
-        "ok": sum(result["ok"] for result in results),
-        "by_stage": {stage: sum(result["stage"] == stage for result in results) for stage in STAGES},
+        "seed": seed, "torch": torch.__version__, "operations": len(operations), "files_compared": len(expected),
+        "kills": len(results), "ok": sum(result["ok"] for result in results), "by_stage": by_stage,
         "results": results,
-    }
+    }  # fmt: skip
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("--kills", type=int, default=25, help="number of kills (default 25)")
+    parser.add_argument("--kills", type=int, default=25, help="number of kills")
     parser.add_argument("--seed", type=int, default=0, help="seed of their places")
     parser.add_argument("--output", metavar="FILE", help="write the result there (JSON)")
     parser.add_argument("--sample", metavar="DIR", help="folder of real questions (default: ../shared's sample)")
     parser.add_argument("--work", metavar="DIR", help="folder to work in (default: a temporary one)")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    shared = Path(os.environ.get("ARES_SHARED", ROOT.parent / "shared"))
-    sample = Path(args.sample) if args.sample else shared / "data/scienceqa_sample"
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="rl-faults-") as temporary:
         work = Path(args.work or temporary).resolve()
         work.mkdir(parents=True, exist_ok=True)
@@ -321,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             importlib.import_module(name)  # once, before the forks
         from transformers import AutoTokenizer, GenerationConfig  # noqa: F401  (loaded when first asked for)
 
-        result = fault_test(work, sample, args.kills, args.seed)
+        result = fault_test(work, Path(args.sample or SAMPLE), args.kills, args.seed)
     if args.output:
         files.write_json(args.output, result)
     print0(f"{result['ok']} of {result['kills']} kills: the re-run ends as the undisturbed run does, bit by bit")

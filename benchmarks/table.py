@@ -9,60 +9,72 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":  # run as a file, the project is not on the path
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ares import cli, files  # noqa: E402
+from ares import cli, files
 
-RESULTS = ROOT / "benchmarks/RESULTS.md"
-KEPT = ROOT / "benchmarks/results/speed.json"  # device -> stage -> result
-STAGES = ("sft", "rollout", "ppo", "eval", "features", "memory")
-TARGETS = {  # CPU (tiny), GPU (base)
-    "sft": (7, 12), "rollout": (8, 20), "ppo": (3, 10), "eval": (10, 20), "features": (1.3, 30), "memory": (20, 20),
+FOLDER = Path(__file__).resolve().parent
+RESULTS, KEPT = FOLDER / "RESULTS.md", FOLDER / "results/speed.json"  # KEPT: device -> stage -> result
+STAGES = {  # file -> name, wanted ratio on a CPU (tiny) and on a GPU (base)
+    "sft": ("SFT", 7, 12), "rollout": ("rollouts", 8, 20), "ppo": ("PPO updates", 3, 10),
+    "eval": ("generate + score", 10, 20), "features": ("feature extraction", 1.3, 30),
+    "memory": ("memory of features", 20, 20),
 }  # fmt: skip
 # one ScienceQA base round, in units of the stages' measured slices
 QUESTIONS, ROLLOUTS, PPO_EPOCHS, SFT_EPOCHS = {"train": 12_726, "val": 4_241, "test": 4_241}, 50_904, 10, 20
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("folder", help="{stage}.json of every stage")
-    parser.add_argument("--seconds", type=int, required=True, help="duration of the whole run")
-    return parser.parse_args(argv)
-
-
-def projection(stages: dict[str, Any]) -> list[tuple[str, float]]:
-    """(part of a ScienceQA round, hours) from the seconds per unit of each stage, at this size and on this device."""
-
-    def rate(stage: str) -> float:
-        return next(iter(stages[stage].get("projection", {"": float("nan")}).values()))
-
+def projection(stages: dict[str, Any]) -> list[str]:
+    """Hours of the parts of a ScienceQA round and of all, from each stage's seconds per unit of work."""
     questions = sum(QUESTIONS.values())
-    return [
-        (f"RL: {ROLLOUTS:,} rollouts", rate("rollout") * ROLLOUTS / 3600),
-        (f"RL: {PPO_EPOCHS} PPO epochs", rate("ppo") * ROLLOUTS * PPO_EPOCHS / 3600),
-        (f"generation of {questions:,} rationales, scores of the test split", rate("eval") * questions / 3600),
-        (f"SFT: {SFT_EPOCHS} epochs", rate("sft") * QUESTIONS["train"] * SFT_EPOCHS / 3600),
-    ]
+    parts = {
+        f"RL: {ROLLOUTS:,} rollouts": ("rollout", ROLLOUTS),
+        f"RL: {PPO_EPOCHS} PPO epochs": ("ppo", ROLLOUTS * PPO_EPOCHS),
+        f"generation of {questions:,} rationales, scores of the test split": ("eval", questions),
+        f"SFT: {SFT_EPOCHS} epochs": ("sft", QUESTIONS["train"] * SFT_EPOCHS),
+    }
+    hours = {}
+    for part, (stage, units) in parts.items():
+        (seconds,) = stages[stage].get("projection", {"": float("nan")}).values()
+        hours[part] = seconds * units / 3600
+    return [f"- {part}: {each:.2f} h" for part, each in {**hours, "together": sum(hours.values())}.items()]
 
 
-def shown(result: dict[str, Any] | None, target: float) -> tuple[str, str]:
-    """The ratio with its range and whether it meets the target; the closeness to the limit."""
+def ratio_of(result: dict[str, Any] | None, target: float) -> str:
+    """The ratio with its range and whether it meets the target."""
     if result is None:
-        return "not measured", ""
+        return "not measured"
     ratio = result["ratio"]
     met = "" if ratio["median"] >= target else ", below target"
+    return f"**{ratio['median']:.3g}x** ({ratio['min']:.3g}-{ratio['max']:.3g}{met})"
+
+
+def rows(*lines: Iterable[str]) -> list[str]:
+    """Lines of a Markdown table, its headings first."""
+    heads, *others = [f"| {' | '.join(cells)} |" for cells in lines]
+    return [heads, "|" + "---|" * (heads.count(" | ") + 1), *others]
+
+
+def stage_row(result: dict[str, Any]) -> list[str]:
+    times = [f"{1000 * result[side]['median']:.3g} ms" if side in result else "" for side in ("released", "ours")]
+    grown = ", ".join(f"{value:.2f}" for value in result.get("scaling", {}).values()) or result.get("growth", "")
     near = result.get("limit") or result.get("private_share", "")
-    return f"**{ratio['median']:.3g}x** ({ratio['min']:.3g}-{ratio['max']:.3g}{met})", near
+    return [result["stage"], *times, result.get("slice", ""), near, grown]
 
 
 def table(kept: dict[str, Any]) -> str:
     """RESULTS.md: ratios, limits, growth, projection, machine."""
+    measured = {device: kept[device]["stages"] if device in kept else {} for device in ("cpu", "cuda")}
+    ratios = [
+        [name, ratio_of(measured["cpu"].get(stage), cpu), f">= {cpu}x",
+         ratio_of(measured["cuda"].get(stage), cuda), f">= {cuda}x"]
+        for stage, (name, cpu, cuda) in STAGES.items()
+    ]  # fmt: skip
+    peak = measured["cuda"].get("ppo", {}).get("peak_memory", "not measured")
     lines = [
         "# Measured speed",
         "",
@@ -70,68 +82,48 @@ def table(kept: dict[str, Any]) -> str:
         "recipe, both in one process, interleaved: median of the ratios (range). Both sides are first checked to "
         "compute the same.",
         "",
-        "| stage | CPU | target | GPU | target |",
-        "|---|---|---|---|---|",
+        *rows(["stage", "CPU", "target", "GPU", "target"], *ratios),
+        "",
+        f"Peak GPU memory of a PPO step, target 35% of the released recipe's: {peak}.",
     ]
-    for name in STAGES:
-        cells = [(kept.get(device) or {}).get("stages", {}).get(name) for device in ("cpu", "cuda")]
-        label = next((cell["stage"] for cell in cells if cell), name)
-        row = [label]
-        for cell, target in zip(cells, TARGETS[name], strict=True):
-            row += [shown(cell, target)[0], f">= {target}x"]
-        lines.append("| " + " | ".join(row) + " |")
-    lines += ["", "Peak GPU memory of a PPO step, target 35% of the released recipe's: "]
-    gpu = (kept.get("cuda") or {}).get("stages", {}).get("ppo", {})
-    lines[-1] += str(gpu.get("peak_memory", "not measured")) + "."
     for device, run in kept.items():
-        lines += ["", f"## {device}, {run['size']}", ""]
         machine = ", ".join(f"{key} {value}" for key, value in run["machine"].items() if value is not None)
-        lines += [f"Machine: {machine}. All six stages took {run['seconds'] / 60:.1f} minutes.", ""]
+        results = [run["stages"][stage] for stage in STAGES]
+        heads = ["stage", "released", "ours", "slice", "how close to the limit", "2x, 4x the work"]
         lines += [
-            "| stage | released | ours | slice | how close to the limit | 2x, 4x the work |",
-            "|---|---|---|---|---|---|",
-        ]
-        for name in STAGES:
-            result = run["stages"][name]
-            times = [
-                f"{1000 * result[side]['median']:.3g} ms" if side in result else "" for side in ("released", "ours")
-            ]
-            growth = result.get("scaling", {})
-            grown = ", ".join(f"{value:.2f}" for value in growth.values()) or result.get("growth", "")
-            slice_ = result.get("slice", "")
-            lines.append("| " + " | ".join([result["stage"], *times, slice_, shown(result, 0)[1], grown]) + " |")
-        lines += [
+            *("", f"## {device}, {run['size']}", ""),
+            f"Machine: {machine}. All six stages took {run['seconds'] / 60:.1f} minutes.",
+            "",
+            *rows(heads, *map(stage_row, results)),
             "",
             'Under "2x, 4x": time per unit of work against that of 1x; 1.00 is linear, less is '
             "what batches of more alike lengths save.",
             "",
+            f"Projection of one full ScienceQA round at size {run['size']} on this device, Teacher aside:",
+            "",
+            *projection(run["stages"]),
+            *("", "Both sides compute the same, checked before they were timed:", ""),
+            *(f"- {result['stage']}: {'; '.join(result['equal'])}" for result in results if "equal" in result),
         ]
-        lines += [f"Projection of one full ScienceQA round at size {run['size']} on this device, Teacher aside:", ""]
-        parts = projection(run["stages"])
-        lines += [f"- {what}: {hours:.2f} h" for what, hours in parts]
-        lines += [f"- together: {sum(hours for _, hours in parts):.2f} h"]
-        lines += ["", "Both sides compute the same, checked before they were timed:", ""]
-        for name in STAGES:
-            equal = run["stages"][name].get("equal")
-            lines += [f"- {run['stages'][name]['stage']}: {'; '.join(equal)}"] if equal else []
     return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    stages = {name: files.read_json(Path(args.folder) / f"{name}.json", "folder") for name in STAGES}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("folder", help="{stage}.json of every stage")
+    parser.add_argument("--seconds", type=int, required=True, help="duration of the whole run")
+    args = parser.parse_args(argv)
+    stages = {stage: files.read_json(Path(args.folder) / f"{stage}.json", "folder") for stage in STAGES}
     first = stages["sft"]
-    demo = any(stage.get("questions") == "demo" for stage in stages.values())
+    demo = any(result.get("questions") == "demo" for result in stages.values())
     kept = files.read_json(KEPT, "results", dict) if KEPT.exists() and not demo else {}
-    kept[first["device"]] = {
-        "size": first["size"], "machine": first["machine"], "seconds": args.seconds, "stages": stages,
-    }  # fmt: skip
-    text = table(kept)
+    run = {"size": first["size"], "machine": first["machine"], "seconds": args.seconds, "stages": stages}
+    text = table(kept | {first["device"]: run})
     cli.print0(text)
     if demo:
         cli.print0(f"measured on the demo's questions: {RESULTS} is unchanged")
     else:
-        files.write_json(KEPT, kept, indent=1)
+        files.write_json(KEPT, kept | {first["device"]: run}, indent=1)
         files.write_text(RESULTS, text)
 
 

@@ -19,7 +19,7 @@ from random import Random
 if __name__ == "__main__":  # run as a file, the project is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ares.cli import HelpFormatter, UserError, print0, run
+from ares.cli import HelpFormatter, UserError, print0, refuse, run
 from ares.files import atomic_dir, writable_dir, write_json
 from demo.pictures import PICTURE_KINDS
 from demo.questions import TEXT_KINDS, Question
@@ -41,20 +41,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train", type=int, default=400, help="number of training questions")
     parser.add_argument("--val", type=int, default=60, help="number of validation questions")
     parser.add_argument("--test", type=int, default=120, help="number of test questions")
-    parser.add_argument(
-        "--kinds", nargs="+", choices=sorted(KINDS), help="kinds of question (default: all but the hardest)"
-    )
+    kinds = "kinds of question (default: all but the hardest)"
+    parser.add_argument("--kinds", nargs="+", choices=sorted(KINDS), help=kinds)
     args = parser.parse_args(argv)
-    for split in ("train", "val", "test"):
-        if getattr(args, split) < 1:
-            raise UserError(f"--{split}: {getattr(args, split)} questions; give a number above 0")
+    counts = {split: getattr(args, split) for split in ("train", "val", "test")}
+    refuse([f"--{split}: {count} questions; give a number above 0" for split, count in counts.items() if count < 1])
     return args
 
 
 def identity(question: Question) -> tuple:
     """Equal for two equal questions: the facts that decide the answer, the set of choices and the pictures."""
     images = tuple((name, image.tobytes()) for name, image in question.images.items())
-    return question.skill, question.facts or question.question + question.hint, frozenset(question.choices), images
+    return question.about[-1], question.facts or question.question + question.hint, frozenset(question.choices), images
 
 
 def draw_questions(names: Sequence[str], count: int, seed: int) -> list[tuple[str, Question]]:
@@ -102,10 +100,7 @@ def problem(question: Question, split: str, rng: Random) -> dict:
         "image": "image.png" if "image.png" in question.images else None,
         "task": "closed choice",
         "grade": f"grade{rng.randint(*question.grades)}",
-        "subject": question.subject,
-        "topic": question.topic,
-        "category": question.category,
-        "skill": question.skill,
+        **dict(zip(("subject", "topic", "category", "skill"), question.about, strict=True)),
         "lecture": question.lecture,
         "solution": question.solution,
         "split": split,
@@ -136,13 +131,9 @@ def pid_splits(problems: dict[str, dict]) -> dict[str, list[str]]:
 
 
 def make_data(
-    output: str | Path,
-    seed: int = 0,
-    train: int = 400,
-    val: int = 60,
-    test: int = 120,
+    output: str | Path, seed: int = 0, train: int = 400, val: int = 60, test: int = 120,
     kinds: Sequence[str] | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write {output}/data and {output}/images, replacing those of an earlier demo, and return {output}/data.
 
     Each of the two is written as a whole. Raises UserError for folders that are not a demo's.
@@ -156,11 +147,11 @@ def make_data(
     rng = Random(f"{seed} placing")
     place_answers(drawn, rng)
     splits = split_names(sizes, names, rng)
-    order = list(range(len(drawn)))
+    order = [(question, split) for (_, question), split in zip(drawn, splits, strict=True)]
     rng.shuffle(order)  # so that ids reveal neither kind nor split
-    numbered = {str(number): index for number, index in enumerate(order, start=1)}
-    problems = {qid: problem(drawn[index][1], splits[index], rng) for qid, index in numbered.items()}
-    shown = {qid: drawn[index][1] for qid, index in numbered.items() if drawn[index][1].images}
+    numbered = {str(number): pair for number, pair in enumerate(order, start=1)}
+    problems = {qid: problem(*pair, rng) for qid, pair in numbered.items()}
+    shown = {qid: question for qid, (question, _) in numbered.items() if question.images}
 
     with atomic_dir(data) as folder:
         write_json(folder / MARKER, {"seed": seed, **sizes, "kinds": names})

@@ -47,8 +47,7 @@ def texts_of(folder: str | Path) -> list[str]:
     """All texts of a demo folder that a prompt, a target or a caption is made of."""
     data = Path(folder) / "data"
     problems = read_json(data / "scienceqa" / "problems.json", "--data")
-    captions = read_json(data / "captions.json", "--data")["captions"]
-    texts = list(captions.values())
+    texts = list(read_json(data / "captions.json", "--data")["captions"].values())
     for problem in problems.values():
         texts += [problem["question"], problem["hint"], problem["lecture"], problem["solution"], *problem["choices"]]
         texts.append(PROMPT_WORDS)
@@ -143,16 +142,9 @@ def make_tokenizer(texts: Iterable[str], output: str | Path, vocab_size: int = 1
 
 
 def build_t5(
-    tokenizer_dir: str | Path,
-    output: str | Path,
-    d_model: int = 96,
-    layers: int = 2,
-    heads: int = 4,
-    d_ff: int | None = None,
-    vocab_size: int | None = None,
-    seed: int = 0,
-    dropout: float = 0.1,
-) -> Path:
+    tokenizer_dir: str | Path, output: str | Path, d_model: int = 96, layers: int = 2, heads: int = 4,
+    d_ff: int | None = None, vocab_size: int | None = None, seed: int = 0, dropout: float = 0.1,
+) -> Path:  # fmt: skip
     """Write a plain T5 of `layers` encoder and `layers` decoder blocks, and the tokenizer, to `output`.
 
     `d_ff` defaults to 2 * d_model, `vocab_size` to the tokenizer's (the real T5's models have 32,128 rows for its
@@ -173,19 +165,11 @@ def build_t5(
     if vocab_size < len(tokenizer):
         raise UserError(f"--vocab_size: {vocab_size} is less than the {len(tokenizer)} pieces of {tokenizer_dir}")
     config = T5Config(
-        vocab_size=vocab_size,
-        d_model=d_model,
-        d_kv=d_model // heads,
-        d_ff=d_ff or 2 * d_model,
-        num_layers=layers,
-        num_heads=heads,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=dropout,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
+        vocab_size=vocab_size, d_model=d_model, d_kv=d_model // heads, d_ff=d_ff or 2 * d_model, num_layers=layers,
+        num_heads=heads, feed_forward_proj="gated-gelu", dropout_rate=dropout, decoder_start_token_id=0,
+        pad_token_id=0, eos_token_id=1,
         tie_word_embeddings=False,  # transformers 5 turns it into scale_decoder_outputs=False, and itself into True
-    )
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         weights = draw_weights(T5ForConditionalGeneration(config))
@@ -206,47 +190,32 @@ def draw_weights(model) -> dict:
     """
     import torch
 
-    d_model, d_kv, heads = model.config.d_model, model.config.d_kv, model.config.num_heads
-    stds = {  # Mesh TensorFlow's scaled normal: 1 / sqrt(fan in), and for q the missing 1 / sqrt(d_kv)
-        "q": (d_model * d_kv) ** -0.5,
-        "k": d_model**-0.5,
-        "v": d_model**-0.5,
-        "o": (heads * d_kv) ** -0.5,
-        "wi_0": d_model**-0.5,
-        "wi_1": d_model**-0.5,
-        "wo": model.config.d_ff**-0.5,
-        "relative_attention_bias": d_model**-0.5,
-        "shared": 1.0,
-        "lm_head": 0.1 * d_model**-0.5,
-    }
+    c = model.config
+    # Mesh TensorFlow's scaled normal: 1 / sqrt(fan in), and for q the missing 1 / sqrt(d_kv)
+    stds = dict.fromkeys(("k", "v", "wi_0", "wi_1", "relative_attention_bias"), c.d_model**-0.5)
+    stds |= {"q": (c.d_model * c.d_kv) ** -0.5, "o": (c.num_heads * c.d_kv) ** -0.5, "wo": c.d_ff**-0.5}
+    stds |= {"shared": 1.0, "lm_head": 0.1 * c.d_model**-0.5}
     weights = {}
     for name, weight in model.state_dict().items():
         kind = name.split(".")[-2]
         if kind == "embed_tokens":  # one tensor with `shared`, as in the published checkpoints
             continue
-        if kind.endswith("norm"):
-            weights[name] = torch.ones_like(weight)
-        else:
-            weights[name] = torch.empty_like(weight).normal_(0.0, stds[kind])
+        norm = kind.endswith("norm")
+        weights[name] = torch.ones_like(weight) if norm else torch.empty_like(weight).normal_(0.0, stds[kind])
     return weights
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="DIR", help="the model's tokenizer; with --data it is written"
-    )
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="its tokenizer; with --data it is written")
     parser.add_argument("--data", metavar="DIR", help="train the tokenizer on this folder of demo/make_data.py")
     parser.add_argument("--output", required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--d_model", type=int, default=96, help="width")
     parser.add_argument("--layers", type=int, default=2, help="blocks in the encoder, and in the decoder")
     parser.add_argument("--heads", type=int, default=4, help="attention heads")
     parser.add_argument("--d_ff", type=int, help="width of the feed-forward layers (default: 2 x d_model)")
-    parser.add_argument(
-        "--vocab_size",
-        type=int,
-        help="rows of the embedding (default: the tokenizer's pieces, with --data at most 1000)",
-    )
+    rows = "rows of the embedding (default: the tokenizer's pieces, with --data at most 1000)"
+    parser.add_argument("--vocab_size", type=int, help=rows)
     parser.add_argument("--dropout", type=float, default=0.1, help="T5's 0.1; a tiny model learns faster with 0")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     return parser.parse_args(argv)

@@ -12,25 +12,21 @@ from PIL import Image, ImageDraw
 
 from demo.questions import Question, a, conclude, in_order
 
+RGB = tuple[int, int, int]
 SIDE = 96  # pixels, width and height of every picture
 COLORS = {
-    "red": (220, 30, 30),
-    "blue": (30, 60, 220),
-    "green": (20, 150, 50),
-    "yellow": (240, 210, 20),
+    "red": (220, 30, 30), "blue": (30, 60, 220), "green": (20, 150, 50), "yellow": (240, 210, 20),
     "purple": (140, 40, 170),
-}
+}  # fmt: skip
 SHAPES = ("circle", "square", "triangle")
 
 
-def canvas(background: tuple[int, int, int] = (255, 255, 255)) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+def canvas(background: RGB = (255, 255, 255)) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     image = Image.new("RGB", (SIDE, SIDE), background)
     return image, ImageDraw.Draw(image)
 
 
-def draw_shape(
-    draw: ImageDraw.ImageDraw, shape: str, x: int, y: int, radius: int, color: tuple[int, int, int]
-) -> None:
+def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: int, y: int, radius: int, color: RGB) -> None:
     """Draw one shape centred on (x, y)."""
     box = (x - radius, y - radius, x + radius, y + radius)
     if shape == "circle":
@@ -50,22 +46,15 @@ def larger_shape(rng: Random) -> Question:
     big_x, small_x = (32, 80) if left else (64, 16)
     draw_shape(draw, big, big_x, rng.randint(36, 60), rng.randint(26, 30), COLORS[gold])
     draw_shape(draw, small, small_x, rng.randint(20, 76), rng.randint(8, 11), COLORS[other])
-    steps = [
-        "Look at the size of each shape.",
-        f"The larger shape is a {gold} {big}.",
-        f"The {other} {small} is smaller.",
-        conclude(gold),
-    ]
+    category, skill = "Units and measurement", "Compare the size of objects"
     return Question(
+        about=("natural science", "units-and-measurement", category, skill),
+        grades=(1, 2),
         question="What color is the larger shape?",
         choices=[gold, other, *rest[: rng.choice((0, 1, 2))]],
-        solution=" ".join(steps),
+        solution=f"Look at the size of each shape. The larger shape is a {gold} {big}. "
+        f"The {other} {small} is smaller. {conclude(gold)}",
         lecture=rng.choice(("", "Size tells you how large or how small an object is.")),
-        subject="natural science",
-        topic="units-and-measurement",
-        category="Units and measurement",
-        skill="Compare the size of objects",
-        grades=(1, 2),
         caption=rng.choice(("A drawing of two shapes on a white background.", "Two shapes, one large and one small.")),
         images={"image.png": image},
     )
@@ -89,24 +78,15 @@ def solutions(rng: Random) -> Question:
         image.paste(flask.resize((SIDE // 2, SIDE)), (index * SIDE // 2, 0))
     names = ("Solution A", "Solution B")
     gold, other = names[answer], names[1 - answer]
-    steps = [
-        "Each flask holds the same volume.",
-        f"{gold} has more {color} particles than {other}.",
-        f"So, {gold} has a higher concentration of {color} particles.",
-    ]
     return Question(
+        about=("natural science", "chemistry", "Solutions", "Compare concentrations of solutions"),
+        grades=(6, 8),
         question=f"Which solution has a higher concentration of {color} particles?",
         hint=f"The picture shows two solutions. Each flask holds 35.5 mL. Each {color} ball is one particle.",
-        choices=list(names),
-        answer=answer,
-        ordered=True,
-        solution=" ".join(steps),
+        **in_order(names, gold),
+        solution=f"Each flask holds the same volume. {gold} has more {color} particles than {other}. "
+        f"So, {gold} has a higher concentration of {color} particles.",
         lecture="The concentration of a solution is higher when more particles are in the same volume.",
-        subject="natural science",
-        topic="chemistry",
-        category="Solutions",
-        skill="Compare concentrations of solutions",
-        grades=(6, 8),
         caption="Two flasks with small balls in them.",
         images={"image.png": image, "choice_0.png": flasks[0], "choice_1.png": flasks[1]},
     )
@@ -129,27 +109,17 @@ def shaded_region(rng: Random) -> Question:
         box = [4, 4, 92, 92]
         box[0 if left else 2], box[1 if top else 3] = middle_x, middle_y
         draw.rectangle(box, fill=(50, 50, 60) if name == gold else color, outline=(255, 255, 255), width=2)
-    vertical, horizontal = gold.split("-")
-    edges = f"It is at the {'top' if vertical == 'north' else 'bottom'} and on the " + (
-        "left." if horizontal == "west" else "right."
-    )
-    steps = [
-        "Look at the dark part of the map.",
-        edges,
-        rng.choice((f"The {gold} part of the map is shaded.", f"The shaded part is in the {gold}.")),
-        conclude(gold),
-    ]
+    left, top = REGIONS[gold][0]
+    where = f"It is at the {('top', 'bottom')[top]} and on the {('left', 'right')[left]}."
+    found = rng.choice((f"The {gold} part of the map is shaded.", f"The shaded part is in the {gold}."))
     return Question(
+        about=("social science", "geography", "Maps", "Read a map: cardinal directions"),
+        grades=(2, 5),
         question="Which part of the map is shaded?",
         hint=rng.choice(("", "On this map, north is at the top.")),
         **in_order(REGIONS, gold),
-        solution=" ".join(steps),
+        solution=f"Look at the dark part of the map. {where} {found} {conclude(gold)}",
         lecture=rng.choice(("", "Maps have four cardinal directions: north, south, east, and west.")),
-        subject="social science",
-        topic="geography",
-        category="Maps",
-        skill="Read a map: cardinal directions",
-        grades=(2, 5),
         caption="A map with four parts. One part is dark.",
         images={"image.png": image},
     )
@@ -159,38 +129,26 @@ def magnets(rng: Random) -> Question:
     """Whether the facing poles of two magnets attract or repel: north is red, south is blue."""
     poles = {"north": (215, 40, 40), "south": (40, 70, 215)}
     one, two = rng.choice(("north", "south")), rng.choice(("north", "south"))
-    repel = one == two
     image, draw = canvas()
     top = rng.randint(18, 30)
     gap = rng.randint(3, 6)
     draw.rectangle((0, top, 47 - gap, top + 48), fill=poles[one])
     draw.rectangle((48 + gap, top, 95, top + 48), fill=poles[two])
-    gold = "repel" if repel else "attract"
-    rule = rng.choice(
-        (
-            f"Poles that are {'the same' if repel else 'different'} {gold}.",
-            f"{'Like' if repel else 'Unlike'} poles {gold}.",
-        )
-    )
-    facing = f"Both poles that face each other are {one} poles." if repel else "A north pole faces a south pole."
-    steps = [
-        "Look at the two facing poles.",
-        facing,
-        rule,
-        f"So, these magnets will {gold} each other.",
-    ]
+    if one == two:
+        gold, alike, like, facing = "repel", "the same", "Like", f"Both poles that face each other are {one} poles."
+    else:
+        gold, alike, like, facing = "attract", "different", "Unlike", "A north pole faces a south pole."
+    rule = rng.choice((f"Poles that are {alike} {gold}.", f"{like} poles {gold}."))
+    skill = "Predict whether magnets will attract or repel each other"
     return Question(
+        about=("natural science", "physics", "Magnets", skill),
+        grades=(3, 8),
         question="Will these magnets attract or repel each other?",
         hint="Two magnets are placed as shown. North poles are red. South poles are blue.",
         **in_order(("attract", "repel"), gold),
-        solution=" ".join(steps),
+        solution=f"Look at the two facing poles. {facing} {rule} So, these magnets will {gold} each other.",
         lecture="Magnets can pull or push on each other without touching. Different poles attract. "
         "Poles that are the same repel.",
-        subject="natural science",
-        topic="physics",
-        category="Magnets",
-        skill="Predict whether magnets will attract or repel each other",
-        grades=(3, 8),
         caption="The ends of two magnets are close to each other.",
         images={"image.png": image},
     )
@@ -209,23 +167,15 @@ def thermometer(rng: Random) -> Question:
     draw.rectangle((left + 3, 74 - 21 * level, left + 25, 90), fill=(220, 20, 20))
     for step in range(4):
         draw.line((left + 30, 74 - 21 * step, left + 38, 74 - 21 * step), fill=(20, 20, 20), width=2)
-    steps = [
-        "Find the top of the red column.",
-        f"The top of the red column is at {gold}.",
-        f"This is a {LEVELS[gold]} temperature.",
-        conclude(gold),
-    ]
     return Question(
+        about=("natural science", "units-and-measurement", "Weather and climate", "Read a thermometer"),
+        grades=(2, 3),
         question="What temperature does this thermometer show?",
         hint=rng.choice(("", "The marks on the thermometer stand for 5.5°C, 15.5°C, 25.5°C, and 35.5°C.")),
         **in_order(LEVELS, gold),
-        solution=" ".join(steps),
+        solution=f"Find the top of the red column. The top of the red column is at {gold}. "
+        f"This is a {LEVELS[gold]} temperature. {conclude(gold)}",
         lecture=rng.choice(("", "A thermometer is a tool that measures temperature.")),
-        subject="natural science",
-        topic="units-and-measurement",
-        category="Weather and climate",
-        skill="Read a thermometer",
-        grades=(2, 3),
         caption="A thermometer on a white background.",
         images={"image.png": image},
     )
@@ -238,29 +188,18 @@ def which_picture(rng: Random) -> Question:
     shape = rng.choice(SHAPES)
     images = {}
     for index in range(2):
-        image, draw = canvas()
+        images[f"choice_{index}.png"], draw = canvas()
         color = COLORS[gold if index == answer else other]
         draw_shape(draw, shape, rng.randint(42, 54), rng.randint(42, 54), rng.randint(26, 34), color)
-        images[f"choice_{index}.png"] = image
     names = ("the first picture", "the second picture")
-    steps = [
-        "Look at the color in each picture.",
-        f"{names[answer].capitalize()} shows a {gold} {shape}.",
-        f"{names[1 - answer].capitalize()} shows {a(other)} {shape}.",
-        conclude(names[answer]),
-    ]
     return Question(
-        question=f"Which picture shows a {gold} {shape}?",
-        choices=list(names),
-        answer=answer,
-        ordered=True,
-        solution=" ".join(steps),
-        lecture=rng.choice(("", "Color and shape are properties of an object.")),
-        subject="natural science",
-        topic="physics",
-        category="Materials",
-        skill="Compare properties of objects",
+        about=("natural science", "physics", "Materials", "Compare properties of objects"),
         grades=(1, 2),
+        question=f"Which picture shows a {gold} {shape}?",
+        **in_order(names, names[answer]),
+        solution=f"Look at the color in each picture. {names[answer].capitalize()} shows a {gold} {shape}. "
+        f"{names[1 - answer].capitalize()} shows {a(other)} {shape}. {conclude(names[answer])}",
+        lecture=rng.choice(("", "Color and shape are properties of an object.")),
         caption="A shape on a white background.",
         images=images,
     )

@@ -62,19 +62,15 @@ class Demo:
     """Runs commands as stages: each is printed, logged, timed, and skipped if an earlier run finished it."""
 
     def __init__(self, output: Path, settings: dict):
-        self.output = output
-        self.logs = output / "logs"
-        self.record_file = output / "stages.json"
+        self.output, self.logs, self.record_file = output, output / "logs", output / "stages.json"
         self.record = {"settings": settings, "stages": {}}
         if self.record_file.exists():
             self.record = files.read_json(self.record_file, "--output", dict)
             if not all(isinstance(self.record.get(name), dict) for name in ("settings", "stages")):
                 raise UserError(f"--output: {self.record_file} is damaged; add --fresh to start again")
-            changed = [key for key, value in settings.items() if self.record["settings"].get(key) != value]
+            changed = ", ".join(key for key, value in settings.items() if self.record["settings"].get(key) != value)
             if changed:
-                raise UserError(
-                    f"--output: {output} holds a demo with another {', '.join(changed)}; add --fresh or name another"
-                )
+                raise UserError(f"--output: {output} holds a demo with another {changed}; add --fresh or name another")
         self.logs.mkdir(parents=True, exist_ok=True)
         self.environment = {
             # OpenMP's threads spin while they wait, which costs a shared machine more than a tiny model gains
@@ -107,9 +103,8 @@ class Demo:
         print(f"   $ {shlex.join(words)}", flush=True)
         if words[0] == "python":
             words[0] = sys.executable
-        log = open(self.logs / f"{name}.log", "a", encoding="utf-8")  # noqa: SIM115
-        options = {"stdout": log, "stderr": subprocess.STDOUT, "preexec_fn": _die_with_parent}
-        with log:
+        with open(self.logs / f"{name}.log", "a", encoding="utf-8") as log:
+            options = {"stdout": log, "stderr": subprocess.STDOUT, "preexec_fn": _die_with_parent}
             return subprocess.Popen(words, cwd=ROOT, env=self.environment, **options)
 
     def check(self, process: subprocess.Popen, name: str) -> None:
@@ -252,14 +247,9 @@ def show(demo: Demo, folders: dict[str, Path]) -> Path:
 
 
 COLUMNS = {
-    "score": "sentence score",
-    "repeated": "repeated %",
-    "unfinished": "unfinished %",
-    "words": "words",
-    "rouge_l": "ROUGE-L",
-    "covered": "gold covered %",
-    "only_option": "only option %",
-}
+    "score": "sentence score", "repeated": "repeated %", "unfinished": "unfinished %", "words": "words",
+    "rouge_l": "ROUGE-L", "covered": "gold covered %", "only_option": "only option %",
+}  # fmt: skip
 
 
 def write_summary(output: Path, folders: dict[str, Path], record: dict) -> str:

@@ -21,7 +21,7 @@ def model(request):
         pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu", patch_size=request.param,
     )  # fmt: skip
     made = EndingPolicy(config).eval()  # an untrained model generates no `</s>`: this one ends at given lengths
-    made.lengths, made.ending = {tuple(row[row > 0].tolist()): 2 + i for i, row in enumerate(prompts(16)[0])}, True
+    made.lengths = {tuple(row[row > 0].tolist()): 2 + i for i, row in enumerate(prompts(16)[0])}
     return made
 
 
