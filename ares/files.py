@@ -23,7 +23,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +117,13 @@ def decode(data: bytes, where: str) -> str:
         raise UserError(f"{where} is not UTF-8 (line {line}: {error.reason}); save it as UTF-8") from None
 
 
-def read_json(path: str | os.PathLike, flag: str, kind: type | None = None, *, nan: bool = False) -> Any:
+def read_json(
+    path: str | os.PathLike, flag: str, kind: type | None = None, *, holds: str | None = None, nan: bool = False
+) -> Any:
     """Read a JSON file. `kind`: dict or list, if the value must be one; `nan`: read NaN as None.
 
-    Raises UserError naming `flag`, the file and, where it is known, the line.
+    Raises UserError naming `flag`, the file and, where it is known, the line; for another kind also what the file
+    `holds`.
     """
     text = read_text(path, flag)
     try:
@@ -129,9 +131,9 @@ def read_json(path: str | os.PathLike, flag: str, kind: type | None = None, *, n
     except ValueError as error:
         raise UserError(f"{flag}: {path} {str(error)[:300]}") from None
     if kind is not None and not isinstance(value, kind):
-        expected = {dict: "an object {...}", list: "a list [...]"}[kind]
+        holds = holds or {dict: "an object {...}", list: "a list [...]"}[kind]
         names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-        raise UserError(f"{flag}: {path} must hold {expected}, not {names.get(type(value), 'a number')}")
+        raise UserError(f"{flag}: {path} must hold {holds}, not {names.get(type(value), 'a number')}")
     return value
 
 
@@ -256,19 +258,16 @@ def write_bytes(path: str | os.PathLike, data: bytes, *, flush: bool = True) -> 
 def _replace(path: str, data: bytes, flush: bool) -> None:
     # few system calls: 50,000 questions have four files each
     temporary = f"{os.path.dirname(path) or '.'}/{_temporary_name()}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
-        file = os.open(temporary, flags, 0o666)
+        file = open(temporary, "xb", buffering=0)
     except FileNotFoundError:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        file = os.open(temporary, flags, 0o666)
+        file = open(temporary, "xb", buffering=0)
     try:
-        try:
-            _write_all(file, data)
+        with file:
+            _write_all(file.fileno(), data)
             if flush:
-                os.fsync(file)
-        finally:
-            os.close(file)
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -322,26 +321,28 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed to disk and replaces `path` atomically.
-
-    Raises DiskError if the disk refuses something, whatever library writes there.
-    """
-    path = Path(path)
+def _temporary(path: Path) -> Iterator[Path]:
+    """A path beside `path` for what will replace it; removed in the end. Errors of the disk become a DiskError."""
     temporary = path.parent / _temporary_name()
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            _flush(temporary)
-            os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed to disk and replaces `path` atomically.
+
+    Raises DiskError if the disk refuses something, whatever library writes there.
+    """
+    with _temporary(Path(path)) as temporary:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 @contextlib.contextmanager
@@ -351,23 +352,18 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
     Raises DiskError if the disk refuses something, whatever library writes there.
     """
     path = Path(path)
-    temporary = path.parent / _temporary_name()
-    with writing(path):
-        try:
-            temporary.mkdir(parents=True)
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    file.chmod(0o644)  # safetensors' 0600 would hide a model from the group that shares the machine
-                    _flush(file)
-            old = path.parent / f".old-{os.getpid()}-{time.monotonic_ns()}" if os.path.lexists(path) else None
-            if old is not None:
-                os.replace(path, old)
-            os.replace(temporary, path)
-            if old is not None:
-                old.unlink() if old.is_symlink() else shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with _temporary(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        for each in filter(Path.is_file, temporary.rglob("*")):
+            each.chmod(0o644)  # safetensors' 0600 would hide a model from the group that shares the machine
+            with open(each, "rb+") as file:
+                os.fsync(file.fileno())
+        old = path.parent / f".old-{os.getpid()}-{time.monotonic_ns()}"
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, old)
+        os.replace(temporary, path)
+        old.unlink() if old.is_symlink() else shutil.rmtree(old, ignore_errors=True)
 
 
 def place_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
@@ -379,22 +375,17 @@ def place_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
     source, target = os.path.realpath(source), Path(target)
     if not os.path.isfile(source):
         raise UserError(f"{source} is no regular file; replace or remove it")
-    temporary = target.with_name(_temporary_name())
-    with writing(target):
+    with _temporary(target) as temporary:
         about, there = os.stat(source), os.lstat(target) if os.path.lexists(target) else None
         if there is not None and stat.S_ISREG(there.st_mode):
             same_copy = (about.st_size, about.st_mtime_ns) == (there.st_size, there.st_mtime_ns)
             if same_copy or os.path.samestat(about, there):
                 return
         try:
-            try:
-                os.link(source, temporary)
-            except OSError:  # another disk, or a file of another user
-                shutil.copy2(source, temporary)
-            os.replace(temporary, target)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            os.link(source, temporary)
+        except OSError:  # another disk, or a file of another user
+            shutil.copy2(source, temporary)
+        os.replace(temporary, target)
 
 
 def writable_dir(path: str | os.PathLike, flag: str) -> Path:
@@ -410,10 +401,8 @@ def writable_dir(path: str | os.PathLike, flag: str) -> Path:
         probe.unlink()
         remove_leftovers(path)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{flag}: cannot write to {shortened(path)} ({reason}); name a folder you may write to"
-        ) from error
+        why = f"{shortened(path)} ({getattr(error, 'strerror', None) or error})"
+        raise UserError(f"{flag}: cannot write to {why}; name a folder you may write to") from error
     return path
 
 
@@ -450,10 +439,7 @@ class Lines:
         """Append `text` and a line break; return the size of the file. `reserved`: may use the room of `reserve`."""
         data = (text + "\n").encode("utf-8", errors="replace")
         with writing(self.path):
-            if reserved:
-                _with_reserve(lambda: self._write(data), self.path)
-            else:
-                self._write(data)
+            _with_reserve(lambda: self._write(data), self.path, reserved)
             return os.lseek(self._file, 0, os.SEEK_CUR)
 
     def _write(self, data: bytes) -> None:
@@ -477,28 +463,22 @@ def append_line(path: str | os.PathLike, text: str) -> None:
 # -- room on a full disk ---------------------------------------------------------------------------------
 
 
-@dataclass
-class _Reserve:
-    path: Path
-    device: int
-    used: bool = False  # the disk was full: nothing new may begin
-
-
-_reserve: _Reserve | None = None
+_reserve: Path | None = None
+_reserve_used = False  # the disk was full: nothing new may begin
 
 
 @contextlib.contextmanager
 def reserve(path: str | os.PathLike, size: int) -> Iterator[None]:
     """Hold `size` bytes of the disk, as the file `path`, during the block. When the disk is full, `write_bytes` and
     `Lines.add(reserved=True)` free them and write again. Raises DiskError if the disk has less room than that."""
-    global _reserve
+    global _reserve, _reserve_used
     path = Path(path)
     try:
         with writing(path):
             path.unlink(missing_ok=True)  # left by a killed run
             with open(path, "xb") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
-                _reserve = _Reserve(path, os.fstat(file.fileno()).st_dev)
+        _reserve, _reserve_used = path, False
         yield
     finally:
         _reserve = None
@@ -508,18 +488,17 @@ def reserve(path: str | os.PathLike, size: int) -> Iterator[None]:
 
 def out_of_room() -> DiskError | None:
     """The error to stop with once the reserve was used on a full disk, else None."""
-    if _reserve is None or not _reserve.used:
-        return None
-    return disk_error(OSError(errno.ENOSPC, ""), _reserve.path.parent)
+    return disk_error(OSError(errno.ENOSPC, ""), _reserve.parent) if _reserve and _reserve_used else None
 
 
-def _with_reserve(write: Callable[[], None], path: str | os.PathLike) -> None:
+def _with_reserve(write: Callable[[], None], path: str | os.PathLike, allowed: bool = True) -> None:
+    global _reserve_used
     try:
         write()
     except OSError as error:
-        held = _reserve
-        if held is None or error.errno not in FULL or os.stat(os.path.dirname(path) or ".").st_dev != held.device:
+        held = _reserve if allowed and error.errno in FULL else None
+        if held is None or os.stat(os.path.dirname(path) or ".").st_dev != held.parent.stat().st_dev:
             raise
-        held.used = True
-        held.path.unlink(missing_ok=True)
+        _reserve_used = True
+        held.unlink(missing_ok=True)
         write()

@@ -63,7 +63,8 @@ def add_sft_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--save_minutes", type=float, default=10.0, help="also save this often in an epoch (0: never)")
     group.add_argument("--overwrite", action="store_true", help="start anew: drop what an earlier run left")
     speed = parser.add_argument_group("speed")
-    cli.add_precision_flag(speed)
+    text = "autocast; auto: bf16 on a GPU that has it (weights and optimizer stay fp32)"
+    speed.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help=text)
     speed.add_argument(
         "--max_tokens", type=int, help="per batch and process, pads included: as many samples as fit (instead of --bs)"
     )
