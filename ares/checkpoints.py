@@ -11,8 +11,9 @@ Every fault is a UserError that names `flag`, the file and the tensor. A pickle 
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,8 @@ def read_config(folder: Path, flag: str) -> MultimodalT5Config:
             raise UserError(f"{flag}: {folder} holds a LoRA adapter, not a model; name the model it was trained on")
         raise UserError(f"{flag}: {folder} has no config.json; name the folder that save_pretrained wrote")
     fields = files.read_json(path, flag, dict)
-    if (model_type := fields.get("model_type")) != "t5":
-        raise UserError(
-            f"{flag}: {path} describes a {repr(model_type)[:60]} model; only T5 (model_type 't5') can be used"
-        )
+    if (found := fields.get("model_type")) != "t5":
+        raise UserError(f"{flag}: {path} describes a {repr(found)[:60]} model; only T5 (model_type 't5') can be used")
     for name, most in LARGEST.items():
         value = fields.get(name, 1)
         if value is not None and (type(value) is not int or not 0 < value <= most):
@@ -128,36 +127,41 @@ def read_shapes(folder: Path, flag: str) -> dict[str, tuple[int, ...]]:
 
 
 def _read_header(path: Path, flag: str) -> dict[str, tuple[int, ...]]:
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        files.refuse_unfit(path, flag)
-        try:
-            with safe_open(path, "pt") as file:  # also refuses a file shorter than its header says
-                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        except Exception as error:
-            why = in_one_line(error, 160)
-            raise UserError(f"{flag}: {path} is damaged or no safetensors file ({why})") from error
     return {name: tuple(tensor.shape) for name, tensor in load_state_dict(path, flag, "meta").items()}
 
 
-def load_state_dict(path: Path, flag: str, device: str) -> dict[str, torch.Tensor]:
-    """A state dict from a PyTorch file, never executing what it pickles. `device` "meta" reads no weights."""
+def load_state_dict(path: Path, flag: str, device: str = "cpu", inner: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """A state dict from a .safetensors or PyTorch file, never executing what it pickles. `device` "meta" reads no
+    weights; `inner`: keys of a training checkpoint, of which the first that is there holds the state dict."""
     state = load_torch(path, flag, device)
+    if isinstance(state, dict):
+        state = next((state[name] for name in inner if isinstance(state.get(name), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{flag}: {path} is not a state dict (name -> tensor)")
     return state
 
 
 def load_torch(path: Path, flag: str, device: str = "cpu") -> Any:
-    """What a PyTorch file holds, mapped, never executing what it pickles. Raises UserError naming a damaged file."""
+    """What a .safetensors or PyTorch file holds, mapped, never executing what it pickles. Raises UserError naming a
+    damaged file."""
+    from safetensors import safe_open
+
     files.refuse_unfit(path, flag)
+    form = "safetensors file"
     try:
-        # files from before torch 1.6 are no zip files and cannot be mapped
-        return torch.load(path, map_location=device, mmap=zipfile.is_zipfile(path), weights_only=True)
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:  # also refuses a file shorter than its header says
+                if device == "meta":
+                    return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}
+                return {name: file.get_tensor(name) for name in file.keys()}
+        form = "plain PyTorch state dict; pickled objects are never executed"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickle protocols that torch does not write
+            # files from before torch 1.6 are no zip files and cannot be mapped
+            return torch.load(path, map_location=device, mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:  # the unpickler raises whatever a damaged pickle makes it do
-        why = in_one_line(str(error).strip().splitlines()[0] if str(error).strip() else error, 160)
-        raise UserError(f"{flag}: {path} is damaged or no plain PyTorch state dict ({why})") from error
+        why = in_one_line(str(error).strip().partition("\n")[0] or error, 160)
+        raise UserError(f"{flag}: {path} is damaged or no {form} ({why})") from error
 
 
 def refuse_damaged(place: Path, flag: str) -> None:
@@ -169,7 +173,7 @@ def refuse_damaged(place: Path, flag: str) -> None:
         if path.suffix == ".json":
             files.read_json(path, flag, nan=True)
         elif path.suffix == ".safetensors":
-            _read_header(path, flag)
+            load_torch(path, flag, "meta")
         elif path.suffix in (".pt", ".pth", ".bin"):
             files.refuse_unfit(path, flag)
             try:
@@ -208,9 +212,8 @@ def check_shapes(shapes: dict, expected: dict, where: Path, flag: str, optional:
     """Raise UserError naming the first tensor of `expected` that is absent or of another shape."""
     for name, shape in expected.items():
         if name not in shapes and name not in optional:
-            raise UserError(
-                f"{flag}: {where} lacks {name} {list(shape)}; it is incomplete, or of another architecture"
-            )
+            lacks = f"{name} {list(shape)}; it is incomplete, or of another architecture"
+            raise UserError(f"{flag}: {where} lacks {lacks}")
         if shapes.get(name, shape) != shape:
             raise UserError(f"{flag}: {where} holds {name} as {list(shapes[name])}, but {list(shape)} is needed")
 
