@@ -28,9 +28,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     files = parser.add_argument_group("files")
     files.add_argument("--data_root", default="images", metavar="DIR", help="folder of {qid}/image.png")
-    files.add_argument(
-        "--splits", nargs="+", metavar="NAME", help="its subfolders (default: train val test, if there)"
-    )
+    files.add_argument("--splits", nargs="+", metavar="NAME", help="its subfolders (default: those of train val test)")
     files.add_argument("--output", default="instruct_captions.json", metavar="FILE", help="caption file to write")
     files.add_argument("--overwrite", action="store_true", help="replace captions made with other settings")
     files.add_argument("--strict", action="store_true", help="stop at a broken image (default: a warning, no caption)")
@@ -89,10 +87,8 @@ def is_complete(output: Path, settings: dict[str, Any], images: dict[str, Path],
     known = {str(qid) for part in parts if isinstance(part, (dict, list)) for qid in part}
     if all(found.get(name) == value for name, value in settings.items()) and known == set(images):
         return True
-    raise UserError(
-        f"--output: {output} is there, for other images or by another model or prompt; add --overwrite to replace it, "
-        "or name another file"
-    )
+    fault = f"{output} is there, for other images or by another model or prompt"
+    raise UserError(f"--output: {fault}; add --overwrite to replace it, or name another file")
 
 
 class Captioner:
@@ -112,10 +108,9 @@ class Captioner:
             self.processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
             self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=self.dtype, trust_remote_code=False)
         except Exception as error:  # the library has many errors for absent, unknown, damaged and unfit models
-            reason = in_one_line(error, 160) if os.path.isdir(model) else hub_failure(error)
-            raise UserError(
-                f"--model: cannot load {model} ({reason}); name a folder with an image-to-text model"
-            ) from error
+            why = in_one_line(error, 160) if os.path.isdir(model) else hub_failure(error)
+            fault = f"cannot load {model} ({why})"
+            raise UserError(f"--model: {fault}; name a folder with an image-to-text model") from error
         self.model.eval().to(self.device)
         self.prompt = prompt
         if getattr(self.processor, "chat_template", None):
@@ -134,17 +129,14 @@ class Captioner:
         asked = inputs.get("input_ids")
         if asked is not None and ids.shape[1] >= asked.shape[1] and torch.equal(ids[:, : asked.shape[1]], asked):
             ids = ids[:, asked.shape[1] :]  # a decoder-only model repeats what it was given
-        texts = self.processor.batch_decode(ids, skip_special_tokens=True)
-        return [" ".join(text.split()) for text in texts]
+        return [" ".join(text.split()) for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
 
 def caption(captioner: Captioner, captions: Captions, batch_size: int, strict: bool) -> None:
     """Caption the missing images. Raises UserError at a broken image if `strict`."""
-    todo = captions.missing()
-    total = len(captions.images)
+    todo, total = captions.missing(), len(captions.images)
     with progress(desc="captions", total=total, initial=total - len(todo), unit="img") as bar:
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
+        for batch in (todo[start : start + batch_size] for start in range(0, len(todo), batch_size)):
             pictures, broken = {}, []
             for qid in batch:
                 try:

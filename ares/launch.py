@@ -48,21 +48,20 @@ def check_processes(script: str, environment: Mapping[str, str] | None = None) -
             f"WORLD_SIZE is {world} but RANK is not set, so every process would be rank 0; start them with "
             f"torchrun --nproc_per_node {world} {script} ... (it sets both)"
         )
-    for name in TASKS:
-        tasks = _number(env.get(name))
-        if tasks is not None and tasks > 1:
-            nodes = _number(env.get("SLURM_NNODES")) or 1
-            how = (
-                f"srun --ntasks={nodes} --ntasks-per-node=1 torchrun --nnodes {nodes} --nproc_per_node "
-                f"{max(1, tasks // nodes)} --rdzv_backend c10d --rdzv_endpoint HOST:29500 {script} ..."
-                if name == "SLURM_NTASKS" and nodes > 1
-                else f"torchrun --nproc_per_node {tasks} {script} ..."
-            )
-            alone = f"srun --ntasks=1 python {script} ..." if name == "SLURM_NTASKS" else f"python {script} ..."
-            raise UserError(
-                f"{name} is {tasks} but WORLD_SIZE is not set, so each of {tasks} processes would be rank 0; "
-                f"start them with: {how} (one process: {alone})"
-            )
+    name = next((name for name in TASKS if (_number(env.get(name)) or 0) > 1), None)
+    if name is None:
+        return
+    tasks, nodes = _number(env[name]), _number(env.get("SLURM_NNODES")) or 1
+    start, alone = f"torchrun --nproc_per_node {tasks}", "python"
+    if name == "SLURM_NTASKS":
+        alone = "srun --ntasks=1 python"
+        if nodes > 1:
+            start = f"srun --ntasks={nodes} --ntasks-per-node=1 torchrun --nnodes {nodes} --nproc_per_node "
+            start += f"{max(1, tasks // nodes)} --rdzv_backend c10d --rdzv_endpoint HOST:29500"
+    raise UserError(
+        f"{name} is {tasks} but WORLD_SIZE is not set, so each of {tasks} processes would be rank 0; "
+        f"start them with: {start} {script} ... (one process: {alone} {script} ...)"
+    )
 
 
 def _number(text: str | None) -> int | None:
@@ -72,10 +71,8 @@ def _number(text: str | None) -> int | None:
 def note_unused_gpus(visible: int, script: str) -> None:
     """Print a note if one process was started but several GPUs are visible."""
     if visible > 1 and cli.world_size() == 1:
-        print0(
-            f"note: {visible} GPUs are visible but one process was started: using one GPU. "
-            f"All of them: accelerate launch --num_processes {visible} {script} ..."
-        )
+        every = f"accelerate launch --num_processes {visible} {script} ..."
+        print0(f"note: {visible} GPUs are visible but one process was started: using one GPU. All of them: {every}")
 
 
 # -- stopping --------------------------------------------------------------------------------------------
@@ -132,12 +129,9 @@ def data_words(args: Any) -> list[str]:
 def only_one(path: str | os.PathLike, what: str, *, required: bool = True, wait: bool = False) -> Iterator[None]:
     """Hold the lock file `path` during the block. The kernel releases the lock when the process ends in any way.
 
-    The file's text only says who holds the lock; one left by a killed process locks nobody out.
-
-    Args:
-        what: begins the message, for example "--run_dir RL_models/x".
-        required: without it a disk that has no locks gives a warning, not an error.
-        wait: wait for another process instead of raising.
+    The file's text only says who holds the lock; one left by a killed process locks nobody out. `what` begins the
+    message, for example "--run_dir RL_models/x"; unless `required`, a disk that has no locks gives a warning, not an
+    error; `wait`: wait for another process instead of raising.
 
     Raises UserError naming the process that has the lock, or a disk without locks.
     """

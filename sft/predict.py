@@ -47,16 +47,16 @@ Rows = dict[int, list[int]]  # row of the split -> predicted ids
 
 def from_rank0(function: Callable[[], Any]) -> Any:
     """`function()` of rank 0, returned on every rank; a UserError is raised on every rank. Must be picklable."""
-    box: list[Any] = [None, None]
+    box: list[Any] = [None]
     if cli.rank() == 0:
         try:
             box[0] = function()
         except UserError as error:
-            box[1] = str(error)
+            box[0] = UserError(str(error))  # one that can be pickled
     if dist.is_available() and dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise UserError(box[1])
+    if isinstance(box[0], UserError):
+        raise box[0]
     return box[0]
 
 
@@ -81,22 +81,16 @@ class Predictor:
     """Predicts splits and scores what it predicted. One per launch; the same on every rank."""
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        problems: Mapping[str, Mapping[str, Any]],
-        tokenizer: Any,
-        collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]],
-        device: torch.device,
+        self, args: argparse.Namespace, problems: Mapping[str, Mapping[str, Any]], tokenizer: Any,
+        collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]], device: torch.device,
         bf16: bool = False,
-    ):
+    ):  # fmt: skip
         self.args, self.problems, self.tokenizer = args, problems, tokenizer
         self.asked = args.prompt_format.split("-")[1]  # of the target: A (the bare answer), E, LE, LEA or ALE
         self.collator, self.device, self.bf16 = collator, device, bf16
         if not args.use_generate:
-            print0(
-                "note: predictions are the arg-max of logits that see the gold text (teacher forcing), as released; "
-                "--use_generate generates them instead"
-            )
+            forced = "the arg-max of logits that see the gold text (teacher forcing), as released"
+            print0(f"note: predictions are {forced}; --use_generate generates them instead")
 
     # -- the loop ------------------------------------------------------------------------------------------
 
@@ -111,13 +105,9 @@ class Predictor:
         model.eval()
         rows: Rows = {}
         held: list[tuple[list[int], torch.Tensor]] = []  # on the device, for --eval_acc batches
-        with contextlib.ExitStack() as stack:
-            lines = None
-            if store:
-                lines = files.Lines(store / f"rows_{cli.rank()}_{os.getpid()}.jsonl")
-                stack.callback(lines.close)
-            bar = stack.enter_context(cli.progress(mine, desc=desc, unit="batch"))
-            for number, batch in enumerate(bar, 1):
+        lines = files.Lines(store / f"rows_{cli.rank()}_{os.getpid()}.jsonl") if store else None
+        with contextlib.closing(lines) if lines else contextlib.nullcontext():
+            for number, batch in enumerate(cli.progress(mine, desc=desc, unit="batch"), 1):
                 held.append((batch, self._predict_batch(model, [dataset[i] for i in batch])))
                 if len(held) == (self.args.eval_acc or 1) or number == len(mine):
                     new = {i: ids for batch, ids in held for i, ids in zip(batch, self._trim(ids), strict=True)}
@@ -142,8 +132,7 @@ class Predictor:
 
     def _trim(self, ids: torch.Tensor) -> list[list[int]]:
         """Rows of ids without the pads at their ends."""
-        pad = self.tokenizer.pad_token_id
-        rows = ids.cpu().tolist()
+        pad, rows = self.tokenizer.pad_token_id, ids.tolist()
         ends = [max((t + 1 for t, token in enumerate(row) if token != pad), default=0) for row in rows]
         return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
@@ -183,20 +172,15 @@ class Predictor:
                 failed += not read
         rationales = dict(zip(qids, preds, strict=True)) if "E" in self.asked else {}
         references = dict(zip(qids, labels, strict=True))
-        return {
-            "num_fail": failed if answers else None,
-            "scores": get_scores(answers, rationales, references, self.problems),
-        }
+        scores = get_scores(answers, rationales, references, self.problems)
+        return {"num_fail": failed if answers else None, "scores": scores}
 
     # -- files ---------------------------------------------------------------------------------------------
 
     def write(
-        self,
-        folder: Path,
-        datasets: Mapping[str, Any],
-        load: Callable[[], torch.nn.Module],
+        self, folder: Path, datasets: Mapping[str, Any], load: Callable[[], torch.nn.Module],
         weights: Sequence[str | os.PathLike],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Write `folder`/predictions_ans_{test,eval,train}.json for the splits of `datasets`, each as it is done.
 
         `load` is called at most once, and not at all if every file is already there. `weights`: folders whose weight
@@ -227,18 +211,12 @@ class Predictor:
         if self.collator.features is not None:
             pictured = [qid for qid in dataset.qids if qid in self.collator.features.name_map]
             sha.update(self.collator.features.gather(pictured[:8]).contiguous().numpy().tobytes())
+        names = ("img_type", "prompt_format", "use_generate", "output_len", "seed")
         return {
-            "weights": identity,
-            "data": sha.hexdigest()[:16],
-            "img_type": self.args.img_type,
-            "prompt_format": self.args.prompt_format,
-            "use_generate": self.args.use_generate,
-            "output_len": self.args.output_len,
-            "seed": self.args.seed,
+            "weights": identity, "data": sha.hexdigest()[:16], **{name: getattr(self.args, name) for name in names},
             **({"precision": "bf16"} if self.bf16 else {}),
-            "tokenizer": tokenizer_digest(self.tokenizer),
-            "features": self.features_digest(dataset.qids),
-        }
+            "tokenizer": tokenizer_digest(self.tokenizer), "features": self.features_digest(dataset.qids),
+        }  # fmt: skip
 
     def features_digest(self, qids: Sequence[str]) -> str | None:
         """`VisionFeatures.digest`, read on rank 0 alone; None without features."""
@@ -278,10 +256,10 @@ def _made_with(path: Path, settings: Mapping[str, Any]) -> bool:
         found = files.read_json(path, "predictions", dict).get("settings")
     except UserError:  # absent, or damaged: it is made again
         return False
+    if not isinstance(found, dict):
+        return False
     # earlier versions recorded no FINGERPRINTS
-    return isinstance(found, dict) and found == {
-        key: value for key, value in settings.items() if key in found or key not in FINGERPRINTS
-    }
+    return found == {key: value for key, value in settings.items() if key in found or key not in FINGERPRINTS}
 
 
 # -- rows of a split that is not yet done ----------------------------------------------------------------

@@ -50,12 +50,8 @@ def list_images(folder: str | Path, splits: Sequence[str] | None = None, flag: s
     for root in [folder / name for name in found] or [folder]:
         for place in root.iterdir():
             paths = question_images(root, place.name) if place.is_dir() else []
-            if paths and place.name in images:
-                raise UserError(
-                    f"{flag}: question {place.name} has two folders, {images[place.name].parent} and {place}"
-                )
-            if paths:
-                images[place.name] = paths[0]
+            if paths and (other := images.setdefault(place.name, paths[0])) != paths[0]:
+                raise UserError(f"{flag}: question {place.name} has two folders, {other.parent} and {place}")
     if not images:
         raise UserError(f"{flag}: no {{qid}}/image.png or {{qid}}/choice_0.png in {folder}")
     # numbers by value, then other ids by name
@@ -91,20 +87,18 @@ class FeatureStore:
                 print0(f"continuing after {self.record['done']} of {settings['rows']} images")
         shape = (settings["rows"], *stored)
         if self.record["done"]:
-            self.array = self._open(shape, settings["dtype"])
+            self.array = None
+            with contextlib.suppress(OSError, ValueError, EOFError):
+                self.array = np.load(self.array_file, mmap_mode="r+", allow_pickle=False)
+            if self.array is None or (self.array.shape, self.array.dtype) != (shape, np.dtype(settings["dtype"])):
+                fault = "is damaged; remove it, then run the same command again"
+                raise UserError(f"--output_dir: {self.array_file} {fault}")
             return
         self.record_file.unlink(missing_ok=True)
         with files.writing(self.array_file):
             self.array = np.lib.format.open_memmap(self.array_file, mode="w+", dtype=settings["dtype"], shape=shape)
             with open(self.array_file, "rb+") as file:  # a full disk would kill the process that writes to the map
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-
-    def _open(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            array = np.load(self.array_file, mmap_mode="r+", allow_pickle=False)
-            if array.shape == shape and array.dtype == dtype:
-                return array
-        raise UserError(f"--output_dir: {self.array_file} is damaged; remove it, then run the same command again")
 
     def append(self, features: np.ndarray, broken: Sequence[str]) -> None:
         """Add the rows of a batch, and record them once they are on disk."""
@@ -189,13 +183,9 @@ def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: in
 
 
 def extract(
-    encoder: Encoder,
-    images: dict[str, Path],
-    store: FeatureStore,
-    batch_size: int = 16,
-    workers: int | None = None,
+    encoder: Encoder, images: dict[str, Path], store: FeatureStore, batch_size: int = 16, workers: int | None = None,
     strict: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Fill the rows of `store` that are not done; broken images get zeros, or, with `strict`, raise UserError.
 
     `workers`: processes that decode images, 0: threads of this process; None: `default_workers`.

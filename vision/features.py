@@ -47,33 +47,29 @@ class VisionFeatures:
     def __init__(self, path: str | Path, name_map: Mapping[str, int], img_type: str):
         self.path, self.img_type = Path(path), img_type
         self.name_map = dict(name_map)
-        self.shape, self._recorded_rows = self._expected_shape()
+        self.shape, recorded_rows = self._expected_shape()
         try:
             found, floating = self._open_shape()
         except UserError:
             raise
-        except pickle.UnpicklingError as error:
-            raise UserError(
-                f"--vision_features: cannot map {self.path} (it holds pickled objects, which are never executed; save "
-                "one plain tensor)"
-            ) from error
         except Exception as error:  # three libraries, each with its own errors for a broken file
-            raise UserError(f"--vision_features: cannot map {self.path} ({in_one_line(error, 200)})") from error
+            why = in_one_line(error, 200)
+            if isinstance(error, pickle.UnpicklingError):
+                why = "it holds pickled objects, which are never executed; save one plain tensor"
+            raise UserError(f"--vision_features: cannot map {self.path} ({why})") from error
+        self.rows, self._repeat = found[0], len(found) == 2
+        fault = None
         if not floating:
-            raise UserError(f"--vision_features: {self.path} holds no floating point numbers")
-        if found[1:] not in (self.shape, self.shape[1:]) or (len(found) == 2 and img_type != "resnet"):
+            fault = "holds no floating point numbers"
+        elif found[1:] not in (self.shape, self.shape[1:]) or (self._repeat and img_type != "resnet"):
             wanted = f"(N, {self.shape[1]})" if img_type == "resnet" else f"(N, {self.shape[0]}, {self.shape[1]})"
-            raise UserError(
-                f"--vision_features: {self.path} has shape {found}, but --img_type {img_type} needs {wanted}; "
-                "name the right file or --img_type"
-            )
-        if self._recorded_rows not in (None, found[0]):
-            raise UserError(
-                f"--vision_features: {self.path} has {found[0]} rows, but {img_type}.json beside it says "
-                f"{self._recorded_rows}; the file was cut or replaced: make it again with extract_features.py"
-            )
-        self.rows = found[0]
-        self._repeat = len(found) == 2
+            needs = f"--img_type {img_type} needs {wanted}; name the right file or --img_type"
+            fault = f"has shape {found}, but {needs}"
+        elif recorded_rows not in (None, self.rows):
+            says = f"{img_type}.json beside it says {recorded_rows}; the file was cut or replaced"
+            fault = f"has {self.rows} rows, but {says}: make it again with extract_features.py"
+        if fault:
+            raise UserError(f"--vision_features: {self.path} {fault}")
 
     def __len__(self) -> int:
         return self.rows
@@ -83,14 +79,12 @@ class VisionFeatures:
         for start in range(0, len(rows), 32):
             part = list(rows[start : start + 32])
             sums = self._read(part).flatten(1).sum(1, dtype=torch.float64)
-            bad = [row for row, total in zip(part, sums.tolist(), strict=True) if not math.isfinite(total)]
-            if bad:
-                qid = next((qid for qid, row in self.name_map.items() if row == bad[0]), None)
-                whose = f"question {qid}" if qid else "of no question"
-                raise UserError(
-                    f"--vision_features: row {bad[0]} of {self.path} ({whose}) holds NaN or infinity; make the "
-                    "file again with extract_features.py"
+            if bad := [row for row, total in zip(part, sums.tolist(), strict=True) if not math.isfinite(total)]:
+                whose = next(
+                    (f"question {qid}" for qid, row in self.name_map.items() if row == bad[0]), "of no question"
                 )
+                fault = f"row {bad[0]} of {self.path} ({whose}) holds NaN or infinity"
+                raise UserError(f"--vision_features: {fault}; make the file again with extract_features.py")
 
     def __getitem__(self, row: int) -> torch.Tensor:
         """One row, float32 (patches, dim)."""
@@ -118,13 +112,12 @@ class VisionFeatures:
         for i, qid in enumerate(qids):
             row = self.name_map.get(qid)
             sha.update(f"{qid}\0{row is not None}\0".encode())
-            if row is not None:
-                if whole:
-                    values = self._read([row])
-                else:
-                    part = self._mapped[row : row + 1, i % P : i % P + 1]
-                    values = (torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part).float()
-                sha.update(values.contiguous().numpy().tobytes())
+            if row is not None and whole:
+                sha.update(self._read([row]).contiguous().numpy().tobytes())
+            elif row is not None:
+                part = self._mapped[row : row + 1, i % P : i % P + 1]
+                part = part if isinstance(part, np.ndarray) else part.float().numpy()
+                sha.update(np.asarray(part, np.float32).tobytes())
         return sha.hexdigest()[:16]
 
     def _spread(self, batch: torch.Tensor) -> torch.Tensor:
@@ -156,10 +149,7 @@ class VisionFeatures:
             old_format = file.read(2) not in (b"PK", b"")  # torch before 1.6 wrote no zip archives
         if old_format:
             return np.load(_mappable_copy(self.path), mmap_mode="r", allow_pickle=False)
-        tensor = torch.load(self.path, mmap=True, weights_only=True, map_location="cpu")
-        if not isinstance(tensor, torch.Tensor):
-            raise UserError(f"--vision_features: {self.path} holds a {type(tensor).__name__} instead of one tensor")
-        return tensor
+        return _load_tensor(self.path, mmap=True)
 
     def _open_shape(self) -> tuple[tuple[int, ...], bool]:
         """Shape of the stored array, and whether it is floating point."""
@@ -187,6 +177,13 @@ class VisionFeatures:
         return {key: value for key, value in self.__dict__.items() if key != "_mapped"}
 
 
+def _load_tensor(path: Path, mmap: bool = False) -> torch.Tensor:
+    tensor = torch.load(path, mmap=mmap, weights_only=True, map_location="cpu")
+    if not isinstance(tensor, torch.Tensor):
+        raise UserError(f"--vision_features: {path} holds a {type(tensor).__name__} instead of one tensor")
+    return tensor
+
+
 def _mappable_copy(path: Path) -> Path:
     """`{path}.npy` with the tensor of an old-format file. The first process makes it; the others wait for it.
 
@@ -203,9 +200,7 @@ def _mappable_copy(path: Path) -> Path:
         with only_one(path.with_name(f".{path.name}.lock"), f"{path}", required=False, wait=True):
             if not is_made():
                 stamp = path.stat().st_mtime_ns
-                tensor = torch.load(path, weights_only=True, map_location="cpu")
-                if not isinstance(tensor, torch.Tensor):
-                    raise UserError(f"--vision_features: {path} holds a {type(tensor).__name__} instead of one tensor")
+                tensor = _load_tensor(path)
                 print(f"{path}: saved by a torch before 1.6; a copy that can be mapped goes to {copy}", flush=True)
                 tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
                 with atomic_path(copy) as temporary:

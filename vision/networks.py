@@ -142,20 +142,13 @@ def pick_device(asked: str | None) -> str:
 
 
 def load_encoder(
-    img_type: str,
-    model_name: str | None = None,
-    weights: str = "pretrained",
-    device: str = "cpu",
-    seed: int = 0,
+    img_type: str, model_name: str | None = None, weights: str = "pretrained", device: str = "cpu", seed: int = 0,
     flag: str = "--weights",
-) -> Encoder:
+) -> Encoder:  # fmt: skip
     """Build the network of `img_type`.
 
-    Args:
-        model_name: another network of that kind: a timm model, for detr a transformers DETR. Default `MODEL_NAMES`.
-        weights: "pretrained" (from the hub), "random" (from `seed`), else a file or folder.
-        flag: the flag that named `weights`, for messages.
-
+    `model_name`: another network of that kind, of timm, or for detr a DETR of transformers (default: `MODEL_NAMES`);
+    `weights`: "pretrained" (from the hub), "random" (from `seed`), else a file or folder, which `flag` named.
     Raises UserError if the name is unknown, or the weights are absent or do not fit.
     """
     import torch
