@@ -46,14 +46,9 @@ def arg_max(logits: Tensor, rows: Tensor, t: int) -> Tensor:
 
 
 def generate(
-    policy: nn.Module,
-    states: Tensor,
-    attention_mask: Tensor,
-    k: int,
-    max_length: int,
-    choose: Callable[[Tensor, Tensor, int], Tensor],
-    with_logprobs: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    policy: nn.Module, states: Tensor, attention_mask: Tensor, k: int, max_length: int,
+    choose: Callable[[Tensor, Tensor, int], Tensor], with_logprobs: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Write k texts for each of Q encoded prompts: ids (Q*k, L), L at most `max_length`, start token in column 0.
 
     states (Q, S, d) and attention_mask (Q, S) are of the prompts; `choose(logits (n, V), rows (n,), t)` returns the
@@ -166,9 +161,8 @@ class StepDecoder:
 
     def _self_attention(self, attention: Any, x: Tensor, layer: _Layer, bias: Tensor) -> Tensor:
         t = self.length
-        query, key, value = (
-            linear(x).unflatten(-1, (self.heads, 1, self.dim)) for linear in (attention.q, attention.k, attention.v)
-        )  # (n, H, 1, D)
+        linears, shape = (attention.q, attention.k, attention.v), (self.heads, 1, self.dim)
+        query, key, value = (linear(x).unflatten(-1, shape) for linear in linears)  # (n, H, 1, D)
         layer.keys[:, :, t : t + 1], layer.values[:, :, t : t + 1] = key, value
         keys, values = layer.keys[:, :, : t + 1], layer.values[:, :, : t + 1]
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=1.0)  # (n, H, 1, D)
@@ -179,8 +173,7 @@ class StepDecoder:
         if self.slots is not None:
             query = query.new_zeros(self.questions * self.k, query.size(1)).index_copy(0, self.slots, query)
         query = query.view(self.questions, self.k, self.heads, self.dim).transpose(1, 2)  # (Q, H, k, D)
-        out = F.scaled_dot_product_attention(
-            query, layer.prompt_keys, layer.prompt_values, attn_mask=self.mask, scale=1.0
-        )
+        keys, values = layer.prompt_keys, layer.prompt_values  # (Q, H, S, D)
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask, scale=1.0)  # (Q, H, k, D)
         out = out.transpose(1, 2).flatten(2).flatten(0, 1)  # (Q*k, H*D)
         return attention.o(out if self.slots is None else out[self.slots])

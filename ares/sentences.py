@@ -106,7 +106,7 @@ ITEM = r"[(\[*]*(?:\d{1,2}[.)\]*]+|(?:[A-Za-z]|[IVX]{1,4})[.)\]*]{1,2})"
 MARKER = re.compile(rf"{ITEM}(?:\s+{ITEM})*|.*(?::\s+[(*]*1|\n[ *(]*\d{{1,2}})[.)*]+", re.DOTALL)
 LONE_LOWER = re.compile(r"[a-z]+\.")  # "etc. is short for", "com. is not"
 DOTTED = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]")  # U.S, p.m, J.K: the last dot belongs to the terminator
-NEXT_WORD = re.compile(r"[\w’'-]+")
+NEXT_WORD = re.compile(r"[\w’'-]*")
 SPEECH = re.compile(  # "Stop!" Lila remarked.
     r"\w+ (?:said|says|asked|asks|told|replied|remarked|answered|added|explained|exclaimed|called|cried|shouted|"
     r"yelled|whispered|wondered|thought)\b"
@@ -153,7 +153,7 @@ def _belongs_to_last(gap: str, text: str, start: int, match: re.Match) -> bool:
         return False
     if match[0] == BREAK:
         return not PREFIX.fullmatch(text, start, match.start())
-    return start == match.start() and not any(char in CLOSERS for char in match[0])
+    return start == match.start() and not set(match[0]) & set(CLOSERS)
 
 
 def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
@@ -175,11 +175,8 @@ def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
     if text[start] in OPENERS and run[-1] in "\"”'’" and SPEECH.match(text, after):
         return False
     if following.islower() and "\n" not in text[end:after]:
-        if run[-1] in CLOSERS:  # "Stop!" he said. (why?) and so on
-            return False
-        if LONE_LOWER.fullmatch(fragment):
-            return False
-        if not word and len(run) > 1:  # a free-standing ellipsis is a pause
+        # "Stop!" he said. (why?) and so on; a free-standing ellipsis is a pause
+        if run[-1] in CLOSERS or LONE_LOWER.fullmatch(fragment) or (not word and len(run) > 1):
             return False
     return run != "." or not _is_abbreviation(before, word, text, after)
 
@@ -194,18 +191,15 @@ def _ends_glued(text: str, end: int, word: str, run: str) -> bool:
 def _is_abbreviation(before: str, word: str, text: str, after: int) -> bool:
     """Is the period that follows `word` part of it? `before`: the sentence up to it; `after`: where text goes on."""
     goes_on, number = text[after].islower(), text[after].isdigit()
-    match = NEXT_WORD.match(text, after)
-    next_word = match[0] if match else ""
+    next_word = NEXT_WORD.match(text, after)[0]
     opens = next_word in OPENINGS
     previous = (["", "", *before.split()])[-2]
     word = word.lstrip(OPENERS)
     lower = word.lower()
-    if lower in NEVER_LAST:
+    if lower in NEVER_LAST or (word in NUMBERED and number):
         return True
     if word in TITLES:
         return not opens
-    if word in NUMBERED and number:
-        return True
     if lower in SOMETIMES_LAST:
         return goes_on
     if lower in UNITS:
@@ -319,8 +313,7 @@ def _text_of_ids(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[int]]:
     ids = ids.tolist() if hasattr(ids, "tolist") else [int(token) for token in ids]
     if ids and isinstance(ids[0], list):
         raise ValueError(f"ids of one rationale wanted, got {len(ids)} rows")
-    table = _tables.get(tokenizer)
-    if table is None:
+    if (table := _tables.get(tokenizer)) is None:
         table = _tables[tokenizer] = _Pieces(tokenizer)
     while ids and ids[-1] == table.pad:
         ids.pop()
@@ -345,7 +338,7 @@ def _drop_stray(pieces: list[str], unknown: int) -> None:
     after = "".join(pieces[unknown + 1 : unknown + 3])[1:2]
     if before == " " and after.islower():
         return
-    pieces[unknown], pieces[unknown + 1] = "\n", pieces[unknown + 1][1:]
+    pieces[unknown : unknown + 2] = "\n", pieces[unknown + 1][1:]
 
 
 def _decode_bytes(match: re.Match) -> str:
