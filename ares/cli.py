@@ -70,10 +70,9 @@ def disk_error(error: BaseException, path: str | os.PathLike | None = None) -> D
     elif not re.search(r"PytorchStreamWriter|inline_container|I/O error|IoError|No space left", text):
         return None
     path = path or getattr(error, "filename", None)
-    if number is None:
-        if path is None:
-            return None
-        number = errno.ENOSPC if free_bytes(path) < 1 << 20 else None
+    if number is None and path is None:
+        return None
+    number = number or (errno.ENOSPC if free_bytes(path) < 1 << 20 else None)
     reason = os.strerror(number) if number else text
     fix = "make room" if number in FULL else "make it writable or name another place"
     fix = "name a shorter path" if number == errno.ENAMETOOLONG else fix
@@ -183,9 +182,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         shown = action.option_strings and action.nargs != 0 and default not in (None, argparse.SUPPRESS, "", [], ())
         if not shown or "default" in text:
             return text
-        if isinstance(default, (list, tuple)):
-            return f"{text} (default: {' '.join(map(str, default))})".strip()
-        return f"{text} (default: %(default)s)".strip()
+        default = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else "%(default)s"
+        return f"{text} (default: {default})".strip()
 
 
 def str2bool(text: str) -> bool:
@@ -265,10 +263,9 @@ def add_common_flags(
 def precision_faults() -> list[str]:
     """Faults of accelerate's configuration, for `refuse`: a precision that --precision does not have."""
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate launch
-    if configured in ("no", "bf16"):
-        return []
-    return [f"the accelerate configuration asks for {configured}, in which T5 overflows; use --mixed_precision no or "
-            "bf16 with accelerate launch (or change it with accelerate config); --precision decides"]  # fmt: skip
+    fix = "use --mixed_precision no or bf16 with accelerate launch (or change it with accelerate config)"
+    fault = f"the accelerate configuration asks for {configured}, in which T5 overflows; {fix}; --precision decides"
+    return [] if configured in ("no", "bf16") else [fault]
 
 
 def mixed_precision(precision: str) -> str:

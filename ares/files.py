@@ -35,10 +35,12 @@ SHARED_BYTES = 1 << 26  # of a file in a questions folder
 PID_NAMESPACE = os.readlink("/proc/self/ns/pid") if os.path.islink("/proc/self/ns/pid") else ""
 TEMPORARY = f".tmp-{zlib.crc32(f'{socket.gethostname()} {PID_NAMESPACE}'.encode()):08x}-"
 
+AnyPath = str | os.PathLike
+
 # -- reading ---------------------------------------------------------------------------------------------
 
 
-def open_regular(path: str | os.PathLike, *, follow_links: bool = True, flags: int = os.O_RDONLY) -> int:
+def open_regular(path: AnyPath, *, follow_links: bool = True, flags: int = os.O_RDONLY) -> int:
     """Open a regular file and return its descriptor. Raises UserError for anything else, and OSError."""
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
     try:
@@ -59,12 +61,11 @@ def open_regular(path: str | os.PathLike, *, follow_links: bool = True, flags: i
 
 
 def _kind(mode: int) -> str:
-    if stat.S_ISDIR(mode):
-        return "is a folder, not a file"
-    return "is a FIFO, not a file" if stat.S_ISFIFO(mode) else "is a device or socket, not a file"
+    found = "folder" if stat.S_ISDIR(mode) else "FIFO" if stat.S_ISFIFO(mode) else "device or socket"
+    return f"is a {found}, not a file"
 
 
-def read_shared(path: str | os.PathLike, max_bytes: int = SHARED_BYTES) -> bytes:
+def read_shared(path: AnyPath, max_bytes: int = SHARED_BYTES) -> bytes:
     """Read a file of a questions folder without following links.
 
     Raises UserError for a link, a FIFO, a folder or too many bytes, and OSError (FileNotFoundError).
@@ -72,7 +73,7 @@ def read_shared(path: str | os.PathLike, max_bytes: int = SHARED_BYTES) -> bytes
     return _content(open_regular(path, follow_links=False), path, max_bytes)
 
 
-def read_bytes(path: str | os.PathLike, flag: str, *, head: int | None = None) -> bytes:
+def read_bytes(path: AnyPath, flag: str, *, head: int | None = None) -> bytes:
     """Read a file that the user named or that we wrote, following links; with `head` only the first `head` bytes.
 
     Raises UserError naming `flag` and the file.
@@ -87,7 +88,7 @@ def read_bytes(path: str | os.PathLike, flag: str, *, head: int | None = None) -
         raise UserError(f"{flag}: cannot read {shortened(path)} ({error.strerror or error})") from error
 
 
-def _content(file: int, path: str | os.PathLike, max_bytes: int, head: int | None = None) -> bytes:
+def _content(file: int, path: AnyPath, max_bytes: int, head: int | None = None) -> bytes:
     with open(file, "rb", buffering=0) as opened:
         if head is not None:
             return opened.read(head)
@@ -96,18 +97,14 @@ def _content(file: int, path: str | os.PathLike, max_bytes: int, head: int | Non
         return opened.readall()
 
 
-def refuse_unfit(path: str | os.PathLike, flag: str) -> None:
+def refuse_unfit(path: AnyPath, flag: str) -> None:
     """Raise UserError unless `path` is a readable regular file. For files that a library opens by name."""
     read_bytes(path, flag, head=0)
 
 
-def read_text(path: str | os.PathLike, flag: str) -> str:
+def read_text(path: AnyPath, flag: str) -> str:
     """Read UTF-8 text without its byte order mark. Raises UserError naming `flag`, the file and the line."""
-    return decode(read_bytes(path, flag), f"{flag}: {path}")
-
-
-def decode(data: bytes, where: str) -> str:
-    """Decode UTF-8. Raises UserError that begins with `where`."""
+    data, where = read_bytes(path, flag), f"{flag}: {path}"
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{where} is UTF-16; save it as UTF-8")
     try:
@@ -118,7 +115,7 @@ def decode(data: bytes, where: str) -> str:
 
 
 def read_json(
-    path: str | os.PathLike, flag: str, kind: type | None = None, *, holds: str | None = None, nan: bool = False
+    path: AnyPath, flag: str, kind: type | None = None, *, holds: str | None = None, nan: bool = False
 ) -> Any:
     """Read a JSON file. `kind`: dict or list, if the value must be one; `nan`: read NaN as None.
 
@@ -184,9 +181,7 @@ def _half_character(value: Any) -> str | None:
     return None
 
 
-def read_jsonl(
-    path: str | os.PathLike, flag: str, damaged: Callable[[int], Any] | None = None, *, nan: bool = True
-) -> Iterator[tuple[int, Any]]:
+def read_jsonl(path: AnyPath, flag: str, damaged: Callable[[int], Any] | None = None) -> Iterator[tuple[int, Any]]:
     """Yield (line number, value) of each line that is not blank; NaN is read as None.
 
     `damaged` is called with the number of each line that is no JSON; without it such a line raises UserError.
@@ -196,17 +191,17 @@ def read_jsonl(
         if not line.strip():
             continue
         try:
-            value = parse_json(line.decode("utf-8"), nan=nan)
+            value = parse_json(line.decode("utf-8"), nan=True)
         except ValueError as error:  # UnicodeDecodeError is one
             if damaged is None:
                 reason = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else in_one_line(error, 160)
                 raise UserError(f"{flag}: {path}: line {number} {reason}") from None
             damaged(number)
-            continue
-        yield number, value
+        else:
+            yield number, value
 
 
-def read_yaml(path: str | os.PathLike, flag: str) -> dict[str, Any]:
+def read_yaml(path: AnyPath, flag: str) -> dict[str, Any]:
     """Read the mapping in a YAML file; {} if it is empty. Raises UserError naming `flag` and the file."""
     import yaml
 
@@ -220,7 +215,7 @@ def read_yaml(path: str | os.PathLike, flag: str) -> dict[str, Any]:
     return value or {}
 
 
-def refuse_links(path: str | os.PathLike, root: str | os.PathLike) -> None:
+def refuse_links(path: AnyPath, root: AnyPath) -> None:
     """Raise UserError if `path`, or a folder between `root` and it, is a link that leads out of `root`."""
     step, root = Path(root), Path(root)
     for part in Path(path).relative_to(root).parts:
@@ -233,20 +228,18 @@ def refuse_links(path: str | os.PathLike, root: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
+def writing(path: AnyPath) -> Iterator[None]:
     """Turn errors of the disk within the block into a DiskError that names `path`."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
-        fault = disk_error(error, path)
+        fault = None if isinstance(error, UserError) else disk_error(error, path)
         if fault is None:
             raise
         raise fault from error
 
 
-def write_bytes(path: str | os.PathLike, data: bytes, *, flush: bool = True) -> None:
+def write_bytes(path: AnyPath, data: bytes, *, flush: bool = True) -> None:
     """Write a file atomically. Raises DiskError; on a full disk the room that `reserve` holds is used.
 
     `flush`: wait for the disk, which takes 5 ms; not needed where a second run can write the file again.
@@ -281,17 +274,17 @@ def _write_all(file: int, data: bytes) -> None:
         view = view[os.write(file, view) :]
 
 
-def write_text(path: str | os.PathLike, text: str, *, flush: bool = True) -> None:
+def write_text(path: AnyPath, text: str, *, flush: bool = True) -> None:
     """Write a text file atomically (UTF-8, newlines as given; half of a surrogate pair becomes `?`)."""
     write_bytes(path, text.encode("utf-8", errors="replace"), flush=flush)
 
 
-def write_json(path: str | os.PathLike, value: Any, indent: int | None = 4) -> None:
+def write_json(path: AnyPath, value: Any, indent: int | None = 4) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
-def write_args(folder: str | os.PathLike, args: argparse.Namespace) -> None:
+def write_args(folder: AnyPath, args: argparse.Namespace) -> None:
     """Write the flags of a run to `folder`/args.yaml."""
     import yaml
 
@@ -299,7 +292,7 @@ def write_args(folder: str | os.PathLike, args: argparse.Namespace) -> None:
     write_text(Path(folder) / "args.yaml", yaml.safe_dump(plain, sort_keys=False))
 
 
-def touch(path: str | os.PathLike) -> None:
+def touch(path: AnyPath) -> None:
     """Make an empty file with the present time; a link there is replaced."""
     write_bytes(path, b"", flush=False)
 
@@ -309,7 +302,7 @@ def _temporary_name() -> str:
     return f"{TEMPORARY}{os.getpid()}-{threading.get_ident() % 10**6}-{time.monotonic_ns()}"
 
 
-def remove_leftovers(folder: str | os.PathLike) -> None:
+def remove_leftovers(folder: AnyPath) -> None:
     """Delete the temporary files in `folder` whose process, on this machine, has ended: it was killed."""
     for path in Path(folder).glob(f"{TEMPORARY}*"):
         try:
@@ -333,7 +326,7 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: AnyPath) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and replaces `path` atomically.
 
     Raises DiskError if the disk refuses something, whatever library writes there.
@@ -346,7 +339,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_dir(path: AnyPath) -> Iterator[Path]:
     """Yield a new folder beside `path`; on success it replaces `path`. A kill leaves no half-written folder.
 
     Raises DiskError if the disk refuses something, whatever library writes there.
@@ -366,7 +359,7 @@ def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
         old.unlink() if old.is_symlink() else shutil.rmtree(old, ignore_errors=True)
 
 
-def place_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
+def place_file(source: AnyPath, target: AnyPath) -> None:
     """Make `target` a hard link to `source`, or a copy where the disk allows none, atomically.
 
     An earlier link or copy of the same size and time stays: a second run is quick. Raises UserError if `source` is no
@@ -388,7 +381,7 @@ def place_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
         os.replace(temporary, target)
 
 
-def writable_dir(path: str | os.PathLike, flag: str) -> Path:
+def writable_dir(path: AnyPath, flag: str) -> Path:
     """Make the folder `path`, test that a file can be written there, and remove what killed processes left in it.
 
     Raises UserError naming `flag`.
@@ -423,14 +416,12 @@ class Lines:
     Raises UserError if `path` is a link or no regular file, DiskError.
     """
 
-    def __init__(self, path: str | os.PathLike, mode: int = 0o644):
+    def __init__(self, path: AnyPath):
         self.path = path
         with writing(path):
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             self._file = open_regular(path, follow_links=False, flags=os.O_RDWR | os.O_APPEND | os.O_CREAT)
             size = os.fstat(self._file).st_size
-            if not size and mode != 0o644:
-                os.fchmod(self._file, mode)
             self._torn = bool(size) and os.pread(self._file, 1, size - 1) != b"\n"
             if self._torn:
                 self._write(b"")
@@ -454,7 +445,7 @@ class Lines:
         os.close(self._file)
 
 
-def append_line(path: str | os.PathLike, text: str) -> None:
+def append_line(path: AnyPath, text: str) -> None:
     """Append one line to a file that no other process writes to."""
     with contextlib.closing(Lines(path)) as lines:
         lines.add(text)
@@ -468,7 +459,7 @@ _reserve_used = False  # the disk was full: nothing new may begin
 
 
 @contextlib.contextmanager
-def reserve(path: str | os.PathLike, size: int) -> Iterator[None]:
+def reserve(path: AnyPath, size: int) -> Iterator[None]:
     """Hold `size` bytes of the disk, as the file `path`, during the block. When the disk is full, `write_bytes` and
     `Lines.add(reserved=True)` free them and write again. Raises DiskError if the disk has less room than that."""
     global _reserve, _reserve_used
@@ -491,7 +482,7 @@ def out_of_room() -> DiskError | None:
     return disk_error(OSError(errno.ENOSPC, ""), _reserve.parent) if _reserve and _reserve_used else None
 
 
-def _with_reserve(write: Callable[[], None], path: str | os.PathLike, allowed: bool = True) -> None:
+def _with_reserve(write: Callable[[], None], path: AnyPath, allowed: bool = True) -> None:
     global _reserve_used
     try:
         write()
