@@ -21,7 +21,6 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,20 +143,16 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
         fresh = FUSION + ("v_head.",)
         if lost := sorted(key for key in loading["missing_keys"] if not key.startswith(fresh)):
             raise UserError(f"{folder}: {lost[0]} and {len(lost) - 1} more tensors are missing from the checkpoint")
-        model._check_tying()
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        tied = [weights[name] is weights["shared.weight"] for name in (*EMBEDDINGS, "lm_head.weight")]
+        if tied != [True, True, model.config.tie_word_embeddings]:
+            raise RuntimeError("embeddings are not tied as the checkpoint says; is this transformers known?")
         return model
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         # transformers ties all or nothing; in an untied T5 only lm_head is separate
         tied = EMBEDDINGS + (("lm_head.weight",) if self.config.tie_word_embeddings else ())
         return dict.fromkeys(tied, "shared.weight")
-
-    def _check_tying(self) -> None:
-        weights = dict(self.named_parameters(remove_duplicate=False))
-        shared = weights["shared.weight"]
-        tied = [weights[name] is shared for name in (*EMBEDDINGS, "lm_head.weight")]
-        if tied != [True, True, self.config.tie_word_embeddings]:
-            raise RuntimeError("embeddings are not tied as the checkpoint says; is this transformers known?")
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """As the library's, for encoder and decoder, too, which transformers before about 5.24 skips."""
@@ -263,7 +258,8 @@ class T5ForMultimodalGenerationValueFunction(T5ForMultimodalGeneration):
         model = super().from_pretrained(folder, *args, **kwargs)
         if (path := folder / VALUE_FUNCTION).exists():
             state = load_state_dict(path, "from_pretrained", "cpu")
-            checkpoints.check_shapes(_shapes(state), _shapes(model.state_dict()), path, "value model")
+            expected = checkpoints.shapes_of(model.state_dict())
+            checkpoints.check_shapes(checkpoints.shapes_of(state), expected, path, "value model")
             model.load_state_dict(state)
         model._freeze_lm_head()
         return model
@@ -348,12 +344,8 @@ def read_checkpoint(folder: Path, flag: str) -> CheckpointInfo:
     optional = set(EMBEDDINGS) | ({"lm_head.weight"} if tied else set())
     if any(name in shapes for name in EMBEDDINGS):
         optional.add("shared.weight")  # any one of the three will do
-    checkpoints.check_shapes(shapes, _shapes(model.state_dict()), folder, flag, optional)
+    checkpoints.check_shapes(shapes, checkpoints.shapes_of(model.state_dict()), folder, flag, optional)
     return CheckpointInfo(folder, config, shapes, tied, config.patch_size)
-
-
-def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _check_features(info: CheckpointInfo, patch_size: PatchSize | None, img_type: str | None, flag: str) -> None:

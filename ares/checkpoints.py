@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import warnings
 import zipfile
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,7 @@ class MultimodalT5Config(T5Config):
         recorded = kwargs.pop("image_patch_size", None)
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = not untied
-        self.patch_size = recorded if self.patch_size is None else self.patch_size
-        self.patch_size = None if self.patch_size is None else tuple(self.patch_size)
+        self.patch_size = tuple(self.patch_size or recorded or ()) or None
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
@@ -76,8 +75,7 @@ def as_multimodal(config: T5Config, patch_size: PatchSize | None = None) -> Mult
         attention = config._attn_implementation
         config = MultimodalT5Config.from_dict(config.to_dict())
         config._attn_implementation = attention
-    if patch_size is not None:
-        config.patch_size = tuple(patch_size)
+    config.patch_size = config.patch_size if patch_size is None else tuple(patch_size)
     return config
 
 
@@ -113,7 +111,7 @@ def read_shapes(folder: Path, flag: str) -> dict[str, tuple[int, ...]]:
     if name is None:
         raise UserError(f"{flag}: {folder} holds no weights (looked for {', '.join(WEIGHTS)})")
     if not name.endswith(".index.json"):
-        return _read_header(folder / name, flag)
+        return shapes_of(load_state_dict(folder / name, flag, "meta"))
     index = files.read_json(folder / name, flag, dict).get("weight_map")
     shards = sorted(set(map(str, index.values()))) if isinstance(index, dict) else []
     if not shards or any("/" in shard or len(shard) > 255 for shard in shards):
@@ -122,12 +120,12 @@ def read_shapes(folder: Path, flag: str) -> dict[str, tuple[int, ...]]:
     for shard in shards:
         if not (folder / shard).exists():
             raise UserError(f"{flag}: {folder / shard} is named in {name} but absent; copy the whole folder")
-        shapes.update(_read_header(folder / shard, flag))
+        shapes |= shapes_of(load_state_dict(folder / shard, flag, "meta"))
     return shapes
 
 
-def _read_header(path: Path, flag: str) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in load_state_dict(path, flag, "meta").items()}
+def shapes_of(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def load_state_dict(path: Path, flag: str, device: str = "cpu", inner: Sequence[str] = ()) -> dict[str, torch.Tensor]:
@@ -240,10 +238,8 @@ def portable_tokenizer(folder: Path) -> None:
 
 
 def _old_metaspace(part: Any) -> Any:
-    if isinstance(part, list):
-        return [_old_metaspace(each) for each in part]
     if not isinstance(part, dict):
-        return part
+        return [_old_metaspace(each) for each in part] if isinstance(part, list) else part
     part = {key: value if key == "model" else _old_metaspace(value) for key, value in part.items()}
     if part.get("type") == "Metaspace" and part.get("prepend_scheme") in ("always", "never") and part.get("split"):
         part["add_prefix_space"] = part.pop("prepend_scheme") == "always"

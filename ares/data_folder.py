@@ -70,7 +70,7 @@ class DataFolder:
             print0("note: pid_splits.json has no split trainval; using train, then val")
             return list(dict.fromkeys([*splits["train"], *splits["val"]]))
         if name not in splits:
-            raise UserError(f"{flag}: pid_splits.json has no split {name}{_listing('; it has', splits)}")
+            raise UserError(f"{flag}: pid_splits.json has no split {name}; it has {_listing(splits, 40) or 'none'}")
         if not splits[name]:
             raise UserError(f"{flag}: split {name} of pid_splits.json is empty")
         return list(splits[name])
@@ -102,7 +102,7 @@ def find_dataset(data_root: str | Path, dataset: str | None = None) -> str:
     found, candidates = _datasets(root)
     if dataset is not None:
         if not (root / dataset).is_dir():
-            raise UserError(f"--dataset: {root} has no subfolder {dataset}{_listing('; it holds', found)}")
+            raise UserError(f"--dataset: {root} has no subfolder {dataset}; it holds {_listing(found, 40) or 'none'}")
         return dataset
     if len(candidates) == 1:
         return candidates[0]
@@ -163,10 +163,8 @@ def check_overlap(splits: Mapping[str, Sequence[str]], train: str = "train", oth
 
 
 def data_folders(args: argparse.Namespace) -> list[Path]:
-    """Where a run looks first for captions, images, features and name map: the data set's folder, then --data_root.
-
-    The data set's folder comes first so that two data sets can share a --data_root.
-    """
+    """Where a run looks first for captions, images, features and name map: the data set's folder (two data sets can
+    share a --data_root), then --data_root."""
     root = Path(args.data_root)
     candidates = [args.dataset] if args.dataset else _datasets(root)[1]
     return [root / candidates[0], root] if len(candidates) == 1 else [root]
@@ -190,19 +188,17 @@ def search_folders(args: argparse.Namespace) -> list[Path]:
 
 
 def find_captions(args: argparse.Namespace) -> Path:
-    """The caption file: `--caption_file`, or, at its default, the first captions.json or instruct_captions.json in
-    `search_folders`. Prints which, unless it is the default.
-    """
+    """`--caption_file`, or, at its default, the first of CAPTION_NAMES in `search_folders`; prints which."""
     if args.caption_file != CAPTION_DEFAULT:
         return _named(args.caption_file, "--caption_file")
     named = Path(CAPTION_DEFAULT)
     # ./data/captions.json only if ./data is --data_root: else these are the captions of other questions
     folders = search_folders(args)
     here = f" (./{named}, if these captions are meant)" * named.is_file()
-    absent = f"--caption_file: no {' or '.join(CAPTION_NAMES)} in {_places(folders)}; name one{here}"
+    absent = f"--caption_file: no {' or '.join(CAPTION_NAMES)} in {_listing(folders)}; name one{here}"
     path = _first([folder / name for folder in folders for name in CAPTION_NAMES], f"{absent}, or drop --use_caption")
     if path != named:
-        print0(f"captions: {path} (no {named})" if not named.exists() else f"captions: {path}")
+        print0(f"captions: {path}" + f" (no {named})" * (not named.exists()))
     return path
 
 
@@ -220,7 +216,7 @@ def load_captions(path: str | Path) -> dict[str, str]:
 def check_captions(
     path: str | Path, captions: Mapping[str, str], problems: Problems, splits: Mapping[str, Sequence[str]]
 ) -> None:
-    """Warn of questions that name an image but have no caption; UserError if these are more than half of a split."""
+    """Warn of questions with an image but no caption; UserError if these are more than half of a split."""
     check_pictured(captions, problems, splits, f"--caption_file: {path} has captions", f"have no caption in {path}")
 
 
@@ -289,7 +285,7 @@ def find_feature_file(args: argparse.Namespace) -> Path:
         if found:
             return found[0]
     raise UserError(
-        f"--vision_features: no {args.img_type}{{{','.join(FEATURE_SUFFIXES)}}} in {_places(folders)}; "
+        f"--vision_features: no {args.img_type}{{{','.join(FEATURE_SUFFIXES)}}} in {_listing(folders)}; "
         "make it with extract_features.py, name its folder, or leave --img_type out for text only"
     )
 
@@ -363,16 +359,12 @@ def _first(places: Iterable[Path], absent: str | None = None) -> Path | None:
     """The first of `places` that exists. If none does, raises UserError with the text `absent`, if there is one."""
     found = next((path for path in places if path.exists()), None)
     if found is None and absent:
-        raise UserError(absent.replace("{places}", _places(places)))
+        raise UserError(absent.replace("{places}", _listing(places)))
     return found
 
 
-def _places(places: Iterable[Path]) -> str:
-    return ", ".join(map(str, places))
-
-
-def _listing(lead: str, names: Iterable[str]) -> str:
-    return f"{lead} {', '.join(name[:40] for name in names)}" if list(names) else ""
+def _listing(names: Iterable[object], most: int | None = None) -> str:
+    return ", ".join(str(name)[:most] for name in names)
 
 
 def _more(count: int) -> str:

@@ -109,14 +109,11 @@ class StepDecoder:
         self.layers = []
         for block in policy.decoder.block:
             attention = block.layer[1].EncDecAttention
-            keys, values = (self._split(linear(states)) for linear in (attention.k, attention.v))
+            projected = [linear(states).unflatten(-1, (self.heads, self.dim)) for linear in (attention.k, attention.v)]
+            keys, values = (x.transpose(1, 2).contiguous() for x in projected)  # (Q, H, S, D)
             none = keys.new_empty(len(states) * k, self.heads, 0, self.dim)
             self.layers.append(_Layer(block, keys, values, none, none))
         self._grow(FIRST_LENGTH)
-
-    def _split(self, x: Tensor) -> Tensor:
-        """(n, T, H*D) -> (n, H, T, D), contiguous."""
-        return x.unflatten(-1, (self.heads, self.dim)).transpose(1, 2).contiguous()
 
     def _grow(self, capacity: int) -> None:
         for layer in self.layers:

@@ -121,7 +121,7 @@ def load_image(path: str | os.PathLike, qid: str) -> tuple[str, bytes]:
         raise UserError(f"{where} is no regular file; replace or remove it") from None
     if about.st_size > MAX_FILE:
         raise UserError(f"{where} is larger than {MAX_FILE / 1e6:.0f} MB; replace or remove it")
-    identity = _identity(about)
+    identity = file_identity(about)
     if identity in _checked:
         return _checked[identity], data
     kind = media_type(data[:12])
@@ -190,12 +190,8 @@ def _fitting(image) -> tuple[str, bytes]:
     return "image/jpeg", jpeg.getvalue()
 
 
-def file_identity(path: str | os.PathLike) -> tuple[int, int, int, int]:
+def file_identity(about: os.stat_result) -> tuple[int, int, int, int]:
     """What tells one state of a file from another without reading it; hard links share it."""
-    return _identity(os.stat(path))
-
-
-def _identity(about: os.stat_result) -> tuple[int, int, int, int]:
     return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 

@@ -207,7 +207,7 @@ class ApiTeacher:
         )
 
     def _image_digest(self, path: os.PathLike) -> str:
-        identity = images.file_identity(path)
+        identity = images.file_identity(os.stat(path))
         if identity not in self._image_digests:
             with open(path, "rb") as file:
                 self._image_digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()

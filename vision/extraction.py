@@ -136,7 +136,7 @@ def changed(settings: dict[str, Any], record: Any) -> list[str]:
 class Batch:
     """Consecutive images: those of each size stacked (B, 3, H, W), with their positions in the batch."""
 
-    qids: list[str]
+    qids: Sequence[str]
     stacks: list[tuple[list[int], torch.Tensor]]
     broken: dict[str, str] = field(default_factory=dict)  # question id -> why its image cannot be read
 
@@ -150,35 +150,27 @@ def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: in
     """The images from number `done` on, in order, decoded by `workers` processes, or by threads of this one."""
     from torch.utils.data import DataLoader
 
-    class Images:
-        def __init__(self):
-            self.rows = list(images.items())[done:]
-
-        def __len__(self):
-            return len(self.rows)
-
-        def __getitems__(self, positions):
-            return list(map(self.load, positions) if workers else threads.map(self.load, positions))
-
-        def load(self, position):
-            qid, path = self.rows[position]
-            try:
-                return qid, encoder.transform(read_image(path)), ""
-            except (OSError, ValueError) as error:
-                return qid, None, f"{path}: {error}"
+    def load(path):
+        try:
+            return encoder.transform(read_image(path))
+        except (OSError, ValueError) as error:
+            return f"{path}: {error}"
 
     def collate(rows):
-        sound = [position for position, (_, pixels, _) in enumerate(rows) if pixels is not None]
-        groups = by_size([rows[position][1] for position in sound])
+        qids, paths = zip(*rows, strict=True)
+        loaded = list(map(load, paths) if workers else threads.map(load, paths))
+        sound = [position for position, pixels in enumerate(loaded) if not isinstance(pixels, str)]
+        groups = by_size([loaded[position] for position in sound])
         stacks = [([sound[i] for i in positions], pixels) for positions, pixels in groups]
-        return Batch([qid for qid, *_ in rows], stacks, {qid: why for qid, pixels, why in rows if pixels is None})
+        return Batch(qids, stacks, {qid: why for qid, why in zip(qids, loaded, strict=True) if isinstance(why, str)})
 
-    context = "fork" if workers else None  # the default of Python 3.14 would have to pickle the classes above
+    context = "fork" if workers else None  # the default of Python 3.14 would have to pickle the functions above
     # the threads end with the loop: OpenMP waits less eagerly in a process with more of them than cores, which slows
     # every other matrix product
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        rows = list(images.items())[done:]
         yield from DataLoader(
-            Images(), batch_size=batch_size, num_workers=workers, collate_fn=collate, multiprocessing_context=context
+            rows, batch_size, num_workers=workers, collate_fn=collate, multiprocessing_context=context
         )
 
 
