@@ -232,11 +232,8 @@ def choose_attention(model: Any, device: torch.device) -> None:
 
 
 class T5ForMultimodalGenerationValueFunction(T5ForMultimodalGeneration):
-    """A full copy of the policy whose decoder states go to `v_head`: one value per decoder position.
-
-    `lm_head` is never used. It is frozen where it is a tensor of its own; in a tied checkpoint it is `shared`, which
-    trains.
-    """
+    """A full copy of the policy whose decoder states go to `v_head`: one value per decoder position. `lm_head` is
+    never used. It is frozen where it is a tensor of its own; in a tied checkpoint it is `shared`, which trains."""
 
     _keys_to_ignore_on_load_missing = [r"^v_head\."]  # a policy's folder has none: not worth a report
 

@@ -86,10 +86,8 @@ def load_data_std(args: argparse.Namespace) -> tuple[files.Problems, dict[str, l
 def load_data_img(
     args: argparse.Namespace,
 ) -> tuple[files.Problems, dict[str, list[str]], dict[str, int], VisionFeatures]:
-    """`(problems, qids, name_maps, image_features)`; `image_features[row]` is (patches, dim). MM-CoT's name.
-
-    The features stay on disk: index them by row, or gather a batch by question ids.
-    """
+    """`(problems, qids, name_maps, image_features)`; `image_features[row]` is (patches, dim). MM-CoT's name. The
+    features stay on disk: index them by row, or gather a batch by question ids."""
     if args.img_type is None:
         raise UserError(f"--img_type: load_data_img needs one of {', '.join(img_shape)}; load_data_std is text only")
     data = load_data(args, {"train": args.train_split, "val": args.val_split, "test": args.test_split})
@@ -141,10 +139,8 @@ def _fill_captions(args: argparse.Namespace, problems: files.Problems, splits: M
 
 
 def open_features(args: argparse.Namespace) -> VisionFeatures:
-    """Find, map and check the features of --img_type and their name map. Raises UserError.
-
-    SAMPLE_ROWS rows are checked for NaN and infinity; tools/doctor.py checks all.
-    """
+    """Find, map and check the features of --img_type and their name map. Raises UserError. SAMPLE_ROWS rows are
+    checked for NaN and infinity; tools/doctor.py checks all."""
     path = files.find_feature_file(args)
     name_map = files.find_name_map(args, path.parent)
     features = VisionFeatures(path, files.load_name_map(name_map), args.img_type)
@@ -173,10 +169,8 @@ def check_coverage(features: VisionFeatures, problems: Mapping[str, Any], splits
 
 
 def read_le(path: str | Path, qids: Sequence[str], flag: str) -> dict[str, str]:
-    """qid -> rationale from a predictions file: by its `qids` where it has them, else in the order of `qids`.
-
-    Raises UserError naming `flag` if one is missing, or if a file without ids has another length than the split.
-    """
+    """qid -> rationale from a predictions file: by its `qids` where it has them, else in the order of `qids`. Raises
+    UserError naming `flag` if one is missing, or if a file without ids has another length than the split."""
     by_qid = read_predictions(path, flag, qids).by_qid()
     if absent := [qid for qid in qids if qid not in by_qid]:
         lacks = f"{len(absent)} of the split's {len(qids)} questions, the first being {absent[0]}"

@@ -28,10 +28,8 @@ SUBJECTS = {"natural": "natural science", "social": "social science", "language"
 
 
 def extract_answer(text: str, n_choices: int | None = None, options: Sequence[str] = "ABCDE") -> str | None:
-    """The letter X of exactly one `The answer is (X)` in a generated text, else None.
-
-    With `n_choices`, a letter beyond the question's own options is no answer either.
-    """
+    """The letter X of exactly one `The answer is (X)` in a generated text, else None. With `n_choices`, a letter
+    beyond the question's own options is no answer either."""
     letters = "".join(options)
     found = re.findall(rf"The answer is \(([A-Z{re.escape(letters)}])\)", text)
     if len(found) != 1 or (n_choices is not None and found[0] not in letters[:n_choices]):
@@ -121,10 +119,8 @@ def rouge_l(target: str, prediction: str) -> float | None:
 
 
 def question_rouge(reference: str, prediction: str) -> float | None:
-    """ROUGE-L of one question as the released scores count it, white space at the ends dropped.
-
-    None for an empty prediction or reference, which are skipped; 0 for a prediction of white space alone.
-    """
+    """ROUGE-L of one question as the released scores count it, white space at the ends dropped. None for an empty
+    prediction or reference, which are skipped; 0 for a prediction of white space alone."""
     return rouge_l(reference.strip(), prediction.strip() or prediction)
 
 
@@ -183,10 +179,8 @@ def rationale_scores(predictions: Mapping[str, str], references: Mapping[str, st
 
 
 def training_rouge(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """ROUGE-L F in per cent (`rouge_score`, stemmed): the metric of the best epoch, as in MM-CoT.
-
-    Not the papers' ROUGE-L, which is `rationale_scores`.
-    """
+    """ROUGE-L F in per cent (`rouge_score`, stemmed): the metric of the best epoch, as in MM-CoT. Not the papers'
+    ROUGE-L, which is `rationale_scores`."""
     from nltk.stem.porter import PorterStemmer
     from rouge_score.tokenize import tokenize
 

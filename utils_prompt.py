@@ -80,10 +80,8 @@ def answer_letter(problem: Mapping[str, Any], options: Sequence[str], qid: str =
 
 
 def option_letters(problem: Mapping[str, Any], options: Sequence[str], qid: str = "?") -> list[str]:
-    """One letter for each of the question's choices. `--options ABCDE` and `--options A B C D E` mean the same.
-
-    Raises UserError naming the question if there are too few.
-    """
+    """One letter for each of the question's choices. `--options ABCDE` and `--options A B C D E` mean the same. Raises
+    UserError naming the question if there are too few."""
     letters = [letter for part in options for letter in part]
     choices = len(problem["choices"])
     if choices > len(letters):

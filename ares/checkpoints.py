@@ -163,10 +163,8 @@ def load_torch(path: Path, flag: str, device: str = "cpu") -> Any:
 
 
 def refuse_damaged(place: Path, flag: str) -> None:
-    """Raise UserError naming the first file of a checkpoint folder, or the file, that is not as it was written.
-
-    JSON is parsed, headers of safetensors are read, the check sums of PyTorch's archives are compared.
-    """
+    """Raise UserError naming the first file of a checkpoint folder, or the file, that is not as it was written. JSON
+    is parsed, headers of safetensors are read, the check sums of PyTorch's archives are compared."""
     for path in sorted(place.iterdir()) if place.is_dir() else [place]:
         if path.suffix == ".json":
             files.read_json(path, flag, nan=True)

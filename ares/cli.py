@@ -98,10 +98,8 @@ def shortened(path: str | os.PathLike) -> str:
 
 
 def run(main: Callable[[], Any], interrupted: str = "what is finished is on disk; run the same command again") -> None:
-    """Entry point of every script: `if __name__ == "__main__": run(main)`.
-
-    `interrupted`: the message after Ctrl-C (exit status 130), unless the KeyboardInterrupt has one of its own.
-    """
+    """Entry point of every script: `if __name__ == "__main__": run(main)`. `interrupted`: the message after Ctrl-C
+    (exit status 130), unless the KeyboardInterrupt has one of its own."""
     try:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a test or a notebook may have put another object there

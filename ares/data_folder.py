@@ -62,9 +62,7 @@ class DataFolder:
 
     def split(self, name: str, flag: str) -> list[str]:
         """The questions of one split in its order; `trainval`, if absent, is train followed by val (with a note).
-
-        Raises UserError naming `flag` and the existing splits.
-        """
+        Raises UserError naming `flag` and the existing splits."""
         splits = self.splits
         if name == "trainval" and name not in splits and {"train", "val"} <= set(splits):
             print0("note: pid_splits.json has no split trainval; using train, then val")
@@ -92,10 +90,8 @@ def read_data_folder(data_root: str | Path, dataset: str | None = None) -> DataF
 
 
 def find_dataset(data_root: str | Path, dataset: str | None = None) -> str:
-    """Name of the subfolder of `data_root` that holds problems.json: `dataset` if given, else the one found.
-
-    Raises UserError if there is none, or more than one and `dataset` does not choose.
-    """
+    """Name of the subfolder of `data_root` that holds problems.json: `dataset` if given, else the one found. Raises
+    UserError if there is none, or more than one and `dataset` does not choose."""
     root = Path(data_root)
     if not root.is_dir():
         raise UserError(f"--data_root: {root} is no folder; name the one that holds scienceqa/ or aokvqa/")
@@ -224,9 +220,7 @@ def check_pictured(
     known: Container[str], problems: Problems, splits: Mapping[str, Sequence[str]], few: str, some: str
 ) -> None:
     """Warn of questions with an image that are not in `known`; UserError if these are more than half of a split's.
-
-    `splits`: name -> qids. `few` begins the error, which lists all counts; `some` is the verb of the warning.
-    """
+    `splits`: name -> qids. `few` begins the error, which lists all counts; `some` is the verb of the warning."""
     faults, pictured, absent = [], {}, {}
     for name, qids in splits.items():
         here = [qid for qid in qids if problems[qid]["image"]]
@@ -247,9 +241,7 @@ def check_pictured(
 
 def find_images(args: argparse.Namespace, required: bool = False) -> Path | None:
     """Folder of `{qid}/image.png`: --images, else `images` in `search_folders`, else ./images; None if there is none.
-
-    Raises UserError if --images is no folder, or if none is found although `required`.
-    """
+    Raises UserError if --images is no folder, or if none is found although `required`."""
     if args.images is not None:
         return _named(args.images, "--images", folder=True)
     absent = "--images: none found (tried {places}); name the folder of {qid}/image.png" if required else None
@@ -258,9 +250,7 @@ def find_images(args: argparse.Namespace, required: bool = False) -> Path | None
 
 def question_images(images_dir: str | Path, qid: str) -> list[Path]:
     """A question's image files: image.png first, then choice_0.png, choice_1.png ... in the order of their numbers.
-
-    They are in `{images_dir}/{qid}`, or, as ScienceQA's archives unpack, in its train/, val/ or test/.
-    """
+    They are in `{images_dir}/{qid}`, or, as ScienceQA's archives unpack, in its train/, val/ or test/."""
     for part in ("", "train", "val", "test"):
         folder = Path(images_dir) / part / qid
         if folder.is_dir():
@@ -325,10 +315,8 @@ def find_correction(args: argparse.Namespace) -> Path:
 
 
 def read_correction(path: str | Path, problems: Mapping[str, Any], train_qids: Iterable[str]) -> dict[str, str]:
-    """The solutions of the train questions in a correction file, a problems.json with replaced solutions.
-
-    Raises UserError if it lacks a train question (naming one, and how many), or holds another question under its id.
-    """
+    """The solutions of the train questions in a correction file, a problems.json with replaced solutions. Raises
+    UserError if it lacks a train question (naming one, and how many), or holds another question under its id."""
     corrected = read_json(path, "--correction_file", dict, holds="{question id: problem}")
     train_qids = list(train_qids)
     if absent := [qid for qid in train_qids if qid not in corrected]:

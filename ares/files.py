@@ -66,18 +66,14 @@ def _kind(mode: int) -> str:
 
 
 def read_shared(path: AnyPath, max_bytes: int = SHARED_BYTES) -> bytes:
-    """Read a file of a questions folder without following links.
-
-    Raises UserError for a link, a FIFO, a folder or too many bytes, and OSError (FileNotFoundError).
-    """
+    """Read a file of a questions folder without following links. Raises UserError for a link, a FIFO, a folder or too
+    many bytes, and OSError (FileNotFoundError)."""
     return _content(open_regular(path, follow_links=False), path, max_bytes)
 
 
 def read_bytes(path: AnyPath, flag: str, *, head: int | None = None) -> bytes:
     """Read a file that the user named or that we wrote, following links; with `head` only the first `head` bytes.
-
-    Raises UserError naming `flag` and the file.
-    """
+    Raises UserError naming `flag` and the file."""
     try:
         return _content(open_regular(path), path, MAX_BYTES, head)
     except UserError as error:
@@ -117,11 +113,8 @@ def read_text(path: AnyPath, flag: str) -> str:
 def read_json(
     path: AnyPath, flag: str, kind: type | None = None, *, holds: str | None = None, nan: bool = False
 ) -> Any:
-    """Read a JSON file. `kind`: dict or list, if the value must be one; `nan`: read NaN as None.
-
-    Raises UserError naming `flag`, the file and, where it is known, the line; for another kind also what the file
-    `holds`.
-    """
+    """Read a JSON file. `kind`: dict or list, if the value must be one; `nan`: read NaN as None. Raises UserError
+    naming `flag`, the file and, where it is known, the line; for another kind also what the file `holds`."""
     text = read_text(path, flag)
     try:
         value = parse_json(text, nan=nan)
@@ -182,10 +175,8 @@ def _half_character(value: Any) -> str | None:
 
 
 def read_jsonl(path: AnyPath, flag: str, damaged: Callable[[int], Any] | None = None) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, value) of each line that is not blank; NaN is read as None.
-
-    `damaged` is called with the number of each line that is no JSON; without it such a line raises UserError.
-    """
+    """Yield (line number, value) of each line that is not blank; NaN is read as None. `damaged` is called with the
+    number of each line that is no JSON; without it such a line raises UserError."""
     data = read_bytes(path, flag).removeprefix(b"\xef\xbb\xbf")
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
@@ -240,10 +231,8 @@ def writing(path: AnyPath) -> Iterator[None]:
 
 
 def write_bytes(path: AnyPath, data: bytes, *, flush: bool = True) -> None:
-    """Write a file atomically. Raises DiskError; on a full disk the room that `reserve` holds is used.
-
-    `flush`: wait for the disk, which takes 5 ms; not needed where a second run can write the file again.
-    """
+    """Write a file atomically. Raises DiskError; on a full disk the room that `reserve` holds is used. `flush`: wait
+    for the disk, which takes 5 ms; not needed where a second run can write the file again."""
     with writing(path):
         _with_reserve(lambda: _replace(os.fspath(path), data, flush), path)
 
@@ -327,10 +316,8 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_path(path: AnyPath) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed to disk and replaces `path` atomically.
-
-    Raises DiskError if the disk refuses something, whatever library writes there.
-    """
+    """Yield a temporary path beside `path`; on success it is flushed to disk and replaces `path` atomically. Raises
+    DiskError if the disk refuses something, whatever library writes there."""
     with _temporary(Path(path)) as temporary:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -340,10 +327,8 @@ def atomic_path(path: AnyPath) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_dir(path: AnyPath) -> Iterator[Path]:
-    """Yield a new folder beside `path`; on success it replaces `path`. A kill leaves no half-written folder.
-
-    Raises DiskError if the disk refuses something, whatever library writes there.
-    """
+    """Yield a new folder beside `path`; on success it replaces `path`. A kill leaves no half-written folder. Raises
+    DiskError if the disk refuses something, whatever library writes there."""
     path = Path(path)
     with _temporary(path) as temporary:
         temporary.mkdir()
@@ -383,9 +368,7 @@ def place_file(source: AnyPath, target: AnyPath) -> None:
 
 def writable_dir(path: AnyPath, flag: str) -> Path:
     """Make the folder `path`, test that a file can be written there, and remove what killed processes left in it.
-
-    Raises UserError naming `flag`.
-    """
+    Raises UserError naming `flag`."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -411,10 +394,8 @@ def short_name(name: str) -> str:
 
 
 class Lines:
-    """A file to append lines to, each in one write. A last line without its end (a kill cut it) is ended first.
-
-    Raises UserError if `path` is a link or no regular file, DiskError.
-    """
+    """A file to append lines to, each in one write. A last line without its end (a kill cut it) is ended first. Raises
+    UserError if `path` is a link or no regular file, DiskError."""
 
     def __init__(self, path: AnyPath):
         self.path = path

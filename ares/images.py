@@ -106,10 +106,8 @@ def upright(image: Any) -> Any:
 
 
 def load_image(path: str | os.PathLike, qid: str) -> tuple[str, bytes]:
-    """(media type, bytes) to send: upright, one frame, in RGB or grey.
-
-    Raises UserError naming file and question if it is no usable image.
-    """
+    """(media type, bytes) to send: upright, one frame, in RGB or grey. Raises UserError naming file and question if it
+    is no usable image."""
     where = f"--images: {path} of question {qid}"
     try:
         with open(open_regular(path), "rb") as file:

@@ -15,10 +15,8 @@ DRAWS = 10_000
 
 
 def shares_interval(counts: Sequence[int], worth: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of values that take few levels: `counts[i]` questions of value `worth[i]`.
-
-    Resampling questions is a multinomial draw of the counts. (nan, nan) without a question.
-    """
+    """95 % interval of the mean of values that take few levels: `counts[i]` questions of value `worth[i]`. Resampling
+    questions is a multinomial draw of the counts. (nan, nan) without a question."""
     total = sum(counts)
     if not total:
         return math.nan, math.nan
@@ -36,10 +34,8 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]
 
 
 def ratio_interval(parts: Sequence[tuple[float, int]], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the sum of `parts[i][0]` over that of `parts[i][1]`, question i being drawn as a whole.
-
-    What one question adds belongs together: two verdicts on one pair are not two draws. (nan, nan) over nothing.
-    """
+    """95 % interval of the sum of `parts[i][0]` over that of `parts[i][1]`, question i being drawn as a whole. What
+    one question adds belongs together: two verdicts on one pair are not two draws. (nan, nan) over nothing."""
     alike = Counter(parts)
     if not any(whole for _, whole in alike):
         return math.nan, math.nan
@@ -52,10 +48,8 @@ def ratio_interval(parts: Sequence[tuple[float, int]], seed: int = 0) -> tuple[f
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """Mean of ours - theirs over the same questions: {"difference", "low", "high", "p"}.
-
-    p: twice the smaller share of resampled means on one side of 0 (two-sided), at least 2 / (draws + 1).
-    """
+    """Mean of ours - theirs over the same questions: {"difference", "low", "high", "p"}. p: twice the smaller share of
+    resampled means on one side of 0 (two-sided), at least 2 / (draws + 1)."""
     differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     means = _resampled_means(differences, seed)
     low, high = np.percentile(means, [2.5, 97.5])

@@ -35,10 +35,8 @@ TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZ
 
 
 def check_processes(script: str, environment: Mapping[str, str] | None = None) -> None:
-    """Raise UserError if a job launcher (srun, mpirun) started several processes that would all be rank 0.
-
-    Such processes would write the same run folder at the same time.
-    """
+    """Raise UserError if a job launcher (srun, mpirun) started several processes that would all be rank 0. Such
+    processes would write the same run folder at the same time."""
     env = os.environ if environment is None else environment
     world = _number(env.get("WORLD_SIZE"))
     if world is not None and (world == 1 or _number(env.get("RANK")) is not None):
@@ -80,9 +78,7 @@ def note_unused_gpus(visible: int, script: str) -> None:
 
 class CtrlC:
     """In the block the first Ctrl-C only sets `pressed`, so that the loop can save and end. A later one stops at once.
-
-    A launcher repeats the signal to its processes: one that follows within GRACE seconds is the same Ctrl-C.
-    """
+    A launcher repeats the signal to its processes: one that follows within GRACE seconds is the same Ctrl-C."""
 
     GRACE = 3.0
 
@@ -183,11 +179,8 @@ def _holder(file: int) -> str:
 
 @contextlib.contextmanager
 def only_launch(folder: Path, from_rank0: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
-    """Hold the run folder for this launch: rank 0 locks it until the block ends.
-
-    `from_rank0` calls a function on rank 0 and raises its UserError on every rank. Raises UserError on every rank
-    if another launch holds the folder.
-    """
+    """Hold the run folder for this launch: rank 0 locks it until the block ends. `from_rank0` calls a function on rank
+    0 and raises its UserError on every rank. Raises UserError on every rank if another launch holds the folder."""
     with contextlib.ExitStack() as held:
         from_rank0(lambda: held.enter_context(only_one(folder / LOCK, f"{folder}", required=False)))
         yield

@@ -132,10 +132,8 @@ def find_predictions(place: str | Path, flag: str, split: str) -> Path:
 
 
 def split_label(text: str) -> tuple[str | None, str]:
-    """`LABEL=PATH` as (label, path); a bare path has no label.
-
-    A label may hold `=` as well ("k=4"): it ends where a path that exists begins.
-    """
+    """`LABEL=PATH` as (label, path); a bare path has no label. A label may hold `=` as well ("k=4"): it ends where a
+    path that exists begins."""
     parts = text.split("=")
     cuts = [("=".join(parts[:i]).strip(), "=".join(parts[i:]).strip()) for i in range(1, len(parts))]
     cuts = [(label, path) for label, path in cuts if label and path]

@@ -328,10 +328,8 @@ def _text_of_ids(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[int]]:
 
 
 def _drop_stray(pieces: list[str], unknown: int) -> None:
-    """If the unknown piece is the backslash of a newline, replace it and the n that follows it by a newline.
-
-    A piece that opens a word ("▁neon") begins with a true n; so does `{neon}`, whose unknown brace follows a blank.
-    """
+    """If the unknown piece is the backslash of a newline, replace it and the n that follows it by a newline. A piece
+    that opens a word ("▁neon") begins with a true n; so does `{neon}`, whose unknown brace follows a blank."""
     if pieces[unknown + 1][:1] != "n":
         return
     before = pieces[unknown - 1][-1:] if unknown else ""

@@ -72,10 +72,8 @@ def peft_fault() -> str | None:
 
 
 def load_adapter(model, folder: Path, flag: str = "--evaluate_dir"):
-    """`model` with the adapter in `folder`, ours or a released one (declared CAUSAL_LM, with out_proj).
-
-    Raises UserError, naming `flag`, if the adapter belongs to another model.
-    """
+    """`model` with the adapter in `folder`, ours or a released one (declared CAUSAL_LM, with out_proj). Raises
+    UserError, naming `flag`, if the adapter belongs to another model."""
     import peft
 
     from ares.checkpoints import load_state_dict

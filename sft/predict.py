@@ -95,10 +95,8 @@ class Predictor:
     # -- the loop ------------------------------------------------------------------------------------------
 
     def predict(self, model: torch.nn.Module, dataset: Any, desc: str, store: Path | None = None) -> list[list[int]]:
-        """Predicted ids per row (no start token, no pads), in split order, on every rank.
-
-        `store`: folder to which finished rows are appended; rows that it holds are not predicted again.
-        """
+        """Predicted ids per row (no start token, no pads), in split order, on every rank. `store`: folder to which
+        finished rows are appended; rows that it holds are not predicted again."""
         # a slow rank must not find rows that a fast one has added by now: their batches would differ
         done = _gather(_read_rows(store)) if store else {}
         mine = prediction_batches(lengths(dataset), self.args.eval_bs, done)[cli.rank() :: cli.world_size()]
@@ -160,10 +158,8 @@ class Predictor:
         ]
 
     def scores(self, qids: Sequence[str], preds: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
-        """`num_fail` and `scores` of a split, of the parts that the format asks for: answer, rationale or both.
-
-        For E and LE there is no answer to fail at: `num_fail` is None, no table of random choices is made.
-        """
+        """`num_fail` and `scores` of a split, of the parts that the format asks for: answer, rationale or both. For E
+        and LE there is no answer to fail at: `num_fail` is None, no table of random choices is made."""
         answers, failed = {}, 0
         if "A" in self.asked:
             for qid, text in zip(qids, preds, strict=True):

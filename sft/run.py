@@ -67,10 +67,8 @@ def add_sft_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def check_flags(args: argparse.Namespace, given: set[str], faults: Sequence[str] = ()) -> None:
-    """Refuse every contradiction in one message, then note the flags that have no effect.
-
-    `given`: cli.given_flags; `faults`: the script's own.
-    """
+    """Refuse every contradiction in one message, then note the flags that have no effect. `given`: cli.given_flags;
+    `faults`: the script's own."""
     from utils_data import data_flag_faults  # imports torch, which --help does without
 
     longest, tokens = args.input_len + args.output_len, args.max_tokens

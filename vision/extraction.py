@@ -179,9 +179,7 @@ def extract(
     strict: bool = False,
 ) -> None:  # fmt: skip
     """Fill the rows of `store` that are not done; broken images get zeros, or, with `strict`, raise UserError.
-
-    `workers`: processes that decode images, 0: threads of this process; None: `default_workers`.
-    """
+    `workers`: processes that decode images, 0: threads of this process; None: `default_workers`."""
     if workers is None:
         workers = default_workers(next(encoder.network.parameters()).device.type)
     done = store.record["done"]

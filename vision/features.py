@@ -185,10 +185,8 @@ def _load_tensor(path: Path, mmap: bool = False) -> torch.Tensor:
 
 
 def _mappable_copy(path: Path) -> Path:
-    """`{path}.npy` with the tensor of an old-format file. The first process makes it; the others wait for it.
-
-    It has the original's time stamp: a changed original is converted again. Raises UserError if it cannot be written.
-    """
+    """`{path}.npy` with the tensor of an old-format file. The first process makes it; the others wait for it. It has
+    the original's time stamp: a changed original is converted again. Raises UserError if it cannot be written."""
     copy = path.with_name(path.name + ".npy")
 
     def is_made() -> bool:

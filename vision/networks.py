@@ -38,10 +38,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def read_image(path: str | Path, turned: bool = False) -> Image.Image:
-    """Decode an image as RGB. Raises OSError or ValueError if the file is broken or too large.
-
-    `turned` applies the EXIF orientation; the published features were made without it, so a data set's are, too.
-    """
+    """Decode an image as RGB. Raises OSError or ValueError if the file is broken or too large. `turned` applies the
+    EXIF orientation; the published features were made without it, so a data set's are, too."""
     with open_image(path) as image:
         return eight_bit(upright(image) if turned else image).convert("RGB")
 
@@ -51,11 +49,8 @@ def read_image(path: str | Path, turned: bool = False) -> Image.Image:
 
 @dataclass
 class Encoder:
-    """A vision network and its preprocessing.
-
-    `stored`: shape of one image's features in the file, (patches, dim), or (dim,) for resnet; `shape`: what the model
-    sees, always (patches, dim).
-    """
+    """A vision network and its preprocessing. `stored`: shape of one image's features in the file, (patches, dim), or
+    (dim,) for resnet; `shape`: what the model sees, always (patches, dim)."""
 
     img_type: str
     model_name: str
@@ -194,10 +189,8 @@ def _load_timm(name: str, kind: str, weights: str, flag: str) -> tuple[Any, Call
 
 
 def read_weights(path: Path, flag: str = "--weights") -> dict[str, torch.Tensor]:
-    """The state dict in a .safetensors or PyTorch file, or in the first such file of a folder; nothing is executed.
-
-    In a training checkpoint the order is timm's: EMA weights, then `state_dict`, then `model`. Raises UserError.
-    """
+    """The state dict in a .safetensors or PyTorch file, or in the first such file of a folder; nothing is executed. In
+    a training checkpoint the order is timm's: EMA weights, then `state_dict`, then `model`. Raises UserError."""
     from timm.models import clean_state_dict
 
     from ares.checkpoints import load_state_dict
