@@ -46,36 +46,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-class Captions:
-    """The captions made so far, with the settings they were made with, in `.{output}.part` beside the output."""
-
-    def __init__(self, output: Path, settings: dict[str, Any], images: dict[str, Path]):
-        self.output, self.images = output, images
-        self.part = output.with_name(f".{output.name}.part")
-        self.record = {**settings, "captions": {}, "broken": []}
-        if self.part.exists():
-            earlier = read_json(self.part, "--output", dict)
-            if not isinstance(earlier.get("captions"), dict) or not isinstance(earlier.get("broken"), list):
-                raise UserError(f"--output: {self.part} is damaged; remove it to begin anew")
-            if all(earlier.get(name) == value for name, value in settings.items()):
-                self.record = earlier
-                print0(f"continuing after {len(earlier['captions'])} captions")
-
-    def missing(self) -> list[str]:
-        """Question ids whose images have not been captioned yet."""
-        known = self.record["captions"].keys() | set(self.record["broken"])
-        return [qid for qid in self.images if qid not in known]
-
-    def add(self, captions: dict[str, str], broken: Sequence[str]) -> None:
-        self.record["captions"] |= captions
-        self.record["broken"] += broken
-        write_json(self.part, self.record, indent=None)
-
-    def finish(self) -> None:
-        """Write the caption file: captions in the order of the images, then the settings."""
-        made = self.record.pop("captions")
-        write_json(self.output, {"captions": {qid: made[qid] for qid in self.images if qid in made}, **self.record})
-        self.part.unlink(missing_ok=True)
+def begin(part: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The record that an earlier run with the same settings left in `part`, or a new one: `settings`, the "captions"
+    made so far, and the questions whose images are "broken"."""
+    if part.exists():
+        earlier = read_json(part, "--output", dict)
+        if not isinstance(earlier.get("captions"), dict) or not isinstance(earlier.get("broken"), list):
+            raise UserError(f"--output: {part} is damaged; remove it to begin anew")
+        if all(earlier.get(name) == value for name, value in settings.items()):
+            print0(f"continuing after {len(earlier['captions'])} captions")
+            return earlier
+    return {**settings, "captions": {}, "broken": []}
 
 
 def is_complete(output: Path, settings: dict[str, Any], images: dict[str, Path], overwrite: bool) -> bool:
@@ -132,23 +113,30 @@ class Captioner:
         return [" ".join(text.split()) for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
 
-def caption(captioner: Captioner, captions: Captions, batch_size: int, strict: bool) -> None:
-    """Caption the missing images. Raises UserError at a broken image if `strict`."""
-    todo, total = captions.missing(), len(captions.images)
-    with progress(desc="captions", total=total, initial=total - len(todo), unit="img") as bar:
-        for batch in (todo[start : start + batch_size] for start in range(0, len(todo), batch_size)):
-            pictures, broken = {}, []
+def caption(args: argparse.Namespace, images: dict[str, Path], record: dict[str, Any], part: Path) -> None:
+    """Add the missing captions to `record`, which is written to `part` after every batch. Raises UserError at a broken
+    image under --strict."""
+    known = record["captions"].keys() | set(record["broken"])
+    todo = [qid for qid in images if qid not in known]
+    if not todo:
+        return
+    captioner = Captioner(args.model, args.prompt, args.device, args.dtype, args.max_new_tokens)
+    print0(f"{args.model} on {captioner.device}, {captioner.dtype}")
+    with progress(desc="captions", total=len(images), initial=len(images) - len(todo), unit="img") as bar:
+        for start in range(0, len(todo), args.batch_size):
+            batch = todo[start : start + args.batch_size]
+            pictures = {}
             for qid in batch:
                 try:
-                    pictures[qid] = read_image(captions.images[qid])
+                    pictures[qid] = read_image(images[qid])
                 except (OSError, ValueError) as error:
-                    reason = f"question {qid}: cannot read {captions.images[qid]}: {error}"
-                    if strict:
+                    reason = f"question {qid}: cannot read {images[qid]}: {error}"
+                    if args.strict:
                         raise UserError(f"--strict: {reason}") from error
                     warn0(f"{reason}; it gets no caption")
-                    broken.append(qid)
-            texts = captioner(list(pictures.values())) if pictures else []
-            captions.add(dict(zip(pictures, texts, strict=True)), broken)
+                    record["broken"].append(qid)
+            record["captions"] |= zip(pictures, captioner(list(pictures.values())) if pictures else (), strict=True)
+            write_json(part, record, indent=None)
             bar.update(len(batch))
 
 
@@ -161,13 +149,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_complete(output, settings, images, args.overwrite):
         print0(f"{output}: captions of {len(images)} images, there already")
         return
-    captions = Captions(output, settings, images)
-    if captions.missing():
-        captioner = Captioner(args.model, args.prompt, args.device, args.dtype, args.max_new_tokens)
-        print0(f"{args.model} on {captioner.device}, {captioner.dtype}")
-        caption(captioner, captions, args.batch_size, args.strict)
-    broken = captions.record["broken"]
-    captions.finish()
+    part = output.with_name(f".{output.name}.part")
+    record = begin(part, settings)
+    caption(args, images, record, part)
+    made = record.pop("captions")
+    write_json(output, {"captions": {qid: made[qid] for qid in images if qid in made}, **record})
+    part.unlink(missing_ok=True)
+    broken = record["broken"]
     print0(f"{output}: captions of {len(images) - len(broken)} images" + f", {len(broken)} broken" * bool(broken))
 
 

@@ -65,12 +65,9 @@ def list_images(folder: str | Path, splits: Sequence[str] | None = None, flag: s
 class FeatureStore:
     """Features under construction: a mapped array on disk, and beside it a record of how many rows are finished.
 
-    Args:
-        folder: holds `.{img_type}.part.npy` and `.{img_type}.part.json`.
-        settings: at least img_type, dtype and rows; the record of an earlier run is continued if it has the same ones.
-        stored: shape of one image's features.
-
-    Raises UserError if the files of an earlier run are damaged, DiskError.
+    Both are in `folder`: `.{img_type}.part.npy` and `.{img_type}.part.json`. `settings` are at least img_type, dtype
+    and rows; the record of an earlier run is continued if it has the same ones. `stored`: shape of one image's
+    features. Raises UserError if the files of an earlier run are damaged, DiskError.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], stored: tuple[int, ...]):

@@ -36,12 +36,9 @@ class VisionFeatures:
     before 1.6 cannot be mapped; it is converted once, to `{name}.npy` beside it. A pickle or fork holds the path: each
     process maps the file itself, and the system keeps one copy of its pages.
 
-    Args:
-        path: the feature file. `{img_type}.json` beside it, as extract_features.py writes it, gives the expected
-            "shape": [patches, dim]; without it that is `img_shape[img_type]`.
-        name_map: question id -> row.
-
-    Raises UserError if the file cannot be mapped or has another shape.
+    `{img_type}.json` beside it, as extract_features.py writes it, gives the expected "shape": [patches, dim]; without
+    it that is `img_shape[img_type]`. `name_map`: question id -> row. Raises UserError if the file cannot be mapped or
+    has another shape.
     """
 
     def __init__(self, path: str | Path, name_map: Mapping[str, int], img_type: str):
@@ -96,8 +93,7 @@ class VisionFeatures:
         A repeated vector is an expanded view, with a 512th of the memory, as are the zeros of a batch without any
         image: do not write into them.
         """
-        found = [i for i, qid in enumerate(qids) if qid in self.name_map]
-        P, D = self.shape
+        found, (P, D) = [i for i, qid in enumerate(qids) if qid in self.name_map], self.shape
         if not found:
             return torch.zeros(1, 1, 1).expand(len(qids), P, D)
         batch = torch.zeros((len(qids), D) if self._repeat else (len(qids), P, D))

@@ -103,9 +103,7 @@ def by_size(images: Sequence[torch.Tensor]) -> list[tuple[list[int], torch.Tenso
 class LiveFeatures:
     """Features that are computed now, with the `gather` of `vision.features.VisionFeatures`.
 
-    Args:
-        pictures: qid -> image file, or None for a question without one, which gets zeros.
-        turned: apply the EXIF orientation (`read_image`).
+    `pictures`: qid -> image file, or None for a question without one, which gets zeros; `turned`: see `read_image`.
     """
 
     def __init__(self, encoder: Encoder, pictures: Mapping[str, Path | None], turned: bool = False):
