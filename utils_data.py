@@ -62,8 +62,15 @@ def load_data(args: argparse.Namespace, splits: Mapping[str, str]) -> Data:
     used = list(dict.fromkeys(qid for role in qids.values() for qid in role))
     for qid in used:
         option_letters(problems[qid], args.options, qid)
-    by_split = {name: qids[role] for role, name in splits.items()}
-    _fill_captions(args, problems, by_split)
+    by_split, captions = {name: qids[role] for role, name in splits.items()}, {}
+    if args.use_caption:
+        path = files.find_captions(args)
+        captions = files.load_captions(path)
+        files.check_captions(path, captions, problems, by_split)
+    elif args.caption_file != CAPTION_DEFAULT:
+        print0("note: --caption_file has no effect without --use_caption")
+    for qid, problem in problems.items():
+        problem["caption"] = captions.get(qid, "")
     if getattr(args, "correction", False):
         corrected = files.read_correction(files.find_correction(args), problems, qids.get("train", []))
         for qid, solution in corrected.items():
@@ -121,18 +128,6 @@ def check_prompt_flags(args: argparse.Namespace) -> None:
     if context == "QCMG" and absent:
         without, splits = " and ".join(f"--{name}_le" for name in absent), " and ".join(absent)
         warn0(f"{flag} without {without} puts the gold solution into the prompts of the {splits} split")
-
-
-def _fill_captions(args: argparse.Namespace, problems: files.Problems, splits: Mapping[str, Sequence[str]]) -> None:
-    captions: dict[str, str] = {}
-    if args.use_caption:
-        path = files.find_captions(args)
-        captions = files.load_captions(path)
-        files.check_captions(path, captions, problems, splits)
-    elif args.caption_file != CAPTION_DEFAULT:
-        print0("note: --caption_file has no effect without --use_caption")
-    for qid, problem in problems.items():
-        problem["caption"] = captions.get(qid, "")
 
 
 # -- vision features -------------------------------------------------------------------------------------

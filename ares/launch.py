@@ -31,21 +31,16 @@ LOCK = ".lock"  # in a run folder while a launch works there
 TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-# -- processes -------------------------------------------------------------------------------------------
-
-
 def check_processes(script: str, environment: Mapping[str, str] | None = None) -> None:
     """Raise UserError if a job launcher (srun, mpirun) started several processes that would all be rank 0. Such
     processes would write the same run folder at the same time."""
     env = os.environ if environment is None else environment
     world = _number(env.get("WORLD_SIZE"))
-    if world is not None and (world == 1 or _number(env.get("RANK")) is not None):
+    if world == 1 or None not in (world, _number(env.get("RANK"))):
         return
     if world is not None:
-        raise UserError(
-            f"WORLD_SIZE is {world} but RANK is not set, so every process would be rank 0; start them with "
-            f"torchrun --nproc_per_node {world} {script} ... (it sets both)"
-        )
+        start = f"start them with torchrun --nproc_per_node {world} {script} ... (it sets both)"
+        raise UserError(f"WORLD_SIZE is {world} but RANK is not set, so every process would be rank 0; {start}")
     name = next((name for name in TASKS if (_number(env.get(name)) or 0) > 1), None)
     if name is None:
         return
@@ -73,18 +68,12 @@ def note_unused_gpus(visible: int, script: str) -> None:
         print0(f"note: {visible} GPUs are visible but one process was started: using one GPU. All of them: {every}")
 
 
-# -- stopping --------------------------------------------------------------------------------------------
-
-
 class CtrlC:
     """In the block the first Ctrl-C only sets `pressed`, so that the loop can save and end. A later one stops at once.
     A launcher repeats the signal to its processes: one that follows within GRACE seconds is the same Ctrl-C."""
 
     GRACE = 3.0
-
-    def __init__(self) -> None:
-        self.pressed = False
-        self._at = 0.0
+    pressed, _at = False, 0.0
 
     def __enter__(self) -> CtrlC:
         self._in_main = threading.current_thread() is threading.main_thread()
@@ -104,11 +93,9 @@ class CtrlC:
             print0("Ctrl-C: saving after this step, then stopping (once more: stop at once)", file=sys.stderr)
 
 
-def next_step(*commands: Sequence[Any], note: str = "") -> None:
+def next_step(*commands: Sequence[Any]) -> None:
     """Print the commands to run next, quoted for a shell."""
-    print0(f"next:{' ' + note if note else ''}")
-    for command in commands:
-        print0("  " + shlex.join(map(str, command)))
+    print0("next:", *(shlex.join(map(str, command)) for command in commands), sep="\n  ")
 
 
 def data_words(args: Any) -> list[str]:
@@ -116,9 +103,6 @@ def data_words(args: Any) -> list[str]:
     names = ("data_root", "dataset", "img_type", "vision_features", "name_map")
     words = [word for name in names if getattr(args, name) for word in (f"--{name}", str(getattr(args, name)))]
     return [*words, "--caption_file", args.caption_file, "--use_caption"] if args.use_caption else words
-
-
-# -- one launch per run folder ---------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -167,8 +167,9 @@ def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
         return True
     before = text[max(start, match.start() - LOOK_BACK) : match.start()]
     word = "" if before[-1:].isspace() else (["", *before.rsplit(maxsplit=1)])[-1]
-    if after == end:
-        return _ends_glued(text, end, word, run)
+    if after == end:  # no blank: 3.14, example.com, U.S.A., e.g., - or a blank forgotten: `the star.There are`
+        glued = run != "." or (len(word) > 1 and "." not in word)
+        return glued and SENTENCE_OPENING.match(text, end) is not None
     fragment = text[max(start, end - LOOK_BACK) : end]
     if following in ",;:" or MARKER.fullmatch(fragment):
         return False
@@ -179,13 +180,6 @@ def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
         if run[-1] in CLOSERS or LONE_LOWER.fullmatch(fragment) or (not word and len(run) > 1):
             return False
     return run != "." or not _is_abbreviation(before, word, text, after)
-
-
-def _ends_glued(text: str, end: int, word: str, run: str) -> bool:
-    """No blank follows: 3.14, example.com, U.S.A., e.g., - or a blank forgotten: `the star.There are`."""
-    if not SENTENCE_OPENING.match(text, end):
-        return False
-    return run != "." or (len(word) > 1 and "." not in word)
 
 
 def _is_abbreviation(before: str, word: str, text: str, after: int) -> bool:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -45,12 +44,12 @@ FINGERPRINTS = ("tokenizer", "features")  # of a prediction file's settings: con
 Rows = dict[int, list[int]]  # row of the split -> predicted ids
 
 
-def from_rank0(function: Callable[[], Any]) -> Any:
-    """`function()` of rank 0, returned on every rank; a UserError is raised on every rank. Must be picklable."""
+def from_rank0(function: Callable, *args: Any) -> Any:
+    """`function(*args)` of rank 0, returned on every rank; a UserError is raised on every rank. Must be picklable."""
     box: list[Any] = [None]
     if cli.rank() == 0:
         try:
-            box[0] = function()
+            box[0] = function(*args)
         except UserError as error:
             box[0] = UserError(str(error))  # one that can be pickled
     if dist.is_available() and dist.is_initialized():
@@ -63,8 +62,7 @@ def from_rank0(function: Callable[[], Any]) -> Any:
 def digest(dataset: Any) -> str:
     """A hash of the ids that the model sees: two launches with the same one work on the same data."""
     sha = hashlib.sha256()
-    for index in range(len(dataset)):
-        item = dataset[index]
+    for item in map(dataset.__getitem__, range(len(dataset))):
         for ids in (item["input_ids"], item["labels"]):
             sha.update(np.asarray(ids, np.int32).tobytes() + b"|")
         sha.update(item["qid"].encode() + b"\n")
@@ -91,8 +89,6 @@ class Predictor:
         if not args.use_generate:
             forced = "the arg-max of logits that see the gold text (teacher forcing), as released"
             print0(f"note: predictions are {forced}; --use_generate generates them instead")
-
-    # -- the loop ------------------------------------------------------------------------------------------
 
     def predict(self, model: torch.nn.Module, dataset: Any, desc: str, store: Path | None = None) -> list[list[int]]:
         """Predicted ids per row (no start token, no pads), in split order, on every rank. `store`: folder to which
@@ -138,8 +134,6 @@ class Predictor:
         """Ids -> texts, blanks before punctuation removed as in transformers 4 (the released files' convention)."""
         return self.tokenizer.batch_decode(list(rows), skip_special_tokens=True, clean_up_tokenization_spaces=True)
 
-    # -- scores --------------------------------------------------------------------------------------------
-
     def evaluate(self, model: torch.nn.Module, dataset: Any) -> dict[str, float]:
         """The metric of one epoch, in percent: accuracy for the A formats (failed = wrong), else ROUGE-L."""
         texts = self.decode(self.predict(model, dataset, "evaluate"))
@@ -152,10 +146,8 @@ class Predictor:
 
     def letters(self, qids: Sequence[str], texts: Sequence[str]) -> list[str | None]:
         """The parsed answer of each row: a letter, or None where there is none among the question's options."""
-        return [
-            extract_answer(text, len(self.problems[qid]["choices"]), self.args.options)
-            for qid, text in zip(qids, texts, strict=True)
-        ]
+        rows = zip(qids, texts, strict=True)
+        return [extract_answer(text, len(self.problems[qid]["choices"]), self.args.options) for qid, text in rows]
 
     def scores(self, qids: Sequence[str], preds: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
         """`num_fail` and `scores` of a split, of the parts that the format asks for: answer, rationale or both. For E
@@ -171,8 +163,6 @@ class Predictor:
         scores = get_scores(answers, rationales, references, self.problems)
         return {"num_fail": failed if answers else None, "scores": scores}
 
-    # -- files ---------------------------------------------------------------------------------------------
-
     def write(
         self, folder: Path, datasets: Mapping[str, Any], load: Callable[[], torch.nn.Module],
         weights: Sequence[str | os.PathLike],
@@ -182,24 +172,23 @@ class Predictor:
         `load` is called at most once, and not at all if every file is already there. `weights`: folders whose weight
         files the predictions depend on.
         """
-        model = None
-        made: dict[str, list[list[int]]] = {}
-        identity = from_rank0(lambda: weights_digest(weights))
+        model, made = None, {}  # made: digest of the data -> predicted ids
+        identity = from_rank0(weights_digest, weights)
         for split, dataset in datasets.items():
             path, store = prediction_file(folder, split), folder / f".predicting_{FILE_NAMES[split]}"
             settings = self.settings(dataset, identity)
-            if not self.args.overwrite and from_rank0(functools.partial(_made_with, path, settings)):
+            if not self.args.overwrite and from_rank0(_made_with, path, settings):
                 print0(f"{path}: already there, made with these settings (--overwrite predicts again)")
                 continue
             if model is None:
                 model = load().to(self.device)
                 choose_attention(model, self.device)
-            from_rank0(functools.partial(_open_store, store, settings, self.args.overwrite))
+            from_rank0(_open_store, store, settings, self.args.overwrite)
             rows = made.get(settings["data"])  # A-OKVQA: test = val
             if rows is None:
                 rows = made[settings["data"]] = self.predict(model, dataset, f"predict {FILE_NAMES[split]}", store)
-            from_rank0(functools.partial(self._write_file, path, split, dataset, rows, settings))
-            from_rank0(functools.partial(shutil.rmtree, store))
+            from_rank0(self._write_file, path, split, dataset, rows, settings)
+            from_rank0(shutil.rmtree, store)
 
     def settings(self, dataset: Any, identity: str) -> dict[str, Any]:
         """What the predictions of a split depend on; kept in its file under "settings"."""
@@ -217,7 +206,7 @@ class Predictor:
     def features_digest(self, qids: Sequence[str]) -> str | None:
         """`VisionFeatures.digest`, read on rank 0 alone; None without features."""
         features = self.collator.features
-        return None if features is None else from_rank0(lambda: features.digest(qids))
+        return None if features is None else from_rank0(features.digest, qids)
 
     def _write_file(self, path: Path, split: str, dataset: Any, rows: list[list[int]], settings: dict) -> None:
         preds, labels = self.decode(rows), self.decode(dataset.labels)
@@ -256,9 +245,6 @@ def _made_with(path: Path, settings: Mapping[str, Any]) -> bool:
         return False
     # earlier versions recorded no FINGERPRINTS
     return found == {key: value for key, value in settings.items() if key in found or key not in FINGERPRINTS}
-
-
-# -- rows of a split that is not yet done ----------------------------------------------------------------
 
 
 def _open_store(store: Path, settings: Mapping[str, Any], overwrite: bool) -> None:

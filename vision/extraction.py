@@ -59,9 +59,6 @@ def list_images(folder: str | Path, splits: Sequence[str] | None = None, flag: s
     return {qid: images[qid] for qid in order}
 
 
-# -- rows on disk ----------------------------------------------------------------------------------------
-
-
 class FeatureStore:
     """Features under construction: a mapped array on disk, and beside it a record of how many rows are finished.
 
@@ -124,9 +121,6 @@ class FeatureStore:
 def changed(settings: dict[str, Any], record: Any) -> list[str]:
     """Names of the settings that differ from an earlier run's record."""
     return [name for name in settings if not isinstance(record, dict) or settings[name] != record.get(name)]
-
-
-# -- the loop --------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -34,17 +34,11 @@ SHORTEST_SIDE = 224  # pixels, of an image for detr, as released
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-# -- images ----------------------------------------------------------------------------------------------
-
-
 def read_image(path: str | Path, turned: bool = False) -> Image.Image:
     """Decode an image as RGB. Raises OSError or ValueError if the file is broken or too large. `turned` applies the
     EXIF orientation; the published features were made without it, so a data set's are, too."""
     with open_image(path) as image:
         return eight_bit(upright(image) if turned else image).convert("RGB")
-
-
-# -- networks --------------------------------------------------------------------------------------------
 
 
 @dataclass
