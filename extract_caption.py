@@ -18,7 +18,7 @@ from typing import Any
 
 from ares.cli import HelpFormatter, UserError, in_one_line, print0, progress, refuse, run, warn0
 from ares.files import read_json, writable_dir, write_json
-from vision.extraction import list_images
+from vision.extraction import list_images, read_record
 from vision.networks import hub_failure, offline_unless_reachable, pick_device, read_image
 
 PROMPT = "Write a short description for the image."
@@ -44,19 +44,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     numbers = ("max_new_tokens", "batch_size")
     refuse([f"--{name}: {getattr(args, name)} is less than 1" for name in numbers if getattr(args, name) < 1])
     return args
-
-
-def begin(part: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The record that an earlier run with the same settings left in `part`, or a new one: `settings`, the "captions"
-    made so far, and the questions whose images are "broken"."""
-    if part.exists():
-        earlier = read_json(part, "--output", dict)
-        if not isinstance(earlier.get("captions"), dict) or not isinstance(earlier.get("broken"), list):
-            raise UserError(f"--output: {part} is damaged; remove it to begin anew")
-        if all(earlier.get(name) == value for name, value in settings.items()):
-            print0(f"continuing after {len(earlier['captions'])} captions")
-            return earlier
-    return {**settings, "captions": {}, "broken": []}
 
 
 def is_complete(output: Path, settings: dict[str, Any], images: dict[str, Path], overwrite: bool) -> bool:
@@ -150,7 +137,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print0(f"{output}: captions of {len(images)} images, there already")
         return
     part = output.with_name(f".{output.name}.part")
-    record = begin(part, settings)
+    record = read_record(part, "--output", settings, {"captions": {}, "broken": []})
+    if record["captions"]:
+        print0(f"continuing after {len(record['captions'])} captions")
     caption(args, images, record, part)
     made = record.pop("captions")
     write_json(output, {"captions": {qid: made[qid] for qid in images if qid in made}, **record})

@@ -43,9 +43,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     network.add_argument("--seed", type=int, default=0, help="seed of --random_weights")
     running = parser.add_argument_group("running")
     running.add_argument("--batch_size", type=int, default=16, help="images at a time")
-    running.add_argument(
-        "--workers", type=int, help="processes that decode images (default: one per core, 0 on a CPU)"
-    )
+    text = "processes that decode images (default: one per core; on a CPU 0)"
+    running.add_argument("--workers", type=int, help=text)
     running.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     running.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="type of stored numbers")
     args = parser.parse_args(argv)

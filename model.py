@@ -137,9 +137,8 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
         # fork_rng and default_generator, not manual_seed: the CUDA generators keep their state
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)
-            model, loading = super().from_pretrained(
-                folder, *args, output_loading_info=True, **{"dtype": torch.float32, **kwargs}
-            )
+            kwargs = {"dtype": torch.float32, **kwargs, "output_loading_info": True}
+            model, loading = super().from_pretrained(folder, *args, **kwargs)
         fresh = FUSION + ("v_head.",)
         if lost := sorted(key for key in loading["missing_keys"] if not key.startswith(fresh)):
             raise UserError(f"{folder}: {lost[0]} and {len(lost) - 1} more tensors are missing from the checkpoint")

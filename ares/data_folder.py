@@ -274,10 +274,9 @@ def find_feature_file(args: argparse.Namespace) -> Path:
             print0(f"vision features: using {found[0]}, not {', '.join(path.name for path in found[1:])} beside it")
         if found:
             return found[0]
-    raise UserError(
-        f"--vision_features: no {args.img_type}{{{','.join(FEATURE_SUFFIXES)}}} in {_listing(folders)}; "
-        "make it with extract_features.py, name its folder, or leave --img_type out for text only"
-    )
+    absent = f"no {args.img_type}{{{','.join(FEATURE_SUFFIXES)}}} in {_listing(folders)}"
+    fix = "make it with extract_features.py, name its folder, or leave --img_type out for text only"
+    raise UserError(f"--vision_features: {absent}; {fix}")
 
 
 def find_name_map(args: argparse.Namespace, features_dir: str | Path) -> Path:

@@ -51,9 +51,9 @@ def check_processes(script: str, environment: Mapping[str, str] | None = None) -
         if nodes > 1:
             start = f"srun --ntasks={nodes} --ntasks-per-node=1 torchrun --nnodes {nodes} --nproc_per_node "
             start += f"{max(1, tasks // nodes)} --rdzv_backend c10d --rdzv_endpoint HOST:29500"
+    fix = f"start them with: {start} {script} ... (one process: {alone} {script} ...)"
     raise UserError(
-        f"{name} is {tasks} but WORLD_SIZE is not set, so each of {tasks} processes would be rank 0; "
-        f"start them with: {start} {script} ... (one process: {alone} {script} ...)"
+        f"{name} is {tasks} but WORLD_SIZE is not set, so each of {tasks} processes would be rank 0; {fix}"
     )
 
 

@@ -138,9 +138,8 @@ class SFTTrainer(Seq2SeqTrainer):
         # samples of the first one; the Trainer moves them to the device
         names = ("num_workers", "persistent_workers", "pin_memory")
         options = {name: getattr(self.args, f"dataloader_{name}") for name in names}
-        return torch.utils.data.DataLoader(
-            self.train_dataset, batch_sampler=self.batches, collate_fn=self.data_collator, **options
-        )
+        options |= {"batch_sampler": self.batches, "collate_fn": self.data_collator}
+        return torch.utils.data.DataLoader(self.train_dataset, **options)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs):
         """Metrics of the evaluation split, by the loop that also writes the prediction files."""

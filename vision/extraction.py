@@ -71,16 +71,12 @@ class FeatureStore:
         self.array_file = folder / f".{settings['img_type']}.part.npy"
         self.record_file = folder / f".{settings['img_type']}.part.json"
         settings = {**settings, "stored": list(stored)}
-        self.record = {**settings, "done": 0, "broken": []}
-        if self.record_file.exists() and self.array_file.exists():
-            earlier = files.read_json(self.record_file, "--output_dir", dict)
-            if type(earlier.get("done")) is not int or not isinstance(earlier.get("broken"), list):
-                raise UserError(f"--output_dir: {self.record_file} is damaged; remove it to begin anew")
-            if not changed(settings, earlier):
-                self.record = earlier
-                print0(f"continuing after {self.record['done']} of {settings['rows']} images")
+        if not self.array_file.exists():
+            self.record_file.unlink(missing_ok=True)
+        self.record = read_record(self.record_file, "--output_dir", settings, {"done": 0, "broken": []})
         shape = (settings["rows"], *stored)
         if self.record["done"]:
+            print0(f"continuing after {self.record['done']} of {settings['rows']} images")
             self.array = None
             with contextlib.suppress(OSError, ValueError, EOFError):
                 self.array = np.load(self.array_file, mmap_mode="r+", allow_pickle=False)
@@ -116,6 +112,18 @@ class FeatureStore:
                 torch.save(torch.from_numpy(self.array), file)
         self.array_file.unlink(missing_ok=True)
         self.record_file.unlink(missing_ok=True)
+
+
+def read_record(path: Path, flag: str, settings: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run with the same settings recorded in `path`, or a new record: `settings` and `fresh`. Raises
+    UserError, naming `flag`, if a field of `fresh` is of another type there."""
+    if path.exists():
+        earlier = files.read_json(path, flag, dict)
+        if any(type(earlier.get(name)) is not type(value) for name, value in fresh.items()):
+            raise UserError(f"{flag}: {path} is damaged; remove it to begin anew")
+        if not changed(settings, earlier):
+            return earlier
+    return {**settings, **fresh}
 
 
 def changed(settings: dict[str, Any], record: Any) -> list[str]:

@@ -77,9 +77,8 @@ class VisionFeatures:
             part = list(rows[start : start + 32])
             sums = self._read(part).flatten(1).sum(1, dtype=torch.float64)
             if bad := [row for row, total in zip(part, sums.tolist(), strict=True) if not math.isfinite(total)]:
-                whose = next(
-                    (f"question {qid}" for qid, row in self.name_map.items() if row == bad[0]), "of no question"
-                )
+                owners = [f"question {qid}" for qid, row in self.name_map.items() if row == bad[0]]
+                whose = owners[0] if owners else "of no question"
                 fault = f"row {bad[0]} of {self.path} ({whose}) holds NaN or infinity"
                 raise UserError(f"--vision_features: {fault}; make the file again with extract_features.py")
 
@@ -202,9 +201,8 @@ def _mappable_copy(path: Path) -> Path:
                         np.save(file, tensor.numpy())
                     os.utime(temporary, ns=(stamp, stamp))
     except (DiskError, OSError) as error:
-        reason = getattr(error.__cause__ or error, "strerror", None) or error
-        raise UserError(
-            f"--vision_features: {path} was saved by a torch before 1.6, cannot be mapped, and no copy can be written "
-            f"beside it ({reason}); make its folder writable, or load it once and save it again"
-        ) from error
+        why = getattr(error.__cause__ or error, "strerror", None) or error
+        fault = f"was saved by a torch before 1.6, cannot be mapped, and no copy can be written beside it ({why})"
+        fix = "make its folder writable, or load it once and save it again"
+        raise UserError(f"--vision_features: {path} {fault}; {fix}") from error
     return copy
