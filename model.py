@@ -241,9 +241,6 @@ class T5ForMultimodalGenerationValueFunction(T5ForMultimodalGeneration):
         d = self.config.d_model
         self.v_head = nn.Sequential(nn.Linear(d, 2 * d), nn.ReLU(), nn.Linear(2 * d, 1))
         self.post_init()
-        self._freeze_lm_head()
-
-    def _freeze_lm_head(self) -> None:
         self.lm_head.weight.requires_grad_(self.config.tie_word_embeddings)
 
     @classmethod
@@ -257,7 +254,7 @@ class T5ForMultimodalGenerationValueFunction(T5ForMultimodalGeneration):
             expected = checkpoints.shapes_of(model.state_dict())
             checkpoints.check_shapes(checkpoints.shapes_of(state), expected, path, "value model")
             model.load_state_dict(state)
-        model._freeze_lm_head()
+        model.lm_head.weight.requires_grad_(model.config.tie_word_embeddings)
         return model
 
     def forward(

@@ -22,9 +22,9 @@ KEEP_SHARE = 0.875  # finished rows are removed once they are more than an eight
 CHECK_STEPS = 8  # on a GPU: steps between two checks for finished rows, because a check waits for the GPU
 
 
-def action_mask(actions: Tensor, pad: int = 0) -> Tensor:
+def action_mask(actions: Tensor) -> Tensor:
     """(B, L) decoder ids -> (B, L - 1) bool: the positions whose choice is a real token, `</s>` included."""
-    return actions[:, 1:] != pad
+    return actions[:, 1:] != 0  # T5's pad
 
 
 @torch.no_grad()

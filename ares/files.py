@@ -65,10 +65,10 @@ def _kind(mode: int) -> str:
     return f"is a {found}, not a file"
 
 
-def read_shared(path: AnyPath, max_bytes: int = SHARED_BYTES) -> bytes:
+def read_shared(path: AnyPath) -> bytes:
     """Read a file of a questions folder without following links. Raises UserError for a link, a FIFO, a folder or too
     many bytes, and OSError (FileNotFoundError)."""
-    return _content(open_regular(path, follow_links=False), path, max_bytes)
+    return _content(open_regular(path, follow_links=False), path, SHARED_BYTES)
 
 
 def read_bytes(path: AnyPath, flag: str, *, head: int | None = None) -> bytes:

@@ -34,7 +34,7 @@ MAX_WORKERS = 16  # of the default: a GPU needs no more
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def list_images(folder: str | Path, splits: Sequence[str] | None = None, flag: str = "--data_root") -> dict[str, Path]:
+def list_images(folder: str | Path, splits: Sequence[str] | None = None) -> dict[str, Path]:
     """Question id -> image file, sorted by number: `{qid}/image.png`, else the first choice image.
 
     `splits` names subfolders that hold the questions' folders; the default is those of train, val and test that exist.
@@ -42,7 +42,7 @@ def list_images(folder: str | Path, splits: Sequence[str] | None = None, flag: s
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{flag}: {folder} is no folder; name the folder that holds {{qid}}/image.png")
+        raise UserError(f"--data_root: {folder} is no folder; name the folder that holds {{qid}}/image.png")
     found = [name for name in splits or SPLITS if (folder / name).is_dir()]
     if splits and len(found) < len(splits):
         raise UserError(f"--splits: no folder {', '.join(sorted(set(splits) - set(found)))} in {folder}")
@@ -51,9 +51,9 @@ def list_images(folder: str | Path, splits: Sequence[str] | None = None, flag: s
         for place in root.iterdir():
             paths = question_images(root, place.name) if place.is_dir() else []
             if paths and (other := images.setdefault(place.name, paths[0])) != paths[0]:
-                raise UserError(f"{flag}: question {place.name} has two folders, {other.parent} and {place}")
+                raise UserError(f"--data_root: question {place.name} has two folders, {other.parent} and {place}")
     if not images:
-        raise UserError(f"{flag}: no {{qid}}/image.png or {{qid}}/choice_0.png in {folder}")
+        raise UserError(f"--data_root: no {{qid}}/image.png or {{qid}}/choice_0.png in {folder}")
     # numbers by value, then other ids by name
     order = sorted(images, key=lambda qid: (0, int(qid), qid) if qid.isdecimal() else (1, 0, qid))
     return {qid: images[qid] for qid in order}
