@@ -31,8 +31,6 @@ from vision.features import VisionFeatures
 IGNORE = -100  # label of a pad, which torch's cross entropy ignores
 SAMPLE_ROWS = 32  # feature rows checked when a run begins: 19 MB of ViT's
 
-# -- a run's data ----------------------------------------------------------------------------------------
-
 
 @dataclass
 class Data:
@@ -130,9 +128,6 @@ def check_prompt_flags(args: argparse.Namespace) -> None:
         warn0(f"{flag} without {without} puts the gold solution into the prompts of the {splits} split")
 
 
-# -- vision features -------------------------------------------------------------------------------------
-
-
 def open_features(args: argparse.Namespace) -> VisionFeatures:
     """Find, map and check the features of --img_type and their name map. Raises UserError. SAMPLE_ROWS rows are
     checked for NaN and infinity; tools/doctor.py checks all."""
@@ -160,9 +155,6 @@ def check_coverage(features: VisionFeatures, problems: Mapping[str, Any], splits
     files.check_pictured(features.name_map, problems, splits, few, some)
 
 
-# -- rationales of an earlier stage ----------------------------------------------------------------------
-
-
 def read_le(path: str | Path, qids: Sequence[str], flag: str) -> dict[str, str]:
     """qid -> rationale from a predictions file: by its `qids` where it has them, else in the order of `qids`. Raises
     UserError naming `flag` if one is missing, or if a file without ids has another length than the split."""
@@ -171,9 +163,6 @@ def read_le(path: str | Path, qids: Sequence[str], flag: str) -> dict[str, str]:
         lacks = f"{len(absent)} of the split's {len(qids)} questions, the first being {absent[0]}"
         raise UserError(f"{flag}: {path} lacks {lacks}")
     return {qid: by_qid[qid] for qid in qids}
-
-
-# -- tokens ----------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(args: argparse.Namespace, *folders: str | Path | None) -> Any:

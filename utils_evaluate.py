@@ -24,9 +24,6 @@ SIMILARITY_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 SUBJECTS = {"natural": "natural science", "social": "social science", "language": "language science"}
 
 
-# -- answers ---------------------------------------------------------------------------------------------
-
-
 def extract_answer(text: str, n_choices: int | None = None, options: Sequence[str] = "ABCDE") -> str | None:
     """The letter X of exactly one `The answer is (X)` in a generated text, else None. With `n_choices`, a letter
     beyond the question's own options is no answer either."""
@@ -78,9 +75,6 @@ CATEGORIES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "grade_7_12": lambda problem: 7 <= _grade(problem) <= 12,
     "average": lambda problem: True,
 }
-
-
-# -- rationales ------------------------------------------------------------------------------------------
 
 
 def bleu_tokens(text: str) -> list[str]:
@@ -198,9 +192,6 @@ def training_rouge(predictions: Sequence[str], references: Sequence[str]) -> flo
     return 100 * sum(scores) / len(scores) if scores else 0.0
 
 
-# -- sentence similarity ---------------------------------------------------------------------------------
-
-
 @functools.cache  # three splits in a row are scored with one load, and one warning if it is absent
 def similarity_model() -> Any | None:
     """all-MiniLM-L6-v2 from the local cache, the package that carries it, or the hub; None, and why, if nowhere."""
@@ -238,9 +229,6 @@ def sentence_similarity(predictions: Mapping[str, str], references: Mapping[str,
     row = {text: i for i, text in enumerate(texts)}
     cosines = [float(vectors[row[pred]] @ vectors[row[ref]]) if pred else 0.0 for pred, ref in pairs]
     return 100 * sum(cosines) / len(cosines)
-
-
-# -- all together ----------------------------------------------------------------------------------------
 
 
 def get_scores(

@@ -32,8 +32,6 @@ LARGEST = {"num_layers": 1000, "num_decoder_layers": 1000, "num_heads": 10_000, 
 # in the order in which transformers looks for them
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
-# -- configuration ---------------------------------------------------------------------------------------
-
 
 class MultimodalT5Config(T5Config):
     """T5Config with `patch_size`, and with `tie_word_embeddings` kept as the checkpoint says.
@@ -100,9 +98,6 @@ def read_config(folder: Path, flag: str) -> MultimodalT5Config:
         return MultimodalT5Config.from_dict(fields)
     except Exception as error:  # the library checks types and values, each field in its own way
         raise UserError(f"{flag}: {path} is no valid T5 configuration ({in_one_line(error, 160)})") from error
-
-
-# -- weights ---------------------------------------------------------------------------------------------
 
 
 def read_shapes(folder: Path, flag: str) -> dict[str, tuple[int, ...]]:

@@ -180,9 +180,6 @@ def search_folders(args: argparse.Namespace) -> list[Path]:
     return [*folders, above] if parent.endswith("data") else [*folders, above, above / ".."]
 
 
-# -- captions --------------------------------------------------------------------------------------------
-
-
 def find_captions(args: argparse.Namespace) -> Path:
     """`--caption_file`, or, at its default, the first of CAPTION_NAMES in `search_folders`; prints which."""
     if args.caption_file != CAPTION_DEFAULT:
@@ -302,9 +299,6 @@ def load_name_map(path: str | Path) -> dict[str, int]:
     return {qid: int(row) for qid, row in rows.items()}
 
 
-# -- corrections -----------------------------------------------------------------------------------------
-
-
 def find_correction(args: argparse.Namespace) -> Path:
     """`--correction_file`, relative to --data_root or a path. Raises UserError if it is absent."""
     if not args.correction_file:
@@ -330,9 +324,6 @@ def read_correction(path: str | Path, problems: Mapping[str, Any], train_qids: I
             raise UserError(f"--correction_file: {path}: question {qid} is another question than in problems.json")
         solutions[qid] = problem["solution"]
     return solutions
-
-
-# -- messages --------------------------------------------------------------------------------------------
 
 
 def _named(path: str, flag: str, folder: bool = False) -> Path:

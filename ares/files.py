@@ -390,9 +390,6 @@ def short_name(name: str) -> str:
     return f"{raw[: NAME_MAX - 13].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:12]}"
 
 
-# -- appending -------------------------------------------------------------------------------------------
-
-
 class Lines:
     """A file to append lines to, each in one write. A last line without its end (a kill cut it) is ended first. Raises
     UserError if `path` is a link or no regular file, DiskError."""

@@ -240,9 +240,6 @@ def warn_about_device(device: torch.device, parameters: int) -> None:
         warn0(f"no GPU found: training {parameters / 1e6:.0f} million parameters on the CPU takes days, not hours")
 
 
-# -- callbacks -------------------------------------------------------------------------------------------
-
-
 class RunControl(TrainerCallback):
     """The sampler's epoch; a checkpoint every `minutes` within an epoch, by rank 0's clock; after Ctrl-C on any
     process a checkpoint, then the end of training, on all processes (`stopped`)."""
