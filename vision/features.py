@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +47,7 @@ class VisionFeatures:
         self.name_map = dict(name_map)
         self.shape, recorded_rows = self._expected_shape()
         try:
-            found, floating = self._open_shape()
+            found, floating = tuple(self._mapped.shape), self._mapped.is_floating_point()
         except UserError:
             raise
         except Exception as error:  # three libraries, each with its own errors for a broken file
@@ -110,9 +111,7 @@ class VisionFeatures:
             if row is not None and whole:
                 sha.update(self._read([row]).contiguous().numpy().tobytes())
             elif row is not None:
-                part = self._mapped[row : row + 1, i % P : i % P + 1]
-                part = part if isinstance(part, np.ndarray) else part.float().numpy()
-                sha.update(np.asarray(part, np.float32).tobytes())
+                sha.update(self._mapped[row, i % P].float().numpy().tobytes())
         return sha.hexdigest()[:16]
 
     def _spread(self, batch: torch.Tensor) -> torch.Tensor:
@@ -120,18 +119,13 @@ class VisionFeatures:
 
     def _read(self, rows: list[int]) -> torch.Tensor:
         """The rows as stored, copied from the mapped file as float32."""
-        array = self._mapped
-        if isinstance(array, np.ndarray):
-            return torch.from_numpy(array[rows].astype(np.float32, copy=False))
-        if isinstance(array, torch.Tensor):
-            return array[rows].float()
-        return torch.stack([array[row] for row in rows]).float()  # a safetensors slice reads row by row
+        return self._mapped[rows].float()
 
     @cached_property
-    def _mapped(self) -> Any:
-        """The open file: a memory-mapped array, a mapped tensor, or a slice of a safetensors file."""
+    def _mapped(self) -> torch.Tensor:
+        """The stored tensor, mapped: only rows that are used are read."""
         if self.path.suffix == ".npy":
-            return np.load(self.path, mmap_mode="r", allow_pickle=False)
+            return _map_array(self.path)
         if self.path.suffix == ".safetensors":
             from safetensors import safe_open
 
@@ -139,21 +133,12 @@ class VisionFeatures:
             names = list(file.keys())
             if len(names) != 1:
                 raise UserError(f"--vision_features: {self.path} holds {len(names)} tensors instead of one")
-            return file.get_slice(names[0])
+            return file.get_tensor(names[0])  # mapped, too
         with open(self.path, "rb") as file:
             old_format = file.read(2) not in (b"PK", b"")  # torch before 1.6 wrote no zip archives
         if old_format:
-            return np.load(_mappable_copy(self.path), mmap_mode="r", allow_pickle=False)
+            return _map_array(_mappable_copy(self.path))
         return _load_tensor(self.path, mmap=True)
-
-    def _open_shape(self) -> tuple[tuple[int, ...], bool]:
-        """Shape of the stored array, and whether it is floating point."""
-        array = self._mapped
-        if isinstance(array, np.ndarray):
-            return tuple(array.shape), np.issubdtype(array.dtype, np.floating)
-        if isinstance(array, torch.Tensor):
-            return tuple(array.shape), array.dtype.is_floating_point
-        return tuple(array.get_shape()), array.get_dtype() in ("F16", "BF16", "F32", "F64")
 
     def _expected_shape(self) -> tuple[tuple[int, int], int | None]:
         """(patches, dim), and the number of rows if the JSON beside the file has it."""
@@ -170,6 +155,12 @@ class VisionFeatures:
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_mapped"}
+
+
+def _map_array(path: Path) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the array cannot be written to
+        return torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False))
 
 
 def _load_tensor(path: Path, mmap: bool = False) -> torch.Tensor:
