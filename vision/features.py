@@ -55,7 +55,7 @@ class VisionFeatures:
             if isinstance(error, pickle.UnpicklingError):
                 why = "it holds pickled objects, which are never executed; save one plain tensor"
             raise UserError(f"--vision_features: cannot map {self.path} ({why})") from error
-        self.rows, self._repeat = found[0], len(found) == 2
+        self.rows, self._repeat = found[0] if found else 0, len(found) == 2
         fault = None
         if not floating:
             fault = "holds no floating point numbers"
