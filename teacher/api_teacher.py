@@ -137,7 +137,7 @@ class ApiTeacher:
         """Digest of everything the reply depends on; images by content."""
         digests = []
         for path in request.images:
-            identity = images.file_identity(path)
+            identity = images.file_identity(os.stat(path))
             if identity not in self._image_digests:
                 with open(path, "rb") as file:
                     self._image_digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
