@@ -184,8 +184,8 @@ def make_report(tmp_path_factory, tokenizer) -> SimpleNamespace:
     made.untouched = stamps(made.root) == before
     made.page = made.output.read_text(encoding="utf-8")
     made.parts = parts_of(made.page)
-    made.main, made.texts = made.parts["main"], made.parts["texts"]["texts"]
-    made.row = {qid: row for row, qid in enumerate(made.main["questions"]["qid"])}
+    made.main = made.parts["main"]
+    made.row = {each["qid"]: str(row) for row, each in enumerate(made.main["questions"])}
     return made
 
 

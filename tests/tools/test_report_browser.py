@@ -105,9 +105,9 @@ def test_filters_search_and_keys(tab, world):
         assert listed(tab) == [f"row-{world.row[qid]}" for qid in qids], words
         choose(tab, name, "all")
     test = world.splits["test"]
-    scores = [world.main["preds"][stage]["p"] for stage in (0, 1)]
-    lows = {qid: min(*scores[0][world.row[qid]], *scores[1][world.row[qid]]) for qid in test}
-    lows |= {qid: world.main["sampled"][str(world.row[qid])]["low"] for qid in world.splits["train"]}
+    scores = {qid: [world.main["preds"][stage][world.row[qid]]["p"] for stage in (0, 1)] for qid in test}
+    lows = {qid: min(map(min, both)) for qid, both in scores.items()}
+    lows |= {qid: world.main["sampled"][world.row[qid]]["low"] for qid in world.splits["train"]}
     low = sorted(set(lows.values()))[0]
     assert low in (0, 20, 40, 60, 80), "a bound of the filter"
     choose(tab, "low", f"at most {low / 100}")
@@ -116,12 +116,12 @@ def test_filters_search_and_keys(tab, world):
     choose(tab, "split", "test")
 
     def gain(qid):
-        means = [sum(columns[world.row[qid]]) / len(columns[world.row[qid]]) for columns in scores]
+        means = [sum(each) / len(each) for each in scores[qid]]
         return round(means[1]) - round(means[0])
 
     for words, sign in (("largest gain, first to last stage", -1), ("largest loss, first to last stage", 1)):
         choose(tab, "sort", words)
-        found = [gain(world.main["questions"]["qid"][int(name.removeprefix("row-"))]) for name in listed(tab)]
+        found = [gain(world.main["questions"][int(name.removeprefix("row-"))]["qid"]) for name in listed(tab)]
         assert [sign * each for each in found] == sorted(sign * each for each in found) and len(set(found)) > 1
     tab.find_element("id", "reset").click()
     tab.find_element("id", "search").send_keys("Land5 map")
@@ -139,7 +139,7 @@ def test_filters_search_and_keys(tab, world):
     tab.find_element("id", "next").click()
     assert "Land5" in text(tab, "#detail h2")
     press(tab, "j" * 20)
-    last = world.main["questions"]["qid"][-1]
+    last = world.main["questions"][-1]["qid"]
     assert f"Land{last}" in text(tab, "#detail h2") and not tab.find_element("id", "next").is_enabled()
     tab.get(f"{world.output.as_uri()}#qid=5")
     press(tab, "/")
@@ -168,7 +168,7 @@ def test_one_question_shows_everything(tab, world):
     assert f"The capital is Hut{qid}. Town{qid}." in shown, "what is removed comes before what is added"
     assert not css(tab, ".tok")
     press(tab, "t")
-    sample = world.parts["details"]["samples"][str(world.row[qid])][1]
+    sample = world.parts["details"]["samples"][world.row[qid]][1]
     tokens = css(tab, ".tok")
     assert len(tokens) == len(sample["tokens"]), "of the sample that counts"
     wanted = f"{sample['advantages'][0] / 1000:+.2f}".replace("-", "−")
@@ -180,10 +180,9 @@ def test_one_question_shows_everything(tab, world):
     shown = text(tab, "#detail")
     assert "predicted by lora" in shown and "base first: base preferred" in shown and "judge-1" in shown
     numbers = [each.text for each in css(tab, "#detail .sent .n")]
-    columns = world.main["preds"]
-    wanted = [score for stage in (0, 1) for score in columns[stage]["p"][world.row["2"]]]
-    assert [round(100 * float(number)) for number in numbers] == wanted
-    means = [sum(columns[stage]["p"][world.row["2"]]) / len(columns[stage]["p"][world.row["2"]]) for stage in (0, 1)]
+    scores = [world.main["preds"][stage][world.row["2"]]["p"] for stage in (0, 1)]
+    assert [round(100 * float(number)) for number in numbers] == [*scores[0], *scores[1]]
+    means = [sum(each) / len(each) for each in scores]
     assert [float(each.text) for each in css(tab, "#detail .mean .chip")] == [round(mean) / 100 for mean in means]
     tab.get(f"{world.output.as_uri()}#qid={world.splits['train'][0]}")
     assert text(tab, "#detail .stage .text del") == "It is." and not css(tab, "#detail .stage .text ins")
