@@ -156,16 +156,11 @@ def _coco_image(root: Path, image_id: Any) -> Path | None:
     if image_id is None:
         return None
     plain = [f"{number}{suffix}" for number in (f"{image_id:0>12}", image_id) for suffix in (".jpg", ".png")]
-    for folder in (root, root / "images"):
-        for name in plain:
-            for part in (*COCO_PARTS, ""):
-                if (path := folder / part / name).is_file():
-                    return path
-        for part in COCO_PARTS:
-            name = f"COCO_{part}_{image_id:0>12}.jpg"
-            if (path := folder / part / name).is_file() or (path := folder / name).is_file():
-                return path
-    return None
+    names = [f"{part}/{name}" for name in plain for part in (*COCO_PARTS, ".")]
+    for part in COCO_PARTS:
+        names += [f"{part}/COCO_{part}_{image_id:0>12}.jpg", f"COCO_{part}_{image_id:0>12}.jpg"]
+    places = (folder / name for folder in (root, root / "images") for name in names)
+    return next((path for path in places if path.is_file()), None)
 
 
 # -- data sets of the `datasets` library -----------------------------------------------------------------
@@ -174,14 +169,11 @@ def _coco_image(root: Path, image_id: Any) -> Path | None:
 def _from_datasets(where: str, convert: Callable, test_is_val: bool) -> Source:
     import datasets
 
-    tables = {}
-    for name, table in _load_datasets(where).items():
-        split = next((ours for ours, names in SPLITS.items() if name in names), None)
-        if split is not None:
-            if "image" in table.column_names:  # as the bytes of files: not decoded, so not encoded again
-                table = table.cast_column("image", datasets.Image(decode=False))
-            tables[split] = table
-    tables = {split: tables[split] for split in SPLITS if split in tables}
+    found = _load_datasets(where)
+    tables = {split: found[name] for split, names in SPLITS.items() for name in names if name in found}
+    for split, table in tables.items():
+        if "image" in table.column_names:  # as the bytes of files: not decoded, so not encoded again
+            tables[split] = table.cast_column("image", datasets.Image(decode=False))
     wanted = [split for split in SPLITS if split not in tables and not (test_is_val and split == "test")]
     if wanted:
         raise UserError(f"--source: {where} has no split {wanted[0]}; it has {', '.join(tables) or 'none'}")
@@ -217,30 +209,27 @@ def _load_datasets(where: str) -> Mapping[str, Any]:
             return datasets.load_from_disk(where)
         if folder.is_dir():
             return datasets.load_dataset("parquet", data_files=_parquet_files(folder))
-        if folder.exists() or where.startswith((".", "/", "~")):
-            raise UserError(f"--source: {where} is no folder")
-        from huggingface_hub import constants
-
-        from vision.networks import hub_failure, offline_unless_reachable
-
-        offline_unless_reachable()
-        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
-        try:
-            return datasets.load_dataset(where)
-        except Exception as error:  # of the hub, HTTP and parsing libraries
-            if "Config name is missing" in str(error):
-                names = str(error).partition("available configs: ")[2].partition("\n")[0]
-                raise UserError(
-                    f"--source: {where} has several configurations, {names}; download the files of one and name their "
-                    "folder"
-                ) from error
-            raise UserError(
-                f"--source: {where} is no folder here, and cannot be downloaded from the hub ({hub_failure(error)})"
-            ) from error
     except UserError:
         raise
     except Exception as error:  # of pyarrow and datasets, for damaged files
         raise UserError(f"--source: cannot read {where} ({in_one_line(error, 160)})") from error
+    if folder.exists() or where.startswith((".", "/", "~")):
+        raise UserError(f"--source: {where} is no folder")
+    from huggingface_hub import constants
+
+    from vision.networks import hub_failure, offline_unless_reachable
+
+    offline_unless_reachable()
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
+    try:
+        return datasets.load_dataset(where)
+    except Exception as error:  # of the hub, HTTP and parsing libraries
+        if "Config name is missing" in str(error):
+            names = str(error).partition("available configs: ")[2].partition("\n")[0]
+            fault = f"has several configurations, {names}; download the files of one and name their folder"
+        else:
+            fault = f"is no folder here, and cannot be downloaded from the hub ({hub_failure(error)})"
+        raise UserError(f"--source: {where} {fault}") from error
 
 
 def _parquet_files(folder: Path) -> dict[str, list[str]]:

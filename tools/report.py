@@ -58,26 +58,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse all flags that cannot work, in one message."""
-    problems = []
-    if not (args.stage or args.run or args.questions_dir):
-        problems.append('nothing to show: give --stage "NAME=FOLDER", --run or --questions_dir')
-    if args.run and args.questions_dir:
-        problems.append("--run has a questions folder of its own; give one of --run and --questions_dir")
-    for flag in ("run", "questions_dir", "correction_dir"):
-        folder = getattr(args, flag)
-        if folder and not Path(folder).is_dir():
-            problems.append(f"--{flag}: {folder} is not a folder")
-    if "image_mode" in args.given and args.image_mode == "none" and args.images:
-        problems.append("--images has no effect with --image_mode none")
-    if args.train_questions < 0:
-        problems.append("--train_questions must be 0 or more")
-    if "train_questions" in args.given and not (args.run or args.questions_dir or args.correction_dir):
-        problems.append("--train_questions has no effect without --run, --questions_dir or --correction_dir")
+    given, replies = args.given, args.run or args.questions_dir
     names = [stages.stage_name(text)[0] for text in args.stage or []]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        problems.append(f"--stage: {twice[0]!r} is named twice; give each stage its own name")
-    cli.refuse(problems)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    folders = {flag: getattr(args, flag) for flag in ("run", "questions_dir", "correction_dir")}
+    faults = [
+        (not (args.stage or replies), 'nothing to show: give --stage "NAME=FOLDER", --run or --questions_dir'),
+        (args.run and args.questions_dir,
+         "--run has a questions folder of its own; give one of --run and --questions_dir"),
+        *((folder and not Path(folder).is_dir(), f"--{flag}: {folder} is not a folder")
+          for flag, folder in folders.items()),
+        ("image_mode" in given and args.image_mode == "none" and args.images,
+         "--images has no effect with --image_mode none"),
+        (args.train_questions < 0, "--train_questions must be 0 or more"),
+        ("train_questions" in given and not (replies or args.correction_dir),
+         "--train_questions has no effect without --run, --questions_dir or --correction_dir"),
+        (twice, f"--stage: {twice!r} is named twice; give each stage its own name"),
+    ]  # fmt: skip
+    cli.refuse([message for fault, message in faults if fault])
 
 
 # -- reading -------------------------------------------------------------------------------------------------
