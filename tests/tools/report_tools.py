@@ -194,6 +194,10 @@ def stamps(root: Path) -> dict:
 
 
 def parts_of(page: str) -> dict:
-    """The data blocks of a page by id, read as a browser would: up to the first `</script`."""
+    """The data blocks of a page by id, read as a browser would: up to the first `</script`, without NaN."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} in the page: a browser would show nothing")
+
     blocks = re.findall(r'<script type="application/json" id="(\w+)">(.*?)</script', page, flags=re.DOTALL)
-    return {name: json.loads(text) for name, text in blocks}
+    return {name: json.loads(text, parse_constant=refuse) for name, text in blocks}

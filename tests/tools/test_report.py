@@ -11,7 +11,7 @@ from ares import cli, files
 from ares.sentences import split_text
 from teacher import handoff, reference
 from teacher.reference import rationale_figures
-from tests.conftest import ROOT, one_line_error, run_script
+from tests.conftest import ROOT
 from tests.tools.report_tools import EVIL, NAME, make_problems, parts_of, picture, released_file, write_predictions
 from tools import report
 from tools.report_page import collect, page, plots, stages, teacher
@@ -20,18 +20,17 @@ from tools.report_page import collect, page, plots, stages, teacher
 
 
 def test_figures_are_those_of_the_files(world):
+    assert world.untouched, "what is read stays as it is"
     data = world.main["overview"]
     base, sft, lora = data["figures"]
-    files = {
-        name: json.loads((world.root / name / "predictions_ans_test.json").read_text())
-        for name in ("base", "sft", "lora")
+    read = {
+        name: json.loads((world.root / name / "predictions_ans_test.json").read_text()) for name in ("base", "sft")
     }
-    assert base["scores"] == files["base"]["scores"]["rationale"]
+    assert base["scores"] == read["base"]["scores"]["rationale"]
     assert lora == {"rows": 8, "num_fail": 1, "scores": {"acc_average": 75.0, "acc_natural": 50.0}}
     assert sft["scores"]["rouge"] > base["scores"]["rouge"]  # not in its file: computed, without the similarity
     assert set(sft["scores"]) == {"bleu1", "bleu4", "rouge"}
-    for figures, name in ((base, "base"), (sft, "sft")):
-        file = files[name]
+    for figures, file in zip((base, sft), read.values(), strict=True):
         assert figures["rationale"] == pytest.approx(rationale_figures(world.problems, file["qids"], file["preds"]))
     assert base["rationale"]["unfinished"] == 100 * 7 / 8 and sft["rationale"]["unfinished"] == 100 / 8
     (line,) = data["rounds"]
@@ -123,10 +122,6 @@ def test_corrections_and_verdicts(world):
     assert third["reason"] == "no_final" and "diff" not in third and third["reply"] == "I cannot help."
     (file,) = world.main["verdicts"]
     assert file["rows"][world.row["2"]] == [["ab", "a"], ["ba", "b"]] and len(file["rows"]) == 4
-
-
-def test_what_is_read_stays_as_it_is(world):
-    assert world.untouched
 
 
 def test_a_stage_shows_the_teachers_scores_where_it_scored_that_text(tmp_path):
@@ -348,23 +343,18 @@ def test_mistakes_end_with_one_line(name, tmp_path, monkeypatch):
     files.write_json("data/scienceqa/pid_splits.json", splits)
     files.write_json("ok.json", {"preds": ["Solution: a."], "qids": ["999"]})
     files.write_json("list.json", ["x"])
-    files.write_json(
-        "scores.json", {"preds": ["Solution: a."], "qids": ["1"], "scores": {"rationale": {"rouge": "high"}}}
-    )
-    files.write_json("labels.json", {"preds": ["Solution: a."], "qids": ["1"], "labels": ["x", "y"]})
+    one = {"preds": ["Solution: a."], "qids": ["1"]}
+    files.write_json("scores.json", one | {"scores": {"rationale": {"rouge": "high"}}})
+    files.write_json("labels.json", one | {"labels": ["x", "y"]})
     files.write_text("run/metrics.jsonl", '{"loss": 1}\n')
     handoff.write_rationale(handoff.question_dir("cut/questions", 0, 0, "1"), ["So."])
     files.write_text("cut/samples_round_0.jsonl", '{"qid": "1", "acti')
     if name in ("verdicts", "times", "images", "captions"):
-        files.write_json("ok.json", {"preds": ["Solution: a."], "qids": ["1"]})
+        files.write_json("ok.json", one)
     with pytest.raises(cli.UserError) as error:
         report.main(argv)
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "report.html").exists()
-
-
-def test_mistakes_exit_with_status_2(tmp_path):
-    one_line_error(run_script(ROOT / "tools/report.py", "--stage", "x", cwd=tmp_path, check=False), "NAME=FOLDER")
 
 
 def test_a_released_file_of_rationales_shows_no_answers(tmp_path, few):
@@ -377,38 +367,24 @@ def test_a_released_file_of_rationales_shows_no_answers(tmp_path, few):
         assert ("similarity" in shown["scores"]) == parts[1] and "similariry" not in shown["scores"]
 
 
-def strict_parts(page_text: str) -> dict:
-    """The data blocks as JSON.parse reads them: NaN and Infinity are errors."""
-
-    def refuse(name):
-        raise AssertionError(f"{name} in the page: a browser would show nothing")
-
-    blocks = re.findall(r'<script type="application/json" id="(\w+)">(.*?)</script', page_text, flags=re.DOTALL)
-    return {name: json.loads(text, parse_constant=refuse) for name, text in blocks}
-
-
 def test_figures_that_are_no_numbers_never_blank_the_page(world, tmp_path, monkeypatch):
     """NaN and infinity in metrics, scores, times, trainer states, win rates and the spend log."""
     monkeypatch.chdir(tmp_path)
     nan = float("nan")
-    run = tmp_path / "run"
-    run.mkdir()
     lines = [json.loads(line) for line in (world.root / "rl/metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        for name, value in line.items():
-            if isinstance(value, float):
-                line[name] = float("inf") if line["update"] == 2 else nan
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    stage = tmp_path / "stage"
-    stage.mkdir()
+        odd = float("inf") if line["update"] == 2 else nan
+        line |= {name: odd for name, value in line.items() if isinstance(value, float)}
+    files.write_text("run/metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     scores = {"rationale": {"bleu1": nan, "rouge": float("inf"), "bleu4": 20.0}}
-    data = {"preds": ["Solution: So."], "qids": ["1"], "scores": scores}
-    (stage / "predictions_ans_test.json").write_text(json.dumps(data))
-    (stage / "trainer_state.json").write_text(json.dumps({"log_history": [{"train_runtime": nan}]}))
     verdicts = {"systems": ["A", "B"], "verdicts": [], "judge": {"model": nan}, "summary": {"identical": nan}}
-    (tmp_path / "win_rate.json").write_text(json.dumps(verdicts))
+    for name, data in (
+        ("stage/predictions_ans_test", {"preds": ["Solution: So."], "qids": ["1"], "scores": scores}),
+        ("stage/trainer_state", {"log_history": [{"train_runtime": nan}]}), ("win_rate", verdicts),
+    ):  # fmt: skip
+        files.write_text(f"{name}.json", json.dumps(data))
     report.main(["--stage", "s=stage", "--run", "run", "--win_rate", "win_rate.json", "--image_mode", "none"])
-    parts = strict_parts((tmp_path / "report.html").read_text())
+    parts = parts_of((tmp_path / "report.html").read_text())
     shown = parts["main"]["overview"]
     assert shown["figures"][0]["scores"] == {"bleu4": 20.0}
     assert shown["rounds"][0]["reward"] is None and shown["rounds"][0]["rationales"] == 7 and shown["times"] == []
@@ -421,7 +397,5 @@ def test_unread_answers_above_5_percent_are_noted(tmp_path, few, monkeypatch):
         released_file(tmp_path / "file.json", few.problems, few.qids, "A", garbled=garbled)
         report.main(["--stage", "it=file.json", "--data_root", str(few.root), "--image_mode", "none"])
         notes = parts_of((tmp_path / "report.html").read_text())["main"]["notes"]
-        assert (
-            notes
-            == [f"it (file.json): {garbled} of 60 answers could not be read; each counts as a random choice"] * noted
-        )
+        note = f"it (file.json): {garbled} of 60 answers could not be read; each counts as a random choice"
+        assert notes == [note] * noted
