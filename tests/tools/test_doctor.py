@@ -191,14 +191,9 @@ OTHER_FAULTS = {  # change(data folder)
 def test_planted_fault(fault, place, capsys, t5_tokenizer):
     data = place / "data"
     train, rows = read(data / SPLITS)["train"], read(data / ROWS)
-    about = {
-        "ids": list(read(data / PROBLEMS)),
-        "train": train,
-        "data": data,
-        "last": max(rows.values()),
-        "pictured": first_picture(data).parent.name,
-        "fifth": [qid for qid in rows if rows[qid] == 4][0],
-    }
+    ids, pictured = list(read(data / PROBLEMS)), first_picture(data).parent.name
+    about = {"train": train, "data": data, "last": max(rows.values()), "pictured": pictured}
+    about["fifth"] = next(qid for qid in rows if rows[qid] == 4)
     if fault in OTHER_FAULTS:
         if fault == "model of another img_type":
             t5_tokenizer.save_pretrained(make_model(place / "detr", patch_size=(100, 256)))
@@ -206,9 +201,8 @@ def test_planted_fault(fault, place, capsys, t5_tokenizer):
         plant(data)
     else:
         name, change, check, *words = JSON_FAULTS[fault]
-        ids = train if name.endswith("correction.json") else about["ids"]
+        ids = train if check == "correction" else ids
         spoil(data / name, lambda content: change(content, ids))
-        about["ids"] = ids
     argv = [*flags(place), "--strict"]
     if check not in ("model", "tokenizer"):  # half of a check's time is the tokenizer's
         del argv[argv.index("--model") : argv.index("--model") + 2]
@@ -217,7 +211,7 @@ def test_planted_fault(fault, place, capsys, t5_tokenizer):
     (line,) = lines["FAIL"]
     assert line[6:16].strip() == check, line
     for word in words:
-        assert word.format(**about) in line, line
+        assert word.format(ids=ids, **about) in line, line
 
 
 def test_a_nan_beyond_the_sampled_rows_is_found(place, capsys):

@@ -23,14 +23,12 @@ def test_figures_are_those_of_the_files(world):
     assert world.untouched, "what is read stays as it is"
     data = world.main["overview"]
     base, sft, lora = data["figures"]
-    read = {
-        name: json.loads((world.root / name / "predictions_ans_test.json").read_text()) for name in ("base", "sft")
-    }
-    assert base["scores"] == read["base"]["scores"]["rationale"]
+    read = [json.loads((world.root / name / "predictions_ans_test.json").read_text()) for name in ("base", "sft")]
+    assert base["scores"] == read[0]["scores"]["rationale"]
     assert lora == {"rows": 8, "num_fail": 1, "scores": {"acc_average": 75.0, "acc_natural": 50.0}}
     assert sft["scores"]["rouge"] > base["scores"]["rouge"]  # not in its file: computed, without the similarity
     assert set(sft["scores"]) == {"bleu1", "bleu4", "rouge"}
-    for figures, file in zip((base, sft), read.values(), strict=True):
+    for figures, file in zip((base, sft), read, strict=True):
         assert figures["rationale"] == pytest.approx(rationale_figures(world.problems, file["qids"], file["preds"]))
     assert base["rationale"]["unfinished"] == 100 * 7 / 8 and sft["rationale"]["unfinished"] == 100 / 8
     (line,) = data["rounds"]
@@ -382,7 +380,7 @@ def test_figures_that_are_no_numbers_never_blank_the_page(world, tmp_path, monke
         ("stage/predictions_ans_test", {"preds": ["Solution: So."], "qids": ["1"], "scores": scores}),
         ("stage/trainer_state", {"log_history": [{"train_runtime": nan}]}), ("win_rate", verdicts),
     ):  # fmt: skip
-        files.write_text(f"{name}.json", json.dumps(data))
+        files.write_json(f"{name}.json", data)
     report.main(["--stage", "s=stage", "--run", "run", "--win_rate", "win_rate.json", "--image_mode", "none"])
     parts = parts_of((tmp_path / "report.html").read_text())
     shown = parts["main"]["overview"]

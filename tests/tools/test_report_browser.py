@@ -39,6 +39,12 @@ def text(driver, selector) -> str:
     return "\n".join(each.text for each in css(driver, selector))
 
 
+def open_question(driver, world, qid: str) -> str:
+    """The detail view's text."""
+    driver.get(f"{world.output.as_uri()}#qid={qid}")
+    return text(driver, "#detail")
+
+
 def listed(driver) -> list[str]:
     return [row.get_attribute("id") for row in css(driver, ".row")]
 
@@ -66,15 +72,8 @@ def press(driver, keys: str) -> None:
 def test_overview_shows_the_figures(tab, world):
     shown = text(tab, "#overview")
     figures = world.main["overview"]["figures"]
-    for words in (
-        "75.00",
-        "55.13",
-        f"{figures[1]['rationale']['score']:.3f}",
-        "$2.00",
-        "placeholder 1",
-        "RL itself",
-        "12.50",
-    ):
+    for words in ("75.00", "55.13", f"{figures[1]['rationale']['score']:.3f}", "$2.00", "placeholder 1", "RL itself",
+                  "12.50"):  # fmt: skip
         assert words in shown, words
     assert len(css(tab, "#overview .figures svg")) == 6 and len(css(tab, "#overview .scores svg")) == 1
     assert "-0.0" not in shown and "−0.0" not in shown, "no sign before a zero"
@@ -149,19 +148,16 @@ def test_filters_search_and_keys(tab, world):
 
 def test_a_link_opens_its_question(tab, world):
     qid = world.splits["train"][-1]
-    tab.get(f"{world.output.as_uri()}#qid={qid}")  # the hash alone changes: no reload
+    open_question(tab, world, qid)  # the hash alone changes: no reload
     assert f"Land{qid}" in text(tab, "#detail h2") and not css(tab, "#overview:not([hidden])")
     tab.get("about:blank")
-    tab.get(f"{world.output.as_uri()}#qid=3")
-    assert "Land3" in text(tab, "#detail h2")
-    tab.get(f"{world.output.as_uri()}#qid=%3Cb%3E%E0nowhere")
-    assert "is not in this report" in text(tab, "#detail") and not css(tab, "#detail b")
+    assert "capital of Land3" in open_question(tab, world, "3")
+    assert "is not in this report" in open_question(tab, world, "%3Cb%3E%E0nowhere") and not css(tab, "#detail b")
 
 
 def test_one_question_shows_everything(tab, world):
     qid = world.splits["train"][-1]
-    tab.get(f"{world.output.as_uri()}#qid={qid}")
-    shown = text(tab, "#detail")
+    shown = open_question(tab, world, qid)
     for words in ("RL samples", "Sample 0", "Sample 1", "dropped: placeholder", "Correction", "✓ gold", f"Town{qid}"):
         assert words in shown, words
     assert (text(tab, "#detail del"), text(tab, "#detail ins")) == (f"removed\nHut{qid}.", f"added\nTown{qid}.")
@@ -176,15 +172,14 @@ def test_one_question_shows_everything(tab, world):
     assert not css(tab, "#samples .raw")
     css(tab, "#samples .fold > summary")[1].click()
     assert until(lambda: '"It is far away."' in text(tab, "#samples .raw")) and "teacher-1" in text(tab, "#samples")
-    tab.get(f"{world.output.as_uri()}#qid=2")
-    shown = text(tab, "#detail")
+    shown = open_question(tab, world, "2")
     assert "predicted by lora" in shown and "base first: base preferred" in shown and "judge-1" in shown
     numbers = [each.text for each in css(tab, "#detail .sent .n")]
     scores = [world.main["preds"][stage][world.row["2"]]["p"] for stage in (0, 1)]
     assert [round(100 * float(number)) for number in numbers] == [*scores[0], *scores[1]]
     means = [sum(each) / len(each) for each in scores]
     assert [float(each.text) for each in css(tab, "#detail .mean .chip")] == [round(mean) / 100 for mean in means]
-    tab.get(f"{world.output.as_uri()}#qid={world.splits['train'][0]}")
+    open_question(tab, world, world.splits["train"][0])
     assert text(tab, "#detail .stage .text del") == "It is." and not css(tab, "#detail .stage .text ins")
 
 
@@ -195,8 +190,7 @@ def test_text_of_models_is_shown_and_never_run(tab, world):
         for summary in css(tab, "#detail .fold > summary"):
             summary.click()
     assert until(lambda: EVIL[:30] in text(tab, "#detail ins") and EVIL[:30] in text(tab, "#detail .raw"))
-    tab.get(f"{world.output.as_uri()}#qid=1")
-    shown = text(tab, "#detail")
+    shown = open_question(tab, world, "1")
     assert shown.count("<script>window.pwned=1</script>") == 5, "question, hint, caption, choice, rationale"
     assert "{{data}}" in shown
     assert "<script>window" in text(tab, ".row") and "<script>window" in text(tab, "#filter-change")
@@ -310,12 +304,9 @@ def scienceqa_sized() -> collect.Inputs:
 def test_4241_questions_and_four_stages_fit_in_40_mb_and_a_page_of_few_elements(chromium, tmp_path):
     inputs = scienceqa_sized()
     qids, _ = collect.choose_questions(inputs, 0)
-    args = report.parse_args(["--stage", "a=b"])
-    args.splits = ["test"]
-    inputs.problems, problems = None, inputs.problems  # the reference Teacher would score for minutes
-    data = report.overview(args, inputs, [])
-    inputs.problems = problems
     parts = collect.page_data(inputs, qids)
+    inputs.problems = None  # for the overview: the reference Teacher would score for minutes
+    data = report.overview(report.parse_args(["--stage", "a=b"]), inputs, [])
     parts["main"] |= {"overview": data, "notes": []}
     parts["images"] = {"list": [], "of": {}}
     path = tmp_path / "large.html"
@@ -332,7 +323,6 @@ def test_4241_questions_and_four_stages_fit_in_40_mb_and_a_page_of_few_elements(
     assert [float(each.text) for each in css(chromium, "#detail .sent .n")] == wanted
     chromium.find_element("id", "search").send_keys("abcd")
     assert until(lambda: text(chromium, "#count") != "4,241 questions")
-    print(f"{path.stat().st_size / 1e6:.1f} MB; opened in {chromium.execute_script(ready):.0f} ms")
     chromium.find_element("id", "reset").click()
     chromium.execute_script("document.getElementById('list').scrollTop = 1e6")
     assert until(lambda: css(chromium, "#row-4240")), "the list's end can be reached"
