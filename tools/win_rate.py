@@ -243,18 +243,17 @@ def result_file(args: argparse.Namespace) -> Path:
     A win_rate.json of an earlier version, in which every protocol and split wrote to that name, is renamed first.
     """
 
-    def name(protocol: str, split: str) -> str:
+    def place(protocol: str, split: str) -> Path:
         parts = ["win_rate", *[protocol] * (protocol != "both"), *[split] * (split != "test")]
-        return f"{'_'.join(parts)}.json"
+        return Path(args.output, f"{'_'.join(parts)}.json")
 
-    path, plain = (Path(args.output) / each for each in (name(args.protocol, args.split), "win_rate.json"))
+    plain = Path(args.output, "win_rate.json")
     if plain.is_file():
         old = files.read_json(plain, "--output", dict, nan=True)
-        written = [name(protocol, split) for protocol in PROTOCOLS for split in FILE_NAMES
-                   if (protocol, split) == (old.get("protocol"), old.get("split"))]  # fmt: skip
-        if written and not plain.with_name(written[0]).exists():
-            os.replace(plain, plain.with_name(written[0]))
-    return path
+        known = old.get("protocol") in PROTOCOLS and old.get("split") in [*FILE_NAMES]
+        if known and not (own := place(old["protocol"], old["split"])).exists():
+            os.replace(plain, own)
+    return place(args.protocol, args.split)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
