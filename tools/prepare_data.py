@@ -86,16 +86,14 @@ def open_source(dataset: str, where: str, images: str | None) -> Source:
             if (place / "problems.json").is_file():
                 return _scienceqa_folder(place, images)
     else:
-        names = {split: (f"aokvqa_v1p0_{split}.json", f"{split}.json") for split in SPLITS}
-        files = {split: next((folder / name for name in both if (folder / name).is_file()), None)
-                 for split, both in names.items()}  # fmt: skip
+        places = {split: (folder / f"aokvqa_v1p0_{split}.json", folder / f"{split}.json") for split in SPLITS}
+        files = {split: next((path for path in both if path.is_file()), None) for split, both in places.items()}
         if files["train"] or files["val"]:
             return _aokvqa_folder(folder, files, images)
     if images is not None:
         raise UserError(f"--images: the images of {where} come with it; drop the flag, or name the official folder")
-    if dataset == "scienceqa":
-        return _from_datasets(where, _scienceqa_problem, test_is_val=False)
-    return _from_datasets(where, _aokvqa_problem, test_is_val=True)
+    convert = _scienceqa_problem if dataset == "scienceqa" else _aokvqa_problem
+    return _from_datasets(where, convert, test_is_val=dataset == "aokvqa")
 
 
 # -- the official folders --------------------------------------------------------------------------------
@@ -110,9 +108,8 @@ def _scienceqa_folder(folder: Path, images: str | None) -> Source:
     places = [place / "images" for place in (folder, folder.parent, folder.parent.parent)]
     places = [Path(images)] if images else places
     if images and not places[0].is_dir():
-        raise UserError(
-            f"--images: {images} is no folder; name the one of {{qid}}/image.png (or of train/, val/, test/)"
-        )
+        fix = "name the one of {qid}/image.png (or of train/, val/, test/)"
+        raise UserError(f"--images: {images} is no folder; {fix}")
     root = next((place for place in places if place.is_dir()), None)
 
     def pictures(qid: str) -> Pictures:

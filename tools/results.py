@@ -274,9 +274,8 @@ def significance(args: argparse.Namespace, runs: Sequence[Run]) -> Table:
         for number, (a, b) in enumerate(pairs, start=1):
             both = [qid for qid in a.values[name] if qid in b.values[name]]
             if not both:
-                raise cli.UserError(
-                    f"--compare: {a.path} and {b.path} have no question in common; name predictions of one split"
-                )
+                fault = f"{a.path} and {b.path} have no question in common; name predictions of one split"
+                raise cli.UserError(f"--compare: {fault}")
             ours, theirs = ([run.values[name][qid] for qid in both] for run in (a, b))
             if name == "answers":
                 only = [sum(map(operator.gt, *pair)) for pair in ((ours, theirs), (theirs, ours))]

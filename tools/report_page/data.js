@@ -45,7 +45,8 @@ function change(from, to, row) {
 
 /** Lowest score of any stage or sample for a question; -1 for none. */
 function lowest(row) {
-  const lows = [main.sampled[row]?.low ?? -1, ...main.stages.map((_, stage) => predOf(stage, row).low)].filter((low) => low >= 0);
+  const all = [main.sampled[row]?.low ?? -1, ...main.stages.map((_, stage) => predOf(stage, row).low)];
+  const lows = all.filter((low) => low >= 0);
   return lows.length ? Math.min(...lows) : -1;
 }
 
@@ -64,5 +65,5 @@ function judged(file, row) {
 }
 
 /** One lower-case text per row with everything that the search covers. */
-const searchTexts = lazily(() => Q.map((q, row) => [q.qid, q.question, q.hint, ...q.choices, q.solution, q.caption, q.topic,
-  ...main.stages.flatMap((_, stage) => predOf(stage, row).s || [])].join('\n').toLowerCase()));
+const searchTexts = lazily(() => Q.map((q, row) => [q.qid, q.question, q.hint, ...q.choices, q.solution, q.caption,
+  q.topic, ...main.stages.flatMap((_, stage) => predOf(stage, row).s || [])].join('\n').toLowerCase()));

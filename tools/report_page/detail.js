@@ -2,20 +2,13 @@
 
 let showTokens = false;
 
-function drawDetail() {
+/** The open question; if none is open, the words `instead`. */
+function drawDetail(instead = rowCount ? 'Choose a question.' : 'This report holds no question.') {
   const box = byId('detail');
-  if (current < 0) {
-    box.replaceChildren(el('p', { class: 'empty' }, rowCount ? 'Choose a question.' : 'This report holds no question.'));
-    return;
-  }
-  const row = current;
-  box.replaceChildren(...[headNode(row), questionNode(row), optionsNode(row), stagesPart(row), judgePart(row), goldPart(row),
-    samplesPart(row), correctionPart(row)].filter(Boolean));
+  const parts = [headNode, questionNode, optionsNode, stagesPart, judgePart, goldPart, samplesPart, correctionPart];
+  if (current >= 0) box.replaceChildren(...parts.map((make) => make(current)).filter(Boolean));
+  else box.replaceChildren(el('p', { class: 'empty' }, instead));
   box.scrollTop = 0;
-}
-
-function drawMissing(qid) {
-  byId('detail').replaceChildren(el('p', { class: 'empty' }, `Question ${qid} is not in this report.`));
 }
 
 function headNode(row) {
@@ -181,8 +174,7 @@ function tokensNode(sample) {
       el('i', { class: step(50 + (50 * advantage) / most) }, asSigned(advantage / 1000, 2)));
   });
   const legend = 'token · reward · advantage (before whitening, coloured by size within this sample)';
-  return el('div', {}, el('p', { class: 'small muted' }, legend),
-    el('div', { class: 'tokens' }, nodes));
+  return el('div', {}, el('p', { class: 'small muted' }, legend), el('div', { class: 'tokens' }, nodes));
 }
 
 function toggleTokens() {
@@ -199,8 +191,9 @@ function correctionPart(row) {
   const correction = row in main.corrected ? details().corrections[row] : null;
   if (!correction) return null;
   const pieces = correction.diff || [['same', correction.original]];
-  const body = [el('div', { class: 'text' }, pieces.map(([kind, words], i) => [i ? ' ' : null, kind === 'same' ? words : el(kind, {}, words)])),
-    correction.diff?.every(([kind]) => kind === 'same') ? el('p', { class: 'small muted' }, 'unchanged') : null];
+  const words = pieces.map(([kind, text], i) => [i ? ' ' : null, kind === 'same' ? text : el(kind, {}, text)]);
+  const unchanged = correction.diff && pieces.every(([kind]) => kind === 'same');
+  const body = [el('div', { class: 'text' }, words), unchanged ? el('p', { class: 'small muted' }, 'unchanged') : null];
   return part('Correction', el('span', { class: 'small muted' }, el('del', {}, 'removed'), ' ', el('ins', {}, 'added')),
     stageLine('Original → final', null, [...body, whyNode(correction), replyNode(correction)], -1));
 }

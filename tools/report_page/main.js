@@ -44,7 +44,7 @@ function follow() {
     current = -1;
     showTab('inspector');
     drawRows();
-    return drawMissing(hash.slice(4));
+    return drawDetail(`Question ${hash.slice(4)} is not in this report.`);
   }
   if (hash === 'inspector') return showInspector();
   showTab('overview');
