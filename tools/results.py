@@ -89,16 +89,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # -- reading -------------------------------------------------------------------------------------------------
 
 
-def find_problems(args: argparse.Namespace, needed: bool) -> tuple[Problems | None, list[str]]:
+def find_problems(args: argparse.Namespace) -> tuple[Problems | None, list[str]]:
     """(problems, questions of the split); (None, []) without data, unless --compare, --data_root or --dataset asks."""
-    if not Path(args.data_root).is_dir() and not needed:
-        return None, []
     try:
         dataset = find_dataset(args.data_root, args.dataset)
     except cli.UserError as error:
-        if needed:
+        if args.needs_data:
             raise
-        cli.warn0(f"{error}; without it there are no intervals")  # nobody asked for ./data
+        if Path(args.data_root).is_dir():
+            cli.warn0(f"{error}; without it there are no intervals")  # nobody asked for ./data
         return None, []
     data = read_data_folder(args.data_root, dataset)
     return data.problems, data.split(args.split, "--split")
@@ -296,14 +295,14 @@ def significance(args: argparse.Namespace, runs: Sequence[Run]) -> Table:
 
 def what_it_holds(system: Sequence[Run]) -> str:
     """What there is to compare in the files of one label."""
-    names = {"answers": "answers", "rouge": "rationales", "score": "rationales"}
-    kinds = dict.fromkeys(kind for name, kind in names.items() for run in system if run.values.get(name))
+    kinds = [kind for kind, names in {"answers": ["answers"], "rationales": ["rouge", "score"]}.items()
+             if any(run.values.get(name) for run in system for name in names)]  # fmt: skip
     return f"holds {' and '.join(kinds)}" if kinds else "holds no texts of single questions"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    problems, qids = find_problems(args, needed=args.needs_data)
+    problems, qids = find_problems(args)
     runs = [run for label, place in args.system for run in read_system(label, place, args, problems, qids)]
     answers, rationales = system_tables(args, runs, problems)
     wins = win_table(args.win_rate)

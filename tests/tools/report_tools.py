@@ -41,9 +41,8 @@ def make_problems(test: int = 8, train: int = 4) -> tuple[dict, dict]:
 
 def write_predictions(folder: Path, split: str, problems: dict, qids: list[str], texts: list[str], **more) -> None:
     labels = [f"Solution: {problems[qid]['solution']}" for qid in qids]
-    files.write_json(
-        folder / f"predictions_ans_{split}.json", {"preds": texts, "labels": labels, "qids": qids, **more}
-    )
+    data = {"preds": texts, "labels": labels, "qids": qids, **more}
+    files.write_json(folder / f"predictions_ans_{split}.json", data)
 
 
 def released_file(path, problems, qids, asked: str, garbled: int = 0) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -10,15 +14,38 @@ from ares import files
 from ares.predictions import Predictions
 from ares.sentences import split_text
 from tests.conftest import ROOT
-from tests.tools import browser as browsers
 from tests.tools.report_tools import EVIL, NAME
 from tools import report
 from tools.report_page import collect, page, stages
 
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+    "--window-size=1366,800",
+)  # fmt: skip
+DRIVER = "/usr/bin/chromedriver"
+
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
-    yield from browsers.open_browser(tmp_path_factory.mktemp("profile"))
+    """Debian's headless Chromium with a fresh profile, its console logged; without one the tests are skipped."""
+    if not (Path(DRIVER).exists() and shutil.which("chromium") and importlib.util.find_spec("selenium")):
+        stop = pytest.fail if os.environ.get("ARES_REQUIRE_SHARED") == "1" else pytest.skip
+        stop("no chromium, chromedriver or selenium (Debian: apt-get install chromium chromium-driver)")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.binary_location = shutil.which("chromium")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        driver.set_script_timeout(30)
+        yield driver
+    finally:
+        driver.quit()
 
 
 @pytest.fixture

@@ -219,10 +219,8 @@ def _by_position(name: str, judges: list[str], rows: Sequence[Sequence[float]]) 
     for row in rows:
         for position, score in enumerate(row):
             at[min(position, POSITIONS - 1)].append(score)
-    counts = []
-    for scores in at:
-        tenths = Counter(min(10, int(10 * score + 0.5)) for score in scores)
-        counts.append([tenths[step] for step in range(11)])
+    tenths = [Counter(min(10, int(10 * score + 0.5)) for score in scores) for scores in at]
+    counts = [[counter[step] for step in range(11)] for counter in tenths]
     means = [mean(scores) if scores else None for scores in at]
     return {"name": name, "judges": judges, "rationales": len(rows), "counts": counts, "means": means}
 

@@ -70,22 +70,11 @@ function sentencesNode(sentences, scores, advantages) {
   }));
 }
 
+/** The text, with the words that are searched for highlighted. */
 function marked(text, words) {
-  const lower = text.toLowerCase();
-  if (lower.length !== text.length) return text; // some letters grow in lower case, which shifts the offsets
-  const spots = [];
-  for (const word of words) {
-    for (let at = lower.indexOf(word); at >= 0; at = lower.indexOf(word, at + word.length)) spots.push([at, at + word.length]);
-  }
-  spots.sort((a, b) => a[0] - b[0]);
-  const parts = [];
-  let done = 0;
-  for (const [from, to] of spots) {
-    if (from < done) continue;
-    parts.push(text.slice(done, from), el('mark', {}, text.slice(from, to)));
-    done = to;
-  }
-  return [parts, text.slice(done)];
+  if (!words.length) return text;
+  const either = words.map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, '\\$&')).join('|');
+  return text.split(new RegExp(`(${either})`, 'i')).map((piece, i) => (i % 2 ? el('mark', {}, piece) : piece));
 }
 
 function stageLine(name, note, body, mean) {

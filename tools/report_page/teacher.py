@@ -159,7 +159,7 @@ def cost(name: str, abouts: Sequence[Mapping[str, Any]], folder: Path) -> dict[s
             usage.update({key: value for key, value in (about.get("usage") or {}).items() if isinstance(value, int)})
     dollars = [about.get("cost_usd") for about in known]
     log = budget.read_log(folder / OURS / budget.LOG)
-    times = sorted(about["time"] for about in known if about.get("time"))
+    times = sorted(about["time"] for about in known if about.get("time")) or [None]
     usd = log.usd if log.requests else None if None in dollars else sum(dollars)
     return {
         "name": name,
@@ -170,6 +170,6 @@ def cost(name: str, abouts: Sequence[Mapping[str, Any]], folder: Path) -> dict[s
         "tokens_out": usage["output_tokens"],
         "usd": usd if known else None,
         "unknown_usd": log.unknown_usd,
-        "began": times[0] if times else None,
-        "ended": times[-1] if times else None,
+        "began": times[0],
+        "ended": times[-1],
     }
