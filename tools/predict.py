@@ -118,19 +118,16 @@ def check_formats(args: argparse.Namespace, rationale: argparse.Namespace, answe
     """Raise UserError if a model's prompt format does not fit its place in the chain of rationale and answer."""
     fmt = rationale.prompt_format
     if fmt.startswith("QCMG"):
-        raise UserError(
-            f"--model: {args.model} was trained on given rationales ({fmt}); name the model that writes them with "
-            "--model, and this one with --answer_model"
-        )
+        raise UserError(f"--model: {args.model} was trained on given rationales ({fmt}); name the model that writes "
+                        "them with --model, and this one with --answer_model")  # fmt: skip
     if answer is None:
         return
     if fmt.endswith("-A"):
         raise UserError(f"--model: {args.model} answers itself ({fmt}); drop --lora or --answer_model")
     if not answer.prompt_format.endswith("-A"):
-        raise UserError(
-            f"{'--lora' if args.lora else '--answer_model'}: it was trained for {answer.prompt_format}, not to answer "
-            "(QCM-A, QCMG-A); name another, or --answer_format"
-        )
+        flag = "--lora" if args.lora else "--answer_model"
+        raise UserError(f"{flag}: it was trained for {answer.prompt_format}, not to answer (QCM-A, QCMG-A); name "
+                        "another, or --answer_format")  # fmt: skip
 
 
 # -- the question ----------------------------------------------------------------------------------------
@@ -229,9 +226,8 @@ def network_of(args: argparse.Namespace, file: Path | None) -> tuple[str | None,
         raise UserError(f"--vision_features: {sidecar} is not what extract_features.py writes; make both again")
     weights = args.vision_weights or made_by.get("weights", "pretrained")
     if weights == "local":
-        raise UserError(
-            f"--vision_weights: the features were made with the weights {made_by.get('weights_file')}; name that file"
-        )
+        fix = f"the features were made with the weights {made_by.get('weights_file')}; name that file"
+        raise UserError(f"--vision_weights: {fix}")
     seed = re.fullmatch(r"seed (\d+)", str(made_by.get("weights_file")))
     return args.vision_model or made_by.get("model_name"), weights, int(seed[1]) if seed else 0
 

@@ -240,19 +240,15 @@ def _parquet_files(folder: Path) -> dict[str, list[str]]:
         places.setdefault(split, {}).setdefault(place, []).append(str(file))
     if not places:
         saved = sorted(path.parent.name for path in folder.glob("*/dataset_dict.json"))
-        raise UserError(
-            f"--source: {folder} holds {len(saved)} data sets ({', '.join(saved)}); name the folder of one"
-            if saved
-            else f"--source: {folder} holds neither the official files, nor a DatasetDict of save_to_disk, nor "
-            "*.parquet (train-..., validation-..., test-...)"
-        )
-    found = sorted({place for split in places.values() for place in split})
+        if saved:
+            raise UserError(f"--source: {folder} holds {len(saved)} data sets ({', '.join(saved)}); "
+                            "name the folder of one")  # fmt: skip
+        raise UserError(f"--source: {folder} holds neither the official files, nor a DatasetDict of save_to_disk, nor "
+                        "*.parquet (train-..., validation-..., test-...)")  # fmt: skip
     if any(len(split) > 1 for split in places.values()):
-        names = ", ".join(os.path.relpath(place, folder) for place in found)
-        raise UserError(
-            f"--source: {folder} holds {len(found)} configurations of a data set ({names}), the same questions more "
-            "than once; name the folder of one"
-        )
+        found = sorted({os.path.relpath(place, folder) for split in places.values() for place in split})
+        raise UserError(f"--source: {folder} holds {len(found)} configurations of a data set ({', '.join(found)}), "
+                        "the same questions more than once; name the folder of one")  # fmt: skip
     return {split: files for split, each in places.items() for files in each.values()}
 
 
@@ -337,10 +333,9 @@ def check_output(folder: Path, source: Source, splits: Mapping[str, Sequence[str
     bare = [qid for qid, problem in source.problems.items() if not problem["image"] and (images / qid).exists()]
     stale = [qid for qid in bare if source.pictures and not source.pictures(qid)]
     if stale:
-        raise UserError(
-            f"--output: {images} holds pictures for {len(stale)} questions that have none here (the first is "
-            f"{stale[0]}): they are another data set's; move them away, or name another folder"
-        )
+        raise UserError(f"--output: {images} holds pictures for {len(stale)} questions that have none here (the first "
+                        f"is {stale[0]}): they are another data set's; move them away, or name another folder",
+                        )  # fmt: skip
     if overwrite:
         return
     for name, value in (("problems.json", source.problems), ("pid_splits.json", splits)):
