@@ -192,7 +192,8 @@ def check_rl(user, base: Path, run: Path, nproc: int) -> None:
     assert names(run) == outputs and names(run / "0") == rl_tools.ROUND_FILES | (PREDICTIONS & names(run / "0"))
     items = handoff.iter_items(run / "questions_round0")
     by_rank = [{item.qid for item in items if item.rank == rank} for rank in range(nproc)]
-    assert len(items) == 28 and sorted(qid for qids in by_rank for qid in qids) == sorted(user.splits["train"])
+    assert 20 < len(items) <= 28  # a text without a sentence is not exported
+    assert sorted(qid for qids in by_rank for qid in qids) == sorted(user.splits["train"])
     assert all(by_rank) and {item.action for item in items} == {0, 1, 2, 3}
     exported = scored = 0
     for item in items:
@@ -205,7 +206,7 @@ def check_rl(user, base: Path, run: Path, nproc: int) -> None:
     stored = read(run / "rollouts/round_0/collected.json")
     (rollout,) = rl_tools.metrics_of(run, "rollout")
     assert stored["samples"] == rollout["rationales"] == 28 and rollout["share_dropped"] == 0
-    assert 28 < exported == scored == stored["sentences"] == rollout["sentences"]
+    assert len(items) < exported == scored == stored["sentences"] == rollout["sentences"]
     updates = rl_tools.metrics_of(run, "update")
     assert all(np.isfinite(value) for update in updates for value in update.values() if isinstance(value, float))
     assert unmoved(base, run / "0") == []

@@ -302,7 +302,7 @@ LAUNCHES: dict[str, tuple] = {
                 "run/questions_round0/0/p0/*/reply.json"], ["run", "report.html"]),
     "repeats": ([(steps_after_rl("remove_sentence"), "--file_path {f}/rationales.json")], ["rationales.json"], []),
     "doctor": ([(doctor, f"{DATA} --img_type vit --model {{f}}/model --caption_file {{f}}/data/captions.json")],
-               [PROBLEMS, SPLITS, "data/vision_features/name_map.json", "data/captions.json"], []),
+               ["data/vision_features/name_map.json"], []),
     "prepare": ([(prepare_data, "scienceqa --source {f}/data/scienceqa --output {f}/prepared")],
                 [PROBLEMS, SPLITS], ["prepared"]),
     "again": ([(prepare_data, "scienceqa --source {f}/data/scienceqa --output {f}/data")], [PROBLEMS], ["data"]),
