@@ -25,7 +25,7 @@ from tests.rl import rl_tools
 from tests.teacher.teacher_tools import client, many_items
 from tools import prepare_data, report
 
-# -- replies on their way when the disk gets full --------------------------------------------------------------
+# -- replies in flight when the disk gets full ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -35,36 +35,30 @@ def disk(tmp_path):
 
 
 @pytest.mark.parametrize("at", ["the start", "the middle"])
-def test_no_paid_reply_is_lost_when_the_disk_gets_full(at, tmp_path, problems, monkeypatch, api_environment):
-    """30 requests are on their way when the last byte is gone: every reply that the server gave is on disk after."""
+def test_no_paid_reply_is_lost_when_the_disk_gets_full(at, tmp_path, problems, api_environment):
+    """30 requests are in flight when the disk gets full: every reply that the server gave is on disk after."""
     with small_disk(tmp_path / "disk", "24m") as disk, ApiServer() as server:
         many_items(disk / "questions", 200, problems)
         server.latency = 1.0
-        haiku_run = client(
-            "--questions_dir", disk / "questions", "--base_url", server.url, "--data_root", "none",
-            "--concurrency", 30,
-            env={"XDG_CACHE_HOME": str(tmp_path / "cache")},
-        )  # fmt: skip
+        flags = ("--questions_dir", disk / "questions", "--base_url", server.url, "--data_root", "none")
+        cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+        haiku_run = client(*flags, "--concurrency", 30, env=cache)
         count = 1 if at == "the start" else 70
         while len(server.asked) < count and haiku_run.poll() is None:
             pass
         fill(disk)
         out, err = haiku_run.communicate(timeout=120)
         assert haiku_run.returncode == 2, (out[-2000:], err[-2000:])
-        told = [line for line in err.splitlines() if "error:" in line]
-        assert len(told) == 1 and "No space left on device" in told[0] and "Traceback" not in err
+        said = [line for line in err.splitlines() if "error:" in line]
+        assert len(said) == 1 and "No space left on device" in said[0] and "Traceback" not in err
         replies = [item for item in handoff.iter_items(disk / "questions") if handoff.has_reply(item.folder)]
         assert len(replies) == len(server.asked) >= count, "every reply that was paid for"
         assert len(server.asked) <= count + 30 + 30, "nothing new was asked"
         for item in replies:
             assert json.loads((item.folder / handoff.SIDECAR).read_bytes())["model"]
         (disk / "filler").unlink()
-        asked = len(server.asked)
-        server.latency = 0.0
-        again = client(
-            "--questions_dir", disk / "questions", "--base_url", server.url, "--data_root", "none",
-            env={"XDG_CACHE_HOME": str(tmp_path / "cache")},
-        )  # fmt: skip
+        asked, server.latency = len(server.asked), 0.0
+        again = client(*flags, env=cache)
         assert again.wait(120) == 0, again.communicate()
         assert len(server.asked) - asked == 200 - len(replies)
 
@@ -92,19 +86,8 @@ def world(tmp_path_factory, sample, t5_tokenizer, t5_tokenizer_dir):
 
 def training(world, *more) -> list[str]:
     return [
-        *(
-            "--data_root",
-            str(world.data),
-            "--img_type",
-            "vit",
-            "--model",
-            str(world.base),
-            "--bs",
-            "4",
-            "--lr",
-            "0.01",
-        ),
-        *("--epoch", "1", "--output_len", "12", "--input_len", "64", "--final_eval", "--use_generate"),
+        *("--data_root", str(world.data), "--img_type", "vit", "--model", str(world.base)),
+        *"--bs 4 --lr 0.01 --epoch 1 --output_len 12 --input_len 64 --final_eval --use_generate".split(),
         *map(str, more),
     ]
 
@@ -123,13 +106,17 @@ def predictions(world, folder) -> None:
 
 def rl(world, folder, save_minutes: int = 0) -> None:
     rl_tools.Teacher(folder / "questions")
-    run_mm_cot_rl.main([
-        *("--data_root", str(world.data), "--img_type", "vit", "--prompt_format", "QCM-E", "--poll_seconds", "0.2"),
-        *("--base_model_dir", str(world.base), "--ref_model", str(world.base), "--k_actions", "2", "--bs", "4"),
-        *("--output_len", "16", "--rl_batch_size", "2", "--ga_step", "1", "--rl_epochs", "1", "--epochs", "1"),
-        *("--run_dir", str(folder), "--settle_seconds", "0.2", "--max_dropped", "1", "--do_sample", "True"),
-        *("--save_minutes", str(save_minutes)),
-    ])  # fmt: skip
+    how = dict(caption_file=None, use_caption=None, bs=4, output_len=16, ga_step=1, rl_epochs=1, max_dropped=1)
+    run_mm_cot_rl.main(rl_tools.flags(world, folder, save_minutes=save_minutes, **how))
+
+
+def ends_in_one_line(stage, capfd, *words: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.run(stage)
+    said = capfd.readouterr().err
+    assert end.value.code == 2 and "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if "error:" in line]
+    assert all(word in line for word in words), line
 
 
 def features(world, folder) -> None:
@@ -174,23 +161,14 @@ def test_a_disk_that_gets_full_is_one_line_in_every_stage(case, world, tmp_path,
         if stage is predictions:
             shutil.copytree(world.base, folder, dirs_exist_ok=True)
         fill(disk, room * 1000)
-        with pytest.raises(SystemExit) as end:
-            cli.run(lambda: stage(world, folder))
-    said = capfd.readouterr().err
-    assert end.value.code == 2
-    (line,) = [line for line in said.splitlines() if "error:" in line]
-    assert "No space left on device" in line and str(folder) in line and words in line and "Traceback" not in said
+        ends_in_one_line(lambda: stage(world, folder), capfd, "No space left on device", str(folder), words)
 
 
 @pytest.mark.parametrize("stage", [sft, lora, rl, features, prepare, page])
 def test_a_read_only_disk_is_one_line_in_every_stage(stage, world, disk, capfd):
     (disk / "run").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    with pytest.raises(SystemExit) as end:
-        cli.run(lambda: stage(world, disk / "run"))
-    said = capfd.readouterr().err
-    assert end.value.code == 2 and said.count("error:") == 1
-    assert "Read-only file system" in said and str(disk / "run") in said and "Traceback" not in said
+    ends_in_one_line(lambda: stage(world, disk / "run"), capfd, "Read-only file system", str(disk / "run"))
 
 
 @pytest.mark.parametrize("room", [0, 1, 4096, 8192])
