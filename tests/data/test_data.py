@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,9 +49,8 @@ def root(tmp_path, monkeypatch):
     """A small data root, alone in an empty working folder."""
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "data"
-    put(
-        root / "scienceqa/problems.json", {str(n): question(image="image.png" if n % 2 else None) for n in range(1, 7)}
-    )
+    problems = {str(n): question(image="image.png" if n % 2 else None) for n in range(1, 7)}
+    put(root / "scienceqa/problems.json", problems)
     splits = {"train": ["1", "2", "3"], "val": ["4"], "test": ["6", "5"], "minitest": ["5"]}
     put(root / "scienceqa/pid_splits.json", splits)
     return root
@@ -68,10 +68,9 @@ def change(path, *keys, to):
     inner = value
     for key in keys[:-1]:
         inner = inner[key]
+    inner[keys[-1]] = to
     if to is ...:
         del inner[keys[-1]]
-    else:
-        inner[keys[-1]] = to
     put(path, value)
 
 
@@ -100,7 +99,7 @@ def fails(*words, argv=(), splits=None, root="data"):
 # -- the real sample ---------------------------------------------------------------------------------------
 
 
-def test_real_sample(real):
+def test_real_sample(real, sample, tmp_path, monkeypatch):
     data = load_data(real, {"train": "train", "val": "val", "test": "test"})
     assert data.dataset == "scienceqa" and data.features is None and data.patch_size is None
     assert {role: len(qids) for role, qids in data.qids.items()} == {"train": 862, "val": 321, "test": 290}
@@ -109,6 +108,16 @@ def test_real_sample(real):
     assert len(captions) > 300
     mini = load_data(real, {"train": "minitrain", "test": "minitest"})
     assert {role: len(qids) for role, qids in mini.qids.items()} == {"train": 64, "test": 64}
+    # the released command: nothing named but --data_root and --caption_file; features where MM-CoT has them
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vision_features").mkdir()
+    np.save(tmp_path / "vision_features/resnet.npy", np.ones((778, 2048), np.float16))
+    argv = ["--data_root", sample / "ScienceQA/data", "--use_caption", "--img_type", "resnet"]
+    for more in ([], ["--caption_file", sample / "instruct_captions.json"]):
+        args = parse(*argv, *more)
+        data = load_data(args, {"train": "train", "val": "val", "test": "test"})
+        assert len(data.features.name_map) == 778 and data.problems["1"]["caption"]
+        assert files.find_images(args).resolve() == (sample / "images").resolve()
 
 
 def test_names_that_mm_cot_users_import(real, sample, tmp_path):
@@ -283,20 +292,6 @@ def test_a_name_map_beside_the_caption_file(root, tmp_path):
         assert load_data(parse(*argv, *more), {"train": "train"}).features.name_map["5"] == 3
 
 
-def test_the_released_sample_as_it_is(sample, tmp_path, monkeypatch):
-    """The seed's command: nothing named but --data_root and --caption_file; features where MM-CoT has them."""
-    monkeypatch.chdir(tmp_path)
-    rows = len(json.loads((sample / "name_map.json").read_text()))
-    (tmp_path / "vision_features").mkdir()
-    np.save(tmp_path / "vision_features/resnet.npy", np.ones((rows, 2048), np.float16))
-    argv = ["--data_root", sample / "ScienceQA/data", "--use_caption", "--img_type", "resnet"]
-    for more in ([], ["--caption_file", sample / "instruct_captions.json"]):
-        args = parse(*argv, *more)
-        data = load_data(args, {"train": "train", "val": "val", "test": "test"})
-        assert len(data.features.name_map) == rows == 778 and data.problems["1"]["caption"]
-        assert files.find_images(args).resolve() == (sample / "images").resolve()
-
-
 def test_two_data_sets_under_one_root(root, capsys):
     """With --dataset the captions, features, name map and images in the data set's own folder come first."""
     aokvqa = root / "aokvqa"
@@ -319,8 +314,7 @@ def test_two_data_sets_under_one_root(root, capsys):
 
 def test_what_a_run_says_of_gaps(root, capsys):
     put(root / "captions.json", {"captions": {"1": "one"}})
-    put_features(root)
-    put(root / "vision_features/name_map.json", {"1": 0, "3": 0})
+    put_features(root, name_map={"1": 0, "3": 0})
     splits = json.loads((root / "scienceqa/pid_splits.json").read_text())
     change(root / "scienceqa/pid_splits.json", "val", to=[splits["train"][1], *splits["val"]])
     args = parse("--data_root", root, "--use_caption", "--img_type", "vit")
@@ -330,6 +324,10 @@ def test_what_a_run_says_of_gaps(root, capsys):
     assert re.search(r"questions with an image have no caption in .*captions.json \(the first is \d\)", said.err)
     assert "gives 2 questions only 1 different rows" in said.err
     assert re.search(r"note: .*name_map.json names 1 of the \d rows", said.out)
+    put_features(root, name_map={"1": 0, "5": 1})
+    load_data(parse("--data_root", root, "--img_type", "vit"), {"train": "train", "test": "test"})
+    said = "1 of 3 questions with an image have no feature row and get zeros (the first is 3)"
+    assert said in capsys.readouterr().err
 
 
 def test_search_order_of_features_and_name_map(root, tmp_path):
@@ -445,29 +443,27 @@ def test_splits(root, capsys):
 
 def test_correction_replaces_train_solutions(root, tmp_path):
     corrected = json.loads((root / "scienceqa/problems.json").read_text())
-    for qid in corrected:
-        corrected[qid]["solution"] = f"Corrected {qid}."
-    put(root / "scienceqa/correction.json", corrected)
+    path = root / "scienceqa/correction.json"
+    put(path, {qid: problem | {"solution": f"Corrected {qid}."} for qid, problem in corrected.items()})
     args = parse("--data_root", root)
     args.correction = True
-    for name in ("scienceqa/correction.json", tmp_path / "data/scienceqa/correction.json"):
-        args.correction_file = str(name)
+    for name in ("scienceqa/correction.json", str(path)):
+        args.correction_file = name
         problems = load_data(args, {"train": "train", "test": "test"}).problems
         assert [problems[qid]["solution"] for qid in ("1", "2", "3")] == [f"Corrected {n}." for n in (1, 2, 3)]
         assert {problems[qid]["solution"] for qid in ("4", "5", "6")} == {"Because b."}
 
     def refused(words, **changes):
-        args.correction_file = "scienceqa/correction.json"
         with pytest.raises(UserError, match=words):
             load_data(argparse.Namespace(**{**vars(args), **changes}), {"train": "train"})
 
-    change(root / "scienceqa/correction.json", "3", "question", to="Another?")
+    change(path, "3", "question", to="Another?")
     refused("--correction_file: .* question 3 is another question")
-    change(root / "scienceqa/correction.json", "2", to=...)
-    change(root / "scienceqa/correction.json", "3", to=...)
+    for qid in "23":
+        change(path, qid, to=...)
     refused("--correction_file: .*lacks 2 of 3 train questions, the first being 2")
-    change(root / "scienceqa/correction.json", "2", to={"solution": None})
-    change(root / "scienceqa/correction.json", "3", to={"solution": "x"})
+    change(path, "2", to={"solution": None})
+    change(path, "3", to={"solution": "x"})
     refused("question 2 has no solution text")
     refused("--correction_file: no.json does not exist", correction_file="no.json")
     refused("--correction True needs --correction_file", correction_file=None)
@@ -534,19 +530,21 @@ def test_resnet_is_repeated_as_a_view(tmp_path, suffix):
     values = np.random.default_rng(0).standard_normal((3, 2048), dtype=np.float32)
     path = write_features(tmp_path, suffix, values, torch.float32).rename(tmp_path / f"resnet{suffix}")
     features = VisionFeatures(path, {"a": 2}, "resnet")
-    assert features.shape == (512, 2048)
+    assert features.shape == features[0].shape == (512, 2048)
     batch = features.gather(["b", "a"])
     assert batch.shape == (2, 512, 2048) and batch.stride(1) == 0
     assert np.array_equal(batch[1].numpy(), np.repeat(values[2:], 512, axis=0)) and not batch[0].any()
-    assert features[0].shape == (512, 2048)
 
 
-@pytest.mark.parametrize("img_type, stored", [("detr", (100, 256)), ("clip", (49, 2048)), ("resnet", (512, 2048))])
-def test_shapes_of_the_other_types(tmp_path, img_type, stored):
-    np.save(tmp_path / f"{img_type}.npy", np.ones((1, *stored), dtype=np.float16))
+@pytest.mark.parametrize("img_type", ["detr", "clip", "resnet", "vit"])
+def test_published_shapes(tmp_path, img_type):
+    shape = {"detr": (100, 256), "clip": (49, 2048), "resnet": (512, 2048), "vit": (145, 1024)}[img_type]
+    np.save(tmp_path / f"{img_type}.npy", np.ones((1, *shape), dtype=np.float16))
     features = VisionFeatures(tmp_path / f"{img_type}.npy", {"a": 0}, img_type)
-    assert features.shape == stored == utils_data.img_shape[img_type]
-    assert features.gather(["a", "b"]).sum() == np.prod(stored)
+    assert features.shape == shape == utils_data.img_shape[img_type]
+    assert features.gather(["a", "b"]).sum() == np.prod(shape)
+    batch = features.gather(["c", "d"])  # the zeros of a batch without images are one number
+    assert batch.shape == (2, *shape) and not batch.any() and batch.untyped_storage().nbytes() == 4
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -599,24 +597,22 @@ def _memory_of_two_batches(paths, queue):
 def test_feature_faults(root):
     argv = ["--img_type", "vit"]
     fails("--vision_features", "no vit", "extract_features.py", "--img_type", argv=argv)
-
-    put_features(root, rows=3)
-    fails("--name_map", "asks for row 3 (question 5)", "vit.npy has only 3 rows", argv=argv)
-    put_features(root, shape=(3, DIM))
-    fails("--vision_features", "vit.npy has shape (4, 3, 3)", "--img_type vit needs (N, 2, 3)", argv=argv)
-    put_features(root, shape=(DIM,))
-    fails("has shape (4, 3)", "needs (N, 2, 3)", argv=argv)
+    for how, words in (
+        ({"rows": 3}, ["--name_map", "asks for row 3 (question 5)", "vit.npy has only 3 rows"]),
+        ({"shape": (3, DIM)}, ["--vision_features", "vit.npy has shape (4, 3, 3)", "--img_type vit needs (N, 2, 3)"]),
+        ({"shape": (DIM,)}, ["has shape (4, 3)", "needs (N, 2, 3)"]),
+        ({"name_map": {"2": 0, "4": 1}}, ["0 of 2 in split train (none for 1), 0 of 1 in split test", "--name_map"]),
+        *(({"name_map": {"1": row}}, ["--name_map", "the row of question 1 is"])
+          for row in (-1, "x", 1.5, None, True, "-2", "²")),
+    ):  # fmt: skip
+        put_features(root, **how)
+        fails(*words, argv=argv)
     put_features(root)
     (root / "vision_features/vit.json").unlink()
     fails("has shape (4, 2, 3)", "needs (N, 145, 1024)", argv=argv)
     put(root / "vision_features/vit.json", {"shape": [2]})
     fails("vit.json must hold", argv=argv)
-
-    put_features(root, name_map={"2": 0, "4": 1})
-    fails("--name_map", "0 of 2 in split train (none for 1), 0 of 1 in split test", argv=argv)
-    for row in (-1, "x", 1.5, None, True, "-2", "²"):
-        put_features(root, name_map={"1": row})
-        fails("--name_map", "the row of question 1 is", argv=argv)
+    put_features(root)
     put(root / "vision_features/name_map.json", [1])
     fails("--name_map", "must hold", argv=argv)
     fails("--vision_features and --name_map", "without --img_type", argv=["--vision_features", "v", "--name_map", "n"])
@@ -667,14 +663,6 @@ def test_the_digest_follows_what_the_model_sees(tmp_path, monkeypatch):
         assert len({first, *others}) == 9
 
 
-def test_some_rows_absent_is_said(root, capsys):
-    put_features(root, name_map={"1": 0, "5": 1})
-    load_data(parse("--data_root", root, "--img_type", "vit"), {"train": "train", "test": "test"})
-    assert (
-        "1 of 3 questions with an image have no feature row and get zeros (the first is 3)" in capsys.readouterr().err
-    )
-
-
 def test_broken_feature_files(root):
     """What executes code when it is read: tests/test_pickles.py."""
     argv, folder = ["--img_type", "vit"], root / "vision_features"
@@ -720,35 +708,27 @@ def _first_value(path):
     return float(features.gather(["1"])[0, 144, 0]), path.with_name("vit.pth.npy").stat().st_ino
 
 
-def test_zeros_of_a_batch_without_images_are_one_number(tmp_path):
-    path = write_features(tmp_path, ".npy", np.ones((2, 145, 1024), dtype=np.float32), torch.float32)
-    batch = VisionFeatures(path, {"1": 0}, "vit").gather(["7", "8"])
-    assert batch.shape == (2, 145, 1024) and not batch.any() and batch.untyped_storage().nbytes() == 4
-
-
 # -- tokenizer -------------------------------------------------------------------------------------------------
 
 
 def test_tokenizer_search_order(t5_tokenizer_dir, fixtures, tmp_path):
     """A released checkpoint holds none; transformers alone would make up a 104-token one from its config.json."""
-    checkpoint = fixtures / "model/vit"
-    args = parse("--model", checkpoint)
-    with pytest.raises(UserError, match=r"--tokenizer: none found in .*vit; name the folder"):
-        utils_data.load_tokenizer(args, checkpoint)
-    args.tokenizer = str(t5_tokenizer_dir)
-    assert len(utils_data.load_tokenizer(args, checkpoint)) == 32100
-    args.tokenizer = str(checkpoint)
-    with pytest.raises(UserError, match="--tokenizer: .* holds neither tokenizer.json nor spiece.model"):
-        utils_data.load_tokenizer(args)
-
+    checkpoint, load = fixtures / "model/vit", utils_data.load_tokenizer
+    assert len(load(parse("--model", checkpoint, "--tokenizer", t5_tokenizer_dir), checkpoint)) == 32100
     own = tmp_path / "own"
-    utils_data.load_tokenizer(parse("--model", t5_tokenizer_dir), checkpoint).save_pretrained(own)
+    load(parse("--model", t5_tokenizer_dir), checkpoint).save_pretrained(own)
     change(own / "tokenizer_config.json", "model_max_length", to=77)
-    assert utils_data.load_tokenizer(parse("--model", t5_tokenizer_dir), own).model_max_length == 77
-    with pytest.raises(UserError, match="--model: no tokenizer can be loaded from no-such/model"):
-        utils_data.load_tokenizer(parse("--model", "no-such/model"), checkpoint)
-    with pytest.raises(UserError, match="none found in .*, ./no-such-model"):
-        utils_data.load_tokenizer(parse("--model", "./no-such-model"), checkpoint)
+    assert load(parse("--model", t5_tokenizer_dir), own).model_max_length == 77
+    put(tmp_path / "empty/tokenizer.json", "{}")
+    for flags, folder, words in (
+        (("--model", checkpoint), checkpoint, r"--tokenizer: none found in .*vit; name the folder"),
+        (("--tokenizer", checkpoint), None, "--tokenizer: .* holds neither tokenizer.json nor spiece.model"),
+        (("--model", "no-such/model"), checkpoint, "--model: no tokenizer can be loaded from no-such/model"),
+        (("--model", "./no-such-model"), checkpoint, "none found in .*, ./no-such-model"),
+        (("--tokenizer", tmp_path / "empty"), None, "--tokenizer: no tokenizer can be loaded"),
+    ):
+        with pytest.raises(UserError, match=words):
+            load(parse(*flags), *([folder] if folder else []))
 
 
 @pytest.mark.parametrize("kept", ["tokenizer.json", "spiece.model"])
@@ -758,17 +738,9 @@ def test_a_vocabulary_alone_is_a_tokenizer(t5_tokenizer, t5_tokenizer_dir, tmp_p
     text = "Solution: The answer is (B)."
     assert tokenizer(text)["input_ids"] == t5_tokenizer(text)["input_ids"]
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
-
-
-def test_a_tokenizer_of_another_model(t5_tokenizer, tmp_path):
-    def info(size):
-        return argparse.Namespace(folder="m", config=argparse.Namespace(vocab_size=size))
-
     size = len(t5_tokenizer)
-    utils_data.check_vocabulary(t5_tokenizer, None)  # a hub id
-    utils_data.check_vocabulary(t5_tokenizer, info(size))
+    fits, small = (SimpleNamespace(folder="m", config=SimpleNamespace(vocab_size=n)) for n in (size, size - 1))
+    utils_data.check_vocabulary(t5_tokenizer, fits)
     with pytest.raises(UserError, match=f"has {size} pieces but m only {size - 1} embeddings"):
-        utils_data.check_vocabulary(t5_tokenizer, info(size - 1))
-    put(tmp_path / "tokenizer.json", "{}")
-    with pytest.raises(UserError, match="--tokenizer: no tokenizer can be loaded"):
-        utils_data.load_tokenizer(parse("--tokenizer", tmp_path))
+        utils_data.check_vocabulary(t5_tokenizer, small)
+    utils_data.check_vocabulary(t5_tokenizer, None)  # a hub id

@@ -8,9 +8,11 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
+from ares import head
 from ares.checkpoints import portable_tokenizer
 from ares.cli import UserError
 from ares.decoding import action_mask
@@ -451,19 +453,23 @@ def test_bf16_autocast():
     assert all(p.grad.isfinite().all() for p in policy.parameters())
 
 
-@pytest.mark.parametrize(("tied", "adapter"), [(False, False), (True, False), (False, True)])
-def test_training_loss_is_the_sum_over_real_labels_divided_by_those_of_the_step(tied, adapter):
-    """The Trainer's call, which never makes all logits, against the plain call, which does; an adapter on the head."""
-    from peft import LoraConfig, get_peft_model
-
+@pytest.mark.parametrize(
+    ("tied", "adapter", "rows"),
+    [(False, False, 3), (True, False, 3), (False, True, 3), (False, False, 99), (True, False, 99)],
+)
+def test_training_loss_is_the_sum_over_real_labels_divided_by_those_of_the_step(tied, adapter, rows, monkeypatch):
+    """The Trainer's call, which makes logits of `rows` labels at a time, against the plain call, which makes all."""
+    monkeypatch.setattr(head, "CACHE", rows * SMALL["vocab_size"])
     model, inputs = small(tied), batch()
-    if adapter:
+    if adapter:  # on the head, too
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head", "q"], init_lora_weights=False)).eval()
     real = inputs["labels"] != -100
     assert not real.all() and not inputs["attention_mask"].all()
     logits = model(**inputs).logits
     expected = torch.nn.functional.cross_entropy(logits[real], inputs["labels"][real], reduction="sum") / 37
-    loss = model(**inputs, num_items_in_batch=torch.tensor(37)).loss
+    outputs = model(**inputs, num_items_in_batch=torch.tensor(37))
+    loss = outputs.loss
+    assert outputs.logits is None
     assert_near(loss, expected, 1e-5)
     trained = [p for p in model.parameters() if p.requires_grad]
     torch.testing.assert_close(torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained))
@@ -474,6 +480,14 @@ def test_training_loss_is_the_sum_over_real_labels_divided_by_those_of_the_step(
         expected = torch.nn.functional.cross_entropy(model(**given).logits[real], inputs["labels"][real])
         assert_near(model(**given, num_items_in_batch=real.sum()).loss, expected, 1e-5)
         assert abs(expected.item() * real.sum().item() / 37 - loss.item()) > 1e-4
+    if adapter:
+        return
+    model.lm_head.weight.requires_grad_(False)  # a frozen head
+    model(**inputs, num_items_in_batch=37).loss.backward()
+    assert model.lm_head.weight.grad is None and (tied or model.shared.weight.grad.isfinite().all())
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(**inputs, num_items_in_batch=37).loss
+    assert low.dtype == torch.float32 and float(low.detach()) == pytest.approx(float(loss.detach()), rel=2e-2)
 
 
 @pytest.mark.parametrize("name", ["attention_mask", "decoder_attention_mask"])
