@@ -1,4 +1,4 @@
-"""What a killed or spoilt run leaves: the other saved state is tried, and a line names the file that is damaged."""
+"""Damaged files of a killed run: the other saved state is tried, and a line names the damaged file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.tools.report_tools import parts_of
 from tools import report
 
 
-def spoil(path: Path, how: str) -> None:
+def damage(path: Path, how: str) -> None:
     data = path.read_bytes()
     if how == "a bit flipped":
         at = len(data) // 2
@@ -41,13 +41,13 @@ def test_ppo_continues_from_the_other_slot(how, tmp_path, capsys):
     for done in (1, 2):  # a state after one update in slot 0, after two in slot 1
         trainer.position.update = trainer.position.done = done
         trainer.save_state()
-    spoil(tmp_path / "slot_1.pth", how)
+    damage(tmp_path / "slot_1.pth", how)
     again = make_trainer(tmp_path)
     assert again.restore() and again.position.done == 1
     said = capsys.readouterr().err
     assert "slot_1.pth" in said and "going on from the other saved state" in said
     assert again.saves == 1, "the damaged slot is written next"
-    spoil(tmp_path / "slot_0.pth", how if how != "another state" else "empty")
+    damage(tmp_path / "slot_0.pth", how if how != "another state" else "empty")
     with pytest.raises(UserError, match="--run_dir: .*slot_0.pth .*; delete .* to begin this round's PPO anew"):
         make_trainer(tmp_path).restore()
 
@@ -74,10 +74,10 @@ def checkpoints(tmp_path) -> list[Path]:
 def test_sft_continues_from_the_older_checkpoint(name, how, tmp_path, capsys):
     older, newer = checkpoints(tmp_path)
     assert sft_run.newest_undamaged([older, newer]) == str(newer)
-    spoil(newer / name, how)
+    damage(newer / name, how)
     assert sft_run.newest_undamaged([older, newer]) == str(older)
     assert f"{newer / name}" in capsys.readouterr().err
-    spoil(older / name, how)
+    damage(older / name, how)
     with pytest.raises(UserError, match=f"--run_dir: {older / name} .*; all checkpoints are damaged"):
         sft_run.newest_undamaged([older, newer])
 

@@ -160,8 +160,8 @@ def test_detr_and_captioning_models(model_type, place, bomb):
 # -- models of text ----------------------------------------------------------------------------------------------
 
 
-def spoil_model(place: Path, form: str, bomb: Bomb, name: str = "pytorch_model.bin") -> Path:
-    folder = shutil.copytree(place / "model", place / "spoilt")
+def damaged_model(place: Path, form: str, bomb: Bomb, name: str = "pytorch_model.bin") -> Path:
+    folder = shutil.copytree(place / "model", place / "damaged")
     (folder / "model.safetensors").unlink()
     FORMS[form](bomb, folder / name)
     return folder
@@ -171,7 +171,7 @@ def spoil_model(place: Path, form: str, bomb: Bomb, name: str = "pytorch_model.b
     ("form", "name"), [*((form, "pytorch_model.bin") for form in FORMS), ("zip", "model.safetensors")]
 )
 def test_model_folders(form, name, place, bomb, capsys):
-    folder = spoil_model(place, form, bomb, name)
+    folder = damaged_model(place, form, bomb, name)
     refused(main, f"{TRAINING} --model {folder}", "--model")
     refused(main, f"{TRAINING} --model model --evaluate_dir {folder}", "--evaluate_dir")
     refused(run_mm_cot_rl, f"{TRAINING} --base_model_dir {folder}", "--base_model_dir")
@@ -185,7 +185,7 @@ def test_model_folders(form, name, place, bomb, capsys):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_shards_value_functions_and_optimizer_states(form, place, bomb):
-    folder = spoil_model(place, form, bomb, "shard-1.bin")
+    folder = damaged_model(place, form, bomb, "shard-1.bin")
     write(folder / "pytorch_model.bin.index.json", {"weight_map": {"shared.weight": "shard-1.bin"}})
     refused(main, f"{TRAINING} --model {folder}", "shard-1.bin")
     folder = shutil.copytree(place / "model", place / "run/0")
@@ -213,7 +213,7 @@ def test_adapters(form, place, bomb, monkeypatch):
 
 @pytest.mark.parametrize("code", ["auto_map", "class"])
 def test_tokenizers(code, place, bomb, capsys):
-    folder = torch_folder(place / "spoilt", bomb, {"model_type": "t5" if code == "class" else "nobody-knows"})
+    folder = torch_folder(place / "damaged", bomb, {"model_type": "t5" if code == "class" else "nobody-knows"})
     shutil.copy(place / "model/tokenizer.json", folder)
     for script, more in (
         (main, "--model model --epoch 0"),

@@ -252,7 +252,7 @@ def test_captions_of_another_data_set_are_not_taken(root, tmp_path, capsys):
     assert load_data(args, {"train": "train"}).problems["1"]["caption"] == "its own"
 
 
-TREES = {  # --data_root -> where captions, name map and images lie
+TREES = {  # --data_root -> the folder of captions, name map and images
     "scienceqa_data/ScienceQA/data": "scienceqa_data",
     "aokvqa_data/ScienceQA/data": "aokvqa_data",
     "aokvqa_data/A-OKVQA/data": "aokvqa_data",

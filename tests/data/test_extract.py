@@ -52,7 +52,7 @@ def images(sample, tmp_path_factory):
 
 @pytest.fixture
 def small(images, tmp_path):
-    """A copy of four of them, to be spoilt."""
+    """A copy of four of them, to be damaged."""
     for qid in ("62", "133", "198", "1014"):
         shutil.copytree(images / qid, tmp_path / "images" / qid)
     return tmp_path / "images"

@@ -596,9 +596,9 @@ def test_answer_format_final_eval_and_overwrite(flags, root, tmp_path, capsys):
     name = script.run_name(script.parse_args(argv))
     run = tmp_path / name
     assert sorted(path.name for path in run.glob("predictions*")) == ["predictions_ans_test.json"]
-    told = predictions(run)
-    assert told["num_fail"] <= 8 and set(told["scores"]) == {"answer"}
-    assert told["qids"] == json.loads((root / "scienceqa/pid_splits.json").read_text())["test"]
+    data = predictions(run)
+    assert data["num_fail"] <= 8 and set(data["scores"]) == {"answer"}
+    assert data["qids"] == json.loads((root / "scienceqa/pid_splits.json").read_text())["test"]
     assert "eval_accuracy" not in (run / "trainer_state.json").read_text()
     with pytest.raises(UserError, match="--train_split train"):
         script.main([*argv, "--train_split", "train"])
