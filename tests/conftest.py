@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.api_server import KEY
+from tests.disk import small_disk
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("ARES_SHARED", ROOT.parent / "shared"))
@@ -107,6 +108,13 @@ def ready(tmp_path_factory, sample, t5_tokenizer) -> Path:
         *("--data_root", str(data)),
     ])  # fmt: skip
     return folder
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small file system of its own, that can be filled."""
+    with small_disk(tmp_path / "disk") as folder:
+        yield folder
 
 
 def run_script(*argv, cwd=ROOT, nproc: int = 1, check: bool = True, timeout: float = 900, env: dict | None = None):

@@ -79,9 +79,6 @@ def refused(script: str, folder: Path, extra: str, *words: str) -> None:
     assert set(folder.rglob("*")) == before
 
 
-# -- questions and splits --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("script", ALL)
 def test_problems(script, place):
     path = place / "data/scienceqa/problems.json"
@@ -112,9 +109,6 @@ def test_splits(script, place):
     refused(script, place, "", "--train_split", "no split train")
     path.unlink()
     refused(script, place, "", "pid_splits.json", "does not exist")
-
-
-# -- captions, features and models: the scripts that train ------------------------------------------------
 
 
 @pytest.mark.parametrize("script", TRAINING)
@@ -176,9 +170,6 @@ def test_models_and_tokenizers(script, place):
     refused(script, place, "", "model.safetensors")
 
 
-# -- what earlier stages wrote, and where results go ---------------------------------------------------------
-
-
 @pytest.mark.parametrize("script", ["main", "lora"])
 def test_correction_file(script, place):
     corrected = read(place / "data/scienceqa/correction.json")
@@ -214,9 +205,6 @@ def test_output_that_cannot_be_written(place):
     ):
         refused(script, place, extra, *extra.replace("/correction.json", "").split())
     refused("main", place, "--output_dir a_file", "a_file")
-
-
-# -- as launched -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", ALL)

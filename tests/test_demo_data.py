@@ -49,9 +49,6 @@ def tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-# -- data ------------------------------------------------------------------------------------------------
-
-
 def test_same_seed_gives_the_same_bytes(demo, tmp_path):
     make_data.make_data(tmp_path, 3, **SIZES)
     for part in ("data", "images"):
@@ -196,9 +193,6 @@ def test_mistakes(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
-# -- tokenizer -------------------------------------------------------------------------------------------
-
-
 def test_tokenizer_is_of_t5s_kind(tokenizer, t5_tokenizer):
     assert type(tokenizer) is type(t5_tokenizer)
     for name in ("pad_token", "eos_token", "unk_token", "pad_token_id", "eos_token_id", "unk_token_id"):
@@ -241,9 +235,6 @@ def test_tokenizer_bytes_and_training(demo, tokenizer_dir, tmp_path):
     pieces = dict(make_model.train_unigram(words, 200))
     assert max(pieces, key=pieces.get) in ("▁magnet", "▁magnets")  # whole words
     assert sum(math.exp(score) for score in pieces.values()) == pytest.approx(1, abs=1e-3)
-
-
-# -- model -----------------------------------------------------------------------------------------------
 
 
 def test_tiny_t5(tokenizer_dir, tokenizer, problems, tmp_path):

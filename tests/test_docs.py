@@ -35,9 +35,6 @@ SOURCES = project_files("*.py", "*/*.py")
 SCRIPTS = [path for path in SOURCES if re.search(r"^if __name__ == .__main__.:", (ROOT / path).read_text(), re.M)]
 
 
-# -- checking them ---------------------------------------------------------------------------------------
-
-
 class Parsed(Exception):
     """Carries a script's parser out of its parse_args."""
 
@@ -186,14 +183,11 @@ def test_a_wrong_command_is_found(text, downloads):
         check_command(Command(text, "here"))
 
 
-# -- --help ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_every_default(script):
     parser = parser_of(script)
-    text = " ".join(parser.format_help().split())
-    silent = []
+    text, silent = " ".join(parser.format_help().split()), []
+    assert "%(" not in text
     for action in parser._actions:
         default = action.default
         if not action.option_strings or action.nargs == 0 or default in (None, argparse.SUPPRESS, "", [], ()):

@@ -300,8 +300,6 @@ def test_the_command_for_a_starting_model_runs(user):
     assert handoff.exported(run / "questions")
 
 
-# -- the demo --------------------------------------------------------------------------------------------
-
 DEMO_FILES = {
     "data": {"captions.json", "scienceqa/problems.json", "scienceqa/pid_splits.json", "name_map.json"},
     "tokenizer": {"tokenizer.json"},

@@ -34,9 +34,6 @@ def released(fixtures):
     return json.loads((fixtures / "scores.json").read_text())
 
 
-# -- answers ---------------------------------------------------------------------------------------------
-
-
 def test_extracted_answers_are_the_released_ones(fixtures):
     cases = json.loads((fixtures / "extract_ans.json").read_text())["cases"]
     assert len(cases) == 45
@@ -71,9 +68,6 @@ def test_random_fallback_is_seeded_and_within_the_options():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [index for index, _ in drawn]
-
-
-# -- released figures ------------------------------------------------------------------------------------
 
 
 def test_scores_of_real_predictions(released):
@@ -148,9 +142,6 @@ def test_rouge_of_a_very_long_sentence_and_of_training():
     assert training_rouge([], []) == 0
 
 
-# -- any data set ----------------------------------------------------------------------------------------
-
-
 def test_aokvqa_has_only_the_rows_that_apply(tmp_path):
     problems = {str(i): {"answer": i % 4, "choices": list("abcd"), "hint": "", "image": "image.png"} for i in range(8)}
     path = tmp_path / "problems.json"
@@ -167,9 +158,6 @@ def test_aokvqa_has_only_the_rows_that_apply(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             get_scores(*about)
-
-
-# -- similarity, training, shape -------------------------------------------------------------------------
 
 
 def test_similarity_with_the_real_model():

@@ -31,7 +31,7 @@ from ares.launch import only_one
 from teacher import handoff, reply_files
 from tests.api_server import ApiServer
 from tests.conftest import ROOT
-from tests.disk import fill, small_disk
+from tests.disk import fill
 from tests.teacher.teacher_tools import lay_out
 
 SENTINEL = b"nothing may touch this\n"
@@ -85,7 +85,7 @@ def launch(main, words: str = "") -> int:
 @pytest.fixture
 def questions_folder(tmp_path, problems, sample, monkeypatch, api_environment):
     """A folder with prepared questions, a data root, and a folder `outside`."""
-    folder = tmp_path / "desk"
+    folder = tmp_path / "user"
     lay_out(folder / "questions", 0, QID, ["It is so.", "So it is."], problems, sample)
     handoff.mark_exported(folder / "questions")
     (folder / "questions/teacher/batches").mkdir(parents=True)
@@ -257,12 +257,6 @@ def test_what_is_no_file_is_refused_at_once(kind, tmp_path):
         with pytest.raises(UserError, match="^--flag: ") as error:
             read(path, "--flag")
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
-
-
-@pytest.fixture
-def disk(tmp_path):
-    with small_disk(tmp_path / "disk") as folder:
-        yield folder
 
 
 # -- writing to a full, read-only or unfit place ---------------------------------------------------------------

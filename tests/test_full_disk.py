@@ -25,14 +25,6 @@ from tests.rl import rl_tools
 from tests.teacher.teacher_tools import client, many_items
 from tools import prepare_data, report
 
-# -- replies in flight when the disk gets full ------------------------------------------------------------------
-
-
-@pytest.fixture
-def disk(tmp_path):
-    with small_disk(tmp_path / "disk") as folder:
-        yield folder
-
 
 @pytest.mark.parametrize("at", ["the start", "the middle"])
 def test_no_paid_reply_is_lost_when_the_disk_gets_full(at, tmp_path, problems, api_environment):
@@ -71,9 +63,6 @@ def test_a_disk_without_room_for_the_replies_is_refused_before_money_is_spent(di
         with pytest.raises(UserError, match="cannot write .*teacher/reserve .No space left on device"):
             haiku.main(["--questions_dir", str(disk / "questions"), "--base_url", server.url, "--data_root", "none"])
         assert not server.asked
-
-
-# -- stages ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +126,10 @@ def page(world, folder) -> None:
 
 
 CASES = {  # stage, room in kB, a file of which the line names a part
-    "SFT settings": (sft, 0, "args.yaml"),
     "SFT checkpoint": (sft, 6_000, "checkpoint-1"),
     "SFT model": (sft, 30_000, ""),
     "LoRA checkpoint": (lora, 300, "checkpoint-1"),
     "predictions": (predictions, 4, "predict"),
-    "RL settings": (rl, 0, "args.yaml"),
     "RL rollouts": (rl, 12, ""),
     "RL state": (rl, 3_000, "state/slot"),
     "RL round": (functools.partial(rl, save_minutes=60), 10_000, "run/0"),

@@ -110,8 +110,6 @@ def pictured(place: Path) -> str:
     return f"--qid {qid} --model model --img_type vit --use_caption no --data_root data --output_len 4"
 
 
-# -- vision networks ---------------------------------------------------------------------------------------------
-
 NAMES = ("w.pt", "w.bin", "w.npz", "w", "folder/model.bin", "folder/model.safetensors")
 
 
@@ -155,9 +153,6 @@ def test_detr_and_captioning_models(model_type, place, bomb):
         refused(extract_features, f"{FEATURES} --img_type detr --model_name {folder}", "--model_name")
     if model_type != "detr":
         refused(extract_caption, f"--data_root images --output c.json --model {folder}", "--model")
-
-
-# -- models of text ----------------------------------------------------------------------------------------------
 
 
 def damaged_model(place: Path, form: str, bomb: Bomb, name: str = "pytorch_model.bin") -> Path:
@@ -228,9 +223,6 @@ def test_tokenizers(code, place, bomb, capsys):
         predict.main(f"{TYPED} --model model --vision_model no-such --tokenizer {folder}".split())
 
 
-# -- features ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("form", "suffix"),
     [*((form, ".pth") for form in FORMS), *(("npy", suffix) for suffix in (".npy", ".pt", ".safetensors"))],
@@ -241,9 +233,6 @@ def test_features(form, suffix, place, bomb):
     refused(main, f"{TRAINING} --model model", "--vision_features")
     refused(run_mm_cot_rl, f"{TRAINING} --base_model_dir model", "--vision_features")
     refused(predict, pictured(place), "--vision_features")
-
-
-# -- as launched -------------------------------------------------------------------------------------------------
 
 
 def test_a_launch_ends_in_one_line(place, bomb):

@@ -172,9 +172,6 @@ def test_what_is_no_regular_file_or_too_large_is_refused(tmp_path, monkeypatch):
         assert images.pixels(each) is None
 
 
-# -- EXIF orientation: the Teacher and tools/predict.py see what a person sees; features stay as published ------
-
-
 def turned(turn: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = turn
@@ -227,9 +224,6 @@ def test_a_report_shows_a_turned_photo_upright(tmp_path):
     found = pictures.collect_images(tmp_path, ["7"], "embed", tmp_path / "report.html")["list"][0]
     with opened(base64.b64decode(found["src"].partition(",")[2])) as shown:
         assert (found["w"], found["h"]) == (400, 800) and shown.height > shown.width
-
-
-# -- sorts of pictures ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

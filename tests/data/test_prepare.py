@@ -79,9 +79,6 @@ def as_published(real, qid) -> dict:
     return {**real.problems[qid], "image": "image.png" if picture_file(real, qid) else None}
 
 
-# -- ScienceQA -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("form", ["save_to_disk", "{}-00000-of-00001.parquet", "{}/0000.parquet"])
 def test_public_schema_and_back(form, real, tables, tmp_path, capsys):
     """Field by field. Without ids, questions are numbered in the order of the splits, which is said."""
@@ -253,7 +250,6 @@ def test_another_data_set_is_not_replaced(real, tables, tmp_path):
     assert len(prepare(source, out, "--overwrite")[0]) == 90
 
 
-# -- A-OKVQA ---------------------------------------------------------------------------------------------
 # its official files: tests/data/test_aokvqa.py
 
 
@@ -294,9 +290,6 @@ def test_aokvqa_of_the_hub(tmp_path):
     assert (tmp_path / "out/images/22Mex6/image.png").read_bytes() == out.getvalue()
     ids = json.loads((tmp_path / "out/aokvqa/id_map.json").read_text())
     assert ids["22Mex6"] == {"question_id": "22Mex6", "image_id": None}
-
-
-# -- mistakes --------------------------------------------------------------------------------------------
 
 
 def test_mistakes(real, tmp_path):

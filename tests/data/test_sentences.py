@@ -45,9 +45,6 @@ def group_of(kind: str) -> str:
     return family + (" truncated" if "truncated" in kind else "")
 
 
-# -- against the released columns --------------------------------------------------------------------------
-
-
 def test_agreement_with_the_released_columns(cases, t5_tokenizer, capsys):
     equal, total = Counter(), Counter()
     classes: dict[str, Counter] = defaultdict(Counter)
@@ -114,9 +111,6 @@ def test_indices_that_broke_the_released_code(cases, t5_tokenizer):
     assert len(broken) == 3
     for case in broken:  # each ends in "D.C." and nothing behind it
         assert sentence_columns(case["ids"], t5_tokenizer) == [len(case["ids"]) - 1]
-
-
-# -- what a sentence is ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -202,9 +196,6 @@ def test_repeats_rows_and_a_true_n_behind_an_unknown_brace(t5_tokenizer):
     assert remove_repeats(["A b.", " C. ", "A b.", "Solution: A b.", "C."]) == ["A b.", "C."]  # the first is kept
     with pytest.raises(ValueError, match="2 rows"):
         sentences_from_ids(np.zeros((2, 5), dtype=int), t5_tokenizer)
-
-
-# -- any ids, any tokenizer --------------------------------------------------------------------------------
 
 
 def unigram(byte_fallback: bool):

@@ -258,7 +258,7 @@ def test_value_function_file_and_its_absence(vit, tmp_path):
     before = torch.random.get_rng_state()
     load = T5ForMultimodalGenerationValueFunction.from_pretrained
     fresh, same, other = (load(folder, seed=seed) for seed in (3, 3, 4))
-    assert torch.equal(torch.random.get_rng_state(), before)  # the run's random state is nobody's business here
+    assert torch.equal(torch.random.get_rng_state(), before)  # the run's random state stays
     shared = {name: tensor for name, tensor in fresh.state_dict().items() if not name.startswith("v_head")}
     assert all(torch.equal(tensor, policy.state_dict()[name]) for name, tensor in shared.items())
     assert not torch.equal(value.shared.weight, fresh.shared.weight)  # the fixture's value model has its own weights
