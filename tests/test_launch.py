@@ -27,21 +27,18 @@ from ares.cli import UserError
 from tests.conftest import ROOT, _free_port, one_line_error, run_script
 from tests.rl import rl_tools
 from tests.rl.rl_tools import flags as rl_flags_of
-from tests.tiny import make_data, make_model
 
 SCRIPTS = {"main.py": sft_script, "run_mm_cot_lora.py": lora_script, "run_mm_cot_rl.py": rl_script}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, sample, t5_tokenizer, t5_tokenizer_dir):
+def world(tmp_path_factory, ready, sample, t5_tokenizer, t5_tokenizer_dir):
     """SFT's and LoRA's data and model (`root`, `tuned`), RL's (`data`, `base`)."""
     tmp = tmp_path_factory.mktemp("launch")
-    root = make_data(tmp / "sft", sample, train=8)
-    tuned = make_model(tmp / "tuned", patch_size=(5, 8))
-    t5_tokenizer.save_pretrained(tuned)
     data = rl_tools.make_data(tmp, sample, 7)
     base = rl_tools.make_model(tmp / "base", data, t5_tokenizer)
-    return SimpleNamespace(tmp=tmp, root=root, tuned=tuned, data=data, base=base, tokenizer=t5_tokenizer_dir)
+    tuned, tokenizer = ready / "model", t5_tokenizer_dir
+    return SimpleNamespace(tmp=tmp, root=ready / "data", tuned=tuned, data=data, base=base, tokenizer=tokenizer)
 
 
 def sft_flags(world, **changes) -> list[str]:
@@ -60,21 +57,15 @@ NOT_LAUNCHED = [
     {"SLURM_NTASKS": "4", "SLURM_PROCID": "1"},
     {"SLURM_NTASKS": "8", "SLURM_NNODES": "2"},
     {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"},
-    {"PMI_SIZE": "3", "PMI_RANK": "0"},
-    {"MV2_COMM_WORLD_SIZE": "2"},
-    {"WORLD_SIZE": "4"},
-    {"WORLD_SIZE": "4", "SLURM_NTASKS": "4"},
+    *({"PMI_SIZE": "3", "PMI_RANK": "0"}, {"MV2_COMM_WORLD_SIZE": "2"}),
+    *({"WORLD_SIZE": "4"}, {"WORLD_SIZE": "4", "SLURM_NTASKS": "4"}),
 ]
 
 
 LAUNCHED = [
-    {},
-    {"SLURM_NTASKS": "1"},
+    *({}, {"SLURM_NTASKS": "1"}, {"SLURM_NTASKS": "4(x2)"}, {"PMI_SIZE": "1"}, {"WORLD_SIZE": "1"}),
     {"SLURM_NTASKS": "4", "WORLD_SIZE": "4", "RANK": "3"},
     {"OMPI_COMM_WORLD_SIZE": "2", "WORLD_SIZE": "2", "RANK": "0"},
-    {"SLURM_NTASKS": "4(x2)"},
-    {"PMI_SIZE": "1"},
-    {"WORLD_SIZE": "1"},
 ]
 
 

@@ -323,14 +323,11 @@ LAUNCHES: dict[str, tuple] = {
 CASES = [(launch, name) for launch, (_, names, _) in LAUNCHES.items() for name in names]
 
 
-@pytest.fixture(scope="module")
-def tokenizers():
-    """Loading a tokenizer takes longer than all the rest."""
-    return {}
+TOKENIZERS: dict = {}  # loading one takes longer than all the rest
 
 
 @pytest.fixture
-def place(clean, tmp_path, monkeypatch, api_environment, tokenizers, request):
+def place(clean, tmp_path, monkeypatch, api_environment, request):
     """The folder, in which no model is loaded, and a tokenizer once."""
 
     def loaded(cls, *args, **kwargs):
@@ -341,9 +338,9 @@ def place(clean, tmp_path, monkeypatch, api_environment, tokenizers, request):
     load = transformers.AutoTokenizer.from_pretrained
 
     def load_once(name, *args, **kwargs):
-        if str(name) not in tokenizers:
-            tokenizers[str(name)] = load(name, *args, **kwargs)
-        return tokenizers[str(name)]
+        if str(name) not in TOKENIZERS:
+            TOKENIZERS[str(name)] = load(name, *args, **kwargs)
+        return TOKENIZERS[str(name)]
 
     if "tokenizer" not in request.node.name:
         monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load_once)
