@@ -309,7 +309,8 @@ def test_released_networks_give_the_released_shapes(img_type, small, tmp_path):
         assert np.load(tmp_path / "resnet.npy", mmap_mode="r").shape == (2, 2048)
 
 
-def test_mistakes_before_any_network_is_built(images, tmp_path):
+def test_mistakes_before_any_network_is_built(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--data_root: .* is no folder"):
         extract(tmp_path / "none", tmp_path / "out")
     for flags, words in (
@@ -322,9 +323,9 @@ def test_mistakes_before_any_network_is_built(images, tmp_path):
             extract(images, tmp_path / "out", *flags.split())
     with pytest.raises(UserError, match="no .qid./image.png"):
         extraction.list_images(tmp_path / "out")
-    for script, out in ((extract_features, "--output_dir"), (extract_caption, "--output")):
+    for script, out in ((extract_features, "--output_dir new"), (extract_caption, "--output c.json")):
         with pytest.raises(UserError, match="--device: warp cannot be used here"):
-            script.main(f"--data_root {images} {out} {tmp_path}/new --device warp".split())
+            script.main(f"--data_root {images} {out} --device warp".split())
     for img_type in ("vit", "detr"):  # no hub: one attempt, one line, and it names the two ways out
         with pytest.raises(UserError, match="hub cannot be reached.*--weights PATH.*--random_weights"):
             extract(images, tmp_path, "--img_type", img_type)
