@@ -18,7 +18,7 @@ from typing import Any
 
 from ares.cli import HelpFormatter, UserError, in_one_line, print0, progress, refuse, run, warn0
 from ares.files import read_json, writable_dir, write_json
-from vision.extraction import list_images
+from vision.extraction import list_images, read_record
 from vision.networks import hub_failure, offline_unless_reachable, pick_device, read_image
 
 PROMPT = "Write a short description for the image."
@@ -28,9 +28,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     files = parser.add_argument_group("files")
     files.add_argument("--data_root", default="images", metavar="DIR", help="folder of {qid}/image.png")
-    files.add_argument(
-        "--splits", nargs="+", metavar="NAME", help="its subfolders (default: train val test, if there)"
-    )
+    files.add_argument("--splits", nargs="+", metavar="NAME", help="its subfolders (default: those of train val test)")
     files.add_argument("--output", default="instruct_captions.json", metavar="FILE", help="caption file to write")
     files.add_argument("--overwrite", action="store_true", help="replace captions made with other settings")
     files.add_argument("--strict", action="store_true", help="stop at a broken image (default: a warning, no caption)")
@@ -48,38 +46,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-class Captions:
-    """The captions made so far, with the settings they were made with, in `.{output}.part` beside the output."""
-
-    def __init__(self, output: Path, settings: dict[str, Any], images: dict[str, Path]):
-        self.output, self.images = output, images
-        self.part = output.with_name(f".{output.name}.part")
-        self.record = {**settings, "captions": {}, "broken": []}
-        if self.part.exists():
-            earlier = read_json(self.part, "--output", dict)
-            if not isinstance(earlier.get("captions"), dict) or not isinstance(earlier.get("broken"), list):
-                raise UserError(f"--output: {self.part} is damaged; remove it to begin anew")
-            if all(earlier.get(name) == value for name, value in settings.items()):
-                self.record = earlier
-                print0(f"continuing after {len(earlier['captions'])} captions")
-
-    def missing(self) -> list[str]:
-        """Question ids whose images have not been captioned yet."""
-        known = self.record["captions"].keys() | set(self.record["broken"])
-        return [qid for qid in self.images if qid not in known]
-
-    def add(self, captions: dict[str, str], broken: Sequence[str]) -> None:
-        self.record["captions"] |= captions
-        self.record["broken"] += broken
-        write_json(self.part, self.record, indent=None)
-
-    def finish(self) -> None:
-        """Write the caption file: captions in the order of the images, then the settings."""
-        made = self.record.pop("captions")
-        write_json(self.output, {"captions": {qid: made[qid] for qid in self.images if qid in made}, **self.record})
-        self.part.unlink(missing_ok=True)
-
-
 def is_complete(output: Path, settings: dict[str, Any], images: dict[str, Path], overwrite: bool) -> bool:
     """Whether the caption file exists. Raises UserError if there is one for other images or with other settings."""
     if not output.exists() or overwrite:
@@ -89,10 +55,8 @@ def is_complete(output: Path, settings: dict[str, Any], images: dict[str, Path],
     known = {str(qid) for part in parts if isinstance(part, (dict, list)) for qid in part}
     if all(found.get(name) == value for name, value in settings.items()) and known == set(images):
         return True
-    raise UserError(
-        f"--output: {output} is there, for other images or by another model or prompt; add --overwrite to replace it, "
-        "or name another file"
-    )
+    fault = f"{output} is there, for other images or by another model or prompt"
+    raise UserError(f"--output: {fault}; add --overwrite to replace it, or name another file")
 
 
 class Captioner:
@@ -112,10 +76,9 @@ class Captioner:
             self.processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
             self.model = AutoModelForImageTextToText.from_pretrained(model, dtype=self.dtype, trust_remote_code=False)
         except Exception as error:  # the library has many errors for absent, unknown, damaged and unfit models
-            reason = in_one_line(error, 160) if os.path.isdir(model) else hub_failure(error)
-            raise UserError(
-                f"--model: cannot load {model} ({reason}); name a folder with an image-to-text model"
-            ) from error
+            why = in_one_line(error, 160) if os.path.isdir(model) else hub_failure(error)
+            fault = f"cannot load {model} ({why})"
+            raise UserError(f"--model: {fault}; name a folder with an image-to-text model") from error
         self.model.eval().to(self.device)
         self.prompt = prompt
         if getattr(self.processor, "chat_template", None):
@@ -134,29 +97,33 @@ class Captioner:
         asked = inputs.get("input_ids")
         if asked is not None and ids.shape[1] >= asked.shape[1] and torch.equal(ids[:, : asked.shape[1]], asked):
             ids = ids[:, asked.shape[1] :]  # a decoder-only model repeats what it was given
-        texts = self.processor.batch_decode(ids, skip_special_tokens=True)
-        return [" ".join(text.split()) for text in texts]
+        return [" ".join(text.split()) for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
 
-def caption(captioner: Captioner, captions: Captions, batch_size: int, strict: bool) -> None:
-    """Caption the missing images. Raises UserError at a broken image if `strict`."""
-    todo = captions.missing()
-    total = len(captions.images)
-    with progress(desc="captions", total=total, initial=total - len(todo), unit="img") as bar:
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            pictures, broken = {}, []
+def caption(args: argparse.Namespace, images: dict[str, Path], record: dict[str, Any], part: Path) -> None:
+    """Add the missing captions to `record`, which is written to `part` after every batch. Raises UserError at a broken
+    image under --strict."""
+    known = record["captions"].keys() | set(record["broken"])
+    todo = [qid for qid in images if qid not in known]
+    if not todo:
+        return
+    captioner = Captioner(args.model, args.prompt, args.device, args.dtype, args.max_new_tokens)
+    print0(f"{args.model} on {captioner.device}, {captioner.dtype}")
+    with progress(desc="captions", total=len(images), initial=len(images) - len(todo), unit="img") as bar:
+        for start in range(0, len(todo), args.batch_size):
+            batch = todo[start : start + args.batch_size]
+            pictures = {}
             for qid in batch:
                 try:
-                    pictures[qid] = read_image(captions.images[qid])
+                    pictures[qid] = read_image(images[qid])
                 except (OSError, ValueError) as error:
-                    reason = f"question {qid}: cannot read {captions.images[qid]}: {error}"
-                    if strict:
+                    reason = f"question {qid}: cannot read {images[qid]}: {error}"
+                    if args.strict:
                         raise UserError(f"--strict: {reason}") from error
                     warn0(f"{reason}; it gets no caption")
-                    broken.append(qid)
-            texts = captioner(list(pictures.values())) if pictures else []
-            captions.add(dict(zip(pictures, texts, strict=True)), broken)
+                    record["broken"].append(qid)
+            record["captions"] |= zip(pictures, captioner(list(pictures.values())) if pictures else (), strict=True)
+            write_json(part, record, indent=None)
             bar.update(len(batch))
 
 
@@ -169,13 +136,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_complete(output, settings, images, args.overwrite):
         print0(f"{output}: captions of {len(images)} images, there already")
         return
-    captions = Captions(output, settings, images)
-    if captions.missing():
-        captioner = Captioner(args.model, args.prompt, args.device, args.dtype, args.max_new_tokens)
-        print0(f"{args.model} on {captioner.device}, {captioner.dtype}")
-        caption(captioner, captions, args.batch_size, args.strict)
-    broken = captions.record["broken"]
-    captions.finish()
+    part = output.with_name(f".{output.name}.part")
+    record = read_record(part, "--output", settings, {"captions": {}, "broken": []})
+    if record["captions"]:
+        print0(f"continuing after {len(record['captions'])} captions")
+    caption(args, images, record, part)
+    made = record.pop("captions")
+    write_json(output, {"captions": {qid: made[qid] for qid in images if qid in made}, **record})
+    part.unlink(missing_ok=True)
+    broken = record["broken"]
     print0(f"{output}: captions of {len(images) - len(broken)} images" + f", {len(broken)} broken" * bool(broken))
 
 

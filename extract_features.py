@@ -31,9 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     files = parser.add_argument_group("files")
     files.add_argument("--data_root", default="images", metavar="DIR", help="folder of {qid}/image.png")
-    files.add_argument(
-        "--splits", nargs="+", metavar="NAME", help="its subfolders (default: train val test, if there)"
-    )
+    files.add_argument("--splits", nargs="+", metavar="NAME", help="its subfolders (default: those of train val test)")
     files.add_argument("--output_dir", default="vision_features", metavar="DIR", help="where the features go")
     files.add_argument("--overwrite", action="store_true", help="replace features made with other settings")
     files.add_argument("--strict", action="store_true", help="stop at a broken image (default: warn, a row of zeros)")
@@ -44,10 +42,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     network.add_argument("--random_weights", action="store_true", help="random weights: for trials only")
     network.add_argument("--seed", type=int, default=0, help="seed of --random_weights")
     running = parser.add_argument_group("running")
-    running.add_argument("--batch_size", type=int, default=16, help="images at a time (default: %(default)s)")
-    running.add_argument(
-        "--workers", type=int, help="processes that decode images (default: one per core; on a CPU 0)"
-    )
+    running.add_argument("--batch_size", type=int, default=16, help="images at a time")
+    text = "processes that decode images (default: one per core; on a CPU 0)"
+    running.add_argument("--workers", type=int, help=text)
     running.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
     running.add_argument("--dtype", default="float32", choices=("float32", "float16"), help="type of stored numbers")
     args = parser.parse_args(argv)
@@ -69,33 +66,27 @@ def describe(args: argparse.Namespace, images: dict[str, Path]) -> dict[str, Any
         size = f" ({os.path.getsize(args.weights)} bytes)" if os.path.isfile(args.weights) else ""
         weights, file = "local", Path(args.weights).name + size
     return {
-        "img_type": args.img_type,
-        "model_name": args.model_name or MODEL_NAMES[args.img_type],
-        "weights": weights,
-        "weights_file": file,
-        "dtype": args.dtype,
-        "rows": len(images),
+        "img_type": args.img_type, "model_name": args.model_name or MODEL_NAMES[args.img_type], "weights": weights,
+        "weights_file": file, "dtype": args.dtype, "rows": len(images),
         "images": hashlib.sha256(listing.encode()).hexdigest(),
-    }
+    }  # fmt: skip
 
 
 def check_output(out: Path, settings: dict[str, Any], name_map: dict[str, int], overwrite: bool) -> bool:
     """Whether the features exist. Raises UserError if there are some made with other settings."""
-    file, sidecar = out / FILES[settings["img_type"]], out / f"{settings['img_type']}.json"
-    if file.exists() and not overwrite:
+    if overwrite:
+        return False
+    kind = settings["img_type"]
+    file, sidecar, map_file = out / FILES[kind], out / f"{kind}.json", out / "name_map.json"
+    fault = None
+    if file.exists():
         other = changed(settings, read_json(sidecar, "--output_dir", dict)) if sidecar.exists() else ["origin"]
-        if other:
-            raise UserError(
-                f"--output_dir: {file} is there, made with another {', '.join(other)}; add --overwrite to replace it, "
-                "or name another folder"
-            )
-    map_file = out / "name_map.json"
-    if map_file.exists() and not overwrite and read_json(map_file, "--output_dir") != name_map:
-        raise UserError(
-            f"--output_dir: {map_file} numbers other images, so other features in {out} would no longer fit; "
-            "add --overwrite to replace it, or name another folder"
-        )
-    return file.exists() and not overwrite
+        fault = f"{file} is there, made with another {', '.join(other)}" if other else None
+    if not fault and map_file.exists() and read_json(map_file, "--output_dir") != name_map:
+        fault = f"{map_file} numbers other images, so other features in {out} would no longer fit"
+    if fault:
+        raise UserError(f"--output_dir: {fault}; add --overwrite to replace it, or name another folder")
+    return file.exists()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,10 +95,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = writable_dir(args.output_dir, "--output_dir")
     settings = describe(args, images)
     name_map = {qid: row for row, qid in enumerate(images)}
-    file = out / FILES[args.img_type]
+    file, map_file = out / FILES[args.img_type], out / "name_map.json"
     if check_output(out, settings, name_map, args.overwrite):
-        if not (out / "name_map.json").exists():
-            write_json(out / "name_map.json", name_map)
+        if not map_file.exists():
+            write_json(map_file, name_map)
         print0(f"{file}: {len(images)} rows, there already")
         return
 
@@ -124,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     broken = store.record["broken"]
     # the features are written last: if they exist, the other files do, too
     file.unlink(missing_ok=True)
-    write_json(out / "name_map.json", name_map)
+    write_json(map_file, name_map)
     write_json(out / f"{args.img_type}.json", {"shape": list(encoder.shape), **settings, "broken": broken})
     store.finish(file)
     zeros = f", {len(broken)} broken images as zeros" if broken else ""

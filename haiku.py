@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ares import cli
-from ares.data_folder import find_images, question_images
+from ares import cli, files
+from ares.data_folder import find_images, question_images, read_data_folder
 from teacher import client, estimate, handoff
 from teacher.budget import Ledger
-from teacher.handoff import prepare_request
 from teacher.interface import SCORE, Teacher
 from teacher.prompts import WORDING, scoring_request
 from teacher.session import OURS, Report, Session
@@ -37,84 +38,57 @@ HEARTBEAT = 60.0  # seconds between lines while --watch waits
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_data_flags(parser)
-    parser.add_argument(
-        "--questions_dir", default="preprocessing_after_RL", help="folder of {k}/p{rank}/{qid}/ (default: %(default)s)"
-    )
+    folder = "folder of {k}/p{rank}/{qid}/ (default: %(default)s)"
+    parser.add_argument("--questions_dir", default="preprocessing_after_RL", help=folder)
     parser.add_argument("--actions", type=int, nargs="+", metavar="K", help="only these actions (default: all found)")
     parser.add_argument("--no-done", action="store_true", help=f"write no {handoff.DONE}; write it by hand")
-    parser.add_argument(
-        "--watch",
-        type=float,
-        nargs="?",
-        const=72.0,
-        metavar="HOURS",
-        help="score while RL exports, in all rounds of its --epochs (at most this long; default: 72 hours)",
-    )
+    watch = "score while RL exports, in all rounds of its --epochs (at most this long; default: 72 hours)"
+    parser.add_argument("--watch", type=float, nargs="?", const=72.0, metavar="HOURS", help=watch)
     parser.add_argument("--check", type=int, metavar="N", help="print how far two Teachers agree on N rationales")
-    parser.add_argument(
-        "--against", metavar="MODEL", help="the second Teacher of --check: a model id, or reference (the default)"
-    )
+    against = "the second Teacher of --check: a model id, or reference (the default)"
+    parser.add_argument("--against", metavar="MODEL", help=against)
     client.add_teacher_flags(parser)
     args = parser.parse_args(argv)
     given = cli.given_flags(parser, argv)
-    wrong = ["--against needs --check"] if args.against and args.check is None else []
-    wrong += ["--check must be at least 1"] if args.check is not None and args.check < 1 else []
-    hours = args.watch is None or 0 < args.watch < math.inf
-    wrong += [] if hours else ["--watch must be a number of hours above 0"]
-    wrong += ["--watch waits for all actions; leave out --actions"] if args.watch and args.actions else []
-    cli.refuse(wrong)
+    faults = {
+        "--against needs --check": args.against and args.check is None,
+        "--check must be at least 1": args.check is not None and args.check < 1,
+        "--watch must be a number of hours above 0": args.watch is not None and not 0 < args.watch < math.inf,
+        "--watch waits for all actions; leave out --actions": args.watch and args.actions,
+    }
+    cli.refuse([fault for fault, found in faults.items() if found])
     client.check_teacher_flags(args, given)
     return args
 
 
 def find_items(args: argparse.Namespace) -> list[handoff.Item]:
     """The exported rationales of the wanted actions. Raises UserError if there are none."""
-    items = handoff.iter_items(args.questions_dir)
+    items = handoff.exported_items(args.questions_dir)
     found = sorted({item.action for item in items})
-    if not found:
-        inner = Path(args.questions_dir) / "questions"
-        fix = f"did you mean {inner}?" if inner.is_dir() else "copy {run}/questions/* there, or name {run}/questions"
-        raise cli.UserError(f"--questions_dir: {args.questions_dir} holds no exported rationales; {fix}")
     absent = [action for action in args.actions or [] if action not in found]
     if absent:
         raise cli.UserError(f"--actions: {args.questions_dir} has no action {absent[0]}; it has {found}")
-    return [item for item in items if item.action in args.actions] if args.actions else items
+    return [item for item in items if item.action in (args.actions or found)]
 
 
-class Signals:
-    """Writes `llm_done.txt` as actions are settled, once the export is complete."""
-
-    def __init__(self, args: argparse.Namespace, exported: bool):
-        self.args, self.exported = args, exported
-        self.waiting: dict[int, Report] = {}
-
-    def settled(self, action: int, report: Report) -> None:
-        lost = Counter(reason for item, reason in report.blocking().items() if item.action == action)
-        if self.args.no_done or (lost and not self.args.accept_missing):
-            return
-        if not self.exported:
-            self.waiting[action] = report
-            return
-        handoff.mark_done(self.args.questions_dir, action)
-        dropped = f"; RL will drop {lost.total()} ({client.in_words(lost)})" if lost else ""
-        cli.print0(f"action {action}: done, {handoff.DONE} written{dropped}")
-
-    def export_complete(self) -> None:
-        """Actions that were settled before the export ended count now."""
-        self.exported = True
-        for action, report in sorted(self.waiting.items()):
-            self.settled(action, report)
-        self.waiting.clear()
+def mark_done(args: argparse.Namespace, action: int, report: Report) -> None:
+    """Write `llm_done.txt` for an action that waits for no reply, unless replies that RL needs are unusable."""
+    lost = Counter(reason for item, reason in report.blocking().items() if item.action == action)
+    if args.no_done or (lost and not args.accept_missing):
+        return
+    handoff.mark_done(args.questions_dir, action)
+    dropped = f"; RL will drop {lost.total()} ({client.in_words(lost)})" if lost else ""
+    cli.print0(f"action {action}: done, {handoff.DONE} written{dropped}")
 
 
 class Watch:
     """Answers what RL exports, round after round, until the last one of its `--epochs` is answered.
 
     RL renames `questions/` once a round is trained and makes a new one, and refuses to start a run where it finds one:
-    nothing is created there before RL has. `start(teacher, signals)` makes the Session of a round.
+    nothing is created there before RL has. `start(teacher)` makes the Session of a round.
     """
 
-    def __init__(self, args: argparse.Namespace, start: Callable[[Teacher, Signals], Session]):
+    def __init__(self, args: argparse.Namespace, start: Callable[[Teacher], Session]):
         self.args, self.start = args, start
         self.folder = Path(args.questions_dir)
         self.deadline = time.monotonic() + 3600 * args.watch
@@ -127,9 +101,8 @@ class Watch:
             while (folder := _identity(self.folder)) in (None, answered):
                 self.wait("waiting for RL to make it" if folder is None else "answered; waiting for RL's next round")
             with client.work_in(self.folder, "--questions_dir", self.args, ledger) as each:
-                signals = Signals(self.args, exported=False)
-                session = self.start(each, signals)
-                whole = self.round(session, signals, folder)
+                session = self.start(each)
+                whole = self.round(session, folder)
                 ledger = getattr(each, "ledger", None)
             cli.print0(f"{self.args.teacher}: {session.report.summary()}")
             if not whole:
@@ -139,38 +112,31 @@ class Watch:
             if not rounds_to_come(self.folder):
                 return
 
-    def round(self, session: Session, signals: Signals, folder: Any) -> bool:
+    def round(self, session: Session, folder: Any) -> bool:
         """Answer one round's rationales as they come; False if RL has moved the folder away before its end."""
         known: dict[Path, set[str]] = {}  # {k}/p{rank} -> its questions
+        report = session.report
         while True:
             exported = handoff.exported(self.folder)  # before the listing: what is listed is then complete
             exports = handoff.iter_items(self.folder)
             if _identity(self.folder) != folder:
                 return False
             items = [item for item in exports if item.qid not in known.get(item.folder.parent, ())]
+            handoff.refuse_unknown(items, session.problems)
             for item in items:
                 known.setdefault(item.folder.parent, set()).add(item.qid)
+                if sentences := _sentences(item):
+                    images = question_images(session.images_dir, item.qid) if session.images_dir else []
+                    request = scoring_request(session.problems[item.qid], sentences)
+                    handoff.prepare_request(item.folder, request, sentences, images)
             if items:
-                self.prepare(session, items)
                 client.answer_items(session, items, self.args)
             if exported:
-                signals.export_complete()
+                for action in sorted(session.waiting):
+                    mark_done(self.args, action, report)
                 return True
-            report = session.report
             have = report.kept + report.answered
             self.wait(f"{have} of {report.total} rationales so far are answered; waiting for RL to export more")
-
-    def prepare(self, session: Session, items: Sequence[handoff.Item]) -> None:
-        """Write the requests."""
-        for item in items:
-            if item.qid not in session.problems:
-                raise cli.UserError(f"--data_root: question {item.qid} ({item.folder}) is not in problems.json")
-        for item in items:
-            sentences = _sentences(item)
-            if sentences:
-                images = question_images(session.images_dir, item.qid) if session.images_dir else []
-                request = scoring_request(session.problems[item.qid], sentences)
-                prepare_request(item.folder, request, sentences, images)
 
     def wait(self, state: str) -> None:
         """Sleep for --poll_seconds, with a line now and then. Raises UserError when the hours are over."""
@@ -201,37 +167,27 @@ def rounds_to_come(questions: Path) -> bool:
     By the run's args.yaml and its rollouts; False where there are none, as in a folder that was copied.
     """
     run = questions.absolute().parent
-    import yaml
-
     try:
-        flags = yaml.safe_load((run / "args.yaml").read_text(encoding="utf-8"))
+        flags = files.read_yaml(run / "args.yaml", "--questions_dir")
         first = int(Path(flags["base_model_dir"]).resolve().name) + 1 if flags.get("continue_train") else 0
         at = max(int(place.name.removeprefix("round_")) for place in (run / "rollouts").glob("round_*"))
         return at + 1 < first + int(flags["epochs"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, cli.UserError):
         return False
 
 
 def check(args: argparse.Namespace, items: Sequence[handoff.Item], first: Session) -> None:
     """Print how far the Teacher of the flags and `--against` agree on `--check` rationales."""
     askable = [item for item in items if _sentences(item)]
-    chosen = estimate.sample_items(askable, args.check)
+    chosen = random.Random(0).sample(askable, min(args.check, len(askable)))
     other = args.against or "reference"
+    if other == ("reference" if args.teacher == "reference" else args.teacher_model):
+        raise cli.UserError(f"--against: {other} is the Teacher itself; name another")
     second_args = argparse.Namespace(**vars(args))
     second_args.teacher = "reference" if other == "reference" else "claude"
     second_args.teacher_model, second_args.price = other, None  # --price is the first one's
-    if (second_args.teacher, other) == (args.teacher, args.teacher_model if args.teacher == "claude" else "reference"):
-        raise cli.UserError(f"--against: {other} is the Teacher itself; name another")
     ledger = getattr(first.teacher, "ledger", None) or Ledger(Path(args.questions_dir) / OURS, args.max_usd)
-    second = client.make_session(
-        args.questions_dir,
-        client.make_teacher(second_args, ledger),
-        SCORE,
-        second_args,
-        wording=WORDING,
-        problems=first.problems,
-        images_dir=first.images_dir,
-    )
+    second = make_session(second_args, first.problems, client.make_teacher(second_args, ledger))
     scores = [estimate.scores_of(session, chosen) for session in (first, second)]
     cli.print0(f"{first.teacher.name} {first.teacher.model} against {second.teacher.name} {second.teacher.model}")
     for line in estimate.agreement_lines(*scores):
@@ -245,38 +201,37 @@ def _sentences(item: handoff.Item) -> list[str]:
         return []
 
 
+def make_session(args: argparse.Namespace, problems: Any, teacher: Teacher, exported: bool = False) -> Session:
+    """The session of the questions folder; with `exported` it signals each action as soon as it is answered."""
+    return client.make_session(
+        args.questions_dir,
+        teacher,
+        SCORE,
+        args,
+        wording=WORDING,
+        problems=problems,
+        images_dir=find_images(args),
+        action_settled=partial(mark_done, args) if exported else None,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     exported = handoff.exported(args.questions_dir)  # before the listing: what is listed is then complete
     items = [] if args.watch else find_items(args)
-    problems = client.load_for(args, items)
-    if problems is None and (args.watch or args.check):
+    problems = None  # Claude can do without: its requests are written
+    if args.teacher == "reference" or Path(args.data_root).is_dir():
+        problems = read_data_folder(args.data_root, args.dataset).problems
+        handoff.refuse_unknown(items, problems)
+    elif args.watch or args.check:
         what = "--watch writes the requests itself and" if args.watch else "--check"
         raise cli.UserError(f"{what} needs problems.json; name its folder with --data_root")
-    signals = Signals(args, exported)
-
-    def session_with(each: Teacher, signals: Signals | None) -> Session:
-        return client.make_session(
-            args.questions_dir,
-            each,
-            SCORE,
-            args,
-            wording=WORDING,
-            problems=problems,
-            images_dir=find_images(args),
-            action_settled=signals.settled if signals else None,
-        )
-
     if args.estimate or args.show:
-        session = session_with(client.make_teacher(args), None)
-        if args.show:
-            return estimate.show(session, items, args.show)
-        session.add(items, serve=False)
-        return estimate.estimate(session)
+        return estimate.preview(make_session(args, problems, client.make_teacher(args)), items, args)
     if args.watch:
-        return Watch(args, session_with).run()
+        return Watch(args, partial(make_session, args, problems)).run()
     with client.work_in(args.questions_dir, "--questions_dir", args) as each:
-        session = session_with(each, signals)
+        session = make_session(args, problems, each, exported)
         if args.check:
             return check(args, items, session)
         client.answer_items(session, items, args)

@@ -17,75 +17,57 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from statistics import mean
 
 from ares import cli, files
 from ares.data_folder import find_images, read_data_folder
 from teacher import client, estimate, handoff, reply_files
-from teacher.interface import CORRECT, Teacher
+from teacher.interface import CORRECT
 from teacher.prompts import WORDING
-from teacher.session import Session
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_data_flags(parser)
     parser.add_argument("--train_split", default="train", help="split the rationales belong to (default: %(default)s)")
-    parser.add_argument(
-        "--correction_dir",
-        default="preprocessing_after_RL/correction",
-        help="folder of 0/p0/{qid}/ (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--rationales", metavar="FILE", help="the output of remove_sentence.py: says which questions must have a reply"
-    )
-    parser.add_argument(
-        "--output", metavar="FILE", help="what to write (default: {data_root}/{dataset}/correction.json)"
-    )
+    folder = "folder of 0/p0/{qid}/ (default: %(default)s)"
+    parser.add_argument("--correction_dir", default="preprocessing_after_RL/correction", help=folder)
+    rationales = "the output of remove_sentence.py: says which questions must have a reply"
+    parser.add_argument("--rationales", metavar="FILE", help=rationales)
+    output = "what to write (default: {data_root}/{dataset}/correction.json)"
+    parser.add_argument("--output", metavar="FILE", help=output)
     client.add_teacher_flags(parser)
     args = parser.parse_args(argv)
     client.check_teacher_flags(args, cli.given_flags(parser, argv))
     return args
 
 
-@dataclass
-class Corrections:
-    """What the replies make of the rationales."""
+def read_corrections(
+    items: Sequence[handoff.Item], rationales: Mapping[str, str]
+) -> tuple[dict[str, str], Counter[str], list[str]]:
+    """Read every reply: qid -> the corrected rationale, or the original one; how often each was "replaced",
+    "unchanged" or "fell back: {reason}"; the questions without a reply.
 
-    final: dict[str, str] = field(default_factory=dict)  # qid -> corrected rationale, or the original one
-    counts: Counter[str] = field(default_factory=Counter)  # "replaced", "unchanged", "fell back: {reason}" -> number
-    missing: list[str] = field(default_factory=list)  # questions without a reply
-
-
-def read_corrections(items: Sequence[handoff.Item], rationales: Mapping[str, str]) -> Corrections:
-    """Read every reply. `rationales`: qid -> what was sent, also for questions without a folder."""
+    `rationales`: qid -> what was sent, also for questions without a folder.
+    """
     folders = {item.qid: item.folder for item in items}
-    found = Corrections(final=dict(rationales))
+    final, counts, missing = dict(rationales), Counter(), []
     for qid, rationale in rationales.items():
         folder = folders.get(qid)
         if folder is None or not os.path.lexists(folder / handoff.REPLY):
-            if folder is not None and (folder / handoff.REFUSED_REPLY).exists():  # cut off, though it can be read
+            if folder and (folder / handoff.REFUSED_REPLY).exists():  # cut off, though it can be read
                 word = reply_files.reason_of(folder).partition(":")[0].strip() or "cut off"
-                found.counts[f"fell back: {word}"] += 1
+                counts[f"fell back: {word}"] += 1
             else:
-                found.missing.append(qid)
+                missing.append(qid)
             continue
         try:
-            found.final[qid] = reply_files.read_reply(CORRECT, folder)
-            found.counts["unchanged" if found.final[qid] == rationale else "replaced"] += 1
+            final[qid] = reply_files.read_reply(CORRECT, folder)
+            counts["unchanged" if final[qid] == rationale else "replaced"] += 1
         except handoff.Refused as refused:
-            found.counts["unchanged" if refused.reason == "unchanged" else f"fell back: {refused.reason}"] += 1
-    return found
-
-
-def corrected(problems: Mapping[str, Any], final: Mapping[str, str]) -> dict[str, Any]:
-    """All problems, with the final rationales as solutions. The gold solution stays where the rationale is empty."""
-    return {
-        qid: {**problem, "solution": final[qid]} if final.get(qid, "").strip() else problem
-        for qid, problem in problems.items()
-    }
+            counts["unchanged" if refused.reason == "unchanged" else f"fell back: {refused.reason}"] += 1
+    return final, counts, missing
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
@@ -108,92 +90,66 @@ def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     return distance
 
 
-def summary(found: Corrections, rationales: Mapping[str, str]) -> str:
-    """One line: what became of the rationales, and how many words the corrections changed."""
-    changed = [
-        (edit_distance(rationales[qid].split(), text.split()), len(rationales[qid].split()))
-        for qid, text in found.final.items()
-        if text != rationales[qid]
-    ]
-    line = f"{client.in_words(+found.counts)} of {len(rationales)} rationales"
-    if changed:
-        edits, words = (sum(column) / len(changed) for column in zip(*changed, strict=True))
-        line += f"; mean edit distance of the replaced ones {edits:.1f} words of {words:.1f}"
-    return line
+def read_requests(args: argparse.Namespace, train_qids: Sequence[str]) -> tuple[list[handoff.Item], dict[str, str]]:
+    """The prepared items, and qid -> rationale of all questions that must have a reply. Raises UserError."""
+    again = "run preprocessing_for_correction_feedback.py"
+    where = f"--correction_dir: {args.correction_dir} holds"
+    items = handoff.iter_items(args.correction_dir, 0)
+    if not items:
+        raise cli.UserError(f"{where} no requests; {again} first, or name its --correction_dir")
+    if outside := sorted({item.qid for item in items} - set(train_qids)):
+        split = f"--train_split {args.train_split}; name the data and the split of this run"
+        raise cli.UserError(f"{where} question {outside[0]}, which is not in {split}")
+    try:
+        rationales = {item.qid: " ".join(handoff.read_rationale(item.folder)) for item in items}
+    except handoff.Refused as refused:
+        raise cli.UserError(f"--correction_dir: {refused}; {again} again") from None
+    wanted = handoff.read_rationales(args.rationales, train_qids) if args.rationales else {}
+    other = [qid for qid in rationales if qid in wanted and wanted[qid].split() != rationales[qid].split()]
+    if other:
+        raise cli.UserError(
+            f"--rationales: {len(other)} requests in {args.correction_dir} are about other rationales than "
+            f"{args.rationales} holds (first: question {other[0]}); {again} --rationales {args.rationales} "
+            f"--correction_dir {args.correction_dir} first"
+        )
+    return items, {**wanted, **rationales}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     data = read_data_folder(args.data_root, args.dataset)
     problems, train_qids = data.problems, data.split(args.train_split, "--train_split")
-    items = handoff.iter_items(args.correction_dir, 0)
-    if not items:
-        raise cli.UserError(
-            f"--correction_dir: {args.correction_dir} holds no requests; run preprocessing_for_correction_feedback.py "
-            "first, or name its --correction_dir"
-        )
-    outside = sorted({item.qid for item in items} - set(train_qids))
-    if outside:
-        raise cli.UserError(
-            f"--correction_dir: {args.correction_dir} holds question {outside[0]}, which is not in --train_split "
-            f"{args.train_split}; name the data and the split of this run"
-        )
-    try:
-        rationales = {item.qid: " ".join(handoff.read_rationale(item.folder)) for item in items}
-    except handoff.Refused as refused:
-        raise cli.UserError(
-            f"--correction_dir: {refused}; run preprocessing_for_correction_feedback.py again"
-        ) from None
-    if args.rationales:
-        wanted = handoff.read_rationales(args.rationales, train_qids)
-        other = [qid for qid in rationales if qid in wanted and wanted[qid].split() != rationales[qid].split()]
-        if other:
-            raise cli.UserError(
-                f"--rationales: {len(other)} requests in {args.correction_dir} are about other rationales than "
-                f"{args.rationales} holds (first: question {other[0]}); run preprocessing_for_correction_feedback.py "
-                f"--rationales {args.rationales} --correction_dir {args.correction_dir} first"
-            )
-        rationales = {**wanted, **rationales}
+    items, rationales = read_requests(args, train_qids)
     output = Path(args.output or data.root / data.dataset / "correction.json")
 
-    def session_with(each: Teacher) -> Session:
-        more = {"wording": WORDING, "problems": problems, "images_dir": find_images(args)}
-        return client.make_session(args.correction_dir, each, CORRECT, args, **more)
-
+    more = {"wording": WORDING, "problems": problems, "images_dir": find_images(args)}
     if args.estimate or args.show:
-        session = session_with(client.make_teacher(args))
-        if args.show:
-            return estimate.show(session, items, args.show)
-        session.add(items, serve=False)
-        return estimate.estimate(session)
+        session = client.make_session(args.correction_dir, client.make_teacher(args), CORRECT, args, **more)
+        return estimate.preview(session, items, args)
     files.writable_dir(output.parent, "--output")
     with client.work_in(args.correction_dir, "--correction_dir", args) as each:
-        report = client.answer_items(session_with(each), items, args)
+        session = client.make_session(args.correction_dir, each, CORRECT, args, **more)
+        report = client.answer_items(session, items, args)
     cli.print0(f"{args.teacher}: {report.summary()}")
-    if not args.submit_only:
-        write_correction(args, output, problems, items, rationales, train_qids)
-
-
-def write_correction(
-    args: argparse.Namespace,
-    output: Path,
-    problems: Mapping[str, Any],
-    items: Sequence[handoff.Item],
-    rationales: Mapping[str, str],
-    train_qids: Sequence[str],
-) -> None:
-    """Write correction.json and print a summary. Raises UserError for missing replies without --accept-missing."""
-    found = read_corrections(items, rationales)
-    if found.missing and not args.accept_missing:
+    if args.submit_only:
+        return
+    final, counts, missing = read_corrections(items, rationales)
+    if missing and not args.accept_missing:
         raise cli.UserError(
-            f"{len(found.missing)} of {len(rationales)} questions have no reply (first: {found.missing[0]}), {output} "
-            "is not written; prepare and ask for them, or add --accept-missing to keep their rationales as they are"
+            f"{len(missing)} of {len(rationales)} questions have no reply (first: {missing[0]}), {output} is not "
+            "written; prepare and ask for them, or add --accept-missing to keep their rationales as they are"
         )
-    found.counts["fell back: no reply"] += len(found.missing)
-    files.write_json(output, corrected(problems, found.final))
-    cli.print0(f"{output}: {summary(found, rationales)}")
-    left = len(train_qids) - len(rationales)
-    if left:
+    counts["fell back: no reply"] += len(missing)
+    # the gold solution stays where the rationale is empty
+    corrected = {qid: {**problems[qid], "solution": text} for qid, text in final.items() if text.strip()}
+    files.write_json(output, {qid: corrected.get(qid, problem) for qid, problem in problems.items()})
+    line = f"{output}: {client.in_words(+counts)} of {len(rationales)} rationales"
+    pairs = [(rationales[qid].split(), text.split()) for qid, text in final.items() if text != rationales[qid]]
+    if pairs:
+        edits, words = mean(edit_distance(*pair) for pair in pairs), mean(len(before) for before, _ in pairs)
+        line += f"; mean edit distance of the replaced ones {edits:.1f} words of {words:.1f}"
+    cli.print0(line)
+    if left := len(train_qids) - len(rationales):
         cli.warn0(f"{left} of {len(train_qids)} train questions have no rationale and keep their gold solution")
 
 

@@ -34,16 +34,8 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import logging as transformers_logging
 
-from ares.checkpoints import (
-    MultimodalT5Config,
-    PatchSize,
-    as_multimodal,
-    check_shapes,
-    load_state_dict,
-    local_folder,
-    read_config,
-    read_shapes,
-)
+from ares import checkpoints
+from ares.checkpoints import MultimodalT5Config, PatchSize, as_multimodal, load_state_dict, local_folder
 from ares.cli import UserError, img_shape, in_one_line
 from ares.files import atomic_path
 from ares.head import label_loss
@@ -145,28 +137,21 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
         # fork_rng and default_generator, not manual_seed: the CUDA generators keep their state
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)
-            model, loading = super().from_pretrained(
-                folder, *args, output_loading_info=True, **{"dtype": torch.float32, **kwargs}
-            )
+            kwargs = {"dtype": torch.float32, **kwargs, "output_loading_info": True}
+            model, loading = super().from_pretrained(folder, *args, **kwargs)
         fresh = FUSION + ("v_head.",)
         if lost := sorted(key for key in loading["missing_keys"] if not key.startswith(fresh)):
             raise UserError(f"{folder}: {lost[0]} and {len(lost) - 1} more tensors are missing from the checkpoint")
-        model._check_tying()
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        tied = [weights[name] is weights["shared.weight"] for name in (*EMBEDDINGS, "lm_head.weight")]
+        if tied != [True, True, model.config.tie_word_embeddings]:
+            raise RuntimeError("embeddings are not tied as the checkpoint says; is this transformers known?")
         return model
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         # transformers ties all or nothing; in an untied T5 only lm_head is separate
         tied = EMBEDDINGS + (("lm_head.weight",) if self.config.tie_word_embeddings else ())
         return dict.fromkeys(tied, "shared.weight")
-
-    def _check_tying(self) -> None:
-        weights = dict(self.named_parameters(remove_duplicate=False))
-        shared = weights["shared.weight"]
-        one = all(weights[name] is shared for name in EMBEDDINGS)
-        if not one or (weights["lm_head.weight"] is shared) != self.config.tie_word_embeddings:
-            raise RuntimeError(
-                "embeddings are not tied as the checkpoint says; is this version of transformers known?"
-            )
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
         """As the library's, for encoder and decoder, too, which transformers before about 5.24 skips."""
@@ -200,13 +185,9 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
             encoder_outputs = self.encode(input_ids, attention_mask, image_ids, inputs_embeds=inputs_embeds)
         if labels is None or num_items_in_batch is None:
             return super().forward(
-                attention_mask=attention_mask,
-                decoder_input_ids=decoder_input_ids,
-                decoder_attention_mask=decoder_attention_mask,
-                labels=labels,
-                encoder_outputs=encoder_outputs,
-                **kwargs,
-            )
+                attention_mask=attention_mask, encoder_outputs=encoder_outputs, labels=labels,
+                decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask, **kwargs,
+            )  # fmt: skip
         states = self._decode(encoder_outputs, attention_mask, decoder_input_ids, decoder_attention_mask, labels)
         states, real = states * self.config.head_scale, labels != -100
         if type(self.lm_head) is nn.Linear:
@@ -250,11 +231,8 @@ def choose_attention(model: Any, device: torch.device) -> None:
 
 
 class T5ForMultimodalGenerationValueFunction(T5ForMultimodalGeneration):
-    """A full copy of the policy whose decoder states go to `v_head`: one value per decoder position.
-
-    `lm_head` is never used. It is frozen where it is a tensor of its own; in a tied checkpoint it is `shared`, which
-    trains.
-    """
+    """A full copy of the policy whose decoder states go to `v_head`: one value per decoder position. `lm_head` is
+    never used. It is frozen where it is a tensor of its own; in a tied checkpoint it is `shared`, which trains."""
 
     _keys_to_ignore_on_load_missing = [r"^v_head\."]  # a policy's folder has none: not worth a report
 
@@ -263,9 +241,6 @@ class T5ForMultimodalGenerationValueFunction(T5ForMultimodalGeneration):
         d = self.config.d_model
         self.v_head = nn.Sequential(nn.Linear(d, 2 * d), nn.ReLU(), nn.Linear(2 * d, 1))
         self.post_init()
-        self._freeze_lm_head()
-
-    def _freeze_lm_head(self) -> None:
         self.lm_head.weight.requires_grad_(self.config.tie_word_embeddings)
 
     @classmethod
@@ -276,26 +251,20 @@ class T5ForMultimodalGenerationValueFunction(T5ForMultimodalGeneration):
         model = super().from_pretrained(folder, *args, **kwargs)
         if (path := folder / VALUE_FUNCTION).exists():
             state = load_state_dict(path, "from_pretrained", "cpu")
-            expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-            check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, expected, path, "value model")
+            expected = checkpoints.shapes_of(model.state_dict())
+            checkpoints.check_shapes(checkpoints.shapes_of(state), expected, path, "value model")
             model.load_state_dict(state)
-        model._freeze_lm_head()
+        model.lm_head.weight.requires_grad_(model.config.tie_word_embeddings)
         return model
 
     def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        image_ids: torch.Tensor | None = None,
-        decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
-    ) -> torch.Tensor:
+        self, input_ids=None, attention_mask=None, image_ids=None, decoder_input_ids=None, decoder_attention_mask=None,
+        labels=None, encoder_outputs=None,
+    ) -> torch.Tensor:  # fmt: skip
         """Values (B, L): column t is the value of the state after `decoder_input_ids[:, :t + 1]`.
 
-        `encoder_outputs` come from this model's `encode`, not from the policy's. `labels`, shifted right, replace
-        missing `decoder_input_ids`; there is no loss.
+        Arguments are the policy's; `encoder_outputs` come from this model's `encode`, not from the policy's. `labels`,
+        shifted right, replace missing `decoder_input_ids`; there is no loss.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_ids, attention_mask, image_ids)
@@ -334,10 +303,7 @@ class CheckpointInfo:
 
 
 def check_checkpoint(
-    folder: str | os.PathLike,
-    patch_size: PatchSize | None = None,
-    img_type: str | None = None,
-    flag: str = "--model",
+    folder: str | os.PathLike, patch_size: PatchSize | None = None, img_type: str | None = None, flag: str = "--model"
 ) -> CheckpointInfo | None:
     """Check, before any model is loaded, that `folder` holds a complete T5 that fits the vision features.
 
@@ -355,54 +321,44 @@ def read_checkpoint(folder: Path, flag: str) -> CheckpointInfo:
     """What `folder` holds, checked to be a complete T5 of whatever features. Raises UserError naming `flag`."""
     if not folder.is_dir():
         raise UserError(f"{flag}: {folder} does not exist; name a model folder or a hub id")
-    config = read_config(folder, flag)
-    shapes = read_shapes(folder, flag)
+    config, shapes = checkpoints.read_config(folder, flag), checkpoints.read_shapes(folder, flag)
     tied = config.tie_word_embeddings or "lm_head.weight" not in shapes  # transformers 5 saves any T5 as tied
     image_dense = shapes.get("encoder.image_dense.weight")
     if image_dense is None:
-        patch_size = None
-    elif config.patch_size is not None and config.patch_size[1] == image_dense[1]:
-        patch_size = config.patch_size
-    else:
-        patch_size = (None, image_dense[1])
-    info = CheckpointInfo(folder, config, shapes, tied, patch_size)
-    config.patch_size = patch_size
+        config.patch_size = None
+    elif config.patch_size is None or config.patch_size[1] != image_dense[1]:
+        config.patch_size = (None, image_dense[1])
     try:
         with torch.device("meta"):
             model = T5ForMultimodalGeneration(config)
     except Exception as error:
-        raise UserError(
-            f"{flag}: no model can be built from {folder / 'config.json'} ({in_one_line(error, 160)})"
-        ) from error
+        why = in_one_line(error, 160)
+        raise UserError(f"{flag}: no model can be built from {folder / 'config.json'} ({why})") from error
     optional = set(EMBEDDINGS) | ({"lm_head.weight"} if tied else set())
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if any(name in shapes for name in EMBEDDINGS):
         optional.add("shared.weight")  # any one of the three will do
-    check_shapes(shapes, expected, folder, flag, optional)
-    return info
+    checkpoints.check_shapes(shapes, checkpoints.shapes_of(model.state_dict()), folder, flag, optional)
+    return CheckpointInfo(folder, config, shapes, tied, config.patch_size)
 
 
 def _check_features(info: CheckpointInfo, patch_size: PatchSize | None, img_type: str | None, flag: str) -> None:
     if info.patch_size is None:
         return  # a plain T5: text only, or image layers that start fresh
     recorded, dim = info.patch_size
-    held = f"{flag}: encoder.image_dense.weight of {info.folder} takes features of size {dim}"
+    held = f"encoder.image_dense.weight of {info.folder} takes features of size {dim}"
     fits = types_that_fit(info.patch_size)
     use = f"use --img_type {' or '.join(fits)}" if fits else "use the features that it was trained with"
     if patch_size is None:
-        raise UserError(f"{held}, but no --img_type is given; {use}")
-    given = f"--img_type {img_type}" if img_type else "patch_size"
+        raise UserError(f"{flag}: {held}, but no --img_type is given; {use}")
+    patches, given = patch_size[0], f"--img_type {img_type}" if img_type else "patch_size"
     if patch_size[1] != dim:
-        raise UserError(f"{held}, but {given} gives {patch_size[1]}; {use}")
-    if recorded is not None and patch_size[0] is not None and patch_size[0] != recorded:
-        raise UserError(
-            f"{flag}: {info.folder} was trained on {recorded} patches per image (image_patch_size in config.json), "
-            f"but {given} gives {patch_size[0]}; {use}"
-        )
+        raise UserError(f"{flag}: {held}, but {given} gives {patch_size[1]}; {use}")
+    if None not in (recorded, patches) and patches != recorded:
+        held = f"{info.folder} was trained on {recorded} patches per image (image_patch_size in config.json)"
+        raise UserError(f"{flag}: {held}, but {given} gives {patches}; {use}")
 
 
 def types_that_fit(patch_size: PatchSize) -> list[str]:
     """The kinds of features (--img_type) that image layers made for `patch_size` can read."""
-    return [
-        name for name, (patches, dim) in img_shape.items() if dim == patch_size[1] and patch_size[0] in (None, patches)
-    ]
+    P, D = patch_size
+    return [name for name, (patches, dim) in img_shape.items() if dim == D and P in (None, patches)]

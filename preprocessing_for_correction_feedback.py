@@ -11,9 +11,8 @@ again at any time: files that are there stay untouched; a reply to another ratio
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import contextlib
+from collections.abc import Sequence
 
 from ares import cli, files
 from ares.data_folder import read_data_folder
@@ -26,31 +25,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_data_flags(parser)
     parser.add_argument("--train_split", default="train", help="split the rationales belong to (default: %(default)s)")
     parser.add_argument("--rationales", metavar="FILE", required=True, help="the output of remove_sentence.py")
-    parser.add_argument(
-        "--correction_dir",
-        default="preprocessing_after_RL/correction",
-        help="where the requests go (default: %(default)s)",
-    )
+    folder = "where the requests go (default: %(default)s)"
+    parser.add_argument("--correction_dir", default="preprocessing_after_RL/correction", help=folder)
     parser.add_argument("--strict", action="store_true", help="stop when an image that a question names is absent")
     return parser.parse_args(argv)
-
-
-def prepare(folder: Path, problem: Mapping[str, Any], rationale: str, images: Sequence[Path]) -> bool:
-    """Write one question's folder; True if the reply to another rationale had to be set aside.
-
-    The rationale file holds the whole rationale as its one entry, so that no part of it can be lost in splitting.
-    """
-    handoff.refuse_links(folder)
-    aside = False
-    try:
-        known = handoff.read_rationale(folder) == [rationale]
-    except handoff.Refused:
-        known = False
-    if not known:
-        aside = handoff.set_reply_aside(folder)
-        handoff.write_rationale(folder, [rationale])
-    handoff.write_request(folder, correction_request(problem, rationale), images)
-    return aside
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,7 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_aside = 0
     for qid, rationale in cli.progress(rationales.items(), desc="requests", unit="question"):
         folder = handoff.question_dir(args.correction_dir, 0, 0, qid)
-        set_aside += prepare(folder, data.problems[qid], rationale, images[qid])
+        handoff.refuse_links(folder)
+        known = None
+        with contextlib.suppress(handoff.Refused):
+            known = handoff.read_rationale(folder)
+        if known != [rationale]:  # the whole text as one entry: no part of it can be lost in splitting
+            set_aside += handoff.set_reply_aside(folder)
+            handoff.write_rationale(folder, [rationale])
+        handoff.write_request(folder, correction_request(data.problems[qid], rationale), images[qid])
     if set_aside:
         cli.print0(f"{set_aside} replies to older rationales set aside (older_{handoff.REPLY})")
     cli.print0(

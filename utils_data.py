@@ -23,15 +23,13 @@ import torch
 from torch.utils.data import Dataset
 
 from ares import data_folder as files
-from ares.cli import CAPTION_DEFAULT, UserError, img_shape, print0, refuse, warn0
+from ares.cli import CAPTION_DEFAULT, UserError, img_shape, in_one_line, print0, refuse, warn0
 from ares.predictions import read_predictions
 from utils_prompt import build_train_pair, normalize, option_letters
 from vision.features import VisionFeatures
 
 IGNORE = -100  # label of a pad, which torch's cross entropy ignores
 SAMPLE_ROWS = 32  # feature rows checked when a run begins: 19 MB of ViT's
-
-# -- a run's data ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -62,16 +60,24 @@ def load_data(args: argparse.Namespace, splits: Mapping[str, str]) -> Data:
     used = list(dict.fromkeys(qid for role in qids.values() for qid in role))
     for qid in used:
         option_letters(problems[qid], args.options, qid)
-    by_split = {name: qids[role] for role, name in splits.items()}
-    _fill_captions(args, problems, by_split)
+    by_split, captions = {name: qids[role] for role, name in splits.items()}, {}
+    if args.use_caption:
+        path = files.find_captions(args)
+        captions = files.load_captions(path)
+        files.check_captions(path, captions, problems, by_split)
+    elif args.caption_file != CAPTION_DEFAULT:
+        print0("note: --caption_file has no effect without --use_caption")
+    for qid, problem in problems.items():
+        problem["caption"] = captions.get(qid, "")
     if getattr(args, "correction", False):
         corrected = files.read_correction(files.find_correction(args), problems, qids.get("train", []))
         for qid, solution in corrected.items():
             problems[qid]["solution"] = solution
-    features = open_features(args) if args.img_type is not None else None
-    if features is not None:
-        check_coverage(features, problems, by_split)
-    return Data(data.dataset, problems, qids, features, features.shape if features is not None else None)
+    if args.img_type is None:
+        return Data(data.dataset, problems, qids, None, None)
+    features = open_features(args)
+    check_coverage(features, problems, by_split)
+    return Data(data.dataset, problems, qids, features, features.shape)
 
 
 def load_data_std(args: argparse.Namespace) -> tuple[files.Problems, dict[str, list[str]]]:
@@ -85,10 +91,8 @@ def load_data_std(args: argparse.Namespace) -> tuple[files.Problems, dict[str, l
 def load_data_img(
     args: argparse.Namespace,
 ) -> tuple[files.Problems, dict[str, list[str]], dict[str, int], VisionFeatures]:
-    """`(problems, qids, name_maps, image_features)`; `image_features[row]` is (patches, dim). MM-CoT's name.
-
-    The features stay on disk: index them by row, or gather a batch by question ids.
-    """
+    """`(problems, qids, name_maps, image_features)`; `image_features[row]` is (patches, dim). MM-CoT's name. The
+    features stay on disk: index them by row, or gather a batch by question ids."""
     if args.img_type is None:
         raise UserError(f"--img_type: load_data_img needs one of {', '.join(img_shape)}; load_data_std is text only")
     data = load_data(args, {"train": args.train_split, "val": args.val_split, "test": args.test_split})
@@ -99,8 +103,7 @@ def data_flag_faults(args: argparse.Namespace) -> list[str]:
     """Messages on data flags that contradict each other or would be ignored, for a script's one `cli.refuse`."""
     faults = []
     if args.img_type is None:
-        idle = [f"--{name}" for name in ("vision_features", "name_map") if getattr(args, name) is not None]
-        if idle:
+        if idle := [f"--{name}" for name in ("vision_features", "name_map") if getattr(args, name) is not None]:
             faults.append(f"{' and '.join(idle)}: no effect without --img_type; add it or drop them")
     if getattr(args, "correction", False) and not args.correction_file:
         faults.append("--correction True needs --correction_file")
@@ -112,52 +115,29 @@ def data_flag_faults(args: argparse.Namespace) -> list[str]:
 
 def check_prompt_flags(args: argparse.Namespace) -> None:
     """Print a note where --prompt_format uses the given rationales in another way than a user may expect."""
-    given = {name: getattr(args, name, None) for name in ("train_le", "eval_le", "test_le")}
-    named = [f"--{name}" for name, path in given.items() if path]
+    flag = f"--prompt_format {args.prompt_format}"
     context, _, asked = args.prompt_format.partition("-")
+    given = {name: getattr(args, f"{name}_le", None) for name in ("train", "eval", "test")}
+    named = " and ".join(f"--{name}_le" for name, path in given.items() if path)
     if context == "QCM" and named:
-        print0(
-            f"note: --prompt_format {args.prompt_format} does not contain the rationale, so {' and '.join(named)} "
-            f"changes nothing in the prompts; QCMG-{asked} puts it there"
-        )
-    absent = [name for name in ("eval", "test") if not given[f"{name}_le"]]
+        print0(f"note: {flag} does not contain the rationale, so {named} changes nothing in the prompts; QCMG-{asked} "
+               "puts it there")  # fmt: skip
+    absent = [name for name in ("eval", "test") if not given[name]]
     if context == "QCMG" and absent:
-        warn0(
-            f"--prompt_format {args.prompt_format} without {' and '.join(f'--{name}_le' for name in absent)} puts the "
-            f"gold solution into the prompts of the {' and '.join(absent)} split"
-        )
-
-
-def _fill_captions(args: argparse.Namespace, problems: files.Problems, splits: Mapping[str, Sequence[str]]) -> None:
-    captions: dict[str, str] = {}
-    if args.use_caption:
-        path = files.find_captions(args)
-        captions = files.load_captions(path)
-        files.check_captions(path, captions, problems, splits)
-    elif args.caption_file != CAPTION_DEFAULT:
-        print0("note: --caption_file has no effect without --use_caption")
-    for qid, problem in problems.items():
-        problem["caption"] = captions.get(qid, "")
-
-
-# -- vision features -------------------------------------------------------------------------------------
+        without, splits = " and ".join(f"--{name}_le" for name in absent), " and ".join(absent)
+        warn0(f"{flag} without {without} puts the gold solution into the prompts of the {splits} split")
 
 
 def open_features(args: argparse.Namespace) -> VisionFeatures:
-    """Find, map and check the features of --img_type and their name map. Raises UserError.
-
-    SAMPLE_ROWS rows are checked for NaN and infinity; tools/doctor.py checks all.
-    """
+    """Find, map and check the features of --img_type and their name map. Raises UserError. SAMPLE_ROWS rows are
+    checked for NaN and infinity; tools/doctor.py checks all."""
     path = files.find_feature_file(args)
     name_map = files.find_name_map(args, path.parent)
     features = VisionFeatures(path, files.load_name_map(name_map), args.img_type)
-    if features.name_map:
-        qid, row = max(features.name_map.items(), key=lambda item: item[1])
-        if row >= features.rows:
-            raise UserError(
-                f"--name_map: {name_map} asks for row {row} (question {qid}) but {path} has only {features.rows} "
-                "rows; the two must come from one run of extract_features.py"
-            )
+    qid, row = max(features.name_map.items(), key=lambda item: item[1], default=("", -1))
+    if row >= features.rows:
+        fault = f"asks for row {row} (question {qid}) but {path} has only {features.rows} rows"
+        raise UserError(f"--name_map: {name_map} {fault}; the two must come from one run of extract_features.py")
     named = len(set(features.name_map.values()))
     if named < len(features.name_map):
         warn0(f"{name_map} gives {len(features.name_map)} questions only {named} different rows")
@@ -175,24 +155,14 @@ def check_coverage(features: VisionFeatures, problems: Mapping[str, Any], splits
     files.check_pictured(features.name_map, problems, splits, few, some)
 
 
-# -- rationales of an earlier stage ----------------------------------------------------------------------
-
-
 def read_le(path: str | Path, qids: Sequence[str], flag: str) -> dict[str, str]:
-    """qid -> rationale from a predictions file: by its `qids` where it has them, else in the order of `qids`.
-
-    Raises UserError naming `flag` if one is missing, or if a file without ids has another length than the split.
-    """
+    """qid -> rationale from a predictions file: by its `qids` where it has them, else in the order of `qids`. Raises
+    UserError naming `flag` if one is missing, or if a file without ids has another length than the split."""
     by_qid = read_predictions(path, flag, qids).by_qid()
-    absent = [qid for qid in qids if qid not in by_qid]
-    if absent:
-        raise UserError(
-            f"{flag}: {path} lacks {len(absent)} of the split's {len(qids)} questions, the first being {absent[0]}"
-        )
+    if absent := [qid for qid in qids if qid not in by_qid]:
+        lacks = f"{len(absent)} of the split's {len(qids)} questions, the first being {absent[0]}"
+        raise UserError(f"{flag}: {path} lacks {lacks}")
     return {qid: by_qid[qid] for qid in qids}
-
-
-# -- tokens ----------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(args: argparse.Namespace, *folders: str | Path | None) -> Any:
@@ -228,10 +198,8 @@ def _read_tokenizer(name: str | Path, flag: str) -> Any:
         kind, options = (T5Tokenizer, {}) if bare else (AutoTokenizer, {"trust_remote_code": False})
         tokenizer = kind.from_pretrained(str(name), **options)
     except Exception as error:  # the hub, the file system and the parsers each raise their own
-        raise UserError(
-            f"{flag}: no tokenizer can be loaded from {name} ({' '.join(str(error).split())[:160]}); "
-            "name the folder of one with --tokenizer"
-        ) from error
+        fault = f"no tokenizer can be loaded from {name} ({in_one_line(error, 160)})"
+        raise UserError(f"{flag}: {fault}; name the folder of one with --tokenizer") from error
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None or not tokenizer.is_fast:
         raise UserError(f"{flag}: {name} is no tokenizer of T5's kind (pad, </s> and a fast form are needed)")
     return tokenizer
@@ -240,32 +208,24 @@ def _read_tokenizer(name: str | Path, flag: str) -> Any:
 def check_vocabulary(tokenizer: Any, info: Any) -> None:
     """Raise UserError if the tokenizer has more pieces than the checkpoint (`CheckpointInfo`, or None) embeddings."""
     if info is not None and len(tokenizer) > info.config.vocab_size:
-        raise UserError(
-            f"--tokenizer: {tokenizer.name_or_path} has {len(tokenizer)} pieces but {info.folder} only "
-            f"{info.config.vocab_size} embeddings; name the model's own tokenizer"
-        )
+        fault = f"{len(tokenizer)} pieces but {info.folder} only {info.config.vocab_size} embeddings"
+        raise UserError(f"--tokenizer: {tokenizer.name_or_path} has {fault}; name the model's own tokenizer")
 
 
 class RationaleDataset(Dataset):
     """Prompts and targets of some questions, tokenised once when built.
 
     Items are {"qid", "input_ids": list[int], "labels": list[int]}, truncated to `args.input_len` and
-    `args.output_len` tokens with the closing `</s>` kept, without padding.
-
-    Args:
-        le: qid -> rationale for the QCMG formats; None puts the gold one there.
+    `args.output_len` tokens with the closing `</s>` kept, without padding. `le`: qid -> rationale for the QCMG
+    formats; None puts the gold one there.
 
     Attributes: `qids`, `prompts` and `targets` (the strings, white space collapsed, as tokenised).
     """
 
     def __init__(
-        self,
-        problems: Mapping[str, Mapping[str, Any]],
-        qids: Sequence[str],
-        tokenizer: Any,
-        args: argparse.Namespace,
+        self, problems: Mapping[str, Mapping[str, Any]], qids: Sequence[str], tokenizer: Any, args: argparse.Namespace,
         le: Mapping[str, str] | None = None,
-    ):
+    ):  # fmt: skip
         self.qids = list(qids)
         pairs = [build_train_pair(problems, qid, args, None if le is None else le[qid]) for qid in self.qids]
         self.prompts = [normalize(prompt) for prompt, _ in pairs]

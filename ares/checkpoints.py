@@ -11,8 +11,9 @@ Every fault is a UserError that names `flag`, the file and the tensor. A pickle 
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
-from collections.abc import Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,6 @@ LARGEST = {"num_layers": 1000, "num_decoder_layers": 1000, "num_heads": 10_000, 
 
 # in the order in which transformers looks for them
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-# -- configuration ---------------------------------------------------------------------------------------
 
 
 class MultimodalT5Config(T5Config):
@@ -52,8 +51,7 @@ class MultimodalT5Config(T5Config):
         recorded = kwargs.pop("image_patch_size", None)
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = not untied
-        self.patch_size = recorded if self.patch_size is None else self.patch_size
-        self.patch_size = None if self.patch_size is None else tuple(self.patch_size)
+        self.patch_size = tuple(self.patch_size or recorded or ()) or None
 
     def to_dict(self) -> dict[str, Any]:
         fields = super().to_dict()
@@ -75,8 +73,7 @@ def as_multimodal(config: T5Config, patch_size: PatchSize | None = None) -> Mult
         attention = config._attn_implementation
         config = MultimodalT5Config.from_dict(config.to_dict())
         config._attn_implementation = attention
-    if patch_size is not None:
-        config.patch_size = tuple(patch_size)
+    config.patch_size = config.patch_size if patch_size is None else tuple(patch_size)
     return config
 
 
@@ -88,10 +85,8 @@ def read_config(folder: Path, flag: str) -> MultimodalT5Config:
             raise UserError(f"{flag}: {folder} holds a LoRA adapter, not a model; name the model it was trained on")
         raise UserError(f"{flag}: {folder} has no config.json; name the folder that save_pretrained wrote")
     fields = files.read_json(path, flag, dict)
-    if (model_type := fields.get("model_type")) != "t5":
-        raise UserError(
-            f"{flag}: {path} describes a {repr(model_type)[:60]} model; only T5 (model_type 't5') can be used"
-        )
+    if (found := fields.get("model_type")) != "t5":
+        raise UserError(f"{flag}: {path} describes a {repr(found)[:60]} model; only T5 (model_type 't5') can be used")
     for name, most in LARGEST.items():
         value = fields.get(name, 1)
         if value is not None and (type(value) is not int or not 0 < value <= most):
@@ -105,16 +100,13 @@ def read_config(folder: Path, flag: str) -> MultimodalT5Config:
         raise UserError(f"{flag}: {path} is no valid T5 configuration ({in_one_line(error, 160)})") from error
 
 
-# -- weights ---------------------------------------------------------------------------------------------
-
-
 def read_shapes(folder: Path, flag: str) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in a model folder, sharded or not; of several forms the one transformers takes."""
     name = next((name for name in WEIGHTS if (folder / name).exists()), None)
     if name is None:
         raise UserError(f"{flag}: {folder} holds no weights (looked for {', '.join(WEIGHTS)})")
     if not name.endswith(".index.json"):
-        return _read_header(folder / name, flag)
+        return shapes_of(load_state_dict(folder / name, flag, "meta"))
     index = files.read_json(folder / name, flag, dict).get("weight_map")
     shards = sorted(set(map(str, index.values()))) if isinstance(index, dict) else []
     if not shards or any("/" in shard or len(shard) > 255 for shard in shards):
@@ -123,53 +115,56 @@ def read_shapes(folder: Path, flag: str) -> dict[str, tuple[int, ...]]:
     for shard in shards:
         if not (folder / shard).exists():
             raise UserError(f"{flag}: {folder / shard} is named in {name} but absent; copy the whole folder")
-        shapes.update(_read_header(folder / shard, flag))
+        shapes |= shapes_of(load_state_dict(folder / shard, flag, "meta"))
     return shapes
 
 
-def _read_header(path: Path, flag: str) -> dict[str, tuple[int, ...]]:
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        files.refuse_unfit(path, flag)
-        try:
-            with safe_open(path, "pt") as file:  # also refuses a file shorter than its header says
-                return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        except Exception as error:
-            why = in_one_line(error, 160)
-            raise UserError(f"{flag}: {path} is damaged or no safetensors file ({why})") from error
-    return {name: tuple(tensor.shape) for name, tensor in load_state_dict(path, flag, "meta").items()}
+def shapes_of(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def load_state_dict(path: Path, flag: str, device: str) -> dict[str, torch.Tensor]:
-    """A state dict from a PyTorch file, never executing what it pickles. `device` "meta" reads no weights."""
+def load_state_dict(path: Path, flag: str, device: str = "cpu", inner: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """A state dict from a .safetensors or PyTorch file, never executing what it pickles. `device` "meta" reads no
+    weights; `inner`: keys of a training checkpoint, of which the first that is there holds the state dict."""
     state = load_torch(path, flag, device)
+    if isinstance(state, dict):
+        state = next((state[name] for name in inner if isinstance(state.get(name), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{flag}: {path} is not a state dict (name -> tensor)")
     return state
 
 
 def load_torch(path: Path, flag: str, device: str = "cpu") -> Any:
-    """What a PyTorch file holds, mapped, never executing what it pickles. Raises UserError naming a damaged file."""
+    """What a .safetensors or PyTorch file holds, mapped, never executing what it pickles. Raises UserError naming a
+    damaged file."""
+    from safetensors import safe_open
+
     files.refuse_unfit(path, flag)
+    form = "safetensors file"
     try:
-        # files from before torch 1.6 are no zip files and cannot be mapped
-        return torch.load(path, map_location=device, mmap=zipfile.is_zipfile(path), weights_only=True)
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:  # also refuses a file shorter than its header says
+                if device == "meta":
+                    return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}
+                return {name: file.get_tensor(name) for name in file.keys()}
+        form = "plain PyTorch state dict; pickled objects are never executed"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of pickle protocols that torch does not write
+            # files from before torch 1.6 are no zip files and cannot be mapped
+            return torch.load(path, map_location=device, mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:  # the unpickler raises whatever a damaged pickle makes it do
-        why = in_one_line(str(error).strip().splitlines()[0] if str(error).strip() else error, 160)
-        raise UserError(f"{flag}: {path} is damaged or no plain PyTorch state dict ({why})") from error
+        why = in_one_line(str(error).strip().partition("\n")[0] or error, 160)
+        raise UserError(f"{flag}: {path} is damaged or no {form} ({why})") from error
 
 
 def refuse_damaged(place: Path, flag: str) -> None:
-    """Raise UserError naming the first file of a checkpoint folder, or the file, that is not as it was written.
-
-    JSON is parsed, headers of safetensors are read, the check sums of PyTorch's archives are compared.
-    """
+    """Raise UserError naming the first file of a checkpoint folder, or the file, that is not as it was written. JSON
+    is parsed, headers of safetensors are read, the check sums of PyTorch's archives are compared."""
     for path in sorted(place.iterdir()) if place.is_dir() else [place]:
         if path.suffix == ".json":
             files.read_json(path, flag, nan=True)
         elif path.suffix == ".safetensors":
-            _read_header(path, flag)
+            load_torch(path, flag, "meta")
         elif path.suffix in (".pt", ".pth", ".bin"):
             files.refuse_unfit(path, flag)
             try:
@@ -208,9 +203,8 @@ def check_shapes(shapes: dict, expected: dict, where: Path, flag: str, optional:
     """Raise UserError naming the first tensor of `expected` that is absent or of another shape."""
     for name, shape in expected.items():
         if name not in shapes and name not in optional:
-            raise UserError(
-                f"{flag}: {where} lacks {name} {list(shape)}; it is incomplete, or of another architecture"
-            )
+            lacks = f"{name} {list(shape)}; it is incomplete, or of another architecture"
+            raise UserError(f"{flag}: {where} lacks {lacks}")
         if shapes.get(name, shape) != shape:
             raise UserError(f"{flag}: {where} holds {name} as {list(shapes[name])}, but {list(shape)} is needed")
 
@@ -237,10 +231,8 @@ def portable_tokenizer(folder: Path) -> None:
 
 
 def _old_metaspace(part: Any) -> Any:
-    if isinstance(part, list):
-        return [_old_metaspace(each) for each in part]
     if not isinstance(part, dict):
-        return part
+        return [_old_metaspace(each) for each in part] if isinstance(part, list) else part
     part = {key: value if key == "model" else _old_metaspace(value) for key, value in part.items()}
     if part.get("type") == "Metaspace" and part.get("prepend_scheme") in ("always", "never") and part.get("split"):
         part["add_prefix_space"] = part.pop("prepend_scheme") == "always"

@@ -37,6 +37,8 @@ DISK = (
 class UserError(Exception):
     """A mistake that the user can correct: `run` prints it as one line (what, where, the fix); exit status 2."""
 
+    status = 2
+
 
 class Stop(UserError):
     """A UserError with another exit status (3: a budget was reached)."""
@@ -47,11 +49,7 @@ class Stop(UserError):
 
 
 class DiskError(UserError):
-    """A file cannot be written; `full`: because the disk is full."""
-
-    def __init__(self, message: str, full: bool = False):
-        super().__init__(message)
-        self.full = full
+    """A file cannot be written."""
 
 
 def disk_error(error: BaseException, path: str | os.PathLike | None = None) -> DiskError | None:
@@ -62,28 +60,25 @@ def disk_error(error: BaseException, path: str | os.PathLike | None = None) -> D
     """
     number, text = None, in_one_line(error, 160)
     if isinstance(error, OSError):
-        if error.errno is not None and error.errno not in DISK:
-            return None
         number = error.errno
-    else:
-        cause = error.__cause__ or error.__context__
-        if isinstance(cause, OSError) and cause.errno in (*FULL, errno.EROFS):
-            number = cause.errno
-        elif found := re.search(r"os error (\d+)", text):
-            number = int(found[1])
-        elif not re.search(r"PytorchStreamWriter|inline_container|I/O error|IoError|No space left", text):
+        if number is not None and number not in DISK:
             return None
+    elif isinstance(cause := error.__cause__ or error.__context__, OSError) and cause.errno in (*FULL, errno.EROFS):
+        number = cause.errno
+    elif found := re.search(r"os error (\d+)", text):
+        number = int(found[1])
+    elif not re.search(r"PytorchStreamWriter|inline_container|I/O error|IoError|No space left", text):
+        return None
     path = path or getattr(error, "filename", None)
-    if number is None:
-        if path is None:
-            return None
-        number = errno.ENOSPC if free_bytes(path) < 1 << 20 else None
+    if number is None and path is None:
+        return None
+    number = number or (errno.ENOSPC if free_bytes(path) < 1 << 20 else None)
     reason = os.strerror(number) if number else text
     fix = "make room" if number in FULL else "make it writable or name another place"
     fix = "name a shorter path" if number == errno.ENAMETOOLONG else fix
     where = f" {shortened(path)}" if path else ""
     again = f"what was saved before is kept: {fix}, then run the same command again"
-    return DiskError(f"cannot write{where} ({reason}); {again}", number in FULL)
+    return DiskError(f"cannot write{where} ({reason}); {again}")
 
 
 def free_bytes(path: str | os.PathLike) -> int:
@@ -103,10 +98,8 @@ def shortened(path: str | os.PathLike) -> str:
 
 
 def run(main: Callable[[], Any], interrupted: str = "what is finished is on disk; run the same command again") -> None:
-    """Entry point of every script: `if __name__ == "__main__": run(main)`.
-
-    `interrupted`: the message after Ctrl-C (exit status 130), unless the KeyboardInterrupt has one of its own.
-    """
+    """Entry point of every script: `if __name__ == "__main__": run(main)`. `interrupted`: the message after Ctrl-C
+    (exit status 130), unless the KeyboardInterrupt has one of its own."""
     try:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a test or a notebook may have put another object there
@@ -125,7 +118,7 @@ def run(main: Callable[[], Any], interrupted: str = "what is finished is on disk
             time.sleep(10)  # if every rank found the same fault, the launcher ends this one after rank 0 printed it
         where = f" (rank {rank()})" if rank() > 0 else ""
         print(f"{Path(sys.argv[0]).name}: error{where}: {fault}", file=sys.stderr, flush=True)
-        sys.exit(getattr(fault, "status", 2))
+        sys.exit(fault.status)
 
 
 def in_one_line(error: object, limit: int) -> str:
@@ -170,18 +163,9 @@ def progress(
     from tqdm import tqdm
 
     live = sys.stderr.isatty()
-    return tqdm(
-        iterable,
-        desc=desc,
-        total=total,
-        unit=unit,
-        initial=initial,
-        disable=rank() != 0,
-        dynamic_ncols=live,
-        ascii=None if live else True,
-        mininterval=0.2 if live else 30.0,
-        maxinterval=10.0 if live else 60.0,
-    )
+    pace = {"mininterval": 0.2, "maxinterval": 10.0} if live else {"mininterval": 30.0, "maxinterval": 60.0}
+    shown = {"disable": rank() != 0, "dynamic_ncols": live, "ascii": None if live else True}
+    return tqdm(iterable, desc=desc, total=total, unit=unit, initial=initial, **shown, **pace)
 
 
 # -- flags -----------------------------------------------------------------------------------------------
@@ -196,33 +180,24 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         shown = action.option_strings and action.nargs != 0 and default not in (None, argparse.SUPPRESS, "", [], ())
         if not shown or "default" in text:
             return text
-        if isinstance(default, (list, tuple)):
-            return f"{text} (default: {' '.join(map(str, default))})".strip()
-        return f"{text} (default: %(default)s)".strip()
+        default = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else "%(default)s"
+        return f"{text} (default: {default})".strip()
 
 
 def str2bool(text: str) -> bool:
     """Parse a boolean that is written as a value (`--correction True`)."""
     value = str(text).strip().lower()
-    if value in ("true", "yes", "y", "1"):
-        return True
-    if value in ("false", "no", "n", "0"):
-        return False
+    if value in ("true", "yes", "y", "1", "false", "no", "n", "0"):
+        return value in ("true", "yes", "y", "1")
     raise argparse.ArgumentTypeError(f"{text!r} is not one of true/false/yes/no/1/0")
 
 
 def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> set[str]:
     """The `dest` of all flags on the command line (`{"lr", "eval_le"}`), those set to their defaults included."""
-    saved = [(action, action.default) for action in parser._actions]
-    saved_parser_defaults, parser._defaults = parser._defaults, {}
-    try:
-        for action, _ in saved:
-            action.default = argparse.SUPPRESS
-        return set(vars(parser.parse_args(argv)))
-    finally:
-        for action, default in saved:
-            action.default = default
-        parser._defaults = saved_parser_defaults
+    absent: list = []  # a flag that appends copies it; argparse takes no default for what the namespace has
+    start = dict.fromkeys([*(action.dest for action in parser._actions), *parser._defaults], absent)
+    found = vars(parser.parse_args(argv, argparse.Namespace(**start)))
+    return {name for name, value in found.items() if value is not absent}
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -254,24 +229,21 @@ def add_common_flags(
 ) -> None:
     """The flags that main.py, run_mm_cot_rl.py and run_mm_cot_lora.py have in common, in groups."""
     data = add_prompt_data_flags(parser)
+    val_splits = ("test", "val", "minival", "miniminival")
     data.add_argument("--train_split", default="train", choices=train_splits, help="split to train on")
-    data.add_argument(
-        "--val_split", default="val", choices=("test", "val", "minival", "miniminival"), help="evaluation"
-    )
+    data.add_argument("--val_split", default="val", choices=val_splits, help="evaluation")
     data.add_argument("--test_split", default="test", choices=("test", "minitest"), help="split to test on")
     data.add_argument("--train_le", metavar="FILE", help="rationales for the prompts of the train split")
     data.add_argument("--eval_le", metavar="FILE", help="rationales for the prompts of the evaluation split")
     data.add_argument("--test_le", metavar="FILE", help="rationales for the prompts of the test split")
 
     model = parser.add_argument_group("model and prompt")
-    model.add_argument(
-        "--model", default="declare-lab/flan-alpaca-base", help="folder or hub id of the starting model"
-    )
+    base = "declare-lab/flan-alpaca-base"
+    model.add_argument("--model", default=base, help="folder or hub id of the starting model")
     model.add_argument("--tokenizer", metavar="DIR", help="tokenizer (default: the checkpoint's own, else --model's)")
     model.add_argument("--options", nargs="+", default=["A", "B", "C", "D", "E"], help="letters of the choices")
-    model.add_argument(
-        "--prompt_format", default="QCM-A", choices=PROMPT_FORMATS, help="what the prompt holds - what is asked for"
-    )
+    asked = "what the prompt holds - what is asked for"
+    model.add_argument("--prompt_format", default="QCM-A", choices=PROMPT_FORMATS, help=asked)
     model.add_argument("--input_len", type=int, default=512, help="longest prompt, in tokens")
     model.add_argument("--output_len", type=int, default=output_len, help="longest target or output, in tokens")
 
@@ -286,23 +258,12 @@ def add_common_flags(
     training.add_argument("--final_eval", action="store_true", help="evaluate at the end only")
 
 
-def add_precision_flag(group: argparse._ArgumentGroup) -> None:
-    """--precision, for every script that trains or generates."""
-    group.add_argument(
-        "--precision",
-        default="auto",
-        choices=("auto", "fp32", "bf16"),
-        help="autocast; auto: bf16 on a GPU that has it (weights and optimizer stay fp32)",
-    )
-
-
 def precision_faults() -> list[str]:
     """Faults of accelerate's configuration, for `refuse`: a precision that --precision does not have."""
     configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # set by accelerate launch
-    if configured in ("no", "bf16"):
-        return []
-    return [f"the accelerate configuration asks for {configured}, in which T5 overflows; use --mixed_precision no or "
-            "bf16 with accelerate launch (or change it with accelerate config); --precision decides"]  # fmt: skip
+    fix = "use --mixed_precision no or bf16 with accelerate launch (or change it with accelerate config)"
+    fault = f"the accelerate configuration asks for {configured}, in which T5 overflows; {fix}; --precision decides"
+    return [] if configured in ("no", "bf16") else [fault]
 
 
 def mixed_precision(precision: str) -> str:

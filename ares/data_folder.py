@@ -26,6 +26,7 @@ CAPTION_NAMES = ("captions.json", "instruct_captions.json")
 FEATURE_SUFFIXES = (".npy", ".safetensors", ".pth", ".pt")  # fastest to map first
 TEXT_FIELDS = ("question", "hint", "lecture", "solution")
 MIN_CHOICES, MAX_CHOICES = 2, 5
+SPLITS_FORM = "{split: [question ids]}"
 
 Problems = dict[str, dict[str, Any]]  # question id -> fields of ScienceQA's schema
 
@@ -44,18 +45,16 @@ class DataFolder:
     def splits(self) -> dict[str, list[str]]:
         """Split -> question ids. Raises UserError if a split names an unknown question or the same one twice."""
         path = self.root / self.dataset / "pid_splits.json"
-        splits = read_json(path, "--data_root")
-        if not isinstance(splits, dict) or not all(isinstance(qids, list) for qids in splits.values()):
-            raise UserError(f"--data_root: {path} must hold {{split: [question ids]}}")
+        splits = read_json(path, "--data_root", dict, holds=SPLITS_FORM)
+        if not all(isinstance(qids, list) for qids in splits.values()):
+            raise UserError(f"--data_root: {path} must hold {SPLITS_FORM}")
         splits = {name: [str(qid) for qid in qids] for name, qids in splits.items()}
         faults = []
         for name, qids in splits.items():
-            unknown = [qid for qid in qids if qid not in self.problems]
-            if unknown:
+            if unknown := [qid for qid in qids if qid not in self.problems]:
                 fault = f"split {name} names question {unknown[0][:60]}, which problems.json does not hold"
                 faults.append(fault + _more(len(unknown)))
-            twice = [qid for qid, count in Counter(qids).items() if count > 1]
-            if twice:
+            if twice := [qid for qid, count in Counter(qids).items() if count > 1]:
                 faults.append(f"split {name} names question {twice[0]} twice{_more(len(twice))}")
         if faults:
             raise UserError(f"--data_root: {path}: {'; '.join(faults)}")
@@ -63,29 +62,24 @@ class DataFolder:
 
     def split(self, name: str, flag: str) -> list[str]:
         """The questions of one split in its order; `trainval`, if absent, is train followed by val (with a note).
-
-        Raises UserError naming `flag` and the existing splits.
-        """
+        Raises UserError naming `flag` and the existing splits."""
         splits = self.splits
         if name == "trainval" and name not in splits and {"train", "val"} <= set(splits):
             print0("note: pid_splits.json has no split trainval; using train, then val")
             return list(dict.fromkeys([*splits["train"], *splits["val"]]))
         if name not in splits:
-            raise UserError(f"{flag}: pid_splits.json has no split {name}{_listing('; it has', splits)}")
+            raise UserError(f"{flag}: pid_splits.json has no split {name}; it has {_listing(splits, 40) or 'none'}")
         if not splits[name]:
             raise UserError(f"{flag}: split {name} of pid_splits.json is empty")
         return list(splits[name])
 
 
 def read_data_folder(data_root: str | Path, dataset: str | None = None) -> DataFolder:
-    """Find the data set and read `{data_root}/{dataset}/problems.json`.
-
-    Raises UserError if the data set cannot be found (`find_dataset`), or naming the bad questions.
-    """
+    """Find the data set and read `{data_root}/{dataset}/problems.json`. Raises UserError naming the bad questions."""
     dataset = find_dataset(data_root, dataset)
     path = Path(data_root) / dataset / "problems.json"
-    problems = read_json(path, "--data_root")
-    if not isinstance(problems, dict) or not problems:
+    problems = read_json(path, "--data_root", dict, holds="{question id: problem}")
+    if not problems:
         raise UserError(f"--data_root: {path} must hold {{question id: problem}}, and at least one")
     faults = [(qid, fault) for qid, problem in problems.items() if (fault := problem_fault(qid, problem))]
     if faults:
@@ -96,27 +90,24 @@ def read_data_folder(data_root: str | Path, dataset: str | None = None) -> DataF
 
 
 def find_dataset(data_root: str | Path, dataset: str | None = None) -> str:
-    """Name of the subfolder of `data_root` that holds problems.json: `dataset` if given, else the one found.
-
-    Raises UserError if there is none, or more than one and `dataset` does not choose.
-    """
+    """Name of the subfolder of `data_root` that holds problems.json: `dataset` if given, else the one found. Raises
+    UserError if there is none, or more than one and `dataset` does not choose."""
     root = Path(data_root)
     if not root.is_dir():
         raise UserError(f"--data_root: {root} is no folder; name the one that holds scienceqa/ or aokvqa/")
     found, candidates = _datasets(root)
     if dataset is not None:
         if not (root / dataset).is_dir():
-            raise UserError(f"--dataset: {root} has no subfolder {dataset}{_listing('; it holds', found)}")
+            raise UserError(f"--dataset: {root} has no subfolder {dataset}; it holds {_listing(found, 40) or 'none'}")
         return dataset
-    if len(candidates) > 1:
-        raise UserError(f"--data_root: {root} holds {' and '.join(candidates)}; choose one with --dataset")
-    if candidates:
+    if len(candidates) == 1:
         return candidates[0]
-    if (root / "problems.json").exists():
-        raise UserError(
-            f"--data_root: {root} is itself a data set; name the folder above it ({root.resolve().parent})"
-        )
-    raise UserError(f"--data_root: {root} holds neither scienceqa/problems.json nor aokvqa/problems.json")
+    fault = "holds neither scienceqa/problems.json nor aokvqa/problems.json"
+    if candidates:
+        fault = f"holds {' and '.join(candidates)}; choose one with --dataset"
+    elif (root / "problems.json").exists():
+        fault = f"is itself a data set; name the folder above it ({root.resolve().parent})"
+    raise UserError(f"--data_root: {root} {fault}")
 
 
 def _datasets(root: Path) -> tuple[list[str], list[str]]:
@@ -160,8 +151,7 @@ def problem_fault(qid: str, problem: Any) -> str | None:
 def check_overlap(splits: Mapping[str, Sequence[str]], train: str = "train", others: Sequence[str] = ("val", "test")):
     """Warn of questions that are both trained on and evaluated on."""
     for name in others:
-        both = set(splits.get(train, ())) & set(splits.get(name, ()))
-        if both:
+        if both := set(splits.get(train, ())) & set(splits.get(name, ())):
             warn0(f"splits {train} and {name} share {len(both)} questions (the first is {min(both)})")
 
 
@@ -169,10 +159,8 @@ def check_overlap(splits: Mapping[str, Sequence[str]], train: str = "train", oth
 
 
 def data_folders(args: argparse.Namespace) -> list[Path]:
-    """Where a run looks first for captions, images, features and name map: the data set's folder, then --data_root.
-
-    The data set's folder comes first so that two data sets can share a --data_root.
-    """
+    """Where a run looks first for captions, images, features and name map: the data set's folder (two data sets can
+    share a --data_root), then --data_root."""
     root = Path(args.data_root)
     candidates = [args.dataset] if args.dataset else _datasets(root)[1]
     return [root / candidates[0], root] if len(candidates) == 1 else [root]
@@ -192,39 +180,26 @@ def search_folders(args: argparse.Namespace) -> list[Path]:
     return [*folders, above] if parent.endswith("data") else [*folders, above, above / ".."]
 
 
-# -- captions --------------------------------------------------------------------------------------------
-
-
 def find_captions(args: argparse.Namespace) -> Path:
-    """The caption file: `--caption_file`, or, at its default, the first captions.json or instruct_captions.json in
-    `search_folders`. Prints which, unless it is the default.
-    """
-    named = Path(args.caption_file)
+    """`--caption_file`, or, at its default, the first of CAPTION_NAMES in `search_folders`; prints which."""
     if args.caption_file != CAPTION_DEFAULT:
-        if not named.is_file():
-            raise UserError(f"--caption_file: {named} does not exist")
-        return named
+        return _named(args.caption_file, "--caption_file")
+    named = Path(CAPTION_DEFAULT)
     # ./data/captions.json only if ./data is --data_root: else these are the captions of other questions
     folders = search_folders(args)
-    path = _first([folder / name for folder in folders for name in CAPTION_NAMES])
-    if path is None:
-        raise UserError(
-            f"--caption_file: no {' or '.join(CAPTION_NAMES)} in {_places(folders)}; name one"
-            + f" (./{named}, if these captions are meant)" * named.is_file()
-            + ", or drop --use_caption"
-        )
+    here = f" (./{named}, if these captions are meant)" * named.is_file()
+    absent = f"--caption_file: no {' or '.join(CAPTION_NAMES)} in {_listing(folders)}; name one{here}"
+    path = _first([folder / name for folder in folders for name in CAPTION_NAMES], f"{absent}, or drop --use_caption")
     if path != named:
-        print0(f"captions: {path} (no {named})" if not named.exists() else f"captions: {path}")
+        print0(f"captions: {path}" + f" (no {named})" * (not named.exists()))
     return path
 
 
 def load_captions(path: str | Path) -> dict[str, str]:
     """Read `{"captions": {qid: text}}` or a bare `{qid: text}`. Raises UserError naming a bad entry."""
-    captions = read_json(path, "--caption_file")
-    if isinstance(captions, dict) and isinstance(captions.get("captions"), dict):
+    captions = read_json(path, "--caption_file", dict, holds='{"captions": {question id: text}}')
+    if isinstance(captions.get("captions"), dict):
         captions = captions["captions"]
-    if not isinstance(captions, dict):
-        raise UserError(f'--caption_file: {path} must hold {{"captions": {{question id: text}}}}')
     for qid, text in captions.items():
         if not isinstance(text, str):
             raise UserError(f"--caption_file: {path}: the caption of question {qid[:60]} is {_kind(text)}, not text")
@@ -234,7 +209,7 @@ def load_captions(path: str | Path) -> dict[str, str]:
 def check_captions(
     path: str | Path, captions: Mapping[str, str], problems: Problems, splits: Mapping[str, Sequence[str]]
 ) -> None:
-    """Warn of questions that name an image but have no caption; UserError if these are more than half of a split."""
+    """Warn of questions with an image but no caption; UserError if these are more than half of a split."""
     check_pictured(captions, problems, splits, f"--caption_file: {path} has captions", f"have no caption in {path}")
 
 
@@ -242,9 +217,7 @@ def check_pictured(
     known: Container[str], problems: Problems, splits: Mapping[str, Sequence[str]], few: str, some: str
 ) -> None:
     """Warn of questions with an image that are not in `known`; UserError if these are more than half of a split's.
-
-    `splits`: name -> qids. `few` begins the error, which lists all counts; `some` is the verb of the warning.
-    """
+    `splits`: name -> qids. `few` begins the error, which lists all counts; `some` is the verb of the warning."""
     faults, pictured, absent = [], {}, {}
     for name, qids in splits.items():
         here = [qid for qid in qids if problems[qid]["image"]]
@@ -254,13 +227,10 @@ def check_pictured(
         pictured |= dict.fromkeys(here)
         absent |= dict.fromkeys(lost)
     if faults:
-        raise UserError(
-            f"{few} for too few of the questions with an image, {', '.join(faults)}; it seems to belong to another "
-            "data set or split"
-        )
+        few += f" for too few of the questions with an image, {', '.join(faults)}"
+        raise UserError(f"{few}; it seems to belong to another data set or split")
     if absent:
-        first = next(iter(absent))
-        warn0(f"{len(absent)} of {len(pictured)} questions with an image {some} (the first is {first})")
+        warn0(f"{len(absent)} of {len(pictured)} questions with an image {some} (the first is {next(iter(absent))})")
 
 
 # -- images and features ---------------------------------------------------------------------------------
@@ -268,25 +238,16 @@ def check_pictured(
 
 def find_images(args: argparse.Namespace, required: bool = False) -> Path | None:
     """Folder of `{qid}/image.png`: --images, else `images` in `search_folders`, else ./images; None if there is none.
-
-    Raises UserError if --images is no folder, or if none is found although `required`.
-    """
+    Raises UserError if --images is no folder, or if none is found although `required`."""
     if args.images is not None:
-        if not Path(args.images).is_dir():
-            raise UserError(f"--images: {args.images} is no folder")
-        return Path(args.images)
-    places = [*(folder / "images" for folder in search_folders(args)), Path("images")]
-    found = _first(places)
-    if found is None and required:
-        raise UserError(f"--images: none found (tried {_places(places)}); name the folder of {{qid}}/image.png")
-    return found
+        return _named(args.images, "--images", folder=True)
+    absent = "--images: none found (tried {places}); name the folder of {qid}/image.png" if required else None
+    return _first([*(folder / "images" for folder in search_folders(args)), Path("images")], absent)
 
 
 def question_images(images_dir: str | Path, qid: str) -> list[Path]:
     """A question's image files: image.png first, then choice_0.png, choice_1.png ... in the order of their numbers.
-
-    They are in `{images_dir}/{qid}`, or, as ScienceQA's archives unpack, in its train/, val/ or test/.
-    """
+    They are in `{images_dir}/{qid}`, or, as ScienceQA's archives unpack, in its train/, val/ or test/."""
     for part in ("", "train", "val", "test"):
         folder = Path(images_dir) / part / qid
         if folder.is_dir():
@@ -301,87 +262,59 @@ def find_feature_file(args: argparse.Namespace) -> Path:
     """The feature file of `--img_type`: in --vision_features, else in the first `vision_features` folder that has it,
     of `search_folders` and the working folder. Raises UserError naming the places tried.
     """
+    folders = [*(folder / "vision_features" for folder in search_folders(args)), Path("vision_features")]
     if args.vision_features is not None:
-        folders = [Path(args.vision_features)]
-        if not folders[0].is_dir():
-            raise UserError(f"--vision_features: {folders[0]} is no folder")
-    else:
-        folders = [*(folder / "vision_features" for folder in search_folders(args)), Path("vision_features")]
+        folders = [_named(args.vision_features, "--vision_features", folder=True)]
     for folder in folders:
         found = [path for suffix in FEATURE_SUFFIXES if (path := folder / f"{args.img_type}{suffix}").is_file()]
         if len(found) > 1:
             print0(f"vision features: using {found[0]}, not {', '.join(path.name for path in found[1:])} beside it")
         if found:
             return found[0]
-    raise UserError(
-        f"--vision_features: no {args.img_type}{{{','.join(FEATURE_SUFFIXES)}}} in {_places(folders)}; "
-        "make it with extract_features.py, name its folder, or leave --img_type out for text only"
-    )
+    absent = f"no {args.img_type}{{{','.join(FEATURE_SUFFIXES)}}} in {_listing(folders)}"
+    fix = "make it with extract_features.py, name its folder, or leave --img_type out for text only"
+    raise UserError(f"--vision_features: {absent}; {fix}")
 
 
 def find_name_map(args: argparse.Namespace, features_dir: str | Path) -> Path:
     """--name_map, else name_map.json beside the features, in `data_folders`, beside --caption_file, and in the two
     folders above --data_root."""
     if args.name_map is not None:
-        if not Path(args.name_map).is_file():
-            raise UserError(f"--name_map: {args.name_map} does not exist")
-        return Path(args.name_map)
+        return _named(args.name_map, "--name_map")
     captions = getattr(args, "caption_file", CAPTION_DEFAULT)
     beside = [] if captions in (None, CAPTION_DEFAULT) else [Path(captions).parent]
     above = Path(args.data_root) / ".."
     folders = dict.fromkeys([Path(features_dir), *data_folders(args), *beside, above, above / ".."])
-    places = [folder / "name_map.json" for folder in folders]
-    found = _first(places)
-    if found is None:
-        raise UserError(f"--name_map: none found (tried {_places(places)}); it gives each question's feature row")
-    return found
+    absent = "--name_map: none found (tried {places}); it gives each question's feature row"
+    return _first([folder / "name_map.json" for folder in folders], absent)
 
 
 def load_name_map(path: str | Path) -> dict[str, int]:
     """Read `{qid: row}`, rows as numbers or as text. Raises UserError naming a bad entry."""
-    rows = read_json(path, "--name_map")
-    if not isinstance(rows, dict):
-        raise UserError(f"--name_map: {path} must hold {{question id: row}}")
+    rows = read_json(path, "--name_map", dict, holds="{question id: row}")
     for qid, row in rows.items():
-        whole = (isinstance(row, int) and not isinstance(row, bool) and row >= 0) or (
-            isinstance(row, str) and row.isascii() and row.isdigit() and len(row) < 19
-        )
-        if not whole:
-            raise UserError(
-                f"--name_map: {path}: the row of question {qid[:60]} is {repr(row)[:60]}, not a whole number from 0 up"
-            )
+        if type(row) not in (int, str) or not re.fullmatch("[0-9]{1,18}", str(row)):
+            wrong = f"the row of question {qid[:60]} is {repr(row)[:60]}"
+            raise UserError(f"--name_map: {path}: {wrong}, not a whole number from 0 up")
     return {qid: int(row) for qid, row in rows.items()}
-
-
-# -- corrections -----------------------------------------------------------------------------------------
 
 
 def find_correction(args: argparse.Namespace) -> Path:
     """`--correction_file`, relative to --data_root or a path. Raises UserError if it is absent."""
     if not args.correction_file:
         raise UserError("--correction True needs --correction_file")
-    places = list(dict.fromkeys([Path(args.data_root) / args.correction_file, Path(args.correction_file)]))
-    found = _first(places)
-    if found is None:
-        raise UserError(f"--correction_file: {args.correction_file} does not exist (tried {_places(places)})")
-    return found
+    places = dict.fromkeys([Path(args.data_root) / args.correction_file, Path(args.correction_file)])
+    return _first(places, f"--correction_file: {args.correction_file} does not exist (tried {{places}})")
 
 
 def read_correction(path: str | Path, problems: Mapping[str, Any], train_qids: Iterable[str]) -> dict[str, str]:
-    """The solutions of the train questions in a correction file, a problems.json with replaced solutions.
-
-    Raises UserError if it lacks a train question (naming one, and how many), or holds another question under its id.
-    """
-    corrected = read_json(path, "--correction_file")
+    """The solutions of the train questions in a correction file, a problems.json with replaced solutions. Raises
+    UserError if it lacks a train question (naming one, and how many), or holds another question under its id."""
+    corrected = read_json(path, "--correction_file", dict, holds="{question id: problem}")
     train_qids = list(train_qids)
-    if not isinstance(corrected, dict):
-        raise UserError(f"--correction_file: {path} must hold {{question id: problem}}")
-    absent = [qid for qid in train_qids if qid not in corrected]
-    if absent:
-        raise UserError(
-            f"--correction_file: {path} lacks {len(absent)} of {len(train_qids)} train questions, "
-            f"the first being {absent[0]}"
-        )
+    if absent := [qid for qid in train_qids if qid not in corrected]:
+        lacks = f"{len(absent)} of {len(train_qids)} train questions, the first being {absent[0]}"
+        raise UserError(f"--correction_file: {path} lacks {lacks}")
     solutions = {}
     for qid in train_qids:
         problem = corrected[qid]
@@ -393,19 +326,23 @@ def read_correction(path: str | Path, problems: Mapping[str, Any], train_qids: I
     return solutions
 
 
-# -- messages --------------------------------------------------------------------------------------------
+def _named(path: str, flag: str, folder: bool = False) -> Path:
+    """The file or folder that the user named with `flag`. Raises UserError if there is none."""
+    if not (Path(path).is_dir() if folder else Path(path).is_file()):
+        raise UserError(f"{flag}: {path} {'is no folder' if folder else 'does not exist'}")
+    return Path(path)
 
 
-def _first(places: Sequence[Path]) -> Path | None:
-    return next((path for path in places if path.exists()), None)
+def _first(places: Iterable[Path], absent: str | None = None) -> Path | None:
+    """The first of `places` that exists. If none does, raises UserError with the text `absent`, if there is one."""
+    found = next((path for path in places if path.exists()), None)
+    if found is None and absent:
+        raise UserError(absent.replace("{places}", _listing(places)))
+    return found
 
 
-def _places(places: Iterable[Path]) -> str:
-    return ", ".join(map(str, places))
-
-
-def _listing(lead: str, names: Iterable[str]) -> str:
-    return f"{lead} {', '.join(name[:40] for name in names)}" if list(names) else ""
+def _listing(names: Iterable[object], most: int | None = None) -> str:
+    return ", ".join(str(name)[:most] for name in names)
 
 
 def _more(count: int) -> str:

@@ -22,9 +22,9 @@ KEEP_SHARE = 0.875  # finished rows are removed once they are more than an eight
 CHECK_STEPS = 8  # on a GPU: steps between two checks for finished rows, because a check waits for the GPU
 
 
-def action_mask(actions: Tensor, pad: int = 0) -> Tensor:
+def action_mask(actions: Tensor) -> Tensor:
     """(B, L) decoder ids -> (B, L - 1) bool: the positions whose choice is a real token, `</s>` included."""
-    return actions[:, 1:] != pad
+    return actions[:, 1:] != 0  # T5's pad
 
 
 @torch.no_grad()
@@ -46,14 +46,9 @@ def arg_max(logits: Tensor, rows: Tensor, t: int) -> Tensor:
 
 
 def generate(
-    policy: nn.Module,
-    states: Tensor,
-    attention_mask: Tensor,
-    k: int,
-    max_length: int,
-    choose: Callable[[Tensor, Tensor, int], Tensor],
-    with_logprobs: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    policy: nn.Module, states: Tensor, attention_mask: Tensor, k: int, max_length: int,
+    choose: Callable[[Tensor, Tensor, int], Tensor], with_logprobs: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Write k texts for each of Q encoded prompts: ids (Q*k, L), L at most `max_length`, start token in column 0.
 
     states (Q, S, d) and attention_mask (Q, S) are of the prompts; `choose(logits (n, V), rows (n,), t)` returns the
@@ -114,14 +109,11 @@ class StepDecoder:
         self.layers = []
         for block in policy.decoder.block:
             attention = block.layer[1].EncDecAttention
-            keys, values = (self._split(linear(states)) for linear in (attention.k, attention.v))
+            projected = [linear(states).unflatten(-1, (self.heads, self.dim)) for linear in (attention.k, attention.v)]
+            keys, values = (x.transpose(1, 2).contiguous() for x in projected)  # (Q, H, S, D)
             none = keys.new_empty(len(states) * k, self.heads, 0, self.dim)
             self.layers.append(_Layer(block, keys, values, none, none))
         self._grow(FIRST_LENGTH)
-
-    def _split(self, x: Tensor) -> Tensor:
-        """(n, T, H*D) -> (n, H, T, D), contiguous."""
-        return x.unflatten(-1, (self.heads, self.dim)).transpose(1, 2).contiguous()
 
     def _grow(self, capacity: int) -> None:
         for layer in self.layers:
@@ -166,9 +158,8 @@ class StepDecoder:
 
     def _self_attention(self, attention: Any, x: Tensor, layer: _Layer, bias: Tensor) -> Tensor:
         t = self.length
-        query, key, value = (
-            linear(x).unflatten(-1, (self.heads, 1, self.dim)) for linear in (attention.q, attention.k, attention.v)
-        )  # (n, H, 1, D)
+        linears, shape = (attention.q, attention.k, attention.v), (self.heads, 1, self.dim)
+        query, key, value = (linear(x).unflatten(-1, shape) for linear in linears)  # (n, H, 1, D)
         layer.keys[:, :, t : t + 1], layer.values[:, :, t : t + 1] = key, value
         keys, values = layer.keys[:, :, : t + 1], layer.values[:, :, : t + 1]
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=1.0)  # (n, H, 1, D)
@@ -179,8 +170,7 @@ class StepDecoder:
         if self.slots is not None:
             query = query.new_zeros(self.questions * self.k, query.size(1)).index_copy(0, self.slots, query)
         query = query.view(self.questions, self.k, self.heads, self.dim).transpose(1, 2)  # (Q, H, k, D)
-        out = F.scaled_dot_product_attention(
-            query, layer.prompt_keys, layer.prompt_values, attn_mask=self.mask, scale=1.0
-        )
+        keys, values = layer.prompt_keys, layer.prompt_values  # (Q, H, S, D)
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask, scale=1.0)  # (Q, H, k, D)
         out = out.transpose(1, 2).flatten(2).flatten(0, 1)  # (Q*k, H*D)
         return attention.o(out if self.slots is None else out[self.slots])

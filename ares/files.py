@@ -23,7 +23,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +35,12 @@ SHARED_BYTES = 1 << 26  # of a file in a questions folder
 PID_NAMESPACE = os.readlink("/proc/self/ns/pid") if os.path.islink("/proc/self/ns/pid") else ""
 TEMPORARY = f".tmp-{zlib.crc32(f'{socket.gethostname()} {PID_NAMESPACE}'.encode()):08x}-"
 
+AnyPath = str | os.PathLike
+
 # -- reading ---------------------------------------------------------------------------------------------
 
 
-def open_regular(path: str | os.PathLike, *, follow_links: bool = True, flags: int = os.O_RDONLY) -> int:
+def open_regular(path: AnyPath, *, follow_links: bool = True, flags: int = os.O_RDONLY) -> int:
     """Open a regular file and return its descriptor. Raises UserError for anything else, and OSError."""
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW)
     try:
@@ -60,24 +61,19 @@ def open_regular(path: str | os.PathLike, *, follow_links: bool = True, flags: i
 
 
 def _kind(mode: int) -> str:
-    if stat.S_ISDIR(mode):
-        return "is a folder, not a file"
-    return "is a FIFO, not a file" if stat.S_ISFIFO(mode) else "is a device or socket, not a file"
+    found = "folder" if stat.S_ISDIR(mode) else "FIFO" if stat.S_ISFIFO(mode) else "device or socket"
+    return f"is a {found}, not a file"
 
 
-def read_shared(path: str | os.PathLike, max_bytes: int = SHARED_BYTES) -> bytes:
-    """Read a file of a questions folder without following links.
-
-    Raises UserError for a link, a FIFO, a folder or too many bytes, and OSError (FileNotFoundError).
-    """
-    return _content(open_regular(path, follow_links=False), path, max_bytes)
+def read_shared(path: AnyPath) -> bytes:
+    """Read a file of a questions folder without following links. Raises UserError for a link, a FIFO, a folder or too
+    many bytes, and OSError (FileNotFoundError)."""
+    return _content(open_regular(path, follow_links=False), path, SHARED_BYTES)
 
 
-def read_bytes(path: str | os.PathLike, flag: str, *, head: int | None = None) -> bytes:
+def read_bytes(path: AnyPath, flag: str, *, head: int | None = None) -> bytes:
     """Read a file that the user named or that we wrote, following links; with `head` only the first `head` bytes.
-
-    Raises UserError naming `flag` and the file.
-    """
+    Raises UserError naming `flag` and the file."""
     try:
         return _content(open_regular(path), path, MAX_BYTES, head)
     except UserError as error:
@@ -88,7 +84,7 @@ def read_bytes(path: str | os.PathLike, flag: str, *, head: int | None = None) -
         raise UserError(f"{flag}: cannot read {shortened(path)} ({error.strerror or error})") from error
 
 
-def _content(file: int, path: str | os.PathLike, max_bytes: int, head: int | None = None) -> bytes:
+def _content(file: int, path: AnyPath, max_bytes: int, head: int | None = None) -> bytes:
     with open(file, "rb", buffering=0) as opened:
         if head is not None:
             return opened.read(head)
@@ -97,18 +93,14 @@ def _content(file: int, path: str | os.PathLike, max_bytes: int, head: int | Non
         return opened.readall()
 
 
-def refuse_unfit(path: str | os.PathLike, flag: str) -> None:
+def refuse_unfit(path: AnyPath, flag: str) -> None:
     """Raise UserError unless `path` is a readable regular file. For files that a library opens by name."""
     read_bytes(path, flag, head=0)
 
 
-def read_text(path: str | os.PathLike, flag: str) -> str:
+def read_text(path: AnyPath, flag: str) -> str:
     """Read UTF-8 text without its byte order mark. Raises UserError naming `flag`, the file and the line."""
-    return decode(read_bytes(path, flag), f"{flag}: {path}")
-
-
-def decode(data: bytes, where: str) -> str:
-    """Decode UTF-8. Raises UserError that begins with `where`."""
+    data, where = read_bytes(path, flag), f"{flag}: {path}"
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{where} is UTF-16; save it as UTF-8")
     try:
@@ -118,20 +110,20 @@ def decode(data: bytes, where: str) -> str:
         raise UserError(f"{where} is not UTF-8 (line {line}: {error.reason}); save it as UTF-8") from None
 
 
-def read_json(path: str | os.PathLike, flag: str, kind: type | None = None, *, nan: bool = False) -> Any:
-    """Read a JSON file. `kind`: dict or list, if the value must be one; `nan`: read NaN as None.
-
-    Raises UserError naming `flag`, the file and, where it is known, the line.
-    """
+def read_json(
+    path: AnyPath, flag: str, kind: type | None = None, *, holds: str | None = None, nan: bool = False
+) -> Any:
+    """Read a JSON file. `kind`: dict or list, if the value must be one; `nan`: read NaN as None. Raises UserError
+    naming `flag`, the file and, where it is known, the line; for another kind also what the file `holds`."""
     text = read_text(path, flag)
     try:
         value = parse_json(text, nan=nan)
     except ValueError as error:
         raise UserError(f"{flag}: {path} {str(error)[:300]}") from None
     if kind is not None and not isinstance(value, kind):
-        expected = {dict: "an object {...}", list: "a list [...]"}[kind]
+        holds = holds or {dict: "an object {...}", list: "a list [...]"}[kind]
         names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-        raise UserError(f"{flag}: {path} must hold {expected}, not {names.get(type(value), 'a number')}")
+        raise UserError(f"{flag}: {path} must hold {holds}, not {names.get(type(value), 'a number')}")
     return value
 
 
@@ -182,29 +174,25 @@ def _half_character(value: Any) -> str | None:
     return None
 
 
-def read_jsonl(
-    path: str | os.PathLike, flag: str, damaged: Callable[[int], Any] | None = None, *, nan: bool = True
-) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, value) of each line that is not blank; NaN is read as None.
-
-    `damaged` is called with the number of each line that is no JSON; without it such a line raises UserError.
-    """
+def read_jsonl(path: AnyPath, flag: str, damaged: Callable[[int], Any] | None = None) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, value) of each line that is not blank; NaN is read as None. `damaged` is called with the
+    number of each line that is no JSON; without it such a line raises UserError."""
     data = read_bytes(path, flag).removeprefix(b"\xef\xbb\xbf")
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            value = parse_json(line.decode("utf-8"), nan=nan)
+            value = parse_json(line.decode("utf-8"), nan=True)
         except ValueError as error:  # UnicodeDecodeError is one
             if damaged is None:
                 reason = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else in_one_line(error, 160)
                 raise UserError(f"{flag}: {path}: line {number} {reason}") from None
             damaged(number)
-            continue
-        yield number, value
+        else:
+            yield number, value
 
 
-def read_yaml(path: str | os.PathLike, flag: str) -> dict[str, Any]:
+def read_yaml(path: AnyPath, flag: str) -> dict[str, Any]:
     """Read the mapping in a YAML file; {} if it is empty. Raises UserError naming `flag` and the file."""
     import yaml
 
@@ -218,7 +206,7 @@ def read_yaml(path: str | os.PathLike, flag: str) -> dict[str, Any]:
     return value or {}
 
 
-def refuse_links(path: str | os.PathLike, root: str | os.PathLike) -> None:
+def refuse_links(path: AnyPath, root: AnyPath) -> None:
     """Raise UserError if `path`, or a folder between `root` and it, is a link that leads out of `root`."""
     step, root = Path(root), Path(root)
     for part in Path(path).relative_to(root).parts:
@@ -231,24 +219,20 @@ def refuse_links(path: str | os.PathLike, root: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike) -> Iterator[None]:
+def writing(path: AnyPath) -> Iterator[None]:
     """Turn errors of the disk within the block into a DiskError that names `path`."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
-        fault = disk_error(error, path)
+        fault = None if isinstance(error, UserError) else disk_error(error, path)
         if fault is None:
             raise
         raise fault from error
 
 
-def write_bytes(path: str | os.PathLike, data: bytes, *, flush: bool = True) -> None:
-    """Write a file atomically. Raises DiskError; on a full disk the room that `reserve` holds is used.
-
-    `flush`: wait for the disk, which takes 5 ms; not needed where a second run can write the file again.
-    """
+def write_bytes(path: AnyPath, data: bytes, *, flush: bool = True) -> None:
+    """Write a file atomically. Raises DiskError; on a full disk the room that `reserve` holds is used. `flush`: wait
+    for the disk, which takes 5 ms; not needed where a second run can write the file again."""
     with writing(path):
         _with_reserve(lambda: _replace(os.fspath(path), data, flush), path)
 
@@ -256,19 +240,16 @@ def write_bytes(path: str | os.PathLike, data: bytes, *, flush: bool = True) -> 
 def _replace(path: str, data: bytes, flush: bool) -> None:
     # few system calls: 50,000 questions have four files each
     temporary = f"{os.path.dirname(path) or '.'}/{_temporary_name()}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
-        file = os.open(temporary, flags, 0o666)
+        file = open(temporary, "xb", buffering=0)
     except FileNotFoundError:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        file = os.open(temporary, flags, 0o666)
+        file = open(temporary, "xb", buffering=0)
     try:
-        try:
-            _write_all(file, data)
+        with file:
+            _write_all(file.fileno(), data)
             if flush:
-                os.fsync(file)
-        finally:
-            os.close(file)
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -282,17 +263,17 @@ def _write_all(file: int, data: bytes) -> None:
         view = view[os.write(file, view) :]
 
 
-def write_text(path: str | os.PathLike, text: str, *, flush: bool = True) -> None:
+def write_text(path: AnyPath, text: str, *, flush: bool = True) -> None:
     """Write a text file atomically (UTF-8, newlines as given; half of a surrogate pair becomes `?`)."""
     write_bytes(path, text.encode("utf-8", errors="replace"), flush=flush)
 
 
-def write_json(path: str | os.PathLike, value: Any, indent: int | None = 4) -> None:
+def write_json(path: AnyPath, value: Any, indent: int | None = 4) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
-def write_args(folder: str | os.PathLike, args: argparse.Namespace) -> None:
+def write_args(folder: AnyPath, args: argparse.Namespace) -> None:
     """Write the flags of a run to `folder`/args.yaml."""
     import yaml
 
@@ -300,7 +281,7 @@ def write_args(folder: str | os.PathLike, args: argparse.Namespace) -> None:
     write_text(Path(folder) / "args.yaml", yaml.safe_dump(plain, sort_keys=False))
 
 
-def touch(path: str | os.PathLike) -> None:
+def touch(path: AnyPath) -> None:
     """Make an empty file with the present time; a link there is replaced."""
     write_bytes(path, b"", flush=False)
 
@@ -310,7 +291,7 @@ def _temporary_name() -> str:
     return f"{TEMPORARY}{os.getpid()}-{threading.get_ident() % 10**6}-{time.monotonic_ns()}"
 
 
-def remove_leftovers(folder: str | os.PathLike) -> None:
+def remove_leftovers(folder: AnyPath) -> None:
     """Delete the temporary files in `folder` whose process, on this machine, has ended: it was killed."""
     for path in Path(folder).glob(f"{TEMPORARY}*"):
         try:
@@ -322,55 +303,48 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is flushed to disk and replaces `path` atomically.
-
-    Raises DiskError if the disk refuses something, whatever library writes there.
-    """
-    path = Path(path)
+def _temporary(path: Path) -> Iterator[Path]:
+    """A path beside `path` for what will replace it; removed in the end. Errors of the disk become a DiskError."""
     temporary = path.parent / _temporary_name()
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            _flush(temporary)
-            os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+            shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def atomic_dir(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a new folder beside `path`; on success it replaces `path`. A kill leaves no half-written folder.
+def atomic_path(path: AnyPath) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed to disk and replaces `path` atomically. Raises
+    DiskError if the disk refuses something, whatever library writes there."""
+    with _temporary(Path(path)) as temporary:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
-    Raises DiskError if the disk refuses something, whatever library writes there.
-    """
+
+@contextlib.contextmanager
+def atomic_dir(path: AnyPath) -> Iterator[Path]:
+    """Yield a new folder beside `path`; on success it replaces `path`. A kill leaves no half-written folder. Raises
+    DiskError if the disk refuses something, whatever library writes there."""
     path = Path(path)
-    temporary = path.parent / _temporary_name()
-    with writing(path):
-        try:
-            temporary.mkdir(parents=True)
-            yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    file.chmod(0o644)  # safetensors' 0600 would hide a model from the group that shares the machine
-                    _flush(file)
-            old = path.parent / f".old-{os.getpid()}-{time.monotonic_ns()}" if os.path.lexists(path) else None
-            if old is not None:
-                os.replace(path, old)
-            os.replace(temporary, path)
-            if old is not None:
-                old.unlink() if old.is_symlink() else shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with _temporary(path) as temporary:
+        temporary.mkdir()
+        yield temporary
+        for each in filter(Path.is_file, temporary.rglob("*")):
+            each.chmod(0o644)  # safetensors' 0600 would hide a model from the group that shares the machine
+            with open(each, "rb+") as file:
+                os.fsync(file.fileno())
+        old = path.parent / f".old-{os.getpid()}-{time.monotonic_ns()}"
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(path, old)
+        os.replace(temporary, path)
+        old.unlink() if old.is_symlink() else shutil.rmtree(old, ignore_errors=True)
 
 
-def place_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
+def place_file(source: AnyPath, target: AnyPath) -> None:
     """Make `target` a hard link to `source`, or a copy where the disk allows none, atomically.
 
     An earlier link or copy of the same size and time stays: a second run is quick. Raises UserError if `source` is no
@@ -379,29 +353,22 @@ def place_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
     source, target = os.path.realpath(source), Path(target)
     if not os.path.isfile(source):
         raise UserError(f"{source} is no regular file; replace or remove it")
-    temporary = target.with_name(_temporary_name())
-    with writing(target):
+    with _temporary(target) as temporary:
         about, there = os.stat(source), os.lstat(target) if os.path.lexists(target) else None
         if there is not None and stat.S_ISREG(there.st_mode):
             same_copy = (about.st_size, about.st_mtime_ns) == (there.st_size, there.st_mtime_ns)
             if same_copy or os.path.samestat(about, there):
                 return
         try:
-            try:
-                os.link(source, temporary)
-            except OSError:  # another disk, or a file of another user
-                shutil.copy2(source, temporary)
-            os.replace(temporary, target)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            os.link(source, temporary)
+        except OSError:  # another disk, or a file of another user
+            shutil.copy2(source, temporary)
+        os.replace(temporary, target)
 
 
-def writable_dir(path: str | os.PathLike, flag: str) -> Path:
+def writable_dir(path: AnyPath, flag: str) -> Path:
     """Make the folder `path`, test that a file can be written there, and remove what killed processes left in it.
-
-    Raises UserError naming `flag`.
-    """
+    Raises UserError naming `flag`."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -410,10 +377,8 @@ def writable_dir(path: str | os.PathLike, flag: str) -> Path:
         probe.unlink()
         remove_leftovers(path)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"{flag}: cannot write to {shortened(path)} ({reason}); name a folder you may write to"
-        ) from error
+        why = f"{shortened(path)} ({getattr(error, 'strerror', None) or error})"
+        raise UserError(f"{flag}: cannot write to {why}; name a folder you may write to") from error
     return path
 
 
@@ -425,23 +390,16 @@ def short_name(name: str) -> str:
     return f"{raw[: NAME_MAX - 13].decode(errors='ignore')}-{hashlib.sha256(raw).hexdigest()[:12]}"
 
 
-# -- appending -------------------------------------------------------------------------------------------
-
-
 class Lines:
-    """A file to append lines to, each in one write. A last line without its end (a kill cut it) is ended first.
+    """A file to append lines to, each in one write. A last line without its end (a kill cut it) is ended first. Raises
+    UserError if `path` is a link or no regular file, DiskError."""
 
-    Raises UserError if `path` is a link or no regular file, DiskError.
-    """
-
-    def __init__(self, path: str | os.PathLike, mode: int = 0o644):
+    def __init__(self, path: AnyPath):
         self.path = path
         with writing(path):
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             self._file = open_regular(path, follow_links=False, flags=os.O_RDWR | os.O_APPEND | os.O_CREAT)
             size = os.fstat(self._file).st_size
-            if not size and mode != 0o644:
-                os.fchmod(self._file, mode)
             self._torn = bool(size) and os.pread(self._file, 1, size - 1) != b"\n"
             if self._torn:
                 self._write(b"")
@@ -450,10 +408,7 @@ class Lines:
         """Append `text` and a line break; return the size of the file. `reserved`: may use the room of `reserve`."""
         data = (text + "\n").encode("utf-8", errors="replace")
         with writing(self.path):
-            if reserved:
-                _with_reserve(lambda: self._write(data), self.path)
-            else:
-                self._write(data)
+            _with_reserve(lambda: self._write(data), self.path, reserved)
             return os.lseek(self._file, 0, os.SEEK_CUR)
 
     def _write(self, data: bytes) -> None:
@@ -468,7 +423,7 @@ class Lines:
         os.close(self._file)
 
 
-def append_line(path: str | os.PathLike, text: str) -> None:
+def append_line(path: AnyPath, text: str) -> None:
     """Append one line to a file that no other process writes to."""
     with contextlib.closing(Lines(path)) as lines:
         lines.add(text)
@@ -477,28 +432,22 @@ def append_line(path: str | os.PathLike, text: str) -> None:
 # -- room on a full disk ---------------------------------------------------------------------------------
 
 
-@dataclass
-class _Reserve:
-    path: Path
-    device: int
-    used: bool = False  # the disk was full: nothing new may begin
-
-
-_reserve: _Reserve | None = None
+_reserve: Path | None = None
+_reserve_used = False  # the disk was full: nothing new may begin
 
 
 @contextlib.contextmanager
-def reserve(path: str | os.PathLike, size: int) -> Iterator[None]:
+def reserve(path: AnyPath, size: int) -> Iterator[None]:
     """Hold `size` bytes of the disk, as the file `path`, during the block. When the disk is full, `write_bytes` and
     `Lines.add(reserved=True)` free them and write again. Raises DiskError if the disk has less room than that."""
-    global _reserve
+    global _reserve, _reserve_used
     path = Path(path)
     try:
         with writing(path):
             path.unlink(missing_ok=True)  # left by a killed run
             with open(path, "xb") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
-                _reserve = _Reserve(path, os.fstat(file.fileno()).st_dev)
+        _reserve, _reserve_used = path, False
         yield
     finally:
         _reserve = None
@@ -508,18 +457,17 @@ def reserve(path: str | os.PathLike, size: int) -> Iterator[None]:
 
 def out_of_room() -> DiskError | None:
     """The error to stop with once the reserve was used on a full disk, else None."""
-    if _reserve is None or not _reserve.used:
-        return None
-    return disk_error(OSError(errno.ENOSPC, ""), _reserve.path.parent)
+    return disk_error(OSError(errno.ENOSPC, ""), _reserve.parent) if _reserve and _reserve_used else None
 
 
-def _with_reserve(write: Callable[[], None], path: str | os.PathLike) -> None:
+def _with_reserve(write: Callable[[], None], path: AnyPath, allowed: bool = True) -> None:
+    global _reserve_used
     try:
         write()
     except OSError as error:
-        held = _reserve
-        if held is None or error.errno not in FULL or os.stat(os.path.dirname(path) or ".").st_dev != held.device:
+        held = _reserve if allowed and error.errno in FULL else None
+        if held is None or os.stat(os.path.dirname(path) or ".").st_dev != held.parent.stat().st_dev:
             raise
-        held.used = True
-        held.path.unlink(missing_ok=True)
+        _reserve_used = True
+        held.unlink(missing_ok=True)
         write()

@@ -36,19 +36,14 @@ MAX_TOKENS = 4784  # no image costs more, whatever the model's resolution
 TOKENS_PER_PIXEL = 1 / 750
 
 # formats of the API by their first bytes, not by the file name: a JPEG is often called .png
-_SIGNATURES = (
-    (re.compile(rb"\x89PNG\r\n\x1a\n"), "image/png"),
-    (re.compile(rb"\xff\xd8\xff"), "image/jpeg"),
-    (re.compile(rb"GIF8[79]a"), "image/gif"),
-    (re.compile(rb"RIFF....WEBP", re.DOTALL), "image/webp"),
-)
+_HEADS = {"png": rb"\x89PNG\r\n\x1a\n", "jpeg": rb"\xff\xd8\xff", "gif": rb"GIF8[79]a", "webp": rb"(?s:RIFF....WEBP)"}
 
 _checked: dict[tuple, str] = {}  # identity of a sound file -> media type: an image is sent once per action
 
 
 def media_type(head: bytes) -> str | None:
     """The true media type from a file's first bytes (12 suffice); None if the API takes no such image."""
-    return next((name for signature, name in _SIGNATURES if signature.match(head)), None)
+    return next((f"image/{name}" for name, signature in _HEADS.items() if re.match(signature, head)), None)
 
 
 @contextlib.contextmanager
@@ -104,18 +99,16 @@ def upright(image: Any) -> Any:
     """The image rotated by its EXIF orientation, as viewers show it."""
     from PIL.Image import Transpose
 
-    turns = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE)
-    turns += (Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
+    turns = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
     image.load()
     turn = orientation(image)
-    return image if turn == 1 else image.transpose(turns[turn - 2])
+    return image if turn == 1 else image.transpose(Transpose[turns[turn - 2]])
 
 
 def load_image(path: str | os.PathLike, qid: str) -> tuple[str, bytes]:
-    """(media type, bytes) to send: upright, one frame, in RGB or grey.
-
-    Raises UserError naming file and question if it is no usable image.
-    """
+    """(media type, bytes) to send: upright, one frame, in RGB or grey. Raises UserError naming file and question if it
+    is no usable image."""
+    where = f"--images: {path} of question {qid}"
     try:
         with open(open_regular(path), "rb") as file:
             about = os.fstat(file.fileno())
@@ -123,12 +116,10 @@ def load_image(path: str | os.PathLike, qid: str) -> tuple[str, bytes]:
     except OSError as error:
         raise UserError(f"--images: cannot read {path} of question {qid} ({error.strerror})") from None
     except UserError:
-        raise UserError(f"--images: {path} of question {qid} is no regular file; replace or remove it") from None
+        raise UserError(f"{where} is no regular file; replace or remove it") from None
     if about.st_size > MAX_FILE:
-        raise UserError(
-            f"--images: {path} of question {qid} is larger than {MAX_FILE / 1e6:.0f} MB; replace or remove it"
-        )
-    identity = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+        raise UserError(f"{where} is larger than {MAX_FILE / 1e6:.0f} MB; replace or remove it")
+    identity = file_identity(about)
     if identity in _checked:
         return _checked[identity], data
     kind = media_type(data[:12])
@@ -136,10 +127,9 @@ def load_image(path: str | os.PathLike, qid: str) -> tuple[str, bytes]:
         import PIL  # noqa: F401
     except ImportError:
         if kind is None or len(data) > MAX_BYTES:
-            raise UserError(
-                f"--images: {path} of question {qid} is no PNG, JPEG, GIF or WebP of at most {MAX_BYTES / 1e6:.2f} "
-                "MB; convert it, or install pillow, with which this is done automatically"
-            ) from None
+            fix = "convert it, or install pillow, with which this is done automatically"
+            limit = f"{MAX_BYTES / 1e6:.2f} MB"
+            raise UserError(f"{where} is no PNG, JPEG, GIF or WebP of at most {limit}; {fix}") from None
         return kind, data
     try:
         with open_image(data) as image:
@@ -151,7 +141,7 @@ def load_image(path: str | os.PathLike, qid: str) -> tuple[str, bytes]:
                 return _fitting(upright(image))
     except (OSError, ValueError) as error:
         reason = "is no PNG, JPEG, GIF or WebP" if kind is None else f"does not decode ({error})"
-        raise UserError(f"--images: {path} of question {qid} {reason}; replace or remove it") from None
+        raise UserError(f"{where} {reason}; replace or remove it") from None
     if len(_checked) > 50_000:
         _checked.clear()
     _checked[identity] = kind
@@ -190,18 +180,16 @@ def _fitting(image) -> tuple[str, bytes]:
     image = as_rgb(image)
     image.thumbnail((SHRINK_TO, SHRINK_TO))
     image.info.clear()  # the original's EXIF data, colour profile and comments do not fit the new pixels
-    out = io.BytesIO()
-    image.save(out, format="PNG")
-    if out.tell() <= MAX_BYTES:
-        return "image/png", out.getvalue()
-    out = io.BytesIO()
-    image.convert("RGB").save(out, format="JPEG", quality=85)
-    return "image/jpeg", out.getvalue()
+    png, jpeg = io.BytesIO(), io.BytesIO()
+    image.save(png, format="PNG")
+    if png.tell() <= MAX_BYTES:
+        return "image/png", png.getvalue()
+    image.convert("RGB").save(jpeg, format="JPEG", quality=85)
+    return "image/jpeg", jpeg.getvalue()
 
 
-def file_identity(path: str | os.PathLike) -> tuple[int, int, int, int]:
+def file_identity(about: os.stat_result) -> tuple[int, int, int, int]:
     """What tells one state of a file from another without reading it; hard links share it."""
-    about = os.stat(Path(path))
     return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 

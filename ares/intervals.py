@@ -1,6 +1,6 @@
 """How sure a figure is: bootstrap intervals (seeded), McNemar's exact test, the paired bootstrap.
 
-Percentile bootstrap (Efron 1979) over questions. Needs numpy, imported where it is used.
+Percentile bootstrap (Efron 1979) over questions.
 """
 
 from __future__ import annotations
@@ -9,16 +9,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 DRAWS = 10_000
 
 
 def shares_interval(counts: Sequence[int], worth: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of values that take few levels: `counts[i]` questions of value `worth[i]`.
-
-    Resampling questions is a multinomial draw of the counts. (nan, nan) without a question.
-    """
-    import numpy as np
-
+    """95 % interval of the mean of values that take few levels: `counts[i]` questions of value `worth[i]`. Resampling
+    questions is a multinomial draw of the counts. (nan, nan) without a question."""
     total = sum(counts)
     if not total:
         return math.nan, math.nan
@@ -29,8 +27,6 @@ def shares_interval(counts: Sequence[int], worth: Sequence[float], seed: int = 0
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """95 % interval of a mean by resampling its values. (nan, nan) without a value."""
-    import numpy as np
-
     if not len(values):
         return math.nan, math.nan
     low, high = np.percentile(_resampled_means(values, seed), [2.5, 97.5])
@@ -38,31 +34,22 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]
 
 
 def ratio_interval(parts: Sequence[tuple[float, int]], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the sum of `parts[i][0]` over that of `parts[i][1]`, question i being drawn as a whole.
-
-    What one question adds belongs together: two verdicts on one pair are not two draws. (nan, nan) over nothing.
-    """
-    import numpy as np
-
+    """95 % interval of the sum of `parts[i][0]` over that of `parts[i][1]`, question i being drawn as a whole. What
+    one question adds belongs together: two verdicts on one pair are not two draws. (nan, nan) over nothing."""
     alike = Counter(parts)
     if not any(whole for _, whole in alike):
         return math.nan, math.nan
     shares, values = np.array([*alike.values()]) / len(parts), np.array([*alike], dtype=float)
-    random, sums = np.random.default_rng(seed), []
-    for rows in _blocks(len(alike)):
-        sums.append(random.multinomial(len(parts), shares, size=rows) @ values)
+    random = np.random.default_rng(seed)
+    sums = [random.multinomial(len(parts), shares, size=rows) @ values for rows in _blocks(len(alike))]
     of, whole = np.concatenate(sums).T
     low, high = np.percentile(of[whole > 0] / whole[whole > 0], [2.5, 97.5])
     return float(low), float(high)
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> dict[str, float]:
-    """Mean of ours - theirs over the same questions: {"difference", "low", "high", "p"}.
-
-    p: twice the smaller share of resampled means on one side of 0 (two-sided), at least 2 / (draws + 1).
-    """
-    import numpy as np
-
+    """Mean of ours - theirs over the same questions: {"difference", "low", "high", "p"}. p: twice the smaller share of
+    resampled means on one side of 0 (two-sided), at least 2 / (draws + 1)."""
     differences = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     means = _resampled_means(differences, seed)
     low, high = np.percentile(means, [2.5, 97.5])
@@ -80,13 +67,9 @@ def mcnemar(only_ours: int, only_theirs: int) -> float:
 
 def _resampled_means(values: Sequence[float], seed: int):
     """DRAWS means of resamples."""
-    import numpy as np
-
     values, random = np.asarray(values, dtype=float), np.random.default_rng(seed)
-    means = []
-    for rows in _blocks(len(values)):
-        means.append(values[random.integers(0, len(values), (rows, len(values)))].mean(axis=1))
-    return np.concatenate(means)
+    draws = (random.integers(0, len(values), (rows, len(values))) for rows in _blocks(len(values)))
+    return np.concatenate([values[rows].mean(axis=1) for rows in draws])
 
 
 def _blocks(width: int) -> list[int]:

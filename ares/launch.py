@@ -31,38 +31,30 @@ LOCK = ".lock"  # in a run folder while a launch works there
 TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-# -- processes -------------------------------------------------------------------------------------------
-
-
 def check_processes(script: str, environment: Mapping[str, str] | None = None) -> None:
-    """Raise UserError if a job launcher (srun, mpirun) started several processes that would all be rank 0.
-
-    Such processes would write the same run folder at the same time.
-    """
+    """Raise UserError if a job launcher (srun, mpirun) started several processes that would all be rank 0. Such
+    processes would write the same run folder at the same time."""
     env = os.environ if environment is None else environment
     world = _number(env.get("WORLD_SIZE"))
-    if world is not None and (world == 1 or _number(env.get("RANK")) is not None):
+    if world == 1 or None not in (world, _number(env.get("RANK"))):
         return
     if world is not None:
-        raise UserError(
-            f"WORLD_SIZE is {world} but RANK is not set, so every process would be rank 0; start them with "
-            f"torchrun --nproc_per_node {world} {script} ... (it sets both)"
-        )
-    for name in TASKS:
-        tasks = _number(env.get(name))
-        if tasks is not None and tasks > 1:
-            nodes = _number(env.get("SLURM_NNODES")) or 1
-            how = (
-                f"srun --ntasks={nodes} --ntasks-per-node=1 torchrun --nnodes {nodes} --nproc_per_node "
-                f"{max(1, tasks // nodes)} --rdzv_backend c10d --rdzv_endpoint HOST:29500 {script} ..."
-                if name == "SLURM_NTASKS" and nodes > 1
-                else f"torchrun --nproc_per_node {tasks} {script} ..."
-            )
-            alone = f"srun --ntasks=1 python {script} ..." if name == "SLURM_NTASKS" else f"python {script} ..."
-            raise UserError(
-                f"{name} is {tasks} but WORLD_SIZE is not set, so each of {tasks} processes would be rank 0; "
-                f"start them with: {how} (one process: {alone})"
-            )
+        start = f"start them with torchrun --nproc_per_node {world} {script} ... (it sets both)"
+        raise UserError(f"WORLD_SIZE is {world} but RANK is not set, so every process would be rank 0; {start}")
+    name = next((name for name in TASKS if (_number(env.get(name)) or 0) > 1), None)
+    if name is None:
+        return
+    tasks, nodes = _number(env[name]), _number(env.get("SLURM_NNODES")) or 1
+    start, alone = f"torchrun --nproc_per_node {tasks}", "python"
+    if name == "SLURM_NTASKS":
+        alone = "srun --ntasks=1 python"
+        if nodes > 1:
+            start = f"srun --ntasks={nodes} --ntasks-per-node=1 torchrun --nnodes {nodes} --nproc_per_node "
+            start += f"{max(1, tasks // nodes)} --rdzv_backend c10d --rdzv_endpoint HOST:29500"
+    fix = f"start them with: {start} {script} ... (one process: {alone} {script} ...)"
+    raise UserError(
+        f"{name} is {tasks} but WORLD_SIZE is not set, so each of {tasks} processes would be rank 0; {fix}"
+    )
 
 
 def _number(text: str | None) -> int | None:
@@ -72,26 +64,16 @@ def _number(text: str | None) -> int | None:
 def note_unused_gpus(visible: int, script: str) -> None:
     """Print a note if one process was started but several GPUs are visible."""
     if visible > 1 and cli.world_size() == 1:
-        print0(
-            f"note: {visible} GPUs are visible but one process was started: using one GPU. "
-            f"All of them: accelerate launch --num_processes {visible} {script} ..."
-        )
-
-
-# -- stopping --------------------------------------------------------------------------------------------
+        every = f"accelerate launch --num_processes {visible} {script} ..."
+        print0(f"note: {visible} GPUs are visible but one process was started: using one GPU. All of them: {every}")
 
 
 class CtrlC:
     """In the block the first Ctrl-C only sets `pressed`, so that the loop can save and end. A later one stops at once.
-
-    A launcher repeats the signal to its processes: one that follows within GRACE seconds is the same Ctrl-C.
-    """
+    A launcher repeats the signal to its processes: one that follows within GRACE seconds is the same Ctrl-C."""
 
     GRACE = 3.0
-
-    def __init__(self) -> None:
-        self.pressed = False
-        self._at = 0.0
+    pressed, _at = False, 0.0
 
     def __enter__(self) -> CtrlC:
         self._in_main = threading.current_thread() is threading.main_thread()
@@ -111,11 +93,9 @@ class CtrlC:
             print0("Ctrl-C: saving after this step, then stopping (once more: stop at once)", file=sys.stderr)
 
 
-def next_step(*commands: Sequence[Any], note: str = "") -> None:
+def next_step(*commands: Sequence[Any]) -> None:
     """Print the commands to run next, quoted for a shell."""
-    print0(f"next:{' ' + note if note else ''}")
-    for command in commands:
-        print0("  " + shlex.join(map(str, command)))
+    print0("next:", *(shlex.join(map(str, command)) for command in commands), sep="\n  ")
 
 
 def data_words(args: Any) -> list[str]:
@@ -125,19 +105,13 @@ def data_words(args: Any) -> list[str]:
     return [*words, "--caption_file", args.caption_file, "--use_caption"] if args.use_caption else words
 
 
-# -- one launch per run folder ---------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def only_one(path: str | os.PathLike, what: str, *, required: bool = True, wait: bool = False) -> Iterator[None]:
     """Hold the lock file `path` during the block. The kernel releases the lock when the process ends in any way.
 
-    The file's text only says who holds the lock; one left by a killed process locks nobody out.
-
-    Args:
-        what: begins the message, for example "--run_dir RL_models/x".
-        required: without it a disk that has no locks gives a warning, not an error.
-        wait: wait for another process instead of raising.
+    The file's text only says who holds the lock; one left by a killed process locks nobody out. `what` begins the
+    message, for example "--run_dir RL_models/x"; unless `required`, a disk that has no locks gives a warning, not an
+    error; `wait`: wait for another process instead of raising.
 
     Raises UserError naming the process that has the lock, or a disk without locks.
     """
@@ -189,11 +163,8 @@ def _holder(file: int) -> str:
 
 @contextlib.contextmanager
 def only_launch(folder: Path, from_rank0: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
-    """Hold the run folder for this launch: rank 0 locks it until the block ends.
-
-    `from_rank0` calls a function on rank 0 and raises its UserError on every rank. Raises UserError on every rank
-    if another launch holds the folder.
-    """
+    """Hold the run folder for this launch: rank 0 locks it until the block ends. `from_rank0` calls a function on rank
+    0 and raises its UserError on every rank. Raises UserError on every rank if another launch holds the folder."""
     with contextlib.ExitStack() as held:
         from_rank0(lambda: held.enter_context(only_one(folder / LOCK, f"{folder}", required=False)))
         yield

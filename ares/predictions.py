@@ -72,47 +72,38 @@ def read_predictions(
     """
     data = files.read_json(path, flag, nan=True) if data is None else data
     preds = data.get("preds") if isinstance(data, dict) else None
+    where, must = f"{flag}: {path}", 'must hold {"preds": [texts]}'
     if not isinstance(preds, list):
-        raise cli.UserError(f'{flag}: {path} must hold {{"preds": [texts]}}; it has no list "preds"')
-    odd = next((row for row, text in enumerate(preds) if not isinstance(text, str)), None)
-    if odd is not None:
-        raise cli.UserError(f'{flag}: {path} must hold {{"preds": [texts]}}; preds[{odd}] is no text')
-    qids = data.get("qids")
+        raise cli.UserError(f'{where} {must}; it has no list "preds"')
+    if odd := [row for row, text in enumerate(preds) if not isinstance(text, str)]:
+        raise cli.UserError(f"{where} {must}; preds[{odd[0]}] is no text")
+    rows, qids = len(preds), data.get("qids")
     if qids is None and split_qids is not None:
-        if len(preds) != len(split_qids):
-            raise cli.UserError(
-                f"{flag}: {path} has {len(preds)} rationales but the split has {len(split_qids)} questions; "
-                f"without question ids in the file they must be equal in number{fix}"
-            )
+        if rows != len(split_qids):
+            fault = f"has {rows} rationales but the split has {len(split_qids)} questions"
+            raise cli.UserError(f"{where} {fault}; without question ids in the file they must be equal in number{fix}")
         qids = list(split_qids)
     if qids is not None:
-        if not isinstance(qids, list) or len(qids) != len(preds):
-            raise cli.UserError(f"{flag}: {path} has {len(preds)} preds but its qids do not match them in number")
+        if not isinstance(qids, list) or len(qids) != rows:
+            raise cli.UserError(f"{where} has {rows} preds but its qids do not match them in number")
         qids = [str(qid) for qid in qids]
-        if len(set(qids)) != len(qids):
-            raise cli.UserError(f"{flag}: {path} names a question twice in its qids")
-    columns = {}
-    for name, kinds in (("labels", str), ("prompts", str), ("answers", (str, type(None)))):
-        column = columns[name] = data.get(name) or []
-        if (
-            not isinstance(column, list)
-            or len(column) not in (0, len(preds))
-            or not all(isinstance(one, kinds) for one in column)
-        ):
-            raise cli.UserError(f"{flag}: {path}: {name} is no list of one text for each of its {len(preds)} rows")
+        if len(set(qids)) != rows:
+            raise cli.UserError(f"{where} names a question twice in its qids")
+    names = ("labels", "prompts", "answers")
+    labels, prompts, letters = columns = [data.get(name) or [] for name in names]
+    for name, column in zip(names, columns, strict=True):
+        kinds = (str, type(None)) if name == "answers" else str
+        sound = isinstance(column, list) and len(column) in (0, rows)
+        if not sound or not all(isinstance(one, kinds) for one in column):
+            raise cli.UserError(f"{where}: {name} is no list of one text for each of its {rows} rows")
     num_fail, settings = data.get("num_fail"), data.get("settings")
     seed = settings.get("seed") if isinstance(settings, dict) else None
+    none = [""] * rows
     return Predictions(
-        path=Path(path),
-        preds=preds,
-        qids=qids,
-        labels=columns["labels"] or [""] * len(preds),
-        prompts=columns["prompts"] or [""] * len(preds),
-        letters=columns["answers"] or None,
-        scores=scores_of(data.get("scores"), path, flag),
-        num_fail=num_fail if isinstance(num_fail, int) else None,
-        seed=seed if isinstance(seed, int) else 42,
-    )
+        Path(path), preds, qids, labels or none, prompts or none, letters or None,
+        scores_of(data.get("scores"), path, flag), num_fail if isinstance(num_fail, int) else None,
+        seed if isinstance(seed, int) else 42,
+    )  # fmt: skip
 
 
 def scores_of(scores: Any, path: str | Path, flag: str) -> dict[str, dict[str, float]]:
@@ -122,10 +113,8 @@ def scores_of(scores: Any, path: str | Path, flag: str) -> dict[str, dict[str, f
                        if figure is not None}
                 for part, figures in (scores or {}).items()}  # fmt: skip
     except (AttributeError, TypeError, ValueError) as error:
-        raise cli.UserError(
-            f'{flag}: {path}: scores are not {{"answer": {{name: number}}, "rationale": {{...}}}} ({error}); make the '
-            "file again with its stage"
-        ) from None
+        form = f'{{"answer": {{name: number}}, "rationale": {{...}}}} ({error})'
+        raise cli.UserError(f"{flag}: {path}: scores are not {form}; make the file again with its stage") from None
 
 
 def prediction_file(folder: str | Path, split: str) -> Path:
@@ -143,10 +132,8 @@ def find_predictions(place: str | Path, flag: str, split: str) -> Path:
 
 
 def split_label(text: str) -> tuple[str | None, str]:
-    """`LABEL=PATH` as (label, path); a bare path has no label.
-
-    A label may hold `=` as well ("k=4"): it ends where a path that exists begins.
-    """
+    """`LABEL=PATH` as (label, path); a bare path has no label. A label may hold `=` as well ("k=4"): it ends where a
+    path that exists begins."""
     parts = text.split("=")
     cuts = [("=".join(parts[:i]).strip(), "=".join(parts[i:]).strip()) for i in range(1, len(parts))]
     cuts = [(label, path) for label, path in cuts if label and path]
@@ -164,6 +151,5 @@ def labelled(text: str) -> tuple[str, str]:
 
 def unread_note(unread: float, rows: int, where: str | Path) -> str | None:
     """A warning if more than MOST_UNREAD of the answers could not be read, else None."""
-    if unread <= MOST_UNREAD * rows:
-        return None
-    return f"{where}: {unread:g} of {rows} answers could not be read; each counts as a random choice"
+    note = f"{where}: {unread:g} of {rows} answers could not be read; each counts as a random choice"
+    return note if unread > MOST_UNREAD * rows else None

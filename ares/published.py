@@ -5,7 +5,7 @@ Copied by hand from the papers (2026-11). ScienceQA: test accuracy in per cent, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 ANSWER_COLUMNS = ("natural", "social", "language", "has_text", "has_image", "no_context", "grade_1_6", "grade_7_12",
                   "average")  # fmt: skip
@@ -23,7 +23,7 @@ class Published:
     kind: str  # answers, rationales or win rates
     figures: dict[str, float]
     source: str
-    differs: str = field(default="")
+    differs: str = ""
 
 
 def _answers(*values: float) -> dict[str, float]:

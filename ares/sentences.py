@@ -106,7 +106,7 @@ ITEM = r"[(\[*]*(?:\d{1,2}[.)\]*]+|(?:[A-Za-z]|[IVX]{1,4})[.)\]*]{1,2})"
 MARKER = re.compile(rf"{ITEM}(?:\s+{ITEM})*|.*(?::\s+[(*]*1|\n[ *(]*\d{{1,2}})[.)*]+", re.DOTALL)
 LONE_LOWER = re.compile(r"[a-z]+\.")  # "etc. is short for", "com. is not"
 DOTTED = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]")  # U.S, p.m, J.K: the last dot belongs to the terminator
-NEXT_WORD = re.compile(r"[\w’'-]+")
+NEXT_WORD = re.compile(r"[\w’'-]*")
 SPEECH = re.compile(  # "Stop!" Lila remarked.
     r"\w+ (?:said|says|asked|asks|told|replied|remarked|answered|added|explained|exclaimed|called|cried|shouted|"
     r"yelled|whispered|wondered|thought)\b"
@@ -153,7 +153,7 @@ def _belongs_to_last(gap: str, text: str, start: int, match: re.Match) -> bool:
         return False
     if match[0] == BREAK:
         return not PREFIX.fullmatch(text, start, match.start())
-    return start == match.start() and not any(char in CLOSERS for char in match[0])
+    return start == match.start() and not set(match[0]) & set(CLOSERS)
 
 
 def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
@@ -167,45 +167,33 @@ def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
         return True
     before = text[max(start, match.start() - LOOK_BACK) : match.start()]
     word = "" if before[-1:].isspace() else (["", *before.rsplit(maxsplit=1)])[-1]
-    if after == end:
-        return _ends_glued(text, end, word, run)
+    if after == end:  # no blank: 3.14, example.com, U.S.A., e.g., - or a blank forgotten: `the star.There are`
+        glued = run != "." or (len(word) > 1 and "." not in word)
+        return glued and SENTENCE_OPENING.match(text, end) is not None
     fragment = text[max(start, end - LOOK_BACK) : end]
     if following in ",;:" or MARKER.fullmatch(fragment):
         return False
     if text[start] in OPENERS and run[-1] in "\"”'’" and SPEECH.match(text, after):
         return False
     if following.islower() and "\n" not in text[end:after]:
-        if run[-1] in CLOSERS:  # "Stop!" he said. (why?) and so on
-            return False
-        if LONE_LOWER.fullmatch(fragment):
-            return False
-        if not word and len(run) > 1:  # a free-standing ellipsis is a pause
+        # "Stop!" he said. (why?) and so on; a free-standing ellipsis is a pause
+        if run[-1] in CLOSERS or LONE_LOWER.fullmatch(fragment) or (not word and len(run) > 1):
             return False
     return run != "." or not _is_abbreviation(before, word, text, after)
-
-
-def _ends_glued(text: str, end: int, word: str, run: str) -> bool:
-    """No blank follows: 3.14, example.com, U.S.A., e.g., - or a blank forgotten: `the star.There are`."""
-    if not SENTENCE_OPENING.match(text, end):
-        return False
-    return run != "." or (len(word) > 1 and "." not in word)
 
 
 def _is_abbreviation(before: str, word: str, text: str, after: int) -> bool:
     """Is the period that follows `word` part of it? `before`: the sentence up to it; `after`: where text goes on."""
     goes_on, number = text[after].islower(), text[after].isdigit()
-    match = NEXT_WORD.match(text, after)
-    next_word = match[0] if match else ""
+    next_word = NEXT_WORD.match(text, after)[0]
     opens = next_word in OPENINGS
     previous = (["", "", *before.split()])[-2]
     word = word.lstrip(OPENERS)
     lower = word.lower()
-    if lower in NEVER_LAST:
+    if lower in NEVER_LAST or (word in NUMBERED and number):
         return True
     if word in TITLES:
         return not opens
-    if word in NUMBERED and number:
-        return True
     if lower in SOMETIMES_LAST:
         return goes_on
     if lower in UNITS:
@@ -319,8 +307,7 @@ def _text_of_ids(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[int]]:
     ids = ids.tolist() if hasattr(ids, "tolist") else [int(token) for token in ids]
     if ids and isinstance(ids[0], list):
         raise ValueError(f"ids of one rationale wanted, got {len(ids)} rows")
-    table = _tables.get(tokenizer)
-    if table is None:
+    if (table := _tables.get(tokenizer)) is None:
         table = _tables[tokenizer] = _Pieces(tokenizer)
     while ids and ids[-1] == table.pad:
         ids.pop()
@@ -335,17 +322,15 @@ def _text_of_ids(ids: Sequence[int], tokenizer: Any) -> tuple[str, list[int]]:
 
 
 def _drop_stray(pieces: list[str], unknown: int) -> None:
-    """If the unknown piece is the backslash of a newline, replace it and the n that follows it by a newline.
-
-    A piece that opens a word ("▁neon") begins with a true n; so does `{neon}`, whose unknown brace follows a blank.
-    """
+    """If the unknown piece is the backslash of a newline, replace it and the n that follows it by a newline. A piece
+    that opens a word ("▁neon") begins with a true n; so does `{neon}`, whose unknown brace follows a blank."""
     if pieces[unknown + 1][:1] != "n":
         return
     before = pieces[unknown - 1][-1:] if unknown else ""
     after = "".join(pieces[unknown + 1 : unknown + 3])[1:2]
     if before == " " and after.islower():
         return
-    pieces[unknown], pieces[unknown + 1] = "\n", pieces[unknown + 1][1:]
+    pieces[unknown : unknown + 2] = "\n", pieces[unknown + 1][1:]
 
 
 def _decode_bytes(match: re.Match) -> str:

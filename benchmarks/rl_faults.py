@@ -193,11 +193,13 @@ def digest(run: Path) -> dict[str, str]:
 
 
 def hash_of(path: Path) -> str:
-    """Of a file's bytes; of a .pth, whose bytes depend on its temporary name, of the values in it."""
-    if path.suffix != ".pth":
+    """Of a file's bytes; of the values in a .pth (whose bytes depend on its temporary name) and a .safetensors (whose
+    metadata are in any order)."""
+    if path.suffix not in (".pth", ".safetensors"):
         return hashlib.sha256(path.read_bytes()).hexdigest()
+    content = torch.load(path, weights_only=True) if path.suffix == ".pth" else load_file(path)
     parts = hashlib.sha256()
-    for place, value in tree_flatten_with_path(torch.load(path, weights_only=True))[0]:
+    for place, value in sorted(tree_flatten_with_path(content)[0], key=lambda leaf: str(leaf[0])):
         tensor = isinstance(value, torch.Tensor)
         parts.update(repr((place, value.dtype, value.shape) if tensor else (place, value)).encode())
         parts.update(value.contiguous().numpy().tobytes() if tensor else b"")

@@ -28,9 +28,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     cli.add_data_flags(parser)
     parser.add_argument("--problems", metavar="{scienceqa,aokvqa}", help="the released name of --dataset")
-    parser.add_argument(
-        "--questions_dir", default="preprocessing_after_RL", help="folder of {k}/p{rank}/{qid}/ (default: %(default)s)"
-    )
+    folder = "folder of {k}/p{rank}/{qid}/ (default: %(default)s)"
+    parser.add_argument("--questions_dir", default="preprocessing_after_RL", help=folder)
     parser.add_argument("--strict", action="store_true", help="stop when a named image or a rationale is unusable")
     args = parser.parse_args(argv)
     if args.problems and args.dataset and args.problems != args.dataset:
@@ -39,27 +38,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def exported_items(questions_dir: str) -> list[handoff.Item]:
-    """All exported rationales. Raises UserError if there are none."""
-    items = handoff.iter_items(questions_dir)
-    if not items:
-        inner = Path(questions_dir) / "questions"
-        fix = f"did you mean {inner}?" if inner.is_dir() else "copy {run}/questions/* there, or name {run}/questions"
-        files = f"{{k}}/p{{rank}}/{{qid}}/{handoff.RATIONALE}"
-        raise cli.UserError(f"--questions_dir: {Path(questions_dir).absolute()} holds no {files}; {fix}")
-    return items
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    items = exported_items(args.questions_dir)
+    items = handoff.exported_items(args.questions_dir)
     problems = read_data_folder(args.data_root, args.dataset).problems
-    unknown = [item for item in items if item.qid not in problems]
-    if unknown:
-        raise cli.UserError(
-            f"--questions_dir: question {unknown[0].qid} ({unknown[0].folder}) is not in problems.json; "
-            "name the data of this run with --data_root and --problems"
-        )
+    handoff.refuse_unknown(items, problems)
     images = handoff.images_of_questions(args, problems, list(dict.fromkeys(item.qid for item in items)))
     unusable, outdated = [], set()
     set_aside = 0

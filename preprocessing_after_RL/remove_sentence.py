@@ -29,35 +29,25 @@ OUTPUT = "remove_repetitive_sentences.json"
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument(
-        "--file_path", required=True, metavar="FILE", help="predictions_ans_train.json of the RL model's folder"
-    )
-    parser.add_argument(
-        "--tokenizer",
-        metavar="DIR",
-        help="of the released command; not needed and not read: sentences are found in the text itself",
-    )
+    source = "predictions_ans_train.json of the RL model's folder"
+    parser.add_argument("--file_path", required=True, metavar="FILE", help=source)
+    unused = "of the released command; not needed and not read: sentences are found in the text itself"
+    parser.add_argument("--tokenizer", metavar="DIR", help=unused)
     ids = parser.add_argument_group("question ids (checked, or supplied where the file has none)")
     ids.add_argument("--data_root", help="folder that holds scienceqa/ or aokvqa/")
     ids.add_argument("--dataset", help="subfolder of --data_root (default: the one found there)")
     ids.add_argument("--split", help="split whose order the predictions follow (default: train)")
     args = parser.parse_args(argv)
-    cli.refuse(
-        [
-            f"--{flag} has no effect without --data_root: give that, too"
-            for flag in ("dataset", "split")
-            if getattr(args, flag) and not args.data_root
-        ]
-    )
+    alone = [flag for flag in ("dataset", "split") if getattr(args, flag) and not args.data_root]
+    cli.refuse([f"--{flag} has no effect without --data_root: give that, too" for flag in alone])
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     source = Path(args.file_path)
-    split = None
+    name, split = args.split or "train", None
     if args.data_root:
-        name = args.split or "train"
         split = read_data_folder(args.data_root, args.dataset).split(name, "--split")
     read = read_predictions(source, "--file_path", split, "; name the --split that was generated")
     if split is not None:

@@ -54,21 +54,20 @@ class DistributedBatches(torch.utils.data.Sampler):
     def __len__(self) -> int:
         return self.steps
 
-    def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed * 100003 + self.epoch)
+    def permutations(self, *sizes: int) -> list[list[int]]:
+        """One random order of each of `sizes` things."""
+        generator = torch.Generator().manual_seed(self.seed * 100003 + self.epoch)
+        return [torch.randperm(size, generator=generator).tolist() for size in sizes]
 
 
 class LengthGroupedBatches(DistributedBatches):
     """All samples once per epoch, shuffled, those of one optimizer step of similar length.
 
-    Samples are shuffled, sorted by length within blocks of MEGABATCH steps, cut into steps, and the steps shuffled; a
-    short last step stays last. A block is sorted by target, and every SORTED_BY_PROMPT steps of it by prompt: on
-    ScienceQA 18% of the work is then padding, against 41% with the sum of both as the key. The ranks' shares of a step
-    differ by at most one sample. In a last step with fewer samples than processes each of the others repeats one:
-    none may be idle.
-
-    Args:
-        size: samples per step and process.
+    Samples are shuffled, sorted by length within blocks of MEGABATCH steps, cut into steps of `size` samples per
+    process, and the steps shuffled; a short last step stays last. A block is sorted by target, and every
+    SORTED_BY_PROMPT steps of it by prompt: on ScienceQA 18% of the work is then padding, against 41% with the sum of
+    both as the key. The ranks' shares of a step differ by at most one sample. In a last step with fewer samples than
+    processes each of the others repeats one: none may be idle.
     """
 
     def __init__(self, lengths: Lengths, size: int, seed: int, rank: int = 0, world: int = 1):
@@ -76,14 +75,12 @@ class LengthGroupedBatches(DistributedBatches):
         super().__init__(math.ceil(len(lengths) / self.samples), seed, rank, world)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = self.generator()
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        full = len(self.lengths) // self.samples
+        order, shuffled = self.permutations(len(self.lengths), full)
         for part, steps in ((1, MEGABATCH), (0, SORTED_BY_PROMPT)):
             blocks = _chunks(order, steps * self.samples)
             order = [i for block in blocks for i in sorted(block, key=lambda i: self.lengths[i][part])]
         batches = _chunks(order, self.samples)
-        full = len(order) // self.samples
-        shuffled = torch.randperm(full, generator=generator).tolist()
         for step in [*(batches[k] for k in shuffled), *batches[full:]]:
             first, end = (len(step) * r // self.world for r in (self.rank, self.rank + 1))
             yield step[first:end] or [step[self.rank % len(step)]]
@@ -117,9 +114,8 @@ class TokenBudgetBatches(DistributedBatches):
         super().__init__((len(self.cuts) - 1) // world, seed, rank, world)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = self.generator()
-        order = torch.randperm(len(self.keys), generator=generator).tolist()
+        order, steps = self.permutations(len(self.keys), self.steps)
         order.sort(key=self.keys.__getitem__)
-        for step in torch.randperm(self.steps, generator=generator).tolist():
+        for step in steps:
             k = step * self.world + self.rank
             yield order[self.cuts[k] : self.cuts[k + 1]]

@@ -30,13 +30,9 @@ def add_adapter(model, args: argparse.Namespace):
     targets = sorted(names.intersection(TARGETS) - ({"lm_head"} if tied else set()))
     print0(f"adapter on {' '.join(targets)}{' (not on lm_head, which is the tied embedding)' if tied else ''}")
     config = peft.LoraConfig(
-        task_type="SEQ_2_SEQ_LM",
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        bias=args.lora_bias,
-        target_modules=targets,
-    )
+        task_type="SEQ_2_SEQ_LM", target_modules=targets, r=args.lora_r, lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout, bias=args.lora_bias,
+    )  # fmt: skip
     return _adapted(model, config)
 
 
@@ -61,10 +57,8 @@ def _adapted(model, config):
 
 
 def peft_fault() -> str | None:
-    """A message that the installed peft is outside the range that was tried with transformers; None if it is inside.
-
-    Outside it, peft calls methods of transformers' models that have other names there.
-    """
+    """A message that the installed peft is outside the range that was tried with transformers, where it calls methods
+    of transformers' models that have other names; None if it is inside."""
     from importlib.metadata import PackageNotFoundError, version
 
     from packaging.specifiers import SpecifierSet
@@ -73,20 +67,16 @@ def peft_fault() -> str | None:
         have = version("peft")
     except PackageNotFoundError:
         return f"peft is not installed, which the LoRA step needs; pip install 'peft{PEFT}'"
-    if SpecifierSet(PEFT).contains(have, prereleases=True):
-        return None
-    return (
-        f"peft {have} does not work with transformers {version('transformers')} in the LoRA step; "
-        f"pip install 'peft{PEFT}'"
-    )
+    fault = f"peft {have} does not work with transformers {version('transformers')} in the LoRA step"
+    return None if SpecifierSet(PEFT).contains(have, prereleases=True) else f"{fault}; pip install 'peft{PEFT}'"
 
 
 def load_adapter(model, folder: Path, flag: str = "--evaluate_dir"):
-    """`model` with the adapter in `folder`, ours or a released one (declared CAUSAL_LM, with out_proj).
-
-    Raises UserError, naming `flag`, if the adapter belongs to another model.
-    """
+    """`model` with the adapter in `folder`, ours or a released one (declared CAUSAL_LM, with out_proj). Raises
+    UserError, naming `flag`, if the adapter belongs to another model."""
     import peft
+
+    from ares.checkpoints import load_state_dict
 
     try:
         config = peft.LoraConfig.from_pretrained(str(folder))
@@ -99,7 +89,8 @@ def load_adapter(model, folder: Path, flag: str = "--evaluate_dir"):
     else:
         config.target_modules = set(config.target_modules) - {NO_EFFECT}
     config.megatron_config = None  # with it peft imports whatever module the file names
-    weights = _read_weights(folder, flag)
+    path = folder / "adapter_model.safetensors"
+    weights = load_state_dict(path if path.is_file() else path.with_suffix(".bin"), flag)
     kept = {name: tensor for name, tensor in weights.items() if f".{NO_EFFECT}.lora_" not in name}
     if len(kept) < len(weights):
         print0(f"{folder}: {len(weights) - len(kept)} tensors on {NO_EFFECT} dropped (they had no effect)")
@@ -107,28 +98,11 @@ def load_adapter(model, folder: Path, flag: str = "--evaluate_dir"):
         adapted = _adapted(model, config)
         loaded = peft.set_peft_model_state_dict(adapted, kept)
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        # no such module, a tensor of another shape
-        reason = in_one_line(error, 200)
-        raise UserError(f"{flag}: the adapter in {folder} does not fit this --model ({reason})") from error
+        why = in_one_line(error, 200)  # no such module, a tensor of another shape
+        raise UserError(f"{flag}: the adapter in {folder} does not fit this --model ({why})") from error
     if odd := [name for name in loaded.missing_keys if "lora_" in name] or loaded.unexpected_keys:
         raise UserError(f"{flag}: the adapter in {folder} does not fit this --model ({odd[0]})")
     return adapted
-
-
-def _read_weights(folder: Path, flag: str) -> dict:
-    """The adapter's tensors. Raises UserError, naming `flag`, if the file is damaged or holds pickled objects."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from ares.checkpoints import load_state_dict
-
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        return load_state_dict(path.with_suffix(".bin"), flag, "cpu")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{flag}: {path} is damaged or no safetensors file ({error})") from error
 
 
 def check_adapter(folder: Path, flag: str = "--evaluate_dir") -> None:
@@ -139,9 +113,8 @@ def check_adapter(folder: Path, flag: str = "--evaluate_dir") -> None:
         raise UserError(f"{flag}: {fault}")
     if not os.path.lexists(folder / "adapter_config.json"):
         raise UserError(f"{flag}: {folder} holds no adapter_config.json; name the adapter's folder")
-    held = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
-    held = [path for path in held if os.path.lexists(path)]
-    if not held:
+    held = [folder / f"adapter_model.{kind}" for kind in ("safetensors", "bin")]
+    if not (held := [path for path in held if os.path.lexists(path)]):
         raise UserError(f"{flag}: {folder} holds no adapter_model.safetensors (or .bin); copy the whole folder")
     config = files.read_json(folder / "adapter_config.json", flag, dict)
     rank = config.get("r", 8)

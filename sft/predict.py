@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -45,26 +44,25 @@ FINGERPRINTS = ("tokenizer", "features")  # of a prediction file's settings: con
 Rows = dict[int, list[int]]  # row of the split -> predicted ids
 
 
-def from_rank0(function: Callable[[], Any]) -> Any:
-    """`function()` of rank 0, returned on every rank; a UserError is raised on every rank. Must be picklable."""
-    box: list[Any] = [None, None]
+def from_rank0(function: Callable, *args: Any) -> Any:
+    """`function(*args)` of rank 0, returned on every rank; a UserError is raised on every rank. Must be picklable."""
+    box: list[Any] = [None]
     if cli.rank() == 0:
         try:
-            box[0] = function()
+            box[0] = function(*args)
         except UserError as error:
-            box[1] = str(error)
+            box[0] = UserError(str(error))  # one that can be pickled
     if dist.is_available() and dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise UserError(box[1])
+    if isinstance(box[0], UserError):
+        raise box[0]
     return box[0]
 
 
 def digest(dataset: Any) -> str:
     """A hash of the ids that the model sees: two launches with the same one work on the same data."""
     sha = hashlib.sha256()
-    for index in range(len(dataset)):
-        item = dataset[index]
+    for item in map(dataset.__getitem__, range(len(dataset))):
         for ids in (item["input_ids"], item["labels"]):
             sha.update(np.asarray(ids, np.int32).tobytes() + b"|")
         sha.update(item["qid"].encode() + b"\n")
@@ -81,43 +79,29 @@ class Predictor:
     """Predicts splits and scores what it predicted. One per launch; the same on every rank."""
 
     def __init__(
-        self,
-        args: argparse.Namespace,
-        problems: Mapping[str, Mapping[str, Any]],
-        tokenizer: Any,
-        collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]],
-        device: torch.device,
+        self, args: argparse.Namespace, problems: Mapping[str, Mapping[str, Any]], tokenizer: Any,
+        collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]], device: torch.device,
         bf16: bool = False,
-    ):
+    ):  # fmt: skip
         self.args, self.problems, self.tokenizer = args, problems, tokenizer
         self.asked = args.prompt_format.split("-")[1]  # of the target: A (the bare answer), E, LE, LEA or ALE
         self.collator, self.device, self.bf16 = collator, device, bf16
         if not args.use_generate:
-            print0(
-                "note: predictions are the arg-max of logits that see the gold text (teacher forcing), as released; "
-                "--use_generate generates them instead"
-            )
-
-    # -- the loop ------------------------------------------------------------------------------------------
+            forced = "the arg-max of logits that see the gold text (teacher forcing), as released"
+            print0(f"note: predictions are {forced}; --use_generate generates them instead")
 
     def predict(self, model: torch.nn.Module, dataset: Any, desc: str, store: Path | None = None) -> list[list[int]]:
-        """Predicted ids per row (no start token, no pads), in split order, on every rank.
-
-        `store`: folder to which finished rows are appended; rows that it holds are not predicted again.
-        """
+        """Predicted ids per row (no start token, no pads), in split order, on every rank. `store`: folder to which
+        finished rows are appended; rows that it holds are not predicted again."""
         # a slow rank must not find rows that a fast one has added by now: their batches would differ
         done = _gather(_read_rows(store)) if store else {}
         mine = prediction_batches(lengths(dataset), self.args.eval_bs, done)[cli.rank() :: cli.world_size()]
         model.eval()
         rows: Rows = {}
         held: list[tuple[list[int], torch.Tensor]] = []  # on the device, for --eval_acc batches
-        with contextlib.ExitStack() as stack:
-            lines = None
-            if store:
-                lines = files.Lines(store / f"rows_{cli.rank()}_{os.getpid()}.jsonl")
-                stack.callback(lines.close)
-            bar = stack.enter_context(cli.progress(mine, desc=desc, unit="batch"))
-            for number, batch in enumerate(bar, 1):
+        lines = files.Lines(store / f"rows_{cli.rank()}_{os.getpid()}.jsonl") if store else None
+        with contextlib.closing(lines) if lines else contextlib.nullcontext():
+            for number, batch in enumerate(cli.progress(mine, desc=desc, unit="batch"), 1):
                 held.append((batch, self._predict_batch(model, [dataset[i] for i in batch])))
                 if len(held) == (self.args.eval_acc or 1) or number == len(mine):
                     new = {i: ids for batch, ids in held for i, ids in zip(batch, self._trim(ids), strict=True)}
@@ -142,16 +126,13 @@ class Predictor:
 
     def _trim(self, ids: torch.Tensor) -> list[list[int]]:
         """Rows of ids without the pads at their ends."""
-        pad = self.tokenizer.pad_token_id
-        rows = ids.cpu().tolist()
+        pad, rows = self.tokenizer.pad_token_id, ids.tolist()
         ends = [max((t + 1 for t, token in enumerate(row) if token != pad), default=0) for row in rows]
         return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
     def decode(self, rows: Iterable[Sequence[int]]) -> list[str]:
         """Ids -> texts, blanks before punctuation removed as in transformers 4 (the released files' convention)."""
         return self.tokenizer.batch_decode(list(rows), skip_special_tokens=True, clean_up_tokenization_spaces=True)
-
-    # -- scores --------------------------------------------------------------------------------------------
 
     def evaluate(self, model: torch.nn.Module, dataset: Any) -> dict[str, float]:
         """The metric of one epoch, in percent: accuracy for the A formats (failed = wrong), else ROUGE-L."""
@@ -165,16 +146,12 @@ class Predictor:
 
     def letters(self, qids: Sequence[str], texts: Sequence[str]) -> list[str | None]:
         """The parsed answer of each row: a letter, or None where there is none among the question's options."""
-        return [
-            extract_answer(text, len(self.problems[qid]["choices"]), self.args.options)
-            for qid, text in zip(qids, texts, strict=True)
-        ]
+        rows = zip(qids, texts, strict=True)
+        return [extract_answer(text, len(self.problems[qid]["choices"]), self.args.options) for qid, text in rows]
 
     def scores(self, qids: Sequence[str], preds: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
-        """`num_fail` and `scores` of a split, of the parts that the format asks for: answer, rationale or both.
-
-        For E and LE there is no answer to fail at: `num_fail` is None, no table of random choices is made.
-        """
+        """`num_fail` and `scores` of a split, of the parts that the format asks for: answer, rationale or both. For E
+        and LE there is no answer to fail at: `num_fail` is None, no table of random choices is made."""
         answers, failed = {}, 0
         if "A" in self.asked:
             for qid, text in zip(qids, preds, strict=True):
@@ -183,43 +160,35 @@ class Predictor:
                 failed += not read
         rationales = dict(zip(qids, preds, strict=True)) if "E" in self.asked else {}
         references = dict(zip(qids, labels, strict=True))
-        return {
-            "num_fail": failed if answers else None,
-            "scores": get_scores(answers, rationales, references, self.problems),
-        }
-
-    # -- files ---------------------------------------------------------------------------------------------
+        scores = get_scores(answers, rationales, references, self.problems)
+        return {"num_fail": failed if answers else None, "scores": scores}
 
     def write(
-        self,
-        folder: Path,
-        datasets: Mapping[str, Any],
-        load: Callable[[], torch.nn.Module],
+        self, folder: Path, datasets: Mapping[str, Any], load: Callable[[], torch.nn.Module],
         weights: Sequence[str | os.PathLike],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Write `folder`/predictions_ans_{test,eval,train}.json for the splits of `datasets`, each as it is done.
 
         `load` is called at most once, and not at all if every file is already there. `weights`: folders whose weight
         files the predictions depend on.
         """
-        model = None
-        made: dict[str, list[list[int]]] = {}
-        identity = from_rank0(lambda: weights_digest(weights))
+        model, made = None, {}  # made: digest of the data -> predicted ids
+        identity = from_rank0(weights_digest, weights)
         for split, dataset in datasets.items():
             path, store = prediction_file(folder, split), folder / f".predicting_{FILE_NAMES[split]}"
             settings = self.settings(dataset, identity)
-            if not self.args.overwrite and from_rank0(functools.partial(_made_with, path, settings)):
+            if not self.args.overwrite and from_rank0(_made_with, path, settings):
                 print0(f"{path}: already there, made with these settings (--overwrite predicts again)")
                 continue
             if model is None:
                 model = load().to(self.device)
                 choose_attention(model, self.device)
-            from_rank0(functools.partial(_open_store, store, settings, self.args.overwrite))
+            from_rank0(_open_store, store, settings, self.args.overwrite)
             rows = made.get(settings["data"])  # A-OKVQA: test = val
             if rows is None:
                 rows = made[settings["data"]] = self.predict(model, dataset, f"predict {FILE_NAMES[split]}", store)
-            from_rank0(functools.partial(self._write_file, path, split, dataset, rows, settings))
-            from_rank0(functools.partial(shutil.rmtree, store))
+            from_rank0(self._write_file, path, split, dataset, rows, settings)
+            from_rank0(shutil.rmtree, store)
 
     def settings(self, dataset: Any, identity: str) -> dict[str, Any]:
         """What the predictions of a split depend on; kept in its file under "settings"."""
@@ -227,23 +196,17 @@ class Predictor:
         if self.collator.features is not None:
             pictured = [qid for qid in dataset.qids if qid in self.collator.features.name_map]
             sha.update(self.collator.features.gather(pictured[:8]).contiguous().numpy().tobytes())
+        names = ("img_type", "prompt_format", "use_generate", "output_len", "seed")
         return {
-            "weights": identity,
-            "data": sha.hexdigest()[:16],
-            "img_type": self.args.img_type,
-            "prompt_format": self.args.prompt_format,
-            "use_generate": self.args.use_generate,
-            "output_len": self.args.output_len,
-            "seed": self.args.seed,
+            "weights": identity, "data": sha.hexdigest()[:16], **{name: getattr(self.args, name) for name in names},
             **({"precision": "bf16"} if self.bf16 else {}),
-            "tokenizer": tokenizer_digest(self.tokenizer),
-            "features": self.features_digest(dataset.qids),
-        }
+            "tokenizer": tokenizer_digest(self.tokenizer), "features": self.features_digest(dataset.qids),
+        }  # fmt: skip
 
     def features_digest(self, qids: Sequence[str]) -> str | None:
         """`VisionFeatures.digest`, read on rank 0 alone; None without features."""
         features = self.collator.features
-        return None if features is None else from_rank0(lambda: features.digest(qids))
+        return None if features is None else from_rank0(features.digest, qids)
 
     def _write_file(self, path: Path, split: str, dataset: Any, rows: list[list[int]], settings: dict) -> None:
         preds, labels = self.decode(rows), self.decode(dataset.labels)
@@ -278,13 +241,10 @@ def _made_with(path: Path, settings: Mapping[str, Any]) -> bool:
         found = files.read_json(path, "predictions", dict).get("settings")
     except UserError:  # absent, or damaged: it is made again
         return False
+    if not isinstance(found, dict):
+        return False
     # earlier versions recorded no FINGERPRINTS
-    return isinstance(found, dict) and found == {
-        key: value for key, value in settings.items() if key in found or key not in FINGERPRINTS
-    }
-
-
-# -- rows of a split that is not yet done ----------------------------------------------------------------
+    return found == {key: value for key, value in settings.items() if key in found or key not in FINGERPRINTS}
 
 
 def _open_store(store: Path, settings: Mapping[str, Any], overwrite: bool) -> None:

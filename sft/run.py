@@ -26,21 +26,17 @@ from ares.cli import UserError, print0, warn0
 #   evaluation  may change under --final_eval
 #   training    must stay, but has no effect under --evaluate_dir
 #   features, tokenizer   a digest of content, in CONTENTS; not compared with runs that recorded none
-SETTINGS = {
-    name: meaning.split()
-    for meaning, names in {
-        "training": "epoch lr max_tokens final_eval lora_r lora_alpha lora_dropout lora_bias",
-        "training free": "bs workers save_minutes user_msg output_dir sep w_train_le rlh",
-        "free": "processes run_dir evaluate_dir overwrite eval_bs eval_acc images test_split test_le img_shape "
-        "precision",
-        "path": "data_root dataset caption_file vision_features name_map correction_file tokenizer train_le",
-        "path evaluation": "eval_le",
-        "evaluation": "val_split use_generate eval_data",
-        "features": "train_features eval_features",
-        "tokenizer": "tokenizer_pieces",
-    }.items()
-    for name in names.split()
+MEANINGS = {
+    "training": "epoch lr max_tokens final_eval lora_r lora_alpha lora_dropout lora_bias",
+    "training free": "bs workers save_minutes user_msg output_dir sep w_train_le rlh",
+    "free": "processes run_dir evaluate_dir overwrite eval_bs eval_acc images test_split test_le img_shape precision",
+    "path": "data_root dataset caption_file vision_features name_map correction_file tokenizer train_le",
+    "path evaluation": "eval_le",
+    "evaluation": "val_split use_generate eval_data",
+    "features": "train_features eval_features",
+    "tokenizer": "tokenizer_pieces",
 }
+SETTINGS = {name: meaning.split() for meaning, names in MEANINGS.items() for name in names.split()}
 CONTENTS = {
     "features": "--vision_features or --name_map (the features are not those of the earlier launch)",
     "tokenizer": "--tokenizer (its pieces are not those of the earlier launch)",
@@ -55,63 +51,49 @@ def add_sft_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("fine-tuning")
     group.add_argument("--epoch", type=int, default=20, help="passes over the training split")
     group.add_argument("--evaluate_dir", metavar="DIR", help="load this model, generate and score; train nothing")
-    group.add_argument(
-        "--correction", type=cli.str2bool, default=False, metavar="BOOL", help="train on corrected rationales"
-    )
+    text = "train on corrected rationales"
+    group.add_argument("--correction", type=cli.str2bool, default=False, metavar="BOOL", help=text)
     group.add_argument("--correction_file", metavar="FILE", help="in --data_root or a path; with --correction True")
     group.add_argument("--run_dir", metavar="DIR", help="output folder (default: a name built from the flags)")
     group.add_argument("--save_minutes", type=float, default=10.0, help="also save this often in an epoch (0: never)")
     group.add_argument("--overwrite", action="store_true", help="start anew: drop what an earlier run left")
     speed = parser.add_argument_group("speed")
-    cli.add_precision_flag(speed)
-    speed.add_argument(
-        "--max_tokens", type=int, help="per batch and process, pads included: as many samples as fit (instead of --bs)"
-    )
+    text = "autocast; auto: bf16 on a GPU that has it (weights and optimizer stay fp32)"
+    speed.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help=text)
+    text = "per batch and process, pads included: as many samples as fit (instead of --bs)"
+    speed.add_argument("--max_tokens", type=int, help=text)
     speed.add_argument("--workers", type=int, help="processes that make batches (default: 2 with a GPU, else 0)")
     return group
 
 
 def check_flags(args: argparse.Namespace, given: set[str], faults: Sequence[str] = ()) -> None:
-    """Refuse every contradiction in one message, then note the flags that have no effect.
-
-    `given`: cli.given_flags; `faults`: the script's own.
-    """
+    """Refuse every contradiction in one message, then note the flags that have no effect. `given`: cli.given_flags;
+    `faults`: the script's own."""
     from utils_data import data_flag_faults  # imports torch, which --help does without
 
-    longest = args.input_len + args.output_len
-    checks = [
-        (args.workers is not None and args.workers < 0, f"--workers must not be negative, not {args.workers}"),
-        (
-            args.max_tokens is not None and args.max_tokens < longest,
-            f"--max_tokens {args.max_tokens} is less than one sample may have (--input_len + --output_len, {longest})",
-        ),
-        (
-            args.max_tokens is not None and "bs" in given and not args.evaluate_dir,
-            "--bs and --max_tokens both set the batch: drop one",
-        ),
-        (not 0 < args.lr < math.inf, f"--lr must be a number above 0, not {args.lr}"),
-        (not 0 <= args.seed < 2**32, f"--seed must be in 0 to 2**32 - 1, not {args.seed}"),
-        (not args.save_minutes >= 0, f"--save_minutes must not be negative, not {args.save_minutes}"),
-        (
-            args.correction_file and not args.correction,
-            "--correction_file is used with --correction True only; add it or drop the file",
-        ),
-        (
-            args.evaluate_dir and args.run_dir,
-            "--run_dir names a training run; --evaluate_dir writes its predictions into its own folder",
-        ),
-        (
-            args.evaluate_dir and not Path(args.evaluate_dir).is_dir(),
-            f"--evaluate_dir: {args.evaluate_dir} is not a folder",
-        ),
-    ]
+    longest, tokens = args.input_len + args.output_len, args.max_tokens
+    few = f"is less than one sample may have (--input_len + --output_len, {longest})"
+    own_folder = "--run_dir names a training run; --evaluate_dir writes its predictions into its own folder"
     problems = [*faults, *data_flag_faults(args), *cli.precision_faults()]
     problems += [
         f"--{name} must be at least 1, not {value}"
         for name in ("epoch", "bs", "eval_bs", "eval_acc", "input_len", "output_len")
         if (value := getattr(args, name)) is not None and value < 1
     ]
-    cli.refuse([*problems, *(text for wrong, text in checks if wrong)])
+    checks = {
+        f"--workers must not be negative, not {args.workers}": args.workers is not None and args.workers < 0,
+        f"--max_tokens {tokens} {few}": tokens is not None and tokens < longest,
+        "--bs and --max_tokens both set the batch: drop one": tokens and "bs" in given and not args.evaluate_dir,
+        f"--lr must be a number above 0, not {args.lr}": not 0 < args.lr < math.inf,
+        f"--seed must be in 0 to 2**32 - 1, not {args.seed}": not 0 <= args.seed < 2**32,
+        f"--save_minutes must not be negative, not {args.save_minutes}": not args.save_minutes >= 0,
+        "--correction_file is used with --correction True only; add it or drop the file":
+            args.correction_file and not args.correction,
+        own_folder: args.evaluate_dir and args.run_dir,
+        f"--evaluate_dir: {args.evaluate_dir} is not a folder":
+            args.evaluate_dir and not Path(args.evaluate_dir).is_dir(),
+    }  # fmt: skip
+    cli.refuse([*problems, *(text for text, wrong in checks.items() if wrong)])
     useless = sorted(name for name in given if "training" in SETTINGS.get(name, ())) if args.evaluate_dir else []
     if useless:
         print0(f"note: no effect under --evaluate_dir: {' '.join('--' + name for name in useless)}")
@@ -136,19 +118,16 @@ def refuse_fresh_layers(info: Any, patch_size: Sequence[int] | None, flag: str) 
 
 def run(
     args: argparse.Namespace,
-    folder: Path,
+    folder: Path,  # the run folder, or --evaluate_dir itself
     check: Callable[[Sequence[int] | None], Any],
     build: Callable[[Sequence[int] | None, Path | None], Any],
-    weights: Sequence[str] = (),
+    weights: Sequence[str] = (),  # folders or hub ids, besides `folder`, whose weights the predictions depend on
 ) -> None:
     """Train into `folder` (unless --evaluate_dir) and write the prediction files there.
 
-    Args:
-        folder: the run folder, or --evaluate_dir itself.
-        check: given the patch size of --img_type, raises UserError if the checkpoints do not fit, without loading
-            weights; returns the model's `CheckpointInfo` (None for a hub id).
-        build: given the patch size and a folder, returns the model saved there, or for None the one to train.
-        weights: folders or hub ids, besides `folder`, whose weights the predictions depend on.
+    `check`, given the patch size of --img_type, raises UserError if the checkpoints do not fit, without loading
+    weights; it returns the model's `CheckpointInfo` (None for a hub id). `build`, given the patch size and a folder,
+    returns the model saved there, or for None the one to train.
     """
     from utils_data import Collator, check_prompt_flags, check_vocabulary, load_data, load_tokenizer
 
@@ -200,11 +179,9 @@ def tokenized_splits(args: argparse.Namespace, data: Any, tokenizer: Any) -> dic
     """`RationaleDataset` of every split that this launch reads; rationale files are checked for all of them."""
     from utils_data import RationaleDataset, read_le
 
-    wanted = {"test"}
-    if not args.evaluate_dir:
-        wanted |= {"train"} if args.final_eval else {"train", "val"}
+    wanted = {"test"} if args.evaluate_dir else {"test", "train"} if args.final_eval else {"test", "train", "val"}
     if not args.prompt_format.endswith("-A"):  # predictions of all three are written
-        wanted |= {"train", "val"}
+        wanted = {"test", "train", "val"}
     datasets = {}
     for split, flag in (("train", "train_le"), ("val", "eval_le"), ("test", "test_le")):
         path = getattr(args, flag)
@@ -217,13 +194,11 @@ def tokenized_splits(args: argparse.Namespace, data: Any, tokenizer: Any) -> dic
 def print_next_step(args: argparse.Namespace, folder: Path) -> None:
     """The command of the stage that follows this one."""
     if args.prompt_format.endswith("-A"):
-        data = [word for name in ("data_root", "dataset") if getattr(args, name)
-                for word in (f"--{name}", getattr(args, name))]  # fmt: skip
-        command = ["python", "tools/results.py", "--system", f"answers={folder}", *data]
+        command = ["python", "tools/results.py", "--system", f"answers={folder}", "--data_root", args.data_root]
+        command += ["--dataset", args.dataset] if args.dataset else []
     elif args.evaluate_dir:
-        file, tokenizer = folder / "predictions_ans_train.json", args.tokenizer or folder
-        script = "preprocessing_after_RL/remove_sentence.py"
-        command = ["python", script, "--file_path", file, "--tokenizer", tokenizer]
+        command = ["python", "preprocessing_after_RL/remove_sentence.py", "--file_path",
+                   folder / "predictions_ans_train.json", "--tokenizer", args.tokenizer or folder]  # fmt: skip
     else:
         command = [
             "accelerate", "launch", "run_mm_cot_lora.py", *launch.data_words(args), "--model", folder,
@@ -260,28 +235,22 @@ def open_run(folder: Path, settings: dict[str, Any], overwrite: bool) -> str | N
     """
     from sft.trainer import COMPLETE, METRICS, checkpoint_folders
 
-    if (folder / "args.yaml").exists():
-        if overwrite:
-            _clear(folder)
-        else:
-            changed = changed_settings(files.read_yaml(folder / "args.yaml", "--run_dir"), settings)
-            if changed:
-                raise UserError(
-                    f"{folder} holds a run with other flags: {', '.join(changed)}; "
-                    "go back to these, name another --run_dir, or start anew with --overwrite"
-                )
+    recorded = folder / "args.yaml"
+    if recorded.exists() and overwrite:
+        _clear(folder)
+    elif recorded.exists():
+        if changed := changed_settings(files.read_yaml(recorded, "--run_dir"), settings):
+            fix = "go back to these, name another --run_dir, or start anew with --overwrite"
+            raise UserError(f"{folder} holds a run with other flags: {', '.join(changed)}; {fix}")
     elif any((folder / name).exists() for name in ("config.json", "adapter_config.json", METRICS)):
         raise UserError(f"--run_dir: {folder} holds a model that this command did not write; name another folder")
     if (folder / METRICS).exists():
         return "done"
     files.write_args(folder, argparse.Namespace(**settings))
-    checkpoints = []
     for path in checkpoint_folders(folder):
-        if (path / COMPLETE).exists():
-            checkpoints.append(path)
-        else:
+        if not (path / COMPLETE).exists():
             shutil.rmtree(path)
-    return newest_undamaged(checkpoints)
+    return newest_undamaged(checkpoint_folders(folder))
 
 
 def newest_undamaged(checkpoints: Sequence[Path]) -> str | None:
@@ -317,15 +286,11 @@ def _clear(folder: Path) -> None:
 def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The differences between two `run_settings` that would mix two experiments, as `--flag new (was old)`."""
     final = new["final_eval"] and old.get("final_eval")
-    differs = {}  # name -> meanings
-    for name in new:
-        meanings = SETTINGS.get(name, [])
-        if old.get(name) != new[name] and "free" not in meanings and not (final and "evaluation" in meanings):
-            differs[name] = meanings
+    may_change = {"free", "evaluation"} if final else {"free"}
+    differs = {name: SETTINGS.get(name, []) for name in new if old.get(name) != new[name]}
+    differs = {name: meanings for name, meanings in differs.items() if not may_change & {*meanings}}
     data_changed = [differs.pop(name) for name in ("train_data", "eval_data") if name in differs]
-    contents = [
-        text for kind, text in CONTENTS.items() if any(kind in differs[name] and name in old for name in differs)
-    ]
+    contents = [text for kind, text in CONTENTS.items() if any(kind in differs[name] for name in differs.keys() & old)]
     changed = [
         f"--{name} {new[name]} (was {old.get(name)})"
         for name, meanings in sorted(differs.items())
@@ -336,8 +301,6 @@ def changed_settings(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if batch != old_batch:
         changed.append(f"--bs x processes {batch} (was {old_batch})")
     if data_changed and not changed:
-        changed.append(
-            "the files under --data_root, --caption_file or --correction_file (prompts or targets are not those of "
-            "the earlier launch)"
-        )
+        what = "(prompts or targets are not those of the earlier launch)"
+        changed.append(f"the files under --data_root, --caption_file or --correction_file {what}")
     return changed + contents

@@ -82,13 +82,9 @@ def set_up(args: argparse.Namespace, folder: Path, examples: int) -> Seq2SeqTrai
 
 
 def train(
-    args: argparse.Namespace,
-    training_args: Seq2SeqTrainingArguments,
-    build: Callable[[], Any],
-    datasets: Mapping[str, Any],
-    predictor: Predictor,
-    checkpoint: str | None,
-) -> torch.nn.Module:
+    args: argparse.Namespace, training_args: Seq2SeqTrainingArguments, build: Callable[[], Any],
+    datasets: Mapping[str, Any], predictor: Predictor, checkpoint: str | None,
+) -> torch.nn.Module:  # fmt: skip
     """Train, save into the run folder, return the trained model (the best epoch's, unless --final_eval).
 
     `checkpoint`: resume from it, with optimizer, schedule, data order and random states restored. Raises
@@ -102,26 +98,17 @@ def train(
     warn_about_device(training_args.device, sum(p.numel() for p in model.parameters()))
     ctrl_c = launch.CtrlC()
     trainer = SFTTrainer(
-        model,
-        training_args,
-        predictor.collator,
-        datasets["train"],
-        None if args.final_eval else datasets["val"],
-        processing_class=predictor.tokenizer,
-        evaluate_with=predictor.evaluate,
-        save_minutes=args.save_minutes,
-        ctrl_c=ctrl_c,
-        max_tokens=args.max_tokens,
-    )
+        model, training_args, predictor.collator, datasets["train"], None if args.final_eval else datasets["val"],
+        processing_class=predictor.tokenizer, evaluate_with=predictor.evaluate, save_minutes=args.save_minutes,
+        ctrl_c=ctrl_c, max_tokens=args.max_tokens,
+    )  # fmt: skip
     if checkpoint:
         print0(f"{folder}: resuming from {Path(checkpoint).name}")
     with ctrl_c:
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.run_control.stopped:
-        raise KeyboardInterrupt(
-            f"training is saved at step {trainer.state.global_step} of {trainer.state.max_steps}; run the same "
-            "command again to go on"
-        )
+        step = f"{trainer.state.global_step} of {trainer.state.max_steps}"
+        raise KeyboardInterrupt(f"training is saved at step {step}; run the same command again to go on")
     trainer.load_best()
     model.config.use_cache = use_cache  # the Trainer turned it off; saved so, generation would be slow ever after
     trainer.save_trained()
@@ -132,21 +119,15 @@ class SFTTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer with batches of similar length, evaluation by a `Predictor`, checkpoints that are complete."""
 
     def __init__(
-        self,
-        *args: Any,
-        evaluate_with: Callable,
-        save_minutes: float,
-        ctrl_c: launch.CtrlC,
-        max_tokens: int | None = None,
-        **kwargs: Any,
-    ):
+        self, *args: Any, evaluate_with: Callable, save_minutes: float, ctrl_c: launch.CtrlC,
+        max_tokens: int | None = None, **kwargs: Any,
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
         self.evaluate_with = evaluate_with
-        kind, size = LengthGroupedBatches, self.args.per_device_train_batch_size
-        if max_tokens is not None:
-            kind, size = TokenBudgetBatches, max_tokens
-        rank, world = self.args.process_index, self.args.world_size
-        self.batches = kind(lengths(self.train_dataset), size, self.args.seed, rank, world)
+        kind = LengthGroupedBatches if max_tokens is None else TokenBudgetBatches
+        size = self.args.per_device_train_batch_size if max_tokens is None else max_tokens
+        ranks = self.args.process_index, self.args.world_size
+        self.batches = kind(lengths(self.train_dataset), size, self.args.seed, *ranks)
         self.remove_callback(PrinterCallback)
         self.add_callback(Log())
         self.run_control = RunControl(self.batches, save_minutes, ctrl_c)
@@ -155,14 +136,10 @@ class SFTTrainer(Seq2SeqTrainer):
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         # not prepared by accelerate, which would distribute the batches once more and fill a short last step up with
         # samples of the first one; the Trainer moves them to the device
-        return torch.utils.data.DataLoader(
-            self.train_dataset,
-            batch_sampler=self.batches,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
+        names = ("num_workers", "persistent_workers", "pin_memory")
+        options = {name: getattr(self.args, f"dataloader_{name}") for name in names}
+        options |= {"batch_sampler": self.batches, "collate_fn": self.data_collator}
+        return torch.utils.data.DataLoader(self.train_dataset, **options)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs):
         """Metrics of the evaluation split, by the loop that also writes the prediction files."""
@@ -203,9 +180,8 @@ class SFTTrainer(Seq2SeqTrainer):
         loaded = {id(tensor) for name, tensor in weights.items() if name not in load_result.missing_keys}
         missing = [name for name in load_result.missing_keys if id(weights.get(name)) not in loaded]
         if odd := missing or load_result.unexpected_keys:
-            raise UserError(
-                f"{self.args.output_dir}: its checkpoint does not fit the model ({odd[0]}); use --overwrite"
-            )
+            fault = f"its checkpoint does not fit the model ({odd[0]})"
+            raise UserError(f"{self.args.output_dir}: {fault}; use --overwrite")
 
     def save_trained(self) -> None:
         """Move the trained model, its tokenizer and the training log into the run folder; metrics.json comes last."""
@@ -232,16 +208,12 @@ class SFTTrainer(Seq2SeqTrainer):
 
 def summary(state: Any) -> dict[str, Any]:
     """metrics.json from a `TrainerState`: steps, epochs, first and last logged loss, evaluations and the best one."""
-    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry] or [None]
     return {
-        "steps": state.global_step,
-        "epochs": state.epoch,
-        "first_loss": losses[0] if losses else None,
-        "last_loss": losses[-1] if losses else None,
-        "best_metric": state.best_metric,
-        "best_step": state.best_global_step,
+        "steps": state.global_step, "epochs": state.epoch, "first_loss": losses[0], "last_loss": losses[-1],
+        "best_metric": state.best_metric, "best_step": state.best_global_step,
         "evaluations": [entry for entry in state.log_history if any(key.startswith("eval_") for key in entry)],
-    }
+    }  # fmt: skip
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -266,9 +238,6 @@ def warn_about_device(device: torch.device, parameters: int) -> None:
         warn0("training on the CPU: this torch cannot use the GPU of this machine (a CPU build, or an old driver)")
     elif parameters > 100e6:
         warn0(f"no GPU found: training {parameters / 1e6:.0f} million parameters on the CPU takes days, not hours")
-
-
-# -- callbacks -------------------------------------------------------------------------------------------
 
 
 class RunControl(TrainerCallback):

@@ -100,23 +100,20 @@ def error_body(body: object) -> dict[str, Any]:
             inner = json.loads(text) if text.lstrip()[:1] in ("{", "[") else None
         except (ValueError, RecursionError):
             inner = None
-        return error_body(inner) if isinstance(inner, (dict, list)) else _error_fields({"message": text})
+        return error_body(inner if isinstance(inner, (dict, list)) else {"message": text})
     if isinstance(body, Sequence):
-        return error_body(body[0]) if body else _error_fields({})
+        return error_body(body[0] if body else {})
+    fields = ("type", "message", "code", "details")
     if not isinstance(body, Mapping):
-        names = ("type", "message", "code", "details", "error")
-        body = {name: getattr(body, name) for name in names if getattr(body, name, None) is not None}
+        body = {name: getattr(body, name) for name in (*fields, "error") if getattr(body, name, None) is not None}
+    found = {name: body.get(name) for name in fields}
     for name in ("error", "errors", "detail"):
         inner = body.get(name)
         if inner and not isinstance(inner, (str, bool, int, float)):
             return error_body(inner)
-        if isinstance(inner, str) and not body.get("message"):
-            return _error_fields({**body, "message": inner})
-    return _error_fields(body)
-
-
-def _error_fields(body: Mapping[str, Any]) -> dict[str, Any]:
-    found = {name: body.get(name) for name in ("type", "message", "code", "details")}
+        if isinstance(inner, str) and not found["message"]:
+            found["message"] = inner
+            break
     if found["message"] is not None and not isinstance(found["message"], str):
         found["message"] = json.dumps(found["message"], default=str)
     return found
@@ -188,10 +185,9 @@ def as_user_error(error: Exception, teacher: Any, request: Any, retries: int) ->
 
 
 def _explain(error: Exception, teacher: Any, request: Any, retries: int) -> str:
-    address, key = teacher.address, teacher.key_name
+    address, key, why = teacher.address, teacher.key_name, said(error, teacher.secret)
     again = "run the same command again to go on: replies so far are kept"
     what = f"the request for question {request.qid}" if request is not None else "the batch"
-    why = said(error, teacher.secret)
     if isinstance(error, NoAnswer):
         return f"--base_url: cannot reach {address} after {retries} retries ({error.kind}); {again}"
     if not isinstance(error, ApiError):
@@ -204,7 +200,10 @@ def _explain(error: Exception, teacher: Any, request: Any, retries: int) -> str:
         return f"{key}: the API does not accept this key ({why}); export a valid one"
     if status == 403:
         return f"{key}: the key may not do this ({status}: {why}); see its workspace in the Console"
-    if status in (404, 405) and not _is_unknown_model(error):
+    body = error_body(error.body)
+    # the API's own 404 about a model; any other one is about the address
+    about_model = body["type"] == "not_found_error" and re.match(r"\W*model\b", body["message"] or "")
+    if status in (404, 405) and not about_model:
         if request is None:
             return f"--batch: the server {address} has no Message Batches ({status}: {why}); leave --batch out"
         return f"--base_url: {address} has no {teacher.api} ({status}: {why}); name the server's address without /v1"
@@ -215,15 +214,9 @@ def _explain(error: Exception, teacher: Any, request: Any, retries: int) -> str:
     if status == 413:
         return f"--images: {what} is too large for the API (413: {why}); shrink its images"
     if failure_of(error).retryable:
-        name = teacher.name
-        return f"--teacher {name}: the API still answers {status} ({why}) after {retries} retries; wait, then {again}"
+        still = f"the API still answers {status} ({why}) after {retries} retries"
+        return f"--teacher {teacher.name}: {still}; wait, then {again}"
     return f"--teacher_model: {teacher.model} does not accept {what} ({status}: {why})"
-
-
-def _is_unknown_model(error: ApiError) -> bool:
-    """The API's own 404 about a model; any other one is about the address."""
-    body = error_body(error.body)
-    return body["type"] == "not_found_error" and bool(re.match(r"\W*model\b", body["message"] or ""))
 
 
 def said(error: Exception, key: str) -> str:
@@ -291,14 +284,12 @@ def _error_as_reply(body: Mapping[str, Any]) -> ApiError:
 
 def _text(content: Any) -> str | None:
     """Of a string or of content blocks; None where there is neither."""
-    if isinstance(content, str):
-        return content
     if not isinstance(content, list):
-        return None
+        return content if isinstance(content, str) else None
     blocks = [{"text": block} if isinstance(block, str) else block for block in content]
     blocks = [block for block in blocks if isinstance(block, Mapping)]
-    blocks = [block for block in blocks if block.get("type") in (None, "text", "output_text")]
-    return "".join(block["text"] for block in blocks if isinstance(block.get("text"), str))
+    texts = [block.get("text") for block in blocks if block.get("type") in (None, "text", "output_text")]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _usage(usage: Any) -> dict[str, int]:
@@ -308,18 +299,14 @@ def _usage(usage: Any) -> dict[str, int]:
         "input_tokens": usage.get("input_tokens", usage.get("prompt_tokens")),
         "output_tokens": usage.get("output_tokens", usage.get("completion_tokens")),
     }
-    if not all(_is_count(number) for number in found.values()):
+    if not all(type(number) is int and number >= 0 for number in found.values()):
         return {}
     lifetimes = usage.get("cache_creation")
     cached = {**usage, **lifetimes} if isinstance(lifetimes, Mapping) else usage
     for name in ("cache_creation_input_tokens", "cache_read_input_tokens", "ephemeral_1h_input_tokens"):
-        if _is_count(cached.get(name)) and cached[name]:
+        if type(cached.get(name)) is int and cached[name] > 0:
             found[name] = cached[name]
     return found
-
-
-def _is_count(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
 def _joined_events(text: str) -> dict[str, Any]:
@@ -377,11 +364,19 @@ def redact(text: str, key: str) -> str:
             if view[i : i + length] in parts:
                 start, end = places[i], places[i + length]
                 marks[start:end] = b"\1" * (end - start)
-        if not ESCAPE.search(view):
+        plain, where, at = [], [], 0  # one level of escapes undone
+        for escape in ESCAPE.finditer(view):
+            word = escape[0]
+            if word[0] == "&":
+                word = html.unescape(word)
+            else:
+                word = chr(int(word.lstrip("%\\ux"), 16)) if word != "\\" else ""
+            plain += [view[at : escape.start()], word]
+            where += places[at : escape.start()] + [places[escape.start()]] * len(word)
+            at = escape.end()
+        if not plain:
             break
-        view, places = _unescape(view, places)
-    if not any(marks):
-        return text
+        view, places = "".join([*plain, view[at:]]), where + places[at:]
     pieces, at = [], 0
     for run in re.finditer(b"\1+", bytes(marks)):
         pieces += [text[at : run.start()], "***"]
@@ -402,24 +397,3 @@ def _parts(key: str) -> frozenset[str]:
         inner = base64.b64encode(bytes(shift) + raw).decode().rstrip("=")[4 if shift else 0 : -1]
         forms += [inner, inner.translate(str.maketrans("+/", "-_"))]
     return frozenset(form[i : i + PART] for form in forms for i in range(len(form) - PART + 1))
-
-
-def _unescape(view: str, places: list[int]) -> tuple[str, list[int]]:
-    """One level of escapes undone, and the place of each character in the text."""
-    found, where, at = [], [], 0
-    for escape in ESCAPE.finditer(view):
-        found.append(view[at : escape.start()])
-        where += places[at : escape.start()]
-        at = escape.end()
-        word = escape[0]
-        if word[0] == "&":
-            plain = html.unescape(word)
-        elif word == "\\":
-            plain = ""
-        else:
-            plain = chr(int(word.lstrip("%\\ux"), 16))
-        found.append(plain)
-        where += [places[escape.start()]] * len(plain)
-    found.append(view[at:])
-    where += places[at:]
-    return "".join(found), where

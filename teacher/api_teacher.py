@@ -24,7 +24,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from ares import images
@@ -59,33 +58,36 @@ GENERAL = re.compile(
     r"<.*|(an? )?((internal|unexpected|unknown) ?)?(server ?)?error\b.{0,12}|overloaded.{0,12}|api_error|", re.I | re.S
 )
 
-_SCORES_SCHEMA = {
-    "type": "object",
-    "properties": {"scores": {"type": "array", "items": {"type": "number"}}},
-    "required": ["scores"],
-    "additionalProperties": False,
-}
-_CORRECTION_SCHEMA = {
-    "type": "object",
-    "properties": {"Original rationale": {"type": "string"}, "Final rationale": {"type": "string"}},
-    "required": ["Original rationale", "Final rationale"],
-    "additionalProperties": False,
-}
-_VERDICT_SCHEMA = {  # the reason first: a verdict that is written before its reason has none
-    "type": "object",
-    "properties": {"reason": {"type": "string"}, "verdict": {"type": "string", "enum": ["1", "2", "tie"]}},
-    "required": ["reason", "verdict"],
-    "additionalProperties": False,
-}
+
+def _schema(properties: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
 # one schema per kind, whatever the sentences: a new schema costs the API a compilation
-SCHEMAS = {SCORE: _SCORES_SCHEMA, CORRECT: _CORRECTION_SCHEMA, JUDGE: _VERDICT_SCHEMA}
+_TEXT = {"type": "string"}
+SCHEMAS = {
+    SCORE: _schema({"scores": {"type": "array", "items": {"type": "number"}}}),
+    CORRECT: _schema({"Original rationale": _TEXT, "Final rationale": _TEXT}),
+    # the reason first: a verdict that is written before its reason has none
+    JUDGE: _schema({"reason": _TEXT, "verdict": {"type": "string", "enum": ["1", "2", "tie"]}}),
+}
 
 
 class ApiTeacher:
     """Asks one model through an HTTP API.
 
-    A subclass sets `name`, `api`, `key_name`, `default_model` and `retired`, and defines `__aenter__` (which sets
-    `secret` and `address` and calls `start`), `__aexit__`, `body`, `parameters` and `send`.
+    A subclass sets the five fields below, and defines `__aenter__` (which sets `secret` and `address` and
+    calls `start`), `__aexit__`, and
+
+        body(request)       fields of the request's body besides model, length and messages
+        parameters(request) the request's body; raises UserError for an image that cannot be used
+        send(parameters)    sends a request once and returns the reply's parts (Received) and the request's id; raises
+                            ApiError, NoAnswer and what `api_responses.read_body` raises
 
     Args:
         price: overrides the table's.
@@ -120,7 +122,7 @@ class ApiTeacher:
         self.secret = ""
         self.address = ""
         self._rejected = 0
-        self._image_digests: dict[tuple, str] = {}
+        self._image_digests: dict[tuple, str] = {}  # identity of a file -> digest
 
     def start(self) -> None:
         """Begin to send requests. Call it within the event loop that sends them."""
@@ -130,29 +132,19 @@ class ApiTeacher:
         """Send no new request; those that wait for their turn raise Stopped."""
         self.pace.stop()
 
-    # -- the provider's part ---------------------------------------------------------------------------------
-
-    def body(self, request: Request) -> dict[str, Any]:
-        """Fields of the request's body besides model, length and messages."""
-        raise NotImplementedError
-
-    def parameters(self, request: Request) -> dict[str, Any]:
-        """The request's body. Raises UserError for an image that cannot be used."""
-        raise NotImplementedError
-
-    async def send(self, parameters: dict[str, Any]) -> tuple[Received, str | None]:
-        """Send a request once: (the reply's parts, the request's id).
-
-        Raises ApiError, NoAnswer, and what `api_responses.read_body` raises.
-        """
-        raise NotImplementedError
-
     # -- what a request depends on and costs -----------------------------------------------------------------
 
     def key(self, request: Request) -> str:
         """Digest of everything the reply depends on; images by content."""
+        digests = []
+        for path in request.images:
+            identity = images.file_identity(os.stat(path))
+            if identity not in self._image_digests:
+                with open(path, "rb") as file:
+                    self._image_digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
+            digests.append(self._image_digests[identity])
         asked = [self.model, request.kind, self.body(request), request.text, self.note(request), request.sentences]
-        asked.append([self._image_digest(path) for path in request.images])
+        asked.append(digests)
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def note(self, request: Request) -> str:
@@ -194,24 +186,11 @@ class ApiTeacher:
             # half of a surrogate pair: JSON can hold it, no file can
             return text and redact(text, self.secret).encode(errors="replace").decode()
 
+        cost = cost_usd(self.price, received.usage, batch is not None) if received.usage else None
         return Reply(
-            text=clean(received.text),
-            teacher=self.name,
-            model=clean(received.model) or self.model,
-            stop_reason=clean(received.stop_reason),
-            request_id=clean(request_id),
-            usage=received.usage,
-            cost_usd=cost_usd(self.price, received.usage, batch is not None) if received.usage else None,
-            seconds=seconds,
-            batch=batch,
-        )
-
-    def _image_digest(self, path: os.PathLike) -> str:
-        identity = images.file_identity(path)
-        if identity not in self._image_digests:
-            with open(path, "rb") as file:
-                self._image_digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
-        return self._image_digests[identity]
+            clean(received.text), self.name, clean(received.model) or self.model, clean(received.stop_reason),
+            clean(request_id), received.usage, cost, seconds, batch,
+        )  # fmt: skip
 
     # -- asking ----------------------------------------------------------------------------------------------
 
@@ -328,14 +307,6 @@ def sort_of(request: Request) -> int:
     return min(2, len(request.images))
 
 
-@dataclass
-class _Seen:
-    """An error of one text, at requests of one sort."""
-
-    tries: Counter[str] = field(default_factory=Counter)  # request -> times that it met the error
-    replies: int = 0  # to all requests, when the error came first
-
-
 class Pace:
     """Admits at most `limit` HTTP requests; `limit` moves between 1 and `most`, from `start` on. For one event loop.
 
@@ -356,7 +327,8 @@ class Pace:
         self._tried: Counter[int] = Counter()  # requests between `begin` and `end`, by sort
         self._last_cut = float("-inf")  # when `limit` was halved
         self._resume_at = 0.0
-        self._seen: dict[tuple[str, str, int], _Seen] = {}
+        # (reason, text, sort) of an error -> request -> times that it met the error; replies to all when it came first
+        self._seen: dict[tuple[str, str, int], tuple[Counter[str], int]] = {}
 
     @property
     def successes(self) -> int:
@@ -435,10 +407,10 @@ class Pace:
         """
         reason, text = error
         text = re.sub(r"\w*\d\w*", "#", text)  # ids of requests, times
-        seen = self._seen.setdefault((reason, text, sort), _Seen(replies=self.successes))
-        seen.tries[request] += 1
+        seen, replies = self._seen.setdefault((reason, text, sort), (Counter(), self.successes))
+        seen[request] += 1
         if GENERAL.fullmatch(text.strip()):
-            if self.successes == (seen.replies if self.replies[sort] else 0):
+            if self.successes == (replies if self.replies[sort] else 0):
                 return False
             tries += 2
-        return sum(count >= tries for count in seen.tries.values()) >= requests
+        return sum(count >= tries for count in seen.values()) >= requests

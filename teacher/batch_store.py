@@ -46,23 +46,16 @@ class Record:
 
     def is_sound(self) -> bool:
         """Whether the fields have the types that the client relies on."""
-        return (
-            isinstance(self.count, int)
-            and isinstance(self.model, str)
-            and isinstance(self.time, int | float)
-            and isinstance(self.most_usd, int | float | None)
-            and self.state in (INTENT, SUBMITTED, COLLECTED)
-            and isinstance(self.batch, str | None)
-            and (self.state != SUBMITTED or bool(self.batch))
-            and isinstance(self.not_ours, list)
-            and isinstance(self.asked, dict)
-            and all(
-                isinstance(asked, dict)
-                and all(isinstance(asked.get(name), str) for name in ("item", "text", "key"))
-                and asked["item"].partition("/")[0].isdecimal()
-                and isinstance(asked.get("attempt"), int)
-                for asked in self.asked.values()
-            )
+        types = {"count": int, "model": str, "time": int | float, "most_usd": int | float | None, "batch": str | None,
+                 "not_ours": list, "asked": dict}  # fmt: skip
+        if not all(isinstance(getattr(self, name), kind) for name, kind in types.items()):
+            return False
+        return self.state in (INTENT, COLLECTED, SUBMITTED if self.batch else INTENT) and all(
+            isinstance(asked, dict)
+            and all(isinstance(asked.get(name), str) for name in ("item", "text", "key"))
+            and asked["item"].partition("/")[0].isdecimal()
+            and isinstance(asked.get("attempt"), int)
+            for asked in self.asked.values()
         )
 
 

@@ -21,9 +21,7 @@ import hashlib
 import json
 import secrets
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ares import cli
@@ -33,7 +31,7 @@ from teacher.api_responses import STOP_STATUS, ApiError, NoAnswer, NotAReply, fa
 from teacher.api_teacher import LONGEST_PAUSE
 from teacher.batch_store import COLLECTED, INTENT, SUBMITTED, BatchStore, Record
 from teacher.budget import LOST
-from teacher.handoff import Item, Refused
+from teacher.handoff import Refused
 from teacher.interface import Failed, Reply, Request
 from teacher.session import Session
 
@@ -45,18 +43,6 @@ CLOCKS_DIFFER = 3600.0  # seconds by which our clock may be ahead of the API's
 LONGEST = 26 * 3600.0  # seconds; batches expire after 24 h
 LIST_LENGTH = 10_000  # batches of the list that are looked at
 BACKOFF = 1.0  # seconds, doubled up to 60
-
-
-@dataclass
-class Ask:
-    """An open request (by its key in the session) to submit; `attempt` counts from 1.
-
-    `refused`: why the reply before could not be used.
-    """
-
-    key: str
-    attempt: int = 1
-    refused: Refused | None = None
 
 
 def ask_in_batches(session: Session, store: BatchStore, submit_only: bool, poll_seconds: float) -> None:
@@ -85,8 +71,8 @@ class _Batches:
         self.submit_only, self.poll_seconds = submit_only, poll_seconds
         self.teacher, self.ledger = session.teacher, session.teacher.ledger
         self.pending: list[Record] = []  # created, not collected
-        self.todo: list[Ask] = []
-        self.key_of = {_name(item): key for key, items in session.open.items() for item in items}
+        self.todo: list[str] = []  # keys of requests to submit
+        self.key_of = {item.name: key for key, items in session.open.items() for item in items}
         self.history: dict[str, dict[str, Any]] = {}  # "key" of a record's entry -> the last entry
         self.used_up = 0  # requests given up after --attempts
         self.ends: list[UserError] = []  # what ends the run once all results that are ready are collected
@@ -129,19 +115,11 @@ class _Batches:
 
     async def work(self, bar: Any) -> None:
         """Submit, wait, collect, until nothing is left. Each round uses up attempts, so the rounds are bounded."""
-        if self.submit_only:
-            await self.submit()
-            count = sum(record.count for record in self.pending)
-            cli.print0(f"{len(self.pending)} batches with {count} requests are pending; collect them with --batch")
-            if self.todo:
-                raise self.over_budget()
-            return
-        while self.pending or self.todo:
-            if not self.pending:
+        while self.pending or self.todo or self.submit_only:
+            if not self.pending or self.submit_only:
                 await self.submit()
-                if not self.pending:
-                    raise self.over_budget()
-                continue
+            if self.submit_only:
+                return
             ended = [record for record in self.pending if await self.ended(record)]
             for record in ended:
                 before = len(self.session.open)
@@ -156,103 +134,94 @@ class _Batches:
     # -- submitting ------------------------------------------------------------------------------------------
 
     def ask(self, key: str) -> None:
-        """Add a request to `todo`, or give it up if it has had all its attempts."""
-        last = self.history.get(key[:16])
-        if last is None:
-            self.todo.append(Ask(key))
-            return
+        """Add a request to `todo`, or give it up if it has had all its attempts or the API calls it invalid."""
+        last = self.history.get(key[:16], {"attempt": 0})
         used_up = last["attempt"] >= self.session.attempts
         if used_up or last.get("permanent"):
             self.used_up += used_up
             self.session.give_up(key, last.get("reason", "no_reply"), last.get("said", ""))
-            return
-        refused = Refused(last["reason"], last["said"]) if last.get("replied") else None
-        self.todo.append(Ask(key, last["attempt"] + 1, refused))
+        else:
+            self.todo.append(key)
 
-    def worst(self, ask: Ask) -> tuple[Request, float]:
+    def worst(self, key: str) -> tuple[Request, float]:
         """The request, and the most that it can cost."""
-        request, _ = self.session.prepare(ask.key)
-        if ask.refused is not None:
-            request = self.session.ask_again(request, ask.refused)
+        request, _ = self.session.prepare(key)
+        last = self.history.get(key[:16], {})
+        if last.get("replied"):
+            request = self.session.ask_again(request, Refused(last["reason"], last["said"]))
         return request, self.teacher.most_usd(request, batch=True) or 0.0
 
-    def over_budget(self) -> Stop:
-        return self.ledger.stop(self.worst(self.todo[0])[1])
-
     async def submit(self) -> None:
-        """Create batches for `todo`; what exceeds the budget stays in it."""
-        asks, self.todo = self.todo, []
-        for shard, most_usd in self.shards(asks):
+        """Create batches for `todo`; what exceeds the budget stays in it. Raises Stop if nothing can go on then."""
+        keys, self.todo = self.todo, []
+        for shard, most_usd in self.shards(keys):
             await self.create(shard, most_usd)
+        if self.submit_only:
+            count = sum(record.count for record in self.pending)
+            cli.print0(f"{len(self.pending)} batches with {count} requests are pending; collect them with --batch")
+        if self.todo and (self.submit_only or not self.pending):
+            raise self.ledger.stop(self.worst(self.todo[0])[1])
 
-    def shards(self, asks: list[Ask]) -> Iterator[tuple[list[tuple[Ask, Request, dict]], float]]:
-        """Parts of `asks` that fit one batch each, by bytes, by count and by what is left of the budget."""
+    def shards(self, keys: list[str]) -> Iterator[tuple[list[tuple[str, Request, dict]], float]]:
+        """Parts of `keys` that fit one batch each, by bytes, by count and by what is left of the budget."""
         shard, size, usd = [], 0, 0.0
-        for number, ask in enumerate(asks):
-            request, most = self.worst(ask)
+        for number, key in enumerate(keys):
+            request, most = self.worst(key)
             parameters = self.teacher.parameters(request)
             length = len(json.dumps(parameters)) + 100  # with its custom_id
             if shard and (size + length > MAX_BYTES or len(shard) >= MAX_COUNT):
                 yield shard, usd
                 shard, size, usd = [], 0, 0.0
             if not self.ledger.fits(usd + most):
-                self.todo = asks[number:]
+                self.todo = keys[number:]
                 break
-            shard.append((ask, request, parameters))
+            shard.append((key, request, parameters))
             size, usd = size + length, usd + most
         if shard:
             yield shard, usd
 
-    async def create(self, shard: list[tuple[Ask, Request, dict]], most_usd: float) -> None:
+    async def create(self, shard: list[tuple[str, Request, dict]], most_usd: float) -> None:
         """Save the intent, create the batch, save its id. Raises UserError if the API does not create it."""
         nonce = secrets.token_hex(5)
         requests, asked = [], {}
-        for number, (ask, request, parameters) in enumerate(shard):
+        for number, (key, request, parameters) in enumerate(shard):
             requests.append({"custom_id": f"{nonce}-{number}", "params": parameters})
+            attempt = self.history.get(key[:16], {"attempt": 0})["attempt"] + 1
+            item = self.session.open[key][0].name
             asked[f"{nonce}-{number}"] = {
-                "item": _name(self.session.open[ask.key][0]), "text": _digest(request.text), "key": ask.key[:16],
-                "attempt": ask.attempt,
+                "item": item, "text": _digest(request.text), "key": key[:16], "attempt": attempt
             }  # fmt: skip
         most = most_usd if self.teacher.price else None
         record = Record(nonce, len(requests), self.teacher.model, time.time(), most, asked)
         self.store.save(record)
         self.ledger.open(f"batch of {record.count}", record.most_usd, entry=record.entry)
         for attempt in range(TRIES):
-            error = await self.try_to_create(record, requests)
-            if error is None:
+            try:
+                record.batch, record.state = await self.teacher.create_batch(requests), SUBMITTED
+            except (ApiError, NoAnswer, ValueError) as failed:
+                error, failure = failed, failure_of(failed)
+            refused = record.batch is None and (not failure.retryable or failure.status in (429, 529))
+            # after a lost answer, or a gateway's, the batch may exist
+            if record.batch or not refused and await self.found(record):
+                self.store.save(record)
                 self.remember(record)
                 self.pending.append(record)
                 return
-            failure = failure_of(error)
             pause = failure.retry_after or 0.0
-            last = attempt + 1 == TRIES or isinstance(error, NotAReply)
-            if last or not failure.retryable or pause > LONGEST_PAUSE:
+            if isinstance(error, NotAReply) or not failure.retryable or pause > LONGEST_PAUSE:
                 break
-            await asyncio.sleep(max(pause, _backoff(attempt)))
+            if attempt + 1 < TRIES:
+                await asyncio.sleep(max(pause, _backoff(attempt)))
         self.forget(record, failure.reason)  # refused, or searched for and not found
         raise self.user_error(error, attempt)
-
-    async def try_to_create(self, record: Record, requests: list[dict]) -> Exception | None:
-        """None once the batch's id is on disk; the error if no batch was created."""
-        try:
-            record.batch, record.state = await self.teacher.create_batch(requests), SUBMITTED
-        except (ApiError, NoAnswer, ValueError) as error:
-            failure = failure_of(error)
-            if not failure.retryable or failure.status in (429, 529):
-                return error  # refused
-            if not await self.found(record):  # a lost answer, or a gateway's: the batch may exist
-                return error
-        self.store.save(record)
-        return None
 
     # -- after a restart -------------------------------------------------------------------------------------
 
     async def reattach(self, record: Record) -> None:
         """Find the batch of an intent without id, or forget the intent: its items are then asked anew."""
         if await self.found(record):
-            cli.print0(
-                f"batch {record.batch} of {record.count} requests was created before the client ended: attached"
-            )
+            what = f"batch {record.batch} of {record.count} requests"
+            cli.print0(f"{what} was created before the client ended: attached")
             self.store.save(record)
         else:
             self.forget(record, "not_created")
@@ -307,13 +276,12 @@ class _Batches:
 
     def lost(self, record: Record, what: str) -> None:
         """End the run because of a batch without usable results: only the user decides to pay for it again."""
-        self.ends.append(
-            UserError(
-                f"--batch: batch {record.batch} of {record.count} requests {what}; they may be paid for, so they are "
-                "not asked again: look at it in the Console and use the key and --base_url that it was created with, "
-                f"or delete {self.store.path(record)} to give it up, then run the same command again"
-            )
+        fault = (
+            f"--batch: batch {record.batch} of {record.count} requests {what}; they may be paid for, so they are not "
+            "asked again: look at it in the Console and use the key and --base_url that it was created with, or "
+            f"delete {self.store.path(record)} to give it up, then run the same command again"
         )
+        self.ends.append(UserError(fault))
 
     async def collect(self, record: Record) -> None:
         """Save the results of a batch that has ended; what failed goes to `todo`."""
@@ -327,48 +295,41 @@ class _Batches:
             waiting = [(record.asked[custom_id], outcome) for custom_id, outcome in outcomes.items()]
             for start in range(0, len(waiting), 64):
                 await asyncio.gather(*(self.save_outcome(*each) for each in waiting[start : start + 64]))
-        except OSError as failure:
-            raise UserError(
-                f"cannot write a reply below {self.session.root} ({failure.strerror or failure}); make room, then run "
-                f"the same command again: the results of {record.batch} can be fetched again"
-            ) from None
+        except OSError as failure:  # the results can be fetched again
+            raise self.session.fault(failure) from None
         if error is not None:
-            self.ends.append(
-                UserError(
-                    f"--batch: the results of {record.batch} do not arrive whole "
-                    f"({self.said(error)}); {len(outcomes)} of {record.count} are saved; run the same "
-                    f"command again later, or delete {self.store.path(record)} to have the others asked again"
-                )
+            fault = (
+                f"--batch: the results of {record.batch} do not arrive whole ({self.said(error)}); {len(outcomes)} of "
+                f"{record.count} are saved; run the same command again later, or delete {self.store.path(record)} to "
+                "have the others asked again"
             )
+            self.ends.append(UserError(fault))
             return
         record.state = COLLECTED
         self.store.save(record)
         self.pending.remove(record)
-        usd = _cost(outcomes)
+        costs = [outcome.cost_usd for outcome in outcomes.values() if isinstance(outcome, Reply)]
+        charged = any(outcome.charged for outcome in outcomes.values() if isinstance(outcome, Failed))
+        usd = None if charged or None in costs else sum(costs)  # None: not known
         self.ledger.settle(record.entry, usd, LOST if usd is None and self.teacher.price else "reply")
         self.end_if_refused(record, outcomes)
 
     def end_if_refused(self, record: Record, outcomes: Mapping[str, Reply | Failed]) -> None:
         """End the run where the account was refused or the user has cancelled the batch."""
         failed = [outcome for outcome in outcomes.values() if isinstance(outcome, Failed)]
-        refusal = next((outcome for outcome in failed if outcome.account), None)
-        if refusal:
-            self.ends.append(
-                Stop(
-                    f"{self.teacher.key_name}: the API refuses the whole account in batch {record.batch} "
-                    f"({refusal.reason}: {refusal.said}); see billing and limits in the Console, then run this again "
-                    "to go on",
-                    STOP_STATUS,
-                )
+        for refusal in [outcome for outcome in failed if outcome.account][:1]:
+            fault = (
+                f"{self.teacher.key_name}: the API refuses the whole account in batch {record.batch} "
+                f"({refusal.reason}: {refusal.said}); see billing and limits in the Console, then run this again to "
+                "go on"
             )
-        cancelled = Counter(outcome.reason for outcome in failed)["canceled"]
-        if cancelled:
-            self.ends.append(
-                UserError(
-                    f"--batch: batch {record.batch} was cancelled before {cancelled} of its {record.count} requests "
-                    "were processed; nothing is asked again in this run: run the same command again to ask them"
-                )
+            self.ends.append(Stop(fault, STOP_STATUS))
+        if cancelled := sum(outcome.reason == "canceled" for outcome in failed):
+            fault = (
+                f"--batch: batch {record.batch} was cancelled before {cancelled} of its {record.count} requests were "
+                "processed; nothing is asked again in this run: run the same command again to ask them"
             )
+            self.ends.append(UserError(fault))
 
     async def results(self, record: Record) -> tuple[dict[str, Reply | Failed], Exception | None]:
         """(outcome of each request by custom_id, the error that kept the others from arriving).
@@ -451,17 +412,6 @@ def _backoff(attempt: int) -> float:
 
 def _is_unknown(error: Exception) -> bool:
     return isinstance(error, ApiError) and error.status == 404
-
-
-def _cost(outcomes: Mapping[str, Reply | Failed]) -> float | None:
-    """Dollars of a batch; None if a reply of unknown cost is among them."""
-    costs = [outcome.cost_usd for outcome in outcomes.values() if isinstance(outcome, Reply)]
-    charged = any(outcome.charged for outcome in outcomes.values() if isinstance(outcome, Failed))
-    return None if charged or None in costs else sum(costs)
-
-
-def _name(item: Item) -> str:
-    return f"{item.action}/p{item.rank}/{item.qid}"
 
 
 def _digest(text: str) -> str:

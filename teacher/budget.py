@@ -136,44 +136,36 @@ class Ledger:
     def __init__(self, folder: str | os.PathLike | None = None, max_usd: float | None = None):
         self.max_usd = max_usd
         self.spent_usd = 0.0
-        self.lost = 0
-        self.lost_usd = 0.0
+        self.lost, self.lost_usd = 0, 0.0  # requests, the most that they can have cost
         self._reserved: dict[str, float] = {}
         self._run = secrets.token_hex(4)
         self._count = 0
         self._waiting: list[tuple[str, float | None, asyncio.Future]] = []
-        self._file: files.Lines | None = None
         self._unwritten: list[str] = []
-        if folder is not None:
-            self._file = files.Lines(Path(folder, LOG))
+        self._file = files.Lines(Path(folder, LOG)) if folder is not None else None
 
     async def reserve(self, item: str, most_usd: float | None) -> str:
         """Wait until the worst case of a request fits. Returns the id to `settle`."""
         if self.fits(most_usd):
             return self.open(item, most_usd)
-        entry = None
         if self._reserved:
             turn = asyncio.get_running_loop().create_future()  # --watch and --check run several event loops
             self._waiting.append((item, most_usd, turn))
-            entry = await turn
-        if entry is None:
-            raise self.stop(most_usd)
-        return entry
+            if entry := await turn:
+                return entry
+        raise self.stop(most_usd)
 
     def fits(self, most_usd: float | None) -> bool:
-        return self.max_usd is None or self.committed() + (most_usd or 0.0) <= self.max_usd
-
-    def committed(self) -> float:
-        """Dollars spent, plus the worst case of lost requests and of those in flight."""
-        return self.spent_usd + self.lost_usd + sum(self._reserved.values())
+        """Whether a request fits beside what is spent, and the worst case of requests that are lost or in flight."""
+        committed = self.spent_usd + self.lost_usd + sum(self._reserved.values())
+        return self.max_usd is None or committed + (most_usd or 0.0) <= self.max_usd
 
     def open(self, item: str, most_usd: float | None, entry: str | None = None) -> str:
         """Log a request that is sent now, whether it fits or not. `entry`: its id, if it must outlive this process."""
         self._count += 1
         entry = entry or f"{self._run}-{self._count}"
-        self._log(
-            {"id": entry, "item": item, "most_usd": most_usd and round(most_usd, 12), "at": round(time.time(), 1)}
-        )
+        most = most_usd and round(most_usd, 12)
+        self._log({"id": entry, "item": item, "most_usd": most, "at": round(time.time(), 1)})
         self._reserved[entry] = most_usd or 0.0
         return entry
 
@@ -194,10 +186,7 @@ class Ledger:
         if not self._reserved or len(self._unwritten) > 100:
             with contextlib.suppress(DiskError):  # saving the reply matters more; the next request raises it
                 self._log()
-        self._serve_waiting()
-
-    def _serve_waiting(self) -> None:
-        """Reserve for each waiting request that fits now; if none does and nothing is in flight, the run ends."""
+        # reserve for each waiting request that fits now; if none does and nothing is in flight, the run ends
         waiting, self._waiting = self._waiting, []
         for item, most_usd, turn in waiting:
             if turn.done():  # cancelled

@@ -7,12 +7,13 @@ teacher/api_teacher.py, Message Batches in teacher/batches.py. Used through `pyt
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib
 import inspect
 import json
 import os
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit
@@ -31,8 +32,7 @@ from teacher.api_responses import (
     redact,
     said,
 )
-from teacher.api_teacher import SCHEMAS, TIMEOUT, ApiTeacher
-from teacher.budget import Ledger, Price
+from teacher.api_teacher import SCHEMAS, ApiTeacher
 from teacher.interface import Failed, Reply, Request
 
 if TYPE_CHECKING:
@@ -96,13 +96,10 @@ def check_network() -> None:
     """Raise UserError where the proxy or the certificates that the environment names cannot be used."""
     import anthropic
 
-    variables = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
-    proxies = [name for upper in variables for name in (upper, upper.lower()) if os.environ.get(name)]
     certificates = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
-    for name in certificates:
-        if not os.path.exists(os.environ[name]):
-            raise UserError(f"--teacher claude: {name}: {os.environ[name]} does not exist; unset it or name another")
     try:
+        for name in certificates:
+            os.stat(os.environ[name])
         anthropic.DefaultAsyncHttpxClient()  # reads both, as each client of the SDK does
     except OSError as error:
         where = " or ".join(certificates) or "the system"
@@ -110,6 +107,8 @@ def check_network() -> None:
             f"--teacher claude: the certificates that {where} names cannot be read ({error}); unset it or name others"
         ) from error
     except Exception as error:  # ValueError, ImportError or the HTTP library's own, of the version that is installed
+        upper = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+        proxies = [name for name in (*upper, *map(str.lower, upper)) if os.environ.get(name)]
         # not the address itself: it may hold a password
         kinds = sorted({os.environ[name].partition("://")[0] for name in proxies if "://" in os.environ[name]})
         raise UserError(
@@ -121,9 +120,8 @@ def check_network() -> None:
 class ClaudeTeacher(ApiTeacher):
     """Asks one model through the Messages API. Needs ANTHROPIC_API_KEY once it is entered.
 
-    Args:
-        structured: False asks for JSON in words only, for gateways that do not know `output_config`.
-        price, timeout, ledger: see ApiTeacher.
+    `structured`: False asks for JSON in words only, for gateways that do not know `output_config`; `more`: price,
+    timeout and ledger, see ApiTeacher.
     """
 
     name = "claude"
@@ -136,22 +134,13 @@ class ClaudeTeacher(ApiTeacher):
         base_url: str | None = None,
         concurrency: int = 8,
         *,
-        price: Price | None = None,
         structured: bool = True,
-        timeout: float = TIMEOUT,
-        ledger: Ledger | None = None,
+        **more: Any,
     ):
         self.base_url = server_address(base_url)
         self.family = next(family for family in FAMILIES if model.startswith(family.prefixes))
-        super().__init__(
-            model,
-            concurrency,
-            price=price,
-            structured=structured and self.family.structured,
-            may_think=self.family.may_think,
-            timeout=timeout,
-            ledger=ledger,
-        )
+        structured = structured and self.family.structured
+        super().__init__(model, concurrency, structured=structured, may_think=self.family.may_think, **more)
         self.client: anthropic.AsyncAnthropic | None = None
 
     async def __aenter__(self) -> ClaudeTeacher:
@@ -173,6 +162,7 @@ class ClaudeTeacher(ApiTeacher):
             timeout=self.timeout,
             http_client=anthropic.DefaultAsyncHttpxClient(limits=limits),
         )
+        self._patient = self.client.with_options(max_retries=6)  # for free calls
         self.address = str(self.client.base_url)
         self._arguments = frozenset(inspect.signature(self.client.messages.create).parameters)
         return self
@@ -213,13 +203,11 @@ class ClaudeTeacher(ApiTeacher):
         # as extra_body what this SDK has no argument for: `temperature` in new ones, `output_config` in old ones
         extra = {name: value for name, value in parameters.items() if name not in self._arguments}
         known = {name: value for name, value in parameters.items() if name in self._arguments}
-        try:
+        with translated_errors():
             # raw: the SDK accepts only its own form of a reply, and a body without `usage` was paid for all the same
             raw = await self.client.messages.with_raw_response.create(**known, extra_body=extra or None)
             response = raw.http_response
             data = await response.aread()
-        except Exception as error:
-            raise translated(error) from None
         try:
             return read_body(data), response.headers.get("request-id")
         except ApiError as error:
@@ -228,47 +216,35 @@ class ClaudeTeacher(ApiTeacher):
 
     async def count_tokens(self, request: Request) -> int:
         """Input tokens of a request, by the API's free counting endpoint. Raises ApiError or NoAnswer."""
-        body = self.body(request)
-        try:
-            counted = await self.client.with_options(max_retries=2).messages.count_tokens(
-                model=self.model,
-                messages=[{"role": "user", "content": self.content(request)}],
-                extra_body={name: value for name, value in body.items() if name != "temperature"} or None,
-            )
-        except Exception as error:
-            raise translated(error) from None
-        return counted.input_tokens
+        body = {name: value for name, value in self.body(request).items() if name != "temperature"}
+        messages = [{"role": "user", "content": self.content(request)}]
+        with translated_errors():
+            count = self.client.with_options(max_retries=2).messages.count_tokens
+            return (await count(model=self.model, messages=messages, extra_body=body or None)).input_tokens
 
     # -- Message Batches (teacher/batches.py) ----------------------------------------------------------------
 
     async def create_batch(self, requests: list[dict[str, Any]]) -> str:
         """Create a batch of {"custom_id", "params"}; returns its id. Raises ApiError, NoAnswer, NotAReply."""
-        # not retried by the SDK: a batch of a lost answer may exist
-        create = self.client.with_options(timeout=600.0).messages.batches.create
-        try:
-            batch = await create(requests=requests)
-        except Exception as error:
-            raise translated(error) from None
+        with translated_errors():
+            # not retried by the SDK: a batch of a lost answer may exist
+            batch = await self.client.with_options(timeout=600.0).messages.batches.create(requests=requests)
         if not isinstance(getattr(batch, "id", None), str) or not batch.id:
             raise NotAReply(str(batch))
         return batch.id
 
     async def list_batches(self) -> AsyncIterator[tuple[str, float, int]]:
         """(id, time of creation in Unix seconds, number of requests) of the account's batches, newest first."""
-        try:
-            async for batch in self._patient().messages.batches.list(limit=100):
+        with translated_errors():
+            async for batch in self._patient.messages.batches.list(limit=100):
                 counts = batch.request_counts
                 total = counts.processing + counts.succeeded + counts.errored + counts.canceled + counts.expired
                 yield batch.id, batch.created_at.timestamp(), total
-        except Exception as error:
-            raise translated(error) from None
 
     async def batch_ended(self, batch_id: str) -> bool:
         """Whether all requests of a batch are processed. Raises ApiError, NoAnswer, NotAReply."""
-        try:
-            batch = await self._patient().messages.batches.retrieve(batch_id)
-        except Exception as error:
-            raise translated(error) from None
+        with translated_errors():
+            batch = await self._patient.messages.batches.retrieve(batch_id)
         status = getattr(batch, "processing_status", None)
         if status not in ("in_progress", "canceling", "ended"):
             raise NotAReply(str(batch))
@@ -284,8 +260,8 @@ class ClaudeTeacher(ApiTeacher):
         from anthropic.resources.messages import batches as sdk
 
         rest, damage = b"", None
-        try:
-            response = await self._patient().get(
+        with translated_errors():
+            response = await self._patient.get(
                 f"/v1/messages/batches/{quote(batch_id, safe='')}/results",
                 cast_to=sdk.AsyncJSONLDecoder[sdk.MessageBatchIndividualResponse],
                 options={"headers": {"Accept": "application/binary"}},
@@ -301,8 +277,6 @@ class ClaudeTeacher(ApiTeacher):
                         damage = error
             if rest.strip():
                 yield self._outcome(json.loads(rest), batch_id)
-        except Exception as error:
-            raise translated(error) from None
         if damage is not None:
             raise damage
 
@@ -325,22 +299,21 @@ class ClaudeTeacher(ApiTeacher):
             why = said(error, self.secret)
             return custom_id, Failed("broken_reply", why, account=is_account_refusal(error), charged=True)
 
-    def _patient(self) -> anthropic.AsyncAnthropic:
-        return self.client.with_options(max_retries=6)  # free calls
 
-
-def translated(error: Exception) -> Exception:
-    """An exception of the SDK as ApiError, NoAnswer or ValueError; any other one as it is."""
+@contextlib.contextmanager
+def translated_errors() -> Iterator[None]:
+    """Raise exceptions of the SDK as ApiError, NoAnswer or ValueError."""
     import anthropic
 
-    if isinstance(error, anthropic.APIStatusError):
-        return ApiError(error.status_code, error.body, error.response.headers)
-    if isinstance(error, anthropic.APIConnectionError):
+    try:
+        yield
+    except anthropic.APIStatusError as error:
+        raise ApiError(error.status_code, error.body, error.response.headers) from None
+    except anthropic.APIConnectionError as error:
         kind = type(error.__cause__ or error).__name__
-        return NoAnswer(kind, timeout=isinstance(error, anthropic.APITimeoutError))
-    if isinstance(error, anthropic.AnthropicError):
-        return ValueError(f"{type(error).__name__}: {error}")
-    return error
+        raise NoAnswer(kind, timeout=isinstance(error, anthropic.APITimeoutError)) from None
+    except anthropic.AnthropicError as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
 
 
 def _image_block(path: os.PathLike, qid: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """One client for every kind of Teacher: what haiku.py, haiku_for_correction_feedback.py and tools/win_rate.py share.
 
-Two Teachers: Claude (teacher/claude.py; live or, with --batch, through teacher/batches.py) and the offline reference
-(teacher/reference.py). A request is sent for every item (`handoff.Item`) without a usable reply, identical requests
-only once (teacher/session.py). This module holds the flags and puts the parts together. Needs no torch.
+Two Teachers: Claude (teacher/claude.py) and the offline reference (teacher/reference.py). A request is sent for every
+item (`handoff.Item`) without a usable reply, identical requests only once (teacher/session.py), live or, with --batch,
+through teacher/batches.py. This module holds the flags and puts the parts together. Needs no torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,16 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from ares import cli, files, launch
-from ares.data_folder import Problems, read_data_folder
-from teacher import batches, claude, reference
+from teacher import batches, reference
+from teacher.api_teacher import TIMEOUT
 from teacher.batch_store import BatchStore
 from teacher.budget import LOG, Ledger, Price, price_of, read_log
 from teacher.claude import DEFAULT_MODEL, ClaudeTeacher, api_key, server_address
 from teacher.handoff import Item
 from teacher.interface import JUDGE, SCORE, Reply, Request, Teacher
-from teacher.live import ask_live
-from teacher.reply_cache import ReplyCache, default_folder
-from teacher.session import OURS, Report, Session
+from teacher.reply_files import ReplyCache
+from teacher.session import OURS, Report, Session, ask_live
 
 
 class ReferenceTeacher:
@@ -42,14 +42,14 @@ class ReferenceTeacher:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        return None
+        pass
 
     def stop(self) -> None:
-        return None
+        pass
 
     def key(self, request: Request) -> str:
-        asked = [self.model, request.kind, request.qid, request.text, request.sentences]
-        asked.append(list(map(str, request.images)))
+        images = list(map(str, request.images))
+        asked = [self.model, request.kind, request.qid, request.text, request.sentences, images]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
     async def answer(self, request: Request) -> Reply:
@@ -75,50 +75,30 @@ class ReferenceTeacher:
 
 def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which Teacher is asked, how, and at what cost."""
-    group = parser.add_argument_group("teacher")
-    group.add_argument(
-        "--teacher",
-        choices=("claude", "reference"),
-        default="claude",
-        help="claude: the API, key from ANTHROPIC_API_KEY; reference: offline, from the gold solution (no key)",
-    )
-    group.add_argument("--teacher_model", default=DEFAULT_MODEL, help="any model id (default: %(default)s)")
-    group.add_argument("--base_url", metavar="URL", help="another address of the API, such as a gateway")
-    group.add_argument(
-        "--concurrency",
-        type=int,
-        default=32,
-        help="most requests in flight, fewer when the API says so (default: %(default)s, about 1,000 a minute)",
-    )
-    group.add_argument(
-        "--attempts", type=int, default=3, help="requests per item until its reply is usable (default: %(default)s)"
-    )
-    group.add_argument(
-        "--timeout", type=float, default=claude.TIMEOUT, metavar="S", help="seconds per request (default: %(default)g)"
-    )
-    group.add_argument(
-        "--no-structured", action="store_true", help="ask for JSON in words only, where a gateway knows no schema"
-    )
-    group.add_argument(
-        "--keep_replies", action="store_true", help="use replies that another Teacher or model wrote before"
-    )
-    group.add_argument(
-        "--accept-missing", action="store_true", help="go on although some replies are missing or unusable"
-    )
-    ways = parser.add_argument_group("batches, money, looking before asking")
-    ways.add_argument("--batch", action="store_true", help="Message Batches: half the price, most end within an hour")
-    ways.add_argument("--submit-only", action="store_true", help="with --batch: submit and leave; collect by --batch")
-    ways.add_argument(
-        "--poll_seconds", type=float, default=30.0, metavar="S", help="between looks at batches (default: %(default)g)"
-    )
-    ways.add_argument("--max_usd", type=float, metavar="USD", help="stop before this run's spend exceeds it (exit 3)")
-    ways.add_argument(
-        "--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars per million tokens, if not in the table"
-    )
-    ways.add_argument("--estimate", action="store_true", help="print counts, tokens and dollars; ask nothing paid")
-    ways.add_argument("--show", metavar="QID", help="print a question's request as it would be sent; ask nothing")
-    ways.add_argument("--cache", metavar="DIR", help="replies of earlier runs (default: ~/.cache/ares/teacher)")
-    ways.add_argument("--no-cache", action="store_true", help="neither read nor keep replies there")
+    add = parser.add_argument_group("teacher").add_argument
+    teachers = "claude: the API, key from ANTHROPIC_API_KEY; reference: offline, from the gold solution (no key)"
+    add("--teacher", choices=("claude", "reference"), default="claude", help=teachers)
+    add("--teacher_model", default=DEFAULT_MODEL, help="any model id (default: %(default)s)")
+    add("--base_url", metavar="URL", help="another address of the API, such as a gateway")
+    in_flight = "most requests in flight, fewer when the API says so (default: %(default)s, about 1,000 a minute)"
+    add("--concurrency", type=int, default=32, help=in_flight)
+    add("--attempts", type=int, default=3, help="requests per item until its reply is usable (default: %(default)s)")
+    add("--timeout", type=float, default=TIMEOUT, metavar="S", help="seconds per request (default: %(default)g)")
+    add("--no-structured", action="store_true", help="ask for JSON in words only, where a gateway knows no schema")
+    add("--keep_replies", action="store_true", help="use replies that another Teacher or model wrote before")
+    add("--accept-missing", action="store_true", help="go on although some replies are missing or unusable")
+    add = parser.add_argument_group("batches, money, looking before asking").add_argument
+    add("--batch", action="store_true", help="Message Batches: half the price, most end within an hour")
+    add("--submit-only", action="store_true", help="with --batch: submit and leave; collect by --batch")
+    looks = "between looks at batches (default: %(default)g)"
+    add("--poll_seconds", type=float, default=30.0, metavar="S", help=looks)
+    add("--max_usd", type=float, metavar="USD", help="stop before this run's spend exceeds it (exit 3)")
+    prices = "dollars per million tokens, if not in the table"
+    add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help=prices)
+    add("--estimate", action="store_true", help="print counts, tokens and dollars; ask nothing paid")
+    add("--show", metavar="QID", help="print a question's request as it would be sent; ask nothing")
+    add("--cache", metavar="DIR", help="replies of earlier runs (default: ~/.cache/ares/teacher)")
+    add("--no-cache", action="store_true", help="neither read nor keep replies there")
 
 
 ROOM, ROOM_PER_REPLY = 1 << 20, 1 << 16  # bytes of disk reserved: a reply has four files of some blocks each
@@ -133,11 +113,8 @@ def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
     """Refuse flags that would be ignored, and a missing key. `given`: `cli.given_flags` of the script's parser."""
     wrong = []
     if args.teacher == "reference":
-        watching = {"poll_seconds"} if getattr(args, "watch", None) else set()
-        ignored = sorted((given & FOR_CLAUDE) - watching - {"estimate"})
+        ignored = sorted(given & FOR_CLAUDE - ({"poll_seconds"} if getattr(args, "watch", None) else set()))
         wrong = [f"{_flag(name)} has no effect with --teacher reference; leave it out" for name in ignored]
-        if args.estimate:
-            wrong.append("--estimate: the reference Teacher costs nothing; leave it out")
     wrong += [f"--{name} must be at least 1" for name in ("concurrency", "attempts") if getattr(args, name) < 1]
     wrong += [
         f"--{name} must be a number above 0"
@@ -187,30 +164,6 @@ def make_teacher(args: argparse.Namespace, ledger: Ledger | None = None) -> Teac
     )
 
 
-def make_cache(args: argparse.Namespace) -> ReplyCache:
-    """The cache of replies of earlier runs. The reference Teacher has none: computing is cheaper than looking up."""
-    if args.no_cache or args.teacher == "reference":
-        return ReplyCache(None)
-    return ReplyCache(files.writable_dir(args.cache, "--cache") if args.cache else default_folder())
-
-
-def load_for(args: argparse.Namespace, items: Sequence[Item]) -> Problems | None:
-    """The problems behind the items. Claude can do without problems.json (its requests are written): then None.
-
-    Raises UserError if an item's question is not among them.
-    """
-    if args.teacher == "claude" and not Path(args.data_root).is_dir():
-        return None
-    problems = read_data_folder(args.data_root, args.dataset).problems
-    unknown = next((item for item in items if item.qid not in problems), None)
-    if unknown:
-        raise cli.UserError(
-            f"--data_root: question {unknown.qid} ({unknown.folder}) is not in its problems.json; name the data of "
-            "this run with --data_root and --dataset"
-        )
-    return problems
-
-
 # -- putting the parts together ----------------------------------------------------------------------------
 
 
@@ -237,24 +190,25 @@ def work_in(root: str | Path, flag: str, args: argparse.Namespace, before: Ledge
             yield teacher
         finally:
             ledger.close()
-            _print_losses(ours, teacher)
-
-
-def _print_losses(ours: Path, teacher: Teacher) -> None:
-    if retried := getattr(teacher, "retried", None):
-        cli.print0(f"retried errors: {in_words(retried)}")
-    totals = read_log(ours / LOG)
-    if totals.unknown:
-        cli.print0(
-            f"{ours / LOG}: ${totals.usd:.4f} for {totals.replies} replies so far, and at most "
-            f"${totals.unknown_usd:.4f} for {totals.unknown} requests of unknown cost (killed, lost, or answered "
-            "without their usage)"
-        )
+            if retried := getattr(teacher, "retried", None):
+                cli.print0(f"retried errors: {in_words(retried)}")
+            totals = read_log(ours / LOG)
+            if totals.unknown:
+                cli.print0(
+                    f"{ours / LOG}: ${totals.usd:.4f} for {totals.replies} replies so far, and at most "
+                    f"${totals.unknown_usd:.4f} for {totals.unknown} requests of unknown cost (killed, lost, or "
+                    "answered without their usage)"
+                )
 
 
 def make_session(root: str | Path, teacher: Teacher, kind: str, args: argparse.Namespace, **more: Any) -> Session:
     """A Session with the settings of the flags; `more`: arguments of its class."""
-    more |= {"attempts": args.attempts, "cache": make_cache(args), "keep_replies": args.keep_replies}
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ares" / "teacher"
+    if args.no_cache or args.teacher == "reference":  # it computes faster than a look-up
+        cache = None
+    elif args.cache:
+        cache = files.writable_dir(args.cache, "--cache")
+    more |= {"attempts": args.attempts, "cache": ReplyCache(cache), "keep_replies": args.keep_replies}
     return Session(root, teacher, kind, **more)
 
 

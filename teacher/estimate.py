@@ -7,22 +7,24 @@ endpoint corrects the input rule on a sample. Only `scores_of`, for the comparis
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
-import random
 import statistics
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 from ares import cli, images
+from teacher import handoff
 from teacher.api_responses import said
 from teacher.api_teacher import ApiTeacher
 from teacher.budget import BATCH_FACTOR, PRICES_DATE
 from teacher.handoff import Item, Refused
-from teacher.interface import CORRECT, JUDGE, SCORE, Request, Stopped, Unanswered
-from teacher.parsing import parse_scores
-from teacher.session import Session
+from teacher.interface import CORRECT, JUDGE, SCORE, Request
+from teacher.reply_files import read_scores
+from teacher.session import Session, ask_live
 
 CHARACTERS_PER_TOKEN = 3.5
 FRAME_TOKENS = 20  # of a message's own frame
@@ -31,18 +33,6 @@ SAMPLE = 20  # requests counted by the API
 LAST_POSITION = 6  # later sentences share a line of the comparison
 CLOSE = 0.1
 REPLY_CONTENT = {SCORE: "scores only", CORRECT: "the text again", JUDGE: "a sentence and a verdict"}
-
-
-@dataclass
-class Estimate:
-    """Sums over the distinct open requests. Tokens by rule, before any correction."""
-
-    requests: int = 0
-    with_image: int = 0
-    images: int = 0
-    text_tokens: float = 0.0
-    image_tokens: int = 0
-    output_tokens: float = 0.0
 
 
 def input_tokens(request: Request, structured: bool) -> tuple[float, int]:
@@ -63,34 +53,41 @@ def output_tokens(request: Request, structured: bool) -> float:
     return 30 + 2 * characters / CHARACTERS_PER_TOKEN
 
 
+def preview(session: Session, items: list[Item], args: argparse.Namespace) -> None:
+    """Do what --show or --estimate asks for. Raises UserError."""
+    if args.show:
+        return show(session, items, args.show)
+    session.add(items, serve=False)
+    return estimate(session)
+
+
 def estimate(session: Session) -> None:
     """Print what answering the session's open requests would cost."""
     teacher: ApiTeacher = session.teacher
-    report, sums = session.report, Estimate()
+    report = session.report
     items = sum(map(len, session.open.values()))
     asked = [key for key in session.open if not session.known(key)]
-    cached = len(session.open) - len(asked)
+    text_tokens = image_tokens = tokens_out = 0.0
+    image_counts = []
     for key in cli.progress(asked, desc="estimating", unit="request"):
         request, _ = session.prepare(key)
         text, image = input_tokens(request, teacher.structured)
-        sums.requests += 1
-        sums.images += len(request.images)
-        sums.with_image += bool(request.images)
-        sums.text_tokens += text
-        sums.image_tokens += image
-        sums.output_tokens += output_tokens(request, teacher.structured)
+        text_tokens += text
+        image_tokens += image
+        tokens_out += output_tokens(request, teacher.structured)
+        image_counts.append(len(request.images))
     ratio, how = _counted(session, asked)
-    tokens_in, tokens_out = (sums.text_tokens + sums.image_tokens) * ratio, sums.output_tokens
+    tokens_in = (text_tokens + image_tokens) * ratio
     cli.print0(
         f"{report.total} rationales: {report.kept} have a reply, {len(report.unusable)} hold nothing to ask about, "
         f"{items} are open: {len(session.open)} distinct requests ({items - len(session.open)} duplicates, asked "
-        f"once), {cached} of them known already, {sums.requests} to ask"
+        f"once), {len(session.open) - len(asked)} of them known already, {len(asked)} to ask"
     )
-    cli.print0(f"images: {sums.images}, in {sums.with_image} of these requests")
+    cli.print0(f"images: {sum(image_counts)}, in {sum(map(bool, image_counts))} of these requests")
     if report.text_only:
         cli.print0(f"{report.text_only} rationales would go without the image that their question names")
     cli.print0(
-        f"tokens: {tokens_in:,.0f} in ({sums.image_tokens:,} of them images), {tokens_out:,.0f} out; input {how}; "
+        f"tokens: {tokens_in:,.0f} in ({image_tokens:,.0f} of them images), {tokens_out:,.0f} out; input {how}; "
         f"output by rule ({REPLY_CONTENT[session.kind if teacher.structured or session.kind == JUDGE else CORRECT]})"
     )
     if teacher.price is None:
@@ -111,22 +108,22 @@ def _counted(session: Session, keys: list[str]) -> tuple[float, str]:
     if not keys or not key:
         return 1.0, rule
     sample = keys[:: max(1, len(keys) // SAMPLE)][:SAMPLE]
+
+    async def count() -> float:
+        counted = by_rule = 0.0
+        async with session.teacher as teacher:
+            for key in sample:
+                request, _ = session.prepare(key)
+                counted += await teacher.count_tokens(request)
+                by_rule += sum(input_tokens(request, teacher.structured))
+        return counted / by_rule
+
     try:
-        ratio = asyncio.run(_count(session, sample))
+        ratio = asyncio.run(count())
     except Exception as error:  # the rule needs no network
         why = said(error, key)
         return 1.0, f"{rule}; counting failed: {why}"
     return ratio, f"by the API's count of {len(sample)} requests, {ratio:.2f} times the rule"
-
-
-async def _count(session: Session, sample: list[str]) -> float:
-    counted = by_rule = 0.0
-    async with session.teacher as teacher:
-        for key in sample:
-            request, _ = session.prepare(key)
-            counted += await teacher.count_tokens(request)
-            by_rule += sum(input_tokens(request, teacher.structured))
-    return counted / by_rule
 
 
 def show(session: Session, items: list[Item], qid: str) -> None:
@@ -156,97 +153,53 @@ def show(session: Session, items: list[Item], qid: str) -> None:
 # -- comparing two Teachers --------------------------------------------------------------------------------
 
 
-def sample_items(items: Sequence[Item], count: int, seed: int = 0) -> list[Item]:
-    """`count` items drawn at random, the same ones for the same folder."""
-    return random.Random(seed).sample(list(items), min(count, len(items)))
-
-
 def scores_of(session: Session, items: Sequence[Item]) -> list[list[float] | None]:
     """The scores of each item by the session's Teacher; None where its reply cannot be used. Raises UserError.
 
-    Writes nothing into the questions folder; paid replies go to the cache.
+    Works in a temporary copy of the items, so that the questions folder stays as it is; paid replies go to the cache.
     """
-    return asyncio.run(_ask_all(session, items))
+    with tempfile.TemporaryDirectory() as root:
+        copies = [Item(Path(root), item.action, item.rank, item.qid) for item in items]
+        for item, copied in zip(items, copies, strict=True):
+            request = session.request(item)
+            if request is None:
+                fault = f"--check: {item.folder} has no request that fits its rationale; run the preprocessing"
+                raise cli.UserError(fault)
+            handoff.write_rationale(copied.folder, request.sentences)
+            handoff.write_request(copied.folder, request.text, request.images)
+        session.root = Path(root)
+        session.add(copies)
+        ask_live(session)
+        return [_scores(copied) for copied in copies]
 
 
-async def _ask_all(session: Session, items: Sequence[Item]) -> list[list[float] | None]:
-    turn = asyncio.Semaphore(session.teacher.concurrency)
-    found: list[list[float] | None] = [None] * len(items)
-    failures: list[cli.UserError] = []
-    with cli.progress(desc=f"{session.teacher.name} {session.teacher.model}", total=len(items), unit="item") as bar:
-        async with session.teacher:
-
-            async def one(index: int, item: Item) -> None:
-                async with turn:
-                    if failures:
-                        return
-                    try:
-                        found[index] = await _scores(session, item)
-                    except cli.UserError as error:
-                        failures.append(error)
-                        session.teacher.stop()
-                    except (Unanswered, Stopped, Refused):
-                        pass
-                    bar.update()
-
-            await asyncio.gather(*(one(index, item) for index, item in enumerate(items)))
-    if failures:
-        raise failures[0]
-    return found
-
-
-async def _scores(session: Session, item: Item) -> list[float]:
-    """Raises Refused after all attempts, Unanswered, Stopped, UserError."""
-    request: Request | None = session.request(item)
-    if request is None:
-        raise cli.UserError(f"--check: {item.folder} has no request that fits its rationale; run the preprocessing")
-    key = session.teacher.key(request)
-    known = session.cache.get(key)
-    if known is not None:
-        return parse_scores(known["text"], list(request.sentences))
-    for attempt in range(session.attempts):
-        reply = await session.teacher.answer(request)
-        session.report.add(reply)
-        try:
-            scores = parse_scores(reply.text, list(request.sentences))
-        except Refused as refused:
-            if attempt + 1 == session.attempts:
-                raise
-            request = session.ask_again(request, refused)
-            continue
-        session.cache.put(
-            key, reply.text, {"teacher": reply.teacher, "model": reply.model, "usage": dict(reply.usage)}
-        )
-        return scores
-    raise Unanswered("no_attempts")
+def _scores(item: Item) -> list[float] | None:
+    try:
+        return read_scores(item.folder)
+    except Refused:
+        return None
 
 
 def agreement_lines(first: Sequence[list[float] | None], second: Sequence[list[float] | None]) -> list[str]:
     """The lines of the comparison: mean absolute difference, correlation and share within 0.1 of the scores, over all
     sentences and by position in the rationale."""
-    pairs = [
-        (min(position, LAST_POSITION), a, b)
-        for left, right in zip(first, second, strict=True)
-        if left is not None and right is not None
-        for position, (a, b) in enumerate(zip(left, right, strict=True), start=1)
-    ]
-    both = sum(left is not None and right is not None for left, right in zip(first, second, strict=True))
-    lines = [f"{both} of {len(first)} rationales scored by both, {len(pairs)} sentences"]
-    if not pairs:
+    both = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
+    rows: dict[str, list[tuple[float, float]]] = {"all": []}  # name of the row -> pairs of scores
+    for scores in both:
+        for position, pair in enumerate(zip(*scores, strict=True), start=1):
+            rows["all"].append(pair)
+            rows.setdefault(f"{position}" if position < LAST_POSITION else f"{LAST_POSITION}+", []).append(pair)
+    lines = [f"{len(both)} of {len(first)} rationales scored by both, {len(rows['all'])} sentences"]
+    if not rows["all"]:
         return lines
     lines.append("position   sentences   mean |difference|   correlation   within 0.1")
-    lines.append(_agreement_line("all", [(a, b) for _, a, b in pairs]))
-    for position in sorted({position for position, _, _ in pairs}):
-        name = f"{position}+" if position == LAST_POSITION else str(position)
-        lines.append(_agreement_line(name, [(a, b) for at, a, b in pairs if at == position]))
+    for name, pairs in rows.items():
+        differences = [abs(a - b) for a, b in pairs]
+        close = sum(difference <= CLOSE + 1e-9 for difference in differences) / len(pairs)
+        try:
+            correlation = f"{statistics.correlation(*zip(*pairs, strict=True)):.3f}"
+        except statistics.StatisticsError:  # one sentence, or equal scores
+            correlation = "-"
+        mean = statistics.fmean(differences)
+        lines.append(f"{name:>8}   {len(pairs):>9}   {mean:>17.3f}   {correlation:>11}   {close:>10.1%}")
     return lines
-
-
-def _agreement_line(name: str, pairs: Sequence[tuple[float, float]]) -> str:
-    differences = [abs(a - b) for a, b in pairs]
-    close = sum(difference <= CLOSE + 1e-9 for difference in differences) / len(pairs)
-    try:
-        correlation = f"{statistics.correlation(*zip(*pairs, strict=True)):.3f}"
-    except statistics.StatisticsError:  # one sentence, or equal scores
-        correlation = "-"
-    return f"{name:>8}   {len(pairs):>9}   {statistics.fmean(differences):>17.3f}   {correlation:>11}   {close:>10.1%}"

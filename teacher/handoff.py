@@ -23,7 +23,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ REASON = "refused.txt"
 REFUSED_REPLY = f"unusable_{REPLY}"  # can be read, but its stop reason says that it was cut off
 EXPORTED = "mmcot_finished_signal.txt"
 DONE = "llm_done.txt"
+NUMBER = "0|[1-9][0-9]*"  # as folders are named
 
 # Some file systems keep whole seconds (FAT two): a signal that looks this much older may be the newer one.
 CLOCK_GRAIN_NS = 2_000_000_000
@@ -62,7 +63,12 @@ class Item:
     @property
     def folder(self) -> Path:
         """Made on demand: 50,000 stored paths would take 40 MB."""
-        return Path(self.questions, str(self.action), f"p{self.rank}", self.qid)
+        return Path(self.questions, self.name)
+
+    @property
+    def name(self) -> str:
+        """As records and copies name it."""
+        return f"{self.action}/p{self.rank}/{self.qid}"
 
 
 def question_dir(questions: str | os.PathLike, action: int, rank: int, qid: str) -> Path:
@@ -79,42 +85,50 @@ def iter_items(questions: str | os.PathLike, action: int | None = None) -> list[
     exporting. Raises UserError for a folder that is a link out of `questions`.
     """
     root, items = Path(questions), []
-    actions = _actions(root)
-    for number in sorted(actions) if action is None else [action] * (action in actions):
-        folder = root / str(number)
-        # exact: p1 is not p10
-        ranks = _names(folder, root, lambda name: name[:1] == "p" and _is_number(name[1:]))
-        for rank in sorted(int(name[1:]) for name in ranks):
-            parent = folder / f"p{rank}"
-            names = _names(parent, root, lambda name: True)
+    for number in sorted(map(int, _names(root, root, NUMBER))):
+        if action not in (None, number):
+            continue
+        for rank in sorted(int(name[1:]) for name in _names(root / str(number), root, f"p({NUMBER})")):
+            parent = root / str(number) / f"p{rank}"
+            names = _names(parent, root, ".*")
             qids = [qid for qid in names if os.path.lexists(os.path.join(parent, qid, RATIONALE))]
-            items += [Item(root, number, rank, qid) for qid in sorted(qids, key=_numeric_order)]
+            qids.sort(key=lambda qid: (0, int(qid), qid) if qid.isascii() and qid.isdigit() else (1, 0, qid))
+            items += [Item(root, number, rank, qid) for qid in qids]
     return items
 
 
-def _actions(questions: str | os.PathLike) -> list[int]:
-    return [int(name) for name in _names(questions, questions, _is_number)]
+def exported_items(questions: str | os.PathLike) -> list[Item]:
+    """All exported rationales. Raises UserError if there are none."""
+    items = iter_items(questions)
+    if not items:
+        inner = Path(questions, "questions")
+        fix = f"did you mean {inner}?" if inner.is_dir() else "copy {run}/questions/* there, or name {run}/questions"
+        form = f"{{k}}/p{{rank}}/{{qid}}/{RATIONALE}"
+        raise cli.UserError(f"--questions_dir: {Path(questions).absolute()} holds no {form}; {fix}")
+    return items
 
 
-def _names(folder: str | os.PathLike, root: str | os.PathLike, wanted: Callable[[str], bool]) -> list[str]:
-    """The wanted names in a folder. Raises UserError if one of them is a link that leads out of `root`."""
+def refuse_unknown(items: Sequence[Item], problems: Mapping[str, Any]) -> None:
+    """Raise UserError if an item's question is not among the problems."""
+    for item in items:
+        if item.qid not in problems:
+            raise cli.UserError(
+                f"--data_root: question {item.qid} ({item.folder}) is not in problems.json; name the data of this run "
+                "with --data_root and --dataset"
+            )
+
+
+def _names(folder: str | os.PathLike, root: str | os.PathLike, pattern: str) -> list[str]:
+    """The names in a folder that match. Raises UserError if one of them is a link that leads out of `root`."""
     try:
         with os.scandir(folder) as entries:
-            found = [entry for entry in entries if wanted(entry.name)]
+            found = [entry for entry in entries if re.fullmatch(pattern, entry.name, re.DOTALL)]
     except (FileNotFoundError, NotADirectoryError):
         return []
     for entry in found:
         if entry.is_symlink():
             files.refuse_links(entry.path, root)
     return [entry.name for entry in found]
-
-
-def _is_number(name: str) -> bool:
-    return name.isascii() and name.isdigit() and str(int(name)) == name
-
-
-def _numeric_order(qid: str) -> tuple:
-    return (0, int(qid), qid) if qid.isascii() and qid.isdigit() else (1, 0, qid)
 
 
 def refuse_links(folder: str | os.PathLike) -> None:
@@ -139,8 +153,7 @@ def form(sentences: Sequence[str]) -> str:
     Nothing is escaped, as released. A line break inside a sentence becomes a blank: the form is read by lines.
     """
     lines = ['"' + re.sub(r"\r?\n", " ", sentence) + '": xxx' for sentence in sentences]
-    body = ",\n".join(lines) + "\n" if lines else ""
-    return "{\n" + body + "}"
+    return "\n".join(["{", *([",\n".join(lines)] if lines else []), "}"])
 
 
 def write_rationale(folder: str | os.PathLike, sentences: Sequence[str]) -> None:
@@ -284,8 +297,8 @@ def mark_exported(questions: str | os.PathLike) -> None:
     a new mtime, in the order of copying) keeps the true time of the export. `llm_done.txt` files that are there
     already belong to something older and are removed.
     """
-    for action in _actions(questions):
-        Path(questions, str(action), DONE).unlink(missing_ok=True)
+    for action in _names(questions, questions, NUMBER):
+        Path(questions, action, DONE).unlink(missing_ok=True)
     with files.atomic_path(Path(questions) / EXPORTED) as temporary:
         temporary.touch()
         temporary.write_text(json.dumps({"exported_ns": temporary.stat().st_mtime_ns}) + "\n")
@@ -350,9 +363,8 @@ def wait_for_feedback(
     """
     actions = list(actions)
     waiting = [item for action in actions for item in iter_items(questions, action)]
-    total, shown = len(waiting), set()
+    total, shown, settling = len(waiting), set(), False
     last_growth = time.monotonic()  # of the replies, or of the signals: both restart the settle time
-    settling = False
     with cli.progress(desc="Waiting for the feedback", total=total, unit="reply") as bar:
         while True:
             missing = [item for item in waiting if not has_reply(item.folder)]

@@ -28,10 +28,10 @@ class Wording:
 class Request:
     """One question to a Teacher about one rationale.
 
-    `sentences` is the rationale as exported; for a correction it holds the whole text as its one entry. `problem` is
-    None without problems.json, which only the reference Teacher needs. For a judgement `sentences` holds
-    the two rationales, in the order in which they are shown. `form_note` goes out where the
-    model's output is structured, `again` after a reply that could not be used; `room` multiplies the length allowed.
+    `sentences` is the rationale as exported; for a correction its one entry is the whole text; for a judgement the two
+    rationales, in the order in which they are shown. `problem` is None without problems.json, which only the reference
+    Teacher needs. `form_note` is sent where the model's output is structured, `again` after a reply that could not be
+    used; `room` multiplies the length allowed.
     """
 
     custom_id: str
@@ -101,11 +101,8 @@ class Teacher(Protocol):
         ...
 
     async def answer(self, request: Request) -> Reply:
-        """The reply, whatever it says.
-
-        Raises UserError where asking on makes no sense (bad key, unknown model, spend limit, no network), Unanswered
-        where only this request fails, Stopped after `stop`.
-        """
+        """The reply, whatever it says. Raises UserError where asking on makes no sense (bad key, unknown model, spend
+        limit, no network), Unanswered where only this request fails, Stopped after `stop`."""
         ...
 
     def stop(self) -> None:
@@ -116,21 +113,20 @@ class Teacher(Protocol):
 def same_model(one: str, other: str) -> bool:
     """Whether two model ids may name one model: an alias and a dated id (`claude-haiku-4-5-20251001`), or the same id
     as other providers write it (`anthropic/claude-haiku-4-5`, `us.anthropic.claude-haiku-4-5-20251001-v1:0`)."""
-    (name, date), (other_name, other_date) = _model_parts(one), _model_parts(other)
+
+    def parts(model: str) -> tuple[str, str]:
+        """(name, date or "")."""
+        name = re.sub(r"^(.*/)?((\w+\.)?anthropic\.)?", "", model.strip().lower())
+        match = re.fullmatch(r"(.+?)(?:[-@](\d{8}|\d{4}-\d\d-\d\d|latest|default))?(-v\d+(:\d+)?)?", name)
+        date = (match[2] or "").replace("-", "") if match else ""
+        return (match[1] if match else name), date if date.isdigit() else ""
+
+    (name, date), (other_name, other_date) = parts(one), parts(other)
     return name == other_name and (date == other_date or not date or not other_date)
-
-
-def _model_parts(model: str) -> tuple[str, str]:
-    """(name, date or "")."""
-    name = re.sub(r"^(.*/)?((\w+\.)?anthropic\.)?", "", model.strip().lower())
-    match = re.fullmatch(r"(.+?)(?:[-@](\d{8}|\d{4}-\d\d-\d\d|latest|default))?(-v\d+(:\d+)?)?", name)
-    date = (match[2] or "").replace("-", "") if match else ""
-    return (match[1] if match else name), date if date.isdigit() else ""
 
 
 def custom_id(kind: str, action: int, rank: int, qid: str) -> str:
     """A name of the request that is unique in a questions folder and fits the API: 1-64 of [A-Za-z0-9_-]."""
-    name = f"{kind}-{action}-{rank}-{qid}"
-    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
-        return name
-    return f"{kind}-{action}-{rank}-{hashlib.sha256(qid.encode()).hexdigest()[:32]}"
+    name = f"{kind}-{action}-{rank}-"
+    fits = re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name + qid)
+    return name + (qid if fits else hashlib.sha256(qid.encode()).hexdigest()[:32])

@@ -1,17 +1,22 @@
-"""The items of one questions folder: which have a reply, which requests are open, and how a reply is saved.
+"""The items of one questions folder: which have a reply, which requests are open, how a reply is saved; asking live.
 
 A reply is written to disk first (teacher/reply_files.py), then to the cache. A killed run loses only the requests in
-flight; the same command continues with the rest. live.py and batches.py send the requests.
+flight; the same command continues with the rest. `ask_live` sends every open request, `teacher.concurrency` at a time:
+after a failure, a budget stop or the first Ctrl-C no new request is sent; replies to requests in flight are saved.
+Message Batches instead: teacher/batches.py.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import re
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +27,20 @@ from ares.data_folder import question_images
 from teacher import handoff
 from teacher.budget import PRICES_DATE
 from teacher.handoff import Item, Refused, request_text
-from teacher.interface import CORRECT, JUDGE, SCORE, Reply, Request, Teacher, Wording, custom_id, same_model
-from teacher.reply_cache import ReplyCache
-from teacher.reply_files import is_answered, read_sidecar, reading, set_cut_reply_aside, write_reply
+from teacher.interface import (
+    CORRECT,
+    JUDGE,
+    SCORE,
+    Reply,
+    Request,
+    Stopped,
+    Teacher,
+    Unanswered,
+    Wording,
+    custom_id,
+    same_model,
+)
+from teacher.reply_files import ReplyCache, is_answered, read_sidecar, reading, set_cut_reply_aside, write_reply
 
 PREPARE = {
     SCORE: "bash preprocessing_after_RL/processing_sentence_level_feedback.sh --questions_dir",
@@ -36,7 +52,7 @@ CUT_SHORT = ("max_tokens", "refusal", "model_context_window_exceeded")
 UNKNOWN = "unknown origin"  # a reply without reply.json: of the released code, or copied in by hand
 OURS = "teacher"  # {questions_dir}/teacher/: lock, spend log, batch records
 IMAGE_NAME = re.compile(r"image\.png|choice_\d+\.png")
-SIDECAR_FIELDS = tuple(each.name for each in dataclasses.fields(Reply) if each.name != "text")
+WRITERS = 4  # threads that save replies: their flushes to disk overlap
 
 
 @dataclass
@@ -75,12 +91,11 @@ class Report:
             f"({self.asked} requests, {self.copied} copies{cached}), {len(self.unusable)} unusable"
         )
         if self.usage or self.cost_unknown:
-            dollars = f"${self.cost_usd:.4f} at {PRICES_DATE} prices"
+            line += f"; {self.usage['input_tokens']:,} tokens in, {self.usage['output_tokens']:,} out"
+            if self.cost_usd or not self.cost_unknown:
+                line += f", ${self.cost_usd:.4f} at {PRICES_DATE} prices"
             if self.cost_unknown:
-                unknown = f"the cost of {self.cost_unknown} replies is unknown"
-                dollars = f"{dollars}, {unknown}" if self.cost_usd else unknown
-            tokens_in, tokens_out = self.usage["input_tokens"], self.usage["output_tokens"]
-            line += f"; {tokens_in:,} tokens in, {tokens_out:,} out, {dollars}"
+                line += f", the cost of {self.cost_unknown} replies is unknown"
         if self.text_only:
             line += f"; {self.text_only} asked without the image that the question names"
         if self.written_by:
@@ -97,8 +112,8 @@ class Session:
     """Groups items by identical request (`Teacher.key`): a request is sent once, its reply is copied to all its items.
 
     `open`: key -> items that have no reply yet; the reply is written beside the first one. `answered`: key -> an item
-    that has the reply. Items that are added later join an open request or get a copy of an answered one's reply; a
-    request that was given up is asked anew for items that are added later.
+    that has the reply. Items that are added later join an open request, get a copy of an answered one's reply, or
+    open a request anew that was given up.
 
     Args:
         kind: SCORE, CORRECT or JUDGE.
@@ -143,8 +158,9 @@ class Session:
         With `serve`, replies that are known already (`known`) are saved at once. Raises UserError if an item has no
         request, or if another Teacher wrote usable replies, unless `keep_replies`.
         """
-        self.report.total += len(items)
-        settled: Counter[int] = Counter()
+        report = self.report
+        report.total += len(items)
+        settled: list[int] = []  # actions of items that need no request
         unprepared: list[Item] = []
         others: Counter[str] = Counter()  # who wrote replies that are not this Teacher's
         foreign = None
@@ -153,23 +169,23 @@ class Session:
             try:
                 request = self.request(item)
             except Refused as refused:
-                self.report.unusable[item] = refused.reason
-                settled[item.action] += 1
+                report.unusable[item] = refused.reason
+                settled.append(item.action)
                 continue
             if request is None:
                 unprepared.append(item)
             elif is_answered(self.kind, item.folder):
-                self.report.kept += 1
-                settled[item.action] += 1
+                report.kept += 1
+                settled.append(item.action)
                 author, ours = self._written_by(item.folder)
-                self.report.written_by[author] += 1
+                report.written_by[author] += 1
                 if ours:
                     self.answered.setdefault(self.teacher.key(request), item)
                 else:
                     others[author] += 1
                     foreign = foreign or item
             else:
-                self.report.text_only += _lacks_image(request)
+                report.text_only += _lacks_image(request)
                 self.open.setdefault(self.teacher.key(request), []).append(item)
         if unprepared:
             raise cli.UserError(
@@ -184,9 +200,8 @@ class Session:
             )
         if serve:
             self._serve_known()
-        for action, count in settled.items():
-            if count:
-                self._settle(action, count)
+        for action in settled:
+            self._settle(action)
 
     def request(self, item: Item) -> Request | None:
         """The request for an item; None if preprocessing has not written the one that fits its rationale.
@@ -215,15 +230,13 @@ class Session:
     def images(self, item: Item) -> list[Path]:
         """Image files beside the request, else those of --images. Raises UserError for a link that leads out."""
         names = [name for name in os.listdir(item.folder) if IMAGE_NAME.fullmatch(name)]
-        for name in names:
-            path = item.folder / name
+        names.sort(key=lambda name: (name != handoff.IMAGE, len(name), name))  # image.png, choice_0.png, choice_1.png
+        paths = [item.folder / name for name in names]
+        for path in paths:
             files.refuse_links(path, self.root)
             if not path.is_file():
                 raise cli.UserError(f"{path} is no regular file; put the image there")
-        if not names:
-            return question_images(self.images_dir, item.qid) if self.images_dir else []
-        names.sort(key=lambda name: (name != handoff.IMAGE, len(name), name))  # image.png, choice_0.png, choice_1.png
-        return [item.folder / name for name in names]
+        return paths or (question_images(self.images_dir, item.qid) if self.images_dir else [])
 
     def _written_by(self, folder: Path) -> tuple[str, bool]:
         """(Teacher and model that wrote a folder's reply, whether that is this Teacher or unknown)."""
@@ -243,12 +256,10 @@ class Session:
         known = [key for key in self.open if self.known(key)]
         with ThreadPoolExecutor(8) as pool:  # the flushes to disk overlap
             for key, author in zip(known, pool.map(self._serve, known), strict=True):
-                if author is None:
-                    continue
-                from_folder = key in self.answered
-                self.finish(key, author)
-                self.report.copied += from_folder
-                self.report.cached += not from_folder
+                if author is not None:
+                    self.report.copied += key in self.answered
+                    self.report.cached += key not in self.answered
+                    self.finish(key, author)
 
     def _serve(self, key: str) -> str | None:
         """Write a known reply to a request's items. Returns who wrote it, None if it can no longer be used."""
@@ -278,10 +289,8 @@ class Session:
 
     def ask_again(self, request: Request, refused: Refused) -> Request:
         """The request with the reason added for the model, and more room for the reply if it was cut off."""
-        more = 2 if refused.reason == "max_tokens" else 1
-        return dataclasses.replace(
-            request, again=self.wording.again.format(reason=refused), room=min(8, request.room * more)
-        )
+        room = min(8, request.room * (2 if refused.reason == "max_tokens" else 1))
+        return dataclasses.replace(request, again=self.wording.again.format(reason=refused), room=room)
 
     def save_reply(self, key: str, request: Request, reply: Reply, sidecar: Mapping[str, Any]) -> Refused | None:
         """Write the reply beside the request's first item, copies beside the others. Returns why it cannot be used.
@@ -289,12 +298,9 @@ class Session:
         Runs in a thread, so that the flushes to disk of several replies overlap.
         """
         first, *copies = self.open[key]
-        about = {name: getattr(reply, name) for name in SIDECAR_FIELDS}
-        about |= {
-            "asked_model": self.teacher.model,
-            "prices": PRICES_DATE,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        } | sidecar
+        about = {name: value for name, value in vars(reply).items() if name != "text"}
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        about |= {"asked_model": self.teacher.model, "prices": PRICES_DATE, "time": now} | sidecar
         read = reading(self.kind, reply.text, request.sentences)
         incomplete = reply.stop_reason == "refusal" or (reply.stop_reason in CUT_SHORT and self.kind == CORRECT)
         if not isinstance(read, Refused) and incomplete:
@@ -330,21 +336,116 @@ class Session:
             files.write_text(item.folder / handoff.REASON, text, flush=False)
             self._settle(item.action)
 
+    def fault(self, error: cli.UserError | OSError) -> cli.UserError:
+        """An error of saving a reply, as one line."""
+        if isinstance(error, cli.UserError):
+            return error
+        what = f"cannot write a reply below {self.root} ({error.strerror or error})"
+        return cli.UserError(f"{what}; make room, then run the same command again to go on")
+
     def _copy(self, source: Item, targets: Sequence[Item]) -> None:
         """Give the items the reply of an identical request."""
         if not targets:
             return
         reply = files.read_shared(source.folder / handoff.REPLY).decode("utf-8", errors="replace")
         sidecar = read_sidecar(source.folder)
-        sidecar |= {"copied_from": f"{source.action}/p{source.rank}/{source.qid}", "cost_usd": 0.0}
+        sidecar |= {"copied_from": source.name, "cost_usd": 0.0}
         for item in targets:
             write_reply(item.folder, reply, sidecar, reading(self.kind, reply, handoff.read_rationale(item.folder)))
 
-    def _settle(self, action: int, count: int = 1) -> None:
-        self.waiting[action] -= count
+    def _settle(self, action: int) -> None:
+        self.waiting[action] -= 1
         if not self.waiting[action]:
             self.action_settled(action, self.report)
 
 
 def _lacks_image(request: Request) -> bool:
     return not request.images and bool((request.problem or {}).get("image"))
+
+
+# -- asking live -------------------------------------------------------------------------------------------
+
+
+def ask_live(session: Session) -> None:
+    """Answer the session's open requests. Raises UserError for what ends the run; replies so far are kept."""
+    if session.open:
+        asyncio.run(_Live(session).run())
+
+
+class _Live:
+    def __init__(self, session: Session):
+        self.session, self.teacher = session, session.teacher
+        self.failure: cli.UserError | None = None
+        self.writers = ThreadPoolExecutor(WRITERS)
+
+    async def run(self) -> None:
+        todo = iter(list(self.session.open))  # keys: texts and images are read when a request is sent
+        total = len(self.session.open)
+        with cli.progress(desc=self.teacher.name, total=total, unit="request") as bar:
+            async with self.teacher:
+                self.catch_signals()
+                workers = [self.work(todo, bar) for _ in range(min(self.teacher.concurrency, total))]
+                ends = await asyncio.gather(*workers, return_exceptions=True)
+        self.writers.shutdown()
+        if end := next(filter(None, ends), self.failure):  # a bug of ours first
+            cli.print0(f"stopped; {self.session.report.summary()}")
+            raise end
+
+    def catch_signals(self) -> None:
+        """The first Ctrl-C, or a scheduler's SIGTERM, lets requests in flight finish; the second does not."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        loop = asyncio.get_running_loop()
+
+        def end(name: str) -> None:
+            loop.remove_signal_handler(signal.SIGINT)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            cli.print0(f"{name}: waiting for the requests in flight; Ctrl-C again to drop them")
+            self.stop(cli.Stop(f"ended by {name}; run the same command again to go on", status=130))
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, end, number.name)
+
+    def stop(self, failure: cli.UserError) -> None:
+        self.failure = self.failure or failure
+        self.teacher.stop()
+
+    async def work(self, todo: Iterator[str], bar: Any) -> None:
+        for key in todo:
+            if self.failure:
+                return
+            try:
+                await self.ask(key)
+            except Stopped:
+                return
+            except (cli.UserError, OSError) as error:
+                self.stop(self.session.fault(error))
+                return
+            except BaseException:  # after a bug of ours nothing new is paid for
+                self.teacher.stop()
+                raise
+            bar.update()
+            report, pace = self.session.report, getattr(self.teacher, "pace", None)
+            words = f"{len(report.unusable)} failed, {report.usage.total() / 1e6:.2f}M tokens, ${report.cost_usd:.3f}"
+            words += f", {int(pace.limit)} at a time" if pace and pace.limit < pace.most else ""
+            bar.set_postfix_str(words, refresh=False)
+
+    async def ask(self, key: str) -> None:
+        """Send a request, at most `attempts` times until its reply is usable, and save the reply for all its items."""
+        session = self.session
+        request, sidecar = session.prepare(key)
+        for attempt in range(1, session.attempts + 1):
+            try:
+                reply = await self.teacher.answer(request)
+            except Unanswered as failure:
+                return session.give_up(key, failure.reason, failure.message)
+            session.report.add(reply)
+            refused = await asyncio.get_running_loop().run_in_executor(
+                self.writers, session.save_reply, key, request, reply, sidecar | {"attempt": attempt}
+            )
+            if full := files.out_of_room():
+                self.stop(full)
+            if refused is None:
+                return session.finish(key, f"{reply.teacher} {reply.model}")
+            request = session.ask_again(request, refused)
+        return session.give_up(key, refused.reason, str(refused).partition(": ")[2])

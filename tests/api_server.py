@@ -3,9 +3,7 @@
 Messages, count_tokens and Message Batches. It checks what the real one checks - key, version, model, thinking,
 temperature and output_config per model, image data against media type, custom ids - records every request, and injects
 faults (status, headers, error body as documented, broken connections, spoilt replies). Replies fill the form they are
-sent; `server.respond` changes that. Alone, for benchmarks:
-
-    python -m tests.api_server --latency 0.2        # prints its address, serves until standard input is closed
+sent; `server.respond` changes that.
 """
 
 from __future__ import annotations
@@ -35,34 +33,57 @@ ERROR_TYPES = {
     404: "not_found_error", 408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error",
     500: "api_error", 529: "overloaded_error",
 }  # fmt: skip
-MESSAGE_FIELDS = frozenset(
-    "model max_tokens messages thinking temperature system metadata output_config stop_sequences".split()
-)
+MESSAGE_FIELDS = set("model max_tokens messages thinking temperature system metadata output_config".split())
+COUNT_FIELDS = set("model messages thinking system output_config tools tool_choice".split())
+
+# The kinds of faults. A connection that breaks off after half of the answer, or never answers:
+BROKEN = ("reset", "lost", "dropped")
+LOST = ("reset", "truncated_json", "hang")  # of the Messages API: paid for, and nothing usable arrives
+# whole replies of the Messages API that are not what was asked for: text -> (reply, stop reason)
+SPOIL: dict[str, Callable[[str], tuple[str, str]]] = {
+    "wrong_count": lambda text: ('{"scores": [0.5]}' if "," in text else '{"scores": [0.5, 0.5]}', "end_turn"),
+    "chatter": lambda text: ("I have read it and it is mostly fine.", "end_turn"),
+    "refusal": lambda text: ("", "refusal"),
+    "max_tokens": lambda text: (text[: len(text) // 2], "max_tokens"),
+    "prose": lambda text: (f"Here are the scores:\n```json\n{text}\n```\nI hope this helps.", "end_turn"),  # usable
+}
+SPOILT = tuple(kind for kind in SPOIL if kind != "prose")
+RETRIEVALS = {  # what a batch's description says instead
+    "no_url": {"results_url": None},
+    "relative_url": {"results_url": "results.jsonl"},
+    "foreign_url": {"results_url": "http://127.0.0.1:9/results"},
+    "no_status": {"processing_status": None},
+}
+RESULTS: dict[str, Callable[[list[str]], list[str]]] = {  # what a batch's results hold instead: lines -> lines
+    "foreign": lambda lines: [line.replace('"custom_id": "', '"custom_id": "other-', 1) for line in lines],
+    "partly_foreign": lambda lines: [*RESULTS["foreign"](lines[:1]), *lines[1:]],
+    "twice": lambda lines: [*lines, *lines],
+    "one_missing": lambda lines: lines[1:],
+    "empty": lambda lines: [],
+    "bad_line": lambda lines: [*lines[:-1], lines[-1][:20]],
+    "odd_line": lambda lines: [*lines[:-1], '{"custom_id": null, "result": null}', "17"],
+}
 
 
 @dataclass
 class Fault:
-    """What to answer instead of a reply: a status with an error body, or `kind`, one of SPOILERS."""
+    """What to answer instead: an error of `status`, `body` as it is, or `kind`: "html", "slow", or one of the above.
+
+    At the creation of a batch "lost" and "created" create it; the answer then breaks off or is an error.
+    """
 
     status: int
     message: str = "injected"
     headers: dict[str, str] = field(default_factory=dict)
     error_code: str | None = None
     kind: str = ""
-    body: bytes | None = None  # instead of the API's error body
+    body: bytes | None = None
     content_type: str = "application/json"
 
     @property
     def name(self) -> str:
         bare = self.status == 429 and "retry-after" not in self.headers
         return self.kind or ("429_bare" if bare else str(self.status))
-
-
-# kinds of faults with status 0 (nothing usable arrives) and 200 (a whole reply that cannot be used)
-LOST = ("reset", "truncated_json", "hang")
-SPOILT = ("wrong_count", "chatter", "refusal", "max_tokens")
-HARMLESS = ("slow", "prose")
-SPOILERS = LOST + SPOILT + HARMLESS
 
 
 @dataclass
@@ -76,18 +97,26 @@ class Asked:
     notes: list[str]  # further text blocks
     content_types: list[str]  # of the blocks, in order
 
+    @classmethod
+    def read(cls, body: dict, headers: dict | None = None) -> Asked:
+        blocks = body["messages"][0]["content"]
+        blocks = [{"type": "text", "text": blocks}] if isinstance(blocks, str) else blocks
+        images = [_image(block["source"]) for block in blocks if block["type"] == "image"]
+        texts = [block["text"] for block in blocks if block["type"] == "text"]
+        return cls(body, headers or {}, images, texts[0], texts[1:], [block["type"] for block in blocks])
+
     @property
     def structured(self) -> bool:
         return "output_config" in self.body
 
     @property
-    def correction(self) -> bool:
-        return "Final rationale" in self.text
+    def digest(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def fill_form(asked: Asked, score: Callable[[str], float] = lambda sentence: 0.8) -> tuple[str, str]:
     """(reply, stop reason): scores for a scoring request, an unchanged rationale for a correction."""
-    if asked.correction:
+    if "Final rationale" in asked.text:
         rationale = asked.text.rsplit("explanation:\n", 1)[1].strip()
         return json.dumps({"Original rationale": rationale, "Final rationale": rationale}, indent=0), "end_turn"
     form = asked.text[asked.text.rindex("\n{\n") + 1 :]
@@ -113,44 +142,37 @@ class Batch:
 class ApiServer:
     """`with ApiServer() as server:` - `server.url`, `server.asked`, `server.faults.append(Fault(529))`.
 
-    `plan(asked) -> Fault | None` is consulted when `faults` is empty. `log` has (digest of the text, what became of
-    it) for every Messages request; `billed` adds up the tokens of whole replies, those that were lost included.
+    A plan returns the Fault of one call, or None; the queues `faults`, `batch_faults` and `result_faults` go first.
+    `log` has (digest of the text, what became of it) for every Messages request; `billed` adds up the tokens of whole
+    replies, those that were lost included.
     """
 
     def __init__(self, respond: Callable[[Asked], tuple[str, str]] = fill_form, latency: float = 0.0):
-        self.respond = respond
-        self.latency = latency
+        self.respond, self.latency = respond, latency
         self.slow_seconds, self.hang_seconds = 0.3, 30.0
         self.asked: list[Asked] = []  # requests that passed the checks, faults included
         self.keep = True
         self.log: list[tuple[str, str]] = []
         self.billed: Counter[str] = Counter()
-        self.statuses: list[int] = []
+        self.usage_extra: dict[str, Any] = {}  # further fields of `usage`
         self.faults: deque[Fault] = deque()
         self.plan: Callable[[Asked], Fault | None] = lambda asked: None
-        self.in_flight = self.most_in_flight = 0
-        self.counted = 0
+        self.in_flight = self.most_in_flight = self.counted = 0
         # batches
         self.batches: list[Batch] = []
         self.batch_seconds = 0.0  # until a batch ends
-        # for creation; kind "lost": created, but the answer breaks off; "created": created, but the answer is an
-        # error; "dropped", "html": not created
+        self.most_batches = 1000  # a client that buys without bound fails its test instead of running for ever
+        self.paid: Counter[str] = Counter()  # digest of the text -> replies made in batches
         self.batch_faults: deque[Fault] = deque()
         self.create_plan: Callable[[], Fault | None] = lambda: None
+        self.retrieve_plan: Callable[[Batch], Fault | None] = lambda batch: None
         self.result_faults: deque[Fault] = deque()
+        self.results_plan: Callable[[Batch], Fault | None] = lambda batch: None
         # kind of result, or the error (type and message) of an errored one
         self.outcome: Callable[[str, Asked], str | dict[str, str]] = lambda custom_id, asked: "succeeded"
-        # for retrieval: a status, or kind in RETRIEVALS; for results: a status, or kind in RESULTS, or a broken stream
-        self.retrieve_plan: Callable[[Batch], Fault | None] = lambda batch: None
-        self.results_plan: Callable[[Batch], Fault | None] = lambda batch: None
-        self.paid: Counter[str] = Counter()  # digest of the text -> replies made in batches
-        self.most_batches = 1000  # a client that buys without bound fails its test instead of running for ever
-        self.usage_extra: dict[str, Any] = {}  # further fields of `usage`
-        self.retrieved = 0
         self.lock = threading.Lock()
         self.ids = itertools.count(1)
-        handler = type("Handler", (_Handler,), {"api": self})
-        self.http = _Http(("127.0.0.1", 0), handler)
+        self.http = _Http(("127.0.0.1", 0), type("Handler", (_Handler,), {"api": self}))
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
 
     def __enter__(self) -> ApiServer:
@@ -164,58 +186,52 @@ class ApiServer:
     def message(self, asked: Asked, text: str, stop_reason: str) -> dict:
         usage = {"input_tokens": len(asked.text) // 4 + 100 * len(asked.images), "output_tokens": len(text) // 4}
         return {
-            "id": f"msg_{next(self.ids):06}",
-            "type": "message",
-            "role": "assistant",
-            "model": asked.body["model"],
+            "id": f"msg_{next(self.ids):06}", "type": "message", "role": "assistant", "model": asked.body["model"],
             "content": [{"type": "text", "text": text}] if text else [],
-            "stop_reason": stop_reason,
-            "stop_sequence": None,
+            "stop_reason": stop_reason, "stop_sequence": None,
             "usage": {**usage, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, **self.usage_extra},
-        }
+        }  # fmt: skip
 
     def results_of(self, batch: Batch) -> list[str]:
         """JSONL lines out of order, made once."""
         if batch.results is None:
             lines = []
             for request in batch.requests:
-                asked = _read(request["params"], {})
+                asked, refusal = Asked.read(request["params"]), _refusal(request["params"])
                 kind = self.outcome(request["custom_id"], asked)
                 result: dict[str, Any] = {"type": kind}
-                refusal = _refusal(request["params"])
                 if isinstance(kind, dict) or kind == "errored" or refusal:
                     inner = {"type": "invalid_request_error" if refusal else "api_error", "message": str(refusal)}
                     inner = kind if isinstance(kind, dict) else inner
                     result = {"type": "errored", "error": {"type": "error", "error": inner, "request_id": None}}
                 elif kind == "succeeded":
-                    message = self.message(asked, *self.respond(asked))
-                    self.billed["batch_input_tokens"] += message["usage"]["input_tokens"]
-                    self.billed["batch_output_tokens"] += message["usage"]["output_tokens"]
-                    self.paid[hashlib.sha256(asked.text.encode()).hexdigest()] += 1
-                    result["message"] = message
+                    result["message"] = message = self.message(asked, *self.respond(asked))
+                    self.bill(message, "batch_")
+                    self.paid[asked.digest] += 1
                 lines.append(json.dumps({"custom_id": request["custom_id"], "result": result}))
             random.Random(0).shuffle(lines)
             batch.results = lines
         return batch.results
 
+    def bill(self, message: dict, prefix: str = "") -> None:
+        with self.lock:
+            for name in ("input_tokens", "output_tokens"):
+                self.billed[prefix + name] += message["usage"][name]
 
-# what a batch's description says instead
-RETRIEVALS = {
-    "no_url": {"results_url": None},
-    "relative_url": {"results_url": "results.jsonl"},
-    "foreign_url": {"results_url": "http://127.0.0.1:9/results"},
-    "no_status": {"processing_status": None},
-}
-# what a batch's results hold instead: lines -> lines
-RESULTS: dict[str, Callable[[list[str]], list[str]]] = {
-    "foreign": lambda lines: [line.replace('"custom_id": "', '"custom_id": "other-', 1) for line in lines],
-    "partly_foreign": lambda lines: [*RESULTS["foreign"](lines[:1]), *lines[1:]],
-    "twice": lambda lines: [*lines, *lines],
-    "one_missing": lambda lines: lines[1:],
-    "empty": lambda lines: [],
-    "bad_line": lambda lines: [*lines[:-1], lines[-1][:20]],
-    "odd_line": lambda lines: [*lines[:-1], '{"custom_id": null, "result": null}', "17"],
-}
+    def described(self, batch: Batch) -> dict:
+        ended = time.time() >= batch.created + self.batch_seconds
+        counts = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
+        for line in self.results_of(batch) if ended else ():
+            counts[json.loads(line)["result"]["type"]] += 1
+        counts["processing"] = 0 if ended else len(batch.requests)
+        return {
+            "id": batch.id, "type": "message_batch", "processing_status": "ended" if ended else "in_progress",
+            "request_counts": counts, "created_at": _rfc3339(batch.created),
+            "expires_at": _rfc3339(batch.created + 86400),
+            "ended_at": _rfc3339(batch.created + self.batch_seconds) if ended else None,
+            "archived_at": None, "cancel_initiated_at": None,
+            "results_url": f"{self.url}/v1/messages/batches/{batch.id}/results" if ended else None,
+        }  # fmt: skip
 
 
 class _Http(ThreadingHTTPServer):
@@ -226,21 +242,6 @@ class _Http(ThreadingHTTPServer):
         pass  # a client that was killed
 
 
-def spoil(kind: str, asked: Asked, text: str) -> tuple[str, str]:
-    """(reply, stop reason) of a whole reply that is not what was asked for."""
-    if kind == "wrong_count":
-        return '{"scores": [0.5]}' if text.count(",") else '{"scores": [0.5, 0.5]}', "end_turn"
-    if kind == "chatter":
-        return "I have read it and it is mostly fine.", "end_turn"
-    if kind == "refusal":
-        return "", "refusal"
-    if kind == "max_tokens":
-        return text[: len(text) // 2], "max_tokens"
-    if kind == "prose":
-        return f"Here are the scores:\n```json\n{text}\n```\nI hope this helps.", "end_turn"
-    return text, "end_turn"
-
-
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # connections stay open, as with the real one
     disable_nagle_algorithm = True
@@ -249,17 +250,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         raw = self.rfile.read(int(self.headers.get("content-length", 0)))
-        path = self.path.split("?")[0]
-        if not self.allowed():
-            return None
-        body = json.loads(raw)
-        if path == "/v1/messages":
-            return self.messages(body)
-        if path == "/v1/messages/count_tokens":
-            return self.count_tokens(body)
-        if path == "/v1/messages/batches":
-            return self.create_batch(body)
-        return self.error(404, f"no such path: {self.path}")
+        path = self.path.split("?")[0].removeprefix("/v1/messages")
+        answers = {"": self.messages, "/count_tokens": self.count_tokens, "/batches": self.create_batch}
+        if self.allowed():
+            if self.path.startswith("/v1/messages") and path in answers:
+                answers[path](json.loads(raw))
+            else:
+                self.error(404, f"no such path: {self.path}")
 
     def do_GET(self) -> None:
         if not self.allowed():
@@ -273,21 +270,18 @@ class _Handler(BaseHTTPRequestHandler):
         batch = next((batch for batch in self.api.batches if batch.id == parts[0]), None)
         if batch is None:
             return self.error(404, f"batch {parts[0]} not found")
-        if parts[1:] == ["results"]:
-            return self.batch_results(batch)
-        self.api.retrieved += 1
-        return self.retrieve(batch)
+        return self.batch_results(batch) if parts[1:] == ["results"] else self.retrieve(batch)
 
     def allowed(self) -> bool:
         # the SDK sends a key as x-api-key, from version 2 on as a bearer token
         bearer = (self.headers.get("authorization") or "").removeprefix("Bearer ")
         if KEY not in (self.headers.get("x-api-key"), bearer):
             self.error(401, "invalid x-api-key")
-            return False
-        if not self.headers.get("anthropic-version"):
+        elif not self.headers.get("anthropic-version"):
             self.error(400, "anthropic-version: header is required")
-            return False
-        return True
+        else:
+            return True
+        return False
 
     # -- Messages --------------------------------------------------------------------------------------------
 
@@ -296,46 +290,110 @@ class _Handler(BaseHTTPRequestHandler):
         problem = _refusal(body)
         if problem:
             return self.error(*problem)
-        asked = _read(body, dict(self.headers))
+        asked = Asked.read(body, dict(self.headers))
         with api.lock:
             if api.keep:
                 api.asked.append(asked)
             fault = api.faults.popleft() if api.faults else api.plan(asked)
-            name = fault.name if fault else "ok"
-            api.log.append((hashlib.sha256(asked.text.encode()).hexdigest(), name))
+            api.log.append((asked.digest, fault.name if fault else "ok"))
             api.in_flight += 1
             api.most_in_flight = max(api.most_in_flight, api.in_flight)
         try:
-            if api.latency:
-                time.sleep(api.latency)
-            if fault is not None and fault.body is not None:
-                return self.send_bytes(fault.status, fault.body, fault.headers, fault.content_type)
-            if fault is not None and not fault.kind:
-                return self.error(fault.status, fault.message, fault.headers, fault.error_code)
-            return self.reply(asked, fault.kind if fault else "")
+            time.sleep(api.latency)
+            if fault is None or fault.kind:
+                self.reply(asked, fault)
+            else:
+                self.inject(fault)
         finally:
             with api.lock:
                 api.in_flight -= 1
 
-    def reply(self, asked: Asked, kind: str) -> None:
+    def reply(self, asked: Asked, fault: Fault | None) -> None:
+        kind = fault.kind if fault else ""
         text, stop_reason = self.api.respond(asked)
-        if kind in SPOILT or kind == "prose":
-            text, stop_reason = spoil(kind, asked, text)
+        if kind in SPOIL:
+            text, stop_reason = SPOIL[kind](text)
         message = self.api.message(asked, text, stop_reason)
-        with self.api.lock:
-            for name in ("input_tokens", "output_tokens"):
-                self.api.billed[name] += message["usage"][name]
-        if kind == "slow":
-            time.sleep(self.api.slow_seconds)
+        self.api.bill(message)
+        time.sleep({"slow": self.api.slow_seconds, "hang": self.api.hang_seconds}.get(kind, 0))
+        data = json.dumps(message).encode()
         if kind == "hang":
-            time.sleep(self.api.hang_seconds)
             self.close_connection = True
-        elif kind == "reset":
-            self.break_off(json.dumps(message).encode())
-        elif kind == "truncated_json":
-            self.send_bytes(200, json.dumps(message).encode()[:-40], {})
+        elif not self.inject(fault, data):
+            self.send_bytes(200, data[:-40] if kind == "truncated_json" else data)
+
+    def count_tokens(self, body: dict) -> None:
+        unknown = body.keys() - COUNT_FIELDS
+        if unknown:
+            return self.error(400, f"{sorted(unknown)[0]}: Extra inputs are not permitted")
+        self.api.counted += 1
+        asked = Asked.read(body)
+        return self.send(200, {"input_tokens": len(asked.text) // 3 + 100 * len(asked.images)})
+
+    # -- Batches ---------------------------------------------------------------------------------------------
+
+    def create_batch(self, body: dict) -> None:
+        api, requests = self.api, body.get("requests")
+        ids = [request.get("custom_id") for request in requests]
+        if not requests or len(requests) > 100_000:
+            self.error(400, "requests: between 1 and 100000 are required")
+            return
+        if len(set(ids)) != len(ids) or not all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name or "") for name in ids):
+            self.error(400, "requests: custom_id must be unique and match ^[a-zA-Z0-9_-]{1,64}$")
+            return
+        if len(api.batches) >= api.most_batches:
+            self.error(403, "more batches than the test allows")
+            return
+        fault = api.batch_faults.popleft() if api.batch_faults else api.create_plan()
+        batch = Batch(f"msgbatch_{next(api.ids):06}", time.time(), requests)
+        whole = b"not created"
+        if fault is None or fault.kind in ("lost", "created"):
+            with api.lock:
+                api.batches.append(batch)
+            whole = json.dumps(api.described(batch)).encode()
+        if not self.inject(fault, whole):
+            self.send_bytes(200, whole)
+
+    def retrieve(self, batch: Batch) -> None:
+        fault = self.api.retrieve_plan(batch)
+        changed = RETRIEVALS.get(fault.kind, {}) if fault else {}
+        if not self.inject(fault):
+            self.send(200, self.api.described(batch) | changed)
+
+    def list_batches(self, query: dict) -> None:
+        limit = int(query.get("limit", ["20"])[0])
+        batches = sorted(self.api.batches, key=lambda batch: -batch.created)
+        after = query.get("after_id", [None])[0]
+        if after:
+            batches = batches[[batch.id for batch in batches].index(after) + 1 :]
+        page = [self.api.described(batch) for batch in batches[:limit]]
+        first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+        self.send(200, {"data": page, "has_more": len(batches) > limit, "first_id": first, "last_id": last})
+
+    def batch_results(self, batch: Batch) -> None:
+        fault = self.api.result_faults.popleft() if self.api.result_faults else self.api.results_plan(batch)
+        changed = RESULTS.get(fault.kind, list) if fault else list
+        data = "".join(f"{line}\n" for line in changed(self.api.results_of(batch))).encode()
+        if not self.inject(fault, data):
+            self.send_bytes(200, data, kind="application/x-jsonl")
+
+    # -- answers ---------------------------------------------------------------------------------------------
+
+    def inject(self, fault: Fault | None, whole: bytes = b"") -> bool:
+        """Send what `fault` says instead of the answer `whole`; False if its kind leaves that to the caller."""
+        if fault is None:
+            return False
+        if fault.body is not None:
+            self.send_bytes(fault.status, fault.body, fault.headers, fault.content_type)
+        elif fault.kind == "html":
+            self.send_bytes(200, b"<html>Sign in</html>", kind="text/html")
+        elif fault.kind in BROKEN:
+            self.break_off(whole)
+        elif fault.kind in ("", "created"):
+            self.error(fault.status, fault.message, fault.headers, fault.error_code)
         else:
-            self.send(200, message)
+            return False
+        return True
 
     def break_off(self, data: bytes) -> None:
         """Half of a reply, then a reset."""
@@ -349,113 +407,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
         self.close_connection = True
 
-    def count_tokens(self, body: dict) -> None:
-        unknown = body.keys() - {"model", "messages", "thinking", "system", "output_config", "tools", "tool_choice"}
-        if unknown:
-            return self.error(400, f"{sorted(unknown)[0]}: Extra inputs are not permitted")
-        self.api.counted += 1
-        asked = _read(body, {})
-        return self.send(200, {"input_tokens": len(asked.text) // 3 + 100 * len(asked.images)})
-
-    # -- Batches ---------------------------------------------------------------------------------------------
-
-    def create_batch(self, body: dict) -> None:
-        requests = body.get("requests")
-        ids = [request.get("custom_id") for request in requests]
-        if not requests or len(requests) > 100_000:
-            return self.error(400, "requests: between 1 and 100000 are required")
-        if len(set(ids)) != len(ids) or not all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name or "") for name in ids):
-            return self.error(400, "requests: custom_id must be unique and match ^[a-zA-Z0-9_-]{1,64}$")
-        if len(self.api.batches) >= self.api.most_batches:
-            return self.error(403, "more batches than the test allows")
-        fault = self.api.batch_faults.popleft() if self.api.batch_faults else self.api.create_plan()
-        if fault is not None and not fault.kind:
-            return self.error(fault.status, fault.message, fault.headers, fault.error_code)
-        if fault is not None and fault.kind == "dropped":
-            return self.break_off(b"not created")
-        if fault is not None and fault.kind == "html":
-            return self.send_bytes(200, b"<html>Sign in</html>", {}, "text/html")
-        batch = Batch(f"msgbatch_{next(self.api.ids):06}", time.time(), requests)
-        with self.api.lock:
-            self.api.batches.append(batch)
-        if fault is not None and fault.kind == "lost":
-            return self.break_off(json.dumps(self.described(batch)).encode())
-        if fault is not None and fault.kind == "created":  # a gateway gave up waiting
-            return self.error(fault.status, fault.message)
-        return self.send(200, self.described(batch))
-
-    def retrieve(self, batch: Batch) -> None:
-        fault = self.api.retrieve_plan(batch)
-        if fault is not None and not fault.kind:
-            return self.error(fault.status, fault.message, fault.headers, fault.error_code)
-        kind = fault.kind if fault is not None else ""
-        if kind == "html":
-            return self.send_bytes(200, b"<html>Sign in</html>", {}, "text/html")
-        return self.send(200, self.described(batch) | RETRIEVALS.get(kind, {}))
-
-    def described(self, batch: Batch) -> dict:
-        ended = time.time() >= batch.created + self.api.batch_seconds
-        counts = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
-        if ended:
-            for line in self.api.results_of(batch):
-                counts[json.loads(line)["result"]["type"]] += 1
-        else:
-            counts["processing"] = len(batch.requests)
-        return {
-            "id": batch.id,
-            "type": "message_batch",
-            "processing_status": "ended" if ended else "in_progress",
-            "request_counts": counts,
-            "created_at": _rfc3339(batch.created),
-            "expires_at": _rfc3339(batch.created + 86400),
-            "ended_at": _rfc3339(batch.created + self.api.batch_seconds) if ended else None,
-            "archived_at": None,
-            "cancel_initiated_at": None,
-            "results_url": f"{self.api.url}/v1/messages/batches/{batch.id}/results" if ended else None,
-        }
-
-    def list_batches(self, query: dict) -> None:
-        limit = int(query.get("limit", ["20"])[0])
-        batches = sorted(self.api.batches, key=lambda batch: -batch.created)
-        after = query.get("after_id", [None])[0]
-        if after:
-            batches = batches[[batch.id for batch in batches].index(after) + 1 :]
-        page = [self.described(batch) for batch in batches[:limit]]
-        first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
-        more = len(batches) > limit
-        return self.send(200, {"data": page, "has_more": more, "first_id": first, "last_id": last})
-
-    def batch_results(self, batch: Batch) -> None:
-        fault = self.api.result_faults.popleft() if self.api.result_faults else self.api.results_plan(batch)
-        if fault is not None and not fault.kind:
-            return self.error(fault.status, fault.message, fault.headers, fault.error_code)
-        lines = self.api.results_of(batch)
-        if fault is not None and fault.kind in RESULTS:
-            lines = RESULTS[fault.kind](lines)
-        data = "".join(line + "\n" for line in lines).encode()
-        if fault is not None and fault.kind not in RESULTS:
-            return self.break_off(data)
-        return self.send_bytes(200, data, {}, "application/x-jsonl")
-
-    # -- answers ---------------------------------------------------------------------------------------------
-
     def error(self, status: int, message: str, headers: dict | None = None, error_code: str | None = None) -> None:
         inner: dict[str, Any] = {"type": ERROR_TYPES.get(status, "api_error"), "message": message}
-        if error_code:
-            inner["details"] = {"error_code": error_code}
+        inner |= {"details": {"error_code": error_code}} if error_code else {}
         self.send(status, {"type": "error", "error": inner, "request_id": f"req_{next(self.api.ids):06}"}, headers)
 
     def send(self, status: int, body: dict, headers: dict | None = None) -> None:
-        self.send_bytes(status, json.dumps(body).encode(), headers or {})
+        self.send_bytes(status, json.dumps(body).encode(), headers)
 
-    def send_bytes(self, status: int, data: bytes, headers: dict, kind: str = "application/json") -> None:
-        with self.api.lock:
-            self.api.statuses.append(status)
+    def send_bytes(
+        self, status: int, data: bytes, headers: dict | None = None, kind: str = "application/json"
+    ) -> None:
         self.send_response(status)
-        self.send_header("content-type", kind)
-        self.send_header("content-length", str(len(data)))
-        self.send_header("request-id", f"req_{next(self.api.ids):06}")
-        for name, value in headers.items():
+        about = {"content-type": kind, "content-length": str(len(data)), "request-id": f"req_{next(self.api.ids):06}"}
+        for name, value in (about | (headers or {})).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
@@ -467,14 +432,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _rfc3339(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1e6):06}Z"
-
-
-def _read(body: dict, headers: dict) -> Asked:
-    blocks = body["messages"][0]["content"]
-    blocks = [{"type": "text", "text": blocks}] if isinstance(blocks, str) else blocks
-    images = [_image(block["source"])[:3] for block in blocks if block["type"] == "image"]
-    texts = [block["text"] for block in blocks if block["type"] == "text"]
-    return Asked(body, headers, images, texts[0], texts[1:], [block["type"] for block in blocks])
 
 
 def _image(source: dict) -> tuple[str, int, int]:
@@ -502,39 +459,24 @@ def _refusal(body: dict) -> tuple[int, str] | None:
     if body.get("thinking", {"type": "disabled"})["type"] not in ("disabled", "adaptive"):
         return 400, "thinking: not supported by this model"
     form = body.get("output_config", {}).get("format")
-    if form is not None and (
-        form.get("type") != "json_schema" or form["schema"].get("additionalProperties") is not False
-    ):
+    if form and (form.get("type") != "json_schema" or form["schema"].get("additionalProperties") is not False):
         return 400, "output_config.format.schema: additionalProperties must be explicitly set to false"
     for block in body["messages"][0]["content"]:
-        if isinstance(block, dict) and block["type"] == "text" and not block["text"].strip():
+        kind = block["type"] if isinstance(block, dict) else ""
+        if kind == "text" and not block["text"].strip():
             return 400, "messages: text content blocks must contain non-whitespace text"
-        if isinstance(block, dict) and block["type"] == "image":
-            try:
-                true_type, width, height = _image(block["source"])
-            except Exception:
-                return 400, "messages.0.content: Could not process image"
-            if true_type != block["source"]["media_type"]:
-                return 400, f"messages.0.content: the image appears to be a {true_type} image"
-            if max(width, height) > 8000:
-                return 400, "messages.0.content: image dimensions exceed 8000 pixels"
-            if len(block["source"]["data"]) > 5 * 1024 * 1024:
-                return 400, "messages.0.content: image exceeds 5 MB maximum"
+        if kind == "image" and (problem := _image_refusal(block["source"])):
+            return 400, f"messages.0.content: {problem}"
     return None
 
 
-def main() -> None:
-    import argparse
-    import sys
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--latency", type=float, default=0.0, help="seconds before each reply")
-    args = parser.parse_args()
-    with ApiServer(latency=args.latency) as server:
-        server.keep = False
-        print(server.url, flush=True)
-        sys.stdin.read()
-
-
-if __name__ == "__main__":
-    main()
+def _image_refusal(source: dict) -> str | None:
+    try:
+        true_type, width, height = _image(source)
+    except Exception:
+        return "Could not process image"
+    if true_type != source["media_type"]:
+        return f"the image appears to be a {true_type} image"
+    if max(width, height) > 8000:
+        return "image dimensions exceed 8000 pixels"
+    return "image exceeds 5 MB maximum" if len(source["data"]) > 5 * 1024 * 1024 else None

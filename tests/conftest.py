@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.api_server import KEY
+from tests.disk import small_disk
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("ARES_SHARED", ROOT.parent / "shared"))
@@ -84,6 +85,36 @@ def t5_tokenizer(t5_tokenizer_dir):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(t5_tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def ready(tmp_path_factory, sample, t5_tokenizer) -> Path:
+    """A folder in which every script would run: data, a model with its tokenizer, questions, rationales."""
+    import preprocessing_for_correction_feedback
+    from teacher import handoff
+    from tests.tiny import PATCHES, make_data, make_model, write
+
+    folder = tmp_path_factory.mktemp("ready")
+    data = make_data(folder / "data", sample, train=6, val=2, test=4)
+    problems, splits = (json.loads((data / f"scienceqa/{x}.json").read_text()) for x in ("problems", "pid_splits"))
+    write(data / "captions.json", dict.fromkeys(problems, "A picture."))
+    write(data / "scienceqa/correction.json", problems)
+    t5_tokenizer.save_pretrained(make_model(folder / "model", patch_size=PATCHES))
+    write(folder / "rationales.json", {"preds": ["One. Two."] * len(splits["train"]), "qids": splits["train"]})
+    item = handoff.question_dir(folder / "questions", 0, 0, splits["train"][0])
+    handoff.write_rationale(item, ["One.", "Two."])
+    preprocessing_for_correction_feedback.main([
+        *("--correction_dir", f"{folder}/correction", "--rationales", f"{folder}/rationales.json"),
+        *("--data_root", str(data)),
+    ])  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small file system of its own, that can be filled."""
+    with small_disk(tmp_path / "disk") as folder:
+        yield folder
 
 
 def run_script(*argv, cwd=ROOT, nproc: int = 1, check: bool = True, timeout: float = 900, env: dict | None = None):

@@ -8,12 +8,16 @@ from collections import Counter, defaultdict
 from random import Random
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 from ares import data_folder as ares_problems
 from ares.cli import UserError
 from ares.sentences import split_text
 from demo import make_data, make_model
 from demo.pictures import COLORS, PICTURE_KINDS, REGIONS
+from model import T5ForMultimodalGeneration
+from utils_prompt import build_train_pair
 
 SIZES = {"train": 100, "val": 20, "test": 40}
 
@@ -38,16 +42,11 @@ def tokenizer_dir(demo):
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_dir):
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(tokenizer_dir)
 
 
 def tree(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-# -- data ------------------------------------------------------------------------------------------------
 
 
 def test_same_seed_gives_the_same_bytes(demo, tmp_path):
@@ -71,14 +70,10 @@ def test_splits(demo, problems):
     assert skills["train"] == skills["val"] == skills["test"]
 
 
-def test_no_question_twice():
-    """Across all splits: other words, another set of choices, or another picture."""
+def test_questions_differ_and_their_answers_are_balanced():
+    """No question twice across all splits: other words, another set of choices, or another picture."""
     drawn = make_data.draw_questions(list(make_data.KINDS), 580, seed=1)
     assert len({make_data.identity(question) for _, question in drawn}) == 580
-
-
-def test_answers_are_balanced():
-    drawn = make_data.draw_questions(list(make_data.KINDS), 580, seed=1)
     make_data.place_answers(drawn, Random(0))
     places = Counter((len(question.choices), question.answer) for _, question in drawn)
     for count in (2, 3, 4):
@@ -87,26 +82,23 @@ def test_answers_are_balanced():
 
 
 def test_it_covers_what_scienceqa_covers(problems):
-    assert {problem["subject"] for problem in problems.values()} == {
-        "natural science",
-        "social science",
-        "language science",
-    }
-    assert {len(problem["choices"]) for problem in problems.values()} == {2, 3, 4}
-    assert {bool(problem["hint"]) for problem in problems.values()} == {True, False}
-    grades = [int(problem["grade"].removeprefix("grade")) for problem in problems.values()]
+    everything = problems.values()
+    assert {p["subject"] for p in everything} == {"natural science", "social science", "language science"}
+    assert {len(problem["choices"]) for problem in everything} == {2, 3, 4}
+    assert {bool(problem["hint"]) for problem in everything} == {True, False}
+    grades = [int(problem["grade"].removeprefix("grade")) for problem in everything]
     assert min(grades) == 1 and 9 <= max(grades) <= 12
-    texts = " ".join(problem["hint"] + problem["question"] + problem["solution"] for problem in problems.values())
+    texts = " ".join(problem[part] for problem in everything for part in ("hint", "question", "solution", "lecture"))
     assert "Mrs." in texts and "a.m." in texts and "5.5" in texts and "\n" in texts
+    assert 300 < len({word.lower() for word in re.findall(r"[^\W\d_]+", texts)}) < 600
 
 
 def test_rationales_reason_and_end_by_naming_the_answer(problems):
     for qid, problem in problems.items():
         sentences = split_text(problem["solution"].replace("\n", " "))
         assert 2 <= len(sentences) <= 5, (qid, sentences)
-        gold, *others = [problem["choices"][problem["answer"]]] + [
-            choice for index, choice in enumerate(problem["choices"]) if index != problem["answer"]
-        ]
+        gold = problem["choices"][problem["answer"]]
+        others = [choice for index, choice in enumerate(problem["choices"]) if index != problem["answer"]]
         assert named(gold, sentences[-1]), (qid, sentences)
         assert not any(named(other, sentences[-1]) and not named(other, gold) for other in others), (qid, sentences)
 
@@ -117,26 +109,17 @@ def named(choice, sentence):
     return re.search(rf"(?<![\w.]){re.escape(core)}(?!\w)", sentence) is not None
 
 
-def test_vocabulary_is_small(problems):
-    texts = [text for problem in problems.values() for text in (problem["question"], problem["hint"])]
-    texts += [text for problem in problems.values() for text in (problem["lecture"], problem["solution"])]
-    words = {word.lower() for text in texts for word in re.findall(r"[^\W\d_]+", text)}
-    assert 300 < len(words) < 600
-
-
 @pytest.mark.parametrize("kind", PICTURE_KINDS, ids=lambda kind: kind.__name__)
 def test_pictures_are_needed(kind):
     """The words of a drawn question, caption included, go with different answers."""
-    rng = Random(0)
-    golds = defaultdict(Counter)
+    rng, golds = Random(0), defaultdict(Counter)
     for _ in range(400):
         question = kind(rng)
         text = (question.question, question.hint, question.caption, frozenset(question.choices))
         golds[text][question.choices[question.answer]] += 1
-    best_guess = sum(max(counts.values()) for counts in golds.values() if sum(counts.values()) >= 8)
-    asked = sum(sum(counts.values()) for counts in golds.values() if sum(counts.values()) >= 8)
-    if asked:
-        assert best_guess / asked < 0.75
+    often = [counts for counts in golds.values() if sum(counts.values()) >= 8]
+    if often:
+        assert sum(max(counts.values()) for counts in often) / sum(sum(counts.values()) for counts in often) < 0.75
     else:  # the choices differ too much to meet again: the words must not name the answer
         assert kind.__name__ == "larger_shape"
 
@@ -149,35 +132,36 @@ def pixels(image):
 def test_pictures_hold_the_answer():
     rng = Random(0)
     kinds = {kind.__name__: kind for kind in PICTURE_KINDS}
+
+    def drawn(kind):
+        question = kinds[kind](rng)
+        return question, question.images.get("image.png"), question.choices[question.answer]
+
     for _ in range(30):
-        question = kinds["larger_shape"](rng)
-        areas = pixels(question.images["image.png"])
-        colors = [color for color in COLORS if COLORS[color] in areas]
-        assert max(colors, key=lambda color: areas[COLORS[color]]) == question.choices[question.answer]
+        _, image, gold = drawn("larger_shape")
+        areas = pixels(image)
+        assert max((color for color in COLORS if COLORS[color] in areas), key=lambda c: areas[COLORS[c]]) == gold
 
-        question = kinds["shaded_region"](rng)
-        (left, top), _ = REGIONS[question.choices[question.answer]]
-        assert question.images["image.png"].getpixel((72 if left else 24, 72 if top else 24)) == (50, 50, 60)
+        _, image, gold = drawn("shaded_region")
+        (left, top), _ = REGIONS[gold]
+        assert image.getpixel((72 if left else 24, 72 if top else 24)) == (50, 50, 60)
 
-        question = kinds["magnets"](rng)
-        image = question.images["image.png"]
-        same = image.getpixel((30, 48)) == image.getpixel((66, 48))
-        assert question.choices[question.answer] == ("repel" if same else "attract")
+        _, image, gold = drawn("magnets")
+        assert gold == ("repel" if image.getpixel((30, 48)) == image.getpixel((66, 48)) else "attract")
 
-        question = kinds["which_picture"](rng)
+        question, *_ = drawn("which_picture")
         color = COLORS[question.question.split()[-2]]
         shown = [question.images[f"choice_{index}.png"].getpixel((48, 52)) == color for index in range(2)]
         assert shown.index(True) == question.answer and sum(shown) == 1
 
-        question = kinds["solutions"](rng)
+        question, *_ = drawn("solutions")
         color = COLORS[question.question.split()[-2]]
         counts = [pixels(question.images[f"choice_{i}.png"])[color] for i in range(2)]
         assert counts.index(max(counts)) == question.answer
 
-        question = kinds["thermometer"](rng)
-        red = pixels(question.images["image.png"])[(220, 20, 20)]
-        level = float(question.choices[question.answer].removesuffix("°C"))
-        assert red == pytest.approx(23 * (17 + 21 * (level - 5.5) / 10), rel=0.01)
+        _, image, gold = drawn("thermometer")
+        level = float(gold.removesuffix("°C"))
+        assert pixels(image)[(220, 20, 20)] == pytest.approx(23 * (17 + 21 * (level - 5.5) / 10), rel=0.01)
 
 
 def test_images_captions_and_name_map(demo, problems):
@@ -196,21 +180,17 @@ def test_images_captions_and_name_map(demo, problems):
 
 
 def test_mistakes(tmp_path):
+    new = f"--output {tmp_path}/new"
     (tmp_path / "data" / "scienceqa").mkdir(parents=True)
-    with pytest.raises(UserError, match="not a demo's"):
-        make_data.main(["--output", str(tmp_path)])
-    assert [path.name for path in tmp_path.iterdir()] == ["data"]
-    with pytest.raises(UserError, match="--test: 0 questions"):
-        make_data.main(["--output", str(tmp_path / "new"), "--test", "0"])
-    with pytest.raises(UserError, match="genes has no 2000 different"):
-        make_data.main(
-            ["--output", str(tmp_path / "new"), "--train", "1998", "--val=1", "--test=1", "--kinds", "genes"]
-        )
-    with pytest.raises(UserError, match="--data: .*problems.json does not exist"):
-        make_model.main(["--data", str(tmp_path), "--tokenizer", str(tmp_path / "t"), "--output", str(tmp_path / "m")])
-
-
-# -- tokenizer -------------------------------------------------------------------------------------------
+    for script, flags, words in (
+        (make_data, f"--output {tmp_path}", "not a demo's"),
+        (make_data, f"{new} --test 0", "--test: 0 questions"),
+        (make_data, f"{new} --train 1998 --val=1 --test=1 --kinds genes", "genes has no 2000 different"),
+        (make_model, f"--data {tmp_path} --tokenizer t --output m", "--data: .*problems.json does not exist"),
+    ):
+        with pytest.raises(UserError, match=words):
+            script.main(flags.split())
+        assert {path.name for path in tmp_path.iterdir()} <= {"data", "new"}
 
 
 def test_tokenizer_is_of_t5s_kind(tokenizer, t5_tokenizer):
@@ -219,30 +199,23 @@ def test_tokenizer_is_of_t5s_kind(tokenizer, t5_tokenizer):
         assert getattr(tokenizer, name) == getattr(t5_tokenizer, name)
     size = len(tokenizer)
     assert size <= 1000
-    for index in range(100):
-        assert tokenizer.convert_tokens_to_ids(f"<extra_id_{index}>") == size - 1 - index
+    assert [tokenizer.convert_tokens_to_ids(f"<extra_id_{i}>") for i in range(100)] == [
+        size - 1 - i for i in range(100)
+    ]
     assert tokenizer("A sentence.").input_ids[-1] == 1
     for text in ("So, it is Dr. Reed (B).", "at 5.5°C, 9 a.m. ", "two\nlines  and\ttabs", 'He said: "Look!"'):
         ours, theirs = (each.decode(each(text).input_ids) for each in (tokenizer, t5_tokenizer))
         assert ours == theirs
-
-
-def test_backslash_n_leaves_a_stray_n_as_with_t5(tokenizer, t5_tokenizer):
-    for each in (tokenizer, t5_tokenizer):
+    for each in (tokenizer, t5_tokenizer):  # backslash-n leaves a stray n
         pieces = each.convert_ids_to_tokens(each("two hours.\\nLook at it").input_ids)
         place = pieces.index("<unk>")
         assert pieces[place - 1] == "." and pieces[place + 1].startswith("n")
         assert each.decode(each("hours.\\nLook").input_ids, skip_special_tokens=True) == "hours.nLook"
 
 
-def test_punctuation_stands_alone(tokenizer):
-    specials = set(tokenizer.all_special_tokens)
-    for piece in tokenizer.get_vocab():
-        if piece not in specials:
-            assert re.fullmatch(r"▁?([^\W_]+|[^\w\s]|_)|▁", piece), piece
-
-
-def test_texts_come_back_and_words_are_pieces(tokenizer, problems):
+def test_pieces_are_words_or_punctuation(tokenizer, problems):
+    for piece in tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+        assert re.fullmatch(r"▁?([^\W_]+|[^\w\s]|_)|▁", piece), piece
     texts = [problem["solution"] for problem in problems.values()]
     for text in texts:
         words = " ".join(text.split())
@@ -253,38 +226,28 @@ def test_texts_come_back_and_words_are_pieces(tokenizer, problems):
     assert len(whole) >= 0.97 * len(frequent)
 
 
-def test_tokenizer_bytes(demo, tokenizer_dir, tmp_path):
+def test_tokenizer_bytes_and_training(demo, tokenizer_dir, tmp_path):
     make_model.make_tokenizer(make_model.texts_of(demo), tmp_path / "again")
     assert tree(tmp_path / "again") == tree(tokenizer_dir)
     with pytest.raises(UserError, match="--vocab_size: 150"):
         make_model.make_tokenizer(["a text"], tmp_path / "small", vocab_size=150)
-
-
-def test_unigram_prefers_whole_words():
     words = Counter({"▁magnet": 40, "▁magnets": 40, "▁mag": 1, "s": 3})
     pieces = dict(make_model.train_unigram(words, 200))
-    assert max(pieces, key=pieces.get) in ("▁magnet", "▁magnets")
+    assert max(pieces, key=pieces.get) in ("▁magnet", "▁magnets")  # whole words
     assert sum(math.exp(score) for score in pieces.values()) == pytest.approx(1, abs=1e-3)
 
 
-# -- model -----------------------------------------------------------------------------------------------
-
-
 def test_tiny_t5(tokenizer_dir, tokenizer, problems, tmp_path):
-    import torch
-
-    from model import T5ForMultimodalGeneration
-    from utils_prompt import build_train_pair
-
     state = torch.get_rng_state()
-    folder = make_model.build_t5(tokenizer_dir, tmp_path / "t5", d_model=32, seed=1)
-    make_model.build_t5(tokenizer_dir, tmp_path / "again", d_model=32, seed=1)
+    folders = [
+        make_model.build_t5(tokenizer_dir, tmp_path / f"{number}", d_model=32, seed=seed)
+        for number, seed in enumerate((1, 1, 2))
+    ]
     assert torch.equal(state, torch.get_rng_state())
-    assert tree(folder) == tree(tmp_path / "again")
-    make_model.build_t5(tokenizer_dir, tmp_path / "again", d_model=32, seed=2)
-    assert tree(folder)["model.safetensors"] != tree(tmp_path / "again")["model.safetensors"]
+    one, same, other = (tree(folder) for folder in folders)
+    assert one == same and one["model.safetensors"] != other["model.safetensors"]
 
-    model = T5ForMultimodalGeneration.from_pretrained(folder)
+    model = T5ForMultimodalGeneration.from_pretrained(folders[0])
     assert not model.config.tie_word_embeddings and model.config.feed_forward_proj == "gated-gelu"
     assert model.lm_head.weight is not model.shared.weight
     assert model.encoder.embed_tokens.weight is model.shared.weight is model.decoder.embed_tokens.weight
@@ -299,9 +262,10 @@ def test_tiny_t5(tokenizer_dir, tokenizer, problems, tmp_path):
 def test_tiny_t5_for_the_real_tokenizer(t5_tokenizer_dir, tmp_path):
     folder = make_model.build_t5(t5_tokenizer_dir, tmp_path / "t5", d_model=16, heads=2, vocab_size=32128)
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 32128
-    with pytest.raises(UserError, match="--vocab_size: 500"):
-        make_model.build_t5(t5_tokenizer_dir, tmp_path / "other", vocab_size=500)
-    with pytest.raises(UserError, match="--heads: 5"):
-        make_model.build_t5(t5_tokenizer_dir, tmp_path / "other", heads=5)
-    with pytest.raises(UserError, match="holds no tokenizer"):
-        make_model.build_t5(tmp_path, tmp_path / "other")
+    for tokenizer, how, words in (
+        (t5_tokenizer_dir, {"vocab_size": 500}, "--vocab_size: 500"),
+        (t5_tokenizer_dir, {"heads": 5}, "--heads: 5"),
+        (tmp_path, {}, "holds no tokenizer"),
+    ):
+        with pytest.raises(UserError, match=words):
+            make_model.build_t5(tokenizer, tmp_path / "other", **how)

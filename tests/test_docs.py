@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import importlib
 import io
-import os
 import re
-import shlex
-import shutil
 import subprocess
-import sys
 import tarfile
-import threading
-import time
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from ares.cli import UserError
-from demo.make_model import build_t5
-from teacher import handoff
 from tests.api_server import KEY
+from tests.commands import STARTS, Command, commands_of
 from tests.conftest import ROOT
-from tests.rl import rl_tools
-from tests.tiny import predictions
 
-STARTS = ("python", "bash", "accelerate", "torchrun")  # first words of a command that starts a script
 SHELL = ("cp", "mkdir", "touch", "for", "export", "tar")  # first words of lines that run in bash
 # scripts check that these exist while they parse
 FOLDERS = "--base_model_dir --ref_model --evaluate_dir --model --lora --answer_model --correction_dir".split()
@@ -45,73 +33,6 @@ def project_files(*patterns: str) -> list[str]:
 DOCUMENTS = project_files("*.md", "docs/*.md", "demo/**/*.md", "benchmarks/*.md")
 SOURCES = project_files("*.py", "*/*.py")
 SCRIPTS = [path for path in SOURCES if re.search(r"^if __name__ == .__main__.:", (ROOT / path).read_text(), re.M)]
-
-
-# -- finding commands ------------------------------------------------------------------------------------
-
-
-@dataclass
-class Command:
-    """One command of a document: `text` without comments and line breaks, `where` as FILE:LINE."""
-
-    text: str
-    where: str
-
-    def words(self) -> list[str]:
-        """Its words in the present folder, variables replaced by folder names, brackets of optional flags removed."""
-        text = re.sub(r"\$\{?(\w+)\}?", r"\1", re.sub(r"\[(--[^]]*)\]", r"\1", self.text))
-        words = shlex.split(text)
-        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-            del words[0]
-        return words
-
-
-def joined(lines: list[str], first: int, path: str) -> list[Command]:
-    """The commands in lines of shell that begin at line `first` of a file."""
-    commands, begun = [], ""
-    for number, line in enumerate(lines, first):
-        line = re.sub(r"(^|\s)#.*", "", line).strip()
-        text = f"{begun} {line}".strip()
-        begun = text[:-1] if text.endswith("\\") else ""
-        if text and not begun:
-            commands.append(Command(text, f"{path}:{number}"))
-    return commands
-
-
-def indented(text: str, first: int, path: str) -> list[Command]:
-    """Commands in indented lines that start a script, with their continuation lines."""
-    found, lines = [], text.splitlines()
-    for index, line in enumerate(lines):
-        if re.match(rf"    ([A-Z_]+=\S+ )*({'|'.join(STARTS)}) ", line):
-            end = index
-            while lines[end].endswith("\\"):
-                end += 1
-            found += joined(lines[index : end + 1], first + index, path)
-    return found
-
-
-def blocks_of(text: str, path: str) -> list[list[Command]]:
-    """The commands of each ```bash block of a Markdown text."""
-    found = re.finditer(r"^```bash\n(.*?)^```", text, re.M | re.S)
-    return [joined(block[1].splitlines(), text[: block.start()].count("\n") + 2, path) for block in found]
-
-
-def commands_of(path: str) -> list[Command]:
-    """All commands of a Markdown file (bash blocks, indented lines, inline code) or of a module's docstring."""
-    text = (ROOT / path).read_text(encoding="utf-8")
-    if path.endswith(".py"):
-        docstring = ast.get_docstring(ast.parse(text), clean=False) or ""
-        return indented(docstring, 1, path)
-    prose = re.sub(r"^```.*?^```", lambda block: "\n" * block[0].count("\n"), text, flags=re.M | re.S)
-    inline = re.finditer(rf"`((?:[A-Z_]+=\S+\s)?(?:{'|'.join(STARTS)})\s[^`]*\.(?:py|sh)\s[^`]*)`", prose)
-    return [
-        *(command for block in blocks_of(text, path) for command in block),
-        *indented(prose, 1, path),
-        *(Command(" ".join(at[1].split()), f"{path}:{prose[: at.start()].count(chr(10)) + 1}") for at in inline),
-    ]
-
-
-# -- checking them ---------------------------------------------------------------------------------------
 
 
 class Parsed(Exception):
@@ -262,14 +183,11 @@ def test_a_wrong_command_is_found(text, downloads):
         check_command(Command(text, "here"))
 
 
-# -- --help ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_shows_every_default(script):
     parser = parser_of(script)
-    text = " ".join(parser.format_help().split())
-    silent = []
+    text, silent = " ".join(parser.format_help().split()), []
+    assert "%(" not in text
     for action in parser._actions:
         default = action.default
         if not action.option_strings or action.nargs == 0 or default in (None, argparse.SUPPRESS, "", [], ()):
@@ -281,144 +199,6 @@ def test_help_shows_every_default(script):
         assert " ".join(shown.split()) in text
         silent += [] if wanted else [f"{action.option_strings[0]} ({default}): {shown}"]
     assert not silent, f"{script}: the help of these flags has no default"
-
-
-# -- the three steps of the README, run ------------------------------------------------------------------
-
-# appended to a script's command: the flags of a small run, and the offline Teacher
-SMALL = {
-    "run_mm_cot_rl.py": "--bs 4 --output_len 24 --rl_batch_size 4 --rl_epochs 1 --ga_step 2 --poll_seconds 0.2 "
-    "--settle_seconds 0.5 --report_to none",
-    "haiku.py": "--teacher reference",
-    "haiku_for_correction_feedback.py": "--teacher reference",
-    "main.py": "--bs 4 --epoch 1 --output_len 24",
-    "run_mm_cot_lora.py": "--bs 4 --epoch 1 --output_len 8",
-}
-
-
-SIZES = {"train": 7, "eval": 2, "test": 2}  # questions of its splits
-
-
-class User:
-    """Follows the README in a copy of the repository with seven questions and a tiny rationale model."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        self.said = {}  # script -> what its last start printed
-
-    def small(self, command: Command) -> tuple[str, str]:
-        """(script or "", the command with the flags of a small run)."""
-        script = next((word for word in command.words() if re.search(r"\.(py|sh)$", word)), "")
-        return script, f"{command.text} {SMALL.get(script, '')}"
-
-    def type(self, command: Command) -> None:
-        """Run a command in bash as it is typed."""
-        script, text = self.small(command)
-        done = subprocess.run(
-            ["bash", "-c", text], cwd=self.folder, env=self.environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{command.where}: {text}: {done.stdout[-1000:]}{done.stderr[-3000:]}"
-        self.said[script] = done.stdout
-
-    def train(self, command: Command) -> None:
-        """Run the script of an `accelerate launch` in this process, which has loaded torch."""
-        script, text = self.small(command)
-        for name, value in self.environment.items():
-            text = re.sub(rf"\${name}\b", value, text)
-        words = shlex.split(text)
-        assert words[:3] == ["accelerate", "launch", script]
-        importlib.import_module(script.removesuffix(".py")).main(words[3:])
-
-    def rl(self, command: Command, feedback: list[Command], *flags: str) -> Path:
-        """RL, and the commands of `feedback` beside it once it waits. Returns its run folder, $RUN from then on."""
-        runs = self.folder / "RL_models"
-        before, faults = set(runs.glob("*")), []
-
-        def teacher() -> None:
-            run = None
-            try:
-                while not (run := next(iter(set(runs.glob("*")) - before), None)) or not handoff.exported(
-                    run / "questions"
-                ):
-                    time.sleep(0.1)
-                self.environment["RUN"] = str(run.relative_to(self.folder))
-                for each in feedback:
-                    self.type(each)
-            except BaseException as fault:
-                faults.append(fault)
-            for action in range(4) if faults and run else ():  # RL must not wait for ever
-                handoff.mark_done(run / "questions", action)
-
-        beside = threading.Thread(target=teacher, daemon=True)
-        beside.start()
-        try:
-            self.train(Command(" ".join([command.text, *flags]), command.where))
-        finally:
-            beside.join(5)
-            if faults:
-                raise faults[0]
-        return runs.parent / self.environment["RUN"]
-
-
-@pytest.fixture
-def user(tmp_path, monkeypatch, sample, t5_tokenizer, t5_tokenizer_dir):
-    for path in ROOT.iterdir():  # data and results are in the copy, code is the repository's
-        if path.suffix == ".py" or path.name in ("ares", "rl", "sft", "teacher", "tools", "vision"):
-            (tmp_path / path.name).symlink_to(path)
-    shutil.copytree(ROOT / "preprocessing_after_RL", tmp_path / "preprocessing_after_RL")
-    data = rl_tools.make_data(tmp_path, sample, 7)
-    (data / "captions.json").rename(data / "instruct_captions.json")
-    (data / "images").symlink_to(sample / "images")
-    rl_tools.make_model(tmp_path / "models/mm-cot-base-rationale", data, t5_tokenizer)
-    build_t5(t5_tokenizer_dir, tmp_path / "t5", d_model=32, layers=2, heads=4, vocab_size=32128)
-    monkeypatch.chdir(tmp_path)
-    return User(tmp_path)
-
-
-@pytest.mark.slow
-def test_the_three_steps_of_the_readme_run(user):
-    section = "## The three steps on real data"
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition(section)[2].partition("\n## ")[0]
-    _, ([rl], in_place, by_hand), ([generate, *clean_and_correct, tune],), ([lora],) = (
-        blocks_of(step, "README.md") for step in text.split("\n### ")
-    )
-
-    runs = [user.rl(rl, in_place), user.rl(rl, by_hand, "--seed", "1")]
-    for run in runs:
-        (rollout,) = rl_tools.metrics_of(run, "rollout")
-        assert rollout["rationales"] == 28 and rollout["share_dropped"] == 0
-        assert {path.name for path in (run / "0").iterdir()} >= rl_tools.ROUND_FILES
-    assert user.said["haiku.py"].count("llm_done.txt written") == 4
-
-    user.train(generate)
-    for command in clean_and_correct:
-        user.type(command)
-    corrections = user.folder / "data/scienceqa/correction.json"
-    assert corrections.read_bytes() != corrections.with_name("problems.json").read_bytes()
-    user.train(tune)
-    (sft,) = (user.folder / "experiments").iterdir()
-    user.environment["SFT"] = str(sft.relative_to(user.folder))
-    user.train(lora)
-    (adapter,) = sft.glob("mm_cot_lora_*")
-    for folder, splits in ((runs[1] / "0", "train eval test"), (sft, "train eval test"), (adapter, "test")):
-        for split in splits.split():
-            assert len(predictions(folder, split)["preds"]) == SIZES[split]
-
-
-@pytest.mark.slow
-def test_the_command_for_a_starting_model_runs(user):
-    text = (ROOT / "docs/data.md").read_text(encoding="utf-8").partition("## The starting rationale model")[2]
-    command = blocks_of(text, "docs/data.md")[0][0]
-    user.train(Command(f"{command.text} --model t5", command.where))
-    folder = user.folder / "models/rationale"
-    assert {split: len(predictions(folder, split)["preds"]) for split in SIZES} == SIZES
-    # RL accepts it: after its checks of flags, data and checkpoints it writes the run folder
-    rl = next(command for command in commands_of("README.md") if "run_mm_cot_rl.py" in command.text)
-    flags = "--base_model_dir models/rationale --ref_model models/rationale --phase collect"
-    user.train(Command(f"{rl.text} {flags}", rl.where))
-    (run,) = (user.folder / "RL_models").iterdir()
-    assert handoff.exported(run / "questions")
 
 
 def test_the_memory_table_is_what_the_script_prints(capsys):

@@ -9,6 +9,8 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rouge import Rouge
+from rouge_score.rouge_scorer import RougeScorer
 
 import utils_evaluate
 from ares.cli import UserError
@@ -30,9 +32,6 @@ from utils_evaluate import (
 @pytest.fixture(scope="module")
 def released(fixtures):
     return json.loads((fixtures / "scores.json").read_text())
-
-
-# -- answers ---------------------------------------------------------------------------------------------
 
 
 def test_extracted_answers_are_the_released_ones(fixtures):
@@ -69,9 +68,6 @@ def test_random_fallback_is_seeded_and_within_the_options():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [index for index, _ in drawn]
-
-
-# -- released figures ------------------------------------------------------------------------------------
 
 
 def test_scores_of_real_predictions(released):
@@ -116,9 +112,8 @@ def test_pairs(released):
             assert rouge_l(target, prediction) == pytest.approx(pair["rougeL"], abs=1e-12)
     for case in released["aggregate_cases"]:
         scores = rationale_scores(case["results"], case["data"])
-        assert scores["bleu1"] == pytest.approx(100 * case["bleu1"], abs=1e-9)
-        assert scores["bleu4"] == pytest.approx(100 * case["bleu4"], abs=1e-9)
-        assert scores["rouge"] == pytest.approx(100 * case["rougeL"], abs=1e-9)
+        for ours, theirs in (("bleu1", "bleu1"), ("bleu4", "bleu4"), ("rouge", "rougeL")):
+            assert scores[ours] == pytest.approx(100 * case[theirs], abs=1e-9)
 
 
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "The", "the", ".", ". ", "\n", "  ", "é"]), max_size=25)
@@ -127,36 +122,27 @@ WORDS = st.lists(st.sampled_from(["a", "b", "c", "The", "the", ".", ". ", "\n", 
 @settings(max_examples=300, deadline=None)
 @given(WORDS, WORDS)
 def test_rouge_is_the_packages(ours, theirs):
-    from rouge import Rouge
-
     target, prediction = " ".join(ours), " ".join(theirs)
     try:
         expected = Rouge(metrics=["rouge-l"]).get_scores(target, prediction)[0]["rouge-l"]["f"]
     except ValueError:
         expected = None
     assert rouge_l(target, prediction) == expected
-
-
-def test_rouge_of_a_very_long_sentence():
-    """The package recurses once per word; a rationale without a full stop would end the evaluation."""
-    words = [str(i) for i in range(1500)]
-    assert rouge_l(" ".join(words), " ".join(["x", *words])) == pytest.approx(2 * 1500 / 3001, abs=1e-6)
-
-
-@settings(max_examples=300, deadline=None)
-@given(WORDS, WORDS)
-def test_training_rouge_is_the_packages(ours, theirs):
-    from rouge_score.rouge_scorer import RougeScorer
-
-    target, prediction = (" ".join(words).replace("c", "running") for words in (ours, theirs))
+    target, prediction = (text.replace("c", "running") for text in (target, prediction))
     expected = RougeScorer(["rougeL"], use_stemmer=True).score(target, prediction)["rougeL"].fmeasure
     assert training_rouge([prediction], [target]) == 100 * expected
 
 
-# -- any data set ----------------------------------------------------------------------------------------
+def test_rouge_of_a_very_long_sentence_and_of_training():
+    """The package recurses once per word; a rationale without a full stop would end the evaluation."""
+    words = [str(i) for i in range(1500)]
+    assert rouge_l(" ".join(words), " ".join(["x", *words])) == pytest.approx(2 * 1500 / 3001, abs=1e-6)
+    assert training_rouge(["The cats sat."], ["the cat sat"]) == pytest.approx(100)  # stemmed, case folded
+    assert training_rouge(["a b", "x"], ["a b", "y"]) == pytest.approx(50)
+    assert training_rouge([], []) == 0
 
 
-def test_aokvqa_leaves_out_rows_that_do_not_apply(tmp_path):
+def test_aokvqa_has_only_the_rows_that_apply(tmp_path):
     problems = {str(i): {"answer": i % 4, "choices": list("abcd"), "hint": "", "image": "image.png"} for i in range(8)}
     path = tmp_path / "problems.json"
     path.write_text(json.dumps(problems))
@@ -165,31 +151,24 @@ def test_aokvqa_leaves_out_rows_that_do_not_apply(tmp_path):
     assert scores == {"answer": {"acc_has_image": "75.00", "acc_average": "75.00"}}
     assert get_scores({"0": 0}, {}, {}, str(path)) == {"answer": {"acc_has_image": "100.00", "acc_average": "100.00"}}
     assert get_scores({}, {"0": " "}, {"0": ""}, problems) == {"rationale": {}}
-    with pytest.raises(UserError, match="question 99 is not in"):
-        get_scores({"99": 0}, None, None, path)
-    with pytest.raises(UserError, match="question 1 has a rationale but no reference"):
-        get_scores(None, {"1": "A."}, {"0": "A."}, path)
-    with pytest.raises(UserError, match="does not exist"):
-        get_scores({"0": 0}, None, None, tmp_path / "absent.json")
-
-
-# -- similarity, training, shape -------------------------------------------------------------------------
+    for about, words in (
+        (({"99": 0}, None, None, path), "question 99 is not in"),
+        ((None, {"1": "A."}, {"0": "A."}, path), "question 1 has a rationale but no reference"),
+        (({"0": 0}, None, None, tmp_path / "absent.json"), "does not exist"),
+    ):
+        with pytest.raises(UserError, match=words):
+            get_scores(*about)
 
 
 def test_similarity_with_the_real_model():
     predictions = {"a": "Ice melts into water.", "b": "Ice melts into water.", "c": "", "d": "no reference"}
     references = {"a": "Ice turns into water.", "b": "Paris is in France.", "c": "Text.", "d": " "}
-    one = sentence_similarity({"a": predictions["a"]}, references)
-    other = sentence_similarity({"b": predictions["b"]}, references)
+    one, other = (sentence_similarity({qid: predictions[qid]}, references) for qid in "ab")
     assert one > 80 and other < 20
     assert sentence_similarity(predictions, references) == pytest.approx((one + other + 0) / 3, abs=1e-3)
     assert sentence_similarity({"a": "Same."}, {"a": "Same."}) == pytest.approx(100, abs=1e-3)
-    assert get_scores(None, predictions, references, {})["rationale"].keys() == {
-        "bleu1",
-        "bleu4",
-        "rouge",
-        "similarity",
-    }
+    found = get_scores(None, predictions, references, {})["rationale"]
+    assert found.keys() == {"bleu1", "bleu4", "rouge", "similarity"}
 
 
 def test_similarity_without_its_model_is_said(monkeypatch, capsys, tmp_path):
@@ -204,27 +183,20 @@ def test_similarity_without_its_model_is_said(monkeypatch, capsys, tmp_path):
     assert "sentence similarity skipped" in capsys.readouterr().err
 
 
-def test_training_rouge():
-    assert training_rouge(["The cats sat."], ["the cat sat"]) == pytest.approx(100)  # stemmed, case folded
-    assert training_rouge(["a b", "x"], ["a b", "y"]) == pytest.approx(50)
-    assert training_rouge([], []) == 0
-
-
 def test_rationale_stats():
     stats = rationale_stats(["Solution: It is ice. It is ice. It melts", "Ice melts at 0.5 degrees."])
     assert stats == {"repeated": 1 / 4, "unfinished": 1 / 2, "sentences": 2.0, "words": pytest.approx(13 / 2)}
     assert rationale_stats([]) == {"repeated": 0, "unfinished": 0, "sentences": 0, "words": 0}
 
 
-@pytest.mark.parametrize("blank", [" ", "   ", "\n", "\t \n", "\u00a0"])
-def test_a_prediction_of_blanks_alone_counts_0_in_rouge(blank):
-    """As in the released scores, which leave out the empty text alone."""
+def test_a_prediction_of_blanks_alone_counts_0_in_rouge():
+    """As in the released scores, which skip only the empty text."""
     references = {"a": "The cat sat.", "b": "x y", "c": "z"}
     whole = rationale_scores({"a": "The cat sat."}, references)
-    scores = rationale_scores({"a": "The cat sat.", "b": blank}, references)
-    assert scores["rouge"] == pytest.approx(whole["rouge"] / 2)
-    assert scores == rationale_scores({"a": "The cat sat.", "b": blank, "c": ""}, references) | {
-        name: scores[name] for name in ("bleu1", "bleu4")
-    }
-    assert rationale_scores({"b": blank}, references) == {"bleu1": 0.0, "bleu4": 0.0, "rouge": 0.0}
-    assert rationale_scores({"a": "The cat sat.", "b": blank}, {**references, "b": " "}) == whole
+    for blank in (" ", "   ", "\n", "\t \n", "\u00a0"):
+        scores = rationale_scores({"a": "The cat sat.", "b": blank}, references)
+        assert scores["rouge"] == pytest.approx(whole["rouge"] / 2)
+        more = rationale_scores({"a": "The cat sat.", "b": blank, "c": ""}, references)
+        assert scores == more | {name: scores[name] for name in ("bleu1", "bleu4")}
+        assert rationale_scores({"b": blank}, references) == {"bleu1": 0.0, "bleu4": 0.0, "rouge": 0.0}
+        assert rationale_scores({"a": "The cat sat.", "b": blank}, {**references, "b": " "}) == whole

@@ -1,16 +1,20 @@
-"""ares/files.py: what reading, writing and locking do where a file is a link, a FIFO, damaged, or the disk is full."""
+"""ares/files.py: reading, writing and locking where a file is a link, a FIFO or damaged, or the disk is full."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import errno
+import importlib
 import json
 import multiprocessing
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +31,7 @@ from ares.launch import only_one
 from teacher import handoff, reply_files
 from tests.api_server import ApiServer
 from tests.conftest import ROOT
-from tests.disk import fill, small_disk
+from tests.disk import fill
 from tests.teacher.teacher_tools import lay_out
 
 SENTINEL = b"nothing may touch this\n"
@@ -50,12 +54,11 @@ KINDS = ("link to a file", "link to nothing", "link to /dev/zero", "FIFO", "fold
 
 
 def put(place: Path, kind: str, outside: Path) -> None:
-    """Replace what lies at `place` by something that it must not be."""
+    """Replace the file or folder at `place` by something that it must not be."""
     is_folder = place.is_dir()
     if is_folder:
         shutil.move(place, outside / "moved")
-    else:
-        place.unlink(missing_ok=True)
+    place.unlink(missing_ok=True)
     place.parent.mkdir(parents=True, exist_ok=True)
     if kind == "FIFO":
         os.mkfifo(place)
@@ -70,30 +73,29 @@ def state(folder: Path) -> dict:
     return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def launch(main, *argv) -> int:
+def launch(main, words: str = "") -> int:
     """A script in this process, from its entry point; its exit status."""
     try:
-        cli.run(lambda: main([str(arg) for arg in argv]))
+        cli.run(lambda: main(words.split()))
     except SystemExit as end:
         return end.code
     return 0
 
 
 @pytest.fixture
-def desk(tmp_path, problems, sample, monkeypatch, api_environment):
-    """A prepared and answered questions folder, a data root, and a folder outside of them."""
-    tmp_path = tmp_path / "desk"
-    questions, outside, data = tmp_path / "questions", tmp_path / "outside", tmp_path / "data"
-    lay_out(questions, 0, QID, ["It is so.", "So it is."], problems, sample)
-    handoff.mark_exported(questions)
-    outside.mkdir()
-    (outside / "file").write_bytes(SENTINEL)
-    files.write_json(data / "scienceqa/problems.json", {QID: problems[QID]})
-    files.write_json(data / "scienceqa/pid_splits.json", {"train": [QID], "val": [], "test": [QID]})
-    files.write_json(data / "rationales.json", {"preds": ["It is so. So it is."], "qids": [QID]})
-    (questions / "teacher/batches").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+def questions_folder(tmp_path, problems, sample, monkeypatch, api_environment):
+    """A folder with prepared questions, a data root, and a folder `outside`."""
+    folder = tmp_path / "user"
+    lay_out(folder / "questions", 0, QID, ["It is so.", "So it is."], problems, sample)
+    handoff.mark_exported(folder / "questions")
+    (folder / "questions/teacher/batches").mkdir(parents=True)
+    (folder / "outside").mkdir()
+    (folder / "outside/file").write_bytes(SENTINEL)
+    files.write_json(folder / "data/scienceqa/problems.json", {QID: problems[QID]})
+    files.write_json(folder / "data/scienceqa/pid_splits.json", {"train": [QID], "val": [], "test": [QID]})
+    files.write_json(folder / "data/rationales.json", {"preds": ["It is so. So it is."], "qids": [QID]})
+    monkeypatch.chdir(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -102,32 +104,24 @@ def api():
         yield server
 
 
-def launches(desk: Path, api) -> list:
-    """Every script that reads and writes a questions folder, on `desk`."""
-    questions, correction, data = desk / "questions", desk / "questions", ["--data_root", desk / "data"]
-    rationales = ["--correction_dir", correction, "--rationales", desk / "data/rationales.json"]
-    preprocess = _module("processing_sentence_level_feedback")
+def launches(folder: Path, api) -> list:
+    """Every script that reads and writes a questions folder."""
+    questions, data = folder / "questions", f"--data_root {folder}/data"
+    asked = f"--questions_dir {questions} {data}"
+    rationales = f"--correction_dir {questions} --rationales {folder}/data/rationales.json {data}"
+    preprocess = importlib.import_module("preprocessing_after_RL.processing_sentence_level_feedback")
     return [
-        lambda: launch(preprocess.main, "--questions_dir", questions, *data),
-        lambda: launch(preprocessing_for_correction_feedback.main, *rationales, *data),
-        lambda: launch(haiku.main, "--teacher", "reference", "--questions_dir", questions, *data),
-        lambda: launch(haiku.main, "--questions_dir", questions, "--base_url", api.url, "--no-cache", *data),
-        lambda: launch(haiku.main, "--questions_dir", questions, "--base_url", api.url, "--estimate", *data),
-        lambda: launch(haiku_for_correction_feedback.main, "--teacher", "reference", *rationales, *data,
-                      "--output", desk / "correction.json"),
+        lambda: launch(preprocess.main, asked),
+        lambda: launch(preprocessing_for_correction_feedback.main, rationales),
+        lambda: launch(haiku.main, f"--teacher reference {asked}"),
+        lambda: launch(haiku.main, f"{asked} --base_url {api.url} --no-cache"),
+        lambda: launch(haiku.main, f"{asked} --base_url {api.url} --estimate"),
+        lambda: launch(haiku_for_correction_feedback.main, f"--teacher reference {rationales} --output c.json"),
         lambda: launch(lambda argv: _scores(questions)),
         lambda: launch(lambda argv: handoff.write_rationale(questions / "0/p0" / QID, ["It is so.", "So it is."])),
         lambda: launch(lambda argv: handoff.mark_exported(questions)),
         lambda: launch(lambda argv: handoff.mark_done(questions, 0)),
-    ]  # fmt: skip
-
-
-def _module(name: str):
-    sys.path.insert(0, str(ROOT / "preprocessing_after_RL"))
-    try:
-        return __import__(name)
-    finally:
-        sys.path.pop(0)
+    ]
 
 
 def _scores(questions: Path) -> None:
@@ -140,53 +134,49 @@ def _scores(questions: Path) -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("place", PLACES)
-def test_nothing_leads_out_of_a_questions_folder_or_hangs(place, kind, desk, api, capsys):
-    """Whatever lies where a file or folder of ours should: nothing elsewhere is written, emptied, removed or made."""
-    shutil.copytree(desk, desk.parent / "pristine")
-    for number in range(len(launches(desk, api))):
+def test_nothing_leads_out_of_a_questions_folder_or_hangs(place, kind, questions_folder, api, capsys):
+    """Whatever is where a file or folder of ours should be: nothing elsewhere is written, emptied, removed or made."""
+    pristine = shutil.copytree(questions_folder, questions_folder.parent / "pristine")
+    for number, start in enumerate(launches(questions_folder, api)):
         for folder in ("questions", "outside"):
-            shutil.rmtree(desk / folder)
-            shutil.copytree(desk.parent / "pristine" / folder, desk / folder)
-        put(desk / "questions" / place, kind, desk / "outside")
-        before = state(desk / "outside")
+            shutil.rmtree(questions_folder / folder)
+            shutil.copytree(pristine / folder, questions_folder / folder)
+        put(questions_folder / "questions" / place, kind, questions_folder / "outside")
+        before = state(questions_folder / "outside")
         capsys.readouterr()
-        assert launches(desk, api)[number]() in (0, 2), f"launch {number}"
-        assert state(desk / "outside") == before, f"launch {number}"
+        assert start() in (0, 2), f"launch {number}"
+        assert state(questions_folder / "outside") == before, f"launch {number}"
         assert capsys.readouterr().err.count("error:") <= 1
 
 
-def test_a_reply_that_is_a_link_stops_the_reader(desk, problems):
+def test_links_that_stop_a_reader_and_links_that_do_not(questions_folder, tmp_path):
     """A user may have linked replies there: they are neither read nor bought again without a word."""
-    reply = desk / "questions/0/p0" / QID / handoff.REPLY
-    reply.symlink_to(desk / "outside/file")
+    asked = "--teacher reference --data_root data --questions_dir"
+    questions, outside = questions_folder / "questions", questions_folder / "outside"
+    reply = questions / "0/p0" / QID / handoff.REPLY
+    reply.symlink_to(outside / "file")
     with pytest.raises(UserError, match=f"{reply} is a symbolic link; put the file itself there"):
-        haiku.main(["--teacher", "reference", "--questions_dir", str(desk / "questions"), "--data_root", "data"])
-
-
-def test_a_questions_folder_behind_a_link_is_fine(desk, api):
-    shutil.move(desk / "questions", desk / "outside/real")
-    (desk / "questions").symlink_to(desk / "outside/real")
-    assert launch(haiku.main, "--teacher", "reference", "--questions_dir", "questions", "--data_root", "data") == 0
-    assert (desk / "outside/real/0/p0" / QID / handoff.SCORES).read_text().split()
-
-
-def test_a_folder_whose_name_begins_like_the_root_is_outside(tmp_path):
-    for name in ("questions", "questions2"):
+        haiku.main(f"{asked} {questions}".split())
+    reply.unlink()
+    shutil.move(questions, outside / "real")
+    questions.symlink_to(outside / "real")  # the folder itself may be behind a link
+    assert launch(haiku.main, f"{asked} questions") == 0
+    assert (outside / "real/0/p0" / QID / handoff.SCORES).read_text().split()
+    for name in ("questions", "questions2"):  # a name that begins like the root's is outside
         (tmp_path / name).mkdir()
-    (tmp_path / "questions/0").symlink_to(tmp_path / "questions2")
-    (tmp_path / "questions/1").symlink_to(tmp_path / "questions")
-    with pytest.raises(UserError, match="questions/0 is a link that leads out of"):
-        files.refuse_links(tmp_path / "questions/0", tmp_path / "questions")
+        (tmp_path / f"questions/{len(name)}").symlink_to(tmp_path / name)
+    with pytest.raises(UserError, match="questions/10 is a link that leads out of"):
+        files.refuse_links(tmp_path / "questions/10", tmp_path / "questions")
 
 
 @pytest.mark.parametrize("root", [".", "./questions", "questions/", "../{name}/questions"])
-def test_links_are_found_however_the_folder_is_named(desk, root):
-    root = root.format(name=desk.name)
-    shutil.move(desk / "questions/0", desk / "outside/0")
-    (desk / "questions/0").symlink_to(desk / "outside/0")
-    os.chdir(desk / "questions" if root == "." else desk)
+def test_links_are_found_however_the_folder_is_named(questions_folder, root):
+    questions = questions_folder / "questions"
+    shutil.move(questions / "0", questions_folder / "outside/0")
+    (questions / "0").symlink_to(questions_folder / "outside/0")
+    os.chdir(questions if root == "." else questions_folder)
     with pytest.raises(UserError, match="is a link that leads out of"):
-        handoff.iter_items(root)
+        handoff.iter_items(root.format(name=questions_folder.name))
 
 
 # -- reading -----------------------------------------------------------------------------------------------
@@ -209,32 +199,37 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_damaged_json_is_one_line_that_names_flag_and_file(name, tmp_path):
-    data, words = TEXTS[name]
+def test_damaged_json_is_one_line_that_names_flag_and_file(tmp_path):
     path = tmp_path / "x.json"
-    path.write_bytes(data)
-    with pytest.raises(UserError) as error:
+    for data, words in TEXTS.values():
+        path.write_bytes(data)
+        with pytest.raises(UserError) as error:
+            files.read_json(path, "--flag")
+        said = str(error.value)
+        assert said.startswith(f"--flag: {path} ") and words in said and "\n" not in said and len(said) < 500, words
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="--flag: .*x.json is larger than"):
         files.read_json(path, "--flag")
-    said = str(error.value)
-    assert said.startswith(f"--flag: {path} ") and words in said and "\n" not in said and len(said) < 500
+    for data in (
+        *(b"a: [1", b"a: 2020-99-99", b"[1]: 2\n", b"- 1", b"a: b: c", b"\xff\xfea"),
+        *(b"a: !!python/name:os.system x", b"? {a: 1}\n: 2", b"[" * 5000, b"\0"),
+    ):
+        (tmp_path / "args.yaml").write_bytes(data)
+        with pytest.raises(UserError, match=f"^--model: {tmp_path}/args.yaml [^\n]*$"):
+            files.read_yaml(tmp_path / "args.yaml", "--model")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"a": 9223372036854775807}',
-        '{"a": "\\ud83d\\ude00"}',
-        '{"a": "\\\\ud83d"}',
-        '\ufeff{"a": "b"}',
-        '{"a": 1, "a": 2}',
-    ],
-)
-def test_sound_json_is_read(text, tmp_path):
-    (tmp_path / "x.json").write_text(text, encoding="utf-8")
-    assert files.read_json(tmp_path / "x.json", "--flag", dict) == json.loads(text.removeprefix("\ufeff"))
-    with pytest.raises(UserError, match="must hold a list .* not an object"):
-        files.read_json(tmp_path / "x.json", "--flag", list)
+def test_sound_json_is_read(tmp_path):
+    path = tmp_path / "x.json"
+    for text in (
+        *('{"a": 9223372036854775807}', '{"a": "\\ud83d\\ude00"}', '{"a": "\\\\ud83d"}'),
+        *('\ufeff{"a": "b"}', '{"a": 1, "a": 2}'),
+    ):
+        path.write_text(text, encoding="utf-8")
+        assert files.read_json(path, "--flag", dict) == json.loads(text.removeprefix("\ufeff"))
+        with pytest.raises(UserError, match="must hold a list .* not an object"):
+            files.read_json(path, "--flag", list)
 
 
 def test_nan_counts_as_null_where_asked(tmp_path):
@@ -246,66 +241,31 @@ def test_nan_counts_as_null_where_asked(tmp_path):
         list(files.read_jsonl(tmp_path / "x.jsonl", "--run"))
 
 
-@pytest.mark.parametrize(
-    "data", [b"a: [1", b"a: 2020-99-99", b"[1]: 2\n", b"- 1", b"a: b: c", b"\xff\xfea",
-             b"a: !!python/name:os.system x", b"? {a: 1}\n: 2", b"[" * 5000, b"\0"]
-)  # fmt: skip
-def test_damaged_yaml_is_one_line(data, tmp_path):
-    (tmp_path / "args.yaml").write_bytes(data)
-    with pytest.raises(UserError, match=f"^--model: {tmp_path}/args.yaml [^\n]*$"):
-        files.read_yaml(tmp_path / "args.yaml", "--model")
-
-
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", [*KINDS, "socket", "no rights to the folder", "a name that is too long", "zero byte"])
 def test_what_is_no_file_is_refused_at_once(kind, tmp_path):
-    path = tmp_path / "x.json"
+    names = {"a name that is too long": "x" * 300, "zero byte": "a\0b", "no rights to the folder": "none/x.json"}
+    path = tmp_path / names.get(kind, "x.json")
     if kind == "socket":
-        import socket
-
         os.chdir(tmp_path)  # the name of a socket is short
         socket.socket(socket.AF_UNIX).bind("x.json")
-    elif kind == "a name that is too long":
-        path = tmp_path / ("x" * 300)
-    elif kind == "zero byte":
-        path = tmp_path / "a\0b"
-    elif kind == "no rights to the folder":
-        path = tmp_path / "none/x.json"
-    else:
-        put(path, kind, tmp_path / "outside") if kind != "link to a file" else path.symlink_to("/etc")
+    elif kind == "link to a file":
+        path.symlink_to("/etc")
+    elif kind in KINDS:
+        put(path, kind, tmp_path / "outside")
     for read in (files.read_json, files.read_yaml, files.read_text):
         with pytest.raises(UserError, match="^--flag: ") as error:
             read(path, "--flag")
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-def test_a_file_that_is_far_too_large_is_refused(tmp_path):
-    with open(tmp_path / "x.json", "wb") as file:
-        file.truncate(1 << 40)
-    with pytest.raises(UserError, match="--flag: .*x.json is larger than"):
-        files.read_json(tmp_path / "x.json", "--flag")
-
-
-@pytest.fixture
-def disk(tmp_path):
-    with small_disk(tmp_path / "disk") as folder:
-        yield folder
-
-
 # -- writing to a full, read-only or unfit place ---------------------------------------------------------------
-
-
-def _torch(path):
-    with open(path, "wb") as file:
-        torch.save({"a": torch.randn(300_000)}, file)
 
 
 WRITERS = {
     "bytes": lambda path: path.write_bytes(b"x" * 2_000_000),
-    "torch.save": lambda path: (
-        torch.save({"a": torch.randn(300_000)}, str(path) + "x") or os.replace(f"{path}x", path)
-    ),
-    "torch.save to a file": _torch,
+    "torch.save": lambda path: torch.save({"a": torch.randn(300_000)}, path),
+    "torch.save to a file": lambda path: torch.save({"a": torch.randn(300_000)}, open(path, "wb")),
     "safetensors": lambda path: save_file({"a": torch.randn(300_000)}, path),
     "numpy": lambda path: np.save(open(path, "wb"), np.random.randn(300_000)),
     "text, closed later": lambda path: open(path, "w").write("x" * 2_000_000),
@@ -316,23 +276,20 @@ WRITERS = {
 @pytest.mark.parametrize("way", ["path", "folder"])
 def test_a_full_disk_is_one_line_whatever_library_writes(name, way, disk):
     target = disk / "target"
-    (files.write_text(target, "old") if way == "path" else files.write_text(target / "old", "old"))
+    inner, atomic = (target, files.atomic_path) if way == "path" else (target / "old", files.atomic_dir)
+    files.write_text(inner, "old")
     fill(disk, 500_000)
-    with pytest.raises(
-        files.DiskError, match=f"cannot write {target} .No space left on device.; .* is kept: make room"
-    ):
-        with (files.atomic_path if way == "path" else files.atomic_dir)(target) as temporary:
-            WRITERS[name](temporary if way == "path" else temporary / "file")
-    assert (target if way == "path" else target / "old").read_text() == "old"
+    said = f"cannot write {target} .No space left on device.; .* is kept: make room"
+    with pytest.raises(files.DiskError, match=said), atomic(target) as temporary:
+        WRITERS[name](temporary if way == "path" else temporary / "file")
+    assert inner.read_text() == "old"
     assert {path.name for path in disk.iterdir()} == {"target", "filler"}, "no half file stays"
 
 
-@pytest.mark.parametrize("fault", ["read-only disk", "a file instead of the folder", "a folder instead of the file",
-                                   "an over-long name"])  # fmt: skip
-@pytest.mark.parametrize("write", [lambda path: files.write_text(path, "x"), lambda path: files.write_json(path, [1]),
-                                   lambda path: files.append_line(path, "x"),
-                                   lambda path: files.place_file(__file__, path), files.touch])  # fmt: skip
-def test_what_cannot_be_written_is_one_line(fault, write, disk):
+@pytest.mark.parametrize(
+    "fault", ["read-only disk", "a file instead of the folder", "a folder instead of the file", "an over-long name"]
+)
+def test_what_cannot_be_written_is_one_line(fault, disk):
     path = disk / "folder/x"
     path.parent.mkdir()
     if fault == "read-only disk":
@@ -344,9 +301,16 @@ def test_what_cannot_be_written_is_one_line(fault, write, disk):
         (path / "inner").mkdir(parents=True)
     else:
         path = path.with_name("x" * 300)
-    with pytest.raises(UserError) as error:
-        write(path)
-    assert "\n" not in str(error.value) and str(path)[:140] in str(error.value)
+    for write in (
+        lambda: files.write_text(path, "x"),
+        lambda: files.write_json(path, [1]),
+        lambda: files.append_line(path, "x"),
+        lambda: files.place_file(__file__, path),
+        lambda: files.touch(path),
+    ):
+        with pytest.raises(UserError) as error:
+            write()
+        assert "\n" not in str(error.value) and str(path)[:140] in str(error.value)
 
 
 @pytest.mark.parametrize("way", ["bytes", "atomic_path", "atomic_dir"])
@@ -372,40 +336,40 @@ def test_data_is_on_disk_before_the_file_gets_its_name(way, tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_atomic_dir_replaces_a_folder_a_link_and_opens_files_to_the_group(tmp_path):
+def test_atomic_dir_replaces_a_folder_or_a_link_and_opens_files_to_the_group(tmp_path):
+    x, y = tmp_path / "x", tmp_path / "y"
     for number in range(3):
         if number == 2:
-            shutil.move(tmp_path / "x", tmp_path / "y")
-            (tmp_path / "x").symlink_to(tmp_path / "y")
-        with files.atomic_dir(tmp_path / "x") as folder:
+            shutil.move(x, y)
+            x.symlink_to(y)
+        with files.atomic_dir(x) as folder:
             (folder / f"{number}").touch(mode=0o600)
-        assert [path.name for path in (tmp_path / "x").iterdir()] == [f"{number}"] and not (
-            tmp_path / "x"
-        ).is_symlink()
-        assert (tmp_path / f"x/{number}").stat().st_mode & 0o777 == 0o644
-    assert {path.name for path in tmp_path.iterdir()} == {"x", "y"} and (tmp_path / "y/1").exists()
-    with pytest.raises(ZeroDivisionError), files.atomic_dir(tmp_path / "x") as folder:
+        assert [path.name for path in x.iterdir()] == [f"{number}"] and not x.is_symlink()
+        assert (x / f"{number}").stat().st_mode & 0o777 == 0o644
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "y"} and (y / "1").exists()
+    with pytest.raises(ZeroDivisionError), files.atomic_dir(x) as folder:
         (folder / "half").write_text(str(1 / 0))
-    assert {path.name for path in tmp_path.iterdir()} == {"x", "y"} and (tmp_path / "x/2").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "y"} and (x / "2").exists()
 
 
 def test_a_placed_file_is_linked_or_copied_once(tmp_path, monkeypatch):
-    (tmp_path / "a").write_bytes(b"one")
-    files.place_file(tmp_path / "a", tmp_path / "b")
-    assert (tmp_path / "b").samefile(tmp_path / "a")
+    a, b, c = (tmp_path / name for name in "abc")
+    a.write_bytes(b"one")
+    files.place_file(a, b)
+    assert b.samefile(a)
 
     def no_links(*_):
         raise OSError(errno.EXDEV, "another disk")
 
     monkeypatch.setattr(os, "link", no_links)
-    files.place_file(tmp_path / "a", tmp_path / "c")
-    inode = (tmp_path / "c").stat().st_ino
-    files.place_file(tmp_path / "a", tmp_path / "c")
-    assert (tmp_path / "c").stat().st_ino == inode != (tmp_path / "a").stat().st_ino, "not copied again"
+    files.place_file(a, c)
+    inode = c.stat().st_ino
+    files.place_file(a, c)
+    assert c.stat().st_ino == inode != a.stat().st_ino, "not copied again"
     for change in (b"two", b"three"):  # another time, then another size
-        (tmp_path / "c").write_bytes(change)
-        files.place_file(tmp_path / "a", tmp_path / "c")
-        assert (tmp_path / "c").read_bytes() == b"one"
+        c.write_bytes(change)
+        files.place_file(a, c)
+        assert c.read_bytes() == b"one"
     with pytest.raises(UserError, match="no regular file"):
         files.place_file(tmp_path, tmp_path / "d")
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}
@@ -431,22 +395,33 @@ def test_a_line_that_the_disk_cut_is_ended_before_the_next(disk):
     assert lines[0] == "first" and lines[-2:] == ["last", ""] and {len(line) for line in lines[1:-3]} <= {1000}
 
 
-def test_the_scripts_own_end_turns_a_full_disk_into_one_line(disk, capsys):
+def test_a_full_disk_and_other_ends_of_a_script_are_one_line(disk, capsys, monkeypatch):
     fill(disk)
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
 
-    def main():
+    def write():
         (disk / "somewhere").write_bytes(b"x" * 10_000)
 
-    with pytest.raises(SystemExit) as end:
-        cli.run(main)
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.count("\n") == 1 and "No space left on device" in said
+    def main(error):
+        if not isinstance(error, BaseException):
+            error()
+        raise error
 
-    def defect():
-        raise OSError(errno.ENOENT, "No such file", "x")
-
-    with pytest.raises(FileNotFoundError):
-        cli.run(defect)
+    for error, status, words in (
+        (write, 2, "No space left on device"),
+        (UserError("--x: no"), 2, "error: --x: no"),
+        (cli.Stop("the budget is reached", 3), 3, "error: the budget is reached"),
+        (KeyboardInterrupt(), 130, "stopped (Ctrl-C): run it again"),
+        (KeyboardInterrupt("saved"), 130, "stopped (Ctrl-C): saved"),
+        (OSError(errno.ENAMETOOLONG, "", "x"), 2, "name a shorter path"),
+        (OSError(errno.EDQUOT, "", "x"), 2, "make room"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.run(lambda error=error: main(error), "run it again")
+        said = capsys.readouterr().err
+        assert end.value.code == status and words in said and said.count("\n") == 1
+    with pytest.raises(FileNotFoundError):  # a defect of ours keeps its traceback
+        cli.run(lambda: main(OSError(errno.ENOENT, "No such file", "x")))
 
 
 def test_the_next_start_removes_what_a_killed_process_left(tmp_path):
@@ -472,10 +447,12 @@ def test_the_next_start_removes_what_a_killed_process_left(tmp_path):
 
 
 def test_only_one_says_who_holds_the_lock_and_ends_with_the_process(tmp_path):
+    """A killed holder's file locks nobody out, one that ends removes it, and of many that try at once one has it."""
     lock = tmp_path / "run/lock"
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from ares.launch import only_one\n"
+    code = "import sys; from ares.launch import only_one\n"
     code += f"with only_one({str(lock)!r}, 'x'): print('held', flush=True); sys.stdin.read()"
-    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
     assert holder.stdout.readline() == "held\n"
     for _ in range(2):  # a refused one leaves the holder's name there
         with pytest.raises(UserError, match=f"--run_dir r: process {holder.pid} on .*since .*"):
@@ -486,37 +463,29 @@ def test_only_one_says_who_holds_the_lock_and_ends_with_the_process(tmp_path):
     lock.write_text(lock.read_text() + " " * 99)  # text that is longer than ours
     with only_one(lock, "--run_dir r"):
         assert json.loads(lock.read_bytes())["pid"] == os.getpid() and not lock.read_text().endswith(" ")
-        worker = multiprocessing.get_context("fork").Process(target=__import__("time").sleep, args=(30,))
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
         worker.start()  # inherits the file
     with only_one(lock, "--run_dir r"):
         pass
     worker.kill()
+    inside, most = [], []
+
+    def work(i):
+        with contextlib.suppress(UserError), only_one(lock, "x"):
+            inside.append(i)
+            most.append(len(inside))
+            inside.remove(i)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(400)))
+    assert max(most) == 1 and not lock.exists()
+    lock.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="symbolic link"), only_one(lock, "x"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
 
 
 # -- ares/cli.py ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "words"),
-    [
-        (UserError("--x: no"), 2, "error: --x: no"),
-        (cli.Stop("the budget is reached", 3), 3, "error: the budget is reached"),
-        (KeyboardInterrupt(), 130, "stopped (Ctrl-C): run it again"),
-        (KeyboardInterrupt("saved"), 130, "stopped (Ctrl-C): saved"),
-        (OSError(errno.ENAMETOOLONG, "", "x"), 2, "name a shorter path"),
-        (OSError(errno.EDQUOT, "", "x"), 2, "make room"),
-    ],
-)
-def test_exit_status_and_message(error, status, words, capsys, monkeypatch):
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as end:
-        cli.run(main, "run it again")
-    said = capsys.readouterr().err
-    assert end.value.code == status and words in said and said.count("\n") == 1
 
 
 def test_given_flags_are_those_of_the_command_line(monkeypatch):

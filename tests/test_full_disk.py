@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import subprocess
@@ -15,7 +14,7 @@ import haiku
 import main as sft_main
 import run_mm_cot_lora
 import run_mm_cot_rl
-from ares import cli
+from ares import cli, files
 from ares.cli import UserError
 from rl import metrics
 from teacher import handoff
@@ -25,46 +24,32 @@ from tests.rl import rl_tools
 from tests.teacher.teacher_tools import client, many_items
 from tools import prepare_data, report
 
-# -- replies on their way when the disk gets full --------------------------------------------------------------
-
-
-@pytest.fixture
-def disk(tmp_path):
-    with small_disk(tmp_path / "disk") as folder:
-        yield folder
-
 
 @pytest.mark.parametrize("at", ["the start", "the middle"])
-def test_no_paid_reply_is_lost_when_the_disk_gets_full(at, tmp_path, problems, monkeypatch, api_environment):
-    """30 requests are on their way when the last byte is gone: every reply that the server gave is on disk after."""
+def test_no_paid_reply_is_lost_when_the_disk_gets_full(at, tmp_path, problems, api_environment):
+    """30 requests are in flight when the disk gets full: every reply that the server gave is on disk after."""
     with small_disk(tmp_path / "disk", "24m") as disk, ApiServer() as server:
         many_items(disk / "questions", 200, problems)
         server.latency = 1.0
-        haiku_run = client(
-            "--questions_dir", disk / "questions", "--base_url", server.url, "--data_root", "none",
-            "--concurrency", 30,
-            env={"XDG_CACHE_HOME": str(tmp_path / "cache")},
-        )  # fmt: skip
+        flags = ("--questions_dir", disk / "questions", "--base_url", server.url, "--data_root", "none")
+        cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+        haiku_run = client(*flags, "--concurrency", 30, env=cache)
         count = 1 if at == "the start" else 70
         while len(server.asked) < count and haiku_run.poll() is None:
             pass
         fill(disk)
         out, err = haiku_run.communicate(timeout=120)
         assert haiku_run.returncode == 2, (out[-2000:], err[-2000:])
-        told = [line for line in err.splitlines() if "error:" in line]
-        assert len(told) == 1 and "No space left on device" in told[0] and "Traceback" not in err
+        said = [line for line in err.splitlines() if "error:" in line]
+        assert len(said) == 1 and "No space left on device" in said[0] and "Traceback" not in err
         replies = [item for item in handoff.iter_items(disk / "questions") if handoff.has_reply(item.folder)]
         assert len(replies) == len(server.asked) >= count, "every reply that was paid for"
         assert len(server.asked) <= count + 30 + 30, "nothing new was asked"
         for item in replies:
             assert json.loads((item.folder / handoff.SIDECAR).read_bytes())["model"]
         (disk / "filler").unlink()
-        asked = len(server.asked)
-        server.latency = 0.0
-        again = client(
-            "--questions_dir", disk / "questions", "--base_url", server.url, "--data_root", "none",
-            env={"XDG_CACHE_HOME": str(tmp_path / "cache")},
-        )  # fmt: skip
+        asked, server.latency = len(server.asked), 0.0
+        again = client(*flags, env=cache)
         assert again.wait(120) == 0, again.communicate()
         assert len(server.asked) - asked == 200 - len(replies)
 
@@ -79,118 +64,75 @@ def test_a_disk_without_room_for_the_replies_is_refused_before_money_is_spent(di
         assert not server.asked
 
 
-# -- stages ----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, sample, t5_tokenizer, t5_tokenizer_dir):
     tmp = tmp_path_factory.mktemp("world")
     data = rl_tools.make_data(tmp, sample, 4)
     base = rl_tools.make_model(tmp / "base", data, t5_tokenizer)
+    files.write_json(tmp / "predictions_ans_test.json", {"preds": ["Solution: It is."], "labels": ["Solution: So."]})
     return SimpleNamespace(tmp=tmp, data=data, base=base, tokenizer=t5_tokenizer_dir, sample=sample)
 
 
-def training(world, *more) -> list[str]:
-    return [
-        *(
-            "--data_root",
-            str(world.data),
-            "--img_type",
-            "vit",
-            "--model",
-            str(world.base),
-            "--bs",
-            "4",
-            "--lr",
-            "0.01",
-        ),
-        *("--epoch", "1", "--output_len", "12", "--input_len", "64", "--final_eval", "--use_generate"),
-        *map(str, more),
-    ]
+TRAINING = (
+    "--data_root {w.data} --img_type vit --model {w.base} --bs 4 --lr 0.01 --epoch 1 --output_len 12 --input_len 64 "
+    "--final_eval --use_generate "
+)
+STAGES = {
+    "sft": (sft_main, TRAINING + "--run_dir {folder}"),
+    "lora": (run_mm_cot_lora, TRAINING + "--run_dir {folder} --lora_r 4"),
+    "predictions": (sft_main, TRAINING + "--evaluate_dir {folder}"),
+    "features": (extract_features, "--data_root {w.sample}/images --output_dir {folder} --workers 0 --img_type vit "
+                 "--model_name test_vit --random_weights"),
+    "prepare": (prepare_data, "scienceqa --source {w.sample}/ScienceQA/data/scienceqa --images {w.sample}/images "
+                "--output {folder}"),
+    "report": (report, "--stage a={w.tmp}/predictions_ans_test.json --output {folder}/report.html"),
+}  # fmt: skip
 
 
-def lora(world, folder) -> None:
-    run_mm_cot_lora.main([*training(world, "--run_dir", folder), "--lora_r", "4"])
+def ends_in_one_line(stage, world, folder, capfd, *words: str, save_minutes: int = 0) -> None:
+    if stage == "rl":
+        rl_tools.Teacher(folder / "questions")
+        how = dict(caption_file=None, use_caption=None, bs=4, output_len=16, ga_step=1, rl_epochs=1, max_dropped=1)
+        script, argv = run_mm_cot_rl, rl_tools.flags(world, folder, save_minutes=save_minutes, **how)
+    else:
+        script, flags = STAGES[stage]
+        argv = flags.format(w=world, folder=folder).split()
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda: script.main(argv))
+    said = capfd.readouterr().err
+    assert end.value.code == 2 and "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if "error:" in line]
+    assert all(word in line for word in (str(folder), *words)), line
 
 
-def sft(world, folder) -> None:
-    sft_main.main(training(world, "--run_dir", folder))
-
-
-def predictions(world, folder) -> None:
-    sft_main.main(training(world, "--evaluate_dir", folder))
-
-
-def rl(world, folder, save_minutes: int = 0) -> None:
-    rl_tools.Teacher(folder / "questions")
-    run_mm_cot_rl.main([
-        *("--data_root", str(world.data), "--img_type", "vit", "--prompt_format", "QCM-E", "--poll_seconds", "0.2"),
-        *("--base_model_dir", str(world.base), "--ref_model", str(world.base), "--k_actions", "2", "--bs", "4"),
-        *("--output_len", "16", "--rl_batch_size", "2", "--ga_step", "1", "--rl_epochs", "1", "--epochs", "1"),
-        *("--run_dir", str(folder), "--settle_seconds", "0.2", "--max_dropped", "1", "--do_sample", "True"),
-        *("--save_minutes", str(save_minutes)),
-    ])  # fmt: skip
-
-
-def features(world, folder) -> None:
-    extract_features.main(["--data_root", str(world.sample / "images"), "--output_dir", str(folder), "--workers", "0",
-                           "--img_type", "vit", "--model_name", "test_vit", "--random_weights"])  # fmt: skip
-
-
-def prepare(world, folder) -> None:
-    prepare_data.main(["scienceqa", "--source", str(world.sample / "ScienceQA/data/scienceqa"), "--images",
-                       str(world.sample / "images"), "--output", str(folder)])  # fmt: skip
-
-
-def page(world, folder) -> None:
-    files = {"preds": ["Solution: It is."], "labels": ["Solution: It is so."]}
-    (world.tmp / "predictions_ans_test.json").write_text(json.dumps(files))
-    stage = f"a={world.tmp}/predictions_ans_test.json"
-    report.main(["--stage", stage, "--output", str(folder / "report.html")])
-
-
-CASES = {  # stage, room in kB, a file of which the line names a part
-    "SFT settings": (sft, 0, "args.yaml"),
-    "SFT checkpoint": (sft, 6_000, "checkpoint-1"),
-    "SFT model": (sft, 30_000, ""),
-    "LoRA checkpoint": (lora, 300, "checkpoint-1"),
-    "predictions": (predictions, 4, "predict"),
-    "RL settings": (rl, 0, "args.yaml"),
-    "RL rollouts": (rl, 12, ""),
-    "RL state": (rl, 3_000, "state/slot"),
-    "RL round": (functools.partial(rl, save_minutes=60), 10_000, "run/0"),
-    "features": (features, 200, "vit"),
-    "pictures": (prepare, 200, "images/"),
-    "report": (page, 20, "report.html"),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_disk_that_gets_full_is_one_line_in_every_stage(case, world, tmp_path, capfd):
-    stage, room, words = CASES[case]
+@pytest.mark.parametrize(
+    ("stage", "room", "words", "how"),  # room in kB; a part of the name of the file that the line names
+    [
+        ("sft", 6_000, "checkpoint-1", {}),
+        ("sft", 30_000, "", {}),
+        ("lora", 300, "checkpoint-1", {}),
+        ("predictions", 4, "predict", {}),
+        ("rl", 12, "", {}),
+        ("rl", 3_000, "state/slot", {}),
+        ("rl", 10_000, "run/0", {"save_minutes": 60}),
+        ("features", 200, "vit", {}),
+        ("prepare", 200, "images/", {}),
+        ("report", 20, "report.html", {}),
+    ],
+)
+def test_a_disk_that_gets_full_is_one_line_in_every_stage(stage, room, words, how, world, tmp_path, capfd):
     with small_disk(tmp_path / "disk", "200m") as disk:
         folder = disk / "run"
-        folder.mkdir()
-        if stage is predictions:
-            shutil.copytree(world.base, folder, dirs_exist_ok=True)
+        shutil.copytree(world.base, folder) if stage == "predictions" else folder.mkdir()
         fill(disk, room * 1000)
-        with pytest.raises(SystemExit) as end:
-            cli.run(lambda: stage(world, folder))
-    said = capfd.readouterr().err
-    assert end.value.code == 2
-    (line,) = [line for line in said.splitlines() if "error:" in line]
-    assert "No space left on device" in line and str(folder) in line and words in line and "Traceback" not in said
+        ends_in_one_line(stage, world, folder, capfd, "No space left on device", words, **how)
 
 
-@pytest.mark.parametrize("stage", [sft, lora, rl, features, prepare, page])
+@pytest.mark.parametrize("stage", ["sft", "lora", "rl", "features", "prepare", "report"])
 def test_a_read_only_disk_is_one_line_in_every_stage(stage, world, disk, capfd):
     (disk / "run").mkdir()
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    with pytest.raises(SystemExit) as end:
-        cli.run(lambda: stage(world, disk / "run"))
-    said = capfd.readouterr().err
-    assert end.value.code == 2 and said.count("error:") == 1
-    assert "Read-only file system" in said and str(disk / "run") in said and "Traceback" not in said
+    ends_in_one_line(stage, world, disk / "run", capfd, "Read-only file system")
 
 
 @pytest.mark.parametrize("room", [0, 1, 4096, 8192])

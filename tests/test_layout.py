@@ -16,25 +16,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 SCRIPTS = [
-    "main.py",
-    "run_mm_cot_rl.py",
-    "run_mm_cot_lora.py",
-    "haiku.py",
-    "haiku_for_correction_feedback.py",
-    "preprocessing_for_correction_feedback.py",
-    "extract_features.py",
-    "extract_caption.py",
-    "preprocessing_after_RL/processing_sentence_level_feedback.py",
-    "preprocessing_after_RL/remove_sentence.py",
-    "tools/prepare_data.py",
-    "tools/doctor.py",
-    "tools/predict.py",
-    "tools/results.py",
-    "tools/win_rate.py",
-    "tools/report.py",
-    "demo/run.py",
-    "demo/make_data.py",
-    "demo/make_model.py",
+    *("main.py", "run_mm_cot_rl.py", "run_mm_cot_lora.py", "haiku.py", "haiku_for_correction_feedback.py"),
+    *("preprocessing_for_correction_feedback.py", "extract_features.py", "extract_caption.py"),
+    *(f"preprocessing_after_RL/{name}.py" for name in ("processing_sentence_level_feedback", "remove_sentence")),
+    *(f"tools/{name}.py" for name in ("prepare_data", "doctor", "predict", "results", "win_rate", "report")),
+    *(f"demo/{name}.py" for name in ("run", "make_data", "make_model")),
 ]
 # A file or package imports only from lower floors, or from its own package.
 FLOORS = [
@@ -68,6 +54,11 @@ def product_files() -> list[Path]:
     return [ROOT / name for name in tracked() if name.endswith(".py") and not name.startswith("tests/")]
 
 
+def dotted(file: Path) -> str:
+    """The module name of a file of the repository."""
+    return str(file.relative_to(ROOT)).removesuffix(".py").replace("/", ".")
+
+
 def unit_of(name: str) -> str:
     """The top-level file or package that a dotted module name belongs to."""
     return name.partition(".")[0]
@@ -89,42 +80,29 @@ def units() -> dict[str, set[str]]:
     """Each top-level file or package -> those that it imports."""
     needs: dict[str, set[str]] = {name: set() for name in FLOOR}
     for file in product_files():
-        own = unit_of(str(file.relative_to(ROOT)).removesuffix(".py").replace("/", "."))
+        own = unit_of(dotted(file))
         needs[own] |= {unit_of(name) for name, _ in imported(file)} & set(FLOOR) - {own}
     return needs
 
 
-def test_every_product_file_has_a_floor():
-    names = {unit_of(str(file.relative_to(ROOT)).removesuffix(".py").replace("/", ".")) for file in product_files()}
-    assert names == set(FLOOR)
-
-
-def test_top_level_holds_only_the_listed_files():
+def test_the_listed_files_are_all():
+    assert {unit_of(dotted(file)) for file in product_files()} == set(FLOOR)
     assert {name.partition("/")[0] for name in tracked()} <= TOP_LEVEL
     assert len([name for name in tracked() if name.endswith(".py") and "/" not in name]) <= 15
 
 
-def test_imports_point_down():
-    up = []
-    for file in product_files():
-        where = str(file.relative_to(ROOT))
-        own = unit_of(where.removesuffix(".py").replace("/", "."))
+def test_imports_point_down_without_a_cycle():
+    modules = {dotted(file): file for file in product_files()}
+    up, needs = [], {}
+    for module, file in modules.items():
         for name, line in imported(file):
-            other = unit_of(name)
-            if other in FLOOR and other != own and FLOOR[other] >= FLOOR[own]:
-                up.append(f"{where}:{line} imports {name} (floor {FLOOR[other]} from floor {FLOOR[own]})")
-            if other == "tests":
-                up.append(f"{where}:{line} imports {name}")
-    assert not up, "\n".join(up)
-
-
-def test_no_import_cycle_between_modules():
-    modules = {str(f.relative_to(ROOT)).removesuffix(".py").replace("/", "."): f for f in product_files()}
-    needs = {}
-    for name, file in modules.items():
+            own, other = unit_of(module), unit_of(name)
+            if other == "tests" or (other in FLOOR and other != own and FLOOR[other] >= FLOOR[own]):
+                up.append(f"{module}:{line} (floor {FLOOR[own]}) imports {name}")
         direct = {one for one, _ in imported(file)}
-        needs[name] = {other for other in modules if any(f"{one}.".startswith(f"{other}.") for one in direct)}
-        needs[name] -= {name, *(other for other in needs[name] if modules[other].name == "__init__.py")}
+        needs[module] = {other for other in modules if any(f"{one}.".startswith(f"{other}.") for one in direct)}
+        needs[module] -= {module, *(other for other in needs[module] if modules[other].name == "__init__.py")}
+    assert not up, "\n".join(up)
     done: set[str] = set()
     while len(done) < len(needs):
         ready = {name for name, others in needs.items() if name not in done and others <= done}
@@ -132,19 +110,17 @@ def test_no_import_cycle_between_modules():
         done |= ready
 
 
+def run_without(heavy: str, lines: str) -> None:
+    """Run Python code at the repository's root in which importing the packages `heavy` fails."""
+    code = f"import runpy, sys\nfor heavy in {heavy.split()!r}: sys.modules[heavy] = None\n{lines}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_teacher_side_loads_without_torch():
     """The Teacher's machine may have no torch: one process imports every such file with torch blocked."""
     names = [name for name in NO_TORCH if name not in NEEDS_TORCH]
-    code = (
-        "import runpy, sys\n"
-        "for heavy in ('torch', 'transformers'): sys.modules[heavy] = None\n"  # importing either now fails
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        f"for name in {names!r}:\n"
-        "    try: runpy.run_path(name, run_name='imported')\n"
-        "    except ImportError as error: sys.exit(f'{name}: {error}')\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_without("torch transformers", f"for name in {names!r}: runpy.run_path(name, run_name='imported')")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -160,24 +136,25 @@ def test_script_explains_itself(name):
             assert any(keyword.arg == "help" for keyword in node.keywords), f"{name}:{node.lineno}: a flag has no help"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_needs_no_heavy_package(name):
+def test_help_needs_no_heavy_package():
     """`--help` answers at once: neither torch nor transformers is imported for it."""
     code = (
-        "import runpy, sys\n"
-        "for heavy in ('torch', 'transformers', 'datasets', 'anthropic'): sys.modules[heavy] = None\n"
-        f"sys.argv = [{name!r}, '--help']\n"
-        f"sys.path.insert(0, {str((ROOT / name).parent)!r})\n"
-        f"runpy.run_path({name!r}, run_name='__main__')\n"
+        "import contextlib, io, pathlib\n"
+        f"for name in {SCRIPTS!r}:\n"
+        "    out, sys.argv = io.StringIO(), [name, '--help']\n"
+        "    sys.path[0] = str(pathlib.Path(name).parent)\n"
+        "    try:\n"
+        "        with contextlib.redirect_stdout(out): runpy.run_path(name, run_name='__main__')\n"
+        "    except SystemExit as end: assert not end.code, name\n"
+        "    assert 'usage:' in out.getvalue(), name\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr[-2000:]
+    run_without("torch transformers datasets anthropic", code)
 
 
-@pytest.mark.parametrize("script", ["run_demo.sh", "run_tests.sh", "setup_venv.sh", ".ci/run"])
-def test_shell_scripts_parse(script):
-    done = subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_shell_scripts_parse():
+    for script in ("run_demo.sh", "run_tests.sh", "setup_venv.sh", ".ci/run"):
+        done = subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_setup_is_skipped_when_ready_and_refuses_an_unusable_python(tmp_path):

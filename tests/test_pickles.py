@@ -1,4 +1,4 @@
-"""Nothing that lies in a file of weights, features or settings is executed, whatever flag names it.
+"""No code in a file of weights, features or settings is executed, whatever flag names it.
 
 Each file holds a pickle, or code, that would write a marker. The scripts read it by their own `main`; the user gets
 one line that names the flag.
@@ -26,11 +26,16 @@ import main
 import run_mm_cot_lora
 import run_mm_cot_rl
 from ares.cli import UserError
+from model import T5ForMultimodalGenerationValueFunction
 from tests.conftest import one_line_error, run_script
-from tests.tiny import PATCHES, make_data, make_model, write
+from tests.tiny import PATCHES, write
 from tools import doctor, predict
 
-TYPED = ["--question", "Which?", "--choices", "a", "b"]
+DATA = "--data_root data --img_type vit"
+TRAINING = f"{DATA} --prompt_format QCM-E"
+LORA = f"{DATA} --prompt_format QCM-A"
+TYPED = "--question Which? --choices a b --img_type vit --use_caption no"
+FEATURES = "--data_root images --output_dir out --workers 0"
 
 
 class Bomb:
@@ -59,23 +64,14 @@ def numpy_bomb(bomb: Bomb, path: Path, save) -> None:
     path.write_bytes(out.getvalue())
 
 
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory, sample, t5_tokenizer):
-    folder = tmp_path_factory.mktemp("clean")
-    make_data(folder / "data", sample)
-    t5_tokenizer.save_pretrained(make_model(folder / "model", patch_size=PATCHES))
+@pytest.fixture
+def place(ready, tmp_path, monkeypatch):
+    folder = shutil.copytree(ready, tmp_path / "place")
     picture = folder / "images/1/image.png"
     picture.parent.mkdir(parents=True)
     Image.new("RGB", (32, 32), "red").save(picture)
-    return folder
-
-
-@pytest.fixture
-def place(clean, tmp_path, monkeypatch):
-    folder = tmp_path / "place"
-    shutil.copytree(clean, folder)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 20))  # as who agrees to whatever a library asks
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 20))  # a user who agrees to whatever a library asks
     return folder
 
 
@@ -100,14 +96,18 @@ def test_the_bombs_are_live(tmp_path):
         assert marker.exists(), name
 
 
-def refused(script, argv: list, flag: str) -> None:
+def refused(script, words: str, flag: str) -> None:
+    """`script` stops with one short line that names `flag`."""
     with pytest.raises(UserError) as refusal:
-        script.main([str(word) for word in argv])
+        script.main(words.split())
     said = str(refusal.value)
     assert "\n" not in said and flag in said and len(said) < 500, said
 
 
-# -- vision networks ---------------------------------------------------------------------------------------------
+def pictured(place: Path) -> str:
+    """predict.py's flags for a question that has an image."""
+    qid = next(iter(json.loads((place / "data/vision_features/name_map.json").read_text())))
+    return f"--qid {qid} --model model --img_type vit --use_caption no --data_root data --output_len 4"
 
 
 NAMES = ("w.pt", "w.bin", "w.npz", "w", "folder/model.bin", "folder/model.safetensors")
@@ -122,10 +122,11 @@ def test_vision_weights(form, name, place, bomb):
     path.parent.mkdir(exist_ok=True)
     FORMS[form](bomb, path)
     weights = path.parent if name.startswith("folder") else path
-    extraction = ["--data_root", "images", "--output_dir", "out", "--model_name", "test_vit", "--workers", 0]
-    refused(extract_features, [*extraction, "--weights", weights], "--weights")
-    asked = [*TYPED, "--model", "model", "--img_type", "vit", "--image", "images/1/image.png", "--use_caption", "no"]
-    refused(predict, [*asked, "--vision_model", "test_vit", "--vision_weights", weights], "--vision_weights")
+    refused(extract_features, f"{FEATURES} --model_name test_vit --weights {weights}", "--weights")
+    if form != "zip":  # the same reader
+        return
+    asked = f"{TYPED} --model model --image images/1/image.png"
+    refused(predict, f"{asked} --vision_model test_vit --vision_weights {weights}", "--vision_weights")
     write(place / "vision_features/vit.json", {"shape": PATCHES, "model_name": "test_vit", "weights": str(weights)})
     np.save(place / "vision_features/vit.npy", np.zeros((1, *PATCHES), np.float32))
     refused(predict, asked, "--vision_weights")  # the sidecar names the file
@@ -144,29 +145,19 @@ def torch_folder(folder: Path, bomb: Bomb, config: dict) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("model_type", ["detr", "nobody-knows"])
-def test_a_detr_folder(model_type, place, bomb):
-    folder = torch_folder(place / "detr", bomb, {"model_type": model_type})
-    argv = ["--data_root", "images", "--output_dir", "out", "--img_type", "detr", "--workers", 0]
-    refused(extract_features, [*argv, "--weights", folder], "--weights")
-    refused(extract_features, [*argv, "--model_name", folder], "--model_name")
+@pytest.mark.parametrize("model_type", ["detr", "blip", "blip-2", "nobody-knows"])
+def test_detr_and_captioning_models(model_type, place, bomb):
+    folder = torch_folder(place / "network", bomb, {"model_type": model_type})
+    if not model_type.startswith("blip"):
+        refused(extract_features, f"{FEATURES} --img_type detr --weights {folder}", "--weights")
+        refused(extract_features, f"{FEATURES} --img_type detr --model_name {folder}", "--model_name")
+    if model_type != "detr":
+        refused(extract_caption, f"--data_root images --output c.json --model {folder}", "--model")
 
 
-@pytest.mark.parametrize("model_type", ["blip", "blip-2", "nobody-knows"])
-def test_a_captioning_model(model_type, place, bomb):
-    folder = torch_folder(place / "captioner", bomb, {"model_type": model_type})
-    refused(extract_caption, ["--data_root", "images", "--output", "c.json", "--model", folder], "--model")
-
-
-# -- models of text ----------------------------------------------------------------------------------------------
-
-TRAINING = ["--data_root", "data", "--img_type", "vit", "--prompt_format", "QCM-E"]
-
-
-def spoil_model(place: Path, form: str, bomb: Bomb, name: str = "pytorch_model.bin") -> Path:
-    folder = place / "spoilt"
-    shutil.copytree(place / "model", folder, dirs_exist_ok=True)
-    (folder / "model.safetensors").unlink(missing_ok=True)
+def damaged_model(place: Path, form: str, bomb: Bomb, name: str = "pytorch_model.bin") -> Path:
+    folder = shutil.copytree(place / "model", place / "damaged")
+    (folder / "model.safetensors").unlink()
     FORMS[form](bomb, folder / name)
     return folder
 
@@ -175,42 +166,30 @@ def spoil_model(place: Path, form: str, bomb: Bomb, name: str = "pytorch_model.b
     ("form", "name"), [*((form, "pytorch_model.bin") for form in FORMS), ("zip", "model.safetensors")]
 )
 def test_model_folders(form, name, place, bomb, capsys):
-    folder = spoil_model(place, form, bomb, name)
-    refused(main, [*TRAINING, "--model", folder], "--model")
-    refused(main, [*TRAINING, "--model", "model", "--evaluate_dir", folder], "--evaluate_dir")
-    refused(run_mm_cot_rl, [*TRAINING, "--base_model_dir", folder], "--base_model_dir")
-    refused(run_mm_cot_rl, [*TRAINING, "--base_model_dir", "model", "--ref_model", folder], "--ref_model")
-    lora = ["--data_root", "data", "--img_type", "vit", "--prompt_format", "QCM-A"]
-    refused(run_mm_cot_lora, [*lora, "--model", folder], "--model")
-    asked = [*TYPED, "--img_type", "vit", "--use_caption", "no"]
-    refused(predict, [*asked, "--vision_model", "test_vit", "--model", folder], "")
+    folder = damaged_model(place, form, bomb, name)
+    refused(main, f"{TRAINING} --model {folder}", "--model")
+    refused(main, f"{TRAINING} --model model --evaluate_dir {folder}", "--evaluate_dir")
+    refused(run_mm_cot_rl, f"{TRAINING} --base_model_dir {folder}", "--base_model_dir")
+    refused(run_mm_cot_rl, f"{TRAINING} --base_model_dir model --ref_model {folder}", "--ref_model")
+    refused(run_mm_cot_lora, f"{LORA} --model {folder}", "--model")
+    refused(predict, f"{TYPED} --vision_model test_vit --model {folder}", "")
     with pytest.raises(UserError, match="checks failed"):
-        doctor.main([*TRAINING[:4], "--model", str(folder)])
+        doctor.main(f"{DATA} --model {folder}".split())
     assert str(folder) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_shards(form, place, bomb):
-    folder = spoil_model(place, form, bomb, "shard-1.bin")
+def test_shards_value_functions_and_optimizer_states(form, place, bomb):
+    folder = damaged_model(place, form, bomb, "shard-1.bin")
     write(folder / "pytorch_model.bin.index.json", {"weight_map": {"shared.weight": "shard-1.bin"}})
-    refused(main, [*TRAINING, "--model", folder], "shard-1.bin")
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", ["value_function.pth", "optimizer_state.pth"])
-def test_a_round_folder(form, name, place, bomb):
-    import model
-
-    folder = place / "run/0"
-    shutil.copytree(place / "model", folder)
-    other = {"value_function.pth": "optimizer_state.pth"}.get(name, "value_function.pth")
-    torch.save({}, folder / other)
-    FORMS[form](bomb, folder / name)
-    if name == "optimizer_state.pth":
-        refused(run_mm_cot_rl, [*TRAINING, "--base_model_dir", folder, "--continue_train", "True"], name)
-    else:
-        with pytest.raises(UserError, match=name):
-            model.T5ForMultimodalGenerationValueFunction.from_pretrained(folder)
+    refused(main, f"{TRAINING} --model {folder}", "shard-1.bin")
+    folder = shutil.copytree(place / "model", place / "run/0")
+    torch.save({}, folder / "value_function.pth")
+    FORMS[form](bomb, folder / "optimizer_state.pth")
+    refused(run_mm_cot_rl, f"{TRAINING} --base_model_dir {folder} --continue_train True", "optimizer_state.pth")
+    FORMS[form](bomb, folder / "value_function.pth")
+    with pytest.raises(UserError, match="value_function.pth"):
+        T5ForMultimodalGenerationValueFunction.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -218,41 +197,30 @@ def test_adapters(form, place, bomb, monkeypatch):
     folder = place / "adapter"
     (place / "code_of_it.py").write_text(f"import os\nos.system(\"touch '{bomb.marker}'\")\nclass A: pass\n")
     monkeypatch.syspath_prepend(str(place))
-    config = {
-        "peft_type": "LORA",
-        "r": 4,
-        "target_modules": ["q"],
-        "megatron_config": {},
-        "megatron_core": "code_of_it",
-    }
+    config = {"peft_type": "LORA", "r": 4, "target_modules": ["q"], "megatron_config": {}}
+    config |= {"megatron_core": "code_of_it"}
     config |= {"auto_mapping": {"parent_library": "code_of_it", "base_model_class": "A"}}
     write(folder / "adapter_config.json", config)
     FORMS[form](bomb, folder / "adapter_model.bin")
-    lora = ["--data_root", "data", "--img_type", "vit", "--prompt_format", "QCM-A", "--model", "model"]
-    refused(run_mm_cot_lora, [*lora, "--evaluate_dir", folder], "--evaluate_dir")
-    qid = next(iter(json.loads((place / "data/vision_features/name_map.json").read_text())))
-    asked = ["--qid", qid, "--model", "model", "--img_type", "vit", "--use_caption", "no", "--output_len", 4]
-    refused(predict, [*asked, "--lora", folder], "--lora")
+    refused(run_mm_cot_lora, f"{LORA} --model model --evaluate_dir {folder}", "--evaluate_dir")
+    refused(predict, f"{pictured(place)} --lora {folder}", "--lora")
 
 
 @pytest.mark.parametrize("code", ["auto_map", "class"])
 def test_tokenizers(code, place, bomb, capsys):
-    folder = torch_folder(place / "spoilt", bomb, {"model_type": "t5" if code == "class" else "nobody-knows"})
-    for name in ("tokenizer.json", "spiece.model"):
-        if (place / "model" / name).exists():
-            shutil.copy(place / "model" / name, folder)
-    for script, model in ((main, "--model"), (run_mm_cot_lora, "--model"), (run_mm_cot_rl, "--base_model_dir")):
-        argv = [*TRAINING[:4], "--prompt_format", "QCM-A", model, "model", "--tokenizer", folder]
+    folder = torch_folder(place / "damaged", bomb, {"model_type": "t5" if code == "class" else "nobody-knows"})
+    shutil.copy(place / "model/tokenizer.json", folder)
+    for script, more in (
+        (main, "--model model --epoch 0"),
+        (run_mm_cot_lora, "--model model --epoch 0"),
+        (run_mm_cot_rl, "--base_model_dir model"),
+    ):
         try:
-            script.main([str(word) for word in [*argv, *(["--epoch", 0] if script is not run_mm_cot_rl else [])]])
+            script.main(f"{LORA} {more} --tokenizer {folder}".split())
         except UserError as error:  # refused, or read without its code: both are well
             assert "\n" not in str(error)
     with pytest.raises((UserError, SystemExit)):
-        predict.main([*TYPED, "--model", "model", "--img_type", "vit", "--vision_model", "no-such",
-                      "--tokenizer", str(folder)])  # fmt: skip
-
-
-# -- features ----------------------------------------------------------------------------------------------------
+        predict.main(f"{TYPED} --model model --vision_model no-such --tokenizer {folder}".split())
 
 
 @pytest.mark.parametrize(
@@ -262,24 +230,13 @@ def test_tokenizers(code, place, bomb, capsys):
 def test_features(form, suffix, place, bomb):
     (place / "data/vision_features/vit.npy").unlink()
     FORMS[form](bomb, place / f"data/vision_features/vit{suffix}")
-    refused(main, [*TRAINING, "--model", "model"], "--vision_features")
-    refused(run_mm_cot_rl, [*TRAINING, "--base_model_dir", "model"], "--vision_features")
-    qid = next(iter(json.loads((place / "data/vision_features/name_map.json").read_text())))
-    asked = ["--qid", qid, "--model", "model", "--img_type", "vit", "--use_caption", "no"]
-    refused(predict, asked, "--vision_features")
+    refused(main, f"{TRAINING} --model model", "--vision_features")
+    refused(run_mm_cot_rl, f"{TRAINING} --base_model_dir model", "--vision_features")
+    refused(predict, pictured(place), "--vision_features")
 
 
-# -- as launched -------------------------------------------------------------------------------------------------
-
-
-def test_launches_end_in_one_line(place, bomb):
+def test_a_launch_ends_in_one_line(place, bomb):
     torch.save({"a": bomb}, place / "w.pth")
-    folder = spoil_model(place, "zip", bomb)
-    extraction = ["--data_root", "images", "--output_dir", "out", "--model_name", "test_vit", "--weights", "w.pth"]
-    for script, argv, words in (
-        ("extract_features.py", extraction, ["--weights", "w.pth", "never executed"]),
-        ("main.py", [*TRAINING, "--model", folder], ["--model", "pytorch_model.bin"]),
-        ("extract_caption.py", ["--data_root", "images", "--model", torch_folder(place / "c", bomb, {})], ["--model"]),
-    ):
-        done = run_script(Path(__file__).parents[1] / script, *argv, cwd=place, check=False)
-        one_line_error(done, *words)
+    script = Path(__file__).parents[1] / "extract_features.py"
+    done = run_script(script, *f"{FEATURES} --model_name test_vit --weights w.pth".split(), cwd=place, check=False)
+    one_line_error(done, "--weights", "w.pth", "never executed")

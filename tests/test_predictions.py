@@ -32,42 +32,39 @@ def test_a_file_of_ours_and_a_released_one(tmp_path):
     assert read_predictions(tmp_path / "old.json", "--x").qids is None
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
+def test_faults_name_the_flag_and_the_file(tmp_path):
+    two = {"preds": ["x", "y"]}
+    for content, words in (
         (["x"], 'no list "preds"'),
         ({"preds": "x"}, 'no list "preds"'),
         ({"preds": ["x", 3]}, "preds[1] is no text"),
         ({"preds": ["x"]}, "has 1 rationales but the split has 2 questions; without question ids in the file they"),
         ({"preds": ["x"], "qids": []}, "qids do not match"),
         ({"preds": ["x"], "qids": {"1": 1}}, "qids do not match"),
-        ({"preds": ["x", "y"], "qids": ["1", 1]}, "names a question twice"),
-        ({"preds": ["x", "y"], "labels": ["x"]}, "labels is no list of one text for each of its 2 rows"),
-        ({"preds": ["x", "y"], "prompts": [None, "y"]}, "prompts is no list"),
-        ({"preds": ["x", "y"], "answers": ["A", 2]}, "answers is no list"),
-        ({"preds": ["x", "y"], "scores": [1]}, "scores are not"),
-        ({"preds": ["x", "y"], "scores": {"answer": {"acc_average": "n/a"}}}, "scores are not"),
+        (two | {"qids": ["1"]}, "qids do not match"),
+        (two | {"qids": ["1", 1]}, "names a question twice"),
+        (two | {"labels": ["x"]}, "labels is no list of one text for each of its 2 rows"),
+        (two | {"prompts": [None, "y"]}, "prompts is no list"),
+        (two | {"answers": ["A", 2]}, "answers is no list"),
+        (two | {"scores": [1]}, "scores are not"),
+        (two | {"scores": {"answer": {"acc_average": "n/a"}}}, "scores are not"),
         ("[1", "is not JSON"),
-    ],
-)
-def test_faults_name_the_flag_and_the_file(content, words, tmp_path):
-    path = write(tmp_path / "p.json", content)
-    with pytest.raises(cli.UserError) as error:
-        read_predictions(path, "--x", ["1", "2"], "; do this")
-    assert str(error.value).startswith(f"--x: {path}") and words in str(error.value) and "\n" not in str(error.value)
-    assert ("do this" in str(error.value)) == ("has 1 rationales" in words)
-
-
-def test_questions_outside_are_refused(tmp_path):
-    read = read_predictions(write(tmp_path / "p.json", {"preds": ["x", "y"], "qids": ["1", "9"]}), "--x")
+    ):
+        path = write(tmp_path / "p.json", content)
+        with pytest.raises(cli.UserError) as error:
+            read_predictions(path, "--x", ["1", "2"], "; do this")
+        said = str(error.value)
+        assert said.startswith(f"--x: {path}") and words in said and "\n" not in said
+        assert ("do this" in said) == ("has 1 rationales" in words)
+    read = read_predictions(write(tmp_path / "p.json", two | {"qids": ["1", "9"]}), "--x")
     read.refuse_unknown({"1", "9"}, "--x", "here")
     with pytest.raises(cli.UserError, match="--x: .*p.json holds question 9, which is not in split test"):
         read.refuse_unknown({"1"}, "--x", "in split test")
 
 
-@pytest.mark.parametrize(
-    ("texts", "parts"),
-    [
+def test_what_was_asked_for(tmp_path):
+    """By the targets, where there are any: texts that cannot be read do not make an answer stage a rationale stage."""
+    for texts, parts in (
         (["The answer is (B)."], (True, False)),
         (["Answer: The answer is (B). BECAUSE: It is so."], (True, True)),
         (["Solution: It is so. The answer is (B)."], (True, True)),
@@ -75,14 +72,11 @@ def test_questions_outside_are_refused(tmp_path):
         ([" ", "."], (False, False)),
         (["The answer is (B).", "It is so."], (False, False)),  # no majority for either
         (["The answer is (B).", "The answer is (A).", "It is so."], (True, False)),
-    ],
-)
-def test_what_was_asked_for(texts, parts, tmp_path):
-    """By the targets, where there are any: texts that cannot be read do not make an answer stage a rationale stage."""
-    assert read_predictions(write(tmp_path / "p.json", {"preds": texts}), "--x").parts_asked() == parts
-    garbled = {"preds": ["It may be."] * len(texts), "labels": texts}
-    if any(parts):
-        assert read_predictions(write(tmp_path / "p.json", garbled), "--x").parts_asked() == parts
+    ):
+        assert read_predictions(write(tmp_path / "p.json", {"preds": texts}), "--x").parts_asked() == parts
+        garbled = {"preds": ["It may be."] * len(texts), "labels": texts}
+        if any(parts):
+            assert read_predictions(write(tmp_path / "p.json", garbled), "--x").parts_asked() == parts
 
 
 def test_labels_and_places(tmp_path, monkeypatch):

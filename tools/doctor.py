@@ -54,9 +54,8 @@ Splits = Mapping[str, Sequence[str]]  # name -> question ids
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     data = cli.add_prompt_data_flags(parser)
-    data.add_argument("--train_split", default="train", help="split to train on")
-    data.add_argument("--val_split", default="val", help="split to evaluate on")
-    data.add_argument("--test_split", default="test", help="split to test on")
+    for role, use in (("train", "train"), ("val", "evaluate"), ("test", "test")):
+        data.add_argument(f"--{role}_split", default=role, help=f"split to {use} on")
     data.add_argument("--correction_file", metavar="FILE", help="corrected rationales, in --data_root or a path")
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="DIR", help="checkpoint to check, against --img_type and its tokenizer")
@@ -173,18 +172,15 @@ def devices(parameters: int | None) -> tuple[None, str]:
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         found.append(f"GPU {number} {torch.cuda.get_device_name(number)}: {free / GB:.1f} of {total / GB:.1f} GB free")
-        if parameters:
-            check_memory(number, free, parameters)
+        check_memory(number, free, parameters or 0)
     return None, "; ".join(found)
 
 
 def check_memory(number: int, free: int, parameters: int) -> None:
     """Warn if a GPU's free memory (bytes) is too little for RL. Raises UserError if it is too little for SFT."""
     sft, rl = SFT_MEMORY * parameters, RL_MEMORY * parameters
-    text = (
-        f"GPU {number} has {free / GB:.1f} GB free; weights, gradients and AdamW alone take {sft / GB:.1f} GB in SFT "
-        f"and {rl / GB:.1f} GB in RL (docs/rl.md)"
-    )
+    text = (f"GPU {number} has {free / GB:.1f} GB free; weights, gradients and AdamW alone take {sft / GB:.1f} GB in "
+            f"SFT and {rl / GB:.1f} GB in RL (docs/rl.md)")  # fmt: skip
     if free < sft:
         raise UserError(f"{text}: end what else runs on it, or take a smaller model")
     if free < rl:
@@ -196,10 +192,8 @@ def disk(parameters: int | None) -> tuple[None, str]:
     free = shutil.disk_usage(".").free
     need = RL_DISK * parameters if parameters else GB
     if free < need:
-        raise UserError(
-            f"{Path.cwd()}: {free / GB:.1f} GB free, a run may take {need / GB:.1f} GB (saved states, rounds); make "
-            "room, or put the run elsewhere (--run_dir)"
-        )
+        raise UserError(f"{Path.cwd()}: {free / GB:.1f} GB free, a run may take {need / GB:.1f} GB (saved states, "
+                        "rounds); make room, or put the run elsewhere (--run_dir)")  # fmt: skip
     return None, f"{free / GB:.1f} GB free in {Path.cwd()}, a run takes up to {need / GB:.1f} GB"
 
 
@@ -263,8 +257,8 @@ def features(args: argparse.Namespace, problems: data_folder.Problems, splits: S
     starts = range(0, opened.rows, FEATURE_ROWS)
     rows = [range(start, min(start + FEATURE_ROWS, opened.rows)) for start in starts]
     bar = cli.progress(rows, desc="read features", unit=f"{FEATURE_ROWS} rows")
-    checks = [partial(utils_data.check_coverage, opened, problems, splits)]
-    results_of(itertools.chain(checks, (partial(opened.check_finite, each) for each in bar)))
+    coverage = partial(utils_data.check_coverage, opened, problems, splits)
+    results_of(itertools.chain([coverage], (partial(opened.check_finite, each) for each in bar)))
     return opened, f"{opened.path}: {opened.rows} rows of {opened.shape}, all finite"
 
 
@@ -316,10 +310,8 @@ def hub_model(name: str) -> str:
             raise OSError("offline")
         get_hf_file_metadata(hf_hub_url(name, "config.json"))
     except Exception as error:  # the hub's, the HTTP library's and the system's own
-        raise UserError(
-            f"--model: {name} is no folder here, and no such model can be had from the hub ({hub_failure(error)}); "
-            "name the folder of a model"
-        ) from error
+        raise UserError(f"--model: {name} is no folder here, and no such model can be had from the hub "
+                        f"({hub_failure(error)}); name the folder of a model") from error  # fmt: skip
     return f"{name} is a model of the hub: its weights are checked when they are loaded"
 
 
@@ -359,11 +351,10 @@ def check_data(report: Report, args: argparse.Namespace) -> tuple[int, int] | No
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    report = Report()
+    report, info = Report(), None
     requirements = Path(__file__).resolve().parents[1] / "requirements.txt"
     report.check("packages", packages, requirements.read_text(encoding="utf-8"))
     patch_size = check_data(report, args)
-    info = None
     if args.model:
         info = report.check("model", checkpoint, args, patch_size)
         report.check("tokenizer", tokenizer, args, info)

@@ -25,17 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from ares import cli
+from ares import cli, data_folder
 from ares.cli import CAPTION_DEFAULT, IMG_TYPES, PROMPT_FORMATS, UserError, print0, run
-from ares.data_folder import (
-    find_captions,
-    find_feature_file,
-    find_images,
-    load_captions,
-    problem_fault,
-    question_images,
-    read_data_folder,
-)
 from ares.files import read_json, read_yaml
 from sft import run as sft_run
 from sft.lora import check_adapter, load_adapter
@@ -46,55 +37,48 @@ RATIONALE_FORMAT, ANSWER_FORMAT = "QCM-E", "QCM-A"  # of folders without args.ya
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    models = parser.add_argument_group("models")
-    models.add_argument("--model", required=True, metavar="DIR", help="model that writes rationales (or also answers)")
-    models.add_argument("--lora", metavar="DIR", help="adapter on --model that answers")
-    models.add_argument("--answer_model", metavar="DIR", help="another model, which answers")
-    models.add_argument("--tokenizer", metavar="DIR", help="tokenizer (default: the checkpoint's own)")
-    models.add_argument("--prompt_format", choices=PROMPT_FORMATS, help="of --model (default: as trained, else QCM-E)")
-    models.add_argument("--answer_format", choices=PROMPT_FORMATS, help="of the model or adapter that answers "
-                        "(default: as trained, else QCM-A)")  # fmt: skip
-    models.add_argument("--use_caption", type=cli.str2bool, metavar="BOOL", help="captions in prompts "
-                        "(default: as trained, else True)")  # fmt: skip
-    models.add_argument("--output_len", type=int, help="longest rationale, in tokens (default: as trained, else 512)")
-    models.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
-    question = parser.add_argument_group("a question of your own")
-    question.add_argument("--question", metavar="TEXT", help="the question")
-    question.add_argument("--choices", nargs="+", metavar="TEXT", help="its choices, 2 to 5")
-    question.add_argument("--image", metavar="FILE", help="its picture (default: none, features of zeros)")
-    question.add_argument("--hint", default="", metavar="TEXT", help="its context")
-    question.add_argument("--caption", default="", metavar="TEXT", help="a caption of the picture, added to the hint")
-    data = cli.add_data_flags(parser)
-    data.add_argument("--qid", help="ask a question of --data_root")
-    data.add_argument("--caption_file", default=CAPTION_DEFAULT, help="captions, if the model was trained with them")
-    vision = parser.add_argument_group("vision features")
-    vision.add_argument("--img_type", choices=IMG_TYPES, help="kind of features (default: as trained)")
-    vision.add_argument("--vision_features", help="folder of feature files; a new picture gets the same network")
-    vision.add_argument("--name_map", help="qid -> feature row (default: beside the features, then in --data_root)")
-    vision.add_argument("--vision_model", help="the network that made the features (default: as recorded there)")
-    vision.add_argument("--vision_weights", metavar="PATH", help="its weights, if not from the hub")
+    add = parser.add_argument_group("models").add_argument
+    add("--model", required=True, metavar="DIR", help="model that writes rationales (or also answers)")
+    add("--lora", metavar="DIR", help="adapter on --model that answers")
+    add("--answer_model", metavar="DIR", help="another model, which answers")
+    add("--tokenizer", metavar="DIR", help="tokenizer (default: the checkpoint's own)")
+    add("--prompt_format", choices=PROMPT_FORMATS, help="of --model (default: as trained, else QCM-E)")
+    add("--answer_format", choices=PROMPT_FORMATS, help="of what answers (default: as trained, else QCM-A)")
+    add("--use_caption", type=cli.str2bool, metavar="BOOL", help="use captions (default: as trained, else True)")
+    add("--output_len", type=int, help="longest rationale, in tokens (default: as trained, else 512)")
+    add("--device", help="cuda, cpu, ... (default: cuda if there is one)")
+    add = parser.add_argument_group("a question of your own").add_argument
+    add("--question", metavar="TEXT", help="the question")
+    add("--choices", nargs="+", metavar="TEXT", help="its choices, 2 to 5")
+    add("--image", metavar="FILE", help="its picture (default: none, features of zeros)")
+    add("--hint", default="", metavar="TEXT", help="its context")
+    add("--caption", default="", metavar="TEXT", help="a caption of the picture, added to the hint")
+    add = cli.add_data_flags(parser).add_argument
+    add("--qid", help="ask a question of --data_root")
+    add("--caption_file", default=CAPTION_DEFAULT, help="captions, if the model was trained with them")
+    add = parser.add_argument_group("vision features").add_argument
+    add("--img_type", choices=IMG_TYPES, help="kind of features (default: as trained)")
+    add("--vision_features", help="folder of feature files; a new picture gets the same network")
+    add("--name_map", help="qid -> feature row (default: beside the features, then in --data_root)")
+    add("--vision_model", help="the network that made the features (default: as recorded there)")
+    add("--vision_weights", metavar="PATH", help="its weights, if not from the hub")
     args = parser.parse_args(argv)
     given = cli.given_flags(parser, argv)
-    faults = []
-    if ("qid" in given) == ("question" in given):
-        faults.append("name either --qid, or --question with --choices")
-    if "qid" in given:
-        unused, word = {"question", "choices", "image", "hint", "caption"}, "with"
-    else:
-        unused, word = {"data_root", "dataset", "images"}, "without"
-    faults += [f"--{name} has no effect {word} --qid" for name in sorted(given & unused)]
-    if "question" in given and "choices" not in given:
-        faults.append("--question needs --choices")
-    if args.lora and args.answer_model:
-        faults.append("--lora and --answer_model both answer: drop one")
-    if args.answer_format and not (args.lora or args.answer_model):
-        faults.append("--answer_format: no effect without --lora or --answer_model")
-    if args.answer_format and not args.answer_format.endswith("-A"):
-        faults.append(f"--answer_format: {args.answer_format} asks for more than the answer; QCM-A or QCMG-A do not")
-    if args.image and not Path(args.image).is_file():
-        faults.append(f"--image: {args.image} does not exist")
-    faults += [f"--output_len must be at least 2, not {args.output_len}"] * ((args.output_len or 2) < 2)
-    cli.refuse(faults)
+    unused = {"data_root", "dataset", "images"}, {"question", "choices", "image", "hint", "caption"}
+    by_qid, fmt = "qid" in given, args.answer_format
+    faults = [
+        (by_qid == ("question" in given), "name either --qid, or --question with --choices"),
+        *((True, f"--{name} has no effect {'with' if by_qid else 'without'} --qid")
+          for name in sorted(given & unused[by_qid])),
+        ("question" in given and "choices" not in given, "--question needs --choices"),
+        (args.lora and args.answer_model, "--lora and --answer_model both answer: drop one"),
+        (fmt and not (args.lora or args.answer_model), "--answer_format: no effect without --lora or --answer_model"),
+        (fmt and not fmt.endswith("-A"),
+         f"--answer_format: {fmt} asks for more than the answer; QCM-A or QCMG-A do not"),
+        (args.image and not Path(args.image).is_file(), f"--image: {args.image} does not exist"),
+        ((args.output_len or 2) < 2, f"--output_len must be at least 2, not {args.output_len}"),
+    ]  # fmt: skip
+    cli.refuse([message for fault, message in faults if fault])
     return args
 
 
@@ -134,19 +118,16 @@ def check_formats(args: argparse.Namespace, rationale: argparse.Namespace, answe
     """Raise UserError if a model's prompt format does not fit its place in the chain of rationale and answer."""
     fmt = rationale.prompt_format
     if fmt.startswith("QCMG"):
-        raise UserError(
-            f"--model: {args.model} was trained on given rationales ({fmt}); name the model that writes them with "
-            "--model, and this one with --answer_model"
-        )
+        raise UserError(f"--model: {args.model} was trained on given rationales ({fmt}); name the model that writes "
+                        "them with --model, and this one with --answer_model")  # fmt: skip
     if answer is None:
         return
     if fmt.endswith("-A"):
         raise UserError(f"--model: {args.model} answers itself ({fmt}); drop --lora or --answer_model")
     if not answer.prompt_format.endswith("-A"):
-        raise UserError(
-            f"{'--lora' if args.lora else '--answer_model'}: it was trained for {answer.prompt_format}, not to answer "
-            "(QCM-A, QCMG-A); name another, or --answer_format"
-        )
+        flag = "--lora" if args.lora else "--answer_model"
+        raise UserError(f"{flag}: it was trained for {answer.prompt_format}, not to answer (QCM-A, QCMG-A); name "
+                        "another, or --answer_format")  # fmt: skip
 
 
 # -- the question ----------------------------------------------------------------------------------------
@@ -165,24 +146,24 @@ def read_question(args: argparse.Namespace, use_caption: bool) -> Question:
     if args.qid is None:
         problem = {"question": args.question, "choices": args.choices, "answer": 0, "hint": args.hint}
         problem |= {"image": args.image, "lecture": "", "solution": "", "caption": args.caption}
-        if fault := problem_fault("question", problem):
+        if fault := data_folder.problem_fault("question", problem):
             raise UserError(f"--choices: the question {fault}")
         if args.caption and not use_caption:
             raise UserError("--caption: the model was trained without captions; drop it, or say it in --hint")
         return Question("question", problem, Path(args.image) if args.image else None, False)
-    data = read_data_folder(args.data_root, args.dataset)
+    data = data_folder.read_data_folder(args.data_root, args.dataset)
     if args.qid not in data.problems:
         raise UserError(f"--qid: {args.data_root}/{data.dataset}/problems.json has no question {args.qid}")
     problem = data.problems[args.qid]
     problem["caption"] = ""
     if use_caption:
         try:
-            path = find_captions(args)
+            path = data_folder.find_captions(args)
         except UserError as error:
             raise UserError(f"{error} (or without captions: --use_caption False)") from None
-        problem["caption"] = load_captions(path).get(args.qid, "")
-    folder = find_images(args)
-    images = question_images(folder, args.qid) if folder else []
+        problem["caption"] = data_folder.load_captions(path).get(args.qid, "")
+    folder = data_folder.find_images(args)
+    images = data_folder.question_images(folder, args.qid) if folder else []
     return Question(args.qid, problem, images[0] if images else None, True)
 
 
@@ -215,7 +196,7 @@ def features_for(args: argparse.Namespace, question: Question, settings: argpars
         where.data_root = recorded.get("data_root") or args.data_root
         where.caption_file = recorded.get("caption_file") or CAPTION_DEFAULT
     try:
-        file = find_feature_file(where)
+        file = data_folder.find_feature_file(where)
     except UserError:
         if args.vision_features:
             raise
@@ -245,9 +226,8 @@ def network_of(args: argparse.Namespace, file: Path | None) -> tuple[str | None,
         raise UserError(f"--vision_features: {sidecar} is not what extract_features.py writes; make both again")
     weights = args.vision_weights or made_by.get("weights", "pretrained")
     if weights == "local":
-        raise UserError(
-            f"--vision_weights: the features were made with the weights {made_by.get('weights_file')}; name that file"
-        )
+        fix = f"the features were made with the weights {made_by.get('weights_file')}; name that file"
+        raise UserError(f"--vision_weights: {fix}")
     seed = re.fullmatch(r"seed (\d+)", str(made_by.get("weights_file")))
     return args.vision_model or made_by.get("model_name"), weights, int(seed[1]) if seed else 0
 
@@ -256,12 +236,7 @@ def network_of(args: argparse.Namespace, file: Path | None) -> tuple[str | None,
 
 
 def ask(
-    model: Any,
-    tokenizer: Any,
-    question: Question,
-    features: Any,
-    settings: argparse.Namespace,
-    given: str | None = None,
+    model: Any, tokenizer: Any, question: Question, features: Any, settings: argparse.Namespace, given: str | None
 ) -> str:
     """What `model` generates, by the loop that makes the prediction files. `given`: a rationale for QCMG formats."""
     import torch
@@ -269,23 +244,11 @@ def ask(
     from sft.predict import Predictor
     from utils_data import Collator, RationaleDataset
 
-    le = None if given is None else {question.qid: given}
-    dataset = RationaleDataset({question.qid: question.problem}, [question.qid], tokenizer, settings, le)
-    device = next(model.parameters()).device
-    collator = Collator(tokenizer.pad_token_id, features)
-    predictor = Predictor(settings, {question.qid: question.problem}, tokenizer, collator, torch.device(device))
+    problems, le = {question.qid: question.problem}, None if given is None else {question.qid: given}
+    dataset = RationaleDataset(problems, [question.qid], tokenizer, settings, le)
+    collator, device = Collator(tokenizer.pad_token_id, features), torch.device(next(model.parameters()).device)
+    predictor = Predictor(settings, problems, tokenizer, collator, device)
     return predictor.decode(predictor.predict(model, dataset, "write"))[0]
-
-
-def answer_text(text: str, question: Question, settings: argparse.Namespace) -> str:
-    """Letter and text of the choice that `text` names, or `text` itself if it names none."""
-    from utils_evaluate import extract_answer
-
-    choices = question.problem["choices"]
-    letter = extract_answer(text, len(choices), settings.options)
-    if letter is None:
-        return f"none; the model wrote {text!r}"
-    return f"({letter}) {choices[option_letters(question.problem, settings.options).index(letter)]}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -304,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from model import T5ForMultimodalGeneration, check_checkpoint
     from utils_data import check_vocabulary, load_tokenizer
+    from utils_evaluate import extract_answer
     from vision.networks import pick_device
 
     args.device = pick_device(args.device)
@@ -321,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = T5ForMultimodalGeneration.from_pretrained(args.model, patch_size=shape).to(args.device)
     if model.config.patch_size is not None and features is None:
         raise UserError(f"--img_type: {args.model} reads pictures; name the kind of features it was trained with")
-    written = ask(model, load_tokenizer(args, args.model), question, features, settings)
+    written = ask(model, load_tokenizer(args, args.model), question, features, settings, None)
     if not settings.prompt_format.endswith("-A"):
         print0(f"Rationale: {written}")
     if args.lora:
@@ -332,7 +296,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer = load_tokenizer(args, args.answer_model, args.model)
         written = ask(model, tokenizer, question, features, answer_settings, written)
     if answering or "A" in settings.prompt_format.split("-")[1]:
-        print0(f"Answer: {answer_text(written, question, answer_settings or settings)}")
+        choices, options = question.problem["choices"], (answer_settings or settings).options
+        letter = extract_answer(written, len(choices), options)
+        named = letter and choices[option_letters(question.problem, options).index(letter)]
+        print0(f"Answer: ({letter}) {named}" if letter else f"Answer: none; the model wrote {written!r}")
     else:
         print0("Answer: none asked for; --lora or --answer_model answers")
     if question.of_data:

@@ -86,16 +86,14 @@ def open_source(dataset: str, where: str, images: str | None) -> Source:
             if (place / "problems.json").is_file():
                 return _scienceqa_folder(place, images)
     else:
-        names = {split: (f"aokvqa_v1p0_{split}.json", f"{split}.json") for split in SPLITS}
-        files = {split: next((folder / name for name in both if (folder / name).is_file()), None)
-                 for split, both in names.items()}  # fmt: skip
+        places = {split: (folder / f"aokvqa_v1p0_{split}.json", folder / f"{split}.json") for split in SPLITS}
+        files = {split: next((path for path in both if path.is_file()), None) for split, both in places.items()}
         if files["train"] or files["val"]:
             return _aokvqa_folder(folder, files, images)
     if images is not None:
         raise UserError(f"--images: the images of {where} come with it; drop the flag, or name the official folder")
-    if dataset == "scienceqa":
-        return _from_datasets(where, _scienceqa_problem, test_is_val=False)
-    return _from_datasets(where, _aokvqa_problem, test_is_val=True)
+    convert = _scienceqa_problem if dataset == "scienceqa" else _aokvqa_problem
+    return _from_datasets(where, convert, test_is_val=dataset == "aokvqa")
 
 
 # -- the official folders --------------------------------------------------------------------------------
@@ -110,9 +108,8 @@ def _scienceqa_folder(folder: Path, images: str | None) -> Source:
     places = [place / "images" for place in (folder, folder.parent, folder.parent.parent)]
     places = [Path(images)] if images else places
     if images and not places[0].is_dir():
-        raise UserError(
-            f"--images: {images} is no folder; name the one of {{qid}}/image.png (or of train/, val/, test/)"
-        )
+        fix = "name the one of {qid}/image.png (or of train/, val/, test/)"
+        raise UserError(f"--images: {images} is no folder; {fix}")
     root = next((place for place in places if place.is_dir()), None)
 
     def pictures(qid: str) -> Pictures:
@@ -156,16 +153,11 @@ def _coco_image(root: Path, image_id: Any) -> Path | None:
     if image_id is None:
         return None
     plain = [f"{number}{suffix}" for number in (f"{image_id:0>12}", image_id) for suffix in (".jpg", ".png")]
-    for folder in (root, root / "images"):
-        for name in plain:
-            for part in (*COCO_PARTS, ""):
-                if (path := folder / part / name).is_file():
-                    return path
-        for part in COCO_PARTS:
-            name = f"COCO_{part}_{image_id:0>12}.jpg"
-            if (path := folder / part / name).is_file() or (path := folder / name).is_file():
-                return path
-    return None
+    names = [f"{part}/{name}" for name in plain for part in (*COCO_PARTS, ".")]
+    for part in COCO_PARTS:
+        names += [f"{part}/COCO_{part}_{image_id:0>12}.jpg", f"COCO_{part}_{image_id:0>12}.jpg"]
+    places = (folder / name for folder in (root, root / "images") for name in names)
+    return next((path for path in places if path.is_file()), None)
 
 
 # -- data sets of the `datasets` library -----------------------------------------------------------------
@@ -174,14 +166,11 @@ def _coco_image(root: Path, image_id: Any) -> Path | None:
 def _from_datasets(where: str, convert: Callable, test_is_val: bool) -> Source:
     import datasets
 
-    tables = {}
-    for name, table in _load_datasets(where).items():
-        split = next((ours for ours, names in SPLITS.items() if name in names), None)
-        if split is not None:
-            if "image" in table.column_names:  # as the bytes of files: not decoded, so not encoded again
-                table = table.cast_column("image", datasets.Image(decode=False))
-            tables[split] = table
-    tables = {split: tables[split] for split in SPLITS if split in tables}
+    found = _load_datasets(where)
+    tables = {split: found[name] for split, names in SPLITS.items() for name in names if name in found}
+    for split, table in tables.items():
+        if "image" in table.column_names:  # as the bytes of files: not decoded, so not encoded again
+            tables[split] = table.cast_column("image", datasets.Image(decode=False))
     wanted = [split for split in SPLITS if split not in tables and not (test_is_val and split == "test")]
     if wanted:
         raise UserError(f"--source: {where} has no split {wanted[0]}; it has {', '.join(tables) or 'none'}")
@@ -217,30 +206,27 @@ def _load_datasets(where: str) -> Mapping[str, Any]:
             return datasets.load_from_disk(where)
         if folder.is_dir():
             return datasets.load_dataset("parquet", data_files=_parquet_files(folder))
-        if folder.exists() or where.startswith((".", "/", "~")):
-            raise UserError(f"--source: {where} is no folder")
-        from huggingface_hub import constants
-
-        from vision.networks import hub_failure, offline_unless_reachable
-
-        offline_unless_reachable()
-        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
-        try:
-            return datasets.load_dataset(where)
-        except Exception as error:  # of the hub, HTTP and parsing libraries
-            if "Config name is missing" in str(error):
-                names = str(error).partition("available configs: ")[2].partition("\n")[0]
-                raise UserError(
-                    f"--source: {where} has several configurations, {names}; download the files of one and name their "
-                    "folder"
-                ) from error
-            raise UserError(
-                f"--source: {where} is no folder here, and cannot be downloaded from the hub ({hub_failure(error)})"
-            ) from error
     except UserError:
         raise
     except Exception as error:  # of pyarrow and datasets, for damaged files
         raise UserError(f"--source: cannot read {where} ({in_one_line(error, 160)})") from error
+    if folder.exists() or where.startswith((".", "/", "~")):
+        raise UserError(f"--source: {where} is no folder")
+    from huggingface_hub import constants
+
+    from vision.networks import hub_failure, offline_unless_reachable
+
+    offline_unless_reachable()
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
+    try:
+        return datasets.load_dataset(where)
+    except Exception as error:  # of the hub, HTTP and parsing libraries
+        if "Config name is missing" in str(error):
+            names = str(error).partition("available configs: ")[2].partition("\n")[0]
+            fault = f"has several configurations, {names}; download the files of one and name their folder"
+        else:
+            fault = f"is no folder here, and cannot be downloaded from the hub ({hub_failure(error)})"
+        raise UserError(f"--source: {where} {fault}") from error
 
 
 def _parquet_files(folder: Path) -> dict[str, list[str]]:
@@ -254,19 +240,15 @@ def _parquet_files(folder: Path) -> dict[str, list[str]]:
         places.setdefault(split, {}).setdefault(place, []).append(str(file))
     if not places:
         saved = sorted(path.parent.name for path in folder.glob("*/dataset_dict.json"))
-        raise UserError(
-            f"--source: {folder} holds {len(saved)} data sets ({', '.join(saved)}); name the folder of one"
-            if saved
-            else f"--source: {folder} holds neither the official files, nor a DatasetDict of save_to_disk, nor "
-            "*.parquet (train-..., validation-..., test-...)"
-        )
-    found = sorted({place for split in places.values() for place in split})
+        if saved:
+            raise UserError(f"--source: {folder} holds {len(saved)} data sets ({', '.join(saved)}); "
+                            "name the folder of one")  # fmt: skip
+        raise UserError(f"--source: {folder} holds neither the official files, nor a DatasetDict of save_to_disk, nor "
+                        "*.parquet (train-..., validation-..., test-...)")  # fmt: skip
     if any(len(split) > 1 for split in places.values()):
-        names = ", ".join(os.path.relpath(place, folder) for place in found)
-        raise UserError(
-            f"--source: {folder} holds {len(found)} configurations of a data set ({names}), the same questions more "
-            "than once; name the folder of one"
-        )
+        found = sorted({os.path.relpath(place, folder) for split in places.values() for place in split})
+        raise UserError(f"--source: {folder} holds {len(found)} configurations of a data set ({', '.join(found)}), "
+                        "the same questions more than once; name the folder of one")  # fmt: skip
     return {split: files for split, each in places.items() for files in each.values()}
 
 
@@ -351,10 +333,9 @@ def check_output(folder: Path, source: Source, splits: Mapping[str, Sequence[str
     bare = [qid for qid, problem in source.problems.items() if not problem["image"] and (images / qid).exists()]
     stale = [qid for qid in bare if source.pictures and not source.pictures(qid)]
     if stale:
-        raise UserError(
-            f"--output: {images} holds pictures for {len(stale)} questions that have none here (the first is "
-            f"{stale[0]}): they are another data set's; move them away, or name another folder"
-        )
+        raise UserError(f"--output: {images} holds pictures for {len(stale)} questions that have none here (the first "
+                        f"is {stale[0]}): they are another data set's; move them away, or name another folder",
+                        )  # fmt: skip
     if overwrite:
         return
     for name, value in (("problems.json", source.problems), ("pid_splits.json", splits)):

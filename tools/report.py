@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from ares import cli, files
 from ares.cli import UserError, print0
-from ares.data_folder import (
-    CAPTION_DEFAULT,
-    find_captions,
-    find_dataset,
-    find_images,
-    load_captions,
-    read_data_folder,
-)
+from ares.data_folder import find_captions, find_dataset, find_images, load_captions, read_data_folder
 from ares.predictions import unread_note
 from rl.metrics import read_metrics
 from tools.report_page import collect, plots, stages, teacher
@@ -41,31 +33,23 @@ from tools.report_page.pictures import MODES, collect_images
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    group = parser.add_argument_group("what to show")
-    group.add_argument(
-        "--stage", action="append", metavar='"NAME=FOLDER"', help="a stage's folder or predictions file; repeat it"
-    )
-    group.add_argument(
-        "--splits", nargs="+", default=["test"], choices=("test", "val", "train"), help="splits (default: test)"
-    )
-    group.add_argument("--run", metavar="DIR", help="run folder of RL: curves, samples, the Teacher's replies")
-    group.add_argument("--questions_dir", metavar="DIR", help="a questions folder outside a run folder")
-    group.add_argument("--correction_dir", metavar="DIR", help="folder of the corrections, 0/p0/{qid}/")
-    group.add_argument("--win_rate", action="append", metavar="FILE", help="result of tools/win_rate.py; repeat it")
-    group.add_argument("--times", metavar="FILE", help="wall times, {title: seconds}, or the demo's stages.json")
-    group.add_argument(
-        "--train_questions", type=int, default=2000, help="at most so many train questions with samples"
-    )
+    add = parser.add_argument_group("what to show").add_argument
+    add("--stage", action="append", metavar='"NAME=FOLDER"', help="a stage's folder or predictions file; repeat it")
+    add("--splits", nargs="+", default=["test"], choices=("test", "val", "train"), help="splits (default: test)")
+    add("--run", metavar="DIR", help="run folder of RL: curves, samples, the Teacher's replies")
+    add("--questions_dir", metavar="DIR", help="a questions folder outside a run folder")
+    add("--correction_dir", metavar="DIR", help="folder of the corrections, 0/p0/{qid}/")
+    add("--win_rate", action="append", default=[], metavar="FILE", help="result of tools/win_rate.py; repeat it")
+    add("--times", metavar="FILE", help="wall times, {title: seconds}, or the demo's stages.json")
+    add("--train_questions", type=int, default=2000, help="at most so many train questions with samples")
     data = cli.add_data_flags(parser)
-    data.add_argument("--caption_file", default=CAPTION_DEFAULT, help="captions, {qid: text}")
-    group = parser.add_argument_group("output")
-    group.add_argument("--output", default="report.html", metavar="FILE", help="the page (default: %(default)s)")
-    group.add_argument("--title", default="ARES report", help="heading of the page")
-    group.add_argument(
-        "--image_mode", default="copy", choices=MODES,
-        help="copy: images go to {output}_images/ beside the page; embed: thumbnails inside it (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument("--png", metavar="DIR", help="also write the figures as PNG files")
+    data.add_argument("--caption_file", default=cli.CAPTION_DEFAULT, help="captions, {qid: text}")
+    add = parser.add_argument_group("output").add_argument
+    add("--output", default="report.html", metavar="FILE", help="the page (default: %(default)s)")
+    add("--title", default="ARES report", help="heading of the page")
+    add("--image_mode", default="copy", choices=MODES, help="copy: images go to {output}_images/ beside the page; "
+        "embed: thumbnails inside it (default: %(default)s)")  # fmt: skip
+    add("--png", metavar="DIR", help="also write the figures as PNG files")
     args = parser.parse_args(argv)
     args.given = cli.given_flags(parser, argv)
     check_flags(args)
@@ -74,26 +58,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse all flags that cannot work, in one message."""
-    problems = []
-    if not (args.stage or args.run or args.questions_dir):
-        problems.append('nothing to show: give --stage "NAME=FOLDER", --run or --questions_dir')
-    if args.run and args.questions_dir:
-        problems.append("--run has a questions folder of its own; give one of --run and --questions_dir")
-    for flag in ("run", "questions_dir", "correction_dir"):
-        folder = getattr(args, flag)
-        if folder and not Path(folder).is_dir():
-            problems.append(f"--{flag}: {folder} is not a folder")
-    if "image_mode" in args.given and args.image_mode == "none" and args.images:
-        problems.append("--images has no effect with --image_mode none")
-    if args.train_questions < 0:
-        problems.append("--train_questions must be 0 or more")
-    if "train_questions" in args.given and not (args.run or args.questions_dir or args.correction_dir):
-        problems.append("--train_questions has no effect without --run, --questions_dir or --correction_dir")
+    given, replies = args.given, args.run or args.questions_dir
     names = [stages.stage_name(text)[0] for text in args.stage or []]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        problems.append(f"--stage: {twice[0]!r} is named twice; give each stage its own name")
-    cli.refuse(problems)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    folders = {flag: getattr(args, flag) for flag in ("run", "questions_dir", "correction_dir")}
+    faults = [
+        (not (args.stage or replies), 'nothing to show: give --stage "NAME=FOLDER", --run or --questions_dir'),
+        (args.run and args.questions_dir,
+         "--run has a questions folder of its own; give one of --run and --questions_dir"),
+        *((folder and not Path(folder).is_dir(), f"--{flag}: {folder} is not a folder")
+          for flag, folder in folders.items()),
+        ("image_mode" in given and args.image_mode == "none" and args.images,
+         "--images has no effect with --image_mode none"),
+        (args.train_questions < 0, "--train_questions must be 0 or more"),
+        ("train_questions" in given and not (replies or args.correction_dir),
+         "--train_questions has no effect without --run, --questions_dir or --correction_dir"),
+        (twice, f"--stage: {twice!r} is named twice; give each stage its own name"),
+    ]  # fmt: skip
+    cli.refuse([message for fault, message in faults if fault])
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -105,15 +87,14 @@ def read_inputs(args: argparse.Namespace, notes: list[str]) -> collect.Inputs:
     split_of = {qid: split for split in ("train", "val", "test") for qid in splits.get(split, ())}
     inputs = collect.Inputs([], args.splits, problems, captions, split_of)
     inputs.stages = [stages.read_stage(text, args.splits, splits, problems) for text in args.stage or []]
-    if args.run or args.questions_dir:
-        run = Path(args.run) if args.run else None
-        inputs.rounds = teacher.read_rounds(run, Path(args.questions_dir) if args.questions_dir else None)
-        if run is not None and not inputs.rounds and not (run / "metrics.jsonl").is_file():
-            raise UserError(f"--run: {run} holds neither metrics.jsonl nor questions; name a run of run_mm_cot_rl.py")
+    run, questions = (Path(folder) if folder else None for folder in (args.run, args.questions_dir))
+    if run or questions:
+        inputs.rounds = teacher.read_rounds(run, questions)
+    if run and not inputs.rounds and not (run / "metrics.jsonl").is_file():
+        raise UserError(f"--run: {run} holds neither metrics.jsonl nor questions; name a run of run_mm_cot_rl.py")
     if args.correction_dir:
         inputs.corrections = teacher.read_corrections(Path(args.correction_dir))
-    for path in args.win_rate or []:
-        inputs.verdicts.append(read_verdicts(Path(path)))
+    inputs.verdicts = [read_verdicts(Path(path)) for path in args.win_rate]
     if problems is not None:
         asked = {sample.qid for each in inputs.rounds for sample in each.samples}
         unknown = next((qid for qid in asked if qid not in problems), None)
@@ -165,9 +146,14 @@ def read_verdicts(path: Path) -> dict[str, Any]:
 def overview(args: argparse.Namespace, inputs: collect.Inputs, metrics: list) -> dict[str, Any]:
     """Figures per stage, rounds, dropped replies, cost and time: what the first tab shows."""
     split = args.splits[0]
+    costs = [
+        teacher.cost(f"sentence scores, round {each.number}", [sample.about for sample in each.samples], each.folder)
+        for each in inputs.rounds
+    ]
+    if inputs.corrections:
+        abouts = [each.about for each in inputs.corrections]
+        costs.append(teacher.cost("corrections", abouts, Path(args.correction_dir)))
     return {
-        "title": args.title,
-        "made": time.strftime("%Y-%m-%d"),
         "split": split,
         "figures": [
             stages.stage_figures(stage.splits[split], inputs.problems) if split in stage.splits else None
@@ -177,23 +163,10 @@ def overview(args: argparse.Namespace, inputs: collect.Inputs, metrics: list) ->
         "curves": [],
         "series": collect.score_series(inputs, split),
         "dropped": collect.dropped_counts(inputs.rounds, inputs.corrections),
-        "costs": costs(args, inputs),
+        "costs": costs,
         "times": times(args, inputs),
-        "judged": [
-            {key: result.get(key) for key in ("systems", "judge", "protocol", "summary")} for result in inputs.verdicts
-        ],
+        "judged": [{key: result.get(key) for key in ("protocol", "summary")} for result in inputs.verdicts],
     }
-
-
-def costs(args: argparse.Namespace, inputs: collect.Inputs) -> list[dict[str, Any]]:
-    found = [
-        teacher.cost(f"sentence scores, round {each.number}", [sample.about for sample in each.samples], each.folder)
-        for each in inputs.rounds
-    ]
-    if inputs.corrections:
-        abouts = [each.about for each in inputs.corrections]
-        found.append(teacher.cost("corrections", abouts, Path(args.correction_dir)))
-    return found
 
 
 def times(args: argparse.Namespace, inputs: collect.Inputs) -> list[dict[str, Any]]:
@@ -201,10 +174,9 @@ def times(args: argparse.Namespace, inputs: collect.Inputs) -> list[dict[str, An
     if args.times:
         data = files.read_json(args.times, "--times", nan=True)
         data = data.get("stages", data) if isinstance(data, dict) else None
-        pairs = [
-            (each["title"], each["seconds"]) if isinstance(each, dict) and {"title", "seconds"} <= each.keys()
-            else (name, each) for name, each in data.items()
-        ] if isinstance(data, dict) else [(None, None)]  # fmt: skip
+        pairs = data.items() if isinstance(data, dict) else [(None, None)]
+        pairs = [(each["title"], each["seconds"]) if isinstance(each, dict) and {"title", "seconds"} <= each.keys()
+                 else (name, each) for name, each in pairs]  # fmt: skip
         if not all(isinstance(seconds, (int, float)) for _, seconds in pairs):
             raise UserError(f"--times: {args.times} must hold {{title: seconds}}")
         return [{"name": str(name), "seconds": seconds} for name, seconds in pairs]

@@ -14,6 +14,7 @@ described in docs/results.md; curves and single questions are shown by tools/rep
 from __future__ import annotations
 
 import argparse
+import operator
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,15 +35,13 @@ from teacher import reference
 from teacher.reference import rationale_stats
 from utils_evaluate import CATEGORIES, accuracy_table, question_rouge, resolve_answer
 
-ANSWERS = dict(zip(ANSWER_COLUMNS, "NAT SOC LAN TXT IMG NO G1-6 G7-12 AVG".split(), strict=True)) | {
-    "num_fail": "unread"
-}
+ANSWERS = dict(zip(ANSWER_COLUMNS, "NAT SOC LAN TXT IMG NO G1-6 G7-12 AVG".split(), strict=True))
+ANSWERS["num_fail"] = "unread"
 RATIONALES = {"bleu1": "BLEU-1", "bleu4": "BLEU-4", "rouge": "ROUGE-L", "similarity": "similarity",
               "score": "sentence score", "covered": "gold covered %", "repeated": "repeated %",
               "unfinished": "unfinished %", "only_option": "only option %", "words": "words"}  # fmt: skip
 WINS = {"win_rate": "win rate %", "win": "win %", "tie": "tie %", "loss": "loss %", "first": "first shown wins %",
         "judge": "judge"}  # fmt: skip
-DEMO_NAMES = {"rouge_l": "rouge"}
 DIGITS = {"score": 3, "num_fail": 0}
 
 
@@ -64,24 +63,17 @@ class Run:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument(
-        "--system", action="append", default=[], metavar="LABEL=PATH", help="repeat it; one label for several seeds"
-    )
-    parser.add_argument(
-        "--win_rate", action="append", default=[], metavar="FILE", help="what tools/win_rate.py wrote; repeat"
-    )
-    parser.add_argument("--compare", nargs=2, metavar="LABEL", help="test whether these two differ, seed by seed")
-    parser.add_argument("--each", action="store_true", help="a row for every file besides the means over seeds")
-    parser.add_argument("--format", choices=sorted(FORMATS), default="markdown", help="(default: %(default)s)")
-    parser.add_argument(
-        "--published", choices=("scienceqa", "aokvqa", "none"), default="scienceqa", help="whose figures stand beside"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--output", metavar="FILE", help="write there instead of to the terminal")
+    add = parser.add_argument
+    add("--system", action="append", default=[], metavar="LABEL=PATH", help="repeat it; one label for several seeds")
+    add("--win_rate", action="append", default=[], metavar="FILE", help="what tools/win_rate.py wrote; repeat it")
+    add("--compare", nargs=2, metavar="LABEL", help="test whether these two differ, seed by seed")
+    add("--each", action="store_true", help="a row for every file besides the means over seeds")
+    add("--format", choices=sorted(FORMATS), default="markdown", help="(default: %(default)s)")
+    add("--published", choices=("scienceqa", "aokvqa", "none"), default="scienceqa", help="whose figures stand beside")
+    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--output", metavar="FILE", help="write there instead of to the terminal")
     data = cli.add_data_flags(parser)
-    data.add_argument(
-        "--split", choices=("test", "val", "train"), default="test", help="which predictions of a folder"
-    )
+    data.add_argument("--split", choices=("test", "val", "train"), default="test", help="predictions of a folder")
     args = parser.parse_args(argv)
     wrong = [] if args.system or args.win_rate else ["give at least one --system or --win_rate"]
     if args.images:
@@ -97,16 +89,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # -- reading -------------------------------------------------------------------------------------------------
 
 
-def find_problems(args: argparse.Namespace, needed: bool) -> tuple[Problems | None, list[str]]:
+def find_problems(args: argparse.Namespace) -> tuple[Problems | None, list[str]]:
     """(problems, questions of the split); (None, []) without data, unless --compare, --data_root or --dataset asks."""
-    if not Path(args.data_root).is_dir() and not needed:
-        return None, []
     try:
         dataset = find_dataset(args.data_root, args.dataset)
     except cli.UserError as error:
-        if needed:
+        if args.needs_data:
             raise
-        cli.warn0(f"{error}; without it there are no intervals")  # nobody asked for ./data
+        if Path(args.data_root).is_dir():
+            cli.warn0(f"{error}; without it there are no intervals")  # nobody asked for ./data
         return None, []
     data = read_data_folder(args.data_root, dataset)
     return data.problems, data.split(args.split, "--split")
@@ -152,7 +143,7 @@ def demo_runs(label: str, path: str, data: Mapping[str, Any]) -> list[Run]:
     rows = rows if isinstance(rows, int) else 0
     runs = []
     for stage, figures in found.items():
-        named = {DEMO_NAMES.get(name, name): value for name, value in figures.items()}
+        named = {"rouge" if name == "rouge_l" else name: value for name, value in figures.items()}
         runs.append(Run(f"{label}: {stage}", path, rows, rationales=named))
     return [*runs, Run(f"{label}: LoRA", path, rows, answers=answers)] if answers else runs
 
@@ -233,13 +224,10 @@ def system_tables(args: argparse.Namespace, runs: Sequence[Run], problems: Probl
         for label in dict.fromkeys(run.label for run in runs):
             mine = [run for run in runs if run.label == label and getattr(run, kind)]
             if mine:
-                many = f" ({len(mine)} seeds)" if len(mine) > 1 else ""
-                table.rows.append((label + many, cells_of(mine, kind, problems, args.seed)))
-            if args.each and len(mine) > 1:
-                rows = [
-                    (f"{label} ({Path(run.path).stem})", cells_of([run], kind, problems, args.seed)) for run in mine
-                ]
-                table.rows.extend(rows)
+                named = [(label + f" ({len(mine)} seeds)" * (len(mine) > 1), mine)]
+                if args.each and len(mine) > 1:
+                    named += [(f"{label} ({Path(run.path).stem})", [run]) for run in mine]
+                table.rows += [(name, cells_of(some, kind, problems, args.seed)) for name, some in named]
     return tables
 
 
@@ -259,9 +247,8 @@ def win_table(paths: Sequence[str]) -> Table:
             cells["judge"] = f"{judge['model']}, {orders}, {row['questions']} questions"
             table.rows.append((" against ".join(result["systems"]), cells))
         except (KeyError, TypeError, ValueError):
-            raise cli.UserError(
-                f"--win_rate: {path} is not what tools/win_rate.py writes; name its win_rate.json"
-            ) from None
+            fault = f"--win_rate: {path} is not what tools/win_rate.py writes; name its win_rate.json"
+            raise cli.UserError(fault) from None
     return table
 
 
@@ -286,13 +273,19 @@ def significance(args: argparse.Namespace, runs: Sequence[Run]) -> Table:
         for number, (a, b) in enumerate(pairs, start=1):
             both = [qid for qid in a.values[name] if qid in b.values[name]]
             if not both:
-                raise cli.UserError(
-                    f"--compare: {a.path} and {b.path} have no question in common; name predictions of one split"
-                )
-            row = RATIONALES.get(name, name) + (f" (pair {number})" if len(pairs) > 1 else "")
+                fault = f"{a.path} and {b.path} have no question in common; name predictions of one split"
+                raise cli.UserError(f"--compare: {fault}")
             ours, theirs = ([run.values[name][qid] for qid in both] for run in (a, b))
-            table.rows.append((row, answers_test(ours, theirs) if name == "answers"
-                               else means_test(ours, theirs, args.seed)))  # fmt: skip
+            if name == "answers":
+                only = [sum(map(operator.gt, *pair)) for pair in ((ours, theirs), (theirs, ours))]
+                difference, p = Cell(100 * (only[0] - only[1]) / len(both)), mcnemar(*only)
+                test = f"McNemar, exact: {only[0]} and {only[1]} answered by one alone"
+            else:
+                found = paired_difference(ours, theirs, args.seed)
+                difference, p = Cell(found["difference"], found["low"], found["high"]), found["p"]
+                test = "paired bootstrap"
+            cells = {"difference": difference, "p": Cell(p), "test": test, "questions": Cell(len(both))}
+            table.rows.append((RATIONALES.get(name, name) + f" (pair {number})" * (len(pairs) > 1), cells))
     if not table.rows:
         held = " and ".join(f"{label} {what_it_holds(system)}"
                             for label, system in zip(args.compare, systems, strict=True))  # fmt: skip
@@ -300,34 +293,16 @@ def significance(args: argparse.Namespace, runs: Sequence[Run]) -> Table:
     return table
 
 
-def answers_test(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Cell | str]:
-    """McNemar's exact test on the right answers (1.0 right, 0.0 wrong) of the same questions."""
-    only = [sum(a > b for a, b in zip(*pair, strict=True)) for pair in ((ours, theirs), (theirs, ours))]
-    return {
-        "difference": Cell(100 * (only[0] - only[1]) / len(ours)), "p": Cell(mcnemar(*only)),
-        "test": f"McNemar, exact: {only[0]} and {only[1]} answered by one alone", "questions": Cell(len(ours)),
-    }  # fmt: skip
-
-
-def means_test(ours: Sequence[float], theirs: Sequence[float], seed: int) -> dict[str, Cell | str]:
-    """The paired bootstrap on one figure of the same questions."""
-    found = paired_difference(ours, theirs, seed)
-    return {
-        "difference": Cell(found["difference"], found["low"], found["high"]), "p": Cell(found["p"]),
-        "test": "paired bootstrap", "questions": Cell(len(ours)),
-    }  # fmt: skip
-
-
 def what_it_holds(system: Sequence[Run]) -> str:
     """What there is to compare in the files of one label."""
-    names = {"answers": "answers", "rouge": "rationales", "score": "rationales"}
-    kinds = dict.fromkeys(kind for name, kind in names.items() for run in system if run.values.get(name))
+    kinds = [kind for kind, names in {"answers": ["answers"], "rationales": ["rouge", "score"]}.items()
+             if any(run.values.get(name) for run in system for name in names)]  # fmt: skip
     return f"holds {' and '.join(kinds)}" if kinds else "holds no texts of single questions"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    problems, qids = find_problems(args, needed=args.needs_data)
+    problems, qids = find_problems(args)
     runs = [run for label, place in args.system for run in read_system(label, place, args, problems, qids)]
     answers, rationales = system_tables(args, runs, problems)
     wins = win_table(args.win_rate)

@@ -32,7 +32,6 @@ from ares.intervals import ratio_interval, shares_interval
 from ares.predictions import FILE_NAMES, find_predictions, labelled, read_predictions
 from teacher import client, estimate, handoff
 from teacher.claude import DEFAULT_MODEL
-from teacher.handoff import place_images, request_text, set_reply_aside, write_request
 from teacher.interface import JUDGE
 from teacher.parsing import parse_verdict
 from teacher.prompts import JUDGE_WORDING, judge_request
@@ -46,19 +45,15 @@ PROTOCOLS = ("both", "paper")
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument(
-        "systems", nargs=2, metavar="LABEL=PATH", help="a stage's folder or its predictions file, with any label"
+        "systems", nargs=2, metavar="LABEL=PATH", help="any label; a stage's folder or predictions file"
     )
     data = cli.add_data_flags(parser)
     data.add_argument("--split", choices=FILE_NAMES, default="test", help="which predictions")
     data.add_argument("--questions", type=int, metavar="N", help="judge only N, drawn by --seed (default: all)")
     data.add_argument("--with_image", action="store_true", help="send each question's images to the judge")
     how = parser.add_argument_group("comparison")
-    how.add_argument(
-        "--protocol",
-        choices=PROTOCOLS,
-        default="both",
-        help="both: each pair in both orders, a verdict that changes with the order is a tie; paper: one random order",
-    )
+    how.add_argument("--protocol", choices=PROTOCOLS, default="both", help="both: each pair in both orders, a verdict "
+                     "that changes with the order is a tie; paper: one random order")  # fmt: skip
     how.add_argument("--seed", type=int, default=0, help="seed of random orders, of --questions and of the intervals")
     how.add_argument("--output", metavar="DIR", help="requests, replies and results (default: win_rate/{A}_vs_{B})")
     client.add_teacher_flags(parser)
@@ -103,21 +98,15 @@ def read_systems(args: argparse.Namespace, qids: Sequence[str]) -> list[dict[str
     return [{qid: texts[qid] for qid in chosen} for texts in systems]
 
 
-def orders_of(args: argparse.Namespace, qid: str) -> Sequence[str]:
-    """Both, or the one that the seed draws for the question."""
-    if args.protocol == "both":
-        return ORDERS
-    return [random.Random(f"{args.seed}-{qid}").choice(ORDERS)]
-
-
 def write_requests(
     args: argparse.Namespace, problems: Mapping[str, Any], a: Mapping[str, str], b: Mapping[str, str]
 ) -> list[handoff.Item]:
     """Write a request for every pair that differs. A reply to other texts, of an earlier run, is set aside."""
     images_dir = find_images(args, required=True) if args.with_image else None
     items = []
-    pairs = [(action, order, qid) for action, order in enumerate(ORDERS) for qid in a
-             if a[qid] != b[qid] and order in orders_of(args, qid)]  # fmt: skip
+    orders = {qid: ORDERS if args.protocol == "both" else [random.Random(f"{args.seed}-{qid}").choice(ORDERS)]
+              for qid in a if a[qid] != b[qid]}  # fmt: skip
+    pairs = [(action, order, qid) for action, order in enumerate(ORDERS) for qid in orders if order in orders[qid]]
     for action, order, qid in cli.progress(pairs, desc="requests", unit="pair"):
         folder = handoff.question_dir(args.output, action, 0, qid)
         handoff.refuse_links(folder)
@@ -125,14 +114,12 @@ def write_requests(
         shown = (a[qid], b[qid]) if order == "ab" else (b[qid], a[qid])
         images = question_images(images_dir, qid) if images_dir else []
         text = judge_request(problems[qid], *shown, image=bool(images))
-        lines = ",\n".join(f'"{each}": xxx' for each in shown)
-        if os.path.lexists(folder / handoff.REQUEST) and request_text(folder) != text:
-            set_reply_aside(folder)
-        write_request(folder, text)
-        files.write_text(folder / handoff.RATIONALE, f"{{\n{lines}\n}}\n", flush=False)
+        if os.path.lexists(folder / handoff.REQUEST) and handoff.request_text(folder) != text:
+            handoff.set_reply_aside(folder)
+        files.write_text(folder / handoff.RATIONALE, handoff.form(shown) + "\n", flush=False)
         for stale in {path.name for path in question_images(folder.parent, qid)} - {path.name for path in images}:
             (folder / stale).unlink()  # of a run --with_image: every image in the folder is sent
-        place_images(folder, images)
+        handoff.write_request(folder, text, images)
         items.append(handoff.Item(Path(args.output), action, 0, qid))
     return items
 
@@ -160,15 +147,20 @@ def outcomes(verdicts: Sequence[Mapping[str, str]], per_question: Mapping[str, i
 
     Of two orders: a win and a tie is a win, a win for each side a tie.
     """
-    found: dict[str, list[str]] = {}
-    for verdict in verdicts:
-        found.setdefault(verdict["qid"], []).append(verdict["winner"])
     result = {}
-    for qid, winners in found.items():
+    for qid, each in by_question(verdicts).items():
+        winners = [verdict["winner"] for verdict in each]
         if len(winners) == per_question[qid]:
             lead = winners.count("a") - winners.count("b")
             result[qid] = "a" if lead > 0 else "b" if lead < 0 else "tie"
     return result
+
+
+def by_question(verdicts: Sequence[Mapping[str, str]]) -> dict[str, list[Mapping[str, str]]]:
+    found: dict[str, list[Mapping[str, str]]] = {}
+    for verdict in verdicts:
+        found.setdefault(verdict["qid"], []).append(verdict)
+    return found
 
 
 def rates(outcomes: Sequence[str], seed: int) -> dict[str, Any]:
@@ -179,32 +171,26 @@ def rates(outcomes: Sequence[str], seed: int) -> dict[str, Any]:
     win, tie, loss = (100 * each / len(outcomes) for each in counts)
     decided = counts[0] + counts[2]
     return {
-        "questions": len(outcomes),
-        "win": win,
-        "tie": tie,
-        "loss": loss,
-        "win_rate": win + tie / 2,
+        "questions": len(outcomes), "win": win, "tie": tie, "loss": loss, "win_rate": win + tie / 2,
         "win_rate_interval": _per_cent(shares_interval(counts, (1, 0.5, 0), seed)),
         "decided": 100 * counts[0] / decided if decided else None,
         "decided_interval": _per_cent(shares_interval([counts[0], counts[2]], (1, 0), seed)),
-    }
+    }  # fmt: skip
 
 
 def position_bias(verdicts: Sequence[Mapping[str, str]], seed: int) -> dict[str, Any]:
     """Per cent of the verdicts for one side that go to the rationale shown first (50 without bias, whoever is better),
     and per cent of the pairs that get the same verdict in both orders."""
-    by_qid: dict[str, list[Mapping[str, str]]] = {}
-    for verdict in verdicts:
-        by_qid.setdefault(verdict["qid"], []).append(verdict)
+    pairs = by_question(verdicts).values()
     # per question: number of verdicts for the rationale shown first, number of verdicts for either
     parts = [(sum(one["winner"] == one["order"][0] for one in each), sum(one["winner"] != "tie" for one in each))
-             for each in by_qid.values()]  # fmt: skip
+             for each in pairs]  # fmt: skip
     first, either = sum(part[0] for part in parts), sum(part[1] for part in parts)
-    twice = [[one["winner"] for one in each] for each in by_qid.values() if len(each) == 2]
+    twice = [each[0]["winner"] == each[1]["winner"] for each in pairs if len(each) == 2]
     return {
         "first": 100 * first / either if either else None,
         "first_interval": _per_cent(ratio_interval(parts, seed)),
-        "same_in_both_orders": 100 * sum(a == b for a, b in twice) / len(twice) if twice else None,
+        "same_in_both_orders": 100 * sum(twice) / len(twice) if twice else None,
     }
 
 
@@ -213,11 +199,7 @@ def _per_cent(interval: tuple[float, float]) -> list[float] | None:
 
 
 def summarise(
-    problems: Mapping[str, Any],
-    qids: Sequence[str],
-    asked: Mapping[str, int],
-    verdicts: Sequence[Mapping[str, str]],
-    seed: int,
+    problems: Mapping[str, Any], qids: Sequence[str], asked: Mapping[str, int], verdicts: Sequence[Mapping], seed: int
 ) -> dict[str, Any]:
     """Overall and by category.
 
@@ -225,16 +207,13 @@ def summarise(
     rationales and count as a tie.
     """
     result = outcomes(verdicts, asked) | {qid: "tie" for qid in qids if qid not in asked}
-    rows = {}
-    for name, belongs in CATEGORIES.items():
-        chosen = [result[qid] for qid in qids if qid in result and belongs(problems[qid])]
-        if chosen:
-            rows[name] = rates(chosen, seed)
+    chosen = {name: [result[qid] for qid in qids if qid in result and belongs(problems[qid])]
+              for name, belongs in CATEGORIES.items()}  # fmt: skip
     return {
         "questions": len(result),
         "identical": sum(qid not in asked for qid in qids),
         "unanswered": len(qids) - len(result),
-        "rows": rows,
+        "rows": {name: rates(outcomes, seed) for name, outcomes in chosen.items() if outcomes},
         "position": position_bias(verdicts, seed),
     }
 
@@ -242,8 +221,9 @@ def summarise(
 def result_lines(labels: Sequence[str], summary: Mapping[str, Any]) -> list[str]:
     """The result as lines for a terminal."""
     lines = [f"{labels[0]} against {labels[1]}: {summary['questions']} questions, {summary['identical']} of them with "
-             f"identical rationales (ties), {summary['unanswered']} without an answer"]  # fmt: skip
-    lines.append(f"{'':<12}{'questions':>10}{'win %':>8}{'tie %':>8}{'loss %':>8}   win rate % (a tie is half), 95 %")
+             f"identical rationales (ties), {summary['unanswered']} without an answer",
+             f"{'':<12}{'questions':>10}{'win %':>8}{'tie %':>8}{'loss %':>8}   win rate % (a tie is half), 95 %",
+             ]  # fmt: skip
     for name, found in summary["rows"].items():
         low, high = found["win_rate_interval"]
         lines.append(f"{name:<12}{found['questions']:>10}{found['win']:>8.1f}{found['tie']:>8.1f}{found['loss']:>8.1f}"
@@ -251,9 +231,9 @@ def result_lines(labels: Sequence[str], summary: Mapping[str, Any]) -> list[str]
     bias = summary["position"]
     if bias["first"] is not None:
         low, high = bias["first_interval"]
-        same = bias["same_in_both_orders"]
-        also = "" if same is None else f"; {same:.1f} % of the pairs get the same verdict in both orders"
-        lines.append(f"position: the one shown first wins {bias['first']:.1f} % [{low:.1f}, {high:.1f}]{also}")
+        lines.append(f"position: the one shown first wins {bias['first']:.1f} % [{low:.1f}, {high:.1f}]")
+        if bias["same_in_both_orders"] is not None:
+            lines[-1] += f"; {bias['same_in_both_orders']:.1f} % of the pairs get the same verdict in both orders"
     return lines
 
 
@@ -263,18 +243,17 @@ def result_file(args: argparse.Namespace) -> Path:
     A win_rate.json of an earlier version, in which every protocol and split wrote to that name, is renamed first.
     """
 
-    def name(protocol: str, split: str) -> str:
+    def place(protocol: str, split: str) -> Path:
         parts = ["win_rate", *[protocol] * (protocol != "both"), *[split] * (split != "test")]
-        return f"{'_'.join(parts)}.json"
+        return Path(args.output, f"{'_'.join(parts)}.json")
 
-    path, plain = (Path(args.output) / each for each in (name(args.protocol, args.split), "win_rate.json"))
+    plain = Path(args.output, "win_rate.json")
     if plain.is_file():
         old = files.read_json(plain, "--output", dict, nan=True)
-        written = [name(protocol, split) for protocol in PROTOCOLS for split in FILE_NAMES
-                   if (protocol, split) == (old.get("protocol"), old.get("split"))]  # fmt: skip
-        if written and not plain.with_name(written[0]).exists():
-            os.replace(plain, plain.with_name(written[0]))
-    return path
+        known = old.get("protocol") in PROTOCOLS and old.get("split") in [*FILE_NAMES]
+        if known and not (own := place(old["protocol"], old["split"])).exists():
+            os.replace(plain, own)
+    return place(args.protocol, args.split)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -34,7 +34,7 @@ MAX_WORKERS = 16  # of the default: a GPU needs no more
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def list_images(folder: str | Path, splits: Sequence[str] | None = None, flag: str = "--data_root") -> dict[str, Path]:
+def list_images(folder: str | Path, splits: Sequence[str] | None = None) -> dict[str, Path]:
     """Question id -> image file, sorted by number: `{qid}/image.png`, else the first choice image.
 
     `splits` names subfolders that hold the questions' folders; the default is those of train, val and test that exist.
@@ -42,7 +42,7 @@ def list_images(folder: str | Path, splits: Sequence[str] | None = None, flag: s
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{flag}: {folder} is no folder; name the folder that holds {{qid}}/image.png")
+        raise UserError(f"--data_root: {folder} is no folder; name the folder that holds {{qid}}/image.png")
     found = [name for name in splits or SPLITS if (folder / name).is_dir()]
     if splits and len(found) < len(splits):
         raise UserError(f"--splits: no folder {', '.join(sorted(set(splits) - set(found)))} in {folder}")
@@ -50,61 +50,45 @@ def list_images(folder: str | Path, splits: Sequence[str] | None = None, flag: s
     for root in [folder / name for name in found] or [folder]:
         for place in root.iterdir():
             paths = question_images(root, place.name) if place.is_dir() else []
-            if paths and place.name in images:
-                raise UserError(
-                    f"{flag}: question {place.name} has two folders, {images[place.name].parent} and {place}"
-                )
-            if paths:
-                images[place.name] = paths[0]
+            if paths and (other := images.setdefault(place.name, paths[0])) != paths[0]:
+                raise UserError(f"--data_root: question {place.name} has two folders, {other.parent} and {place}")
     if not images:
-        raise UserError(f"{flag}: no {{qid}}/image.png or {{qid}}/choice_0.png in {folder}")
+        raise UserError(f"--data_root: no {{qid}}/image.png or {{qid}}/choice_0.png in {folder}")
     # numbers by value, then other ids by name
     order = sorted(images, key=lambda qid: (0, int(qid), qid) if qid.isdecimal() else (1, 0, qid))
     return {qid: images[qid] for qid in order}
 
 
-# -- rows on disk ----------------------------------------------------------------------------------------
-
-
 class FeatureStore:
     """Features under construction: a mapped array on disk, and beside it a record of how many rows are finished.
 
-    Args:
-        folder: holds `.{img_type}.part.npy` and `.{img_type}.part.json`.
-        settings: at least img_type, dtype and rows; the record of an earlier run is continued if it has the same ones.
-        stored: shape of one image's features.
-
-    Raises UserError if the files of an earlier run are damaged, DiskError.
+    Both are in `folder`: `.{img_type}.part.npy` and `.{img_type}.part.json`. `settings` are at least img_type, dtype
+    and rows; the record of an earlier run is continued if it has the same ones. `stored`: shape of one image's
+    features. Raises UserError if the files of an earlier run are damaged, DiskError.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], stored: tuple[int, ...]):
         self.array_file = folder / f".{settings['img_type']}.part.npy"
         self.record_file = folder / f".{settings['img_type']}.part.json"
         settings = {**settings, "stored": list(stored)}
-        self.record = {**settings, "done": 0, "broken": []}
-        if self.record_file.exists() and self.array_file.exists():
-            earlier = files.read_json(self.record_file, "--output_dir", dict)
-            if type(earlier.get("done")) is not int or not isinstance(earlier.get("broken"), list):
-                raise UserError(f"--output_dir: {self.record_file} is damaged; remove it to begin anew")
-            if not changed(settings, earlier):
-                self.record = earlier
-                print0(f"continuing after {self.record['done']} of {settings['rows']} images")
+        if not self.array_file.exists():
+            self.record_file.unlink(missing_ok=True)
+        self.record = read_record(self.record_file, "--output_dir", settings, {"done": 0, "broken": []})
         shape = (settings["rows"], *stored)
         if self.record["done"]:
-            self.array = self._open(shape, settings["dtype"])
+            print0(f"continuing after {self.record['done']} of {settings['rows']} images")
+            self.array = None
+            with contextlib.suppress(OSError, ValueError, EOFError):
+                self.array = np.load(self.array_file, mmap_mode="r+", allow_pickle=False)
+            if self.array is None or (self.array.shape, self.array.dtype) != (shape, np.dtype(settings["dtype"])):
+                fault = "is damaged; remove it, then run the same command again"
+                raise UserError(f"--output_dir: {self.array_file} {fault}")
             return
         self.record_file.unlink(missing_ok=True)
         with files.writing(self.array_file):
             self.array = np.lib.format.open_memmap(self.array_file, mode="w+", dtype=settings["dtype"], shape=shape)
             with open(self.array_file, "rb+") as file:  # a full disk would kill the process that writes to the map
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-
-    def _open(self, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            array = np.load(self.array_file, mmap_mode="r+", allow_pickle=False)
-            if array.shape == shape and array.dtype == dtype:
-                return array
-        raise UserError(f"--output_dir: {self.array_file} is damaged; remove it, then run the same command again")
 
     def append(self, features: np.ndarray, broken: Sequence[str]) -> None:
         """Add the rows of a batch, and record them once they are on disk."""
@@ -130,19 +114,28 @@ class FeatureStore:
         self.record_file.unlink(missing_ok=True)
 
 
+def read_record(path: Path, flag: str, settings: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run with the same settings recorded in `path`, or a new record: `settings` and `fresh`. Raises
+    UserError, naming `flag`, if a field of `fresh` is of another type there."""
+    if path.exists():
+        earlier = files.read_json(path, flag, dict)
+        if any(type(earlier.get(name)) is not type(value) for name, value in fresh.items()):
+            raise UserError(f"{flag}: {path} is damaged; remove it to begin anew")
+        if not changed(settings, earlier):
+            return earlier
+    return {**settings, **fresh}
+
+
 def changed(settings: dict[str, Any], record: Any) -> list[str]:
     """Names of the settings that differ from an earlier run's record."""
     return [name for name in settings if not isinstance(record, dict) or settings[name] != record.get(name)]
-
-
-# -- the loop --------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Batch:
     """Consecutive images: those of each size stacked (B, 3, H, W), with their positions in the batch."""
 
-    qids: list[str]
+    qids: Sequence[str]
     stacks: list[tuple[list[int], torch.Tensor]]
     broken: dict[str, str] = field(default_factory=dict)  # question id -> why its image cannot be read
 
@@ -156,50 +149,36 @@ def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: in
     """The images from number `done` on, in order, decoded by `workers` processes, or by threads of this one."""
     from torch.utils.data import DataLoader
 
-    class Images:
-        def __init__(self):
-            self.rows = list(images.items())[done:]
-
-        def __len__(self):
-            return len(self.rows)
-
-        def __getitems__(self, positions):
-            return list(map(self.load, positions) if workers else threads.map(self.load, positions))
-
-        def load(self, position):
-            qid, path = self.rows[position]
-            try:
-                return qid, encoder.transform(read_image(path)), ""
-            except (OSError, ValueError) as error:
-                return qid, None, f"{path}: {error}"
+    def load(path):
+        try:
+            return encoder.transform(read_image(path))
+        except (OSError, ValueError) as error:
+            return f"{path}: {error}"
 
     def collate(rows):
-        sound = [position for position, (_, pixels, _) in enumerate(rows) if pixels is not None]
-        groups = by_size([rows[position][1] for position in sound])
+        qids, paths = zip(*rows, strict=True)
+        loaded = list(map(load, paths) if workers else threads.map(load, paths))
+        sound = [position for position, pixels in enumerate(loaded) if not isinstance(pixels, str)]
+        groups = by_size([loaded[position] for position in sound])
         stacks = [([sound[i] for i in positions], pixels) for positions, pixels in groups]
-        return Batch([qid for qid, *_ in rows], stacks, {qid: why for qid, pixels, why in rows if pixels is None})
+        return Batch(qids, stacks, {qid: why for qid, why in zip(qids, loaded, strict=True) if isinstance(why, str)})
 
-    context = "fork" if workers else None  # the default of Python 3.14 would have to pickle the classes above
+    context = "fork" if workers else None  # the default of Python 3.14 would have to pickle the functions above
     # the threads end with the loop: OpenMP waits less eagerly in a process with more of them than cores, which slows
     # every other matrix product
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        rows = list(images.items())[done:]
         yield from DataLoader(
-            Images(), batch_size=batch_size, num_workers=workers, collate_fn=collate, multiprocessing_context=context
+            rows, batch_size, num_workers=workers, collate_fn=collate, multiprocessing_context=context
         )
 
 
 def extract(
-    encoder: Encoder,
-    images: dict[str, Path],
-    store: FeatureStore,
-    batch_size: int = 16,
-    workers: int | None = None,
+    encoder: Encoder, images: dict[str, Path], store: FeatureStore, batch_size: int = 16, workers: int | None = None,
     strict: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Fill the rows of `store` that are not done; broken images get zeros, or, with `strict`, raise UserError.
-
-    `workers`: processes that decode images, 0: threads of this process; None: `default_workers`.
-    """
+    `workers`: processes that decode images, 0: threads of this process; None: `default_workers`."""
     if workers is None:
         workers = default_workers(next(encoder.network.parameters()).device.type)
     done = store.record["done"]

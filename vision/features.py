@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -36,44 +37,37 @@ class VisionFeatures:
     before 1.6 cannot be mapped; it is converted once, to `{name}.npy` beside it. A pickle or fork holds the path: each
     process maps the file itself, and the system keeps one copy of its pages.
 
-    Args:
-        path: the feature file. `{img_type}.json` beside it, as extract_features.py writes it, gives the expected
-            "shape": [patches, dim]; without it that is `img_shape[img_type]`.
-        name_map: question id -> row.
-
-    Raises UserError if the file cannot be mapped or has another shape.
+    `{img_type}.json` beside it, as extract_features.py writes it, gives the expected "shape": [patches, dim]; without
+    it that is `img_shape[img_type]`. `name_map`: question id -> row. Raises UserError if the file cannot be mapped or
+    has another shape.
     """
 
     def __init__(self, path: str | Path, name_map: Mapping[str, int], img_type: str):
         self.path, self.img_type = Path(path), img_type
         self.name_map = dict(name_map)
-        self.shape, self._recorded_rows = self._expected_shape()
+        self.shape, recorded_rows = self._expected_shape()
         try:
-            found, floating = self._open_shape()
+            found, floating = tuple(self._mapped.shape), self._mapped.is_floating_point()
         except UserError:
             raise
-        except pickle.UnpicklingError as error:
-            raise UserError(
-                f"--vision_features: cannot map {self.path} (it holds pickled objects, which are never executed; save "
-                "one plain tensor)"
-            ) from error
         except Exception as error:  # three libraries, each with its own errors for a broken file
-            raise UserError(f"--vision_features: cannot map {self.path} ({in_one_line(error, 200)})") from error
+            why = in_one_line(error, 200)
+            if isinstance(error, pickle.UnpicklingError):
+                why = "it holds pickled objects, which are never executed; save one plain tensor"
+            raise UserError(f"--vision_features: cannot map {self.path} ({why})") from error
+        self.rows, self._repeat = found[0] if found else 0, len(found) == 2
+        fault = None
         if not floating:
-            raise UserError(f"--vision_features: {self.path} holds no floating point numbers")
-        if found[1:] not in (self.shape, self.shape[1:]) or (len(found) == 2 and img_type != "resnet"):
+            fault = "holds no floating point numbers"
+        elif found[1:] not in (self.shape, self.shape[1:]) or (self._repeat and img_type != "resnet"):
             wanted = f"(N, {self.shape[1]})" if img_type == "resnet" else f"(N, {self.shape[0]}, {self.shape[1]})"
-            raise UserError(
-                f"--vision_features: {self.path} has shape {found}, but --img_type {img_type} needs {wanted}; "
-                "name the right file or --img_type"
-            )
-        if self._recorded_rows not in (None, found[0]):
-            raise UserError(
-                f"--vision_features: {self.path} has {found[0]} rows, but {img_type}.json beside it says "
-                f"{self._recorded_rows}; the file was cut or replaced: make it again with extract_features.py"
-            )
-        self.rows = found[0]
-        self._repeat = len(found) == 2
+            needs = f"--img_type {img_type} needs {wanted}; name the right file or --img_type"
+            fault = f"has shape {found}, but {needs}"
+        elif recorded_rows not in (None, self.rows):
+            says = f"{img_type}.json beside it says {recorded_rows}; the file was cut or replaced"
+            fault = f"has {self.rows} rows, but {says}: make it again with extract_features.py"
+        if fault:
+            raise UserError(f"--vision_features: {self.path} {fault}")
 
     def __len__(self) -> int:
         return self.rows
@@ -83,14 +77,11 @@ class VisionFeatures:
         for start in range(0, len(rows), 32):
             part = list(rows[start : start + 32])
             sums = self._read(part).flatten(1).sum(1, dtype=torch.float64)
-            bad = [row for row, total in zip(part, sums.tolist(), strict=True) if not math.isfinite(total)]
-            if bad:
-                qid = next((qid for qid, row in self.name_map.items() if row == bad[0]), None)
-                whose = f"question {qid}" if qid else "of no question"
-                raise UserError(
-                    f"--vision_features: row {bad[0]} of {self.path} ({whose}) holds NaN or infinity; make the "
-                    "file again with extract_features.py"
-                )
+            if bad := [row for row, total in zip(part, sums.tolist(), strict=True) if not math.isfinite(total)]:
+                owners = [f"question {qid}" for qid, row in self.name_map.items() if row == bad[0]]
+                whose = owners[0] if owners else "of no question"
+                fault = f"row {bad[0]} of {self.path} ({whose}) holds NaN or infinity"
+                raise UserError(f"--vision_features: {fault}; make the file again with extract_features.py")
 
     def __getitem__(self, row: int) -> torch.Tensor:
         """One row, float32 (patches, dim)."""
@@ -102,8 +93,7 @@ class VisionFeatures:
         A repeated vector is an expanded view, with a 512th of the memory, as are the zeros of a batch without any
         image: do not write into them.
         """
-        found = [i for i, qid in enumerate(qids) if qid in self.name_map]
-        P, D = self.shape
+        found, (P, D) = [i for i, qid in enumerate(qids) if qid in self.name_map], self.shape
         if not found:
             return torch.zeros(1, 1, 1).expand(len(qids), P, D)
         batch = torch.zeros((len(qids), D) if self._repeat else (len(qids), P, D))
@@ -118,13 +108,10 @@ class VisionFeatures:
         for i, qid in enumerate(qids):
             row = self.name_map.get(qid)
             sha.update(f"{qid}\0{row is not None}\0".encode())
-            if row is not None:
-                if whole:
-                    values = self._read([row])
-                else:
-                    part = self._mapped[row : row + 1, i % P : i % P + 1]
-                    values = (torch.from_numpy(np.array(part)) if isinstance(part, np.ndarray) else part).float()
-                sha.update(values.contiguous().numpy().tobytes())
+            if row is not None and whole:
+                sha.update(self._read([row]).contiguous().numpy().tobytes())
+            elif row is not None:
+                sha.update(self._mapped[row, i % P].float().numpy().tobytes())
         return sha.hexdigest()[:16]
 
     def _spread(self, batch: torch.Tensor) -> torch.Tensor:
@@ -132,18 +119,13 @@ class VisionFeatures:
 
     def _read(self, rows: list[int]) -> torch.Tensor:
         """The rows as stored, copied from the mapped file as float32."""
-        array = self._mapped
-        if isinstance(array, np.ndarray):
-            return torch.from_numpy(array[rows].astype(np.float32, copy=False))
-        if isinstance(array, torch.Tensor):
-            return array[rows].float()
-        return torch.stack([array[row] for row in rows]).float()  # a safetensors slice reads row by row
+        return self._mapped[rows].float()
 
     @cached_property
-    def _mapped(self) -> Any:
-        """The open file: a memory-mapped array, a mapped tensor, or a slice of a safetensors file."""
+    def _mapped(self) -> torch.Tensor:
+        """The stored tensor, mapped: only rows that are used are read."""
         if self.path.suffix == ".npy":
-            return np.load(self.path, mmap_mode="r", allow_pickle=False)
+            return _map_array(self.path)
         if self.path.suffix == ".safetensors":
             from safetensors import safe_open
 
@@ -151,24 +133,12 @@ class VisionFeatures:
             names = list(file.keys())
             if len(names) != 1:
                 raise UserError(f"--vision_features: {self.path} holds {len(names)} tensors instead of one")
-            return file.get_slice(names[0])
+            return file.get_tensor(names[0])  # mapped, too
         with open(self.path, "rb") as file:
             old_format = file.read(2) not in (b"PK", b"")  # torch before 1.6 wrote no zip archives
         if old_format:
-            return np.load(_mappable_copy(self.path), mmap_mode="r", allow_pickle=False)
-        tensor = torch.load(self.path, mmap=True, weights_only=True, map_location="cpu")
-        if not isinstance(tensor, torch.Tensor):
-            raise UserError(f"--vision_features: {self.path} holds a {type(tensor).__name__} instead of one tensor")
-        return tensor
-
-    def _open_shape(self) -> tuple[tuple[int, ...], bool]:
-        """Shape of the stored array, and whether it is floating point."""
-        array = self._mapped
-        if isinstance(array, np.ndarray):
-            return tuple(array.shape), np.issubdtype(array.dtype, np.floating)
-        if isinstance(array, torch.Tensor):
-            return tuple(array.shape), array.dtype.is_floating_point
-        return tuple(array.get_shape()), array.get_dtype() in ("F16", "BF16", "F32", "F64")
+            return _map_array(_mappable_copy(self.path))
+        return _load_tensor(self.path, mmap=True)
 
     def _expected_shape(self) -> tuple[tuple[int, int], int | None]:
         """(patches, dim), and the number of rows if the JSON beside the file has it."""
@@ -187,11 +157,22 @@ class VisionFeatures:
         return {key: value for key, value in self.__dict__.items() if key != "_mapped"}
 
 
-def _mappable_copy(path: Path) -> Path:
-    """`{path}.npy` with the tensor of an old-format file. The first process makes it; the others wait for it.
+def _map_array(path: Path) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the array cannot be written to
+        return torch.from_numpy(np.load(path, mmap_mode="r", allow_pickle=False))
 
-    It has the original's time stamp: a changed original is converted again. Raises UserError if it cannot be written.
-    """
+
+def _load_tensor(path: Path, mmap: bool = False) -> torch.Tensor:
+    tensor = torch.load(path, mmap=mmap, weights_only=True, map_location="cpu")
+    if not isinstance(tensor, torch.Tensor):
+        raise UserError(f"--vision_features: {path} holds a {type(tensor).__name__} instead of one tensor")
+    return tensor
+
+
+def _mappable_copy(path: Path) -> Path:
+    """`{path}.npy` with the tensor of an old-format file. The first process makes it; the others wait for it. It has
+    the original's time stamp: a changed original is converted again. Raises UserError if it cannot be written."""
     copy = path.with_name(path.name + ".npy")
 
     def is_made() -> bool:
@@ -203,9 +184,7 @@ def _mappable_copy(path: Path) -> Path:
         with only_one(path.with_name(f".{path.name}.lock"), f"{path}", required=False, wait=True):
             if not is_made():
                 stamp = path.stat().st_mtime_ns
-                tensor = torch.load(path, weights_only=True, map_location="cpu")
-                if not isinstance(tensor, torch.Tensor):
-                    raise UserError(f"--vision_features: {path} holds a {type(tensor).__name__} instead of one tensor")
+                tensor = _load_tensor(path)
                 print(f"{path}: saved by a torch before 1.6; a copy that can be mapped goes to {copy}", flush=True)
                 tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
                 with atomic_path(copy) as temporary:
@@ -213,9 +192,8 @@ def _mappable_copy(path: Path) -> Path:
                         np.save(file, tensor.numpy())
                     os.utime(temporary, ns=(stamp, stamp))
     except (DiskError, OSError) as error:
-        reason = getattr(error.__cause__ or error, "strerror", None) or error
-        raise UserError(
-            f"--vision_features: {path} was saved by a torch before 1.6, cannot be mapped, and no copy can be written "
-            f"beside it ({reason}); make its folder writable, or load it once and save it again"
-        ) from error
+        why = getattr(error.__cause__ or error, "strerror", None) or error
+        fault = f"was saved by a torch before 1.6, cannot be mapped, and no copy can be written beside it ({why})"
+        fix = "make its folder writable, or load it once and save it again"
+        raise UserError(f"--vision_features: {path} {fault}; {fix}") from error
     return copy

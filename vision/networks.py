@@ -10,9 +10,6 @@ reading feature files: features.py. torch is imported by the functions that need
 
 from __future__ import annotations
 
-import pickle
-import warnings
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,28 +34,17 @@ SHORTEST_SIDE = 224  # pixels, of an image for detr, as released
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-# -- images ----------------------------------------------------------------------------------------------
-
-
 def read_image(path: str | Path, turned: bool = False) -> Image.Image:
-    """Decode an image as RGB. Raises OSError or ValueError if the file is broken or too large.
-
-    `turned` applies the EXIF orientation; the published features were made without it, so a data set's are, too.
-    """
+    """Decode an image as RGB. Raises OSError or ValueError if the file is broken or too large. `turned` applies the
+    EXIF orientation; the published features were made without it, so a data set's are, too."""
     with open_image(path) as image:
         return eight_bit(upright(image) if turned else image).convert("RGB")
 
 
-# -- networks --------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Encoder:
-    """A vision network and its preprocessing.
-
-    `stored`: shape of one image's features in the file, (patches, dim), or (dim,) for resnet; `shape`: what the model
-    sees, always (patches, dim).
-    """
+    """A vision network and its preprocessing. `stored`: shape of one image's features in the file, (patches, dim), or
+    (dim,) for resnet; `shape`: what the model sees, always (patches, dim)."""
 
     img_type: str
     model_name: str
@@ -111,9 +97,7 @@ def by_size(images: Sequence[torch.Tensor]) -> list[tuple[list[int], torch.Tenso
 class LiveFeatures:
     """Features that are computed now, with the `gather` of `vision.features.VisionFeatures`.
 
-    Args:
-        pictures: qid -> image file, or None for a question without one, which gets zeros.
-        turned: apply the EXIF orientation (`read_image`).
+    `pictures`: qid -> image file, or None for a question without one, which gets zeros; `turned`: see `read_image`.
     """
 
     def __init__(self, encoder: Encoder, pictures: Mapping[str, Path | None], turned: bool = False):
@@ -139,26 +123,19 @@ def pick_device(asked: str | None) -> str:
     try:
         torch.zeros(1, device=asked).cpu()
     except Exception as error:  # the type differs for an unknown name, an absent driver and a number too high
-        reason = in_one_line(error, 100)
-        raise UserError(f"--device: {asked} cannot be used here ({reason}); name another, such as cpu") from error
+        why = in_one_line(error, 100)
+        raise UserError(f"--device: {asked} cannot be used here ({why}); name another, such as cpu") from error
     return asked
 
 
 def load_encoder(
-    img_type: str,
-    model_name: str | None = None,
-    weights: str = "pretrained",
-    device: str = "cpu",
-    seed: int = 0,
+    img_type: str, model_name: str | None = None, weights: str = "pretrained", device: str = "cpu", seed: int = 0,
     flag: str = "--weights",
-) -> Encoder:
+) -> Encoder:  # fmt: skip
     """Build the network of `img_type`.
 
-    Args:
-        model_name: another network of that kind: a timm model, for detr a transformers DETR. Default `MODEL_NAMES`.
-        weights: "pretrained" (from the hub), "random" (from `seed`), else a file or folder.
-        flag: the flag that named `weights`, for messages.
-
+    `model_name`: another network of that kind, of timm, or for detr a DETR of transformers (default: `MODEL_NAMES`);
+    `weights`: "pretrained" (from the hub), "random" (from `seed`), else a file or folder, which `flag` named.
     Raises UserError if the name is unknown, or the weights are absent or do not fit.
     """
     import torch
@@ -204,39 +181,19 @@ def _load_timm(name: str, kind: str, weights: str, flag: str) -> tuple[Any, Call
 
 
 def read_weights(path: Path, flag: str = "--weights") -> dict[str, torch.Tensor]:
-    """The state dict in a .safetensors or PyTorch file, or in the first such file of a folder; nothing is executed.
-
-    In a training checkpoint the order is timm's: EMA weights, then `state_dict`, then `model`. Raises UserError.
-    """
-    import torch
+    """The state dict in a .safetensors or PyTorch file, or in the first such file of a folder; nothing is executed. In
+    a training checkpoint the order is timm's: EMA weights, then `state_dict`, then `model`. Raises UserError."""
     from timm.models import clean_state_dict
+
+    from ares.checkpoints import load_state_dict
 
     if path.is_dir():
         files = [*sorted(path.glob("*.safetensors")), *sorted(path.glob("*.bin"))]
         if not files:
             raise UserError(f"{flag}: {path} holds no .safetensors or .bin file; name the file")
         path = files[0]
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # of pickle protocols that torch does not write
-                state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{flag}: {path} holds pickled objects, which are never executed, or is damaged; save its state dict alone"
-        ) from error
-    except Exception as error:  # two libraries, each with its own errors for a damaged file
-        raise UserError(f"{flag}: cannot read {path} ({in_one_line(error, 160)})") from error
     inner = ("state_dict_ema", "model_ema", "state_dict", "model")
-    if isinstance(state, dict):
-        state = next((state[name] for name in inner if isinstance(state.get(name), dict)), state)
-    if not isinstance(state, dict) or not state or not all(isinstance(each, torch.Tensor) for each in state.values()):
-        raise UserError(f"{flag}: {path} is not a state dict (name -> tensor)")
-    return clean_state_dict(state)
+    return clean_state_dict(load_state_dict(path, flag, inner=inner))
 
 
 def _load_detr(name: str, kind: str, weights: str, flag: str) -> tuple[Any, Callable]:
@@ -244,25 +201,18 @@ def _load_detr(name: str, kind: str, weights: str, flag: str) -> tuple[Any, Call
     from transformers import DetrConfig, DetrModel
 
     try:
-        if kind == "random" and not Path(name).is_dir():
-            # ResNet-101-DC5: dilated last stage, stride 16
+        if kind != "random":
+            network = DetrModel.from_pretrained(weights if kind == "local" else name)
+        elif Path(name).is_dir():
+            network = DetrModel(DetrConfig.from_pretrained(name))
+        else:  # ResNet-101-DC5: dilated last stage, stride 16
             backbone = {"model_type": "timm_backbone", "backbone": "resnet101", "features_only": True}
             backbone |= {"use_pretrained_backbone": False, "out_indices": [1, 2, 3, 4], "output_stride": 16}
             network = DetrModel(DetrConfig(backbone_config=backbone, dilation=True))
-        elif kind == "random":
-            network = DetrModel(DetrConfig.from_pretrained(name))
-        else:
-            network = DetrModel.from_pretrained(weights if kind == "local" else name)
     except Exception as error:
         raise _no_weights(name, kind, weights, flag, error) from error
-    transform = transforms.Compose(
-        [
-            transforms.Resize(SHORTEST_SIDE),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
-    return network, transform
+    normalize = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    return network, transforms.Compose([transforms.Resize(SHORTEST_SIDE), transforms.ToTensor(), normalize])
 
 
 def offline_unless_reachable() -> None:
@@ -282,9 +232,8 @@ def hub_failure(error: Exception) -> str:
     """Why a file could not be downloaded from the hub, on one line."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE:
-        return "not in the cache, and the hub cannot be reached"
-    return in_one_line(error, 160)
+    offline = "not in the cache, and the hub cannot be reached"
+    return offline if constants.HF_HUB_OFFLINE else in_one_line(error, 160)
 
 
 def _no_weights(name: str, kind: str, weights: str, flag: str, error: Exception) -> UserError:
@@ -292,7 +241,6 @@ def _no_weights(name: str, kind: str, weights: str, flag: str, error: Exception)
         return UserError(f"{flag}: {weights} does not fit {name} ({in_one_line(error, 160)})")
     if kind == "random":
         return UserError(f"--model_name: cannot build {name} ({in_one_line(error, 160)})")
-    return UserError(
-        f"--model_name: no weights of {name} from the hub ({hub_failure(error)}); download them elsewhere and name "
-        f"them by {flag} PATH" + ", or try things out with --random_weights" * (flag == "--weights")
-    )
+    fix = f"name them by {flag} PATH" + ", or try things out with --random_weights" * (flag == "--weights")
+    why = hub_failure(error)
+    return UserError(f"--model_name: no weights of {name} from the hub ({why}); download them elsewhere and {fix}")

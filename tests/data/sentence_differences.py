@@ -34,60 +34,30 @@ REASONS = {
 
 
 # group of cases -> class -> number of columns
+# group of cases -> class -> number of columns
 COUNTS = {
     "real": {
-        "+merged short sentence": 3,
-        "+stop inside a piece": 18,
-        "-</s> after the stop": 8,
-        "-abbreviation": 6,
-        "-closing piece": 1,
-        "-list marker": 4,
+        "+merged short sentence": 3, "+stop inside a piece": 18, "-</s> after the stop": 8, "-abbreviation": 6,
+        "-closing piece": 1, "-list marker": 4,
     },
     "hand-made": {
-        "+closing piece": 3,
-        "+merged short sentence": 35,
-        "+stop inside a piece": 17,
-        "+title or colon at the end": 4,
-        "-</s> after the stop": 8,
-        "-abbreviation": 20,
-        "-closing piece": 3,
-        "-inside a word": 4,
-        "-no word": 8,
+        "+closing piece": 3, "+merged short sentence": 35, "+stop inside a piece": 17, "+title or colon at the end": 4,
+        "-</s> after the stop": 8, "-abbreviation": 20, "-closing piece": 3, "-inside a word": 4, "-no word": 8,
     },
     "real truncated": {
-        "+cut before </s>": 83,
-        "+stop inside a piece": 1,
-        "-abbreviation": 1,
-        "-closing piece": 1,
-        "-list marker": 1,
+        "+cut before </s>": 83, "+stop inside a piece": 1, "-abbreviation": 1, "-closing piece": 1, "-list marker": 1,
     },
     "hand-made truncated": {
-        "+IndexError": 3,
-        "+closing piece": 3,
-        "+cut before </s>": 11,
-        "+merged short sentence": 35,
-        "+stop inside a piece": 17,
-        "+title or colon at the end": 3,
-        "-abbreviation": 20,
-        "-closing piece": 3,
-        "-inside a word": 4,
-        "-no word": 7,
+        "+IndexError": 3, "+closing piece": 3, "+cut before </s>": 11, "+merged short sentence": 35,
+        "+stop inside a piece": 17, "+title or colon at the end": 3, "-abbreviation": 20, "-closing piece": 3,
+        "-inside a word": 4, "-no word": 7,
     },
     "random": {
-        "+closing piece": 15,
-        "+cut before </s>": 266,
-        "+merged short sentence": 22,
-        "+stop inside a piece": 3,
-        "+title or colon at the end": 59,
-        "-</s> after the stop": 19,
-        "-abbreviation": 37,
-        "-closing piece": 66,
-        "-inside a word": 162,
-        "-list marker": 58,
-        "-no word": 113,
-        "-small letter follows": 2,
+        "+closing piece": 15, "+cut before </s>": 266, "+merged short sentence": 22, "+stop inside a piece": 3,
+        "+title or colon at the end": 59, "-</s> after the stop": 19, "-abbreviation": 37, "-closing piece": 66,
+        "-inside a word": 162, "-list marker": 58, "-no word": 113, "-small letter follows": 2,
     },
-}
+}  # fmt: skip
 
 # every difference on the 630 real texts: index of the case -> column -> class
 REAL_DIFFERENCES = {

@@ -43,17 +43,13 @@ def official_entry(number: int, split: str) -> tuple[dict, tuple]:
     answer = number % 4
     choices[0], choices[answer] = choices[answer], choices[0]
     entry = {
-        "split": split,
-        "image_id": 100_000 + 37 * number,
+        "split": split, "image_id": 100_000 + 37 * number, "choices": choices, "correct_choice_idx": answer,
         "question_id": f"{number:02d}Mex{'nkBPpdZGX6sxbxVBH'[number % 9 :]}{number}",
         "question": f"What color is the {shape} at the {'left' if number % 2 else 'right'}, drawing {number}?",
-        "choices": choices,
-        "correct_choice_idx": answer,
-        "direct_answers": [color] * 9 + [f"dark {color}"],
-        "difficult_direct_answer": number % 5 == 0,
+        "direct_answers": [color] * 9 + [f"dark {color}"], "difficult_direct_answer": number % 5 == 0,
         # as annotators write them: three, not all with a full stop
         "rationales": [f"The {shape} is {color}", f"It is not {other}.", f"The answer is {color}."],
-    }
+    }  # fmt: skip
     return entry, (color, other, shape, number % 2)
 
 
@@ -70,10 +66,9 @@ def write_official(folder: Path) -> dict[str, list[dict]]:
         target = folder / f"coco/{split}2017/{entry['image_id']:012d}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
         image.save(target, quality=95)
-    for split, told in entries.items():
-        files.write_json(folder / f"aokvqa_v1p0/aokvqa_v1p0_{split}.json", told, indent=None)
     hidden = [{key: value for key, value in entries["val"][0].items() if key != "correct_choice_idx"}]
-    files.write_json(folder / "aokvqa_v1p0/aokvqa_v1p0_test.json", hidden)
+    for split, rows in (*entries.items(), ("test", hidden)):
+        files.write_json(folder / f"aokvqa_v1p0/aokvqa_v1p0_{split}.json", rows)
     return entries
 
 
@@ -82,7 +77,8 @@ def read(path: Path | str):
 
 
 def run(script, *argv) -> None:
-    script.main([str(word) for word in argv])
+    """A script with words and lines of words as its flags."""
+    script.main([part for word in argv for part in (str(word).split() if "--" in str(word) else [str(word)])])
 
 
 @pytest.fixture
@@ -95,85 +91,83 @@ def place(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-DATA = ("--data_root", "aokvqa_data")
-COMMON = (*DATA, "--use_caption", "--img_type", "vit")
-SFT = (*COMMON, "--use_generate", "--final_eval", "--bs", "4", "--eval_bs", "32")
+DATA = "--data_root aokvqa_data"
+COMMON = f"{DATA} --use_caption --img_type vit"
+SFT = f"{COMMON} --use_generate --final_eval --bs 4 --eval_bs 32"
 RL = (
-    "--prompt_format QCM-E --base_model_dir base --k_actions 2 --do_sample True --bs 32 --output_len 48 --epochs 1 "
-    "--rl_batch_size 8 --ga_step 2 --rl_epochs 1 --lr 1e-3 --run_dir rl --report_to none --poll_seconds 0.2"
-).split()
+    f"{COMMON} --prompt_format QCM-E --base_model_dir base --k_actions 2 --do_sample True --bs 32 --output_len 48 "
+    "--epochs 1 --rl_batch_size 8 --ga_step 2 --rl_epochs 1 --lr 1e-3 --run_dir rl --report_to none "
+    "--poll_seconds 0.2 --phase"
+)
 
 
 def test_from_the_official_files_to_scores(place, t5_tokenizer_dir, capsys):
     entries = write_official(place)
-    val = [entry["question_id"] for entry in entries["val"]]
-    train = [entry["question_id"] for entry in entries["train"]]
+    train, val = ([entry["question_id"] for entry in entries[split]] for split in ("train", "val"))
 
     # data, features, captions
-    run(prepare_data, "aokvqa", "--source", "aokvqa_v1p0", "--images", "coco", "--output", "aokvqa_data")
+    run(prepare_data, "aokvqa", "--source aokvqa_v1p0 --images coco --output aokvqa_data")
     assert "its answers are hidden" in capsys.readouterr().out
     problems, splits = (read(f"aokvqa_data/aokvqa/{name}.json") for name in ("problems", "pid_splits"))
     check_prepared(entries, problems, splits)
-    run(
-        extract_features, "--data_root", "aokvqa_data/images", "--output_dir", "aokvqa_data/vision_features",
-        "--model_name", "test_vit", "--random_weights", "--workers", 0,
-    )  # fmt: skip
+    run(extract_features, "--data_root aokvqa_data/images --output_dir aokvqa_data/vision_features",
+        "--model_name test_vit --random_weights --workers 0")  # fmt: skip
     assert set(read("aokvqa_data/vision_features/name_map.json")) == set(problems)
-    captions = {qid: "A drawing of two shapes." for qid in problems}
+    captions = dict.fromkeys(problems, "A drawing of two shapes.")
     files.write_json("aokvqa_data/captions.json", {"captions": captions})
 
     # a starting rationale model
     build_t5(t5_tokenizer_dir, "t5", d_model=32, heads=4, vocab_size=32128, dropout=0.0)
-    rationale = ("--prompt_format", "QCM-E", "--output_len", 48)
-    run(main, *SFT, *rationale, "--model", "t5", "--epoch", 12, "--lr", "1e-2", "--run_dir", "base")
+    rationale = f"{SFT} --prompt_format QCM-E --output_len 48"
+    run(main, rationale, "--model t5 --epoch 12 --lr 1e-2 --run_dir base")
     metrics = read("base/metrics.json")
     assert metrics["last_loss"] < metrics["first_loss"] / 2
-    told = read("base/predictions_ans_test.json")
-    assert told["qids"] == val == read("base/predictions_ans_eval.json")["qids"]
-    assert all("Context: A drawing of two shapes." in prompt for prompt in told["prompts"])
-    assert set(told["scores"]) == {"rationale"}
+    data = read("base/predictions_ans_test.json")
+    assert data["qids"] == val == read("base/predictions_ans_eval.json")["qids"]
+    assert all("Context: A drawing of two shapes." in prompt for prompt in data["prompts"])
+    assert set(data["scores"]) == {"rationale"}
 
     # RL with the reference Teacher
-    run(run_mm_cot_rl, *COMMON, *RL, "--phase", "collect")
+    run(run_mm_cot_rl, RL, "collect")
     shell = ROOT / "preprocessing_after_RL/processing_sentence_level_feedback.sh"
-    teacher = ("--questions_dir", "rl/questions", *DATA)
+    teacher = f"--questions_dir rl/questions {DATA}"
     subprocess.run(
-        ["bash", shell, *teacher, "--problems", "aokvqa"], check=True, capture_output=True,
+        ["bash", shell, *teacher.split(), "--problems", "aokvqa"], check=True, capture_output=True,
         env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
-    run(haiku, "--teacher", "reference", *teacher)
+    run(haiku, f"--teacher reference {teacher}")
     items = handoff.iter_items("rl/questions")
     assert {item.qid for item in items} == set(train) and len(items) == 2 * TRAIN
     assert all((item.folder / "image.png").is_file() and (item.folder / handoff.SCORES).is_file() for item in items)
-    run(run_mm_cot_rl, *COMMON, *RL, "--phase", "train")
+    run(run_mm_cot_rl, RL, "train")
     before, after = (load_file(f"{folder}/model.safetensors") for folder in ("base", "rl/0"))
     assert not any(torch.equal(after[name], before[name]) for name in after)
 
     # corrections, SFT
-    run(main, *SFT, *rationale, "--evaluate_dir", "rl/0")
-    run(remove_sentence, "--file_path", "rl/0/predictions_ans_train.json", "--tokenizer", "rl/0")
-    rationales = ("--rationales", "rl/0/remove_repetitive_sentences.json", *DATA)
-    run(preprocessing_for_correction_feedback, *rationales)
-    run(haiku_for_correction_feedback, "--teacher", "reference", *rationales)
+    run(main, rationale, "--evaluate_dir rl/0")
+    run(remove_sentence, "--file_path rl/0/predictions_ans_train.json --tokenizer rl/0")
+    rationales = f"--rationales rl/0/remove_repetitive_sentences.json {DATA}"
+    run(preprocessing_for_correction_feedback, rationales)
+    run(haiku_for_correction_feedback, f"--teacher reference {rationales}")
     corrected = read("aokvqa_data/aokvqa/correction.json")
     assert corrected.keys() == problems.keys()
     assert all(corrected[qid]["solution"] == problems[qid]["solution"] for qid in val)
-    correction = ("--correction", "True", "--correction_file", "aokvqa/correction.json")
-    run(main, *SFT, *rationale, "--model", "rl/0", *correction, "--epoch", 1, "--lr", "1e-3", "--run_dir", "sft")
+    correction = "--correction True --correction_file aokvqa/correction.json"
+    run(main, rationale, f"--model rl/0 {correction} --epoch 1 --lr 1e-3 --run_dir sft")
 
     # LoRA answers from the rationales, and scores without the rows that do not apply
-    le = [word for name in ("train", "eval", "test") for word in (f"--{name}_le", f"sft/predictions_ans_{name}.json")]
-    answers = ("--prompt_format", "QCMG-A", "--output_len", 16, *le)
-    run(run_mm_cot_lora, *SFT, *answers, "--model", "sft", "--epoch", 2, "--lr", "2e-2", "--run_dir", "lora")
-    told = read("lora/predictions_ans_test.json")
-    assert set(told["scores"]["answer"]) == {"acc_has_image", "acc_average"}
-    assert all(re.fullmatch(r"\d+\.\d\d", score) for score in told["scores"]["answer"].values())
-    assert told["qids"] == val
+    le = " ".join(f"--{name}_le sft/predictions_ans_{name}.json" for name in ("train", "eval", "test"))
+    answers = f"--prompt_format QCMG-A --output_len 16 {le}"
+    run(run_mm_cot_lora, SFT, answers, "--model sft --epoch 2 --lr 2e-2 --run_dir lora")
+    data = read("lora/predictions_ans_test.json")
+    assert set(data["scores"]["answer"]) == {"acc_has_image", "acc_average"}
+    assert all(re.fullmatch(r"\d+\.\d\d", score) for score in data["scores"]["answer"].values())
+    assert data["qids"] == val
 
     capsys.readouterr()
-    run(doctor, *COMMON, "--model", "sft", "--correction_file", "aokvqa/correction.json")
+    run(doctor, COMMON, "--model sft --correction_file aokvqa/correction.json")
     assert "sound: " in capsys.readouterr().out
-    check_single_questions(val[3], problems, entries, capsys)
+    check_single_questions(val[3], problems, capsys)
 
 
 def check_prepared(entries, problems, splits) -> None:
@@ -197,52 +191,47 @@ def check_prepared(entries, problems, splits) -> None:
     assert splits["minitrain"] == train and splits["minitest"] == val and splits["miniminival"] == val[:4]
 
 
-def check_single_questions(qid, problems, entries, capsys) -> None:
+def check_single_questions(qid, problems, capsys) -> None:
     """tools/predict.py gives what the prediction files hold, by id and for the same question typed in."""
     row = read("sft/predictions_ans_test.json")["qids"].index(qid)
     rationale = read("sft/predictions_ans_test.json")["preds"][row]
     letter = read("lora/predictions_ans_test.json")["answers"][row]
     problem = problems[qid]
     chosen = f"Answer: ({letter}) " if letter else "Answer: none; the model wrote "
+    by_id = ["--model", "sft", "--qid", qid, *DATA.split()]
+    typed = ["--model", "sft", "--question", problem["question"], "--choices", *problem["choices"]]
+    typed += ["--caption", "A drawing of two shapes."]
 
-    def said(*argv) -> str:
+    def said(argv, more="") -> str:
         capsys.readouterr()
-        run(predict, "--model", "sft", *argv)
+        predict.main([*argv, *more.split()])
         out = capsys.readouterr().out
         assert f"Rationale: {rationale}\n" in out, (rationale, out)
         return out
 
-    out = said("--qid", qid, *DATA, "--lora", "lora")
+    out = said(by_id, "--lora lora")
     assert chosen in out and "features: aokvqa_data/vision_features/vit.pth" in out
     assert f"Gold: ({'ABCD'[problem['answer']]}) {problem['choices'][problem['answer']]}\n" in out
-    typed = (
-        "--question",
-        problem["question"],
-        "--choices",
-        *problem["choices"],
-        "--caption",
-        "A drawing of two shapes.",
-    )
-    out = said(*typed, "--image", f"aokvqa_data/images/{qid}/image.png", "--lora", "lora")
+    out = said(typed, f"--image aokvqa_data/images/{qid}/image.png --lora lora")
     assert chosen in out and "features: test_vit (random weights)" in out and "Gold" not in out
-    assert "Answer: none asked for" in said("--qid", qid, *DATA)
+    assert "Answer: none asked for" in said(by_id)
     # a whole model that answers: here one that writes rationales, whose text holds no answer
     Path("answers").mkdir()
     for file in Path("sft").iterdir():
         if file.is_file() and file.name != "args.yaml":
             (Path("answers") / file.name).symlink_to(file.resolve())
-    out = said("--qid", qid, *DATA, "--answer_model", "answers", "--answer_format", "QCMG-A")
+    out = said(by_id, "--answer_model answers --answer_format QCMG-A")
     assert "Answer: none; the model wrote" in out
 
     for argv, words in (
-        (("--qid", "nobody", *DATA), "--qid: .* has no question nobody"),
-        (("--qid", qid, *DATA, "--hint", "x"), "--hint has no effect with --qid"),
-        (("--question", "What?"), "--question needs --choices"),
-        ((*typed, "--lora", "base"), "--lora: base holds no adapter_config.json"),
-        ((*typed, "--answer_model", "base"), "--answer_model: it was trained for QCM-E, not to answer"),
-        ((*typed, "--image", "gone.png"), "--image: gone.png does not exist"),
-        ((*typed[:2], "--choices", "one"), "has 1 choices; 2 to 5"),
-        ((*typed, "--img_type", "detr"), "image_dense|no weights|hub"),
+        (["--model", "sft", "--qid", "nobody", *DATA.split()], "--qid: .* has no question nobody"),
+        ([*by_id, "--hint", "x"], "--hint has no effect with --qid"),
+        (["--model", "sft", "--question", "What?"], "--question needs --choices"),
+        ([*typed, "--lora", "base"], "--lora: base holds no adapter_config.json"),
+        ([*typed, "--answer_model", "base"], "--answer_model: it was trained for QCM-E, not to answer"),
+        ([*typed, "--image", "gone.png"], "--image: gone.png does not exist"),
+        ([*typed[:4], "--choices", "one"], "has 1 choices; 2 to 5"),
+        ([*typed, "--img_type", "detr"], "image_dense|no weights|hub"),
     ):
         with pytest.raises(UserError, match=words):
-            run(predict, "--model", "sft", *argv)
+            predict.main(argv)

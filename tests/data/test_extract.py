@@ -12,14 +12,18 @@ import time
 
 import numpy as np
 import pytest
+import timm
 import torch
+import transformers
 from PIL import Image
+from safetensors.torch import save_file
 
 import extract_caption
 import extract_features
 from ares.cli import UserError
 from ares.data_folder import load_captions, load_name_map
 from ares.images import load_image
+from demo.make_model import make_tokenizer
 from tests.conftest import ROOT, run_script
 from vision import extraction
 from vision.features import VisionFeatures
@@ -48,7 +52,7 @@ def images(sample, tmp_path_factory):
 
 @pytest.fixture
 def small(images, tmp_path):
-    """A copy of four of them, to be spoilt."""
+    """A copy of four of them, to be damaged."""
     for qid in ("62", "133", "198", "1014"):
         shutil.copytree(images / qid, tmp_path / "images" / qid)
     return tmp_path / "images"
@@ -102,10 +106,7 @@ def test_again_is_quick_and_other_settings_are_refused(images, tmp_path, capsys)
     assert (tmp_path / "vit.pth").read_bytes() == before
     extract(images, tmp_path, *TRIAL, "--seed", "1", "--overwrite")
     assert (tmp_path / "vit.pth").read_bytes() != before
-
-
-def test_foreign_files_are_not_replaced(images, small, tmp_path):
-    out = tmp_path / "released"
+    out = tmp_path / "released"  # files that are not ours are not replaced
     out.mkdir()
     (out / "vit.pth").write_bytes(b"6.6 GB")
     with pytest.raises(UserError, match="made with another origin"):
@@ -118,41 +119,35 @@ def test_foreign_files_are_not_replaced(images, small, tmp_path):
 
 def test_kill_and_run_again(images, tmp_path):
     """SIGKILL in the middle of the work; the same command then continues and gives the bytes of a quiet run."""
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     flags = [*TRIAL[:3], "--workers", "1", "--batch_size", "1"]
-    extract(images, tmp_path / "quiet", *flags)
-    script = str(ROOT / "extract_features.py")
-    command = [sys.executable, script, "--data_root", str(images), "--output_dir", str(tmp_path / "killed"), *flags]
-    part = tmp_path / "killed" / ".vit.part.json"
-    process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    extract(images, quiet, *flags)
+    command = [ROOT / "extract_features.py", "--data_root", images, "--output_dir", killed, *flags]
+    part = killed / ".vit.part.json"
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL)
     while not part.exists() and process.poll() is None:
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
     done = json.loads(part.read_text())["done"]
-    assert 0 < done < 12 and not (tmp_path / "killed" / "vit.pth").exists()
-    again = run_script(*command[1:], env={"OMP_NUM_THREADS": "1"})
+    assert 0 < done < 12 and not (killed / "vit.pth").exists()
+    again = run_script(*command)
     assert f"continuing after {done} of 12 images" in again.stdout
     assert "RANDOM WEIGHTS" in again.stderr
     names = ["name_map.json", "vit.json", "vit.pth"]
-    for name in names:
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "quiet" / name).read_bytes()
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == names, "what the kill left is removed"
-
-
-def test_on_a_cpu_images_are_decoded_in_this_process_and_on_a_gpu_by_one_per_core(monkeypatch):
-    for cores, workers in ((40, 16), (5, 5)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
-        assert extraction.default_workers("cpu") == 0 and extraction.default_workers("cuda") == workers
+    assert all((killed / name).read_bytes() == (quiet / name).read_bytes() for name in names)
+    assert sorted(path.name for path in killed.iterdir()) == names, "what the kill left is removed"
 
 
 def test_decoding_processes_on_any_python(images, tmp_path, monkeypatch):
-    """Python 3.14 starts processes by forkserver."""
-    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", None)
-    monkeypatch.setattr(
-        multiprocessing.context._default_context, "_default_context", multiprocessing.get_context("forkserver")
-    )
+    """Python 3.14 starts processes by forkserver. On a CPU images are decoded in this process, on a GPU by several."""
+    for cores, workers in ((40, 16), (5, 5)):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+            assert extraction.default_workers("cpu") == 0 and extraction.default_workers("cuda") == workers
+    default = multiprocessing.context._default_context
+    monkeypatch.setattr(default, "_actual_context", None)
+    monkeypatch.setattr(default, "_default_context", multiprocessing.get_context("forkserver"))
     for workers in ("0", "2"):
         extract(images, tmp_path / workers, *TRIAL[:3], "--workers", workers, "--batch_size", "4")
     assert (tmp_path / "0/vit.pth").read_bytes() == (tmp_path / "2/vit.pth").read_bytes()
@@ -164,13 +159,12 @@ def test_other_settings_start_over(images, tmp_path, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(extraction.FeatureStore, "finish", stop)
-        with pytest.raises(KeyboardInterrupt):
-            extract(images, tmp_path / "a", *TRIAL)
-    extract(images, tmp_path / "a", *TRIAL, "--seed", "5")
-    assert "continuing" not in capsys.readouterr().out
-    extract(images, tmp_path / "b", *TRIAL, "--seed", "5")
+        extract(images, tmp_path / "a", *TRIAL)
+    for name in "ab":
+        extract(images, tmp_path / name, *TRIAL, "--seed", "5")
+        assert "continuing" not in capsys.readouterr().out
     assert (tmp_path / "a" / "vit.pth").read_bytes() == (tmp_path / "b" / "vit.pth").read_bytes()
 
 
@@ -202,9 +196,9 @@ def test_pictures_of_every_kind_are_read_or_refused(tmp_path, monkeypatch):
         assert read_image(path).mode == "RGB" and read_image(path).size == (40, 30), (mode, kind)
         whole = np.frombuffer(path.read_bytes(), dtype=np.uint8)
         for _ in range(30):
-            spoilt = whole.copy()
-            spoilt[random.integers(0, min(len(whole), 400), 6)] = random.integers(0, 256, 6)
-            path.write_bytes(spoilt.tobytes())
+            damaged = whole.copy()
+            damaged[random.integers(0, min(len(whole), 400), 6)] = random.integers(0, 256, 6)
+            path.write_bytes(damaged.tobytes())
             with contextlib.suppress(OSError, ValueError):
                 read_image(path)
 
@@ -223,28 +217,20 @@ def test_stopped_at_the_very_end_nothing_is_lost(images, tmp_path, monkeypatch, 
     flags = ["--img_type", "resnet", "--model_name", "test_resnet", "--random_weights", "--workers", "0"]
     finish = extraction.FeatureStore.finish
 
-    def stop(store, path):
-        def no_disk(*_):
-            raise KeyboardInterrupt
+    def no_disk(*_):
+        raise KeyboardInterrupt
 
+    def stop(store, path):
         with monkeypatch.context() as patched:
             patched.setattr(os, "fsync", no_disk)
             patched.setattr(os, "unlink", no_disk)
             finish(store, path)
 
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
         patched.setattr(extraction.FeatureStore, "finish", stop)
-        with contextlib.suppress(KeyboardInterrupt):
-            extract(images, tmp_path, *flags)
+        extract(images, tmp_path, *flags)
     extract(images, tmp_path, *flags)
     assert "there already" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("script", [extract_features, extract_caption])
-def test_a_device_that_is_not_there_is_named(script, images, tmp_path):
-    out = ["--output_dir", tmp_path] if script is extract_features else ["--output", tmp_path / "captions.json"]
-    with pytest.raises(UserError, match="--device: warp cannot be used here"):
-        script.main([str(word) for word in ("--data_root", images, *out, "--device", "warp")])
 
 
 def test_split_folders(images, tmp_path):
@@ -261,13 +247,10 @@ def test_split_folders(images, tmp_path):
 
 
 def test_images_of_several_sizes_keep_their_order():
-    encoder = load_encoder("resnet", "test_resnet", "random")
-    generator = torch.Generator().manual_seed(0)
-    pixels = [
-        torch.randn(3, *size, generator=generator) for size in ((96, 64), (64, 64), (64, 96), (64, 64), (96, 64))
-    ]
-    rows = encoder(pixels)
-    for each, row in zip(pixels, rows, strict=True):
+    encoder, generator = load_encoder("resnet", "test_resnet", "random"), torch.Generator().manual_seed(0)
+    sizes = ((96, 64), (64, 64), (64, 96), (64, 64), (96, 64))
+    pixels = [torch.randn(3, *size, generator=generator) for size in sizes]
+    for each, row in zip(pixels, encoder(pixels), strict=True):
         torch.testing.assert_close(encoder([each])[0], row, atol=1e-5, rtol=1e-5)
 
 
@@ -286,13 +269,10 @@ def test_weights_in_a_training_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_local_weights(small, tmp_path, suffix):
-    import timm
-    from safetensors.torch import save_file
-
     torch.manual_seed(7)
     network = timm.create_model("test_vit").eval()
     file = tmp_path / f"weights{suffix}"
-    save_file(network.state_dict(), file) if suffix == ".safetensors" else torch.save(network.state_dict(), file)
+    (save_file if suffix == ".safetensors" else torch.save)(network.state_dict(), file)
     flags = ["--model_name", "test_vit", "--weights", str(file), "--workers", "0"]
     extract(small, tmp_path / "out", *flags)
     encoder = load_encoder("vit", "test_vit", "random")
@@ -319,37 +299,37 @@ def test_released_networks_give_the_released_shapes(img_type, small, tmp_path):
     """The true architectures, with random weights: nothing can be downloaded here."""
     for qid in ("198", "1014"):
         shutil.rmtree(small / qid)
-    out = tmp_path / "out"
-    extract(small, out, "--img_type", img_type, "--random_weights", "--workers", "0")
-    (out / f"{img_type}.json").unlink()  # without it the reader insists on the published shape
-    found = features(out, img_type)
+    extract(small, tmp_path, "--img_type", img_type, "--random_weights", "--workers", "0")
+    (tmp_path / f"{img_type}.json").unlink()  # without it the reader insists on the published shape
+    found = features(tmp_path, img_type)
     rows = found.gather(["62", "133"])
     assert rows.shape == (2, *found.shape) and torch.isfinite(rows).all()
     assert (rows[0] - rows[1]).abs().max() > 0
     if img_type == "resnet":
-        assert np.load(out / "resnet.npy", mmap_mode="r").shape == (2, 2048)
+        assert np.load(tmp_path / "resnet.npy", mmap_mode="r").shape == (2, 2048)
 
 
-def test_mistakes_before_any_network_is_built(images, tmp_path):
+def test_mistakes_before_any_network_is_built(images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="--data_root: .* is no folder"):
         extract(tmp_path / "none", tmp_path / "out")
-    flags = ["--weights", "x", "--random_weights", "--batch_size", "0", "--workers", "-1"]
-    with pytest.raises(UserError, match="--batch_size: .*; --workers: .*; --weights and --random_weights"):
-        extract(images, tmp_path / "out", *flags)
-    with pytest.raises(UserError, match="timm .* has no model vit_gigantisch"):
-        extract(images, tmp_path / "out", "--model_name", "vit_gigantisch", "--random_weights")
-    with pytest.raises(UserError, match="--weights: .*none.bin does not exist"):
-        extract(images, tmp_path / "out", "--weights", str(tmp_path / "none.bin"))
+    for flags, words in (
+        ("--weights x --random_weights --batch_size 0 --workers -1",
+         "--batch_size: .*; --workers: .*; --weights and --random_weights"),
+        ("--model_name vit_gigantisch --random_weights", "timm .* has no model vit_gigantisch"),
+        (f"--weights {tmp_path}/none.bin", "--weights: .*none.bin does not exist"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            extract(images, tmp_path / "out", *flags.split())
     with pytest.raises(UserError, match="no .qid./image.png"):
         extraction.list_images(tmp_path / "out")
-
-
-@pytest.mark.parametrize("img_type", ["vit", "detr"])
-def test_no_hub(img_type, images, tmp_path):
-    """One attempt, one line, and it names the two ways out."""
-    with pytest.raises(UserError, match="hub cannot be reached.*--weights PATH.*--random_weights"):
-        extract(images, tmp_path, "--img_type", img_type)
-    assert not (tmp_path / extract_features.FILES[img_type]).exists()
+    for script, out in ((extract_features, "--output_dir new"), (extract_caption, "--output c.json")):
+        with pytest.raises(UserError, match="--device: warp cannot be used here"):
+            script.main(f"--data_root {images} {out} --device warp".split())
+    for img_type in ("vit", "detr"):  # no hub: one attempt, one line, and it names the two ways out
+        with pytest.raises(UserError, match="hub cannot be reached.*--weights PATH.*--random_weights"):
+            extract(images, tmp_path, "--img_type", img_type)
+        assert not (tmp_path / extract_features.FILES[img_type]).exists()
 
 
 # -- captions --------------------------------------------------------------------------------------------
@@ -357,33 +337,21 @@ def test_no_hub(img_type, images, tmp_path):
 
 def tiny_instructblip(folder, decoder_only):
     """InstructBLIP's own model and processor classes, tiny, weights drawn wide enough that captions differ."""
-    from transformers import (
-        AutoTokenizer,
-        BertTokenizer,
-        BlipImageProcessor,
-        InstructBlipConfig,
-        InstructBlipForConditionalGeneration,
-        InstructBlipProcessor,
-        LlamaConfig,
-        T5Config,
-    )
-
-    from demo.make_model import make_tokenizer
-
     make_tokenizer(["Write a short description of two small red balls on a table."] * 3, folder / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "write", "a", "short", "description", "for", "the", "image"]
     (folder / "vocab.txt").write_text("\n".join(words))
-    bert = BertTokenizer(str(folder / "vocab.txt"))
-    pixels = BlipImageProcessor(size={"height": 32, "width": 32})
-    processor = InstructBlipProcessor(pixels, tokenizer, bert, num_query_tokens=4)
+    bert = transformers.BertTokenizer(str(folder / "vocab.txt"))
+    pixels = transformers.BlipImageProcessor(size={"height": 32, "width": 32})
+    processor = transformers.InstructBlipProcessor(pixels, tokenizer, bert, num_query_tokens=4)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     if decoder_only:
-        text = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes)
+        ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+        text = transformers.LlamaConfig(vocab_size=len(tokenizer), **ids, **sizes)
     else:
         shape = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
-        text = T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **shape)
-    config = InstructBlipConfig(
+        text = transformers.T5Config(vocab_size=len(tokenizer), decoder_start_token_id=0, **shape)
+    config = transformers.InstructBlipConfig(
         vision_config={**sizes, "image_size": 32, "patch_size": 8},
         qformer_config={**sizes, "vocab_size": len(bert), "encoder_hidden_size": 32},
         text_config=text.to_dict(),
@@ -391,13 +359,13 @@ def tiny_instructblip(folder, decoder_only):
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     torch.manual_seed(0)
-    model = InstructBlipForConditionalGeneration(config)
+    model = transformers.InstructBlipForConditionalGeneration(config)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.normal_(0, 0.3)
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    for part in (model, processor):
+        part.save_pretrained(folder / "model")
     return folder / "model"
 
 
@@ -429,7 +397,8 @@ def test_captions(instructblip, images, tmp_path, capsys):
 
 
 def test_captions_stopped_and_continued(instructblip, images, tmp_path, monkeypatch, capsys):
-    caption(images, tmp_path / "quiet.json", instructblip, "--batch_size", "3")
+    quiet, stopped = tmp_path / "quiet.json", tmp_path / "stopped.json"
+    caption(images, quiet, instructblip, "--batch_size", "3")
     whole, calls = extract_caption.Captioner.__call__, []
 
     def stop_at_third(self, pictures):
@@ -440,26 +409,23 @@ def test_captions_stopped_and_continued(instructblip, images, tmp_path, monkeypa
 
     monkeypatch.setattr(extract_caption.Captioner, "__call__", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
-        caption(images, tmp_path / "stopped.json", instructblip, "--batch_size", "3")
-    assert not (tmp_path / "stopped.json").exists()
-    caption(images, tmp_path / "stopped.json", instructblip, "--batch_size", "3")
+        caption(images, stopped, instructblip, "--batch_size", "3")
+    assert not stopped.exists()
+    caption(images, stopped, instructblip, "--batch_size", "3")
     assert "continuing after 6 captions" in capsys.readouterr().out
     assert sum(calls[3:]) == 6  # none asked twice
-    assert (tmp_path / "stopped.json").read_bytes() == (tmp_path / "quiet.json").read_bytes()
+    assert stopped.read_bytes() == quiet.read_bytes()
 
 
-def test_caption_mistakes(small, tmp_path):
+def test_caption_mistakes_and_a_broken_image(instructblip, small, tmp_path, capsys):
+    output = tmp_path / "captions.json"
     with pytest.raises(UserError, match="--model: cannot load .*nowhere"):
-        caption(small, tmp_path / "captions.json", "nowhere/such-model")
+        caption(small, output, "nowhere/such-model")
     with pytest.raises(UserError, match="--max_new_tokens: 0 .*; --batch_size: 0 is less than 1"):
         extract_caption.main(["--data_root", str(small), "--batch_size", "0", "--max_new_tokens", "0"])
-
-
-def test_caption_of_a_broken_image(small, tmp_path, capsys):
-    model = tiny_instructblip(tmp_path / "model", False)
     (small / "62" / "image.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="--strict: question 62"):
-        caption(small, tmp_path / "captions.json", model, "--strict")
-    caption(small, tmp_path / "captions.json", model)
-    assert [*load_captions(tmp_path / "captions.json")] == ["133", "198", "1014"]
+        caption(small, output, instructblip, "--strict")
+    caption(small, output, instructblip)
+    assert [*load_captions(output)] == ["133", "198", "1014"]
     assert "question 62: cannot read" in capsys.readouterr().err

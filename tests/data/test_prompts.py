@@ -71,29 +71,23 @@ def test_given_rationale_empty_is_not_the_gold_one():
     assert "Gold." not in pair({"solution": "Gold."}, curr_le_data="", **args)[0]
 
 
-@pytest.mark.parametrize("prompt_format", PROMPT_FORMATS)
-def test_every_format_of_the_flag_is_built(prompt_format):
-    prompt, target = pair({"lecture": "L.", "answer": 1}, prompt_format=prompt_format)
-    assert prompt.endswith("Answer:" if prompt_format.endswith("-A") else "Solution:")
-    assert ("Solution: L. S." in prompt) == prompt_format.startswith("QCMG")
-    assert ("(B)" in target) == ("A" in prompt_format.split("-")[1])
-    assert ("S." in target) == ("E" in prompt_format.split("-")[1])
+def test_every_format_of_the_flag_is_built_and_others_are_refused():
+    for prompt_format in PROMPT_FORMATS:
+        prompt, target = pair({"lecture": "L.", "answer": 1}, prompt_format=prompt_format)
+        assert prompt.endswith("Answer:" if prompt_format.endswith("-A") else "Solution:")
+        assert ("Solution: L. S." in prompt) == prompt_format.startswith("QCMG")
+        assert ("(B)" in target) == ("A" in prompt_format.split("-")[1])
+        assert ("S." in target) == ("E" in prompt_format.split("-")[1])
+    with pytest.raises(UserError, match="'QCX-E' is not one of QCM-A"):
+        pair({}, prompt_format="QCX-E")
 
 
 def test_options_are_the_letters():
     assert pair({"answer": 1}, options="XY")[0].count("(X) a (Y) b") == 1
     assert pair({"answer": 1}, options="XY", prompt_format="QCM-A")[1] == "The answer is (Y)."
     assert utils_prompt.answer_letter(problem(answer=1), ["ABCDE"]) == "B"  # as written by `--options ABCDE`
-
-
-def test_more_choices_than_letters_names_the_question():
     with pytest.raises(UserError, match=r"--options: question 7 has 3 choices but .* 2 letters"):
         pair({"choices": ["a", "b", "c"]}, options="AB")
-
-
-def test_unknown_format_is_refused():
-    with pytest.raises(UserError, match="'QCX-E' is not one of QCM-A"):
-        pair({}, prompt_format="QCX-E")
 
 
 def test_a_format_without_the_rationale_says_so_once(capsys):

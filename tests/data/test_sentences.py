@@ -45,9 +45,6 @@ def group_of(kind: str) -> str:
     return family + (" truncated" if "truncated" in kind else "")
 
 
-# -- against the released columns --------------------------------------------------------------------------
-
-
 def test_agreement_with_the_released_columns(cases, t5_tokenizer, capsys):
     equal, total = Counter(), Counter()
     classes: dict[str, Counter] = defaultdict(Counter)
@@ -116,9 +113,6 @@ def test_indices_that_broke_the_released_code(cases, t5_tokenizer):
         assert sentence_columns(case["ids"], t5_tokenizer) == [len(case["ids"]) - 1]
 
 
-# -- what a sentence is ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "sentences"),
     [
@@ -181,45 +175,27 @@ def test_text_and_ids_give_the_same_sentences_on_real_texts(cases, t5_tokenizer)
     assert total > 560 and equal == total
 
 
-@pytest.mark.parametrize(
-    ("text", "finished"),
-    [
-        ("Solution: It is so.", True),
-        ("He said “no.”", True),
-        ("It is (so).", True),
-        ("Is it?", True),
-        ("And so on...", True),
+def test_is_finished(t5_tokenizer):
+    for text, finished in (
+        *((text, True) for text in ("Solution: It is so.", "He said “no.”", "It is (so).", "Is it?", "And so on...")),
+        *((text, False) for text in ("It is so. And", "It is 3.5", "These are:", "Solution:", "Solution: .", "")),
         ("They repel.\\n", True),
-        ("It is so. And", False),
-        ("It is 3.5", False),
-        ("These are:", False),
-        ("Solution:", False),
-        ("Solution: .", False),
-        ("", False),
-    ],
-)
-def test_is_finished(text, finished, t5_tokenizer):
-    assert is_finished(text) is finished
-    ids = [PAD, *t5_tokenizer(text).input_ids]
-    assert is_finished_ids(ids, t5_tokenizer) is finished
-    assert is_finished_ids([*ids[:-1], PAD, PAD], t5_tokenizer) is finished  # </s> or not
-
-
-def test_a_stray_n_at_the_end_does_not_unfinish_a_text():
+    ):
+        assert is_finished(text) is finished, text
+        ids = [PAD, *t5_tokenizer(text).input_ids]
+        assert is_finished_ids(ids, t5_tokenizer) is finished, text
+        assert is_finished_ids([*ids[:-1], PAD, PAD], t5_tokenizer) is finished, text  # </s> or not
+    # a stray n at the end does not make a text unfinished
     assert is_finished("They repel.n") and not is_finished("They repel.n And the train")
 
 
-def test_a_true_n_behind_an_unknown_brace_stays(t5_tokenizer):
+def test_repeats_rows_and_a_true_n_behind_an_unknown_brace(t5_tokenizer):
     ids = t5_tokenizer("The word {neon} is new.\\nneon is a gas. \\nNow see.\\n\\nnot all are.").input_ids
     got = [sentence.text for sentence in sentences_from_ids(ids, t5_tokenizer)]
     assert got == ["The word neon is new.", "neon is a gas.", "Now see.", "not all are."]
-
-
-def test_remove_repeats_keeps_the_first():
-    assert remove_repeats(["A b.", " C. ", "A b.", "Solution: A b.", "C."]) == ["A b.", "C."]
-
-
-# -- any ids, any tokenizer --------------------------------------------------------------------------------
+    assert remove_repeats(["A b.", " C. ", "A b.", "Solution: A b.", "C."]) == ["A b.", "C."]  # the first is kept
+    with pytest.raises(ValueError, match="2 rows"):
+        sentences_from_ids(np.zeros((2, 5), dtype=int), t5_tokenizer)
 
 
 def unigram(byte_fallback: bool):
@@ -309,20 +285,12 @@ def test_properties_of_any_text(which, text, cut):
         assert got == []
 
 
-def test_sentences_that_end_in_one_piece_are_one_sentence():
+def test_pieces_that_end_two_sentences_or_spell_bytes():
     tokenizer = TOKENIZERS[0]
     ids = tokenizer.convert_tokens_to_ids(["<pad>", "▁The", "▁is", "?No!Ye", "s.▁It", "</s>"])
     got = sentences_from_ids(ids, tokenizer)
     assert [(s.text, s.start, s.column) for s in got] == [("The is?No!", 1, 3), ("Yes.", 3, 4), ("It", 4, 5)]
-
-
-def test_bytes_are_read_as_the_letters_they_spell():
     tokenizer = TOKENIZERS[1]
     ids = [PAD, *tokenizer("The été 水.", add_special_tokens=False).input_ids, EOS]
     (sentence,) = sentences_from_ids(ids, tokenizer)
     assert sentence.text == "The été 水." and sentence.column == len(ids) - 2
-
-
-def test_rows_are_refused(t5_tokenizer):
-    with pytest.raises(ValueError, match="2 rows"):
-        sentences_from_ids(np.zeros((2, 5), dtype=int), t5_tokenizer)

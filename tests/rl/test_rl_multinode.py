@@ -125,7 +125,8 @@ def kill_rank(world, run: Path, rank: int, until: str, **how) -> None:
 def test_one_of_two_processes_killed_while_sampling_loses_only_what_it_had_in_hand(world, collected, tmp_path):
     """The re-run is made by one process: who samples a batch makes no difference."""
     run = tmp_path / "run"
-    kill_rank(world, run, 1, "rollouts/round_0/batch_*.safetensors", phase="collect")
+    # rank 0: it has another batch to sample; rank 1 may be done before the signal reaches it
+    kill_rank(world, run, 0, "rollouts/round_0/batch_000000.safetensors", phase="collect")
     assert not (run / "questions/mmcot_finished_signal.txt").exists()
     there = {path.name: path.stat().st_mtime_ns for path in run.glob("rollouts/round_0/batch_*")}
     launch(world, run, phase="collect")

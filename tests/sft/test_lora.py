@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import main
 import run_mm_cot_lora as script
 from ares.checkpoints import ADAPTER_KEYS
 from ares.cli import UserError
 from model import T5ForMultimodalGeneration
+from sft import lora
 from sft.predict import weights_digest
 from tests.conftest import ROOT
 from tests.tiny import make_data, make_model, predictions, write
@@ -115,12 +118,12 @@ def test_train_resume_and_evaluate(flags, tuned, capsys):
     assert metrics["steps"] == 4 and metrics["last_loss"] < metrics["first_loss"]
     after = load_file(tuned / "model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
-    told = predictions(folder)
+    made = predictions(folder)
     assert sorted(path.name for path in folder.glob("predictions*")) == ["predictions_ans_test.json"]
-    assert told["settings"]["weights"] == weights_digest([folder, tuned])  # of the adapter and of what it adapts
-    assert all(f"rationale number {qid}." in prompt for qid, prompt in zip(told["qids"], told["prompts"], strict=True))
+    assert made["settings"]["weights"] == weights_digest([folder, tuned])  # of the adapter and of what it adapts
+    assert all(f"rationale number {qid}." in prompt for qid, prompt in zip(made["qids"], made["prompts"], strict=True))
 
-    # the state that a kill in the second epoch leaves: training goes on, to the same bits
+    # the state that a kill in the second epoch leaves: training is resumed, to the same bits
     for name in ("metrics.json", "adapter_model.safetensors", "predictions_ans_test.json"):
         (folder / name).unlink()
     (folder / "checkpoint-4" / "complete").unlink()
@@ -128,7 +131,7 @@ def test_train_resume_and_evaluate(flags, tuned, capsys):
     assert "resuming from checkpoint-2" in capsys.readouterr().out
     again = load_file(folder / "adapter_model.safetensors")
     assert all(torch.equal(weights[name], again[name]) for name in weights)
-    assert predictions(folder)["preds"] == told["preds"]
+    assert predictions(folder)["preds"] == made["preds"]
 
     # --evaluate_dir: a copy of the adapter folder elsewhere, its own settings
     moved = tuned.parent / "adapter"
@@ -136,7 +139,7 @@ def test_train_resume_and_evaluate(flags, tuned, capsys):
     (moved / "predictions_ans_test.json").unlink()
     script.main([*argv, "--lora_r", "99", "--evaluate_dir", str(moved)])
     assert "no effect under --evaluate_dir" in capsys.readouterr().out
-    assert predictions(moved)["preds"] == told["preds"]
+    assert predictions(moved)["preds"] == made["preds"]
 
 
 def test_plain_qcm_a_says_that_the_rationale_is_not_read(flags, tuned, tmp_path, capsys):
@@ -151,17 +154,15 @@ def test_plain_qcm_a_says_that_the_rationale_is_not_read(flags, tuned, tmp_path,
 def test_released_adapter_loads(form, tuned, flags, tmp_path, capsys):
     """As the released code saved them: CAUSAL_LM, out_proj among the targets, lm_head's weights saved along."""
     folder = tmp_path / "released"
-    model = base(tuned)
     targets = ["q", "v", "wi_0", "wo", "image_dense", "gate_dense", "out_proj", "lm_head"]
-    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=3, target_modules=targets))
+    adapted = peft.get_peft_model(base(tuned), peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=3, target_modules=targets))
     with torch.no_grad():
         for name, p in adapted.named_parameters():
             if "lora_B" in name:
                 p.normal_(0, 0.1, generator=torch.Generator().manual_seed(len(name)))
     adapted.save_pretrained(folder, save_embedding_layers=True)
     if form == "bin":
-        weights = load_file(folder / "adapter_model.safetensors")
-        torch.save(weights, folder / "adapter_model.bin")
+        torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
         (folder / "adapter_model.safetensors").unlink()
     config = json.loads((folder / "adapter_config.json").read_text())
     write(folder / "adapter_config.json", {**config, "task_type": "CAUSAL_LM"})
@@ -178,93 +179,75 @@ def test_released_adapter_loads(form, tuned, flags, tmp_path, capsys):
     assert len(predictions(folder)["preds"]) == 8
 
 
-@pytest.mark.parametrize(
-    ("extra", "words"),
-    [
-        (["--model", "hub/id"], ["--model", "--run_dir"]),
-        (
-            ["--lora_r", "0", "--lora_dropout", "1", "--correction_file", "c.json"],
-            ["--lora_r", "--lora_dropout", "--corr"],
-        ),
-        (["--evaluate_dir", "{tuned}"], ["--evaluate_dir", "adapter_config.json"]),
-        (["--evaluate_dir", "{half}"], ["--evaluate_dir", "adapter_model"]),
-        (["--run_dir", "{tuned}"], ["--run_dir", "--model"]),
-        (["--model", "{half}"], ["--model", "adapter"]),
-        (["--eval_le", "{short}"], ["--eval_le", "1", "6"]),
-        (["--img_type", "clip"], ["clip"]),
-    ],
-)
-def test_bad_input(extra, words, flags, tuned, tmp_path):
+def test_bad_input(flags, tuned, tmp_path):
+    """Before a model is loaded."""
     write(tmp_path / "half/adapter_config.json", {"peft_type": "LORA"})
     write(tmp_path / "short.json", {"preds": ["x"]})
-    places = {"tuned": tuned, "half": tmp_path / "half", "short": tmp_path / "short.json"}
-    with pytest.raises(UserError) as error:
-        script.main([*flags, *(part.format(**places) for part in extra)])
-    for word in words:
-        assert word in str(error.value), str(error.value)
+    half = tmp_path / "half"
+    for extra, words in (
+        ("--model hub/id", "--model --run_dir"),
+        ("--lora_r 0 --lora_dropout 1 --correction_file c.json", "--lora_r --lora_dropout --corr"),
+        (f"--evaluate_dir {tuned}", "--evaluate_dir adapter_config.json"),
+        (f"--evaluate_dir {half}", "--evaluate_dir adapter_model"),
+        (f"--run_dir {tuned}", "--run_dir --model"),
+        (f"--model {half}", "--model adapter"),
+        (f"--eval_le {tmp_path}/short.json", "--eval_le 1 6"),
+        ("--img_type clip", "clip"),
+    ):
+        with pytest.raises(UserError) as error:
+            script.main([*flags, *extra.split()])
+        assert all(word in str(error.value) for word in words.split()), str(error.value)
 
 
-def test_an_adapter_of_another_model_is_refused(tuned, tmp_path):
+def test_an_adapter_of_another_model_or_a_damaged_one_is_refused(tuned, tmp_path):
     other = base(make_model(tmp_path / "tied", tied=True, patch_size=(5, 8)))
     config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=2, target_modules=["wi", "q"])
     peft.get_peft_model(other, config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match="does not fit"):
         script.load_adapter(base(tuned), tmp_path / "adapter")
-
-
-@pytest.mark.parametrize("rank", [0, -1, 10_001, True, "4"])
-def test_a_rank_that_is_damage_is_refused(rank, tmp_path):
     (tmp_path / "adapter_model.bin").touch()
-    write(tmp_path / "adapter_config.json", {"r": rank})
-    with pytest.raises(UserError, match=f"--lora: .*adapter_config.json: r is {rank!r}"):
-        script.check_adapter(tmp_path, "--lora")
+    for rank in (0, -1, 10_001, True, "4"):
+        write(tmp_path / "adapter_config.json", {"r": rank})
+        with pytest.raises(UserError, match=f"--lora: .*adapter_config.json: r is {rank!r}"):
+            script.check_adapter(tmp_path, "--lora")
     write(tmp_path / "adapter_config.json", {"r": 10_000})
     script.check_adapter(tmp_path, "--lora")
 
 
 def test_the_adapters_config_holds_no_key_that_peft_0_6_lacks(tuned, tmp_path):
-    args = script.parse_args(["--model", str(tuned), "--lora_r", "2"])
-    adapted = script.add_adapter(base(tuned), args)
+    adapted = script.add_adapter(base(tuned), script.parse_args(["--model", str(tuned), "--lora_r", "2"]))
     adapted.save_pretrained(tmp_path / "plain")
-    told = json.loads((tmp_path / "plain/adapter_config.json").read_text())
-    assert set(told) <= ADAPTER_KEYS and {"r", "peft_type", "task_type", "inference_mode", "lora_alpha"} <= set(told)
+    config = json.loads((tmp_path / "plain/adapter_config.json").read_text())
+    assert set(config) <= ADAPTER_KEYS
+    assert {"r", "peft_type", "task_type", "inference_mode", "lora_alpha"} <= set(config)
     # peft keeps a set, whose order changes from process to process; predictions are compared by this file
-    assert told["target_modules"] == sorted(told["target_modules"]) and len(told["target_modules"]) > 5
+    assert config["target_modules"] == sorted(config["target_modules"]) and len(config["target_modules"]) > 5
     loaded = peft.LoraConfig.from_pretrained(tmp_path / "plain").to_dict()
-    assert {key: loaded[key] for key in told if key != "target_modules"} == {
-        key: told[key] for key in told if key != "target_modules"
-    }
+    assert set(loaded.pop("target_modules")) == set(config.pop("target_modules"))
+    assert {key: loaded[key] for key in config} == config
     # a key that changes what the adapter does stays, known there or not
-    config = adapted.peft_config["default"]
-    config.use_rslora = True
+    adapted.peft_config["default"].use_rslora = True
     adapted.save_pretrained(tmp_path / "other")
     assert json.loads((tmp_path / "other/adapter_config.json").read_text())["use_rslora"] is True
 
 
-@pytest.mark.parametrize("have", ["0.15.0", "0.18.1", "0.21.1", "0.22.0", None])
-def test_a_peft_that_was_not_tried_is_refused_before_training(have, tuned, tmp_path, monkeypatch, capsys):
-    import importlib.metadata
-
-    import main
-    from sft import lora
-
-    real = importlib.metadata.version
-
-    def version(name):
-        if name != "peft":
-            return real(name)
-        if have is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return have
-
+def test_a_peft_that_was_not_tried_is_refused_before_training(tuned, tmp_path, monkeypatch, capsys):
     assert f"peft{lora.PEFT}" in (ROOT / "requirements.txt").read_text().splitlines()
     assert lora.peft_fault() is None
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(UserError, match="peft.*pip install 'peft"):
-        script.parse_args(["--model", str(tuned)])
+    real = importlib.metadata.version
     write(tmp_path / "adapter_config.json", {})
-    with pytest.raises(UserError, match="--lora: peft"):
-        lora.check_adapter(tmp_path, "--lora")
-    with pytest.raises(UserError, match="nowhere"):  # RL and SFT do without: they warn, hours before it is needed
-        main.main(["--data_root", str(tmp_path / "nowhere"), "--model", str(tuned), "--run_dir", str(tmp_path / "r")])
-    assert "pip install 'peft" in capsys.readouterr().err
+    for have in ("0.15.0", "0.18.1", "0.21.1", "0.22.0", None):
+
+        def version(name, have=have):
+            if name == "peft" and have is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return have if name == "peft" else real(name)
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        with pytest.raises(UserError, match="peft.*pip install 'peft"):
+            script.parse_args(["--model", str(tuned)])
+        with pytest.raises(UserError, match="--lora: peft"):
+            lora.check_adapter(tmp_path, "--lora")
+        with pytest.raises(UserError, match="nowhere"):  # RL and SFT do without: they warn, hours before it is needed
+            main.main(f"--data_root {tmp_path}/nowhere --model {tuned} --run_dir {tmp_path}/r".split())
+        assert "pip install 'peft" in capsys.readouterr().err

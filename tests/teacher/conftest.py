@@ -1,10 +1,10 @@
-"""Fixtures of the Teacher's tests: a local server that speaks the API, and a questions folder of real questions."""
+"""Fixtures of the Teacher's tests: a local server that speaks the API, a questions folder of real questions."""
 
 import pytest
 
 from teacher import api_teacher, batches
 from tests.api_server import ApiServer, score_by_text
-from tests.teacher.teacher_tools import many_items
+from tests.teacher.teacher_tools import World, many_items
 
 
 @pytest.fixture
@@ -23,3 +23,15 @@ def questions(tmp_path, problems):
     """12 text-only items of 4 actions, no two alike, with their requests."""
     many_items(tmp_path / "questions", 12, problems)
     return tmp_path / "questions"
+
+
+@pytest.fixture
+def world(server, questions):
+    """haiku.py on `questions`, asking one by one."""
+    return World(server, questions)
+
+
+@pytest.fixture
+def batch_world(server, questions):
+    """haiku.py --batch on `questions`."""
+    return World(server, questions, "--batch", "--poll_seconds", "0.1")

@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 import haiku
 from ares import cli, files
 from ares.sentences import split_text
-from teacher import batches, handoff
-from teacher.handoff import place_images
+from teacher import handoff
+from teacher.budget import Totals, read_log
 from teacher.prompts import scoring_request
 from tests.api_server import KEY
 from tests.conftest import ROOT
+
+PICTURE, CHOICES, TEXT = "952", "363", "155"  # test questions: an image; choice images only; text
+HAIKU_45 = "claude-haiku-4-5-20251001"  # a model of another family than the default
+CREDIT = "Your credit balance is too low to access the Anthropic API. Please go to Plans & Billing to upgrade."
 
 
 def lay_out(root, action, qid, sentences, problems, sample=None):
     """One prepared item, as RL and preprocessing leave it."""
     folder = handoff.question_dir(root, action, 0, qid)
     folder.mkdir(parents=True, exist_ok=True)
-    rationale = "{\n" + form(sentences) + "}\n"
-    files.write_text(folder / handoff.RATIONALE, rationale, flush=False)  # thousands of them
+    files.write_text(folder / handoff.RATIONALE, handoff.form(sentences) + "\n", flush=False)  # thousands of them
     files.write_text(folder / handoff.REQUEST, scoring_request(problems[qid], sentences), flush=False)
     if sample is not None:
-        place_images(folder, sorted((sample / "images" / qid).glob("*.png")))
+        handoff.place_images(folder, sorted((sample / "images" / qid).glob("*.png")))
     return folder
-
-
-def form(sentences):
-    return ",\n".join(f'"{sentence}": xxx' for sentence in sentences) + "\n"
 
 
 def many_items(root, count, problems):
@@ -49,30 +52,71 @@ def many_items(root, count, problems):
     return found
 
 
-PICTURE, CHOICES, TEXT = "952", "363", "155"  # test questions: an image; choice images only; text
-OVERLOADED = {"type": "overloaded_error", "message": "Overloaded"}
-CREDIT = "Your credit balance is too low to access the Anthropic API. Please go to Plans & Billing to upgrade."
+def stops(call, words, status=2) -> str:
+    """Assert that `call()` ends in one line that matches `words`, with that exit status; return the line."""
+    with pytest.raises(cli.UserError, match=words) as error:
+        call()
+    line = str(error.value)
+    assert getattr(error.value, "status", 2) == status and "\n" not in line, line
+    return line
 
 
-def flags(server, questions, *more):
-    """Arguments of haiku.py. What `more` repeats overrides them."""
-    return ["--questions_dir", str(questions), "--base_url", server.url, "--data_root", "no-data-here", *more]
+class World:
+    """A questions folder beside a server; haiku.py runs on it in this process, with the flags `always`."""
 
+    def __init__(self, server, root, *always):
+        self.server, self.root, self.always = server, Path(root), always
 
-def ask(server, questions, *more):
-    haiku.main(flags(server, questions, *more))
+    def flags(self, *more) -> list[str]:
+        """Arguments of haiku.py. What `more` repeats overrides them."""
+        always = ("--questions_dir", self.root, "--base_url", self.server.url, "--data_root", "no-data-here")
+        return [str(flag) for flag in (*always, *self.always, *more)]
 
+    def ask(self, *more) -> None:
+        haiku.main(self.flags(*more))
 
-def batch_flags(server, questions, *more):
-    return flags(server, questions, "--batch", "--poll_seconds", "0.1", *more)
+    def stops(self, words, *more, status=2) -> str:
+        return stops(lambda: self.ask(*more), words, status)
 
+    def client(self, *more, patch="") -> subprocess.Popen:
+        return client(*self.flags(*more), patch=patch)
 
-def ask_in_batches(server, questions, *more):
-    haiku.main(batch_flags(server, questions, *more))
+    @property
+    def items(self) -> list[handoff.Item]:
+        return handoff.iter_items(self.root)
 
+    def folder(self, number=0) -> Path:
+        return self.items[number].folder
 
-def batch_records(questions):
-    return [json.loads(path.read_text()) for path in sorted((questions / "teacher/batches").glob("*.json"))]
+    def request(self, number=0) -> str:
+        return (self.folder(number) / handoff.REQUEST).read_text()
+
+    @property
+    def scores(self) -> dict[str, str]:
+        return scores(self.root)
+
+    @property
+    def answered(self) -> int:
+        return len(self.scores)
+
+    @property
+    def done(self) -> list[int]:
+        """Actions whose signal counts."""
+        return sorted({item.action for item in self.items if handoff.is_done(self.root, item.action)})
+
+    @property
+    def totals(self) -> Totals:
+        return read_log(self.root / "teacher/spend.jsonl")
+
+    @property
+    def records(self) -> list[dict]:
+        """The records of its batches."""
+        return [json.loads(path.read_text()) for path in sorted((self.root / "teacher/batches").glob("*.json"))]
+
+    @property
+    def submitted(self) -> list[int]:
+        """Requests of each batch that the server has."""
+        return [len(batch.requests) for batch in self.server.batches]
 
 
 def paid_usd(server, batch=False):
@@ -103,22 +147,33 @@ def scores(root):
     }
 
 
+def sidecar(folder):
+    return json.loads((Path(folder) / handoff.SIDECAR).read_text())
+
+
 def lines_of(path):
     """The entries of a spend log."""
     return [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
 
 
+def wait_until(condition, seconds=60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
 def client(*argv, script="haiku.py", patch="", env=None) -> subprocess.Popen:
     """The script in its own process, as a user runs it; `patch` is Python run before it (times, points of death)."""
-    code = (
-        "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        f"sys.argv = [{script!r}, *{[str(arg) for arg in argv]!r}]\n"
-        f"{patch}\n"
-        f"import {Path(script).stem} as room\n"
-        "from ares import cli\n"
-        "cli.run(room.main)\n"
-    )
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv = [{script!r}, *{[str(arg) for arg in argv]!r}]
+{patch}
+import {Path(script).stem} as script
+from ares import cli
+cli.run(script.main)
+"""
     environment = {**os.environ, "ANTHROPIC_API_KEY": KEY, **(env or {})}
     environment.pop("ANTHROPIC_BASE_URL", None)
     return subprocess.Popen(
@@ -126,12 +181,21 @@ def client(*argv, script="haiku.py", patch="", env=None) -> subprocess.Popen:
     )
 
 
-def batch_client(argv, log, environment) -> None:
-    """haiku.py in a forked process (target of multiprocessing), with short pauses; writes what it prints to `log`."""
+def forked(argv, log, patch=""):
+    """haiku.py in a process of its own, forked where the packages are imported; it prints to the file `log`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.teacher.teacher_tools", "anthropic"])
+    names = ("ANTHROPIC_API_KEY", "XDG_CACHE_HOME")
+    process = context.Process(target=_forked, args=(argv, log, patch, {name: os.environ[name] for name in names}))
+    process.start()
+    return process
+
+
+def _forked(argv, log, patch, environment) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     sys.argv = ["haiku.py", *argv]
-    batches.SETTLE_SECONDS, batches.BACKOFF, batches.MAX_COUNT = 0.2, 0.001, 4
+    exec("import os, signal\n" + patch, {})
     cli.run(lambda: haiku.main(argv))

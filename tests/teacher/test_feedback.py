@@ -20,7 +20,6 @@ from teacher.handoff import (
     DONE,
     EXPORTED,
     RATIONALE,
-    REPLY,
     Item,
     Refused,
     exported,
@@ -28,10 +27,8 @@ from teacher.handoff import (
     iter_items,
     mark_done,
     mark_exported,
-    progress_counts,
     question_dir,
     read_rationale,
-    stale_signal,
     wait_for_feedback,
     write_rationale,
 )  # fmt: skip
@@ -43,25 +40,32 @@ def export(questions: Path, action: int, rank: int, qid: str, *sentences: str) -
     return folder
 
 
-def test_layout_and_form(tmp_path):
+def answer(folder: Path) -> None:
+    (folder / handoff.REPLY).write_text('{"A.": 0.5, "B.": 1.0}')
+
+
+# -- files -----------------------------------------------------------------------------------------------
+
+
+def test_layout_and_form(tmp_path, fixtures):
     folder = export(tmp_path, 3, 1, "42", 'He said "3:4".', "Use {x}.")
     assert folder == tmp_path / "3" / "p1" / "42"
     assert (folder / RATIONALE).read_text() == '{\n"He said "3:4".": xxx,\n"Use {x}.": xxx\n}\n'
     for bad in ("", "..", "a/b", "../../etc"):
         with pytest.raises(UserError, match="cannot name a folder"):
             question_dir(tmp_path, 0, 0, bad)
-
-
-def test_form_is_the_released_one(fixtures, tmp_path):
-    cases = json.loads((fixtures / "scores_parse.json").read_text())["cases"]
-    forms = {case["rationale"] for case in cases} - {None}
-    for form in forms:
-        (tmp_path / RATIONALE).write_bytes(form.encode())
-        sentences = read_rationale(tmp_path)
+    forms = {case["rationale"] for case in json.loads((fixtures / "scores_parse.json").read_text())["cases"]} - {None}
+    for form in forms:  # of the released code
+        (folder / RATIONALE).write_bytes(form.encode())
+        sentences = read_rationale(folder)
         assert len(sentences) == form.count('": xxx')
-        write_rationale(tmp_path, sentences)
-        assert (tmp_path / RATIONALE).read_bytes() == form.encode()
+        write_rationale(folder, sentences)
+        assert (folder / RATIONALE).read_bytes() == form.encode()
     assert len(forms) >= 5
+    write_rationale(folder, ["one\ntwo.", "three\r\nfour."])
+    assert read_rationale(folder) == ["one two.", "three four."]  # one line each, the count unchanged
+    (folder / RATIONALE).write_bytes(b'\xef\xbb\xbf{\r\n"A.": xxx,\r\n"B.": xxx\r\n}')
+    assert read_rationale(folder) == ["A.", "B."]
 
 
 LINES = st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=30) | st.sampled_from(
@@ -69,25 +73,21 @@ LINES = st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=
 )
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("form")
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(LINES, max_size=5))
-def test_reader_inverts_writer(tmp_path_factory, sentences):
-    folder = tmp_path_factory.mktemp("form")
+def test_reader_inverts_writer(folder, sentences):
     write_rationale(folder, sentences)
     assert read_rationale(folder) == sentences
 
 
-def test_line_breaks_and_foreign_line_ends(tmp_path):
-    write_rationale(tmp_path, ["one\ntwo.", "three\r\nfour."])
-    assert read_rationale(tmp_path) == ["one two.", "three four."]  # one line each, the count unchanged
-    (tmp_path / RATIONALE).write_bytes(b'\xef\xbb\xbf{\r\n"A.": xxx,\r\n"B.": xxx\r\n}')
-    assert read_rationale(tmp_path) == ["A.", "B."]
-
-
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=80) | st.text('{}": x,\n', max_size=40).map(str.encode))
-def test_any_rationale_bytes(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("bytes")
+def test_any_rationale_bytes(folder, data):
     (folder / RATIONALE).write_bytes(data)
     try:
         assert all(isinstance(sentence, str) for sentence in read_rationale(folder))
@@ -101,12 +101,15 @@ def test_items_are_exact_and_in_order(tmp_path):
     # preprocessing_after_RL/ holds its scripts and the corrections; RL may be in the middle of a folder
     (tmp_path / "remove_sentence.py").touch()
     export(tmp_path / "correction", 0, 0, "5")
-    (tmp_path / "0" / "p0" / "11").mkdir()
+    for name in ("0/p0/11", "0/p0/9"):  # without a form, and beside one: what a kill leaves
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / ".tmp-1-1").write_text('{\n"A.')
     for stray in ("0/px/3", "0/q0/3", "00/p0/3", "0/p01/3", "0/p0x/3"):
         write_rationale(tmp_path / stray, ["A."])
     mark_done(tmp_path, 0)
     found = [(item.action, item.rank, item.qid) for item in iter_items(tmp_path)]
     assert found == [(0, 0, "9"), (0, 0, "10"), (0, 1, "8"), (0, 10, "7"), (2, 0, "abc"), (10, 0, "1")]
+    assert read_rationale(tmp_path / "0/p0/9") == ["A.", "B."]
     assert not iter_items(tmp_path, 1) and not iter_items(tmp_path / "absent")
     assert list(iter_items(tmp_path, 2)) == [Item(tmp_path, 2, 0, "abc")]
 
@@ -131,10 +134,7 @@ def test_signals(tmp_path):
     subprocess.run(["touch", tmp_path / "0" / DONE], check=True)  # the user's way
     assert is_done(tmp_path, 0)
     age(tmp_path / "0" / DONE, 60)  # brought in later by `cp -p` or rsync: still last round's
-    assert not is_done(tmp_path, 0) and stale_signal(tmp_path, 0)
-
-
-def test_signal_within_a_coarse_clock(tmp_path):
+    assert not is_done(tmp_path, 0) and handoff.stale_signal(tmp_path, 0)
     mark_exported(tmp_path)
     mark_done(tmp_path, 0)
     whole = int(os.stat(tmp_path / EXPORTED).st_mtime)
@@ -150,7 +150,7 @@ def test_signals_survive_the_copy_out_and_back(tmp_path):
     desk.mkdir()
     subprocess.run(f"cp -r {run}/* {desk}/", shell=True, check=True)
     assert exported(desk) and not is_done(desk, 0)
-    (question_dir(desk, 0, 0, "1") / REPLY).write_text("{}")
+    answer(question_dir(desk, 0, 0, "1"))
     mark_done(desk, 0)
     subprocess.run(f"cp -r {desk}/* {run}/", shell=True, check=True)
     age(run / EXPORTED, -60)  # a slow copy: the export's signal lands a minute after llm_done.txt
@@ -165,8 +165,7 @@ def test_signal_made_by_hand(tmp_path):
     mark_done(tmp_path, 0)
     assert is_done(tmp_path, 0)
     age(tmp_path / "0" / DONE, 60)
-    assert not is_done(tmp_path, 0)
-    for content in (b"finished", b"\xff\xfe", b"[]", b'{"exported_ns": "x"}'):
+    for content in (b"", b"finished", b"\xff\xfe", b"[]", b'{"exported_ns": "x"}'):
         (tmp_path / EXPORTED).write_bytes(content)
         assert not is_done(tmp_path, 0)
     (tmp_path / EXPORTED).write_text('{"exported_ns": 9000000000000000000}')  # later than the file itself
@@ -174,11 +173,29 @@ def test_signal_made_by_hand(tmp_path):
     assert is_done(tmp_path, 0)
 
 
+def test_the_export_signal_appears_whole_and_last(tmp_path, monkeypatch):
+    """Whoever waits for it copies the folder at once: nothing may come or go there then, and its time be there."""
+    seen, replace = [], os.replace
+
+    def watched(source, target):
+        replace(source, target)
+        seen.append(json.loads((tmp_path / EXPORTED).read_text() or "{}"))
+
+    monkeypatch.setattr(os, "replace", watched)
+    mark_exported(tmp_path)
+    assert len(seen) == 1 and seen[0]["exported_ns"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == [EXPORTED]
+
+
 # -- waiting ---------------------------------------------------------------------------------------------
 
 
-def answer(folder: Path) -> None:
-    (folder / REPLY).write_text('{"A.": 0.5, "B.": 1.0}')
+@pytest.fixture
+def folders(tmp_path):
+    """Three exported questions of one action."""
+    made = [export(tmp_path, 0, 0, str(qid)) for qid in range(3)]
+    mark_exported(tmp_path)
+    return made
 
 
 def waiter(*args, **kwargs) -> tuple[threading.Thread, list]:
@@ -188,22 +205,22 @@ def waiter(*args, **kwargs) -> tuple[threading.Thread, list]:
     return thread, result
 
 
-def test_progress_counts(tmp_path):
-    folders = [export(tmp_path, 0, 0, str(qid)) for qid in range(3)]
-    assert progress_counts(tmp_path, 0) == (0, 3) and progress_counts(tmp_path, 1) == (0, 0)
-    answer(folders[1])
-    (folders[2] / REPLY).touch()  # `cp` makes the file before it fills it
-    assert progress_counts(tmp_path, 0) == (1, 3)
-
-
-def test_waits_for_signals_and_replies(tmp_path, capfd):
-    folders = [export(tmp_path, k, 0, str(qid)) for k in range(2) for qid in range(2)]
-    mark_exported(tmp_path)
+def test_waits_for_signals_and_replies_and_says_which_signal_is_stale(tmp_path, folders, capfd):
+    folders.append(export(tmp_path, 1, 0, "3"))
+    mark_done(tmp_path, 0)
+    age(tmp_path / "0" / DONE, 60)
     thread, result = waiter(tmp_path, [0, 1], poll_seconds=0.05, settle_seconds=30)
-    for folder in folders:
+    assert handoff.progress_counts(tmp_path, 0) == (0, 3) and handoff.progress_counts(tmp_path, 2) == (0, 0)
+    (folders[2] / handoff.REPLY).touch()  # `cp` makes the file before it fills it
+    for folder in folders[:2]:
         answer(folder)
-    time.sleep(0.3)
-    assert thread.is_alive()  # all replies, but no signal yet
+    assert handoff.progress_counts(tmp_path, 0) == (2, 3)
+    for folder in folders[2:]:
+        answer(folder)
+    mark_done(tmp_path, 1)
+    time.sleep(0.4)
+    assert thread.is_alive()  # all replies, but one signal of two is of an earlier export
+    (tmp_path / "1" / DONE).unlink()
     mark_done(tmp_path, 0)
     time.sleep(0.2)
     assert thread.is_alive()
@@ -211,14 +228,13 @@ def test_waits_for_signals_and_replies(tmp_path, capfd):
     thread.join(5)
     assert result == [[]]
     out, err = capfd.readouterr()
-    assert "4 of 4 rationales answered" in out and f"touch {tmp_path}/1/{DONE}" in out
+    assert "older than the export" in out and "4 of 4 rationales answered" in out
+    assert f"touch {tmp_path}/1/{DONE}" in out
     assert "Waiting for the feedback" in err and "4/4" in err and "warning" not in err
 
 
-def test_a_signal_or_a_reply_restarts_the_settle_time(tmp_path, monkeypatch, capfd):
+def test_a_signal_or_a_reply_restarts_the_settle_time(tmp_path, folders, monkeypatch, capfd):
     """A slow copy by hand brings `llm_done.txt` before the replies. The clock moves with each sleep."""
-    folders = [export(tmp_path, 0, 0, str(qid)) for qid in range(3)]
-    mark_exported(tmp_path)
     answer(folders[0])
     sleeps, events = [], {5: lambda: mark_done(tmp_path, 0), 10: lambda: answer(folders[1])}
 
@@ -235,57 +251,19 @@ def test_a_signal_or_a_reply_restarts_the_settle_time(tmp_path, monkeypatch, cap
     assert "no new reply for 65 s" in err and "/0/p0/2" in err
 
 
-def test_stale_signal_is_ignored_and_said(tmp_path, capfd):
-    answer(export(tmp_path, 0, 0, "1"))
-    mark_exported(tmp_path)
-    mark_done(tmp_path, 0)
-    age(tmp_path / "0" / DONE, 60)
-    thread, result = waiter(tmp_path, [0], poll_seconds=0.05, settle_seconds=0.1)
-    time.sleep(0.4)
-    assert thread.is_alive() and "older than the export" in capfd.readouterr().out
-    mark_done(tmp_path, 0)
-    thread.join(5)
-    assert result == [[]]
-
-
-def test_waiting_does_not_spin(tmp_path, monkeypatch):
+def test_waiting_does_not_spin(tmp_path, folders, monkeypatch):
     """The disk is looked at once per poll, and answered questions are not looked at again."""
-    for qid in range(50):
-        answer(export(tmp_path, 0, 0, str(qid)))
-    export(tmp_path, 0, 0, "99")
-    mark_exported(tmp_path)
-    looks, sleeps = [], []
-    real = handoff.has_reply
+    for folder in folders[:2]:
+        answer(folder)
+    looks, sleeps, real = [], [], handoff.has_reply
     monkeypatch.setattr(handoff, "has_reply", lambda folder: looks.append(folder) or real(folder))
 
     def sleep(seconds):
         sleeps.append(seconds)
         if len(sleeps) == 5:
-            answer(question_dir(tmp_path, 0, 0, "99"))
+            answer(folders[2])
             mark_done(tmp_path, 0)
 
     monkeypatch.setattr(handoff.time, "sleep", sleep)
     assert wait_for_feedback(tmp_path, [0], poll_seconds=10, settle_seconds=60) == []
-    assert sleeps == [10] * 5 and len(looks) == 51 + 5
-
-
-def test_killed_writer_leaves_no_half_form(tmp_path):
-    folder = export(tmp_path, 0, 0, "1")
-    for item in (folder, question_dir(tmp_path, 0, 0, "2")):
-        item.mkdir(exist_ok=True)
-        (item / ".tmp-1-1").write_text('{\n"A.')  # what a kill leaves
-    assert iter_items(tmp_path) == [Item(tmp_path, 0, 0, "1")] and read_rationale(folder) == ["A.", "B."]
-
-
-def test_the_export_signal_appears_whole_and_last(tmp_path, monkeypatch):
-    """Whoever waits for it copies the folder at once: nothing may come or go there then, and its time be there."""
-    seen, replace = [], os.replace
-
-    def watched(source, target):
-        replace(source, target)
-        seen.append(json.loads((tmp_path / handoff.EXPORTED).read_text() or "{}"))
-
-    monkeypatch.setattr(os, "replace", watched)
-    handoff.mark_exported(tmp_path)
-    assert len(seen) == 1 and seen[0]["exported_ns"] > 0
-    assert [path.name for path in tmp_path.iterdir()] == [handoff.EXPORTED]
+    assert sleeps == [10] * 5 and len(looks) == 3 + 5

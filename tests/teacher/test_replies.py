@@ -8,50 +8,41 @@ import os
 import re
 import time
 import tracemalloc
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ares.sentences import is_finished, remove_repeats, sentence_columns, split_text
+from teacher import reply_files
 from teacher.corrections import parse_correction
 from teacher.handoff import RATIONALE, REASON, REFUSED_REPLY, REPLY, SCORES, SIDECAR
 from teacher.interface import CORRECT, JUDGE, SCORE
 from teacher.parsing import LONGEST, Refused, Verdict, parse_scores, parse_verdict
 from teacher.reference import correct_rationale, score_sentences
-from teacher.reply_files import (
-    is_answered,
-    read_reply,
-    read_scores,
-    read_sidecar,
-    reading,
-    reason_of,
-    set_cut_reply_aside,
-    write_reply,
-)  # fmt: skip
+from teacher.reply_files import is_answered, read_reply, read_scores, reading
 from utils_evaluate import extract_answer
 
 # Cases of fixtures/scores_parse.json where the released parser is no guide, with the right verdict and why.
 ACCEPT = {
-    "text_with_brace_colon_before": ([0.8, 0.5, 1.0], "braces in the text around the object are text"),
-    "score_quoted": ([0.8, 0.5, 1.0], "a quoted number is a number"),
-    "comma_space": ([0.8, 0.5, 1.0], "a blank after the comma means nothing"),
-    "single_line_json_3": ([0.8, 0.5, 1.0], "JSON may stand on one line"),
-    "single_line_json_1_comma": ([0.9], "a trailing comma"),
-    "value_comma_brace": ([0.9], "a trailing comma"),
-    "brace_in_sentence": ([0.3, 0.7], "braces inside a sentence belong to it"),
-    "close_brace_in_sentence": ([0.3, 0.7], "braces inside a sentence belong to it"),
-    "nested_object": ([0.8, 0.5, 1.0], "a wrapper object around the answer"),
-    "array_json": ([0.8, 0.5, 1.0], "a bare array of the right length (SPEC 7)"),
-    "reordered": ([0.8, 0.5, 1.0], "all sentences in another order are mapped by text (SPEC 7)"),
-    "value_neg_zero": ([0.0], "-0.0 is 0 (SPEC 7)"),
-}
+    "text_with_brace_colon_before": [0.8, 0.5, 1.0],  # braces in the text around the object are text
+    "score_quoted": [0.8, 0.5, 1.0],  # a quoted number is a number
+    "comma_space": [0.8, 0.5, 1.0],  # a blank after the comma means nothing
+    "single_line_json_3": [0.8, 0.5, 1.0],  # JSON may stand on one line
+    "single_line_json_1_comma": [0.9], "value_comma_brace": [0.9],  # a trailing comma
+    "brace_in_sentence": [0.3, 0.7], "close_brace_in_sentence": [0.3, 0.7],  # braces inside a sentence belong to it
+    "nested_object": [0.8, 0.5, 1.0],  # a wrapper object around the answer
+    "array_json": [0.8, 0.5, 1.0],  # a bare array of the right length
+    "reordered": [0.8, 0.5, 1.0],  # all sentences in another order are mapped by text
+    "value_neg_zero": [0.0],  # -0.0 is 0
+}  # fmt: skip
 REFUSE = {
-    "score_nan": ("not_a_number", "nan compares false with both bounds and slipped through the range test"),
-    "score_underscore": ("not_a_number", "0_0 is Python's spelling, no score"),
-    "score_fullwidth": ("not_a_number", "Python's float takes full-width digits"),
-    "different_sentence_text": ("ambiguous", "keys that name no sentence; the released parser went by position"),
-    "missing_rationale": ("no_rationale", "nothing to score; the released parser returned without a word"),
+    "score_nan": "not_a_number",  # nan compares false with both bounds and slipped through the range test
+    "score_underscore": "not_a_number",  # 0_0 is Python's spelling, no score
+    "score_fullwidth": "not_a_number",  # Python's float takes full-width digits
+    "different_sentence_text": "ambiguous",  # keys that name no sentence; the released parser went by position
+    "missing_rationale": "no_rationale",  # nothing to score; the released parser returned without a word
 }
 REASONS = {  # both refuse: ours says why
     "xxx_all": "placeholder", "xxx_last": "placeholder", "xxx_middle": "placeholder", "xxx_first": "placeholder",
@@ -64,84 +55,92 @@ REASONS = {  # both refuse: ours says why
 }  # fmt: skip
 
 
+def outcome(parse, *args):
+    """What a parser reads, or the reason of its refusal."""
+    try:
+        return parse(*args)
+    except Refused as refused:
+        assert re.fullmatch(r"[a-z_]+", refused.reason)
+        return refused.reason
+
+
 def test_cases_of_the_released_parser(fixtures, tmp_path):
-    cases = json.loads((fixtures / "scores_parse.json").read_text())["cases"]
-    same, refused = 0, 0
+    cases, counts = json.loads((fixtures / "scores_parse.json").read_text())["cases"], Counter()
     for number, case in enumerate(cases):
-        folder = tmp_path / str(number)
+        name, folder = case["name"], tmp_path / str(number)
         folder.mkdir()
-        for name, text in ((RATIONALE, case["rationale"]), (REPLY, case["output"])):
+        for file, text in ((RATIONALE, case["rationale"]), (REPLY, case["output"])):
             if text is not None:
-                (folder / name).write_bytes(text.encode())
-        name = case["name"]
-        if name in REFUSE or (case["scores"] is None and name not in ACCEPT):
-            with pytest.raises(Refused) as error:
-                read_scores(folder)
-            expected = REFUSE[name][0] if name in REFUSE else REASONS.get(name, error.value.reason)
-            assert error.value.reason == expected, (name, str(error.value))
-            assert (folder / REASON).read_text().startswith(error.value.reason) and not (folder / SCORES).exists()
-            refused += 1
-            continue
-        expected = ACCEPT[name][0] if name in ACCEPT else case["scores_float"]
-        assert read_scores(folder) == expected, name
-        assert str(read_scores(folder)[0])[0] != "-"
-        assert [float(line) for line in (folder / SCORES).read_text().splitlines()] == expected
-        assert not (folder / REASON).exists()
-        same += name not in ACCEPT
-    names = {case["name"] for case in cases}
-    assert names >= ACCEPT.keys() | REFUSE.keys() | REASONS.keys()
-    assert (len(cases), same, len(ACCEPT), refused) == (81, 32, 12, 37)
+                (folder / file).write_bytes(text.encode())
+        found = outcome(read_scores, folder)
+        refused = isinstance(found, str)
+        assert refused == (name in REFUSE or (case["scores"] is None and name not in ACCEPT)), name
+        released = case["scores_float"] if not refused else REASONS.get(name, found)
+        assert found == (ACCEPT | REFUSE).get(name, released), name
+        assert (folder / REASON).exists() == refused != (folder / SCORES).exists()
+        if refused:
+            assert (folder / REASON).read_text().startswith(found)
+        else:
+            assert str(found[0])[0] != "-"
+            assert [float(line) for line in (folder / SCORES).read_text().splitlines()] == found
+        counts["refused" if refused else "accepted" if name in ACCEPT else "same"] += 1
+    assert {case["name"] for case in cases} >= ACCEPT.keys() | REFUSE.keys() | REASONS.keys()
+    assert len(cases) == 81 and counts == {"same": 32, "accepted": 12, "refused": 37}
 
 
-def test_files_that_hold_the_result_already_are_not_written_again(tmp_path):
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / RATIONALE).write_text('{\n"A.": xxx\n}\n')
+    return tmp_path
+
+
+def test_files_that_hold_the_result_already_are_not_written_again(folder):
     """A round has 50,904 of them, and RL reads them all after the Teacher's client did."""
-    (tmp_path / RATIONALE).write_text('{\n"A.": xxx,\n"B.": xxx\n}\n')
-    for reply, result in (('{"A.": 1, "B.": 0}', SCORES), ("no scores", REASON)):
-        (tmp_path / REPLY).write_text(reply)
+    for reply, result in (('{"A.": 1}', SCORES), ("no scores", REASON)):
+        (folder / REPLY).write_text(reply)
         inodes = set()
         for _ in range(2):
             with contextlib.suppress(Refused):
-                assert read_scores(tmp_path) == [1.0, 0.0]
-            inodes.add((tmp_path / result).stat().st_ino)
+                assert read_scores(folder) == [1.0]
+            inodes.add((folder / result).stat().st_ino)
         assert len(inodes) == 1
-    (tmp_path / SCORES).symlink_to(tmp_path / "elsewhere")  # a link there is replaced, never written through
-    (tmp_path / "elsewhere").write_text("1.0\n0.0\n")
-    (tmp_path / REPLY).write_text('{"A.": 1, "B.": 0}')
-    read_scores(tmp_path)
-    assert not (tmp_path / SCORES).is_symlink() and (tmp_path / SCORES).read_text() == "1.0\n0.0\n"
+    (folder / SCORES).symlink_to(folder / "elsewhere")  # a link there is replaced, never written through
+    (folder / "elsewhere").write_text("1.0\n")
+    (folder / REPLY).write_text('{"A.": 1}')
+    read_scores(folder)
+    assert not (folder / SCORES).is_symlink() and (folder / SCORES).read_text() == "1.0\n"
 
 
-def test_the_clients_reason_stays_while_there_is_no_reply(tmp_path):
-    (tmp_path / RATIONALE).write_text('{\n"A.": xxx\n}\n')
-    (tmp_path / SCORES).write_text("0.5\n")
-    (tmp_path / REASON).write_text("api_400: too odd\n")
+def test_reason_and_scores_replace_each_other(folder):
+    (folder / SCORES).write_text("0.5\n")
+    (folder / REASON).write_text("api_400: too odd\n")
     with pytest.raises(Refused, match="no_reply"):
-        read_scores(tmp_path)
-    assert (tmp_path / REASON).read_text() == "api_400: too odd\n" and not (tmp_path / SCORES).exists()
+        read_scores(folder)  # the client's reason stays while there is no reply
+    assert (folder / REASON).read_text() == "api_400: too odd\n" and not (folder / SCORES).exists()
+    for reply, reason in ((b'{"A.": 2}', "out_of_range"), (b'{"A.": 0.2}', None), (b"\xff\xfe\x00", "no_json")):
+        (folder / REPLY).write_bytes(reply)
+        with pytest.raises(Refused, match=reason) if reason else contextlib.nullcontext():
+            assert read_scores(folder) == [0.2]
+        assert (folder / REASON).exists() == bool(reason) != (folder / SCORES).exists()
+        assert reason or (folder / SCORES).read_text() == "0.2\n"
 
 
-def test_when_an_item_needs_no_asking_again(tmp_path):
-    (tmp_path / RATIONALE).write_text('{\n"A.": xxx\n}\n')
-    assert not is_answered(SCORE, tmp_path)
-    (tmp_path / REPLY).write_text('{"A.": 0.2}')
-    assert is_answered(SCORE, tmp_path) and (tmp_path / SCORES).read_text() == "0.2\n"
-    (tmp_path / REPLY).write_text("I would rather not.")
-    os.utime(tmp_path / SCORES, (1, 1))  # scores of an older reply say nothing of this one
-    assert not is_answered(SCORE, tmp_path)
-    (tmp_path / SCORES).touch()  # nor does an empty file
-    assert not is_answered(SCORE, tmp_path)
-    for reply, answered in (
-        ("{final rationale: unchanged}", True),
-        ("{final rationale: A b.}", True),
-        ("A b.", False),
-    ):
-        (tmp_path / REPLY).write_text(reply)
-        assert is_answered(CORRECT, tmp_path) == answered, reply
-        refused = reading(CORRECT, reply, ["A."])
-        assert (refused is None) == answered
+def test_when_an_item_needs_no_asking_again(folder):
+    assert not is_answered(SCORE, folder)
+    (folder / REPLY).write_text('{"A.": 0.2}')
+    assert is_answered(SCORE, folder) and (folder / SCORES).read_text() == "0.2\n"
+    (folder / REPLY).write_text("I would rather not.")
+    os.utime(folder / SCORES, (1, 1))  # scores of an older reply say nothing of this one
+    assert not is_answered(SCORE, folder)
+    (folder / SCORES).touch()  # nor does an empty file
+    assert not is_answered(SCORE, folder)
+    corrections = {"{final rationale: unchanged}": True, "{final rationale: A b.}": True, "A b.": False}
+    for reply, answered in corrections.items():
+        (folder / REPLY).write_text(reply)
+        assert is_answered(CORRECT, folder) == (reading(CORRECT, reply, ["A."]) is None) == answered, reply
     assert reading(SCORE, '{"A.": 0.2}', ["A."]) == [0.2] and reading(SCORE, "?", ["A."]).reason == "no_json"
-    (tmp_path / REPLY).write_text('{"verdict": "2"}')
-    assert is_answered(JUDGE, tmp_path) and read_reply(JUDGE, tmp_path) == "2" and reading(JUDGE, "?", ()) is not None
+    (folder / REPLY).write_text('{"verdict": "2"}')
+    assert is_answered(JUDGE, folder) and read_reply(JUDGE, folder) == "2" and reading(JUDGE, "?", ()) is not None
 
 
 def test_a_reply_is_flushed_to_disk_after_its_sidecar(tmp_path, monkeypatch):
@@ -150,26 +149,12 @@ def test_a_reply_is_flushed_to_disk_after_its_sidecar(tmp_path, monkeypatch):
     events, replace, fsync = [], os.replace, os.fsync
     monkeypatch.setattr(os, "replace", lambda source, to: replace(source, to) or events.append(os.path.basename(to)))
     monkeypatch.setattr(os, "fsync", lambda file: fsync(file) or events.append("flush"))
-    write_reply(tmp_path, "{}", {"model": "m"}, [0.5])
+    reply_files.write_reply(tmp_path, "{}", {"model": "m"}, [0.5])
     assert events == [SIDECAR, "flush", REPLY, SCORES] and not (tmp_path / REASON).exists()
-    assert read_sidecar(tmp_path) == {"model": "m"}
-    set_cut_reply_aside(tmp_path, "{", "max_tokens")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([REASON, SIDECAR, REFUSED_REPLY])
-    assert reason_of(tmp_path) == "max_tokens"
-
-
-def test_reason_and_scores_replace_each_other(tmp_path):
-    (tmp_path / RATIONALE).write_text('{\n"A.": xxx\n}\n')
-    (tmp_path / REPLY).write_text('{"A.": 2}')
-    with pytest.raises(Refused, match="out_of_range"):
-        read_scores(tmp_path)
-    (tmp_path / REPLY).write_text('{"A.": 0.2}')
-    assert read_scores(tmp_path) == [0.2]
-    assert not (tmp_path / REASON).exists() and (tmp_path / SCORES).read_text() == "0.2\n"
-    (tmp_path / REPLY).write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(Refused, match="no_json"):
-        read_scores(tmp_path)
-    assert (tmp_path / REASON).exists() and not (tmp_path / SCORES).exists()
+    assert reply_files.read_sidecar(tmp_path) == {"model": "m"}
+    reply_files.set_cut_reply_aside(tmp_path, "{", "max_tokens")
+    assert {path.name for path in tmp_path.iterdir()} == {REASON, SIDECAR, REFUSED_REPLY}
+    assert reply_files.reason_of(tmp_path) == "max_tokens"
 
 
 THREE = ["The ice melts.", "It is a change of state.", "So, the answer is B."]
@@ -178,126 +163,108 @@ SCORED = [0.1, 0.2, 0.3]
 ESCAPED = ["The été is hot.", 'He said "no".', r"It is \frac{1}{2} of x."]
 
 
+A, AB, ABC, THE_AB = ["A."], ["A.", "B."], ["A.", "B.", "C."], ["The A.", "The B."]
+HOT, WATER = ["Is it hot?", "Is it hot."], ["The ice melts.", "The water is hot."]
+READINGS = [  # sentences, scores or the reason of a refusal, replies
+    (AB, [0.1, 0.2], ['{"scores": [0.1, 0.2]}', "[0.1, 0.2]\n",
+                      'Sure!\n```json\n{\n  "scores": [\n    0.1,\n    "0.2",\n  ]\n}\n```']),
+    (AB, "wrong_count", ["[0.1, 0.2, 0.3]", '{"scale": [0.0, 1.0]}']),
+    (AB, "ambiguous", ["[0.1, 0.2]\n[0.1, 0.3]"]),
+    (AB, "not_a_number", ["[0.1, nan]"]),
+    (A, "no_json", ["As said in [1], nothing fits.", "[" * 100_000]),
+    # repeats: one score each, in their order; a JSON parser would keep the last only
+    (["A.", "B.", "A."], [0.7, 0.5, 0.0], ['{"A.": 0.7, "B.": 0.5, "A.": 0.0}']),
+    (["A.", "B.", "A."], "ambiguous", ['{"B.": 0.5, "A.": 0.7, "A.": 0.0}']),
+    (["A.", "B.", "A."], [0.7, 0.5, 0.7], ['{"B.": 0.5, "A.": 0.7, "A.": 0.7}']),
+    (AB, "ambiguous", ['{"A.": 0.1, "A.": 0.1}']),  # one sentence twice is not both
+    # the same answer twice is one answer; a form left empty beside the filled one is none
+    (A, [0.7], ['{"A.": 0.7}\nThat is:\n{"A.": 0.7}', 'Form: {"A.": xxx}\nFilled: {"A.": 0.7}']),
+    (AB, [0.7, 0.1], ['Like {"sentence": 0.5}: {"A.": 0.7, "B.": 0.1}']),
+    # a sentence that begins like another
+    (["X", "a", 'a": 0.5, "b'], [0.3, 0.1, 0.9], ['{"a": 0.5, "b": 0.9, "a": 0.1, "X": 0.3}']),
+    # reworded sentences are nobody's
+    (AB, "ambiguous", ['{"The A!": 0.7, "The B!": 0.1}', '{"B.": 0.7, "The A!": 0.1}']),
+    # another order is seen through lost full stops, other case and added numbers
+    (["The A.", "The B.", "E."], [0.1, 0.7, 0.3], ['{"the b": 0.7, "The A!": 0.1, "E.": 0.3}']),
+    (THE_AB, [0.1, 0.7], ['{"1. The B.": 0.7, "2. The A.": 0.1}', '{"2": 0.7, "1": 0.1}']),
+    (THE_AB, [0.7, 0.1], ['{"1": 0.7, "2": 0.1}']),
+    (THE_AB, "ambiguous", ['{"the b": 0.7, "Reworded.": 0.1}']),
+    (THE_AB, "wrong_count", ['{"The A.": 0.7, "Overall": 0.1}']),
+    (["S.", "y"], "not_a_number", ['{"S.": 0.1, "x": high, "y": 0.2}']),
+    (["S.", "T.", "U."], "not_a_number", ['{"reworded": 0.1, "b": high, "c": 0.2, "d": 0.3}']),
+    # values
+    (A, [0.5], ['{"A.": {"score": 0.5}}', b"\xef\xbb\xbf{\"A.\": 0.5}"]),
+    (AB, "no_json", ['{"A.": 0.5, "B.": }']),
+    (A, "wrong_count", ['{"A.": 0.5 or 0.6}']),
+    (AB, [0.5, 1.0], ['{"A.": .5, "B.": 1.}']),
+    (A, "out_of_range", ['{"A.": 1e999}']),
+    (A, "placeholder", ['{"A.": "xxx"}']),
+    (A, "no_reply", [None]),
+    # a score of the whole, or of something else, is no sentence's
+    (ABC, "wrong_count", [
+        '{"A.": 0.9, "B.": 0.8, "overall_score": 0.2}', '{"A.": 0.9, "B.": 0.8, "Overall": 0.2}',
+        '{"A.": 0.9, "B.": 0.8, "average score": 0.2}', '{"A.": 0.9, "B.": 0.8, "confidence": 0.2}',
+        '{"confidence": 0.9, "A.": 0.8, "B.": 0.7}', '{"A.": 0.9, "B.": 0.8, "C.": 0.7, "overall": 0.2}']),
+    (ABC, "ambiguous", ['{"A.": 0.9, "B.": 0.8, "final": 0.2}']),
+    (A, "ambiguous", ['{"score": 0.9}']),
+    (AB, "ambiguous", ['{"temperature": 0.9, "top_p": 0.8}']),
+    # numbers name sentences, in any order and from 0; other sets of numbers do not
+    (THREE, SCORED, [
+        '{"3": 0.3, "1": 0.1, "2": 0.2}', '{"3.": 0.3, "1.": 0.1, "2.": 0.2}', '{"s3": 0.3, "S2": 0.2, "s1": 0.1}',
+        '{"Sentence 2": 0.2, "Sentence 1": 0.1, "Sentence 3": 0.3}', '{"#3": 0.3, "(2)": 0.2, "no. 1": 0.1}',
+        '{"sentence_2": 0.2, "sentence_3": 0.3, "sentence_1": 0.1}', '{"2": 0.3, "0": 0.1, "1": 0.2}']),
+    (THREE, "ambiguous", [
+        '{"1": 0.3, "2": 0.1, "4": 0.2}', '{"1": 0.3, "2": 0.1, "2": 0.2}', '{"-1": 0.3, "2": 0.1, "3": 0.2}',
+        '{"2": 0.3, "3": 0.1, "4": 0.2}', '{"Option 1": 0.3, "Option 2": 0.1, "Option 3": 0.2}',
+        f'{{"1": 0.3, "2": 0.1, "{T3}": 0.2}}', '{"A": 0.3, "B": 0.1, "C": 0.2}']),  # the options' letters
+    (["2.", "1."], "ambiguous", ['{"2": 0.7, "1": 0.1}']),  # by text or by number?
+    # case, blanks, quotes, ends, numbering, an ellipsis
+    (THREE, SCORED, [
+        '{"so the answer is b": 0.3, "THE ICE MELTS": 0.1, "It  is a change of state!": 0.2}',
+        '{"\\"So, the answer is B.\\"": 0.3, "`The ice melts.`": 0.1, "**It is a change of state**": 0.2}',
+        '{"So, the...": 0.3, "The ice ...": 0.1, "It is a ch…": 0.2}',
+        '{"So, ... is B.": 0.3, "The ice melts.": 0.1, "It is … of state.": 0.2}',
+        '{"Sentence 2: It is a change of state.": 0.2, "(3) So, the answer is B.": 0.3, "1) The ice melts.": 0.1}']),
+    (THREE, "ambiguous", ['{"so is b": 0.3, "THE ICE MELTS": 0.1, "It is a change of state": 0.2}']),
+    (WATER, "ambiguous", ['{"The ...": 0.3, "The water is hot.": 0.1}', '{"The ...": 0.3, "Water...": 0.1}']),
+    (["The ice melts.", "It is hot."], "ambiguous", ['{"...": 0.3, "It ...": 0.1}']),
+    (["1. Walk.", "2. Ride a bus."], [0.1, 0.2], ['{"Walk.": 0.1, "Ride a bus.": 0.2}']),
+    (["1. Walk.", "2. Walk."], [0.1, 0.2], ['{"2. walk": 0.2, "1. walk": 0.1}']),
+    (["x is > 2.", "x is < 2."], [0.1, 0.2], ['{"x is < 2": 0.2, "X is > 2": 0.1}']),
+    (HOT, "ambiguous", ['{"is it hot": 0.2, "It is.": 0.1}', '{"IS IT HOT": 0.2, "Is it hot?": 0.1}',
+                        '{"It is hot.": 0.2, "Is it hot!": 0.1}']),
+    # JSON's escapes in keys, LaTeX raw and escaped
+    (ESCAPED, SCORED, [
+        '{"He said \\"no\\".": 0.2, "The \\u00e9t\\u00e9 is hot": 0.1, "It is \\\\frac{1}{2} of x.": 0.3}',
+        '{"He said \u201cno\u201d.": 0.2, "the été is hot": 0.1, "It is \\frac{1}{2} of x": 0.3}']),
+    # one object per sentence
+    (THREE, SCORED, [
+        f'{{"{T2}": {{"score": 0.2}}, "{T1}": {{"score": 0.1}}, "{T3}": {{"score": "0.3"}}}}',
+        f'{{"{T1[:-1]}": {{"score": 0.1}}, "{T2}": {{"score": 0.2}}, "{T3}": {{"rating": 0.3}}}}']),
+    # an array that is quoted, not the reply's own
+    (AB, "no_json", [
+        "I cannot score these sentences on the scale [0.0, 1.0].", "I can't rate these. The scale is:\n[0.0, 1.0]\n",
+        "I'm sorry, scores lie in `[0.0, 1.0]`, but I have none.",
+        "Scores lie in\n```\n[0.0, 1.0]\n```\nbut nothing is there.",
+        "Unable to answer; an example would be\n[0.3, 0.8]"]),
+    (THREE, "no_json", ["Allowed: [0.0, 0.5, 1.0]\nNothing to score."]),
+    (A, "no_json", ["As said in\n[1]\nit is so."]),
+    (AB, [0.0, 1.0], ["[0.0, 1.0]", "```json\n[0.0, 1.0]\n```", 'Scores:\n{"scores": [0.0, 1.0]}']),
+    (AB, [0.3, 0.8], ["Scores: [0.3, 0.8]"]),
+    # an answer that quotes the sentences and one by number, which may differ
+    (AB, "ambiguous", ['{"A.": 0.7, "B.": 0.1}\n{"1": 0.7, "2": 0.2}']),
+    (AB, [0.7, 0.1], ['{"A.": 0.7, "B.": 0.1}\n{"1": 0.7, "2": 0.1}']),
+    (A, [0.7], ['{"A.": 0.7}' + " " * (2 * LONGEST)]),
+    (A, "too_long", ['{"A.": 0.7}' + "x" * LONGEST]),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "reply, sentences, expected",
-    [
-        ('{"scores": [0.1, 0.2]}', ["A.", "B."], [0.1, 0.2]),
-        ('Sure!\n```json\n{\n  "scores": [\n    0.1,\n    "0.2",\n  ]\n}\n```', ["A.", "B."], [0.1, 0.2]),
-        ("[0.1, 0.2]\n", ["A.", "B."], [0.1, 0.2]),
-        ("[0.1, 0.2, 0.3]", ["A.", "B."], "wrong_count"),
-        ("[0.1, 0.2]\n[0.1, 0.3]", ["A.", "B."], "ambiguous"),
-        ("As said in [1], nothing fits.", ["A."], "no_json"),
-        ("[0.1, nan]", ["A.", "B."], "not_a_number"),
-        ("[" * 100_000, ["A."], "no_json"),
-        # repeats: one score each, in their order; a JSON parser would keep the last only
-        ('{"A.": 0.7, "B.": 0.5, "A.": 0.0}', ["A.", "B.", "A."], [0.7, 0.5, 0.0]),
-        ('{"B.": 0.5, "A.": 0.7, "A.": 0.0}', ["A.", "B.", "A."], "ambiguous"),
-        ('{"B.": 0.5, "A.": 0.7, "A.": 0.7}', ["A.", "B.", "A."], [0.7, 0.5, 0.7]),
-        # the same answer twice is one answer; a form left empty beside the filled one is none
-        ('{"A.": 0.7}\nThat is:\n{"A.": 0.7}', ["A."], [0.7]),
-        ('Form: {"A.": xxx}\nFilled: {"A.": 0.7}', ["A."], [0.7]),
-        ('Like {"sentence": 0.5}: {"A.": 0.7, "B.": 0.1}', ["A.", "B."], [0.7, 0.1]),
-        # a sentence that begins like another
-        ('{"a": 0.5, "b": 0.9, "a": 0.1, "X": 0.3}', ["X", "a", 'a": 0.5, "b'], [0.3, 0.1, 0.9]),
-        ('{"A.": 0.1, "A.": 0.1}', ["A.", "B."], "ambiguous"),  # one sentence twice is not both
-        # reworded sentences are nobody's
-        ('{"The A!": 0.7, "The B!": 0.1}', ["A.", "B."], "ambiguous"),
-        ('{"B.": 0.7, "The A!": 0.1}', ["A.", "B."], "ambiguous"),
-        # another order is seen through lost full stops, other case and added numbers
-        ('{"the b": 0.7, "The A!": 0.1, "E.": 0.3}', ["The A.", "The B.", "E."], [0.1, 0.7, 0.3]),
-        ('{"1. The B.": 0.7, "2. The A.": 0.1}', ["The A.", "The B."], [0.1, 0.7]),
-        ('{"the b": 0.7, "Reworded.": 0.1}', ["The A.", "The B."], "ambiguous"),
-        ('{"2": 0.7, "1": 0.1}', ["The A.", "The B."], [0.1, 0.7]),
-        ('{"1": 0.7, "2": 0.1}', ["The A.", "The B."], [0.7, 0.1]),
-        ('{"The A.": 0.7, "Overall": 0.1}', ["The A.", "The B."], "wrong_count"),
-        ('{"S.": 0.1, "x": high, "y": 0.2}', ["S.", "y"], "not_a_number"),
-        ('{"reworded": 0.1, "b": high, "c": 0.2, "d": 0.3}', ["S.", "T.", "U."], "not_a_number"),
-        ('{"A.": {"score": 0.5}}', ["A."], [0.5]),
-        ('{"A.": 0.5, "B.": }', ["A.", "B."], "no_json"),
-        ('{"A.": 0.5 or 0.6}', ["A."], "wrong_count"),
-        ('{"A.": .5, "B.": 1.}', ["A.", "B."], [0.5, 1.0]),
-        ('{"A.": 1e999}', ["A."], "out_of_range"),
-        ('{"A.": "xxx"}', ["A."], "placeholder"),
-        (None, ["A."], "no_reply"),
-        (b"\xef\xbb\xbf{\"A.\": 0.5}", ["A."], [0.5]),
-        # a score of the whole, or of something else, is no sentence's
-        ('{"A.": 0.9, "B.": 0.8, "overall_score": 0.2}', ["A.", "B.", "C."], "wrong_count"),
-        ('{"A.": 0.9, "B.": 0.8, "Overall": 0.2}', ["A.", "B.", "C."], "wrong_count"),
-        ('{"A.": 0.9, "B.": 0.8, "average score": 0.2}', ["A.", "B.", "C."], "wrong_count"),
-        ('{"A.": 0.9, "B.": 0.8, "final": 0.2}', ["A.", "B.", "C."], "ambiguous"),
-        ('{"A.": 0.9, "B.": 0.8, "confidence": 0.2}', ["A.", "B.", "C."], "wrong_count"),
-        ('{"confidence": 0.9, "A.": 0.8, "B.": 0.7}', ["A.", "B.", "C."], "wrong_count"),
-        ('{"A.": 0.9, "B.": 0.8, "C.": 0.7, "overall": 0.2}', ["A.", "B.", "C."], "wrong_count"),
-        ('{"score": 0.9}', ["A."], "ambiguous"),
-        ('{"temperature": 0.9, "top_p": 0.8}', ["A.", "B."], "ambiguous"),
-        # numbers name sentences, in any order; other sets of numbers do not
-        ('{"3": 0.3, "1": 0.1, "2": 0.2}', THREE, SCORED),
-        ('{"3.": 0.3, "1.": 0.1, "2.": 0.2}', THREE, SCORED),
-        ('{"Sentence 2": 0.2, "Sentence 1": 0.1, "Sentence 3": 0.3}', THREE, SCORED),
-        ('{"sentence_2": 0.2, "sentence_3": 0.3, "sentence_1": 0.1}', THREE, SCORED),
-        ('{"s3": 0.3, "S2": 0.2, "s1": 0.1}', THREE, SCORED),
-        ('{"#3": 0.3, "(2)": 0.2, "no. 1": 0.1}', THREE, SCORED),
-        ('{"2": 0.3, "0": 0.1, "1": 0.2}', THREE, SCORED),  # from 0
-        ('{"1": 0.3, "2": 0.1, "4": 0.2}', THREE, "ambiguous"),
-        ('{"1": 0.3, "2": 0.1, "2": 0.2}', THREE, "ambiguous"),
-        ('{"-1": 0.3, "2": 0.1, "3": 0.2}', THREE, "ambiguous"),
-        ('{"2": 0.3, "3": 0.1, "4": 0.2}', THREE, "ambiguous"),
-        ('{"Option 1": 0.3, "Option 2": 0.1, "Option 3": 0.2}', THREE, "ambiguous"),
-        (f'{{"1": 0.3, "2": 0.1, "{T3}": 0.2}}', THREE, "ambiguous"),
-        ('{"2": 0.7, "1": 0.1}', ["2.", "1."], "ambiguous"),  # by text or by number?
-        ('{"A": 0.3, "B": 0.1, "C": 0.2}', THREE, "ambiguous"),  # the options' letters
-        # case, blanks, quotes, ends, numbering, an ellipsis
-        ('{"so is b": 0.3, "THE ICE MELTS": 0.1, "It is a change of state": 0.2}', THREE, "ambiguous"),
-        ('{"so the answer is b": 0.3, "THE ICE MELTS": 0.1, "It  is a change of state!": 0.2}', THREE, SCORED),
-        ('{"\\"So, the answer is B.\\"": 0.3, "`The ice melts.`": 0.1, "**It is a change of state**": 0.2}', THREE,
-         SCORED),
-        ('{"So, the...": 0.3, "The ice ...": 0.1, "It is a ch…": 0.2}', THREE, SCORED),
-        ('{"So, ... is B.": 0.3, "The ice melts.": 0.1, "It is … of state.": 0.2}', THREE, SCORED),
-        ('{"The ...": 0.3, "The water is hot.": 0.1}', ["The ice melts.", "The water is hot."], "ambiguous"),
-        ('{"The ...": 0.3, "Water...": 0.1}', ["The ice melts.", "The water is hot."], "ambiguous"),
-        ('{"...": 0.3, "It ...": 0.1}', ["The ice melts.", "It is hot."], "ambiguous"),
-        ('{"Sentence 2: It is a change of state.": 0.2, "(3) So, the answer is B.": 0.3, "1) The ice melts.": 0.1}',
-         THREE, SCORED),
-        ('{"Walk.": 0.1, "Ride a bus.": 0.2}', ["1. Walk.", "2. Ride a bus."], [0.1, 0.2]),
-        ('{"2. walk": 0.2, "1. walk": 0.1}', ["1. Walk.", "2. Walk."], [0.1, 0.2]),
-        ('{"x is < 2": 0.2, "X is > 2": 0.1}', ["x is > 2.", "x is < 2."], [0.1, 0.2]),
-        ('{"is it hot": 0.2, "It is.": 0.1}', ["Is it hot?", "Is it hot."], "ambiguous"),
-        ('{"IS IT HOT": 0.2, "Is it hot?": 0.1}', ["Is it hot?", "Is it hot."], "ambiguous"),
-        ('{"It is hot.": 0.2, "Is it hot!": 0.1}', ["Is it hot?", "Is it hot."], "ambiguous"),
-        # JSON's escapes in keys, LaTeX raw and escaped
-        ('{"He said \\"no\\".": 0.2, "The \\u00e9t\\u00e9 is hot": 0.1, "It is \\\\frac{1}{2} of x.": 0.3}', ESCAPED,
-         SCORED),
-        ('{"He said \u201cno\u201d.": 0.2, "the été is hot": 0.1, "It is \\frac{1}{2} of x": 0.3}', ESCAPED, SCORED),
-        # one object per sentence
-        (f'{{"{T2}": {{"score": 0.2}}, "{T1}": {{"score": 0.1}}, "{T3}": {{"score": "0.3"}}}}', THREE, SCORED),
-        (f'{{"{T1[:-1]}": {{"score": 0.1}}, "{T2}": {{"score": 0.2}}, "{T3}": {{"rating": 0.3}}}}', THREE, SCORED),
-        # an array that is quoted, not the reply's own
-        ("I cannot score these sentences on the scale [0.0, 1.0].", ["A.", "B."], "no_json"),
-        ("I can't rate these. The scale is:\n[0.0, 1.0]\n", ["A.", "B."], "no_json"),
-        ("I'm sorry, scores lie in `[0.0, 1.0]`, but I have none.", ["A.", "B."], "no_json"),
-        ("Allowed: [0.0, 0.5, 1.0]\nNothing to score.", THREE, "no_json"),
-        ("Scores lie in\n```\n[0.0, 1.0]\n```\nbut nothing is there.", ["A.", "B."], "no_json"),
-        ("As said in\n[1]\nit is so.", ["A."], "no_json"),
-        ("Unable to answer; an example would be\n[0.3, 0.8]", ["A.", "B."], "no_json"),
-        ('{"scale": [0.0, 1.0]}', ["A.", "B."], "wrong_count"),
-        ("[0.0, 1.0]", ["A.", "B."], [0.0, 1.0]),
-        ("```json\n[0.0, 1.0]\n```", ["A.", "B."], [0.0, 1.0]),
-        ('Scores:\n{"scores": [0.0, 1.0]}', ["A.", "B."], [0.0, 1.0]),
-        ("Scores: [0.3, 0.8]", ["A.", "B."], [0.3, 0.8]),
-        # an answer that quotes the sentences and one by number that differs
-        ('{"A.": 0.7, "B.": 0.1}\n{"1": 0.7, "2": 0.2}', ["A.", "B."], "ambiguous"),
-        ('{"A.": 0.7, "B.": 0.1}\n{"1": 0.7, "2": 0.1}', ["A.", "B."], [0.7, 0.1]),
-        ('{"A.": 0.7}' + " " * (2 * LONGEST), ["A."], [0.7]),
-        ('{"A.": 0.7}' + "x" * LONGEST, ["A."], "too_long"),
-    ],
-)  # fmt: skip
+    [(reply, sentences, expected) for sentences, expected, replies in READINGS for reply in replies],
+)
 def test_a_number_counts_for_the_sentence_that_its_key_names(reply, sentences, expected):
-    if isinstance(expected, str):
-        with pytest.raises(Refused) as error:
-            parse_scores(reply, sentences)
-        assert error.value.reason == expected
-    else:
-        assert parse_scores(reply, sentences) == expected
+    assert outcome(parse_scores, reply, sentences) == expected
 
 
 WORDS = "the a ice heat x state melts is not > < 2 3.5 B 'hot' (A) -5 so, \"no\" water".split()
@@ -426,15 +393,10 @@ def test_any_order(data):
     st.lists(ONE_LINE | NASTY, max_size=4),
 )
 def test_nothing_but_refused_is_raised(reply, sentences):
-    try:
-        scores = parse_scores(reply, sentences)
+    scores = outcome(parse_scores, reply, sentences)
+    if isinstance(scores, list):
         assert len(scores) == len(sentences) and all(0 <= score <= 1 for score in scores)
-    except Refused as refused:
-        assert re.fullmatch(r"[a-z_]+", refused.reason)
-    try:
-        assert parse_correction(reply, " ".join(sentences)).strip()
-    except Refused as refused:
-        assert re.fullmatch(r"[a-z_]+", refused.reason)
+    assert outcome(parse_correction, reply, " ".join(sentences)).strip()
 
 
 # -- corrections -----------------------------------------------------------------------------------------
@@ -468,68 +430,50 @@ def test_final_rationale_is_found(reply):
     assert parse_correction(reply % (trap, AFTER), trap) == AFTER
 
 
-def test_final_rationale_with_escapes():
-    reply = json.dumps({"Original rationale": BEFORE, "Final rationale": 'A "big"\nchange. {x}'}, indent=1)
-    assert parse_correction(reply, BEFORE) == 'A "big" change. {x}'
-    assert parse_correction(json.dumps({"Final rationale": BEFORE}), BEFORE) == BEFORE  # nothing to mend: a good reply
-    assert parse_correction(reply.encode(), BEFORE) == 'A "big" change. {x}'
-    assert parse_correction('{"Final rationale": "A \\ud83d big\\ud83d\\ude00 change."}', BEFORE) == "A big😀 change."
-
-
-def test_final_rationale_in_other_values():
-    """A list of sentences, Python's quotes, and the form of the request repeated before the answer."""
-    assert (
-        parse_correction('{"Original rationale": ["x."], "Final rationale": ["A b.", "C d."]}', BEFORE) == "A b. C d."
-    )
-    assert parse_correction(f"{{'Original rationale': '{BEFORE}', 'Final rationale': '{AFTER}'}}", BEFORE) == AFTER
-    echoed = '{"Original rationale": "the student\'s explanation", "Final rationale": "the corrected explanation"}'
-    assert parse_correction(f'{echoed}\n{{"Final rationale": "{AFTER}"}}', BEFORE) == AFTER
-    # words that also stand in such remarks are a rationale's as long as it says more
-    for text in ("No change is needed to make 1.0 mole.", "The answer is the same as the original color, red."):
-        assert parse_correction(json.dumps({"Final rationale": text}), BEFORE) == text
-    assert parse_correction('{"Final rationale": "None."}', "None.") == "None."
-
-
-@pytest.mark.parametrize(
-    "reply, reason",
-    [
-        (None, "no_reply"),
-        ("  \n", "no_reply"),
-        ("I cannot help with that.", "no_final"),
-        (AFTER, "no_final"),  # never a slice of the reply
-        (f'{{"Original rationale": "{BEFORE}"}}', "no_final"),
-        (f'{{"Original rationale": "{BEFORE}", "Final rationale": "The ice', "no_final"),  # cut at max_tokens
-        ("{final rationale: The ice", "no_final"),
-        ('{"Final rationale": ""}', "empty"),
-        ("{Final rationale: }", "empty"),
-        ('{"Final rationale": "..."}', "empty"),
-        ('{"Final rationale": "Unchanged."}', "unchanged"),
-        ('{"Final rationale": "No changes needed"}', "unchanged"),
-        ("{final rationale: same as the original}", "unchanged"),
-        ('{"Final rationale": "[Same as the original rationale]"}', "unchanged"),
-        ('{"Final rationale": "The original rationale is correct and needs no changes."}', "unchanged"),
-        ('{"Final rationale": "No corrections are needed; the explanation is already correct."}', "unchanged"),
-        ('{"Final rationale": "Identical to the one above."}', "unchanged"),
-        ('{"Final rationale": "N/A"}', "unchanged"),
-        ('{"Final rationale": "None"}', "unchanged"),
-        ('{"Final rationale": null}', "empty"),
-        ('{"Final rationale": []}', "empty"),
-        ('{"Final rationale": {"text": "A."}}', "no_final"),
-        ('{"Final rationale": [1, "A."]}', "no_final"),
-        ('{"Final rationale": true}', "no_final"),
-        (
-            '{"Original rationale": "the student\'s explanation", "Final rationale": "the corrected explanation"}',
-            "placeholder",
-        ),
-        ('{"Final rationale": "xxx"}', "placeholder"),
-        ('{"Final rationale": "A."}\n{"Final rationale": "B."}', "ambiguous"),
-        ('{"Final rationale": "A."}\n' * 21, "ambiguous"),  # more than are read
+ECHOED = '{"Original rationale": "the student\'s explanation", "Final rationale": "the corrected explanation"}'
+BIG = json.dumps({"Original rationale": BEFORE, "Final rationale": 'A "big"\nchange. {x}'}, indent=1)
+CORRECTIONS = {  # the final rationale, or the reason of a refusal -> replies
+    'A "big" change. {x}': [BIG, BIG.encode()],
+    "A big😀 change.": ['{"Final rationale": "A \\ud83d big\\ud83d\\ude00 change."}'],
+    BEFORE: [json.dumps({"Final rationale": BEFORE})],  # nothing to mend: a good reply
+    "A b. C d.": ['{"Original rationale": ["x."], "Final rationale": ["A b.", "C d."]}'],
+    AFTER: [f"{{'Original rationale': '{BEFORE}', 'Final rationale': '{AFTER}'}}",  # Python's quotes
+            f'{ECHOED}\n{{"Final rationale": "{AFTER}"}}'],  # the form of the request repeated before the answer
+    "A b.": ["{final rationale: A \ud83d b.}",  # UTF-8 cannot spell half of a pair
+             '{"Final rationale": "<final rationale>"}\n{"Final rationale": "A b."}\n{"Final rationale": "xxx"}'],
+    "no_reply": [None, "  \n"],
+    "no_final": [
+        "I cannot help with that.",
+        AFTER,  # never a slice of the reply
+        f'{{"Original rationale": "{BEFORE}"}}',
+        f'{{"Original rationale": "{BEFORE}", "Final rationale": "The ice',  # cut at max_tokens
+        "{final rationale: The ice",
+        '{"Final rationale": {"text": "A."}}', '{"Final rationale": [1, "A."]}', '{"Final rationale": true}',
     ],
-)
-def test_correction_refusals(reply, reason):
-    with pytest.raises(Refused) as error:
-        parse_correction(reply, BEFORE)
-    assert error.value.reason == reason
+    "empty": ['{"Final rationale": ""}', "{Final rationale: }", '{"Final rationale": "..."}',
+              '{"Final rationale": null}', '{"Final rationale": []}'],
+    "unchanged": ["{final rationale: same as the original}", "final_rationale: {original_rationale}",
+                  # a remark around the text that was sent
+                  *(json.dumps({"Original rationale": BEFORE, "Final rationale": around % BEFORE}) for around in
+                    ("Same as the original: %s", "%s (no changes needed)", "[unchanged] %s"))],
+    "placeholder": [ECHOED, '{"Final rationale": "xxx"}'],
+    "ambiguous": ['{"Final rationale": "A."}\n{"Final rationale": "B."}',
+                  '{"Final rationale": "A."}\n' * 21],  # more than are read
+}  # fmt: skip
+
+
+def corrected(reply, rationale=BEFORE):
+    return outcome(parse_correction, reply, rationale)
+
+
+@pytest.mark.parametrize("reply, read", [(reply, read) for read in CORRECTIONS for reply in CORRECTIONS[read]])
+def test_what_is_read_of_a_correction(reply, read):
+    assert corrected(reply) == read
+
+
+def test_a_rationale_may_be_such_words_if_they_were_sent():
+    assert corrected('{"Final rationale": "None."}', "None.") == "None."
+    assert corrected(json.dumps({"Final rationale": "It is the same."}), "it is the same") == "It is the same."
 
 
 @settings(max_examples=150, deadline=None)
@@ -559,8 +503,11 @@ No modifications needed; the original is correct. / Nothing to correct. / Nothin
 No revision is needed - the text is accurate. / There are no errors. / No errors found.
 No mistakes found; no changes made. / The original rationale is correct. / The original is correct as written.
 Correct as is. / Already correct. / It is already correct. / All sentences are correct.
-All sentences are correct, so no changes were made. / The rationale is accurate. / Correct. / N/A / n/a / n.a. / NA
-(N/A) / None / none. / Nil / not applicable / No / Ditto / The student's explanation doesn't need corrections.
+All sentences are correct, so no changes were made. / No changes needed / [Same as the original rationale]
+The original rationale is correct and needs no changes. / Identical to the one above.
+No corrections are needed; the explanation is already correct. / The rationale is accurate. / Correct.
+N/A / n/a / n.a. / NA / (N/A) / None / none. / Nil / not applicable / No / Ditto
+The student's explanation doesn't need corrections.
 """.replace("\n", " / ").strip(" /").split(" / ")  # fmt: skip
 FORM_WORDS = """
 xxx / {xxx} / the corrected explanation / {corrected_rationale} / <corrected rationale>
@@ -575,7 +522,8 @@ Final velocity is not the original velocity. / The ice stays unchanged while it 
 None of the animals is a mammal. / It is not applicable to fish. / N/A is a label here.
 It is correct that ice melts. / The student's ice melts. / Nothing melts. / All sentences have a verb.
 No, ice is cold. / The text is written in Spanish. / 2 + 2 = 4, so no. / The corrected sentence has a comma.
-An identical magnet repels.
+An identical magnet repels. / No change is needed to make 1.0 mole.
+The answer is the same as the original color, red.
 """.replace("\n", " / ").strip(" /").split(" / ")  # fmt: skip
 FORMS = [
     lambda text: json.dumps({"Original rationale": BEFORE, "Final rationale": text}),
@@ -585,31 +533,16 @@ FORMS = [
 ]
 
 
-def outcome(reply, rationale=BEFORE):
-    try:
-        return parse_correction(reply, rationale)
-    except Refused as refused:
-        return refused.reason
-
-
 @pytest.mark.parametrize("text", REMARKS + FORM_WORDS + TEXTS)
 def test_remarks_and_words_of_the_form_are_no_rationale_but_one_may_hold_such_words(text):
     expected = "unchanged" if text in REMARKS else "placeholder" if text in FORM_WORDS else text
-    assert {outcome(form(text)) for form in FORMS} == {expected}
+    assert {corrected(form(text)) for form in FORMS} == {expected}
 
 
-def test_remarks_and_texts():
+def test_no_letters_are_empty():
     assert len(REMARKS) > 90 and len(FORM_WORDS) == 12 and len(TEXTS) > 18
-    assert outcome("final_rationale: {original_rationale}") == "unchanged"
     for empty in ("", "...", "---", "—", "{}", "()", '\\"\\"'):
-        assert {outcome(form(empty)) for form in FORMS[1:3]} == {"empty"}, empty
-    beside = '{"Final rationale": "<final rationale>"}\n{"Final rationale": "A b."}\n{"Final rationale": "xxx"}'
-    assert outcome(beside) == "A b."
-    assert outcome("{final rationale: A \ud83d b.}") == "A b."  # UTF-8 cannot spell half of a pair
-    # a remark around the text that was sent; the text itself is one even if it is such words
-    for around in ("Same as the original: %s", "%s (no changes needed)", "[unchanged] %s"):
-        assert outcome(FORMS[0](around % BEFORE)) == "unchanged"
-    assert outcome(json.dumps({"Final rationale": "It is the same."}), "it is the same") == "It is the same."
+        assert {corrected(form(empty)) for form in FORMS[1:3]} == {"empty"}, empty
 
 
 @pytest.mark.parametrize(
@@ -625,9 +558,9 @@ def test_remarks_and_texts():
     ],
 )
 def test_escapes_are_decoded_where_they_are_ones(written, read):
-    assert outcome(f'{{"Original rationale": "x", "Final rationale": "{written}"}}') == read
-    assert outcome(f'{{"Final rationale": ["{written}"]}}') == read
-    assert outcome(f'{{"Final rationale": "He said "so". {written}"}}') == f'He said "so". {read}'
+    assert corrected(f'{{"Original rationale": "x", "Final rationale": "{written}"}}') == read
+    assert corrected(f'{{"Final rationale": ["{written}"]}}') == read
+    assert corrected(f'{{"Final rationale": "He said "so". {written}"}}') == f'He said "so". {read}'
 
 
 # -- verdicts --------------------------------------------------------------------------------------------
@@ -648,20 +581,14 @@ def test_escapes_are_decoded_where_they_are_ones(written, read):
     ],
 )
 def test_verdicts(reply, verdict):
-    if isinstance(verdict, tuple):
-        assert parse_verdict(reply) == Verdict(*verdict)
-    else:
-        with pytest.raises(Refused) as refused:
-            parse_verdict(reply)
-        assert refused.value.reason == verdict
+    expected = Verdict(*verdict) if isinstance(verdict, tuple) else verdict
+    assert outcome(parse_verdict, reply) == expected
 
 
 @given(st.one_of(st.binary(), st.text(), st.text(alphabet='{}":verdict12tie \n')))
 def test_any_bytes_give_a_verdict_or_a_refusal(reply):
-    try:
+    with contextlib.suppress(Refused):
         assert parse_verdict(reply).better in ("1", "2", "tie")
-    except Refused:
-        pass
 
 
 # -- work: any text, in time and memory that grow with its length --------------------------------------------

@@ -7,9 +7,7 @@ By default a small storm, for CI. The whole one of 5,000 items, 10 kills and 30 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -20,13 +18,11 @@ from pathlib import Path
 
 import pytest
 
-import haiku
-from teacher import api_teacher, handoff
-from teacher.budget import read_log
+from teacher import handoff
 from tests import api_server
-from tests.api_server import LOST, SPOILT, ApiServer, Fault, score_by_text
+from tests.api_server import LOST, SPOILT, ApiServer, Asked, Fault, score_by_text
 from tests.conftest import ROOT
-from tests.teacher.teacher_tools import KEY, batch_client, client, lines_of, many_items, paid_usd, scores
+from tests.teacher.teacher_tools import CREDIT, World, forked, lines_of, many_items, paid_usd
 
 FULL = os.environ.get("ARES_STORM") == "full"
 ITEMS, KILLS, CONCURRENCY = (5000, 10, 32) if FULL else (200, 3, 16)
@@ -43,26 +39,21 @@ FAULTS = {
 QUICK = "from teacher import api_teacher; api_teacher.BACKOFF, api_teacher.MAX_BACKOFF = 0.05, 0.4"
 
 
-def flags(server, questions, *more):
-    return ["--questions_dir", str(questions), "--base_url", server.url, "--data_root", "no-data-here", "--no-cache",
-            "--concurrency", str(CONCURRENCY), *more]  # fmt: skip
+def storm_world(server, questions):
+    return World(server, questions, "--no-cache", "--concurrency", CONCURRENCY)
 
 
-class Storm:
-    """Draws a fault for a share of the requests, each kind as often as the others."""
-
-    def __init__(self, seed: int):
-        self.random = random.Random(seed)
-
-    def __call__(self, asked):
-        return FAULTS[self.random.choice(sorted(FAULTS))] if self.random.random() < FAULT_SHARE else None
+def fault_drawer(seed: int):
+    """A plan that draws a fault for a share of the requests, each kind as often as the others."""
+    dice = random.Random(seed)
+    return lambda asked: FAULTS[dice.choice(sorted(FAULTS))] if dice.random() < FAULT_SHARE else None
 
 
 def replies_on_disk(folders):
     return {digest for digest, folder in folders.items() if (folder / handoff.SCORES).exists()}
 
 
-def test_storm(tmp_path, problems):
+def test_storm(api_environment, tmp_path, problems):
     """Every item ends answered; what is on disk is never asked again; each repeat has its reason and is in the log."""
     questions, calm = tmp_path / "questions", tmp_path / "calm"
     folders = many_items(questions, ITEMS, problems)
@@ -70,11 +61,12 @@ def test_storm(tmp_path, problems):
     began = time.monotonic()
     kills = []  # (requests that had arrived, items whose reply was on disk)
     with ApiServer(score_by_text) as server:
-        server.keep, server.plan, server.hang_seconds = False, Storm(seed=1), 4.0
-        argv = flags(server, questions, "--timeout", "2", "--attempts", "12")
+        server.keep, server.plan, server.hang_seconds = False, fault_drawer(seed=1), 4.0
+        world = storm_world(server, questions)
+        argv = ("--timeout", "2", "--attempts", "12")
         dice = random.Random(2)
         for _ in range(KILLS):
-            running = client(*argv, patch=QUICK)
+            running = world.client(*argv, patch=QUICK)
             goal = len(replies_on_disk(folders)) + ITEMS // (KILLS + 1) * dice.uniform(0.4, 1.0)
             deadline = time.monotonic() + 120
             while time.monotonic() < deadline and running.poll() is None:
@@ -86,15 +78,15 @@ def test_storm(tmp_path, problems):
             running.communicate()
             time.sleep(0.5)  # what had reached the socket reaches the server's log
             kills.append((len(server.log), replies_on_disk(folders)))
-        running = client(*argv, patch=QUICK)
+        running = world.client(*argv, patch=QUICK)
         out, err = running.communicate(timeout=600)
         assert running.returncode == 0, (out[-3000:], err[-3000:])
-        log, billed = list(server.log), Counter(server.billed)
+        log, paid = list(server.log), paid_usd(server)
     seconds = time.monotonic() - began
 
     # 1. every item ends answered
     assert replies_on_disk(folders) == set(folders)
-    assert all(handoff.is_done(questions, item.action) for item in handoff.iter_items(questions))
+    assert world.done == sorted({item.action for item in world.items})
     # 2. no item whose reply reached the disk is ever asked again
     paid_twice = sum(len(on_disk & {digest for digest, _ in log[arrived:]}) for arrived, on_disk in kills)
     assert paid_twice == 0
@@ -107,8 +99,7 @@ def test_storm(tmp_path, problems):
     lines = lines_of(questions / "teacher/spend.jsonl")
     opened = {line["id"] for line in lines if "most_usd" in line}
     closed = Counter(line["outcome"] for line in lines if "outcome" in line)
-    totals = read_log(questions / "teacher/spend.jsonl")
-    paid = (billed["input_tokens"] * 0.10 + billed["output_tokens"] * 0.50) / 1e6
+    totals = world.totals
     assert len(log) <= len(opened) <= len(log) + CONCURRENCY * KILLS
     assert len(opened) - sum(closed.values()) <= CONCURRENCY * KILLS, "open entries are those of the kills"
     assert totals.usd - 1e-9 <= paid <= totals.usd + totals.unknown_usd + 1e-9, (totals, paid)
@@ -119,12 +110,11 @@ def test_storm(tmp_path, problems):
     # 5. the scores are those of a run without faults
     with ApiServer(score_by_text) as server:
         server.keep = False
-        running = client(*flags(server, calm))
-        out, err = running.communicate(timeout=600)
-        assert running.returncode == 0, (out[-3000:], err[-3000:])
-        assert len(server.log) == ITEMS
-    equal = scores(questions) == scores(calm)
-    assert equal and len(scores(calm)) == ITEMS
+        calm = storm_world(server, calm)
+        calm.ask()
+        assert len(server.log) == ITEMS == calm.answered
+    equal = world.scores == calm.scores
+    assert equal
 
     found = {
         "items": ITEMS, "kills": KILLS, "concurrency": CONCURRENCY, "fault_share": FAULT_SHARE,
@@ -146,12 +136,13 @@ def test_storm(tmp_path, problems):
 # -- batches ---------------------------------------------------------------------------------------------------
 
 ATTEMPTS, BATCH_ITEMS, BATCH_RUNS = 3, 40, 40
-CREDIT = {"type": "invalid_request_error", "message": "Your credit balance is too low to access the Anthropic API."}
+NO_CREDIT = {"type": "invalid_request_error", "message": CREDIT}
 INVALID = {"type": "invalid_request_error", "message": "messages.0.content: Could not process image"}
 TEMPORARY = [{"type": kind, "message": "injected"} for kind in ("api_error", "overloaded_error")]
+SHORT = "from teacher import batches; batches.SETTLE_SECONDS, batches.BACKOFF, batches.MAX_COUNT = 0.2, 0.001, 4"
 AT_ONCE = {"retry-after-ms": "5"}  # else the SDK pauses
 CREATIONS = [Fault(429, headers=AT_ONCE), Fault(529), Fault(500), Fault(0, kind="dropped"), Fault(0, kind="lost"),
-             Fault(504, kind="created"), Fault(400, "injected"), Fault(400, CREDIT["message"])]  # fmt: skip
+             Fault(504, kind="created"), Fault(400, "injected"), Fault(400, CREDIT)]  # fmt: skip
 RETRIEVALS = [Fault(404), Fault(529, headers=AT_ONCE), *(Fault(0, kind=kind) for kind in api_server.RETRIEVALS)]
 RESULTS = [Fault(404), Fault(503, headers=AT_ONCE), Fault(0, kind="reset"),
            *(Fault(0, kind=kind) for kind in api_server.RESULTS)]  # fmt: skip
@@ -178,20 +169,16 @@ class BatchStorm:
         return fault if calls > 0 else None
 
     def outcome(self, custom_id, asked):
-        if _digest(asked) == self.invalid:
+        if asked.digest == self.invalid:
             return INVALID
         nonce = random.Random(custom_id.partition("-")[0]).random()  # one draw for each batch
         if nonce < 0.3 and self.random.random() < 0.5:
-            self.free[_digest(asked)] += 1
-            return CREDIT if nonce < 0.15 else "canceled"
+            self.free[asked.digest] += 1
+            return NO_CREDIT if nonce < 0.15 else "canceled"
         return self.random.choice(("expired", *TEMPORARY)) if self.random.random() < 0.2 else "succeeded"
 
     def respond(self, asked):
         return ("I like it.", "end_turn") if self.random.random() < 0.2 else score_by_text(asked)
-
-
-def _digest(asked):
-    return hashlib.sha256(asked.text.encode()).hexdigest()
 
 
 @pytest.mark.parametrize("seed", [2, 3, 4])
@@ -208,15 +195,9 @@ def test_batch_storm(api_environment, tmp_path, problems, seed):
     given_up: Counter[str] = Counter()  # digest -> deleted records that name it
     deleted: list[str] = []  # ids of their batches
     ended: Counter[str] = Counter()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.teacher.teacher_tools", "anthropic"])
-    environment = {name: os.environ[name] for name in ("ANTHROPIC_API_KEY", "XDG_CACHE_HOME")}
 
     def run(attempts, kill_after=None):
-        argv = ["--questions_dir", str(questions), "--base_url", server.url, "--data_root", "none", "--no-cache",
-                "--batch", "--poll_seconds", "0.05", "--attempts", str(attempts)]  # fmt: skip
-        client = context.Process(target=batch_client, args=(argv, log, environment))
-        client.start()
+        client = forked(world.flags("--attempts", attempts), log, patch=SHORT)
         client.join(kill_after or 60)
         if client.is_alive():
             assert kill_after, f"the client hangs: {log.read_text()[-2000:]}"
@@ -230,16 +211,20 @@ def test_batch_storm(api_environment, tmp_path, problems, seed):
         assert bool(line) == (client.exitcode != 0) and "Traceback" not in log.read_text()
         return line
 
+    def digests(batch):
+        return [Asked.read(request["params"]).digest for request in batch.requests]
+
     def delete(path):
         record = json.loads(path.read_text())
         path.unlink()
         deleted.append(record["batch"])
         for asked in record["asked"].values():
-            item = questions / asked["item"] / handoff.REQUEST
-            given_up[hashlib.sha256(item.read_bytes()).hexdigest()] += 1
+            [digest] = [digest for digest, folder in folders.items() if folder == questions / asked["item"]]
+            given_up[digest] += 1
 
     with ApiServer(score_by_text) as server:
         server.keep, server.most_batches = False, 300
+        world = World(server, questions, "--no-cache", "--batch", "--poll_seconds", "0.05")
         invalid = sorted(folders)[0]
         storm = BatchStorm(server, seed, invalid)
         snapshots = []
@@ -254,19 +239,14 @@ def test_batch_storm(api_environment, tmp_path, problems, seed):
         stormy = len(server.batches)
 
         def bounds_hold(attempts):
-            requested = Counter(
-                _digest(api_server._read(request["params"], {}))
-                for batch in server.batches
-                for request in batch.requests
-            )
+            requested = Counter(digest for batch in server.batches for digest in digests(batch))
             for batch in server.batches:
                 server.results_of(batch)  # also of those that nobody has looked at
             for digest in folders:
                 assert server.paid[digest] <= attempts + given_up[digest], "paid too often"
                 assert requested[digest] <= attempts + given_up[digest] + storm.free[digest], "asked too often"
             for count, on_disk in snapshots:
-                later = (request for batch in server.batches[count:] for request in batch.requests)
-                again = {_digest(api_server._read(request["params"], {})) for request in later}
+                again = {digest for batch in server.batches[count:] for digest in digests(batch)}
                 assert not again & on_disk, "asked again though its reply was on disk"
 
         bounds_hold(ATTEMPTS)
@@ -283,12 +263,10 @@ def test_batch_storm(api_environment, tmp_path, problems, seed):
         assert "1 of 40 replies are unusable (errored_invalid_request_error 1)" in line, line
         assert replies_on_disk(folders) == set(folders) - {invalid}
         bounds_hold(ATTEMPTS + 8)
-        records = [json.loads(path.read_text()) for path in (questions / "teacher/batches").glob("*.json")]
-        kept = {record["batch"] for record in records} | {id for record in records for id in record["not_ours"]}
+        kept = {id for record in world.records for id in (record["batch"], *record["not_ours"])}
         assert {batch.id for batch in server.batches} <= kept | set(deleted), "no record of a paid batch is lost"
         paid = paid_usd(server, batch=True)
-    totals = read_log(questions / "teacher/spend.jsonl")
-    assert totals.usd - 1e-9 <= paid <= totals.usd + totals.unknown_usd + 1e-9
+    assert world.totals.usd - 1e-9 <= paid <= world.totals.usd + world.totals.unknown_usd + 1e-9
     print(f"{stormy} batches in the storm, {len(server.batches)} in all, {len(deleted)} given up; {dict(ended)}")
     assert stormy > 10 and ended["killed"] and ended["exit 2"], ended
 
@@ -296,42 +274,26 @@ def test_batch_storm(api_environment, tmp_path, problems, seed):
 # -- each fault alone --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def quick(monkeypatch, tmp_path):
-    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    monkeypatch.delenv("ANTHROPIC_BASE_URL", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
-    monkeypatch.setattr(api_teacher, "BACKOFF", 0.02)
-
-
 @pytest.mark.parametrize("name", sorted(FAULTS))
-def test_each_fault_alone(quick, tmp_path, problems, name):
+def test_each_fault_alone(server, tmp_path, problems, name):
     """Three items, every first request goes wrong in one way: all are answered, and each is booked as what it was."""
-    questions = tmp_path / "questions"
-    folders = many_items(questions, 3, problems)
-    seen = set()
+    world = storm_world(server, tmp_path / "questions")
+    many_items(world.root, 3, problems)
+    firsts = {}
 
     def once(asked):
-        digest = hashlib.sha256(asked.text.encode()).hexdigest()
-        first = digest not in seen
-        seen.add(digest)
-        return FAULTS[name] if first else None
+        return FAULTS[name] if firsts.setdefault(asked.digest, asked) is asked else None
 
-    with ApiServer(score_by_text) as server:
-        server.plan, server.hang_seconds = once, 1.5
-        haiku.main(flags(server, questions, "--timeout", "1"))
-        assert Counter(kind for _, kind in server.log)[name] == 3
-        harmless = name in ("slow", "prose")
-        assert len(server.log) == (3 if harmless else 6)
-        firsts = {asked.text: asked for asked in reversed(server.asked)}
-        seconds = [asked for asked in server.asked if asked is not firsts[asked.text]]  # in any order
-        assert all(len(asked.notes) == 1 + (name in SPOILT) for asked in seconds)
-        paid = paid_usd(server)
-    assert replies_on_disk(folders) == set(folders)
-    totals = read_log(questions / "teacher/spend.jsonl")
+    server.plan, server.hang_seconds = once, 1.5
+    world.ask("--timeout", "1")
+    assert Counter(kind for _, kind in server.log)[name] == 3 == world.answered
+    assert len(server.log) == (3 if name in ("slow", "prose") else 6)
+    seconds = [asked for asked in server.asked if asked is not firsts[asked.digest]]
+    assert all(len(asked.notes) == 1 + (name in SPOILT) for asked in seconds)
+    totals, paid = world.totals, paid_usd(server)
     assert totals.requests == len(server.log) and totals.outcomes.get("lost", 0) == (3 if name in LOST else 0)
     assert totals.usd - 1e-9 <= paid <= totals.usd + totals.unknown_usd + 1e-9
     if name not in LOST:
         assert totals.usd == pytest.approx(paid) and totals.unknown == 0
     if name == "max_tokens":
-        assert all(asked.body["max_tokens"] == 2 * firsts[asked.text].body["max_tokens"] for asked in seconds)
+        assert all(asked.body["max_tokens"] == 2 * firsts[asked.digest].body["max_tokens"] for asked in seconds)

@@ -3,27 +3,24 @@ of other forms, wrong addresses, echoes of the key. The real client against the 
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import urllib.parse
 
 import pytest
 
-from ares import cli
-from teacher import api_teacher, handoff, reply_files
-from teacher.api_responses import is_account_refusal
+import haiku
+from teacher import api_teacher, claude, handoff, reply_files
+from teacher.api_responses import is_account_refusal, redact, said
 from teacher.api_teacher import START
-from tests.api_server import KEY, Fault
+from tests.api_server import KEY, Fault, fill_form
 from tests.conftest import one_line_error, run_script
-from tests.teacher.teacher_tools import (
-    CREDIT,
-    ask,
-    lay_out,
-    scores,
-)
+from tests.teacher.teacher_tools import CREDIT, World, lay_out, messages
 
 
 @pytest.fixture
-def pictures(tmp_path, sample, problems):
+def pictures(server, tmp_path, sample, problems):
     """8 items with an image and 8 without."""
     root = tmp_path / "pictures"
     with_image = [qid for qid in problems if (sample / "images" / qid / "image.png").exists()][:8]
@@ -31,56 +28,53 @@ def pictures(tmp_path, sample, problems):
     for qid in with_image + without:
         lay_out(root, 0, qid, [f"This is about {qid}."], problems, sample)
     handoff.mark_exported(root)
-    return root
+    return World(server, root)
 
 
-def done(questions):
-    return [path for path in questions.glob(f"*/{handoff.DONE}")]
+def body_of(value):
+    return json.dumps(value).encode()
 
 
 # -- the whole account is refused --------------------------------------------------------------------------------
 
-
-REFUSALS = [
-    Fault(400, CREDIT),
-    Fault(400, "You have reached your specified API usage limits. You will regain access on 2026-12-01 at 00:00 UTC."),
-    Fault(400, "You have reached your specified workspace API usage limits."),
-    Fault(400, "This organization has been disabled."),
-    Fault(402, "no credit"),
-    Fault(403, "Your organization acme has been temporarily suspended for unpaid invoices"),
-    Fault(429, "You exceeded your current quota, please check your plan and billing details."),
-    Fault(
-        400, body=json.dumps({"error": {"message": "Budget has been exceeded! Max budget: 10", "code": 400}}).encode()
+LIMITS = "You have reached your specified API usage limits. You will regain access on 2026-12-01 at 00:00 UTC."
+REFUSALS = [  # words of its sentence that the line shows, fault
+    (CREDIT[:25], Fault(400, CREDIT)),
+    (LIMITS[:25], Fault(400, LIMITS)),
+    ("You have reached your spe", Fault(400, "You have reached your specified workspace API usage limits.")),
+    ("This organization has been", Fault(400, "This organization has been disabled.")),
+    ("no credit", Fault(402, "no credit")),
+    (
+        "Your organization acme",
+        Fault(403, "Your organization acme has been suspended for unpaid invoices"),
     ),
-    Fault(500, body=json.dumps({"error": f"AnthropicException - {CREDIT}"}).encode()),
-    Fault(200, body=json.dumps({"type": "error", "error": {"type": "billing_error", "message": "no"}}).encode()),
-    Fault(403, body=b"Insufficient credits. Add more.", content_type="text/plain"),
+    ("You exceeded your current", Fault(429, "You exceeded your current quota, please check your plan and billing.")),
+    ("Budget", Fault(400, body=body_of({"error": {"message": "Budget has been exceeded! Max: 10", "code": 400}}))),
+    (CREDIT[:25], Fault(500, body=body_of({"error": f"AnthropicException - {CREDIT}"}))),
+    ("no", Fault(200, body=body_of({"type": "error", "error": {"type": "billing_error", "message": "no"}}))),
+    ("Insufficient", Fault(403, body=b"Insufficient credits. Add more.", content_type="text/plain")),
 ]
 
 
 @pytest.mark.parametrize("answered", [0, 2])
-@pytest.mark.parametrize("fault", REFUSALS, ids=lambda fault: str(fault.message or fault.body)[:30])
-def test_a_refusal_of_the_account_ends_the_run_at_once(server, questions, fault, answered):
+@pytest.mark.parametrize("words, fault", REFUSALS)
+def test_a_refusal_of_the_account_ends_the_run_at_once(server, world, words, fault, answered):
     server.plan = lambda asked: fault if len(server.log) >= answered else None
-    with pytest.raises(cli.Stop) as error:
-        ask(server, questions, "--concurrency", "1", "--accept-missing")
-    sentence = (
-        fault.message if fault.body is None else re.search("Budget|Your credit|no|Insuff", fault.body.decode())[0]
-    )
-    assert error.value.status == 3 and sentence[:25] in str(error.value) and "\n" not in str(error.value)
-    assert "--teacher_model" not in str(error.value) and "ANTHROPIC_API_KEY" in str(error.value)
-    assert len(server.log) == answered + 1 and len(scores(questions)) == answered
-    assert not done(questions) and not list(questions.rglob(handoff.REASON))
+    line = world.stops(words, "--concurrency", "1", "--accept-missing", status=3)
+    assert "--teacher_model" not in line and "ANTHROPIC_API_KEY" in line
+    assert len(server.log) == answered + 1 and world.answered == answered
+    assert not world.done and not list(world.root.rglob(handoff.REASON))
     server.plan = lambda asked: None
-    ask(server, questions)
-    assert len(scores(questions)) == 12 and len(done(questions)) == 4
+    world.ask()
+    assert world.answered == 12 and world.done == [0, 1, 2, 3]
 
 
-def test_only_the_first_few_requests_meet_a_refusal(server, questions):
-    server.latency, server.plan = 0.1, lambda asked: REFUSALS[0]
-    with pytest.raises(cli.Stop):
-        ask(server, questions)
-    assert len(server.log) <= START
+def test_only_the_first_few_requests_meet_a_refusal_and_its_exit_status(server, world):
+    server.latency, server.plan = 0.1, lambda asked: Fault(400, CREDIT)
+    ended = run_script("haiku.py", *world.flags(), check=False, env={"ANTHROPIC_API_KEY": KEY})
+    assert ended.returncode == 3 and len(server.log) <= START
+    ended.returncode = 2
+    one_line_error(ended, "ANTHROPIC_API_KEY", CREDIT[:40])
 
 
 @pytest.mark.parametrize(
@@ -96,26 +90,24 @@ def test_only_the_first_few_requests_meet_a_refusal(server, questions):
         {"detail": "Not Found"}, [], {}, None, 7, {"error": {"message": None}},
     ],
 )  # fmt: skip
-def test_what_is_no_refusal_of_the_account(body):
+def test_no_refusal_of_the_account(body):
     assert not is_account_refusal(body)
 
 
-# -- the reason ----------------------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------------------
 
 
-def test_the_sentence_and_the_question_are_kept(server, questions, capsys):
-    bad = handoff.iter_items(questions)[5]
-    text = (bad.folder / handoff.REQUEST).read_text()
+def test_the_sentence_and_the_question_are_kept(server, world, capsys):
+    bad, text = world.items[5], world.request(5)
     server.plan = lambda asked: Fault(400, "messages: this one is too odd") if asked.text == text else None
-    with pytest.raises(cli.UserError) as error:
-        ask(server, questions)
-    for text_shown in (str(error.value), capsys.readouterr().out):
-        assert "api_400 1" in text_shown or "1 unusable" in text_shown
-        assert "messages: this one is too odd" in text_shown and f"question {bad.qid}" in text_shown
+    line = world.stops("1 of 12 replies are unusable .api_400 1.")
+    for shown in (line, capsys.readouterr().out):
+        assert "api_400 1" in shown or "1 unusable" in shown
+        assert "messages: this one is too odd" in shown and f"question {bad.qid}" in shown
     assert (bad.folder / handoff.REASON).read_text() == "api_400: messages: this one is too odd\n"
-    assert len(scores(questions)) == 11
+    assert world.answered == 11
     server.plan = lambda asked: None
-    ask(server, questions)
+    world.ask()
     assert not (bad.folder / handoff.REASON).exists()
     (bad.folder / handoff.REPLY).unlink()
     (bad.folder / handoff.REASON).write_text("api_400: messages: this one is too odd\n")
@@ -125,40 +117,34 @@ def test_the_sentence_and_the_question_are_kept(server, questions, capsys):
 
 
 @pytest.mark.parametrize(
-    "fault",
+    "words, fault",
     [
-        lambda n: Fault(500, "no multimodal support"),
-        lambda n: Fault(500, f"request req_{n:05} failed: image input is not supported"),
-        lambda n: Fault(500, "Internal server error"),
-        lambda n: Fault(501, "images"),
-        lambda n: Fault(400, "This model does not support image input"),
-        lambda n: Fault(200, body=b'{"error": "vision is not supported"}'),
-        lambda n: Fault(200, body=b"<html>no images here</html>", content_type="text/html"),
+        ("no multimodal support", lambda n: Fault(500, "no multimodal support")),
+        ("image input is not", lambda n: Fault(500, f"request req_{n:05} failed: image input is not supported")),
+        ("Internal server error", lambda n: Fault(500, "Internal server error")),
+        ("images", lambda n: Fault(501, "images")),
+        ("This model does not", lambda n: Fault(400, "This model does not support image input")),
+        ("vision is not", lambda n: Fault(200, body=b'{"error": "vision is not supported"}')),
+        ("<html>no images here", lambda n: Fault(200, body=b"<html>no images here</html>", content_type="text/html")),
     ],
 )
-def test_an_error_at_every_request_with_images_ends_the_run(server, pictures, fault):
+def test_an_error_at_every_request_with_images_ends_the_run(server, pictures, words, fault):
     server.plan = lambda asked: fault(len(server.log)) if asked.images else None
-    with pytest.raises(cli.UserError) as error:
-        ask(server, pictures, "--accept-missing")
-    first = fault(0)
-    words = first.message if first.body is None else first.body.decode()
-    assert words.rpartition(": ")[2].strip('"}')[:20] in str(error.value) and "images" in str(error.value)
-    assert sum(bool(asked.images) for asked in server.asked) <= 30 and not done(pictures)
-    assert len(scores(pictures)) == 8, "those without images are answered"
+    line = pictures.stops(words, "--accept-missing")
+    assert "images" in line and sum(bool(asked.images) for asked in server.asked) <= 30
+    assert not pictures.done and pictures.answered == 8, "those without images are answered"
 
 
 @pytest.mark.parametrize("text", ["no multimodal support", "cannot do that"])
-def test_an_error_at_every_request_ends_the_run_with_its_text(server, questions, text):
+def test_an_error_at_every_request_ends_the_run_with_its_text(server, world, text):
     server.plan = lambda asked: Fault(500, text)
-    with pytest.raises(cli.UserError, match=text):
-        ask(server, questions)
+    world.stops(text)
     assert len(server.log) <= 4 * START
 
 
 def test_errors_that_pass_do_not_end_the_run(server, pictures):
     """A server that fails twice at every image, then not, and one question that it never answers."""
-    seen, never = {}, handoff.iter_items(pictures)[0]
-    text = (never.folder / handoff.REQUEST).read_text()
+    seen, never, text = {}, pictures.items[0], pictures.request(0)
 
     def plan(asked):
         seen[asked.text] = seen.get(asked.text, 0) + 1
@@ -167,18 +153,180 @@ def test_errors_that_pass_do_not_end_the_run(server, pictures):
         return Fault(500, "internal") if asked.images and seen[asked.text] <= 2 else None
 
     server.plan = plan
-    with pytest.raises(cli.UserError, match=f"api_500 1.*question {never.qid}: boom"):
-        ask(server, pictures)
-    assert len(scores(pictures)) == 15 and seen[text] <= api_teacher.MAX_RETRIES + 1
+    pictures.stops(f"api_500 1.*question {never.qid}: boom")
+    assert pictures.answered == 15 and seen[text] <= api_teacher.MAX_RETRIES + 1
 
 
-# -- watching --------------------------------------------------------------------------------------------------------
+# -- replies of other forms ---------------------------------------------------------------------------------------
 
 
-def test_the_exit_status_and_the_line_of_a_refused_account(server, questions):
-    server.plan = lambda asked: REFUSALS[0]
-    argv = ["--questions_dir", questions, "--base_url", server.url, "--data_root", "none"]
-    ended = run_script("haiku.py", *argv, check=False, env={"ANTHROPIC_API_KEY": KEY})
-    assert ended.returncode == 3 and ended.stderr.count("error:") == 1 and CREDIT[:40] in ended.stderr
-    ended.returncode = 2
-    one_line_error(ended, "ANTHROPIC_API_KEY")
+def events(*objects):
+    return "".join(f"data: {json.dumps(each)}\n\n" for each in objects)
+
+
+COUNTED = {  # their usage is read
+    "content a string": messages(content=lambda text: text),
+    "blocks without a type": messages(content=lambda text: [{"text": text}]),
+    "thinking first": messages(content=lambda text: [{"type": "thinking"}, {"type": "text", "text": text}]),
+    "openai": lambda text: json.dumps(
+        {"model": "gpt", "choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
+         "usage": {"prompt_tokens": 9, "completion_tokens": 9}}),
+    "events": lambda text: "event: message_start\n" + events(
+        {"type": "message_start", "message": {"model": "claude-haiku-5-5", "usage": {"input_tokens": 9}}},
+        {"type": "content_block_delta", "delta": {"type": "text_delta", "text": text[:4]}},
+        {"type": "content_block_delta", "delta": {"type": "text_delta", "text": text[4:]}},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 9}},
+        {"type": "message_stop"}),
+    "byte order mark": lambda text: "\ufeff" + messages()(text),
+}  # fmt: skip
+READABLE = COUNTED | {
+    "no usage": messages(usage="absent"),
+    "null usage": messages(usage=None),
+    "usage of other words": messages(usage={"tokens": 4}),
+    "usage of nulls": messages(usage={"input_tokens": None, "output_tokens": None}),
+    "bare": lambda text: json.dumps({"content": text}),
+    "openai parts": lambda text: json.dumps({"choices": [{"message": {"content": [{"type": "text", "text": text}]}}]}),
+    "completion": lambda text: json.dumps({"choices": [{"text": text}]}),
+    "ollama": lambda text: json.dumps({"message": {"role": "assistant", "content": text}, "done": True}),
+    "openai events": lambda text: events(
+        {"choices": [{"delta": {"content": text}}]}, {"choices": [{"delta": {}, "finish_reason": "stop"}]})
+        + "data: [DONE]\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "text/event-stream"])
+@pytest.mark.parametrize("name", READABLE)
+def test_the_text_of_a_reply_is_taken_whatever_its_form(server, world, name, content_type, capsys):
+    make, counted = READABLE[name], name in COUNTED
+    server.plan = lambda asked: Fault(200, body=make(fill_form(asked)[0]).encode(), content_type=content_type)
+    world.ask("--max_usd", "1")
+    assert world.answered == 12 == len(server.log)
+    assert (world.totals.unknown, world.totals.unknown_usd > 0) == ((0, False) if counted else (12, True))
+    assert ("unknown" in capsys.readouterr().out) != counted
+
+
+def test_the_budget_counts_replies_without_usage_at_their_most(server, world):
+    server.plan = lambda asked: Fault(200, body=READABLE["no usage"](fill_form(asked)[0]).encode())
+    world.stops("--max_usd", "--max_usd", "0.002", status=3)
+    assert 0 < world.answered < 12
+
+
+def test_an_overload_in_a_200_is_retried(server, world):
+    body = body_of({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}})
+    server.faults.extend([Fault(200, body=body)] * 5)
+    world.ask()
+    assert world.answered == 12 and len(server.log) == 17
+
+
+UNREADABLE = {  # body -> what of it is shown, if not its beginning
+    b"<!DOCTYPE html><html><body>Please sign in to the hotel network</body></html>": None,
+    b"hello, this is a web server": None,
+    b"": "an empty body",
+    b'["a", "b"]': None,
+    b'{"status": "ok"}': None,
+    messages(content=None)("x").encode(): None,
+    b'{"choices": []}': None,
+    b'{"type": "error", "error": {"type": "permission_error", "message": "not for you"}}': "not for you",
+    b"[" * 100_000: None,
+    f"who is {KEY}?".encode(): "who is ***",
+}
+
+
+@pytest.mark.parametrize("body", UNREADABLE, ids=lambda body: body.decode()[:12])
+def test_an_unreadable_reply_is_shown_after_a_few_requests(server, world, body):
+    server.plan = lambda asked: Fault(200, body=body, content_type="text/html")
+    line = world.stops(re.escape(UNREADABLE[body] or body.decode()[:60]))
+    assert len(server.log) <= 2 * START and "cannot reach" not in line and len(line) < 500
+    assert KEY not in line and not world.answered
+
+
+# -- addresses -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/v1/", "/v1/messages", "/v1/messages/batches/", "//v1//", "/v1/messages?beta=true"]
+)
+@pytest.mark.parametrize("by", ["flag", "environment"])
+def test_the_api_path_is_stripped_from_the_address(server, world, path, by, monkeypatch):
+    if by == "flag":
+        world.ask("--base_url", server.url + path)
+    else:
+        monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url + path)
+        haiku.main(["--questions_dir", str(world.root), "--data_root", "none"])
+    assert world.answered == 12
+
+
+@pytest.mark.parametrize("path", ["/nothing/here", "/v1/account/gateway/anthropic", "/api/v1/x"])
+def test_a_404_of_the_address_blames_the_address(server, world, path):
+    assert claude.server_address(server.url + path) == server.url + path
+    line = world.stops("--base_url: .*has no Messages API.*404", "--base_url", server.url + path)
+    assert "--teacher_model" not in line
+
+
+@pytest.mark.parametrize("status", [404, 405])
+@pytest.mark.parametrize(
+    "body", [b"<html>Not Found</html>", b'{"detail": "Not Found"}', b"", b'{"error": {"message": "Not found"}}']
+)
+def test_other_servers_404(server, world, status, body):
+    server.plan = lambda asked: Fault(status, body=body)
+    world.stops("--base_url")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:pass#word@host", "https://me@host/v1", "me:pass@host", "http://a:pa/ss@host"]
+)
+def test_an_address_with_a_password_is_refused_unseen(world, url):
+    line = world.stops("--base_url: the address holds a user name", "--base_url", url)
+    assert "pass" not in line.replace("password", "") and "me:" not in line
+
+
+# -- the key ------------------------------------------------------------------------------------------------------
+
+LONG = "sk-ant-api03-" + "Ab3_xY-9" * 10 + "QAA"
+WRITINGS = {
+    "whole": lambda key: key,
+    "a part": lambda key: key[7:20],
+    "the end": lambda key: key[-12:],
+    "base64": lambda key: base64.b64encode(key.encode()).decode(),
+    "base64 of a header": lambda key: base64.b64encode(f"x-api-key: {key}\r\n".encode()).decode(),
+    "base64 of a pair": lambda key: base64.urlsafe_b64encode(f"me:{key}".encode()).decode().rstrip("="),
+    "hex": lambda key: key.encode().hex(),
+    "quoted": lambda key: urllib.parse.quote(key).replace("-", "%2D"),
+    "quoted twice": lambda key: key.replace("-", "%252d"),
+    "every character quoted": lambda key: "".join(f"%{ord(c):02x}" for c in key),
+    "json": lambda key: "".join(f"\\u{ord(c):04x}" for c in key),
+    "html": lambda key: key.replace("-", "&#45;"),
+    "markdown": lambda key: key.replace("-", "\\-"),
+}
+
+
+@pytest.mark.parametrize("key", [KEY, LONG, "gateway+key/with=signs&more"])
+@pytest.mark.parametrize("name", WRITINGS)
+def test_the_key_is_redacted_in_every_writing(key, name):
+    written = WRITINGS[name](key)
+    shown = redact(f"before {written} after", key)
+    assert shown.startswith("before ") and shown.endswith(" after") and "***" in shown
+    pieces = [written[i : i + 9] for i in range(20 if name.startswith("base64 of") else 4, len(written) - 14)]
+    assert not any(piece in shown for piece in pieces)
+
+
+def test_a_message_cut_within_the_key_and_a_dummy_key():
+    echo = {"error": {"message": "x" * 290 + KEY}}
+    assert KEY[:6] not in said(type("Error", (Exception,), {"body": echo})(), KEY)
+    for key in ("x", "test", "dummy", "ollama", "not-needed", "lm-studio", "12345678"):
+        text = f"this is a test of {key}: not-needed in lm-studio, 12345678 x"
+        assert redact(text, key) == text, "a dummy key does not mangle messages"
+
+
+@pytest.mark.parametrize("name", ["whole", "a part", "base64", "quoted"])
+def test_no_output_shows_the_key(server, world, name, capsys):
+    written, echo = WRITINGS[name](KEY), world.request(0)
+    server.respond = lambda asked: (f"You sent {written}.\n{fill_form(asked)[0]}", "end_turn")
+    server.plan = lambda asked: Fault(400, f"what is {written}?") if asked.text == echo else None
+    line = world.stops("api_400 1")
+    assert world.answered == 11
+    roots = (world.root, world.root.parent / "user-cache")
+    kept = [path.read_bytes().decode(errors="replace") for root in roots for path in root.rglob("*") if path.is_file()]
+    shown = [line, *capsys.readouterr(), *kept]
+    assert not any(written in text or KEY[-12:] in text for text in shown)
+    assert sum("***" in text for text in shown) > 12

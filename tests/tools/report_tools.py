@@ -41,9 +41,8 @@ def make_problems(test: int = 8, train: int = 4) -> tuple[dict, dict]:
 
 def write_predictions(folder: Path, split: str, problems: dict, qids: list[str], texts: list[str], **more) -> None:
     labels = [f"Solution: {problems[qid]['solution']}" for qid in qids]
-    files.write_json(
-        folder / f"predictions_ans_{split}.json", {"preds": texts, "labels": labels, "qids": qids, **more}
-    )
+    data = {"preds": texts, "labels": labels, "qids": qids, **more}
+    files.write_json(folder / f"predictions_ans_{split}.json", data)
 
 
 def released_file(path, problems, qids, asked: str, garbled: int = 0) -> None:
@@ -184,8 +183,8 @@ def make_report(tmp_path_factory, tokenizer) -> SimpleNamespace:
     made.untouched = stamps(made.root) == before
     made.page = made.output.read_text(encoding="utf-8")
     made.parts = parts_of(made.page)
-    made.main, made.texts = made.parts["main"], made.parts["texts"]["texts"]
-    made.row = {qid: row for row, qid in enumerate(made.main["questions"]["qid"])}
+    made.main = made.parts["main"]
+    made.row = {each["qid"]: str(row) for row, each in enumerate(made.main["questions"])}
     return made
 
 
@@ -194,6 +193,10 @@ def stamps(root: Path) -> dict:
 
 
 def parts_of(page: str) -> dict:
-    """The data blocks of a page by id, read as a browser would: up to the first `</script`."""
+    """The data blocks of a page by id, read as a browser would: up to the first `</script`, without NaN."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} in the page: a browser would show nothing")
+
     blocks = re.findall(r'<script type="application/json" id="(\w+)">(.*?)</script', page, flags=re.DOTALL)
-    return {name: json.loads(text) for name, text in blocks}
+    return {name: json.loads(text, parse_constant=refuse) for name, text in blocks}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 
@@ -10,15 +14,38 @@ from ares import files
 from ares.predictions import Predictions
 from ares.sentences import split_text
 from tests.conftest import ROOT
-from tests.tools import browser as browsers
 from tests.tools.report_tools import EVIL, NAME
 from tools import report
 from tools.report_page import collect, page, stages
 
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+    "--window-size=1366,800",
+)  # fmt: skip
+DRIVER = "/usr/bin/chromedriver"
+
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
-    yield from browsers.open_browser(tmp_path_factory.mktemp("profile"))
+    """Debian's headless Chromium with a fresh profile, its console logged; without one the tests are skipped."""
+    if not (Path(DRIVER).exists() and shutil.which("chromium") and importlib.util.find_spec("selenium")):
+        stop = pytest.fail if os.environ.get("ARES_REQUIRE_SHARED") == "1" else pytest.skip
+        stop("no chromium, chromedriver or selenium (Debian: apt-get install chromium chromium-driver)")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.binary_location = shutil.which("chromium")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        driver.set_script_timeout(30)
+        yield driver
+    finally:
+        driver.quit()
 
 
 @pytest.fixture
@@ -37,6 +64,12 @@ def css(driver, selector):
 
 def text(driver, selector) -> str:
     return "\n".join(each.text for each in css(driver, selector))
+
+
+def open_question(driver, world, qid: str) -> str:
+    """The detail view's text."""
+    driver.get(f"{world.output.as_uri()}#qid={qid}")
+    return text(driver, "#detail")
 
 
 def listed(driver) -> list[str]:
@@ -66,15 +99,8 @@ def press(driver, keys: str) -> None:
 def test_overview_shows_the_figures(tab, world):
     shown = text(tab, "#overview")
     figures = world.main["overview"]["figures"]
-    for words in (
-        "75.00",
-        "55.13",
-        f"{figures[1]['rationale']['score']:.3f}",
-        "$2.00",
-        "placeholder 1",
-        "RL itself",
-        "12.50",
-    ):
+    for words in ("75.00", "55.13", f"{figures[1]['rationale']['score']:.3f}", "$2.00", "placeholder 1", "RL itself",
+                  "12.50"):  # fmt: skip
         assert words in shown, words
     assert len(css(tab, "#overview .figures svg")) == 6 and len(css(tab, "#overview .scores svg")) == 1
     assert "-0.0" not in shown and "−0.0" not in shown, "no sign before a zero"
@@ -105,9 +131,9 @@ def test_filters_search_and_keys(tab, world):
         assert listed(tab) == [f"row-{world.row[qid]}" for qid in qids], words
         choose(tab, name, "all")
     test = world.splits["test"]
-    scores = [world.main["preds"][stage]["p"] for stage in (0, 1)]
-    lows = {qid: min(*scores[0][world.row[qid]], *scores[1][world.row[qid]]) for qid in test}
-    lows |= {qid: world.main["sampled"][str(world.row[qid])]["low"] for qid in world.splits["train"]}
+    scores = {qid: [world.main["preds"][stage][world.row[qid]]["p"] for stage in (0, 1)] for qid in test}
+    lows = {qid: min(map(min, both)) for qid, both in scores.items()}
+    lows |= {qid: world.main["sampled"][world.row[qid]]["low"] for qid in world.splits["train"]}
     low = sorted(set(lows.values()))[0]
     assert low in (0, 20, 40, 60, 80), "a bound of the filter"
     choose(tab, "low", f"at most {low / 100}")
@@ -116,12 +142,12 @@ def test_filters_search_and_keys(tab, world):
     choose(tab, "split", "test")
 
     def gain(qid):
-        means = [sum(columns[world.row[qid]]) / len(columns[world.row[qid]]) for columns in scores]
+        means = [sum(each) / len(each) for each in scores[qid]]
         return round(means[1]) - round(means[0])
 
     for words, sign in (("largest gain, first to last stage", -1), ("largest loss, first to last stage", 1)):
         choose(tab, "sort", words)
-        found = [gain(world.main["questions"]["qid"][int(name.removeprefix("row-"))]) for name in listed(tab)]
+        found = [gain(world.main["questions"][int(name.removeprefix("row-"))]["qid"]) for name in listed(tab)]
         assert [sign * each for each in found] == sorted(sign * each for each in found) and len(set(found)) > 1
     tab.find_element("id", "reset").click()
     tab.find_element("id", "search").send_keys("Land5 map")
@@ -139,7 +165,7 @@ def test_filters_search_and_keys(tab, world):
     tab.find_element("id", "next").click()
     assert "Land5" in text(tab, "#detail h2")
     press(tab, "j" * 20)
-    last = world.main["questions"]["qid"][-1]
+    last = world.main["questions"][-1]["qid"]
     assert f"Land{last}" in text(tab, "#detail h2") and not tab.find_element("id", "next").is_enabled()
     tab.get(f"{world.output.as_uri()}#qid=5")
     press(tab, "/")
@@ -149,26 +175,23 @@ def test_filters_search_and_keys(tab, world):
 
 def test_a_link_opens_its_question(tab, world):
     qid = world.splits["train"][-1]
-    tab.get(f"{world.output.as_uri()}#qid={qid}")  # the hash alone changes: no reload
+    open_question(tab, world, qid)  # the hash alone changes: no reload
     assert f"Land{qid}" in text(tab, "#detail h2") and not css(tab, "#overview:not([hidden])")
     tab.get("about:blank")
-    tab.get(f"{world.output.as_uri()}#qid=3")
-    assert "Land3" in text(tab, "#detail h2")
-    tab.get(f"{world.output.as_uri()}#qid=%3Cb%3E%E0nowhere")
-    assert "is not in this report" in text(tab, "#detail") and not css(tab, "#detail b")
+    assert "capital of Land3" in open_question(tab, world, "3")
+    assert "is not in this report" in open_question(tab, world, "%3Cb%3E%E0nowhere") and not css(tab, "#detail b")
 
 
 def test_one_question_shows_everything(tab, world):
     qid = world.splits["train"][-1]
-    tab.get(f"{world.output.as_uri()}#qid={qid}")
-    shown = text(tab, "#detail")
+    shown = open_question(tab, world, qid)
     for words in ("RL samples", "Sample 0", "Sample 1", "dropped: placeholder", "Correction", "✓ gold", f"Town{qid}"):
         assert words in shown, words
     assert (text(tab, "#detail del"), text(tab, "#detail ins")) == (f"removed\nHut{qid}.", f"added\nTown{qid}.")
     assert f"The capital is Hut{qid}. Town{qid}." in shown, "what is removed comes before what is added"
     assert not css(tab, ".tok")
     press(tab, "t")
-    sample = world.parts["details"]["samples"][str(world.row[qid])][1]
+    sample = world.parts["details"]["samples"][world.row[qid]][1]
     tokens = css(tab, ".tok")
     assert len(tokens) == len(sample["tokens"]), "of the sample that counts"
     wanted = f"{sample['advantages'][0] / 1000:+.2f}".replace("-", "−")
@@ -176,16 +199,14 @@ def test_one_question_shows_everything(tab, world):
     assert not css(tab, "#samples .raw")
     css(tab, "#samples .fold > summary")[1].click()
     assert until(lambda: '"It is far away."' in text(tab, "#samples .raw")) and "teacher-1" in text(tab, "#samples")
-    tab.get(f"{world.output.as_uri()}#qid=2")
-    shown = text(tab, "#detail")
+    shown = open_question(tab, world, "2")
     assert "predicted by lora" in shown and "base first: base preferred" in shown and "judge-1" in shown
     numbers = [each.text for each in css(tab, "#detail .sent .n")]
-    columns = world.main["preds"]
-    wanted = [score for stage in (0, 1) for score in columns[stage]["p"][world.row["2"]]]
-    assert [round(100 * float(number)) for number in numbers] == wanted
-    means = [sum(columns[stage]["p"][world.row["2"]]) / len(columns[stage]["p"][world.row["2"]]) for stage in (0, 1)]
+    scores = [world.main["preds"][stage][world.row["2"]]["p"] for stage in (0, 1)]
+    assert [round(100 * float(number)) for number in numbers] == [*scores[0], *scores[1]]
+    means = [sum(each) / len(each) for each in scores]
     assert [float(each.text) for each in css(tab, "#detail .mean .chip")] == [round(mean) / 100 for mean in means]
-    tab.get(f"{world.output.as_uri()}#qid={world.splits['train'][0]}")
+    open_question(tab, world, world.splits["train"][0])
     assert text(tab, "#detail .stage .text del") == "It is." and not css(tab, "#detail .stage .text ins")
 
 
@@ -196,8 +217,7 @@ def test_text_of_models_is_shown_and_never_run(tab, world):
         for summary in css(tab, "#detail .fold > summary"):
             summary.click()
     assert until(lambda: EVIL[:30] in text(tab, "#detail ins") and EVIL[:30] in text(tab, "#detail .raw"))
-    tab.get(f"{world.output.as_uri()}#qid=1")
-    shown = text(tab, "#detail")
+    shown = open_question(tab, world, "1")
     assert shown.count("<script>window.pwned=1</script>") == 5, "question, hint, caption, choice, rationale"
     assert "{{data}}" in shown
     assert "<script>window" in text(tab, ".row") and "<script>window" in text(tab, "#filter-change")
@@ -311,12 +331,9 @@ def scienceqa_sized() -> collect.Inputs:
 def test_4241_questions_and_four_stages_fit_in_40_mb_and_a_page_of_few_elements(chromium, tmp_path):
     inputs = scienceqa_sized()
     qids, _ = collect.choose_questions(inputs, 0)
-    args = report.parse_args(["--stage", "a=b"])
-    args.splits = ["test"]
-    inputs.problems, problems = None, inputs.problems  # the reference Teacher would score for minutes
-    data = report.overview(args, inputs, [])
-    inputs.problems = problems
     parts = collect.page_data(inputs, qids)
+    inputs.problems = None  # for the overview: the reference Teacher would score for minutes
+    data = report.overview(report.parse_args(["--stage", "a=b"]), inputs, [])
     parts["main"] |= {"overview": data, "notes": []}
     parts["images"] = {"list": [], "of": {}}
     path = tmp_path / "large.html"
@@ -333,7 +350,6 @@ def test_4241_questions_and_four_stages_fit_in_40_mb_and_a_page_of_few_elements(
     assert [float(each.text) for each in css(chromium, "#detail .sent .n")] == wanted
     chromium.find_element("id", "search").send_keys("abcd")
     assert until(lambda: text(chromium, "#count") != "4,241 questions")
-    print(f"{path.stat().st_size / 1e6:.1f} MB; opened in {chromium.execute_script(ready):.0f} ms")
     chromium.find_element("id", "reset").click()
     chromium.execute_script("document.getElementById('list').scrollTop = 1e6")
     assert until(lambda: css(chromium, "#row-4240")), "the list's end can be reached"

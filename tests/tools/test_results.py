@@ -27,23 +27,29 @@ def table(capsys, *argv) -> str:
     return capsys.readouterr().out
 
 
-def figures(text: str) -> dict[tuple[str, str], dict[str, str]]:
+def figures(capsys, *argv) -> dict[tuple[str, str], dict[str, str]]:
     """(row, column) -> the CSV's line."""
+    text = table(capsys, *argv, "--format", "csv", "--published", "none")
     return {(line["row"], line["column"]): line for line in csv.DictReader(io.StringIO(text))}
+
+
+def write(path, preds, qids, labels=None, **more):
+    files.write_json(path, {"preds": preds, "labels": labels or preds, "qids": qids, **more})
+    return path
 
 
 def test_numbers_of_the_committed_demo_results_equal_the_files(capsys):
     """Each file alone figure by figure in full precision, the three together as mean and deviation."""
     data = [json.loads(path.read_text()) for path in SEEDS]
     for path, file in zip(SEEDS, data, strict=True):
-        found = figures(table(capsys, "--system", f"demo={path}", "--format", "csv", "--published", "none"))
+        found = figures(capsys, "--system", f"demo={path}")
         expected = {("demo: LoRA", name.removeprefix("acc_")): float(value) for name, value in file["answers"].items()}
         for stage, values in file["rationales"].items():
             for name, value in values.items():
                 expected[f"demo: {stage}", {"rouge_l": "rouge"}.get(name, name)] = value
         assert {key: float(line["value"]) for key, line in found.items()} == expected
     systems = [word for path in SEEDS for word in ("--system", f"demo={path}")]
-    found = figures(table(capsys, *systems, "--format", "csv"))
+    found = figures(capsys, *systems)
     for stage in data[0]["rationales"]:
         scores = [file["rationales"][stage]["score"] for file in data]
         line = found[f"demo: {stage} (3 seeds)", "score"]
@@ -78,26 +84,22 @@ def systems(tmp_path, sample):
         for qid in qids:
             wrong = (problems[qid]["answer"] + 1) % len(problems[qid]["choices"])
             preds.append(f"The answer is ({'ABCDE'[problems[qid]['answer'] if right[name][qid] else wrong]}).")
-        average = f"{100 * sum(right[name].values()) / len(qids):.2f}"
-        (tmp_path / name).mkdir()
-        content = {"num_fail": 0, "scores": {"answer": {"acc_average": average}}, "preds": preds, "labels": preds,
-                   "qids": qids}  # fmt: skip
-        (tmp_path / name / "predictions_ans_test.json").write_text(json.dumps(content))
+        scores = {"answer": {"acc_average": f"{100 * sum(right[name].values()) / len(qids):.2f}"}}
+        write(tmp_path / name / "predictions_ans_test.json", preds, qids, num_fail=0, scores=scores)
     return tmp_path, data_root, right
 
 
 def test_answers_get_an_interval_and_a_test(systems, problems, capsys):
     folder, data_root, right = systems
-    argv = ["--system", f"good={folder / 'good'}", "--system", f"fair={folder / 'fair'}", "--data_root", data_root,
-            "--compare", "good", "fair", "--format", "csv", "--published", "none"]  # fmt: skip
-    found = figures(table(capsys, *argv))
+    found = figures(capsys, "--system", f"good={folder / 'good'}", "--system", f"fair={folder / 'fair'}",
+                    "--data_root", data_root, "--compare", "good", "fair")  # fmt: skip
     for name in ("average", "social", "has_image", "grade_7_12"):  # of each its own questions
         chosen = [qid for qid in right["good"] if CATEGORIES[name](problems[qid])]
         n, share = len(chosen), sum(right["good"][qid] for qid in chosen) / len(chosen)
         half = 196 * math.sqrt(share * (1 - share) / n)  # per cent, normal approximation
-        assert float(found["good", name]["value"]) == pytest.approx(100 * share, abs=0.01)
-        assert float(found["good", name]["low"]) == pytest.approx(100 * share - half, abs=0.7 + 50 / n)
-        assert float(found["good", name]["high"]) == pytest.approx(100 * share + half, abs=0.7 + 50 / n)
+        value, low, high = (float(found["good", name][column]) for column in ("value", "low", "high"))
+        assert value == pytest.approx(100 * share, abs=0.01)
+        assert (low, high) == pytest.approx((100 * share - half, 100 * share + half), abs=0.7 + 50 / n)
     n = len(right["good"])
     only_good = sum(right["good"][qid] and not right["fair"][qid] for qid in right["good"])
     only_fair = sum(right["fair"][qid] and not right["good"][qid] for qid in right["good"])
@@ -108,14 +110,11 @@ def test_answers_get_an_interval_and_a_test(systems, problems, capsys):
 def test_rationales_are_compared_question_by_question(tmp_path, few, capsys):
     """Gold texts against the same cut in half: better by ROUGE-L and by the sentence score, with p and interval."""
     problems, qids = few.problems, few.qids
-    golds = [problems[qid]["solution"] for qid in qids]
-    golds = [f"Solution: {gold}" for gold in golds]  # as a stage writes them
-    for name, preds in (("whole", golds), ("half", [text[: len(text) // 2] for text in golds])):
-        content = {"preds": preds, "labels": golds, "qids": qids}
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    argv = ["--system", f"whole={tmp_path / 'whole.json'}", "--system", f"half={tmp_path / 'half.json'}",
-            "--data_root", few.root, "--compare", "whole", "half", "--format", "csv"]  # fmt: skip
-    found = figures(table(capsys, *argv))
+    golds = [f"Solution: {problems[qid]['solution']}" for qid in qids]  # as a stage writes them
+    whole = write(tmp_path / "whole.json", golds, qids)
+    half = write(tmp_path / "half.json", [text[: len(text) // 2] for text in golds], qids, golds)
+    found = figures(capsys, "--system", f"whole={whole}", "--system", f"half={half}", "--data_root", few.root,
+                    "--compare", "whole", "half")  # fmt: skip
     for row in ("ROUGE-L", "sentence score"):
         line = found[row, "difference"]
         assert 0 < float(line["low"]) < float(line["value"]) < float(line["high"])
@@ -125,10 +124,8 @@ def test_rationales_are_compared_question_by_question(tmp_path, few, capsys):
     assert float(found["whole", "words"]["value"]) == pytest.approx(rationale_figures(problems, qids, golds)["words"])
     # short ones good, long ones poor: the figure is a mean over sentences, and so is its interval
     preds = [gold if i % 2 else "It is so. " * 30 for i, gold in enumerate(golds)]
-    (tmp_path / "odd.json").write_text(json.dumps({"preds": preds, "labels": golds, "qids": qids}))
-    found = figures(
-        table(capsys, "--system", f"odd={tmp_path / 'odd.json'}", "--data_root", few.root, "--format", "csv")
-    )
+    odd = write(tmp_path / "odd.json", preds, qids, golds)
+    found = figures(capsys, "--system", f"odd={odd}", "--data_root", few.root)
     score = {name: float(found["odd", "score"][name]) for name in ("low", "value", "high")}
     assert 0 < score["low"] < score["value"] < score["high"] < 0.3
 
@@ -152,12 +149,8 @@ def test_intervals_and_tests_have_their_known_values():
     assert mcnemar(0, 3000) == 2 / 2**3000 or mcnemar(0, 3000) == 0.0  # no overflow
     # the 2.5 and 97.5 % points of a mean of 100 coins
     coins = [0.0] * 50 + [1.0] * 50
-    for low, high in (
-        shares_interval([50, 50], (1, 0)),
-        mean_interval(coins),
-        ratio_interval([(c, 1) for c in coins]),
-    ):
-        assert (low, high) == (pytest.approx(0.40, abs=0.005), pytest.approx(0.60, abs=0.005))
+    for ends in (shares_interval([50, 50], (1, 0)), mean_interval(coins), ratio_interval([(c, 1) for c in coins])):
+        assert ends == pytest.approx((0.40, 0.60), abs=0.005)
     assert all(map(math.isnan, (*shares_interval([0, 0], (1, 0)), *mean_interval([]), *ratio_interval([(0, 0)] * 3))))
     assert ratio_interval([(1, 2)] * 30 + [(0, 0)] * 30) == (0.5, 0.5)
     assert ratio_interval([(1, 1)] * 30 + [(0, 1)] * 70, seed=1) == shares_interval([30, 70], (1, 0), seed=1)
@@ -179,34 +172,24 @@ def test_intervals_and_tests_have_their_known_values():
     assert paired_difference([1.0] * 300, [0.0] * 300)["p"] == 2 / (DRAWS + 1)
 
 
-@pytest.mark.parametrize(
-    "argv, words",
-    [
-        ([], "at least one --system"),
-        (["--system", "x=/nowhere"], "does not exist"),
-        (["--system", f"d={SEEDS[0]}", "--compare", "d", "e"], "no --system is called e"),
-        (["--system", f"d={SEEDS[0]}", "--images", "x"], "--images"),
-    ],
-)
-def test_mistakes_end_in_one_line(argv, words):
+@pytest.mark.parametrize("argv, words", [
+    ([], "at least one --system"),
+    (["--system", "x=/nowhere"], "does not exist"),
+    (["--system", f"d={SEEDS[0]}", "--compare", "d", "e"], "no --system is called e"),
+    (["--system", f"d={SEEDS[0]}", "--images", "x"], "--images"),
+    ({"preds": ["So."]}, "no scores; give its --data_root"),
+    ({"preds": ["So."], "scores": {"answer": {"acc_average": "n/a"}}}, "scores are not"),
+    ({"preds": ["So."], "scores": 3}, "scores are not"),
+    ({"rationales": {"RL": 3}}, "scores are not"),
+])  # fmt: skip
+def test_mistakes_end_in_one_line(argv, words, tmp_path, monkeypatch):
+    """Flags, and files without figures."""
+    monkeypatch.chdir(tmp_path)
+    if isinstance(argv, dict):
+        files.write_json("file.json", argv)
+        argv, words = ["--system", "x=file.json"], f"--system x: file.json.*{words}"
     with pytest.raises(cli.UserError, match=words):
         results.main(argv)
-
-
-@pytest.mark.parametrize(
-    "data, words",
-    [
-        ({"preds": ["So."]}, "no scores; give its --data_root"),
-        ({"preds": ["So."], "scores": {"answer": {"acc_average": "n/a"}}}, "scores are not"),
-        ({"preds": ["So."], "scores": 3}, "scores are not"),
-        ({"rationales": {"RL": 3}}, "scores are not"),
-    ],
-)
-def test_a_file_without_figures_is_named(data, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    files.write_json("file.json", data)
-    with pytest.raises(cli.UserError, match=f"--system x: file.json.*{words}"):
-        results.main(["--system", "x=file.json"])
 
 
 def test_a_data_folder_that_nobody_asked_for_stops_no_table(tmp_path, monkeypatch, capsys):
@@ -225,8 +208,8 @@ def test_a_data_folder_that_nobody_asked_for_stops_no_table(tmp_path, monkeypatc
                                                ("ALE", {"answers", "rationales"})])  # fmt: skip
 def test_a_released_file_gets_the_rows_it_was_asked_for(asked, tables, with_data, tmp_path, few, capsys):
     released_file(tmp_path / "file.json", few.problems, few.qids, asked, garbled=7)
-    argv = ["--system", f"it={tmp_path / 'file.json'}", "--format", "csv", "--published", "none"]
-    found = figures(table(capsys, *argv, *(["--data_root", few.root] if with_data else [])))
+    data = ["--data_root", few.root] if with_data else []
+    found = figures(capsys, "--system", f"it={tmp_path / 'file.json'}", *data)
     columns = {column for _, column in found}
     assert ("average" in columns) == ("num_fail" in columns) == ("answers" in tables)
     assert ("rouge" in columns) == ("similarity" in columns) == ("words" in columns) == ("rationales" in tables)
@@ -248,15 +231,9 @@ def kinds_of_files(tmp_path, few) -> dict:
     answers = [f"The answer is ({'ABCDE'[few.problems[qid]['answer']]})." for qid in some]
     rationales = [f"Solution: {few.problems[qid]['solution']}" for qid in some]
     both = [f"{text} {answer}" for text, answer in zip(rationales, answers, strict=True)]
-    others = {"preds": answers[:10], "labels": answers[:10], "qids": few.qids[50:]}
-    contents = {name: {"preds": texts, "labels": texts, "qids": some}
-                for name, texts in (("answers", answers), ("rationales", rationales), ("both", both))}  # fmt: skip
-    contents["elsewhere"] = others
-    found = {}
-    for name, content in contents.items():
-        found[name] = tmp_path / f"{name}.json"
-        files.write_json(found[name], content)
-    return found
+    contents = {"answers": (answers, some), "rationales": (rationales, some), "both": (both, some),
+                "elsewhere": (answers[:10], few.qids[50:])}  # fmt: skip
+    return {name: write(tmp_path / f"{name}.json", *content) for name, content in contents.items()}
 
 
 @pytest.mark.parametrize(
@@ -279,9 +256,8 @@ def test_a_comparison_that_cannot_be_made_says_what_is_wrong(pair, words, tmp_pa
 def test_files_of_one_label_are_compared_by_kind(tmp_path, few, capsys):
     """A label may have a rationale stage and an answer stage, in any order; a file of both kinds counts for both."""
     paths = kinds_of_files(tmp_path, few)
-    argv = ["--system", f"A={paths['rationales']}", "--system", f"A={paths['answers']}", "--system",
-            f"B={paths['both']}", "--data_root", few.root, "--compare", "A", "B", "--format", "csv"]  # fmt: skip
-    found = figures(table(capsys, *argv))
+    found = figures(capsys, "--system", f"A={paths['rationales']}", "--system", f"A={paths['answers']}", "--system",
+                    f"B={paths['both']}", "--data_root", few.root, "--compare", "A", "B")  # fmt: skip
     tested = {row: line["value"] for (row, column), line in found.items() if line["table"] == "A minus B"
               and column == "questions"}  # fmt: skip
     assert tested == {"answers": "50", "ROUGE-L": "50", "sentence score": "50"}
@@ -305,11 +281,9 @@ def test_unread_answers_above_5_percent_are_noted_in_the_tables(with_data, tmp_p
 def test_unread_answers_are_drawn_with_the_seed_of_the_file(tmp_path, few, capsys):
     values = set()
     for seed in (5, 6, 7):
-        data = {"preds": ["It may be."] * 60, "labels": ["The answer is (A)."] * 60, "qids": few.qids}
-        files.write_json(tmp_path / "p.json", data | {"settings": {"seed": seed}})
-        found = figures(
-            table(capsys, "--system", f"x={tmp_path / 'p.json'}", "--data_root", few.root, "--format", "csv")
-        )
+        labels = ["The answer is (A)."] * 60
+        path = write(tmp_path / "p.json", ["It may be."] * 60, few.qids, labels, settings={"seed": seed})
+        found = figures(capsys, "--system", f"x={path}", "--data_root", few.root)
         drawn = [resolve_answer("", len(few.problems[qid]["choices"]), qid, seed)[0] for qid in few.qids]
         right = sum(choice == few.problems[qid]["answer"] for choice, qid in zip(drawn, few.qids, strict=True))
         assert float(found["x", "average"]["value"]) == pytest.approx(100 * right / 60, abs=0.006)
@@ -328,5 +302,5 @@ def test_figures_that_are_no_numbers_are_skipped(tmp_path, capsys):
     """NaN, as json.dump writes it, in scores and in a win rate."""
     scores = {"rationale": {"bleu1": float("nan"), "rouge": 50.0}}
     (tmp_path / "p.json").write_text(json.dumps({"preds": ["So it is."], "scores": scores}))
-    found = figures(table(capsys, "--system", f"x={tmp_path / 'p.json'}", "--format", "csv", "--published", "none"))
+    found = figures(capsys, "--system", f"x={tmp_path / 'p.json'}")
     assert {column for _, column in found} == {"rouge", "repeated", "unfinished", "words"}

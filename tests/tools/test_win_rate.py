@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from ares import cli
+from ares import cli, files
 from ares.intervals import shares_interval
 from teacher import api_teacher
 from teacher.prompts import judge_request
@@ -33,12 +33,15 @@ def systems(tmp_path, data_root, problems):
     # the id, as some questions are there twice and equal requests are asked once
     rationales = {qid: f"{problems[qid]['solution']} That was question {qid}." for qid in qids}
     a = {qid: f"Solution: By the first system: {rationales[qid]}" for qid in reversed(qids)}
-    (tmp_path / "a.json").write_text(json.dumps({"preds": list(a.values()), "qids": list(a)}))
-    folder = tmp_path / "b"
-    folder.mkdir()
+    write(tmp_path / "a.json", list(a.values()), list(a))
     preds = [f"By the second system: {rationales[qid]}" for qid in qids]
-    (folder / "predictions_ans_test.json").write_text(json.dumps({"preds": preds, "labels": preds}))
-    return [f"A={tmp_path / 'a.json'}", f"B={folder}"]
+    write(tmp_path / "b/predictions_ans_test.json", preds, labels=preds)
+    return [f"A={tmp_path / 'a.json'}", f"B={tmp_path / 'b'}"]
+
+
+def write(path, preds, qids=None, **more):
+    files.write_json(path, {"preds": preds, **more} | ({"qids": qids} if qids else {}))
+    return path
 
 
 def draw(text: str, name: str) -> float:
@@ -128,9 +131,9 @@ def test_other_texts_are_judged_anew_and_images_go_by_flag(server, systems, samp
     compare(systems, data_root, output, server, *few)
     assert not any("text_only" in path.read_text() for path in output.glob("0/p0/*/reply.json")), "none was wanted"
     assert len(server.log) == 80 and not any(asked.images for asked in server.asked)
-    result = json.loads((tmp_path / "a.json").read_text())
-    result["preds"] = [text.replace("By the first system", "By the first system, mended") for text in result["preds"]]
-    (tmp_path / "a.json").write_text(json.dumps(result))
+    first = json.loads((tmp_path / "a.json").read_text())
+    preds = [text.replace("By the first system", "By the first system, mended") for text in first["preds"]]
+    write(tmp_path / "a.json", preds, first["qids"])
     compare(systems, data_root, output, server, *few)
     assert len(server.log) == 160
     compare(systems, data_root, output, server, *few, "--with_image", "--images", str(sample / "images"))
@@ -138,26 +141,23 @@ def test_other_texts_are_judged_anew_and_images_go_by_flag(server, systems, samp
     assert pictured and len(server.log) == 160 + len(pictured), "only requests that changed are asked again"
     assert all(asked.content_types[0] == "image" and "the image and the correct" in asked.text for asked in pictured)
     before = len(server.log)
-    result["preds"] = [text.replace("mended", "mended once more") for text in result["preds"]]
-    (tmp_path / "a.json").write_text(json.dumps(result))
+    write(tmp_path / "a.json", [text.replace("mended", "mended once more") for text in preds], first["qids"])
     compare(systems, data_root, output, server, *few)
     assert len(server.log) == before + 80 and not any(asked.images for asked in server.asked[before:])
 
 
 def test_offline_judge_prefers_the_gold_text(data_root, problems, tmp_path, capsys):
     qids = json.loads((data_root / "scienceqa/pid_splits.json").read_text())["test"][:60]
-    files = {}
-    for name, texts in {"gold": [problems[qid]["solution"] for qid in qids], "poor": ["I do not know."] * 60}.items():
-        files[name] = tmp_path / f"{name}.json"
-        files[name].write_text(json.dumps({"preds": texts, "qids": qids}))
-    argv = [f"gold={files['gold']}", f"poor={files['poor']}", "--data_root", str(data_root), "--teacher", "reference"]
+    golds = [problems[qid]["solution"] for qid in qids]
+    gold, poor = write(tmp_path / "gold.json", golds, qids), write(tmp_path / "poor.json", ["No idea."] * 60, qids)
+    argv = [f"gold={gold}", f"poor={poor}", "--data_root", str(data_root), "--teacher", "reference"]
     win_rate.main([*argv, "--output", str(tmp_path / "out")])
     row = json.loads((tmp_path / "out/win_rate.json").read_text())["summary"]
     assert row["rows"]["average"]["loss"] == 0 and row["rows"]["average"]["win"] > 85
     assert row["position"]["same_in_both_orders"] == 100 and row["position"]["first"] == 50
     # both verdicts of a question are drawn together: no resample of such a judge leaves 50
     assert row["position"]["first_interval"] == [50, 50]
-    argv[1] = f"same={files['gold']}"
+    argv[1] = f"same={gold}"
     win_rate.main([*argv, "--output", str(tmp_path / "same")])
     summary = json.loads((tmp_path / "same/win_rate.json").read_text())["summary"]
     assert summary["identical"] == 60 and summary["rows"]["average"]["tie"] == 100
@@ -170,8 +170,7 @@ def test_protocols_and_splits_have_a_result_each(data_root, problems, tmp_path, 
     for split in ("test", "val"):
         systems = {"A": [problems[qid]["solution"] for qid in splits[split][:12]], "B": ["I do not know."] * 12}
         for name, texts in systems.items():
-            path = tmp_path / f"{name}_{split}.json"
-            path.write_text(json.dumps({"preds": texts, "qids": splits[split][:12]}))
+            path = write(tmp_path / f"{name}_{split}.json", texts, splits[split][:12])
             argv.setdefault(split, []).append(f"{name}={path}")
         argv[split] += ["--data_root", str(data_root), "--teacher", "reference", "--output", str(tmp_path / "out")]
         argv[split] += ["--split", split]
@@ -251,8 +250,5 @@ def test_mistakes_end_in_one_line(systems, data_root, tmp_path):
     one_line_error(wrong("A=nowhere", systems[1]), "nowhere does not exist")
     one_line_error(wrong(systems[0], systems[0], "--images", "x"), "--with_image", "both systems are called A")
     one_line_error(wrong(systems[0], f"B={tmp_path / 'a.json'}", "--split", "val"), "not in the split val", "--split")
-    answers = {"preds": ["The answer is (B)."] * N, "labels": ["The answer is (A)."] * N}
-    (tmp_path / "answers.json").write_text(json.dumps(answers))
-    one_line_error(
-        wrong(systems[0], f"B={tmp_path / 'answers.json'}"), "answers.json holds answers without rationales"
-    )
+    path = write(tmp_path / "answers.json", ["The answer is (B)."] * N, labels=["The answer is (A)."] * N)
+    one_line_error(wrong(systems[0], f"B={path}"), "answers.json holds answers without rationales")

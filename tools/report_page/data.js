@@ -1,52 +1,38 @@
-// The report's data and queries on it. A row is a question's index in the columns.
+// The report's data and queries on it. A row is a question's index.
 
 const main = parsed('main');
-const texts = parsed('texts').texts;
 const Q = main.questions;
-const rowCount = Q.qid.length;
+const rowCount = Q.length;
 const stageCount = main.stages.length;
-const rowOf = new Map(Q.qid.map((qid, row) => [qid, row]));
+const rowOf = new Map(Q.map((question, row) => [question.qid, row]));
 const UNPARSED = -1, NO_ANSWER = -2;
 
-const T = (index) => (index < 0 ? '' : texts[index]);
+/** A function that calls `make` once, when its value is first needed. */
+const lazily = (make) => { let value; return () => (value ??= make()); };
+const details = lazily(() => parsed('details')); // samples, corrections and tokens: large
+const imageData = lazily(() => parsed('images'));
+const imagesOf = (row) => (imageData().of[row] || []).map((i) => imageData().list[i]);
 
-let detailData = null;
-/** Samples, corrections and tokens: large, so parsed when a question that has some is first opened. */
-const details = () => (detailData = detailData || parsed('details'));
-let imageData = null;
-const imagesOf = (row) => {
-  imageData = imageData || parsed('images');
-  return (imageData.of[row] || []).map((i) => imageData.list[i]);
-};
-
-// mean and lowest sentence score in hundredths, -1 for none; index: stage * rowCount + row
-const means = new Int16Array(stageCount * rowCount).fill(-1);
-const lows = new Int16Array(stageCount * rowCount).fill(-1);
-main.preds.forEach((columns, stage) => {
-  columns.p.forEach((scores, row) => {
-    if (!scores || !scores.length) return;
-    let sum = 0, low = 100;
-    for (const score of scores) { sum += score; if (score < low) low = score; }
-    means[stage * rowCount + row] = Math.round(sum / scores.length);
-    lows[stage * rowCount + row] = low;
-  });
-});
-const meanOf = (stage, row) => means[stage * rowCount + row];
+const NO_PREDICTION = { s: null, a: NO_ANSWER, mean: -1, low: -1 };
+const predOf = (stage, row) => main.preds[stage][row] || NO_PREDICTION;
+/** The mean of scores, in hundredths; -1 for none. */
+const meanOf = (scores) => (scores?.length ? Math.round(scores.reduce((a, b) => a + b, 0) / scores.length) : -1);
+for (const pred of main.preds.flatMap(Object.values)) {
+  pred.mean = meanOf(pred.p);
+  pred.low = pred.p?.length ? Math.min(...pred.p) : -1;
+}
 
 /** 'right', 'wrong', 'unparsed', or null where the stage has no answer. */
 function verdictOf(stage, row) {
-  const answer = main.preds[stage].a[row];
+  const answer = predOf(stage, row).a;
   if (answer === NO_ANSWER) return null;
-  return answer === UNPARSED ? 'unparsed' : Q.answer[row] < 0 ? null : answer === Q.answer[row] ? 'right' : 'wrong';
+  return answer === UNPARSED ? 'unparsed' : Q[row].answer < 0 ? null : answer === Q[row].answer ? 'right' : 'wrong';
 }
 
 /** The value by which stages are compared: 1 or 0 for an answer, else the mean score; null for neither. */
 function worth(stage, row, byAnswer) {
-  if (byAnswer) {
-    const verdict = verdictOf(stage, row);
-    return verdict === null ? null : Number(verdict === 'right');
-  }
-  const mean = meanOf(stage, row);
+  const verdict = verdictOf(stage, row), mean = predOf(stage, row).mean;
+  if (byAnswer) return verdict === null ? null : Number(verdict === 'right');
   return mean < 0 ? null : mean;
 }
 
@@ -59,20 +45,14 @@ function change(from, to, row) {
 
 /** Lowest score of any stage or sample for a question; -1 for none. */
 function lowest(row) {
-  let low = main.sampled[row] ? main.sampled[row].low : -1;
-  for (let stage = 0; stage < stageCount; stage++) {
-    const here = lows[stage * rowCount + row];
-    if (here >= 0 && (low < 0 || here < low)) low = here;
-  }
-  return low;
+  const all = [main.sampled[row]?.low ?? -1, ...main.stages.map((_, stage) => predOf(stage, row).low)];
+  const lows = all.filter((low) => low >= 0);
+  return lows.length ? Math.min(...lows) : -1;
 }
 
 /** The reasons for which replies on a question were dropped, as a list of words. */
-function droppedReasons(row) {
-  const reasons = main.sampled[row] ? [...main.sampled[row].dropped] : [];
-  if (main.corrected[row]) reasons.push('correction: ' + main.corrected[row]);
-  return reasons;
-}
+const droppedReasons = (row) => [...(main.sampled[row]?.dropped || []),
+  ...(main.corrected[row] ? ['correction: ' + main.corrected[row]] : [])];
 
 /** The verdict of one file: the winner's index (0, 1), "tie", "mixed" (each order has another winner), or null. As in
  * tools/win_rate.py a win and a tie make a win. */
@@ -84,17 +64,6 @@ function judged(file, row) {
   return lead > 0 ? 0 : lead < 0 ? 1 : wins('a') ? 'mixed' : 'tie';
 }
 
-let searchable = null;
 /** One lower-case text per row with everything that the search covers. */
-function searchTexts() {
-  if (searchable) return searchable;
-  const lower = texts.map((text) => text.toLowerCase());
-  const at = (index) => (index < 0 ? '' : lower[index]);
-  searchable = Q.qid.map((qid, row) => {
-    const parts = [qid.toLowerCase(), at(Q.question[row]), at(Q.hint[row]), ...Q.choices[row].map(at), at(Q.solution[row])];
-    parts.push(at(Q.caption[row]), at(Q.topic[row]));
-    for (const columns of main.preds) if (columns.s[row]) parts.push(...columns.s[row].map(at));
-    return parts.join('\n');
-  });
-  return searchable;
-}
+const searchTexts = lazily(() => Q.map((q, row) => [q.qid, q.question, q.hint, ...q.choices, q.solution, q.caption,
+  q.topic, ...main.stages.flatMap((_, stage) => predOf(stage, row).s || [])].join('\n').toLowerCase()));

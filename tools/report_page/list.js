@@ -7,22 +7,25 @@ let current = -1; // the open row
 const filters = []; // {key, label, options: [[value, words]], matches(value, row)}
 const chosen = {};
 
-const distinct = (column) => [...new Set(column)].filter((index) => index >= 0);
-const textOptions = (column) => distinct(column).map((i) => [String(i), T(i)]);
 const gradeNumber = (name) => Number((name.match(/\d+/) || [99])[0]);
 
 function addFilter(key, label, options, matches) {
   if (options.length) filters.push({ key, label, options, matches });
 }
 
+/** A filter for each value of a field of the questions, if there are several. */
+function addFieldFilter(key, label, order, words = String) {
+  const values = [...new Set(Q.map((question) => question[key]))].filter((value) => value !== undefined).sort(order);
+  if (values.length < 2) return;
+  addFilter(key, label, values.map((value) => [String(value), words(value)]), (v, row) => String(Q[row][key]) === v);
+}
+
 function defineFilters() {
-  const many = (options) => (options.length > 1 ? options : []);
-  addFilter('split', 'Split', many([...new Set(Q.split)].map((name) => [name, name])), (v, row) => Q.split[row] === v);
-  addFilter('subject', 'Subject', many(textOptions(Q.subject)), (v, row) => Q.subject[row] === Number(v));
-  const grades = textOptions(Q.grade).sort((a, b) => gradeNumber(a[1]) - gradeNumber(b[1]));
-  addFilter('grade', 'Grade', many(grades), (v, row) => Q.grade[row] === Number(v));
-  const images = [...new Set(Q.image)].sort().reverse();
-  addFilter('image', 'Image', many(images.map((has) => [String(has), has ? 'with image' : 'without image'])), (v, row) => Q.image[row] === Number(v));
+  const asFound = () => 0;
+  addFieldFilter('split', 'Split', asFound);
+  addFieldFilter('subject', 'Subject', asFound);
+  addFieldFilter('grade', 'Grade', (a, b) => gradeNumber(a) - gradeNumber(b));
+  addFieldFilter('image', 'Image', (a, b) => b - a, (has) => (has ? 'with image' : 'without image'));
   const answers = main.stages.flatMap((stage, i) => (!stage.answers ? [] : ['right', 'wrong', 'unparsed']
     .map((kind) => [i + kind, `${stage.name}: ${kind}`])));
   addFilter('answer', 'Answer', answers, (v, row) => verdictOf(parseInt(v, 10), row) === v.replace(/^\d+/, ''));
@@ -30,10 +33,10 @@ function defineFilters() {
     const [from, to, sign] = v.split(' ').map(Number);
     return change(from, to, row) === sign;
   });
-  const scored = Array.from({ length: rowCount }, (_, row) => lowest(row)).some((low) => low >= 0);
+  const scored = Q.some((_, row) => lowest(row) >= 0);
   addFilter('low', 'Lowest sentence score', scored ? [0, 20, 40, 60, 80].map((v) => [String(v), 'at most ' + asScore(v)]) : [],
     (v, row) => lowest(row) >= 0 && lowest(row) <= Number(v));
-  const reasons = [...new Set(Q.qid.flatMap((_, row) => droppedReasons(row)))].sort();
+  const reasons = [...new Set(Q.flatMap((_, row) => droppedReasons(row)))].sort();
   addFilter('dropped', 'Dropped reply', reasons.length ? [['any', 'any reason'], ...reasons.map((r) => [r, r])] : [],
     (v, row) => (v === 'any' ? droppedReasons(row).length > 0 : droppedReasons(row).includes(v)));
   main.verdicts.forEach((result, file) => {
@@ -73,7 +76,7 @@ function buildFilters() {
     const plain = filter.key === 'sort' ? 'as in the files' : 'all';
     const change = () => { chosen[filter.key] = select.value; applyFilters(); };
     const select = el('select', { id: 'filter-' + filter.key, onchange: change },
-      el('option', { value: 'all' }, plain), filter.options.map(([value, words]) => el('option', { value }, words)));
+      el('option', { value: '' }, plain), filter.options.map(([value, words]) => el('option', { value }, words)));
     grid.append(el('label', {}, filter.label, select));
   }
   if (!filters.length) byId('filters').hidden = true;
@@ -91,20 +94,17 @@ function buildFilters() {
 function resetFilters() {
   for (const key of Object.keys(chosen)) delete chosen[key];
   byId('search').value = '';
-  for (const filter of filters) byId('filter-' + filter.key).value = 'all';
+  for (const filter of filters) byId('filter-' + filter.key).value = '';
   applyFilters();
 }
 
 /** Update `shown` and redraw the list; the open question stays open. */
 function applyFilters() {
-  const active = filters.filter((filter) => filter.key !== 'sort' && (chosen[filter.key] || 'all') !== 'all');
+  const active = filters.filter((filter) => filter.key !== 'sort' && chosen[filter.key]);
   const words = (chosen.search || '').toLowerCase().split(/\s+/).filter(Boolean);
   const found = words.length ? searchTexts() : null;
-  shown = [];
-  for (let row = 0; row < rowCount; row++) {
-    const matches = active.every((filter) => filter.matches(chosen[filter.key], row));
-    if (matches && words.every((word) => found[row].includes(word))) shown.push(row);
-  }
+  shown = [...Q.keys()].filter((row) => active.every((filter) => filter.matches(chosen[filter.key], row))
+    && words.every((word) => found[row].includes(word)));
   sortShown();
   byId('active').textContent = active.length ? `· ${active.length} on` : '';
   byId('count').textContent = (shown.length === rowCount ? '' : asCount(shown.length) + ' of ') + asCount(rowCount)
@@ -117,14 +117,12 @@ function applyFilters() {
 }
 
 function sortShown() {
-  const how = chosen.sort || 'all';
-  if (how === 'all') return;
-  const rationales = main.stages.flatMap((stage, i) => (stage.rationales ? [i] : []));
-  const [first, last] = [rationales[0], rationales[rationales.length - 1]];
+  const how = chosen.sort, rationales = main.stages.flatMap((stage, i) => (stage.rationales ? [i] : []));
+  if (!how) return;
   const value = (row) => {
     if (how === 'low') return lowest(row) < 0 ? 1e6 : lowest(row);
-    if (meanOf(first, row) < 0 || meanOf(last, row) < 0) return 1e6;
-    return (meanOf(last, row) - meanOf(first, row)) * (how === 'gain' ? -1 : 1);
+    const [first, last] = [rationales[0], rationales.at(-1)].map((stage) => predOf(stage, row).mean);
+    return first < 0 || last < 0 ? 1e6 : (last - first) * (how === 'gain' ? -1 : 1);
   };
   const values = new Map(shown.map((row) => [row, value(row)]));
   shown.sort((a, b) => values.get(a) - values.get(b) || a - b);
@@ -151,11 +149,11 @@ function drawRows() {
 
 function rowNode(place) {
   const row = shown[place];
-  const facts = [Q.qid[row], Q.split[row], T(Q.grade[row]).replace('grade', 'grade '), T(Q.subject[row])];
+  const q = Q[row], facts = [q.qid, q.split, q.grade?.replace('grade', 'grade '), q.subject];
   const node = el('div', {
     class: 'row', role: 'option', id: 'row-' + row, 'data-row': row, 'aria-selected': String(row === current),
     'aria-posinset': place + 1, 'aria-setsize': shown.length,
-  }, el('span', { class: 'q' }, T(Q.question[row]) || '(no text)'),
+  }, el('span', { class: 'q' }, q.question || '(no text)'),
     el('span', { class: 'm' }, el('span', {}, facts.filter(Boolean).join(' · ')), stageChips(row)));
   node.style.top = place * ROW_HEIGHT + 'px';
   return node;
@@ -164,9 +162,8 @@ function rowNode(place) {
 function stageChips(row) {
   return main.stages.flatMap((stage, i) => {
     const chips = [];
-    if (stage.rationales && meanOf(i, row) >= 0) {
-      chips.push(meanChip(meanOf(i, row), `${stage.name}: mean sentence score`));
-    }
+    const mean = predOf(i, row).mean;
+    if (stage.rationales && mean >= 0) chips.push(meanChip(mean, `${stage.name}: mean sentence score`));
     const verdict = verdictOf(i, row);
     if (!verdict) return chips;
     const title = `${stage.name}: answer ${verdict}`, sign = { right: '✓', wrong: '✗', unparsed: '?' }[verdict];

@@ -24,7 +24,7 @@ function openRow(row, keepAddress) {
   const place = shown.indexOf(row);
   if (place >= 0) scrollToPlace(place);
   drawRows();
-  if (!keepAddress) note('#qid=' + encodeURIComponent(Q.qid[row]));
+  if (!keepAddress) note('#qid=' + encodeURIComponent(Q[row].qid));
 }
 
 /** Open the next or previous question of the list, or its first if the open one is not in the list. */
@@ -44,7 +44,7 @@ function follow() {
     current = -1;
     showTab('inspector');
     drawRows();
-    return drawMissing(hash.slice(4));
+    return drawDetail(`Question ${hash.slice(4)} is not in this report.`);
   }
   if (hash === 'inspector') return showInspector();
   showTab('overview');
@@ -52,7 +52,7 @@ function follow() {
 
 function showInspector() {
   if (current < 0 && shown.length) openRow(shown[0]);
-  else { showTab('inspector'); drawDetail(); note(current < 0 ? '#inspector' : '#qid=' + encodeURIComponent(Q.qid[current])); }
+  else { showTab('inspector'); drawDetail(); note(current < 0 ? '#inspector' : '#qid=' + encodeURIComponent(Q[current].qid)); }
 }
 
 function showOverview() {

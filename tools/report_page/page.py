@@ -8,7 +8,6 @@ no other script runs, and lets the page load nothing from elsewhere.
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import html
 import json
@@ -43,13 +42,13 @@ def build_page(title: str, parts: Mapping[str, Any], drawings: Mapping[str, str]
 
 def as_json(value: Any) -> str:
     r"""Compact JSON that cannot end a script element: `<` is written as \u003c. NaN and infinity become null, as
-    JSON.parse would refuse the whole block for one of them."""
-    dump = functools.partial(json.dumps, ensure_ascii=False, separators=(",", ":"))
-    try:
-        text = dump(value, allow_nan=False)
-    except ValueError:
-        text = dump(json.loads(dump(value), parse_constant=lambda name: None))
-    return text.replace("<", "\\u003c")
+    JSON.parse would refuse the whole block for one of them; half a surrogate pair, which damaged JSON can hold and
+    UTF-8 cannot, becomes U+FFFD."""
+    form = {"ensure_ascii": False, "separators": (",", ":")}
+    text = json.dumps(value, **form)
+    if "NaN" in text or "Infinity" in text:
+        text = json.dumps(json.loads(text, parse_constant=lambda name: None), **form)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("<", "\\u003c")
 
 
 def _read(name: str) -> str:

@@ -39,8 +39,7 @@ def collect_images(images: Path, qids: Sequence[str], mode: str, output: Path) -
                 continue
             if source not in index:
                 index[source] = len(found["list"])
-                width, height = size
-                found["list"].append({"src": source, "w": width, "h": height})
+                found["list"].append({"src": source, "w": size[0], "h": size[1]})
             found["of"].setdefault(row, []).append(index[source])
     if bad:
         cli.warn0(f"{len(bad)} files cannot be read as images and are skipped (the first is {bad[0]})")

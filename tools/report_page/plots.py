@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ares import files
@@ -50,14 +51,13 @@ def curves(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for name, title, parts in CURVES:
         lines = []
         for metric, label in parts:
-            points = {kind: [(x, line[metric]) for x, line in placed if line["kind"] == kind
-                             and line.get(metric) is not None] for kind in ("update", "epoch")}  # fmt: skip
-            if points["update"] or points["epoch"]:
-                (x, y), (epoch_x, epoch_y) = (
-                    [list(column) for column in zip(*points[kind], strict=True)] or [[], []]
-                    for kind in ("update", "epoch")
-                )
-                lines.append({"label": label, "x": x, "y": y, "epoch_x": epoch_x, "epoch_y": epoch_y})
+            line: dict[str, Any] = {"label": label}
+            for kind, prefix in (("update", ""), ("epoch", "epoch_")):
+                points = [(x, each[metric]) for x, each in placed
+                          if each["kind"] == kind and each.get(metric) is not None]  # fmt: skip
+                line |= {f"{prefix}x": [x for x, _ in points], f"{prefix}y": [y for _, y in points]}
+            if line["x"] or line["epoch_x"]:
+                lines.append(line)
         if len(lines) == 2 and name == "reward" and lines[0]["y"] == lines[1]["y"]:
             lines.pop()  # no KL penalty in a first round
         if lines:
@@ -78,7 +78,8 @@ def _placed(metrics: Sequence[Mapping[str, Any]]) -> Any:
 
 def draw_curve(curve: Mapping[str, Any]):
     """One small figure: the updates, faint, and over them the means of the epochs."""
-    figure, axes = _figure(3.9, 2.3)
+    figure = _figure(3.9, 2.3)
+    (axes,) = figure.axes
     for i, line in enumerate(curve["lines"]):
         style = {"color": SERIES[i], "linestyle": ("-", "--")[i]}
         has_epochs = len(line["epoch_x"]) > 1
@@ -101,21 +102,18 @@ def draw_curve(curve: Mapping[str, Any]):
 def _thinned(x: Sequence[float], y: Sequence[float], most: int = 500) -> tuple[list[float], list[float]]:
     """At most `most` points, each the mean of its neighbours: a figure of 300 pixels needs no more."""
     step = -(-len(x) // most)
-    if step == 1:
-        return list(x), list(y)
-    parts = [(x[i : i + step], y[i : i + step]) for i in range(0, len(x), step)]
-    return [sum(a) / len(a) for a, _ in parts], [sum(b) / len(b) for _, b in parts]
+    parts = range(0, len(x), step)
+    return [fmean(x[i : i + step]) for i in parts], [fmean(y[i : i + step]) for i in parts]
 
 
 def draw_scores(series: Sequence[Mapping[str, Any]]):
     """Sentence scores by position: a panel per series, a stacked bar per position with the share of each score."""
     columns = min(2, len(series))
     rows = -(-len(series) // columns)
-    figure, grid = _figure(4.6 * columns, 0.25 + 2.0 * rows, rows, columns)
-    panels = [panel for line in grid for panel in line] if rows > 1 else list(grid) if columns > 1 else [grid]
-    for panel in panels[len(series) :]:
+    figure = _figure(4.6 * columns, 0.25 + 2.0 * rows, rows, columns)
+    for panel in figure.axes[len(series) :]:
         panel.set_visible(False)
-    for panel, data in zip(panels, series, strict=False):
+    for panel, data in zip(figure.axes, series, strict=False):
         positions = [i for i, counts in enumerate(data["counts"]) if sum(counts)]
         for place in positions:
             counts, left = data["counts"][place], 0.0
@@ -146,12 +144,12 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1):
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained")
-    grid = figure.subplots(rows, columns)
+    figure.subplots(rows, columns)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(FAINT)
         axes.tick_params(labelsize=8, colors=INK, color=FAINT, length=3)
-    return figure, grid
+    return figure
 
 
 # -- as SVG and PNG --------------------------------------------------------------------------------------
@@ -190,8 +188,6 @@ def write_png(figure, path: Path) -> None:
 
 def curve_label(curve: Mapping[str, Any]) -> str:
     """What a curve shows, for screen readers: first and last epoch of each line."""
-    parts = []
-    for line in curve["lines"]:
-        y = line["epoch_y"] or line["y"]
-        parts.append(f"{line['label']} from {y[0]:.4g} to {y[-1]:.4g}")
+    ends = [(line["label"], line["epoch_y"] or line["y"]) for line in curve["lines"]]
+    parts = [f"{label} from {y[0]:.4g} to {y[-1]:.4g}" for label, y in ends]
     return f"{curve['title']}: {'; '.join(parts)}"

@@ -62,9 +62,8 @@ def read_stage(text: str, wanted: Sequence[str], orders: Mapping[str, list[str]]
     splits = {split: read_split(file, orders.get(split), problems) for split, file in paths.items() if split in wanted}
     if not splits:
         found = ", ".join(file.name for file in paths.values()) or "no predictions_ans_*.json"
-        raise UserError(
-            f"--stage: {path} holds {found}; write predictions with main.py --evaluate_dir, or name --splits"
-        )
+        fix = "write predictions with main.py --evaluate_dir, or name --splits"
+        raise UserError(f"--stage: {path} holds {found}; {fix}")
     return Stage(name, place, splits)
 
 
@@ -108,9 +107,8 @@ def score_stage(stage: Stage, problems: Problems, known: Mapping[tuple[str, tupl
         split.scores = [known.get(key) for key in keys]
         unscored = [row for row, scores in enumerate(split.scores) if scores is None]
         split.by_teacher = len(keys) - len(unscored)
-        fresh = reference_scores(
-            problems, [split.file.qids[row] for row in unscored], [split.file.preds[row] for row in unscored]
-        )
+        qids, preds = ([column[row] for row in unscored] for column in (split.file.qids, split.file.preds))
+        fresh = reference_scores(problems, qids, preds)
         for row, scores in zip(unscored, fresh, strict=True):
             split.scores[row] = scores
 
@@ -134,11 +132,10 @@ def stage_figures(split: SplitPredictions, problems: Problems | None) -> dict[st
 
 
 def _computed(split: SplitPredictions, problems: Problems) -> dict[str, Any]:
-    file, answers, rationales = split.file, {}, {}
+    file, answers = split.file, {}
     if split.has_answers:
         for qid, text in file.by_qid().items():
             answers[qid], _ = resolve_answer(text, len(problems[qid]["choices"]), qid, file.seed)
-    if split.has_rationales and any(file.labels):
-        rationales = file.by_qid()
+    rationales = file.by_qid() if split.has_rationales and any(file.labels) else {}
     references = dict(zip(file.qids, file.labels, strict=True))
     return get_scores(answers, rationales, references, problems, similarity=False)

@@ -24,46 +24,21 @@ from teacher.session import OURS
 
 
 @dataclass
-class Replied:
-    """A reply as it is on disk; of a dropped one also the reason as one word, and `why` as a sentence."""
-
-    reply: str | None = None
-    reason: str | None = None
-    why: str | None = None
-    about: dict[str, Any] = field(default_factory=dict)  # reply.json
-
-    def read(self, folder: Path, parse: Callable[[], None]) -> None:
-        """Read reply.json and the reply, then `parse()`; a Refused that it raises becomes the reason."""
-        self.about = read_sidecar(folder)
-        with contextlib.suppress(OSError):
-            self.reply = files.read_shared(folder / handoff.REPLY).decode("utf-8", errors="replace")
-        try:
-            parse()
-        except Refused as refused:
-            # the page is shared: no folder names of this machine
-            self.reason, self.why = refused.reason, str(refused).replace(f"{folder}/", "")
-
-
-@dataclass(kw_only=True)
-class Sample(Replied):
-    """One sampled rationale, its scores, and its reward and advantages in RL."""
+class Sample:
+    """A rationale that the Teacher got, a sample of RL or one to correct, and its reply as it is on disk."""
 
     qid: str
     action: int
     sentences: list[str] = field(default_factory=list)
+    reply: str | None = None
+    about: dict[str, Any] = field(default_factory=dict)  # reply.json
+    reason: str | None = None  # of a dropped reply, as one word
+    why: str | None = None  # as a sentence
+    final: str | None = None  # the corrected rationale
     scores: list[float] | None = None
     reward: float | None = None
     advantages: list[float] | None = None  # at each sentence's last token, before whitening
     tokens: dict[str, list] | None = None  # pieces, rewards, advantages
-
-
-@dataclass(kw_only=True)
-class Correction(Replied):
-    """One rationale as it was sent and as the Teacher returned it."""
-
-    qid: str
-    original: str = ""
-    final: str | None = None
 
 
 @dataclass
@@ -78,14 +53,14 @@ class Round:
 def read_rounds(run: Path | None, questions: Path | None) -> list[Round]:
     """The rounds of a run folder, or the one of a questions folder. Raises UserError if there is nothing to read."""
     if questions is not None:
+        folders = [questions]
         if not handoff.iter_items(questions):
             raise UserError(f"--questions_dir: {questions} holds no {{k}}/p{{rank}}/{{qid}} with a rationale")
-        return [Round(_number(questions), read_samples(questions), questions)]
-    folders = sorted(run.glob("questions_round[0-9]*"), key=_number)
-    if (run / "questions").is_dir():
-        folders.append(run / "questions")
+    else:
+        folders = sorted(run.glob("questions_round[0-9]*"), key=_number)
+        folders += [run / "questions"] * (run / "questions").is_dir()
     rounds = [Round(_number(folder, len(folders) - 1), read_samples(folder), folder) for folder in folders]
-    for each in rounds:
+    for each in rounds if run is not None else ():
         add_training_view(each, run / f"samples_round_{each.number}.jsonl")
     return rounds
 
@@ -97,36 +72,40 @@ def _number(folder: Path, otherwise: int = 0) -> int:
 
 def read_samples(questions: Path) -> list[Sample]:
     """Every exported rationale of a questions folder with its parsed scores or the reason why there are none."""
-    samples = []
-    items = handoff.iter_items(questions)
-    for item in cli.progress(items, desc=f"replies of {questions.name}", unit="reply"):
-        sample = Sample(qid=item.qid, action=item.action)
 
-        def parse(sample: Sample = sample, folder: Path = item.folder) -> None:
-            sample.sentences = handoff.read_rationale(folder)
-            sample.scores = parse_scores(sample.reply, sample.sentences)
+    def parse(sample: Sample) -> None:
+        sample.scores = parse_scores(sample.reply, sample.sentences)
 
-        sample.read(item.folder, parse)
-        samples.append(sample)
-    return samples
+    return _read(handoff.iter_items(questions), f"replies of {questions.name}", parse)
 
 
-def read_corrections(folder: Path) -> list[Correction]:
+def read_corrections(folder: Path) -> list[Sample]:
     """Every request of a correction folder with its parsed answer. Raises UserError if there is none."""
     items = handoff.iter_items(folder, 0)
     if not items:
         raise UserError(f"--correction_dir: {folder} holds no 0/p0/{{qid}} with a rationale")
-    corrections = []
-    for item in cli.progress(items, desc="corrections", unit="reply"):
-        correction = Correction(qid=item.qid)
 
-        def parse(correction: Correction = correction, folder: Path = item.folder) -> None:
-            correction.original = " ".join(handoff.read_rationale(folder))
-            correction.final = parse_correction(correction.reply, correction.original)
+    def parse(sample: Sample) -> None:
+        sample.final = parse_correction(sample.reply, " ".join(sample.sentences))
 
-        correction.read(item.folder, parse)
-        corrections.append(correction)
-    return corrections
+    return _read(items, "corrections", parse)
+
+
+def _read(items: Sequence[handoff.Item], desc: str, parse: Callable[[Sample], None]) -> list[Sample]:
+    """The items with their replies; a Refused that `parse` raises becomes the reason for which one was dropped."""
+    samples = []
+    for item in cli.progress(items, desc=desc, unit="reply"):
+        sample = Sample(item.qid, item.action, about=read_sidecar(item.folder))
+        with contextlib.suppress(OSError):
+            sample.reply = files.read_shared(item.folder / handoff.REPLY).decode("utf-8", errors="replace")
+        try:
+            sample.sentences = handoff.read_rationale(item.folder)
+            parse(sample)
+        except Refused as refused:
+            # the page is shared: no folder names of this machine
+            sample.reason, sample.why = refused.reason, str(refused).replace(f"{item.folder}/", "")
+        samples.append(sample)
+    return samples
 
 
 def add_training_view(each: Round, table: Path) -> None:
@@ -145,7 +124,7 @@ def add_training_view(each: Round, table: Path) -> None:
             raise UserError(f"--run: {table}: line {number} is no sample of RL; move the file away") from None
         sample = by_key.get(key)
         if sample is None:
-            sample = by_key[key] = Sample(qid=key[1], action=key[0], sentences=texts)
+            sample = by_key[key] = Sample(key[1], key[0], texts)
             each.samples.append(sample)
         sample.reward, sample.advantages, sample.scores = reward, advantages, scores
         sample.reason = sample.why = None
@@ -180,7 +159,7 @@ def cost(name: str, abouts: Sequence[Mapping[str, Any]], folder: Path) -> dict[s
             usage.update({key: value for key, value in (about.get("usage") or {}).items() if isinstance(value, int)})
     dollars = [about.get("cost_usd") for about in known]
     log = budget.read_log(folder / OURS / budget.LOG)
-    times = sorted(about["time"] for about in known if about.get("time"))
+    times = sorted(about["time"] for about in known if about.get("time")) or [None]
     usd = log.usd if log.requests else None if None in dollars else sum(dollars)
     return {
         "name": name,
@@ -191,6 +170,6 @@ def cost(name: str, abouts: Sequence[Mapping[str, Any]], folder: Path) -> dict[s
         "tokens_out": usage["output_tokens"],
         "usd": usd if known else None,
         "unknown_usd": log.unknown_usd,
-        "began": times[0] if times else None,
-        "ended": times[-1] if times else None,
+        "began": times[0],
+        "ended": times[-1],
     }

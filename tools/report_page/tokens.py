@@ -10,7 +10,6 @@ import dataclasses
 import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from ares import files
 from ares.cli import UserError, in_one_line
@@ -28,7 +27,7 @@ def add_tokens(run: Path, each: Round, shown: Collection[str]) -> str | None:
     try:
         from transformers import AutoTokenizer
 
-        from rl.ppo import compute_advantages
+        from rl.ppo import compute_advantages, token_rewards
         from rl.rollouts import RolloutStore, load_values, read_decision, scored
     except ImportError as error:
         return f"{error.name} is not installed"
@@ -56,17 +55,11 @@ def add_tokens(run: Path, each: Round, shown: Collection[str]) -> str | None:
     for row in range(len(rows)):
         sample = samples.get((rows.action[row], rows.qids[row]))
         if sample is not None:
-            sample.tokens = _of_row(rows, data, scores, row, args.neutral_score, tokenizer)
+            begin, length = int(rows.offsets[row]), int(rows.lengths[row])
+            rewards = token_rewards(rows, scores, [row], args.neutral_score, data.kl_coef)[1][0, :length]
+            sample.tokens = {
+                "pieces": tokenizer.convert_ids_to_tokens(rows.tokens[begin : begin + length].tolist()),
+                "rewards": rewards.tolist(),
+                "advantages": data.advantages[begin : begin + length].tolist(),
+            }
     return None
-
-
-def _of_row(rows: Any, data: Any, scores: list, row: int, neutral: float, tokenizer: Any) -> dict[str, list]:
-    from rl.ppo import token_rewards
-
-    begin, length = int(rows.offsets[row]), int(rows.lengths[row])
-    rewards = token_rewards(rows, scores, [row], neutral, data.kl_coef)[1][0, :length]
-    return {
-        "pieces": tokenizer.convert_ids_to_tokens(rows.tokens[begin : begin + length].tolist()),
-        "rewards": rewards.tolist(),
-        "advantages": data.advantages[begin : begin + length].tolist(),
-    }
