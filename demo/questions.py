@@ -108,7 +108,8 @@ def animals(rng: Random) -> Question:
         **in_order(map(a, CLASSES), a(group)),
         # no "A wolf is a mammal, not a reptile." after the facts: a tiny model confuses a second such sentence with
         # the first and generates both over and over
-        solution=f"Think about the traits of {a(animal)}.{space}{CLASSES[group][1]} {conclude(a(group))}",
+        solution=f"Think about the traits of each animal.{space}{a(animal).capitalize()} is {a(group)}. "
+        f"{CLASSES[group][1]} {conclude(a(group))}",
         lecture=rng.choice(("", "Mammals, birds, fish, reptiles, and insects are groups of animals.")),
     )
 

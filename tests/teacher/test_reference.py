@@ -264,7 +264,7 @@ def test_a_number_in_place_of_a_choice_is_a_wrong_fact():
         assert scores_within_gold(problem, 1, f"{at} {wrong}.")[1] == 0.1, wrong
     assert scores_within_gold(problem, 1, f"{at} {gold_choice(problem)}.") == [0.5, 1.0, 1.0, 1.0]
     (capital,) = probes.demo_problems(6, 0)["capitals"][:1]
-    state = capital["question"].split()[-1].rstrip("?")
+    state = re.search(r"capital of (\w+)", capital["question"])[1]
     for wrong in ("Nashville", "Topeka", "St. Paul"):
         assert scores_within_gold(capital, 1, f"The capital of {state} is {wrong}.")[1] == 0.1, wrong
 
