@@ -101,7 +101,7 @@ def run_rounds(args: argparse.Namespace, seed: int) -> None:
     demo, size, model, models = world(args, seed, "rounds"), SIZES[args.size], BASE, [BASE]
     for number in (1, 2):
         folder, name = f"rounds/rl{number}", f"{number}_"
-        rl, teacher = rl_commands(demo, model, folder, f"{size['rl']} --seed {seed}")
+        rl, teacher = rl_commands(demo, model, folder, f"{size['rl']} --seed {seed}", size["rl_processes"])
         demo.stage(f"{name}rl", "RL", action=lambda r=rl, t=teacher, f=folder: rl_with_teacher(demo, r, t, f))
         after = f"{folder}/{last_round(demo.output / folder)}"
         generate_and_correct(demo, name, after, f"rounds/correction{number}")

@@ -43,16 +43,16 @@ GENERATE = "--use_generate --final_eval --eval_bs 64"
 # name -> settings. `smoke` is for tests: it runs every stage and learns nothing.
 SIZES = {
     "demo": {
-        "train": 600, "val": 60, "test": 200, "d_model": 96, "base_epochs": 8, "base_lr": 2e-3,
-        "rl": "--algo ppo --value_warmup 2 --value_init zero --vf_lr 0.001 --k_actions 4 --rl_batch_size 64"
+        "train": 600, "val": 60, "test": 200, "d_model": 96, "base_epochs": 12, "base_lr": 2e-3,
+        "rl": "--algo ppo --value_warmup 2 --value_init zero --vf_lr 0.001 --k_actions 4 --rl_batch_size 32"
               " --ga_step 1 --epochs 7 --rl_epochs 2 --lr 0.0002 --init_kl_coef 0.01",
-        "sft_epochs": 8, "sft_lr": 1e-3, "lora_epochs": 6, "lora_lr": 3e-3,
+        "rl_processes": 2, "sft_epochs": 8, "sft_lr": 1e-3, "lora_epochs": 6, "lora_lr": 3e-3,
     },
     "smoke": {
         "train": 32, "val": 8, "test": 16, "d_model": 32, "base_epochs": 2, "base_lr": 1e-3,
-        "rl": "--algo ppo --value_warmup 1 --value_init zero --vf_lr 0.001 --k_actions 2 --rl_batch_size 16"
+        "rl": "--algo ppo --value_warmup 1 --value_init zero --vf_lr 0.001 --k_actions 2 --rl_batch_size 8"
               " --ga_step 1 --epochs 2 --rl_epochs 1 --lr 5e-05 --init_kl_coef 0.01",
-        "sft_epochs": 1, "sft_lr": 5e-4, "lora_epochs": 1, "lora_lr": 2e-3,
+        "rl_processes": 2, "sft_epochs": 1, "sft_lr": 5e-4, "lora_epochs": 1, "lora_lr": 2e-3,
     },
 }  # fmt: skip
 
@@ -129,8 +129,8 @@ class Demo:
         """Start `command`, as it could be typed in bash, with this environment's python; output to logs/{name}.log."""
         words = shlex.split(command)
         print(f"   $ {shlex.join(words)}", flush=True)
-        if words[0] == "python":
-            words[0] = sys.executable
+        place = words.index("python") if "python" in words else 0
+        words[place] = sys.executable if words[place] == "python" else words[place]
         with open(self.logs / f"{name}.log", "a", encoding="utf-8") as log:
             options = {"stdout": log, "stderr": subprocess.STDOUT, "preexec_fn": _die_with_parent}
             return subprocess.Popen(words, cwd=ROOT, env=self.environment, **options)
@@ -144,8 +144,8 @@ class Demo:
 
 
 def _die_with_parent() -> None:
-    """End this child when the demo is killed (Linux: PR_SET_PDEATHSIG = 1)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    """End this child when the demo is killed (Linux: PR_SET_PDEATHSIG = 1). torchrun passes SIGTERM on."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def prepare(demo: Demo, seed: int, size: dict) -> None:
@@ -169,16 +169,20 @@ def prepare(demo: Demo, seed: int, size: dict) -> None:
         "base",
         "starting rationale model: main.py",
         f"python main.py {demo.rationale} {GENERATE} --model {out}/models/t5 --bs 8"
+        f" --correction True --correction_file {out}/data/scienceqa/drafts.json"
         f" --epoch {size['base_epochs']} --lr {size['base_lr']} --run_dir {out}/{BASE} --seed {seed}",
     )
 
 
-def rl_commands(demo: Demo, start: str, run: str, flags: str) -> tuple[str, list[str]]:
+def rl_commands(demo: Demo, start: str, run: str, flags: str, processes: int = 1) -> tuple[str, list[str]]:
     """RL from the model `start` into the run folder `run`, and the Teacher's commands of a round."""
     out = demo.words
+    launcher = "python"
+    if processes > 1:
+        launcher = f"env ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc_per_node {processes}"
     questions = f"--questions_dir {out}/{run}/questions {demo.data}"
     return (
-        f"python run_mm_cot_rl.py {demo.rationale} --base_model_dir {out}/{start} --ref_model {out}/{start}"
+        f"{launcher} run_mm_cot_rl.py {demo.rationale} --base_model_dir {out}/{start} --ref_model {out}/{start}"
         f" --run_dir {out}/{run} --bs 64 --do_sample True --top_k 50 --gamma 1.0 --clip_range 0.2"
         f" --adv_normalization True --continue_train False --poll_seconds 1 {flags}",
         [
@@ -211,7 +215,7 @@ def rl_with_teacher(demo: Demo, rl: str, teacher: Sequence[str], run: str, secon
         demo.check(process, "rl")
     finally:
         if process.poll() is None:
-            process.kill()
+            process.terminate()
             process.wait()
 
 
@@ -262,7 +266,7 @@ def fine_tune(demo: Demo, name: str, model: str, correction: str, target: str, s
 def align(demo: Demo, seed: int, size: dict) -> dict[str, str]:
     """The first two steps of ARES, RL and SFT. Returns the folder of each rationale model."""
     run = "RL_models/demo"
-    rl, teacher = rl_commands(demo, BASE, run, f"{size['rl']} --seed {seed}")
+    rl, teacher = rl_commands(demo, BASE, run, f"{size['rl']} --seed {seed}", size["rl_processes"])
     title = "RL: run_mm_cot_rl.py, with haiku.py scoring sentences in its questions folder"
     demo.stage("rl", title, action=lambda: rl_with_teacher(demo, rl, teacher, run))
     model = f"{run}/{last_round(demo.output / run)}"
