@@ -301,7 +301,8 @@ def test_the_command_for_a_starting_model_runs(user):
 
 
 DEMO_FILES = {
-    "data": {"captions.json", "scienceqa/problems.json", "scienceqa/pid_splits.json", "name_map.json"},
+    "data": {"captions.json", "scienceqa/problems.json", "scienceqa/drafts.json", "scienceqa/pid_splits.json",
+             "name_map.json"},
     "tokenizer": {"tokenizer.json"},
     "vision_features": {"vit.json", "name_map.json"},
     "models/t5": {"config.json", "model.safetensors"},
