@@ -24,13 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ares import files  # noqa: E402
 from ares.cli import HelpFormatter, UserError, run  # noqa: E402
+from ares.intervals import difference_text  # noqa: E402
 from ares.predictions import prediction_file, read_predictions  # noqa: E402
 from demo.run import (  # noqa: E402
     BASE,
     SIZES,
     Demo,
-    by_question,
-    compared,
     fine_tune,
     generate_and_correct,
     last_round,
@@ -38,7 +37,7 @@ from demo.run import (  # noqa: E402
     rl_commands,
     rl_with_teacher,
 )
-from teacher.reference import rationale_figures  # noqa: E402
+from teacher.reference import figures_by_question, rationale_figures  # noqa: E402
 
 METHODS = {
     "released": "--algo ppo --rl_batch_size 16",
@@ -116,10 +115,9 @@ def write_result(demo: Demo, place: str, more: dict[str, Any], models: Sequence[
     problems = files.read_json(demo.output / "data/scienceqa/problems.json", "--output")
     found = []
     for model in models:
-        path = prediction_file(demo.output / model, "test")
-        predictions = read_predictions(path, "--output")
-        figures = rationale_figures(problems, predictions.qids, predictions.preds)
-        found.append({"figures": figures, "by_question": by_question(problems, path)})
+        test = read_predictions(prediction_file(demo.output / model, "test"), "--output")
+        figures = rationale_figures(problems, test.qids, test.preds)
+        found.append({"figures": figures, "by_question": figures_by_question(problems, test.qids, test.preds)})
     files.write_json(demo.output / place / "result.json", {**more, "models": found}, indent=None)
 
 
@@ -129,7 +127,7 @@ def differences(results: Sequence[dict], ours: int, theirs: int) -> list[str]:
     for key in FIGURES:
         one, other = ([x for result in results for x in result["models"][i]["by_question"][key]]
                       for i in (ours, theirs))  # fmt: skip
-        cells.append(compared(one, other, 3 if key == "score" else 1)["text"])
+        cells.append(difference_text(one, other, 3 if key == "score" else 1))
     return cells
 
 

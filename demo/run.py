@@ -33,10 +33,10 @@ sys.path.insert(0, str(ROOT))
 
 from ares import files  # noqa: E402
 from ares.cli import HelpFormatter, UserError, run  # noqa: E402
-from ares.intervals import paired_difference  # noqa: E402
+from ares.intervals import difference_text, paired_difference  # noqa: E402
 from ares.predictions import prediction_file, read_predictions, unread_note  # noqa: E402
 from teacher import handoff  # noqa: E402
-from teacher.reference import concluded_choice, gold_coverage, rationale_figures, reference_scores  # noqa: E402
+from teacher.reference import figures_by_question, rationale_figures  # noqa: E402
 
 BASE = "models/rationale"
 GENERATE = "--use_generate --final_eval --eval_bs 64"
@@ -321,22 +321,6 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def by_question(problems: dict, path: Path) -> dict[str, list[float]]:
-    """Figures of each rationale of a prediction file, in its order.
-
-    `score`: the mean of its sentences' scores by the reference Teacher, 0-1; in per cent `covered`, gold sentences
-    that it says, and `concludes`, 100 where its conclusion names the gold choice.
-    """
-    found = read_predictions(path, "--output")
-    scores = reference_scores(problems, found.qids, found.preds)
-    pairs = [(problems[qid], pred) for qid, pred in zip(found.qids, found.preds, strict=True)]
-    return {
-        "score": [mean(row) if row else 0.0 for row in scores],
-        "concludes": [100.0 * (concluded_choice(problem, pred) == problem["answer"]) for problem, pred in pairs],
-        "covered": [100 * gold_coverage(problem, pred) for problem, pred in pairs],
-    }
-
-
 def right_answers(problems: dict, path: Path) -> list[float]:
     """100 for each answer of a prediction file that is the gold choice, else 0."""
     found = read_predictions(path, "--output")
@@ -345,12 +329,8 @@ def right_answers(problems: dict, path: Path) -> list[float]:
 
 
 def compared(ours: Sequence[float], theirs: Sequence[float], digits: int = 1) -> dict[str, Any]:
-    """The paired difference with its 95 % interval over questions, and as `text`."""
-    found = paired_difference(ours, theirs)
-    low, high = found["low"], found["high"]
-    words = "" if low > 0 or high < 0 else ", not distinguishable"
-    found["text"] = f"{found['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{words}"
-    return found
+    """The paired difference with its 95 % interval over questions, also as `text`."""
+    return {**paired_difference(ours, theirs), "text": difference_text(ours, theirs, digits)}
 
 
 def write_summary(output: Path, models: dict[str, str], adapters: dict[str, str], record: dict) -> str:
@@ -365,7 +345,7 @@ def write_summary(output: Path, models: dict[str, str], adapters: dict[str, str]
         found = read_predictions(files_of[name], "--output")
         figures = rationale_figures(problems, found.qids, found.preds)
         rationales[name] = {**figures, "rouge_l": found.scores["rationale"]["rouge"]}
-        each[name] = by_question(problems, files_of[name])
+        each[name] = figures_by_question(problems, found.qids, found.preds)
     start, *_ = names = list(models)
     changes = {
         f"{ours} - {theirs}": {

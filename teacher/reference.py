@@ -511,15 +511,35 @@ def rationale_figures(
     stats = rationale_stats(preds)
     scores = reference_scores(problems, qids, preds) if scores is None else scores
     every = [score for row in scores for score in row]
+    each = figures_by_question(problems, qids, preds, scores)
     pairs = [(problems[qid], pred) for qid, pred in zip(qids, preds, strict=True)]
-    concluded = [(concluded_choice(problem, pred), problem["answer"]) for problem, pred in pairs]
     return {
         "score": mean(every) if every else 0.0,
         "repeated": 100 * stats["repeated"],
         "unfinished": 100 * stats["unfinished"],
         "words": mean(len(pred.split()) for pred in preds),
-        "covered": 100 * mean(gold_coverage(problem, pred) for problem, pred in pairs),
+        "covered": mean(each["covered"]),
         "only_option": 100 * mean(names_only_gold_option(problem, pred) for problem, pred in pairs),
-        "concludes": 100 * mean(choice == answer for choice, answer in concluded),
-        "no_conclusion": 100 * mean(choice is None for choice, _ in concluded),
+        "concludes": mean(each["concludes"]),
+        "no_conclusion": 100 * mean(concluded_choice(problem, pred) is None for problem, pred in pairs),
+    }
+
+
+def figures_by_question(
+    problems: Mapping[str, Mapping[str, Any]],
+    qids: Sequence[str],
+    preds: Sequence[str],
+    scores: Sequence[Sequence[float]] | None = None,
+) -> dict[str, list[float]]:
+    """Figures of each rationale, for paired comparisons (arguments as of `rationale_figures`).
+
+    `score`: the mean of its sentences' scores, 0-1; in per cent `covered`, gold sentences that it says, and
+    `concludes`, 100 where its conclusion names the gold choice, else 0.
+    """
+    scores = reference_scores(problems, qids, preds) if scores is None else scores
+    pairs = [(problems[qid], pred) for qid, pred in zip(qids, preds, strict=True)]
+    return {
+        "score": [mean(row) if row else 0.0 for row in scores],
+        "concludes": [100.0 * (concluded_choice(problem, pred) == problem["answer"]) for problem, pred in pairs],
+        "covered": [100 * gold_coverage(problem, pred) for problem, pred in pairs],
     }
