@@ -45,7 +45,7 @@ SIZES = {
     "demo": {
         "train": 600, "val": 60, "test": 200, "d_model": 96, "base_epochs": 26, "base_lr": 2e-3,
         "rl": "--algo ppo --value_warmup 2 --value_init zero --vf_lr 0.001 --k_actions 4 --rl_batch_size 32"
-              " --ga_step 1 --epochs 6 --rl_epochs 2 --lr 0.0002 --init_kl_coef 0.01",
+              " --ga_step 1 --epochs 4 --rl_epochs 2 --lr 0.0002 --init_kl_coef 0.01",
         "rl_processes": 2, "sft_epochs": 8, "sft_lr": 1e-3, "lora_epochs": 6, "lora_lr": 3e-3,
     },
     "smoke": {
