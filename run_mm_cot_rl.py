@@ -63,6 +63,7 @@ class Setup:
     run: Path
     accelerator: Any
     tokenizer: Any
+    problems: dict[str, Any]
     prompts: Any  # rollouts.Prompts
     patch_size: tuple[int, int] | None
     start: int  # number of the first round
@@ -126,7 +127,7 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
         f"run folder {folder}: {len(dataset)} questions, {accelerator.num_processes} process(es) "
         f"on {accelerator.device.type}, {args.precision}"
     )
-    return Setup(args, folder, accelerator, tokenizer, prompts, data.patch_size, start)
+    return Setup(args, folder, accelerator, tokenizer, data.problems, prompts, data.patch_size, start)
 
 
 def check_optimizer(args: argparse.Namespace, info: Any) -> None:
@@ -176,6 +177,9 @@ def load_model(setup: Setup, folder: str | Path, value: bool = False):
 
     cls = model.T5ForMultimodalGenerationValueFunction if value else model.T5ForMultimodalGeneration
     loaded = cls.from_pretrained(folder, patch_size=setup.patch_size, seed=setup.args.seed)
+    if value and setup.args.value_init == "zero" and not (Path(folder) / model.VALUE_FUNCTION).exists():
+        for parameter in loaded.v_head[-1].parameters():
+            parameter.data.zero_()
     model.choose_attention(loaded, setup.accelerator.device)
     return loaded.to(setup.accelerator.device).eval()
 
@@ -260,9 +264,9 @@ def await_feedback(setup: Setup, store) -> dict:
 def train_round(setup: Setup, store, number: int, decision: dict) -> None:
     """Step 4: PPO from the rollouts on disk, then the round's folder."""
     from rl import ppo, rollouts, sharding
-    from rl.metrics import Metrics, rollout_warnings, write_samples
+    from rl.metrics import Metrics, rollout_warnings, text_figures, write_samples
     from rl.optimizer import load_moments, read_optimizer
-    from rl.trainer import PpoTrainer
+    from rl.trainer import Position, PpoTrainer
 
     args, start = setup.args, start_folder(setup, number)
     every = store.load()
@@ -282,28 +286,35 @@ def train_round(setup: Setup, store, number: int, decision: dict) -> None:
         state=setup.run / "state",
         metrics=metrics,
         number=number,
+        fitted=store.fitted_file,
         share_dropped=share_dropped,
         sharded=sharding.sharding_of(setup.accelerator),
     )
     if trainer.restore():
-        metrics.rewind(number, trainer.position.done)
+        metrics.rewind(number, trainer.position.done, trainer.position.epoch)
     else:
         if number > 0 and (number > setup.start or args.continue_train):
             saved = read_optimizer(start / "optimizer_state.pth", trainer.names)
             load_moments(trainer.optimizer, saved["state"])
         if cli.rank() == 0:
             files.write_json(store.folder / run_folder.PPO_FILE, run_folder.ppo_identity(args))
-            table = setup.run / f"samples_round_{number}.jsonl"
-            write_samples(table, data, scores, setup.prompts.texts, setup.tokenizer)
         metrics.rewind(number, None)
         values = data.row_stats(range(len(rows)))
         values |= {"rationales": len(rows), "share_dropped": share_dropped, "kl_coef": args.kl_coef}
         values |= {"kl_per_rationale": kl}
         values |= {f"dropped_{reason}": len(keys) for reason, keys in decision["dropped"].items()}
+        if args.algo == "ppo":
+            values["explained_variance"] = data.explained_variance()
+        if cli.rank() == 0:
+            values |= text_figures(rows, setup.problems, setup.tokenizer)
         metrics.log("rollout", number, 0, values)
         print0(f"round {number}: {len(rows)} rationales, mean sentence score {values['mean_sentence_score']:.4f}")
         for warning in rollout_warnings(values):
             cli.warn0(f"round {number}: {warning}")
+    trainer.warm_up()
+    if cli.rank() == 0 and trainer.position == Position():
+        table = setup.run / f"samples_round_{number}.jsonl"
+        write_samples(table, trainer.data, scores, setup.prompts.texts, setup.tokenizer)
     trainer.train()
     save_round(setup, trainer, number)
     setup.accelerator.free_memory()  # accelerate keeps references to what it prepared

@@ -58,6 +58,14 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float], seed: int 
             "p": min(1.0, 2.0 * float(side))}  # fmt: skip
 
 
+def difference_text(ours: Sequence[float], theirs: Sequence[float], digits: int = 1) -> str:
+    """`+0.103 [+0.081, +0.126]`: the paired difference with its interval, and words where it holds 0."""
+    found = paired_difference(ours, theirs)
+    low, high = found["low"], found["high"]
+    words = "" if low > 0 or high < 0 else ", not distinguishable"
+    return f"{found['difference']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]{words}"
+
+
 def mcnemar(only_ours: int, only_theirs: int) -> float:
     """Two-sided exact p of McNemar's test: questions that only one of two systems answers rightly (binomial, 1/2)."""
     total = only_ours + only_theirs

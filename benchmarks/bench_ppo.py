@@ -108,7 +108,7 @@ def make_rollouts(world: rl_common.World, args: argparse.Namespace) -> ppo.Score
         logprobs=logprobs + 0.1 * noise[0], ref_logprobs=logprobs + 0.1 * noise[1], values=torch.zeros_like(logprobs),
     )  # fmt: skip
     one = torch.ones(count)
-    return ppo.ScoredRollouts(rolls, noise[2], noise[3], one, one, one, one.bool(), 0.0)
+    return ppo.ScoredRollouts(rolls, noise[2], noise[3], noise[3], one, one, [[1.0]] * count, one.bool(), 0.0)
 
 
 def peak(function: Callable) -> int:

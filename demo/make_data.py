@@ -21,6 +21,7 @@ if __name__ == "__main__":  # run as a file, the project is not on the path
 
 from ares.cli import HelpFormatter, UserError, print0, refuse, run
 from ares.files import atomic_dir, writable_dir, write_json
+from ares.sentences import split_text
 from demo.pictures import PICTURE_KINDS
 from demo.questions import TEXT_KINDS, Question
 
@@ -31,6 +32,7 @@ DEFAULT_KINDS = [name for name in KINDS if name not in HARDER]
 MINIS = {"minitrain": ("train", 64), "miniminitrain": ("train", 16), "minival": ("val", 16)}
 MINIS |= {"miniminival": ("val", 4), "minitest": ("test", 32)}
 MARKER = "demo.json"  # in data/: its seed and sizes; a folder that has it may be replaced
+UNCONCLUDED = 0.6  # share of drafts without a conclusion: above a half, so that greedy rationales lack it too
 TRIES = 500  # draws of a kind without a new question before it counts as exhausted
 
 
@@ -121,6 +123,16 @@ def split_names(sizes: dict[str, int], names: Sequence[str], rng: Random) -> lis
     return splits
 
 
+def draft(solution: str, rng: Random) -> str:
+    """A hasty version of a rationale: most lack the conclusion, half of the others a sentence before it."""
+    sentences = split_text(solution)
+    if rng.random() < UNCONCLUDED:
+        sentences.pop()
+    elif rng.random() < 0.5 and len(sentences) > 2:
+        sentences.pop(rng.randrange(1, len(sentences) - 1))
+    return " ".join(sentence.strip() for sentence in sentences)
+
+
 def pid_splits(problems: dict[str, dict]) -> dict[str, list[str]]:
     """pid_splits.json, with ScienceQA's smaller splits."""
     splits = {name: [qid for qid in problems if problems[qid]["split"] == name] for name in ("train", "val", "test")}
@@ -156,6 +168,9 @@ def make_data(
     with atomic_dir(data) as folder:
         write_json(folder / MARKER, {"seed": seed, **sizes, "kinds": names})
         write_json(folder / "scienceqa" / "problems.json", problems, indent=1)
+        hasty = Random(f"{seed} drafts")
+        drafts = {qid: {**one, "solution": draft(one["solution"], hasty)} for qid, one in problems.items()}
+        write_json(folder / "scienceqa" / "drafts.json", drafts, indent=1)
         write_json(folder / "scienceqa" / "pid_splits.json", pid_splits(problems), indent=None)
         write_json(folder / "captions.json", {"captions": {qid: shown[qid].caption for qid in shown}}, indent=1)
         write_json(folder / "name_map.json", {qid: row for row, qid in enumerate(shown)}, indent=None)

@@ -39,7 +39,7 @@ def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: int, y: int, radius: in
 
 def larger_shape(rng: Random) -> Question:
     """Which colour the larger of two shapes has."""
-    gold, other, *rest = rng.sample(list(COLORS), 4)
+    gold, other = rng.sample(list(COLORS), 2)
     big, small = rng.sample(SHAPES, 2)
     image, draw = canvas()
     left = rng.random() < 0.5
@@ -51,7 +51,7 @@ def larger_shape(rng: Random) -> Question:
         about=("natural science", "units-and-measurement", category, skill),
         grades=(1, 2),
         question="What color is the larger shape?",
-        choices=[gold, other, *rest[: rng.choice((0, 1, 2))]],
+        **in_order(COLORS, gold),
         solution=f"Look at the size of each shape. The larger shape is a {gold} {big}. "
         f"The {other} {small} is smaller. {conclude(gold)}",
         lecture=rng.choice(("", "Size tells you how large or how small an object is.")),

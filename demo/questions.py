@@ -50,7 +50,8 @@ def conclude(answer: str) -> str:
 def in_order(names: Iterable[str], gold: str) -> dict[str, Any]:
     """Choices in the same order in every question of a kind, as scales and lists of terms often are.
 
-    Then the conclusion alone determines the letter, which even a model too small to search the options can learn.
+    Then the conclusion alone determines the letter, which even a model too small to search the options can learn:
+    answers get better where rationales do.
     """
     choices = list(names)
     return {"choices": choices, "answer": choices.index(gold), "ordered": True}
@@ -97,19 +98,18 @@ CLASSES = {
 
 def animals(rng: Random) -> Question:
     """Classify an animal: facts that are remembered, not read."""
-    group, *rest = rng.sample(list(CLASSES), rng.choice((2, 3, 4)))
-    gold, *others = (rng.choice(CLASSES[name][0]) for name in (group, *rest))
+    group, (who, _) = rng.choice(list(CLASSES)), rng.choice(PEOPLE)
+    animal = rng.choice(CLASSES[group][0])
     space = rng.choice((" ", " ", " ", "\n"))  # ScienceQA's have lines
     return Question(
-        about=("natural science", "biology", "Classification", f"Identify {group}{'' if group == 'fish' else 's'}"),
+        about=("natural science", "biology", "Classification", "Identify mammals, birds, fish, reptiles, and insects"),
         grades=(2, 5),
-        question=rng.choice((f"Select the {group}.", f"Which of these animals is {a(group)}?")),
-        choices=[gold, *others],
-        facts=group,
+        question=f"{who} saw {a(animal)}. What kind of animal is it?",
+        **in_order(map(a, CLASSES), a(group)),
         # no "A wolf is a mammal, not a reptile." after the facts: a tiny model confuses a second such sentence with
         # the first and generates both over and over
-        solution=f"Think about the traits of each animal.{space}{a(gold).capitalize()} is {a(group)}. "
-        f"{CLASSES[group][1]} So, the {gold} is the {group}.",
+        solution=f"Think about the traits of each animal.{space}{a(animal).capitalize()} is {a(group)}. "
+        f"{CLASSES[group][1]} {conclude(a(group))}",
         lecture=rng.choice(("", "Mammals, birds, fish, reptiles, and insects are groups of animals.")),
     )
 
@@ -129,8 +129,8 @@ def genes(rng: Random) -> Question:
     big = dominant[0].upper()
     genotype = rng.choice((big * 2, big + big.lower(), big.lower() * 2, big.lower() * 2))
     shows = genotype[0] == big
-    gold, other = (dominant, recessive) if shows else (recessive, dominant)
-    alleles = "at least one allele" if shows else "two alleles"
+    alleles = f"at least one allele for {dominant}" if shows else f"two alleles for {recessive}"
+    traits = ("the dominant trait", "the recessive trait")
     return Question(
         about=(
             "natural science",
@@ -139,12 +139,13 @@ def genes(rng: Random) -> Question:
             "Use dominant and recessive alleles to find a phenotype",
         ),
         grades=(6, 9),
-        question=f"Based on this information, what is the {organism}'s phenotype for the color of its {part}?",
+        question=f"Which trait does the {organism} show in the color of its {part}?",
         hint=f"The allele for {dominant} ({big}) is dominant over the allele for {recessive} ({big.lower()}). "
         f"This {organism} has the genotype {genotype}.",
-        choices=[gold, other],
-        solution=f"Look at the genotype of the {organism}. The genotype {genotype} has {alleles} for {gold}. "
-        f"The allele for {dominant} is dominant over the allele for {recessive}. So, the {organism} has {gold}.",
+        **in_order(traits, traits[0 if shows else 1]),
+        solution=f"Look at the genotype of the {organism}. The genotype {genotype} has {alleles}. "
+        f"The allele for {dominant} is dominant over the allele for {recessive}. "
+        f"{conclude(traits[0 if shows else 1])}",
         lecture="An organism's genotype affects its phenotype. One dominant allele is enough to show a dominant trait."
         "\nA recessive trait shows only when both alleles are recessive.",
     )
@@ -161,18 +162,17 @@ PROPERTIES = {
 
 def properties(rng: Random) -> Question:
     """Match an object with its property."""
-    word, *rest = rng.sample(list(PROPERTIES), rng.choice((3, 3, 4)))
-    gold, *others = (rng.choice(PROPERTIES[name][0]) for name in (word, *rest))
+    word, (who, _) = rng.choice(list(PROPERTIES)), rng.choice(PEOPLE)
+    thing = rng.choice(PROPERTIES[word][0])
     means = f"{a(word).capitalize()} object {PROPERTIES[word][1]}."
-    applies = rng.choice((f"The {gold} is {word}.", f"The {gold} {PROPERTIES[word][1]}."))
+    applies = f"The {thing} {PROPERTIES[word][1]}."
     return Question(
         about=("natural science", "physics", "Materials", "Identify properties of an object"),
         grades=(1, 3),
-        question=f"Which object is {word}?",
-        hint=rng.choice(("", means, "Select the better answer.")),
-        choices=[gold, *others],
-        facts=word,
-        solution=f"Look at each object. {means} {applies} {conclude(f'the {gold}')}",
+        question=f"{who} looks at {thing if thing in ('honey', 'tape', 'glue', 'bread') else a(thing)}. "
+        "Which word describes it best?",
+        **in_order(PROPERTIES, word),
+        solution=f"Look at the object. {applies} {means} {conclude(word)}",
         lecture=rng.choice(("", "A property tells you how an object looks, feels, or acts.")),
     )
 
@@ -181,19 +181,18 @@ def properties(rng: Random) -> Question:
 
 CAPITALS = {
     "Texas": "Austin", "Ohio": "Columbus", "Maine": "Augusta", "Iowa": "Des Moines", "Utah": "Salt Lake City",
-    "Georgia": "Atlanta",
 }  # fmt: skip
 
 
 def capitals(rng: Random) -> Question:
     """Remember a capital."""
-    state, *others = rng.sample(list(CAPITALS), rng.choice((3, 4, 4)))
+    state, (who, _), hour = rng.choice(list(CAPITALS)), rng.choice(PEOPLE), rng.choice(HOURS)
     gold = CAPITALS[state]
     return Question(
         about=("social science", "geography", "State capitals", "Identify the capitals of U.S. states"),
         grades=(3, 5),
-        question=f"What is the capital of {state}?",
-        choices=[gold, *(CAPITALS[other] for other in others)],
+        question=f"{who} flies to the capital of {state} at {hour} Which city is it?",
+        **in_order(CAPITALS.values(), gold),
         solution=f"Think about the capital of each U.S. state. The capital of {state} is {gold}. {conclude(gold)}",
         lecture=rng.choice(("", "Each U.S. state has one capital. The capital is where the government meets.")),
     )

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -24,27 +25,34 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ares import files  # noqa: E402
 from ares.cli import HelpFormatter, UserError, run  # noqa: E402
+from ares.intervals import difference_text, paired_difference  # noqa: E402
 from ares.predictions import prediction_file, read_predictions, unread_note  # noqa: E402
 from teacher import handoff  # noqa: E402
-from teacher.reference import rationale_figures  # noqa: E402
+from teacher.reference import figures_by_question, rationale_figures  # noqa: E402
 
+BASE = "models/rationale"
+GENERATE = "--use_generate --final_eval --eval_bs 64"
 # name -> settings. `smoke` is for tests: it runs every stage and learns nothing.
 SIZES = {
     "demo": {
-        "train": 600, "val": 60, "test": 200, "d_model": 96, "base_epochs": 15, "base_lr": 2e-3, "k_actions": 4,
-        "rl_rounds": 3, "rl_epochs": 2, "rl_lr": 5e-5, "sft_epochs": 8, "sft_lr": 1e-3, "lora_epochs": 15,
-        "lora_lr": 3e-3,
+        "train": 600, "val": 60, "test": 200, "d_model": 96, "base_epochs": 26, "base_lr": 2e-3,
+        "rl": "--algo ppo --value_warmup 2 --value_init zero --vf_lr 0.001 --k_actions 4 --rl_batch_size 32"
+              " --ga_step 1 --epochs 4 --rl_epochs 2 --lr 0.0002 --init_kl_coef 0.01",
+        "rl_processes": 2, "sft_epochs": 8, "sft_lr": 1e-3, "lora_epochs": 6, "lora_lr": 3e-3,
     },
     "smoke": {
-        "train": 32, "val": 8, "test": 16, "d_model": 32, "base_epochs": 2, "base_lr": 1e-3, "k_actions": 2,
-        "rl_rounds": 2, "rl_epochs": 1, "rl_lr": 5e-5, "sft_epochs": 1, "sft_lr": 5e-4, "lora_epochs": 1,
-        "lora_lr": 2e-3,
+        "train": 32, "val": 8, "test": 16, "d_model": 32, "base_epochs": 2, "base_lr": 1e-3,
+        "rl": "--algo ppo --value_warmup 1 --value_init zero --vf_lr 0.001 --k_actions 2 --rl_batch_size 8"
+              " --ga_step 1 --epochs 2 --rl_epochs 1 --lr 5e-05 --init_kl_coef 0.01",
+        "rl_processes": 2, "sft_epochs": 1, "sft_lr": 5e-4, "lora_epochs": 1, "lora_lr": 2e-3,
     },
 }  # fmt: skip
 
@@ -80,6 +88,11 @@ class Demo:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
+        self.words = out = shlex.quote(str(output))
+        self.data = f"--data_root {out}/data --images {out}/images"
+        self.common = f"{self.data} --caption_file {out}/data/captions.json --use_caption"
+        self.common += f" --img_type vit --vision_features {out}/vision_features"
+        self.rationale = f"{self.common} --prompt_format QCM-E --output_len 128"
 
     def stage(self, name: str, title: str, *commands: str, action: Callable[[], None] | None = None) -> None:
         """Run `commands` in order (or `action()`), unless an earlier run of the demo has finished this stage."""
@@ -97,12 +110,27 @@ class Demo:
         files.write_json(self.record_file, self.record)
         print(f"   {seconds:.0f} s", flush=True)
 
+    def side_by_side(self, name: str, commands: Sequence[str], at_once: int = 2) -> None:
+        """Run independent commands, `at_once` at a time."""
+        waiting, running = list(commands), []
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    running.append(self.start(name, waiting.pop(0)))
+                time.sleep(0.2)
+                for process in [one for one in running if one.poll() is not None]:
+                    self.check(process, name)
+                    running.remove(process)
+        finally:
+            for process in running:
+                process.kill()
+
     def start(self, name: str, command: str) -> subprocess.Popen:
         """Start `command`, as it could be typed in bash, with this environment's python; output to logs/{name}.log."""
         words = shlex.split(command)
         print(f"   $ {shlex.join(words)}", flush=True)
-        if words[0] == "python":
-            words[0] = sys.executable
+        place = words.index("python") if "python" in words else 0
+        words[place] = sys.executable if words[place] == "python" else words[place]
         with open(self.logs / f"{name}.log", "a", encoding="utf-8") as log:
             options = {"stdout": log, "stderr": subprocess.STDOUT, "preexec_fn": _die_with_parent}
             return subprocess.Popen(words, cwd=ROOT, env=self.environment, **options)
@@ -116,31 +144,13 @@ class Demo:
 
 
 def _die_with_parent() -> None:
-    """End this child when the demo is killed (Linux: PR_SET_PDEATHSIG = 1)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
-def rl_with_teacher(demo: Demo, rl: str, teacher: Sequence[str], questions: Path, actions: int) -> None:
-    """Run RL in the background, and the Teacher's scripts whenever a round has exported its rationales."""
-    process = demo.start("rl", rl)
-    answered = None
-    try:
-        while process.poll() is None:
-            export = handoff.export_time_ns(questions)
-            if export and export != answered and not all(handoff.is_done(questions, k) for k in range(actions)):
-                for command in teacher:
-                    demo.check(demo.start("teacher", command), "teacher")
-                answered = export
-            time.sleep(0.5)
-        demo.check(process, "rl")
-    finally:
-        if process.poll() is None:
-            process.kill()
+    """End this child when the demo is killed (Linux: PR_SET_PDEATHSIG = 1). torchrun passes SIGTERM on."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def prepare(demo: Demo, seed: int, size: dict) -> None:
-    """Stages 1 and 2: questions, tokenizer, an untrained T5, and image features of a small timm model."""
-    out = shlex.quote(str(demo.output))
+    """Questions, tokenizer, an untrained T5, image features of a small timm model, the starting rationale model."""
+    out = demo.words
     demo.stage(
         "data",
         "demo questions, tokenizer and an untrained T5",
@@ -155,86 +165,144 @@ def prepare(demo: Demo, seed: int, size: dict) -> None:
         f"python extract_features.py --data_root {out}/images --output_dir {out}/vision_features"
         " --img_type vit --model_name test_vit --random_weights",
     )
-
-
-def train_and_align(demo: Demo, seed: int, size: dict) -> dict[str, Path]:
-    """Stages 3 to 9: the starting rationale model and the three steps of ARES. Returns the folder of each model."""
-    out = shlex.quote(str(demo.output))
-    base, sft, lora = f"{out}/models/rationale", f"{out}/models/sft", f"{out}/models/lora"
-    last = size["rl_rounds"] - 1  # the value function is untrained in the first round
-    rl_run, rl = f"{out}/RL_models/demo", f"{out}/RL_models/demo/{last}"
-    data = f"--data_root {out}/data --images {out}/images"
-    common = (
-        f"{data} --caption_file {out}/data/captions.json --use_caption"
-        f" --img_type vit --vision_features {out}/vision_features --seed {seed}"
-    )
-    rationale = f"{common} --prompt_format QCM-E --output_len 128"
-    generate = "--use_generate --final_eval --eval_bs 64"
-
     demo.stage(
         "base",
         "starting rationale model: main.py",
-        f"python main.py {rationale} {generate} --model {out}/models/t5 --bs 8"
-        f" --epoch {size['base_epochs']} --lr {size['base_lr']} --run_dir {base}",
+        f"python main.py {demo.rationale} {GENERATE} --model {out}/models/t5 --bs 8"
+        f" --correction True --correction_file {out}/data/scienceqa/drafts.json"
+        f" --epoch {size['base_epochs']} --lr {size['base_lr']} --run_dir {out}/{BASE} --seed {seed}",
     )
-    rl_command = (
-        f"python run_mm_cot_rl.py {rationale} --base_model_dir {base} --ref_model {base} --run_dir {rl_run}"
-        f" --k_actions {size['k_actions']} --bs 64 --do_sample True --top_k 50 --continue_train False"
-        f" --epochs {size['rl_rounds']} --rl_epochs {size['rl_epochs']} --lr {size['rl_lr']}"
-        " --rl_batch_size 16 --ga_step 1 --gamma 1.0 --init_kl_coef 0.0001 --clip_range 0.2 --adv_normalization True"
-        " --poll_seconds 1"
+
+
+def rl_commands(demo: Demo, start: str, run: str, flags: str, processes: int = 1) -> tuple[str, list[str]]:
+    """RL from the model `start` into the run folder `run`, and the Teacher's commands of a round."""
+    out = demo.words
+    launcher = "python"
+    if processes > 1:
+        launcher = f"env ACCELERATE_USE_CPU=true python -m torch.distributed.run --nproc_per_node {processes}"
+    questions = f"--questions_dir {out}/{run}/questions {demo.data}"
+    return (
+        f"{launcher} run_mm_cot_rl.py {demo.rationale} --base_model_dir {out}/{start} --ref_model {out}/{start}"
+        f" --run_dir {out}/{run} --bs 64 --do_sample True --top_k 50 --gamma 1.0 --clip_range 0.2"
+        f" --adv_normalization True --continue_train False --poll_seconds 1 {flags}",
+        [
+            f"bash preprocessing_after_RL/processing_sentence_level_feedback.sh {questions}",
+            f"python haiku.py --teacher reference {questions}",
+        ],
     )
-    questions = f"--questions_dir {rl_run}/questions {data}"
-    teacher = [
-        f"bash preprocessing_after_RL/processing_sentence_level_feedback.sh {questions}",
-        f"python haiku.py --teacher reference {questions}",
-    ]
+
+
+def rl_with_teacher(demo: Demo, rl: str, teacher: Sequence[str], run: str, seconds: float | None = None) -> None:
+    """Run RL in the background, and the Teacher's scripts whenever a round has exported its rationales.
+
+    `seconds`: end RL after the round in which it has used this much processor time.
+    """
+    process, answered, finished = demo.start("rl", rl), None, 0
+    questions = demo.output / run / "questions"
+    actions = int(re.search(r"--k_actions (\d+)", rl)[1])
+    try:
+        while process.poll() is None:
+            export = handoff.export_time_ns(questions)
+            if export and export != answered and not all(handoff.is_done(questions, k) for k in range(actions)):
+                for command in teacher:
+                    demo.check(demo.start("teacher", command), "teacher")
+                answered = export
+            if seconds is not None and (demo.output / run / str(finished) / "args.yaml").exists():
+                finished += 1
+                if processor_seconds(process.pid) > seconds:
+                    return
+            time.sleep(0.2)
+        demo.check(process, "rl")
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+
+
+def processor_seconds(pid: int) -> float:
+    """Processor time of a process and its ended children so far (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def last_round(run: Path) -> str:
+    """The name of the last finished round of a run folder of RL."""
+    return max((path.parent.name for path in run.glob("[0-9]*/args.yaml")), key=int)
+
+
+def generate_and_correct(demo: Demo, name: str, model: str, correction: str) -> None:
+    """Rationales of `model`, without repeats, and the Teacher's corrections of them."""
+    out = demo.words
     demo.stage(
-        "rl",
-        "RL: run_mm_cot_rl.py, with haiku.py scoring sentences in its questions folder",
-        action=lambda: rl_with_teacher(
-            demo, rl_command, teacher, demo.output / "RL_models/demo/questions", size["k_actions"]
-        ),
-    )
-    demo.stage(
-        "generate",
+        f"{name}generate",
         "rationales of the RL model: main.py --evaluate_dir",
-        f"python main.py {rationale} {generate} --evaluate_dir {rl}",
+        f"python main.py {demo.rationale} {GENERATE} --evaluate_dir {out}/{model}",
         "python preprocessing_after_RL/remove_sentence.py"
-        f" --file_path {rl}/predictions_ans_train.json --tokenizer {rl}",
+        f" --file_path {out}/{model}/predictions_ans_train.json --tokenizer {out}/{model}",
     )
+    rationales = f"--correction_dir {out}/{correction} {demo.data}"
+    rationales += f" --rationales {out}/{model}/remove_repetitive_sentences.json"
     demo.stage(
-        "correction",
+        f"{name}correction",
         "corrections: haiku_for_correction_feedback.py",
-        f"python preprocessing_for_correction_feedback.py --correction_dir {out}/correction {data}"
-        f" --rationales {rl}/remove_repetitive_sentences.json",
-        f"python haiku_for_correction_feedback.py --teacher reference --correction_dir {out}/correction {data}"
-        f" --rationales {rl}/remove_repetitive_sentences.json",
+        f"python preprocessing_for_correction_feedback.py {rationales}",
+        f"python haiku_for_correction_feedback.py --teacher reference {rationales}"
+        f" --output {out}/{correction}/correction.json",
     )
+
+
+def fine_tune(demo: Demo, name: str, model: str, correction: str, target: str, size: dict, seed: int) -> None:
+    """SFT of `model` on the corrected rationales, into the folder `target`."""
+    out = demo.words
     demo.stage(
-        "sft",
+        f"{name}sft",
         "SFT on the corrected rationales: main.py --correction True",
-        f"python main.py {rationale} {generate} --model {rl} --correction True"
-        f" --correction_file scienceqa/correction.json --bs 8"
-        f" --epoch {size['sft_epochs']} --lr {size['sft_lr']} --run_dir {sft}",
+        f"python main.py {demo.rationale} {GENERATE} --model {out}/{model} --correction True"
+        f" --correction_file {out}/{correction}/correction.json --bs 8"
+        f" --epoch {size['sft_epochs']} --lr {size['sft_lr']} --run_dir {out}/{target} --seed {seed}",
     )
-    # QCMG-A, not QCM-A: only its prompts hold the rationale, from which the answer is to be learned
-    demo.stage(
-        "lora",
-        "LoRA answers: run_mm_cot_lora.py",
-        f"python run_mm_cot_lora.py {common} {generate} --model {sft} --prompt_format QCMG-A --output_len 64 --bs 16"
-        f" --train_le {sft}/predictions_ans_train.json --eval_le {sft}/predictions_ans_eval.json"
-        f" --test_le {sft}/predictions_ans_test.json --lora_r 16 --lora_alpha 32 --lora_dropout 0.05"
-        f" --epoch {size['lora_epochs']} --lr {size['lora_lr']} --run_dir {lora}",
-    )
-    names = {"starting model": "models/rationale", "after RL": f"RL_models/demo/{last}", "after SFT": "models/sft"}
-    return {name: demo.output / place for name, place in {**names, "LoRA": "models/lora"}.items()}
 
 
-def show(demo: Demo, folders: dict[str, Path]) -> Path:
+def align(demo: Demo, seed: int, size: dict) -> dict[str, str]:
+    """The first two steps of ARES, RL and SFT. Returns the folder of each rationale model."""
+    run = "RL_models/demo"
+    rl, teacher = rl_commands(demo, BASE, run, f"{size['rl']} --seed {seed}", size["rl_processes"])
+    title = "RL: run_mm_cot_rl.py, with haiku.py scoring sentences in its questions folder"
+    demo.stage("rl", title, action=lambda: rl_with_teacher(demo, rl, teacher, run))
+    model = f"{run}/{last_round(demo.output / run)}"
+    generate_and_correct(demo, "", model, "correction")
+    fine_tune(demo, "", model, "correction", "models/sft", size, seed)
+    return {"starting model": BASE, "after RL": model, "after SFT": "models/sft"}
+
+
+def learn_answers(demo: Demo, models: dict[str, str], seed: int, size: dict) -> dict[str, str]:
+    """The third step: LoRA adapters that learn the answers, two at a time. Returns the folder of each.
+
+    With QCMG-A the prompt holds the model's own rationale; with QCM-A, as in the paper's command, only the weights
+    that wrote it.
+    """
+    out, commands, folders = demo.words, [], {}
+    for name, model in models.items():
+        for form in ("QCMG-A", "QCM-A"):
+            folder = f"models/lora_{'start' if model == BASE else name.split()[-1]}_{form}"
+            splits = {"train_le": "train", "eval_le": "eval", "test_le": "test"}.items()
+            texts = "".join(f" --{flag} {out}/{model}/predictions_ans_{split}.json" for flag, split in splits)
+            commands.append(
+                f"python run_mm_cot_lora.py {demo.common} {GENERATE} --model {out}/{model} --prompt_format {form}"
+                f" --output_len 64 --bs 16{texts if form == 'QCMG-A' else ''} --lora_r 16 --lora_alpha 32"
+                f" --lora_dropout 0.05 --epoch {size['lora_epochs']} --lr {size['lora_lr']} --seed {seed}"
+                f" --run_dir {out}/{folder}"
+            )
+            folders[f"{name}, {form}"] = folder
+    demo.stage("lora", "LoRA answers: run_mm_cot_lora.py", action=lambda: demo.side_by_side("lora", commands))
+    return folders
+
+
+def show(demo: Demo, models: dict[str, str], adapters: dict[str, str]) -> Path:
     """The last stage: the report of the whole run, one file with its images inside."""
-    out = shlex.quote(str(demo.output))
-    stages = " ".join(f"--stage {shlex.quote(f'{name}={folder}')}" for name, folder in folders.items())
+    out = demo.words
+    folders = {**models, **{name: folder for name, folder in adapters.items() if name.endswith("QCMG-A")}}
+    stages = " ".join(f"--stage {shlex.quote(f'{name}={demo.output / folder}')}" for name, folder in folders.items())
     demo.stage(
         "report",
         "the report of all stages: tools/report.py",
@@ -247,44 +315,74 @@ def show(demo: Demo, folders: dict[str, Path]) -> Path:
 
 
 COLUMNS = {
-    "score": "sentence score", "repeated": "repeated %", "unfinished": "unfinished %", "words": "words",
-    "rouge_l": "ROUGE-L", "covered": "gold covered %", "only_option": "only option %",
+    "score": "sentence score", "concludes": "right conclusion %", "covered": "gold covered %",
+    "no_conclusion": "no conclusion %", "unfinished": "unfinished %", "repeated": "repeated %", "words": "words",
+    "rouge_l": "ROUGE-L",
 }  # fmt: skip
 
 
-def write_summary(output: Path, folders: dict[str, Path], record: dict) -> str:
+def right_answers(problems: dict, path: Path) -> list[float]:
+    """100 for each answer of a prediction file that is the gold choice, else 0."""
+    found = read_predictions(path, "--output")
+    return [100.0 * (letter == chr(ord("A") + problems[qid]["answer"]))
+            for qid, letter in zip(found.qids, found.letters, strict=True)]  # fmt: skip
+
+
+def compared(ours: Sequence[float], theirs: Sequence[float], digits: int = 1) -> dict[str, Any]:
+    """The paired difference with its 95 % interval over questions, also as `text`."""
+    return {**paired_difference(ours, theirs), "text": difference_text(ours, theirs, digits)}
+
+
+def write_summary(output: Path, models: dict[str, str], adapters: dict[str, str], record: dict) -> str:
     """Write {output}/table.txt and table.json: what each stage did to the test split. Returns the text.
 
-    The sentence score is the reference Teacher's. The other columns show whether a higher score has a price: other
-    lengths, fewer gold sentences, rationales that only repeat the answer.
+    The sentence score is the reference Teacher's. The other columns show whether a higher score has a price.
     """
     problems = files.read_json(output / "data/scienceqa/problems.json", "--output")
-    rationales, answers, note = {}, {}, None
-    for name, folder in folders.items():
-        found = read_predictions(prediction_file(folder, "test"), "--output")
-        if name == "LoRA":
-            answers = {"num_fail": found.num_fail}
-            answers |= {key: f"{value:.2f}" for key, value in found.scores["answer"].items()}
-            note = unread_note(found.num_fail, len(found.preds), name)
-        else:
-            figures = rationale_figures(problems, found.qids, found.preds)
-            rationales[name] = {**figures, "rouge_l": found.scores["rationale"]["rouge"]}
+    files_of = {name: prediction_file(output / place, "test") for name, place in {**models, **adapters}.items()}
+    rationales, each, answers, right, notes = {}, {}, {}, {}, []
+    for name in models:
+        found = read_predictions(files_of[name], "--output")
+        figures = rationale_figures(problems, found.qids, found.preds)
+        rationales[name] = {**figures, "rouge_l": found.scores["rationale"]["rouge"]}
+        each[name] = figures_by_question(problems, found.qids, found.preds)
+    start, *_ = names = list(models)
+    changes = {
+        f"{ours} - {theirs}": {
+            key: compared(each[ours][key], each[theirs][key], 3 if key == "score" else 1) for key in each[ours]
+        }
+        for theirs, ours in [*zip(names, names[1:], strict=False), (start, names[-1])]
+    }
+    for name in adapters:
+        found = read_predictions(files_of[name], "--output")
+        right[name] = right_answers(problems, files_of[name])
+        model, form = name.split(", ")
+        answers[name] = {"accuracy": mean(right[name]), "num_fail": found.num_fail}
+        answers[name]["against the start"] = compared(right[name], right[f"{start}, {form}"])
+        answers[name]["against its rationale"] = compared(right[name], each[model]["concludes"])
+        notes += filter(None, [unread_note(found.num_fail, len(found.preds), name)])
     seconds = {stage["title"]: stage["seconds"] for stage in record["stages"].values()}
-    places = {name: str(folder.relative_to(output)) for name, folder in folders.items()}
-    result = {"settings": record["settings"], "rationales": rationales, "answers": answers, "seconds": seconds}
-    files.write_json(output / "table.json", {**result, "folders": places})
+    result = {"settings": record["settings"], "rationales": rationales, "changes": changes, "answers": answers,
+              "seconds": seconds, "folders": {**models, **adapters}}  # fmt: skip
+    files.write_json(output / "table.json", result)
 
     lines = ["", f"Rationales on held-out test questions (seed {record['settings']['seed']})"]
-    lines.append(f"{'':<16}" + "".join(f"{title:>16}" for title in COLUMNS.values()))
+    lines.append(f"{'':<16}" + "".join(f"{title:>20}" for title in COLUMNS.values()))
     for name, figures in rationales.items():
         cells = [f"{figures[key]:.3f}" if key == "score" else f"{figures[key]:.1f}" for key in COLUMNS]
-        lines.append(f"{name:<16}" + "".join(f"{cell:>16}" for cell in cells))
-    lines += ["", "Answers of the LoRA model on test questions, accuracy %"]
-    lines += [f"  {name:<16}{value:>6}" for name, value in answers.items()]
-    lines += [f"  warning: {note}"] if note else []
+        lines.append(f"{name:<16}" + "".join(f"{cell:>20}" for cell in cells))
+    lines += ["", "Paired differences per question, with 95 % intervals"]
+    for name, figures in changes.items():
+        lines += [f"  {name:<28}{COLUMNS[key]:<20}{found['text']}" for key, found in figures.items()]
+    lines += ["", "Answers of LoRA adapters on test questions, accuracy %: against the adapter of the start, and"]
+    lines += ["against the conclusions of the rationales (QCMG-A prompts hold the rationale, QCM-A ones do not)"]
+    for name, row in answers.items():
+        both = f"{row['against the start']['text']:<44}{row['against its rationale']['text']}"
+        lines.append(f"  {name:<28}{row['accuracy']:>6.1f}   {both}")
+    lines += [f"  warning: {note}" for note in notes]
     lines += ["", "Wall time", *(f"  {each:7.1f} s  {title}" for title, each in seconds.items())]
     lines += [f"  {sum(seconds.values()):7.1f} s  in all", "", "Folders (model and predictions_ans_*.json)"]
-    lines += [f"  {name:<16}{output.name}/{place}" for name, place in places.items()]
+    lines += [f"  {name:<28}{output.name}/{place}" for name, place in {**models, **adapters}.items()]
     files.write_text(output / "table.txt", "\n".join(lines) + "\n")
     return "\n".join(lines)
 
@@ -298,9 +396,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = SIZES[args.size]
     demo = Demo(output, {"seed": args.seed, **size})
     prepare(demo, args.seed, size)
-    folders = train_and_align(demo, args.seed, size)
-    report = show(demo, folders)
-    print(write_summary(output, folders, demo.record), flush=True)
+    models = align(demo, args.seed, size)
+    adapters = learn_answers(demo, models, args.seed, size)
+    report = show(demo, models, adapters)
+    print(write_summary(output, models, adapters, demo.record), flush=True)
     print(f"\nReport, to open in a browser: {report}", flush=True)
 
 

@@ -25,21 +25,29 @@ class ActorCritic(nn.Module):
         self.policy, self.value_function = policy, value_function
 
     def forward(
-        self, prompt: dict[str, Tensor], question: Tensor | None, actions: Tensor, flat_index: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self,
+        prompt: dict[str, Tensor],
+        question: Tensor | None,
+        actions: Tensor,
+        flat_index: Tensor,
+        with_policy: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Log-probabilities of the actions and entropies, (B, T) each and 0 outside `flat_index`, and values (B, T).
 
         prompt (U, S) holds each question once, question (B,) is the prompt of each row (None: row i's is i); actions
-        (B, T + 1); flat_index (N,) are the wanted positions in the flattened (B, T).
+        (B, T + 1); flat_index (N,) are the wanted positions in the flattened (B, T). Values alone (None, None, values)
+        unless `with_policy`.
         """
         mask = prompt["attention_mask"]
-        states = encode(self.policy, prompt)
-        logprobs, entropy = policy_logprobs(self.policy, states, mask, question, actions, flat_index)
-        if self.value_function is None:
-            return logprobs, entropy, None
-        states = encode(self.value_function, prompt)
-        values = state_values(self.value_function, states, mask, question, actions)
-        return logprobs, entropy, values.to(logprobs.dtype)  # autocast gives bf16
+        logprobs = entropy = values = None
+        if with_policy:
+            states = encode(self.policy, prompt)
+            logprobs, entropy = policy_logprobs(self.policy, states, mask, question, actions, flat_index)
+        if self.value_function is not None:
+            states = encode(self.value_function, prompt)
+            values = state_values(self.value_function, states, mask, question, actions)
+            values = values.to(self.value_function.shared.weight.dtype)  # autocast gives bf16
+        return logprobs, entropy, values
 
 
 def encode(model: nn.Module, prompt: dict[str, Tensor]) -> Tensor:

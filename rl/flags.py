@@ -98,16 +98,32 @@ FLAGS = [
         ("algo", ROLLOUTS, None, str, "ppo",
          "rloo: no value function, the other rationales of a question are the baseline",
          {"choices": ("ppo", "rloo")}),
+        ("rloo_baseline", UPDATES, None, str, "token",
+         "their return-to-go at the same token, or where the sentence of the same number begins",
+         {"choices": ("token", "sentence")}),
+        ("group_by_question", UPDATES, None, str2bool, None,
+         "keep the rationales of a question in one minibatch (default: True with --algo rloo)"),
         ("rl_batch_size", UPDATES, AT_LEAST_1, int, 6, "samples per minibatch and process"),
         ("rl_epochs", UPDATES, AT_LEAST_1, int, 3, "passes over a round's samples"),
         ("ga_step", UPDATES, AT_LEAST_1, int, 4, "minibatches per optimizer step and process"),
         ("init_kl_coef", UPDATES, NOT_NEGATIVE, float, 0.05, "weight of the KL penalty in the reward"),
         ("clip_range", UPDATES, POSITIVE, float, 0.2, "PPO's clip range of the ratio"),
-        ("vf_coef", UPDATES, NOT_NEGATIVE, float, 1.0, "weight of the value loss"),
+        ("vf_coef", UPDATES, NOT_NEGATIVE, float, 1.0,
+         "weight of the value loss; has an effect only through --max_grad_norm: policy and value function share no "
+         "weight, and AdamW divides by the scale of the gradient"),
         ("gamma", UPDATES, FRACTION, float, 0.99, "discount"),
         ("gae_lambda", UPDATES, FRACTION, float, 0.95, "lambda of the advantage estimate"),
         ("adv_normalization", UPDATES, None, str2bool, True, "whiten advantages per optimizer step"),
         ("neutral_score", UPDATES, FRACTION, float, 0.5, "score that earns no reward"),
+    ),
+    *_rows(
+        "value function",
+        ("value_warmup", UPDATES, NOT_NEGATIVE, int, 0,
+         "epochs that fit the value function alone, on a round's returns, before its values are used"),
+        ("value_init", BOTH, None, str, "random",
+         "last layer of a fresh value head: zero begins with V = 0, so advantages are discounted returns",
+         {"choices": ("random", "zero")}),
+        ("vf_lr", UPDATES, POSITIVE, float, None, "learning rate of the value function (default: --lr)"),
     ),
     *_rows(
         "PPO, off by default",
@@ -117,6 +133,8 @@ FLAGS = [
         ("target_kl", UPDATES, POSITIVE, float, None,
          "nats per rationale: adapts the KL coefficient from round to round"),
         ("early_stop_kl", UPDATES, POSITIVE, float, None, "nats per token: ends an epoch if approx_kl exceeds it"),
+        ("adam_eps", UPDATES, POSITIVE, float, 1e-8,
+         "eps of AdamW; a larger one keeps rows of tokens that are hardly ever sampled from moving as far as others"),
         ("entropy_coef", UPDATES, NOT_NEGATIVE, float, 0.0, "weight of an entropy bonus in the loss"),
         ("vf_clip_range", UPDATES, POSITIVE, float, None, "clip the value's change from its value at sampling"),
     ),
@@ -189,12 +207,14 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     if args.continue_train and not Path(args.base_model_dir).resolve().name.isdigit():
         faults.append(f"--continue_train True: --base_model_dir {args.base_model_dir} is no folder {{run}}/{{n}}")
     if args.algo == "rloo":
-        of_value = ("vf_coef", "gae_lambda", "vf_clip_range")
+        of_value = ("vf_coef", "gae_lambda", "vf_clip_range", "value_warmup", "value_init", "vf_lr")
         faults += [f"--{name} has no effect with --algo rloo" for name in of_value if name in given]
         if args.k_actions < 2 or not args.do_sample:
             faults.append(
                 "--algo rloo compares the rationales of a question: use --do_sample True, --k_actions 2 or more"
             )
+    if args.algo == "ppo" and "rloo_baseline" in given:
+        faults.append("--rloo_baseline has no effect with --algo ppo")
     if args.target_kl is not None and args.init_kl_coef == 0:
         faults.append("--target_kl adapts the KL coefficient by factors of 2: give an --init_kl_coef above 0")
     if args.overwrite and args.phase == "train":
@@ -203,6 +223,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         faults.append("--report_to wandb: the package is not installed; pip install wandb, or drop the flag")
     faults += cli.precision_faults() + sharding_faults()
     cli.refuse(faults)
+    if args.group_by_question is None:
+        args.group_by_question = args.algo == "rloo"
     if not args.do_sample and args.k_actions > 1:
         cli.warn0(f"--do_sample False gives {args.k_actions} equal rationales per question: sampling one (greedy)")
     if not args.do_sample and given & {"top_k", "top_p"}:

@@ -8,14 +8,17 @@ import threading
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ares import cli, files
 from ares.sentences import sentences_from_ids
+from teacher.reference import concluded_choice
 
 
 class Metrics:
-    """Writes `metrics.jsonl`, and TensorBoard or W&B besides. A line has its kind (rollout, update, epoch).
+    """Writes `metrics.jsonl`, and TensorBoard or W&B besides. A line has its kind (rollout,
+    value_warmup, update, epoch).
 
     Lines after the update that a killed run resumes from are dropped, so none is there twice.
     """
@@ -37,14 +40,17 @@ class Metrics:
         elif self.active and report_to == "wandb":
             self.wandb = _wandb_run(Path(run), config)
 
-    def rewind(self, number: int, updates_done: int | None) -> None:
-        """Drop lines of round `number` beyond `updates_done` updates (None: all of them), and a cut last line."""
+    def rewind(self, number: int, updates_done: int | None, epoch: int = 0) -> None:
+        """Drop lines of round `number` beyond `updates_done` updates (None: all of them), and a cut last line; of the
+        value warm-up those of `epoch` and later ones."""
         if not self.active or not self.path.exists():
             return
 
         def keep(entry: dict[str, Any]) -> bool:
             if entry["round"] != number:
                 return entry["round"] < number
+            if entry["kind"] == "value_warmup" and entry.get("epoch", epoch) >= epoch:
+                return False
             return updates_done is not None and entry["update"] <= updates_done
 
         kept = [json.dumps(entry) + "\n" for entry in read_metrics(self.path, "--run_dir") if keep(entry)]
@@ -153,12 +159,25 @@ def write_samples(path: Path, data: Any, scores: Sequence[Sequence[float]], text
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
+def text_figures(rollouts: Any, problems: dict[str, Any], tokenizer: Any, most: int = 2000) -> dict[str, float]:
+    """Mean `words` and `share_without_conclusion` (no sentence asserts a choice as the answer) of the rationales; of
+    `most` of them, evenly spaced, where there are more."""
+    rows = range(0, len(rollouts), -(-len(rollouts) // most))
+    texts = [tokenizer.decode(rollouts.ids(row), skip_special_tokens=True) for row in rows]
+    without = [concluded_choice(problems[rollouts.qids[row]], text) is None
+               for row, text in zip(rows, texts, strict=True)]  # fmt: skip
+    return {"words": mean(len(text.split()) for text in texts), "share_without_conclusion": mean(without)}
+
+
 # -- warnings --------------------------------------------------------------------------------------------
 
 
 def summary(values: dict[str, float]) -> str:
     """The few numbers of a log line."""
-    names = ("mean_sentence_score", "reward", "policy_loss", "value_loss", "approx_kl", "kl_ref", "clipfrac", "length")
+    names = (
+        "mean_sentence_score", "reward", "policy_loss", "value_loss", "explained_variance", "approx_kl", "kl_ref",
+        "clipfrac", "signal_share", "length",
+    )  # fmt: skip
     return "  ".join(f"{name} {values[name]:.4g}" for name in names if name in values)
 
 

@@ -37,20 +37,38 @@ def length_groups(lengths: Sequence[int], tokens: float = float("inf"), group_co
 
 
 def plan_epoch(
-    lengths: Sequence[tuple[int, int]], per_process: int, processes: int, accumulation: int, seed: int
+    lengths: Sequence[tuple[int, int]],
+    per_process: int,
+    processes: int,
+    accumulation: int,
+    seed: int,
+    groups: Sequence[object] | None = None,
 ) -> list:
     """Which rows each update of one PPO epoch trains on: `plan[update][i][process]` is the i-th minibatch there.
 
     Rows are shuffled by the seed and cut into optimizer steps of `per_process * processes * accumulation` rows (the
     last one may be shorter). Within a step, rows of similar `lengths` (of rationale and prompt) share a minibatch of
     `per_process` rows: less padding, the same gradient. In the last step a minibatch may be empty, but every process
-    has equally many.
+    has equally many. With `groups`, one value per row (its question), groups are shuffled instead of rows, so that
+    the rows of a group share a step, and minibatches are cut from the order of groups: its prompt is encoded once.
     """
-    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator().manual_seed(seed)
+    if groups is None:
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+    else:
+        members: dict[object, list[int]] = {}
+        for row, group in enumerate(groups):
+            members.setdefault(group, []).append(row)
+        blocks = list(members.values())
+        order = [row for i in torch.randperm(len(blocks), generator=generator).tolist() for row in blocks[i]]
     size = per_process * processes * accumulation
     plan = []
     for begin in range(0, len(order), size):
-        minibatches = _bucket(order[begin : begin + size], lengths, per_process)
+        rows = order[begin : begin + size]
+        if groups is None:
+            minibatches = _bucket(rows, lengths, per_process)
+        else:
+            minibatches = [rows[i : i + per_process] for i in range(0, len(rows), per_process)]
         minibatches += [[] for _ in range(-len(minibatches) % processes)]
         plan.append([minibatches[i : i + processes] for i in range(0, len(minibatches), processes)])
     return plan

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -116,48 +116,80 @@ def returns_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     return gae(rewards, zeros, mask, gamma, lam=1.0)[0]
 
 
-def rloo_advantages(to_go: Tensor, group: Tensor, mask: Tensor) -> Tensor:
+def rloo_advantages(to_go: Tensor, group: Tensor, mask: Tensor, sentence: Tensor | None = None) -> Tensor:
     """REINFORCE leave-one-out, by token: `to_go` minus its mean over the other samples of the same question.
 
     to_go (B, T) from `returns_to_go`; group (B,) one integer per question. The baseline of position t is the others'
     return-to-go at t, 0 where a sample has ended. (arXiv 2402.14740 treats the whole rationale as one action; its
     whole return as baseline would punish every late token, because the return-to-go shrinks along a rationale.)
-    The only sample of a question has advantage 0. 0 outside the mask.
+    With `sentence` (B, T) from `sentence_numbers` it is their return-to-go at the first token of the sentence of the
+    same number, 0 where a sample has fewer sentences. The only sample of a question has advantage 0. 0 outside the
+    mask.
     """
     to_go = _keep(to_go, mask)
     _, index = group.unique(return_inverse=True)
-    sums = to_go.new_zeros(int(index.max()) + 1, to_go.size(1)).index_add_(0, index, to_go)[index]
+    at_step = to_go  # (B, steps): the return-to-go at each token or at the beginning of each sentence
+    if sentence is not None:
+        begins = torch.ones_like(mask.bool())
+        begins[:, 1:] = sentence[:, 1:] != sentence[:, :-1]
+        first = begins & mask.bool()
+        at_step = to_go.new_zeros(to_go.size(0), int(sentence.max()) + 1)
+        at_step[first.nonzero()[:, 0], sentence[first]] = to_go[first]
+    sums = at_step.new_zeros(int(index.max()) + 1, at_step.size(1)).index_add_(0, index, at_step)[index]
     others = (torch.bincount(index)[index] - 1).unsqueeze(1)  # (B, 1)
-    advantages = to_go - (sums - to_go) / others.clamp(min=1)
-    return advantages.masked_fill(~mask.bool() | (others == 0), 0)
+    baseline = (sums - at_step) / others.clamp(min=1)
+    if sentence is not None:
+        baseline = baseline.gather(1, sentence)
+    return (to_go - baseline).masked_fill(~mask.bool() | (others == 0), 0)
+
+
+def sentence_numbers(columns: Sequence[Sequence[int]], length: int) -> Tensor:
+    """(B, length) int64: the number of the sentence that each position belongs to, from the sentences' last columns.
+
+    Positions after the last sentence's end (its `</s>`) belong to a sentence of their own.
+    """
+    ends = torch.zeros(len(columns), length + 1, dtype=torch.int64)
+    for row, row_columns in enumerate(columns):
+        ends[row, list(row_columns)] = 1  # the position after a sentence's last token, `column - 1`
+    return ends.cumsum(1)[:, :length]
 
 
 @dataclass
 class ScoredRollouts:
     """Scored rollouts with rewards, advantages and returns: all that one round trains on.
 
-    advantages, returns: float32, flat like the fields of `rollouts`; kl_coef: the coefficient in their rewards;
+    advantages, returns: float32, flat like the fields of `rollouts`; to_go: likewise, the Monte-Carlo returns
+    (`returns` follow GAE's lambda); kl_coef: the coefficient in their rewards; scores: per sentence, row by row;
     the rest: (N,), one number per rationale.
     """
 
     rollouts: Rollouts
     advantages: Tensor
     returns: Tensor
+    to_go: Tensor
     sentence_reward: Tensor
     kl: Tensor
-    score_sum: Tensor
+    scores: Sequence[Sequence[float]]
     ended: Tensor
     kl_coef: float
 
     def __len__(self) -> int:
         return len(self.rollouts)
 
+    def with_values(self, values: Tensor, args: Any) -> ScoredRollouts:
+        """The same rollouts with other `values`, and advantages and returns computed from them."""
+        return compute_advantages(replace(self.rollouts, values=values), self.scores, args, self.kl_coef)
+
+    def explained_variance(self) -> float:
+        """1 - Var(R - V) / Var(R) of the rollouts' values against the Monte-Carlo returns, over all positions."""
+        return explained_variance(self.to_go.double(), self.rollouts.values.double())
+
     def row_stats(self, rows: Sequence[int]) -> dict[str, float]:
         """Means over rationales (over their sentences for the score)."""
         index = torch.as_tensor(rows)
         sentences = int(self.rollouts.sentence_counts[index].sum())
         return {
-            "mean_sentence_score": float(self.score_sum[index].sum()) / sentences if sentences else math.nan,
+            "mean_sentence_score": sum(sum(self.scores[row]) for row in rows) / sentences if sentences else math.nan,
             "sentences": sentences,
             "reward": float((self.sentence_reward[index] - self.kl_coef * self.kl[index]).mean()),
             "sentence_reward": float(self.sentence_reward[index].mean()),
@@ -175,29 +207,33 @@ def compute_advantages(
     column t + 1; the value after the last position is 0. `--algo ppo` uses GAE; with `--algo rloo` the advantage is
     the return-to-go minus its mean over the other rows of the question.
     """
-    advantages, returns = torch.empty_like(rollouts.values), torch.empty_like(rollouts.values)
+    advantages, returns, to_go = (torch.empty_like(rollouts.values) for _ in range(3))
     sentence_reward = torch.zeros(len(rollouts))
     for rows in _chunks(rollouts.qids, CHUNK_ROWS):
         by_sentence, rewards = token_rewards(rollouts, scores, rows, args.neutral_score, kl_coef)  # (B, T) each
         values, mask = rollouts.pad(rollouts.values, rows)
+        monte_carlo = ret = returns_to_go(rewards, mask, args.gamma)
         if args.algo == "rloo":
             number = {qid: i for i, qid in enumerate(dict.fromkeys(rollouts.qids[row] for row in rows))}
             group = torch.tensor([number[rollouts.qids[row]] for row in rows])
-            ret = returns_to_go(rewards, mask, args.gamma)
-            adv = rloo_advantages(ret, group, mask)
+            sentence = None
+            if args.rloo_baseline == "sentence":
+                sentence = sentence_numbers([rollouts.row_columns(row) for row in rows], mask.size(1))
+            adv = rloo_advantages(ret, group, mask, sentence)
         else:
             adv, ret = gae(rewards, values, mask, args.gamma, args.gae_lambda)
         first = int(rollouts.offsets[rows[0]])
         last = int(rollouts.offsets[rows[-1]] + rollouts.lengths[rows[-1]])
-        advantages[first:last], returns[first:last] = adv[mask], ret[mask]
+        advantages[first:last], returns[first:last], to_go[first:last] = adv[mask], ret[mask], monte_carlo[mask]
         sentence_reward[rows] = by_sentence.sum(1)
     return ScoredRollouts(
         rollouts,
         advantages,
         returns,
+        to_go,
         sentence_reward,
         kl=kl_per_rationale(rollouts),
-        score_sum=torch.tensor([float(sum(row)) for row in scores]),
+        scores=scores,
         ended=rollouts.tokens[rollouts.offsets + rollouts.lengths - 1] == EOS,
         kl_coef=kl_coef,
     )
@@ -289,6 +325,18 @@ def ppo_loss(
         return loss, torch.stack([one.double() for one in sums])
 
 
+def warmup_loss(values: Tensor, to_go: Tensor, mask: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """The loss of one pass of the value function alone, against Monte-Carlo returns (B, T), and its sums as
+    `ppo_loss` gives them: 0 for what needs a policy."""
+    loss = value_loss(values, to_go, mask, total)
+    with torch.no_grad():
+        parts = {"value_loss": loss * total, "n": mask.sum()}
+        parts |= zip(("ret", "ret2"), moments(to_go, mask)[:2], strict=True)
+        parts |= zip(("err", "err2"), moments(to_go - values, mask)[:2], strict=True)
+        zero = torch.zeros_like(loss)
+        return loss, torch.stack([parts.get(name, zero).double() for name in SUMS])
+
+
 def _surrogates(logprobs, old_logprobs, advantages, mask, clip_range) -> tuple[Tensor, Tensor]:
     """The two terms of PPO's maximum, (B, T) each: unclipped and clipped."""
     logratio = _keep(logprobs - old_logprobs, mask)
@@ -356,6 +404,12 @@ def approx_kl(
     """KL(old || new) from samples of old by the k3 estimator: mean of (r - 1) - log r. Unbiased and never negative."""
     logratio = _keep(logprobs - old_logprobs, mask)
     return masked_mean(logratio.expm1() - logratio, mask, denominator)
+
+
+def explained_variance(returns: Tensor, values: Tensor) -> float:
+    """1 - Var(R - V) / Var(R): 1 perfect, 0 no better than a constant, nan if R does not vary."""
+    variance = returns.var(correction=0)
+    return float(1 - (returns - values).var(correction=0) / variance) if variance > 1e-12 else math.nan
 
 
 def diagnostics(sums: Sequence[float], args: Any) -> dict[str, float]:

@@ -6,6 +6,7 @@ Files under `{run}/rollouts/round_{n}/`:
     batch_000000.safetensors     one file per sampling batch, written in one step
     collected.json               written last: every batch exists and its sentences are exported
     scores.json                  written once: which replies count, which were dropped and why
+    values.safetensors           values of the counted rows after --value_warmup, which replace those of the batches
 
 A batch depends on the seed, the round and its number only, never on the process that samples it: a killed collection
 resumes with the missing batches, on any number of processes, and ends with the same samples. Prompts and images are
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ares import cli, files
@@ -226,6 +227,7 @@ class RolloutStore:
         self.plan_file = self.folder / "plan.json"
         self.collected_file = self.folder / "collected.json"
         self.scores_file = self.folder / "scores.json"
+        self.fitted_file = self.folder / "values.safetensors"
         self.failed_file = self.folder / FAILED
 
     def shard(self, number: int) -> Path:
@@ -334,6 +336,26 @@ def failure_shared(store: RolloutStore) -> Iterator[None]:
         if cli.world_size() > 1 and not store.failed_file.exists():
             files.write_text(store.failed_file, str(error))
         raise
+
+
+def save_values(path: Path, values: Tensor) -> None:
+    """Write the values (positions,) that the warm-up fitted, atomically."""
+    with files.atomic_path(path) as temporary:
+        save_file({"values": values}, temporary)
+
+
+def load_values(path: Path, positions: int) -> Tensor:
+    """What `save_values` wrote. Raises UserError naming a file that cannot be read or holds another number."""
+    try:
+        values = load_file(path)["values"]
+    except Exception as error:
+        raise UserError(
+            f"{path}: the values of the warm-up cannot be read ({cli.in_one_line(error, 80)}); delete the run's state "
+            "folder to begin this round's PPO anew"
+        ) from error
+    if values.shape != (positions,) or not values.isfinite().all():
+        raise UserError(f"{path}: not the values of these rollouts; delete the run's state folder to begin PPO anew")
+    return values
 
 
 # -- feedback --------------------------------------------------------------------------------------------

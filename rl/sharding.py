@@ -86,6 +86,11 @@ def full_tensors(value: Any, keep: bool = True, on_cpu: bool = True) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's shard of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
     """Shard a full tensor like `parameter`; collective where that is sharded."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.shape:

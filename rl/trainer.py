@@ -1,7 +1,8 @@
 """PPO over rollouts on disk: the update, the epochs, and the saved state that a killed run resumes from.
 
 The losses are in rl/ppo.py, the models' forward pass in rl/actor_critic.py. Without a value function (`--algo rloo`)
-the policy trains alone.
+the policy trains alone. With `--value_warmup` the value function trains alone first, on Monte-Carlo returns; then its
+values replace those of sampling in advantages and returns.
 
 An update is the same on 1 process x 4 accumulation steps as on 2 x 2: every process knows every rollout (the numbers
 are small; images and prompts are fetched by question id), so the samples of an optimizer step, their whitening and
@@ -29,20 +30,25 @@ from rl.actor_critic import ActorCritic, to_device
 from rl.metrics import Metrics, epoch_warnings, summary
 from rl.minibatches import micro_batches, plan_epoch
 from rl.optimizer import load_moments, make_optimizer, optimizer_state, scheduled_lr
-from rl.rollouts import Prompts, seed_for
+from rl.rollouts import Prompts, load_values, save_values, seed_for
 
 SAVE, STOP = 1.0, 1000.0  # what an update adds up over processes: saving is due; Ctrl-C was pressed
 
 
 @dataclass
 class Position:
-    """Progress within a round: `update` updates of `epoch` are done, whose diagnostics add up to `sums`."""
+    """Progress within a round: `update` updates of `epoch` are done, whose diagnostics add up to `sums`.
+
+    Epochs of the value warm-up are negative: -1 is the last one.
+    """
 
     epoch: int = 0
     update: int = 0
-    done: int = 0  # updates since the round began
+    done: int = 0  # PPO's updates since the round began
     sums: list[float] = field(default_factory=lambda: [0.0] * len(ppo.SUMS))
     grad_norm: float = 0.0  # summed over the epoch's updates
+    grad_dot: float = 0.0  # of the policy's gradients of updates 0 and 1, 2 and 3, ... of the epoch, summed
+    grad_square: float = 0.0  # mean squared norm of the two, summed likewise
     entropy: float | None = None  # of the round's first update, to detect a collapse
 
 
@@ -63,19 +69,20 @@ class PpoTrainer:
         state: Path,
         metrics: Metrics,
         number: int,
+        fitted: Path | None = None,
         share_dropped: float = 0.0,
         sharded: sharding.Sharding | None = None,
     ):
-        self.data, self.prompts, self.args, self.number = data, prompts, args, number
+        self.data, self.prompts, self.args, self.number, self.fitted = data, prompts, args, number, fitted
         self.accelerator, self.metrics, self.share_dropped = accelerator, metrics, share_dropped
         self.slots = [Path(state) / f"slot_{i}.pth" for i in range(2)]
         self.raw = ActorCritic(policy, value_function)
         self.sharded = sharded
         if sharded is not None:
             self.model = sharding.shard(self.raw, sharded)
-            self.optimizer, self.names = make_optimizer(self.raw, args.lr)
+            self.optimizer, self.names = make_optimizer(self.raw, args)
         else:
-            optimizer, self.names = make_optimizer(self.raw, args.lr)
+            optimizer, self.names = make_optimizer(self.raw, args)
             self.model, self.optimizer = accelerator.prepare(self.raw, optimizer)
         self.model.eval()  # no dropout: the ratio to the sampling policy would be noise
         if args.gradient_checkpointing:
@@ -83,12 +90,27 @@ class PpoTrainer:
         roll = data.rollouts
         self.lengths = list(zip(roll.lengths.tolist(), (prompts.lengths[qid] for qid in roll.qids), strict=True))
         self.stop_epoch, self.ctrl_c = False, launch.CtrlC()
-        self.position, self.saved_at, self.saves = Position(), time.monotonic(), 0
+        self.groups = roll.qids if args.group_by_question else None
+        self.position, self.saved_at, self.saves = Position(epoch=-args.value_warmup), time.monotonic(), 0
+        self.gradient: list[Tensor] | None = None  # the policy's, of an even update
 
     @property
     def _identity(self) -> dict[str, Any]:
         """A saved state is used only if it has the same values."""
         return {"round": self.number, "processes": self.accelerator.num_processes, "rows": len(self.data)}
+
+    def warm_up(self) -> None:
+        """Run the remaining epochs of the value warm-up, then take its values into the advantages.
+
+        The values go to the file `fitted`, from which a resumed run takes them. Ctrl-C as in `train`.
+        """
+        if self.position.epoch < 0:
+            with self.ctrl_c:
+                self._epochs(0)
+            self._refit_values()
+            self.save_state()
+        elif self.args.value_warmup:
+            self.data = self.data.with_values(load_values(self.fitted, len(self.data.advantages)), self.args)
 
     def train(self) -> None:
         """Run the remaining PPO epochs. Every process takes part in every update.
@@ -96,37 +118,44 @@ class PpoTrainer:
         Ctrl-C saves after the current update and ends with KeyboardInterrupt, on every process.
         """
         with self.ctrl_c:
-            self._epochs()
+            self._epochs(self.args.rl_epochs)
 
-    def _epochs(self) -> None:
-        for epoch in range(self.position.epoch, self.args.rl_epochs):
+    def _epochs(self, end: int) -> None:
+        args = self.args
+        for epoch in range(self.position.epoch, end):
+            name, number, of = ("PPO", epoch + 1, args.rl_epochs)
+            if epoch < 0:
+                name, number, of = ("value warm-up", epoch + args.value_warmup + 1, args.value_warmup)
             plan = plan_epoch(
                 self.lengths,
-                self.args.rl_batch_size,
+                args.rl_batch_size,
                 self.accelerator.num_processes,
-                self.args.ga_step,
-                seed_for(self.args.seed, "ppo", self.number, epoch),
+                args.ga_step,
+                seed_for(args.seed, "ppo", self.number, epoch),
+                self.groups,
             )
             bar = cli.progress(
-                desc=f"PPO epoch {epoch + 1}/{self.args.rl_epochs}",
+                desc=f"{name} epoch {number}/{of}",
                 total=len(plan),
                 unit="update",
                 initial=self.position.update,
             )
             with bar:
                 for step in plan[self.position.update :]:
-                    due = self._update(step, self.args.rl_epochs * len(plan))
+                    due = self._update(step, args.rl_epochs * len(plan))
                     bar.update()
                     if due == STOP:
                         self.save_state()
                         raise KeyboardInterrupt(
-                            f"PPO is saved after update {self.position.done} of round {self.number}; run the same "
+                            f"{name} is saved after update {self.position.update} of epoch {number} of round "
+                            f"{self.number}; run the same "
                             "command again to go on"
                         )
                     if self.stop_epoch:
-                        cli.print0(f"approx_kl is above --early_stop_kl {self.args.early_stop_kl}: next epoch")
+                        cli.print0(f"approx_kl is above --early_stop_kl {args.early_stop_kl}: next epoch")
                         break
-                    if due and self.position.update < len(plan):
+                    # after an even update: gradients are compared in pairs, and a saved state holds none
+                    if due and self.position.update % 2 == 0 and self.position.update < len(plan):
                         self.save_state()
             self._end_epoch()
 
@@ -140,55 +169,130 @@ class PpoTrainer:
         if args.adv_normalization:
             advantages = ppo.masked_whiten(advantages, mask)
         index = {row: i for i, row in enumerate(rows)}
-        sums = torch.zeros(len(ppo.SUMS) + 1, dtype=torch.float64, device=self.accelerator.device)
+        warmup = self.position.epoch < 0
+        sums = torch.zeros(len(ppo.SUMS) + 3, dtype=torch.float64, device=self.accelerator.device)
         passes = micro_batches(step, self.lengths, args.pass_tokens or 0)
         for i, by_process in enumerate(passes):
             idle = not by_process[rank]  # a dummy row with zero weight: gradients are reduced in its backward pass
             mine = rows[:1] if idle else by_process[rank]
             last = i == len(passes) - 1
             with contextlib.nullcontext() if last else sharding.no_sync(self.model, self.accelerator, self.sharded):
-                loss, found = self._loss(mine, advantages[[index[row] for row in mine]], total, idle)
+                weights = None if warmup else advantages[[index[row] for row in mine]]
+                loss, found = self._loss(mine, weights, total, idle)
                 # the wrapper averages gradients over processes, but the loss is already a share of the whole step; not
                 # accelerator.backward, which divides by ACCELERATE_GRADIENT_ACCUMULATION_STEPS where that is set
                 (loss * self.accelerator.num_processes).backward()
-            sums[:-1] += found
+            sums[:-3] += found
+        if warmup:
+            self._average_gradients()
+        else:
+            sums[-3:-1] = self._compare_gradients()
         if rank == 0 and time.monotonic() - self.saved_at > 60 * args.save_minutes:
             sums[-1] = SAVE  # rank 0's clock decides for all
         if self.ctrl_c.pressed:
             sums[-1] = STOP  # on any process: all of them stop after this update
         norm = self._clip()
         gathered = self.accelerator.reduce(sums, "sum")
-        *sums, due, grad_norm = [*gathered.tolist(), float(norm)]  # the one wait for a GPU in an update
+        # the one wait for a GPU in an update
+        *sums, grad_dot, grad_square, due, grad_norm = [*gathered.tolist(), float(norm)]
         if not math.isfinite(grad_norm):
             raise UserError(
                 f"round {self.number}: the gradient of update {self.position.done + 1} is not finite; the same "
                 "command resumes from the last saved state; lower --lr, or try --max_grad_norm 1 or --precision fp32"
             )
-        lr = scheduled_lr(args.lr_scheduler, args.lr, self.position.done, total_updates)
+        factor = scheduled_lr(args.lr_scheduler, 1.0, self.position.done, total_updates)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = group["base_lr"] * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._record(sums, grad_norm, lr, rows)
+        self.position.grad_dot += grad_dot
+        self.position.grad_square += grad_square
+        self._record(sums, grad_norm, args.lr * factor, rows)
         return STOP if due >= STOP else due
 
-    def _loss(self, rows: list[int], advantages: Tensor, total: int, idle: bool) -> tuple[Tensor, Tensor]:
-        """`ppo.ppo_loss` of one pass over `rows`; its advantages are those of the step, (len(rows), width)."""
+    def _loss(self, rows: list[int], advantages: Tensor | None, total: int, idle: bool) -> tuple[Tensor, Tensor]:
+        """The loss of one pass over `rows`: `ppo.ppo_loss` with the step's advantages (len(rows), width), or
+        `ppo.warmup_loss` without."""
         device, roll = self.accelerator.device, self.data.rollouts
         actions, mask = roll.actions(rows)  # (B, T + 1), (B, T)
+        if advantages is None:
+            to_go = to_device(roll.pad(self.data.to_go, rows)[0], device)
+            values = self._forward(rows, actions, mask, with_policy=False)[2]
+            return ppo.warmup_loss(values, to_go, to_device(mask & (not idle), device), total)
         flat = (roll.logprobs, roll.ref_logprobs, roll.values, self.data.returns)
         packed = [*(roll.pad(one, rows)[0] for one in flat), advantages[:, : mask.shape[1]]]
         mb = ppo.MiniBatch(*to_device(torch.stack(packed), device))  # one transfer
-        flat_index = actor_critic.flat_index(mask, device)
-        actions, mask = to_device(actions, device), to_device(mask & (not idle), device)
+        outputs = self._forward(rows, actions, mask)
+        return ppo.ppo_loss(*outputs, mb, to_device(mask & (not idle), device), self.args, total)
+
+    def _forward(self, rows: list[int], actions: Tensor, mask: Tensor, with_policy: bool = True) -> tuple:
+        """The models on `actions` (B, T + 1) of `rows`, with their mask (B, T): both on the CPU.
+
+        Without the policy not through DDP, which waits for the gradient of every parameter.
+        """
+        device, roll = self.accelerator.device, self.data.rollouts
         qids = [roll.qids[row] for row in rows]
         questions = {qid: i for i, qid in enumerate(dict.fromkeys(qids))}  # rows of one question share its encoding
         question = None
         if len(questions) < len(rows):
             question = to_device(torch.tensor([questions[qid] for qid in qids]), device)
+        model = self.model if with_policy or self.sharded is not None else self.raw
         with self.accelerator.autocast():
-            outputs = self.model(self.prompts.batch(list(questions)), question, actions, flat_index)
-        return ppo.ppo_loss(*outputs, mb, mask, self.args, total)
+            return model(
+                self.prompts.batch(list(questions)),
+                question,
+                to_device(actions, device),
+                actor_critic.flat_index(mask, device),
+                with_policy,
+            )
+
+    def _average_gradients(self) -> None:
+        """Average the gradients of a pass that did not go through DDP over the processes."""
+        if self.sharded is None and self.accelerator.num_processes > 1:
+            for parameter in self.raw.value_function.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.copy_(self.accelerator.reduce(parameter.grad, "mean"))
+
+    def _compare_gradients(self) -> Tensor:
+        """(2,): dot product and mean squared norm of the policy's gradients of this update and the one before, in
+        every second update (0 otherwise); this process's share, so that the sum over processes is the whole.
+
+        Their rows are different, so the dot product estimates the squared norm of the mean gradient.
+        """
+        grads = [sharding.local_part(p.grad) for p in self.raw.policy.parameters() if p.grad is not None]
+        pair = torch.zeros(2, dtype=torch.float64, device=self.accelerator.device)
+        if self.position.update % 2 == 0:
+            half = torch.bfloat16 if pair.device.type == "cuda" else None  # half the memory; noise without bias
+            self.gradient = [g.detach().to(half or g.dtype, copy=True) for g in grads]
+        elif self.gradient is not None:
+            for now, before in zip(grads, self.gradient, strict=True):
+                before = before.to(now.dtype).flatten()
+                now = now.flatten()
+                pair[0] += now @ before
+                pair[1] += (now @ now + before @ before) / 2
+            self.gradient = None
+        return pair if self.sharded is not None else pair / self.accelerator.num_processes
+
+    @torch.no_grad()
+    def _refit_values(self) -> None:
+        """Evaluate the value function on every rollout, on all processes together; write `fitted` (rank 0)."""
+        args, roll, rank = self.args, self.data.rollouts, self.accelerator.process_index
+        values = torch.zeros(len(roll.values), device=self.accelerator.device)
+        for step in plan_epoch(self.lengths, args.rl_batch_size, self.accelerator.num_processes, args.ga_step, 0):
+            for by_process in micro_batches(step, self.lengths, args.pass_tokens or 0):
+                rows = by_process[rank] or [0]  # a sharded model needs every process in every pass
+                actions, mask = roll.actions(rows)
+                found = self._forward(rows, actions, mask, with_policy=False)[2].float()
+                if by_process[rank]:
+                    places = torch.cat([torch.arange(o, o + n) for o, n in zip(
+                        roll.offsets[rows].tolist(), roll.lengths[rows].tolist(), strict=True)])  # fmt: skip
+                    values[to_device(places, values.device)] = found[to_device(mask, values.device)]
+        values = self.accelerator.reduce(values, "sum").cpu()
+        if self.accelerator.is_main_process:
+            save_values(self.fitted, values)
+        self.data = self.data.with_values(values, args)
+        explained = self.data.explained_variance()
+        cli.print0(f"round {self.number}: values after the warm-up explain {explained:.2f} of the returns' variance")
 
     def _clip(self) -> Tensor:
         """Clip the gradient to --max_grad_norm; returns its norm over all parameters before that."""
@@ -201,9 +305,12 @@ class PpoTrainer:
     def _record(self, sums: list[float], grad_norm: float, lr: float, rows: list[int]) -> None:
         """Advance the position by one update and log it."""
         here = self.position
-        here.update, here.done = here.update + 1, here.done + 1
+        here.update += 1
         here.sums = [a + b for a, b in zip(here.sums, sums, strict=True)]
         here.grad_norm += grad_norm
+        if here.epoch < 0:
+            return
+        here.done += 1
         values = ppo.diagnostics(sums, self.args)
         values |= {"grad_norm": grad_norm, "lr": lr, "kl_coef": self.data.kl_coef, "share_dropped": self.share_dropped}
         values |= self.data.row_stats(rows)
@@ -217,6 +324,17 @@ class PpoTrainer:
         """Log the epoch's means, move to the next epoch and save (not after the last epoch: the round is saved)."""
         here = self.position
         values = ppo.diagnostics(here.sums, self.args)
+        self.gradient = None
+        if here.epoch < 0:
+            values = {name: values[name] for name in ("value_loss", "explained_variance", "positions")}
+            self.metrics.log("value_warmup", self.number, 0, values, epoch=here.epoch)
+            cli.print0(f"round {self.number} value warm-up: {summary(values)}")
+            self.position = Position(epoch=here.epoch + 1)
+            if self.position.epoch < 0:
+                self.save_state()
+            return
+        if here.grad_square:
+            values["signal_share"] = here.grad_dot / here.grad_square
         values |= {"grad_norm": here.grad_norm / here.update, "lr": self.optimizer.param_groups[0]["lr"]}
         values |= {"kl_coef": self.data.kl_coef, "share_dropped": self.share_dropped}
         values |= self.data.row_stats(range(len(self.data)))
@@ -261,7 +379,7 @@ class PpoTrainer:
                     state = load_torch(slot, "--run_dir")
                     name, position = state["name"], Position(**state["position"])
                     if name["round"] == self.number:
-                        found.append((position.done, position.epoch, i, state))
+                        found.append((position.done, position.epoch, position.update, i, state))
                 except UserError as error:
                     damaged.append(str(error))
                 except (KeyError, TypeError) as error:
@@ -272,7 +390,7 @@ class PpoTrainer:
             cli.warn0(f"{fault}; going on from the other saved state")
         if not found:
             return False
-        _, _, newest, state = max(found, key=lambda entry: entry[:3])
+        *_, newest, state = max(found, key=lambda entry: entry[:4])
         if state["name"] != self._identity:
             changed = [f"{key} {state['name'][key]} -> {value}" for key, value in self._identity.items()]
             raise UserError(
@@ -283,5 +401,8 @@ class PpoTrainer:
         sharding.load_full_state(self.raw, state["model"])
         load_moments(self.optimizer, state["optimizer"]["state"])
         self.position, self.saves = Position(**state["position"]), newest + 1
-        cli.print0(f"going on with PPO at epoch {self.position.epoch + 1}, update {self.position.update + 1}")
+        here, name, epoch = self.position, "PPO", self.position.epoch
+        if epoch < 0:
+            name, epoch = "the value warm-up", epoch + self.args.value_warmup
+        cli.print0(f"going on with {name} at epoch {epoch + 1}, update {here.update + 1}")
         return True

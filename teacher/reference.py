@@ -5,32 +5,45 @@ image: it compares words with the gold solution, the lecture, the hint, the ques
 scores are steps of 0.1. A paraphrase, a right sentence in other words than gold's, gets less than it deserves.
 It is called by teacher/client.py: `python haiku.py --teacher reference`.
 
-How two sentences are compared (`similarity`, 0-1) is in teacher/text_similarity.py. A similarity of 0.9 or more scores
-1.0, and the score falls linearly to 0 at 0.25.
+How two sentences are compared (`Match`, 0-1) is in teacher/text_similarity.py. Its score (`score_of`)
+falls linearly from 1.0 at 0.9 to 0 at 0.25; 0.9 at most where the words are not the same.
 
-A sentence is judged in this order, and the first rule that applies decides:
- 1. repeat: says word for word what an earlier sentence said: 0.0.
- 2. gold: says word for word what an unused gold sentence says: 1.0 (0.5 if it is only an opening, rule 5, or has no
-    content word, as "Yes.").
- 3. contradiction: asserts another choice as the answer, denies the gold choice, names several choices as the answer,
-    puts another choice where a gold sentence has the gold one, or calls something the answer that shares no word with
-    the gold choice, the solution or the question ("So, the answer is Augusta.", where that is no choice): 0.0.
- 4. unfinished or garbled (breaks off, stutters, bare name of a choice): at most 0.3, whichever rule follows.
- 5. opening ("Let's look at ...", "To find out which ..., we need to ..."): 0.5, if most of its words are from the
-    question's material.
- 6. the best of:
-    - like a gold sentence: the score of the similarity; at most 0.5 if an earlier sentence already said that
-      gold sentence;
-    - conclusion: asserts the gold choice as the answer and says no more than that: 0.7 (1.0 without a gold solution);
-    - elimination: denies a wrong choice, in words of the material: 0.5;
-    - neutral: restates question, hint or lecture: 0.5, in part less. Without a gold solution the lecture is gold.
-Last, a conclusion in gold's own words gets at most 0.7 too, unless an earlier sentence said one of gold's reasons (if
-gold gives any). A true remark that gold does not make never earns more than 0.5, which is no reward in RL.
+First each sentence is judged by itself, in reading order; the first rule that applies decides (`_judge_one`):
+ 1. loop, 0.0: says the same words again and again, or is far longer than every sentence of the question's texts.
+ 2. repeat, 0.0: says word for word what an earlier sentence said.
+ 3. gold, 1.0: says word for word what an unused gold sentence says (0.5 if it is an opening or has no content word).
+ 4. wrong answer, 0.1: asserts another choice as the answer, denies the gold choice, names several choices, calls
+    something the answer that shares no word with gold choice, solution and question, or is a wrong fact (5) in the
+    place of gold's conclusion.
+ 5. wrong fact, 0.1: like a gold sentence but with another number, name, colour, choice or word of the question's
+    texts in place of gold's own.
+ 6. broken, 0.1: breaks off, or has a word twice in a row. The bare name of a choice gets at most 0.3.
+ 7. opening, 0.5: an instruction without a claim ("Look at the ...", "To find out which ..., we need to ..."), mostly
+    in words of the question's texts, or like such a gold sentence.
+ 8. repeat, 0.0: says in other words what an earlier sentence said of gold, or the conclusion again.
+ 9. the best of: gold, the score of the similarity to an unused gold sentence; conclusion, 1.0 for asserting the gold
+    choice as the answer and no more (0.5 if gold's solution does not assert one); elimination, 0.5 for denying a
+    wrong choice; neutral, up to 0.5 for restating question, hint or lecture.
+
+Then the rationale as a whole lowers scores (`_weigh`), never raises them:
+ a. A conclusion is worth 0.4 plus 0.6 times the share of gold's reasons that were given (a wrong or half right one
+    counts two thirds; a reason given both right and wrong is wrong, and its right form gets 0.5).
+ b. Without the right conclusion nothing earns credit: with a wrong answer anywhere, or with no conclusion where gold
+    has one, no score is above 0.5; with none, the last sentence gets at most 0.3, or 0.0 if no reason is given.
+ c. With a loop anywhere no score is above 0.3.
+ d. For each opening fewer than gold's, one sentence from the beginning gets 0.5 at most, as the opening would.
+ e. Of sentences that say a gold one only partly (0.5 or less), each after the first gets at most 0.1.
+ f. Openings, eliminations and neutral sentences beyond the number of gold's openings are padding: at most 0.4, and
+    at most the mean of the other sentences.
+
+So neither the sum of (score - 0.5), RL's reward, nor the mean rises by copies, rephrasing, padding or omission, and
+gold > a wrong fact > no conclusion > a wrong conclusion > a loop (table: docs/teacher.md).
 """
 
 from __future__ import annotations
 
-import re
+import functools
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,31 +55,32 @@ from ares.sentences import is_finished, split_text
 from teacher.parsing import Verdict
 from teacher.text_similarity import (
     ANSWER_WORDS,
+    Choices,
+    Match,
     Sentence,
     containment,
     f1,
     lcs,
-    option_patterns,
     score_of,
     share,
     similarity,
+    swaps_a_word,
 )
 
-VERSION = "reference-2"  # raise it with every change that can change a score
+VERSION = "reference-3"  # raise it with every change that can change a score
 COVERED = 0.7  # a gold sentence is said by a sentence of at least this score
-NO_REASON = 0.7  # a right answer without a reason
+REWORDED = 0.9  # at most, for what is not gold's own words: an exchanged word may be a synonym or a mistake
+NEUTRAL = 0.5  # no reward in RL
+WRONG = 0.1
+PADDING = 0.4
+NO_REASON = 0.4  # a right answer without a reason
+ATTEMPT = 2 / 3  # what a wrong or half right reason counts of a right one
+NO_CONCLUSION = 0.3
+LOOP = 0.3
+# similarities before penalties, from which on a sentence is a try at a gold sentence, replaces a fact of its kind in
+# it, has its form with a word or two exchanged
+TRY, ALIKE, SAME_FORM = 0.25, 0.4, 0.5
 
-_OPENING = re.compile(
-    r"^(?:first,? )?(?:let's|let us|let me|to (?:solve|determine|find|answer|identify|decide|figure|see|know|check|"
-    r"compare|understand)\b|look (?:at|carefully|again)|read the|think (?:about|of)|examine|"
-    r"consider (?:the|each|how|what)|"
-    r"(?:we|i|you) (?:need|have|must|should|will|can|want|am going) ?(?:to )?(?:first )?"
-    r"(?:look|read|find|determine|identify|examine|compare|check|analy[sz]e|think|consider|use)|"
-    r"the (?:question|problem|task) (?:asks|is about)|here is (?:how|what))",
-    re.I,
-)
-
-_IS_ANSWER = re.compile(r"\banswer (?:is|must be|would be)\b|\bis the (?:correct |right |best )?answer\b", re.I)
 _OPENING_WORDS = Counter(
     dict.fromkeys("think look see start begin go work find solv step first about care".split(), 9)
 )
@@ -79,35 +93,37 @@ def score_sentences(problem: Mapping[str, Any], sentences: Sequence[str]) -> lis
 
 @dataclass(frozen=True)
 class Judgement:
-    """What was found about one sentence: the score, the rule that gave it, and the gold sentence that it says."""
+    """What was found about one sentence: the score, the rule that gave it, and the gold sentence that it is about."""
 
     score: float
-    kind: str  # repeat, contradiction, gold, opening, conclusion, elimination, neutral
-    gold: int | None = None  # index among the gold sentences, where the sentence says one
+    kind: str  # repeat, gold, loop, wrong answer, wrong fact, broken, opening, conclusion, elimination, neutral
+    gold: int | None = None  # index among the gold sentences, where the sentence says one or gets it wrong
 
 
 def judge(problem: Mapping[str, Any], sentences: Sequence[str]) -> list[Judgement]:
     """Score the sentences of one rationale in order and say why (the rules: module docstring)."""
-    material = _Material(problem)
-    seen: set[tuple[str, ...]] = set()
-    used: set[int] = set()
-    judgements = []
-    for text in sentences:
-        sentence = Sentence(text, material.options)
-        judgement = Judgement(0.0, "repeat") if sentence.tokens in seen else _judge_one(sentence, material, used)
-        if judgement.gold in material.conclusions and used.isdisjoint(material.reasons) and material.reasons:
-            judgement = replace(judgement, score=min(judgement.score, NO_REASON))
-        if judgement.gold is not None and judgement.score >= COVERED:
-            used.add(judgement.gold)
-        seen.add(sentence.tokens)
-        judgements.append(judgement)
-    return judgements
+    material = _material(problem)
+    return _weigh(_judge_each([Sentence(text, material.choices) for text in sentences], material), material)
+
+
+def concluded_choice(problem: Mapping[str, Any], rationale: str) -> int | None:
+    """The choice that the last concluding sentence asserts as the answer; None without one.
+
+    A sentence concludes if it says so ("So, ...", "the answer is ...") and names one choice, or, where no sentence of
+    the gold solution does, if it puts a choice where a gold sentence names the gold one.
+    """
+    material = _material(problem)
+    for text in reversed(split_text(rationale)):
+        named = material.concluded(Sentence(text, material.choices))
+        if len(named) == 1:
+            return named.pop()
+    return None
 
 
 def gold_coverage(problem: Mapping[str, Any], rationale: str) -> float:
     """Share of the gold sentences that some sentence of the rationale says (a similarity that scores 0.7 or more)."""
-    material = _Material(problem)
-    said = [Sentence(text, material.options) for text in split_text(rationale)]
+    material = _material(problem)
+    said = [Sentence(text, material.choices) for text in split_text(rationale)]
     covered = [
         any(sentence.tokens == gold.tokens or score_of(similarity(sentence, gold)) >= COVERED for sentence in said)
         for gold in material.gold
@@ -140,59 +156,119 @@ def names_only_gold_option(problem: Mapping[str, Any], rationale: str) -> bool:
     A sentence that is one of gold's reasons is something else, even if it consists of the question's words ("The
     capital of Texas is Austin.").
     """
-    material = _Material(problem)
+    material = _material(problem)
     texts = split_text(rationale)
-    said = [Sentence(text, material.options) for text in texts]
+    said = [Sentence(text, material.choices) for text in texts]
     words = {word for sentence in said for word in sentence.content}
     named = set().union(*(sentence.options for sentence in said))
     if named != {material.answer} or not words <= material.frame | {f"<{material.answer}>"}:
         return False
-    return not any(each.gold in material.reasons and each.score >= COVERED for each in judge(problem, texts))
+    return not any(each.gold in material.reasons and each.score >= COVERED for each in _judge_each(said, material))
 
 
 # -- one sentence ----------------------------------------------------------------------------------------
 
 
+def _judge_each(sentences: Sequence[Sentence], material: _Material) -> list[Judgement]:
+    """The sentences in reading order, before the rationale as a whole counts."""
+    seen: set[tuple[str, ...]] = set()
+    used: set[int] = set()
+    judgements = []
+    for sentence in sentences:
+        if _loops(sentence, material):
+            judgement = Judgement(0.0, "loop")
+        elif sentence.tokens in seen:
+            judgement = Judgement(0.0, "repeat")
+        else:
+            judgement = _judge_one(sentence, material, used)
+        if judgement.kind in ("gold", "conclusion", "opening") and judgement.gold is not None:
+            if judgement.score > NEUTRAL or judgement.kind == "opening":
+                used.add(judgement.gold)
+        seen.add(sentence.tokens)
+        judgements.append(judgement)
+    return judgements
+
+
 def _judge_one(sentence: Sentence, material: _Material, used: set[int]) -> Judgement:
-    opening = _OPENING.match(sentence.text) if not sentence.options else None
     for index, gold in enumerate(material.gold):
-        if sentence.tokens == gold.tokens and index not in used:
-            if sentence.content and not opening:
-                return Judgement(1.0, "gold", index)
-            return Judgement(0.5, "opening" if opening else "neutral", index)
+        if sentence.tokens == gold.tokens and index not in used and sentence.stutters == gold.stutters:
+            if index in material.openings or not sentence.content:
+                return Judgement(NEUTRAL, "opening", index)
+            return Judgement(1.0, "gold", index)
     if not sentence.content:
         return Judgement(0.2 if sentence.tokens else 0.0, "neutral")
-    if _contradicts(sentence, material):
-        return Judgement(0.0, "contradiction")
+    matches = [Match(sentence, gold) for gold in material.gold]
+    wrong = _wrong(sentence, material, matches, used)
+    if wrong is not None:
+        return wrong
+    if not sentence.finished or sentence.stutters or sentence.repeats()[0] > material.same_word:
+        return Judgement(WRONG, "broken")
+    limit = 0.3 if sentence.tokens == (f"<{material.answer}>",) else 1.0
 
-    limit = 0.3 if _is_broken(sentence, material) else 1.0
-    known = share(sentence.content, material.words)
-    if opening:
-        rest = Sentence(sentence.text[opening.end() :], material.options).content - _OPENING_WORDS
+    scores = [min(REWORDED, score_of(match.similarity)) for match in matches]
+    best = max(range(len(scores)), key=lambda index: (scores[index], index not in used))
+    begins = sentence.opening()
+    if begins or (best in material.openings and scores[best] >= NEUTRAL):
+        rest = Sentence(sentence.text[begins:], material.choices).content - _OPENING_WORDS
         on_topic = not rest or share(rest, material.words) >= 0.6
-        return Judgement(min(limit, 0.5 if on_topic else 0.3), "opening")
+        return Judgement(NEUTRAL if on_topic else 0.3, "opening")
+    concludes = material.only_concludes(sentence)
+    if scores[best] >= COVERED and best in used or concludes and material.conclusions and material.conclusions <= used:
+        return Judgement(0.0, "repeat")
 
+    scores = [max(score, WRONG) if match.raw > TRY else score for score, match in zip(scores, matches, strict=True)]
     candidates = [Judgement(0.0, "neutral")]
-    for index, gold in enumerate(material.gold):
-        score = score_of(similarity(sentence, gold))
-        candidates.append(Judgement(min(score, 0.5) if index in used else score, "gold", index))
-    if material.only_concludes(sentence):
-        candidates.append(Judgement(NO_REASON if material.has_solution else 1.0, "conclusion"))
+    candidates += [Judgement(score, "gold", index) for index, score in enumerate(scores) if index not in used]
+    if concludes:
+        unused = max(material.conclusions - used, default=None)
+        candidates.append(Judgement(NEUTRAL if unused is None else 1.0, "conclusion", unused))
+    known = share(sentence.content, material.words)
     if sentence.negated and sentence.options and material.answer not in sentence.options and known >= 0.6:
-        candidates.append(Judgement(0.5, "elimination"))
+        candidates.append(Judgement(NEUTRAL, "elimination"))
     if len(sentence.content) > 1:
-        restated = max((containment(sentence, other) for other in material.neutral), default=0.0)
-        candidates.append(Judgement(min(0.5, score_of(restated)), "neutral"))
-    best = max(candidates, key=lambda judgement: judgement.score)
-    return Judgement(min(limit, best.score), best.kind, best.gold)
+        candidates.append(Judgement(min(NEUTRAL, _restated(sentence, material)), "neutral"))
+    found = max(candidates, key=lambda judgement: judgement.score)
+    return replace(found, score=min(limit, found.score))
 
 
-def _contradicts(sentence: Sentence, material: _Material) -> bool:
+def _restated(sentence: Sentence, material: _Material) -> float:
+    """How far the sentence is a part of question, hint or lecture, as a score."""
+    return score_of(max((containment(sentence, other) for other in material.neutral), default=0.0))
+
+
+def _wrong(sentence: Sentence, material: _Material, matches: Sequence[Match], used: set[int]) -> Judgement | None:
+    """The judgement of a sentence that gold rules out: a wrong answer or a wrong fact."""
+    nearest = max(range(len(matches)), key=lambda index: matches[index].raw)
+    if _contradicts(sentence, material, matches):
+        answers = sentence.concludes or sentence.says_no_more or material.concluded(sentence)
+        return Judgement(WRONG, "wrong answer" if answers else "wrong fact", nearest)
+    if any(sentence.tokens == gold.tokens for gold in material.gold):
+        return None
+    known = material.words.keys()
+    about = [
+        index
+        for index, (gold, match) in enumerate(zip(material.gold, matches, strict=True))
+        if index not in material.openings
+        and gold.negated == sentence.negated
+        and (match.replaced and match.raw >= ALIKE or match.raw >= SAME_FORM and swaps_a_word(sentence, gold, known))
+    ]
+    if not about or _restated(sentence, material) >= 0.9:
+        return None
+    others = set(range(len(matches))) - material.openings - set(about)
+    if any(score_of(matches[index].similarity) >= COVERED for index in others):
+        return None  # it says another gold sentence
+    nearest = max(about, key=lambda index: (index not in used, matches[index].raw))
+    return Judgement(WRONG, "wrong answer" if nearest in material.conclusions else "wrong fact", nearest)
+
+
+def _contradicts(sentence: Sentence, material: _Material, matches: Sequence[Match]) -> bool:
     """Whether the sentence asserts something about the choices that the gold answer rules out."""
-    wrong = sentence.options - {material.answer}
-    if wrong and any(wrong <= gold.options and similarity(sentence, gold) >= 0.8 for gold in material.gold):
+    named = sentence.options or sentence.asserted(material.choices)
+    wrong = named - {material.answer}
+    pairs = list(zip(material.gold, matches, strict=True))
+    if wrong and any(wrong <= gold.options and match.similarity >= 0.8 for gold, match in pairs):
         return False  # gold itself says so
-    moved = wrong and material.answer not in sentence.options  # stands where a gold sentence names the gold choice
+    moved = wrong and material.answer not in named  # stands where a gold sentence names the gold choice
     if moved and any(
         material.answer in gold.options
         and gold.negated == sentence.negated
@@ -201,31 +277,84 @@ def _contradicts(sentence: Sentence, material: _Material) -> bool:
     ):
         return True
     if sentence.negated:
-        denied = sentence.options == {material.answer} and sentence.concludes
-        return denied and not any(gold.negated and similarity(sentence, gold) >= 0.6 for gold in material.gold)
+        denied = named == {material.answer} and sentence.concludes
+        return denied and not any(gold.negated and match.similarity >= 0.6 for gold, match in pairs)
     if not wrong:
-        return not sentence.options and _names_no_choice(sentence, material)
-    return sentence.concludes or not sentence.content.keys() - {f"<{option}>" for option in sentence.options}
+        return not named and _names_no_choice(sentence, material)
+    return sentence.concludes or not sentence.content.keys() - {f"<{option}>" for option in named}
 
 
 def _names_no_choice(sentence: Sentence, material: _Material) -> bool:
     """Whether something is called the answer that has no word of the gold choice, the solution or the question."""
-    if not _IS_ANSWER.search(sentence.text):
+    if not sentence.calls_answer:
         return False
     named = sentence.content.keys() - ANSWER_WORDS
     return bool(named) and named.isdisjoint(material.answer_words | material.frame)
 
 
-def _is_broken(sentence: Sentence, material: _Material) -> bool:
-    """Breaks off, stutters (more often the same word than any gold sentence), or is the bare name of a choice."""
-    if not sentence.finished:
-        return True
-    if any(a == b for a, b in zip(sentence.tokens, sentence.tokens[1:], strict=False)):
-        return True
-    word, count = sentence.content.most_common(1)[0]
-    if count > max(2, *(gold.content[word] for gold in material.gold)):
-        return True
-    return sentence.tokens == (f"<{material.answer}>",)
+def _loops(sentence: Sentence, material: _Material) -> bool:
+    """Goes round in circles, compared with the question's texts, or is far longer than each of their sentences."""
+    word, pairs = sentence.repeats()
+    many = word > material.same_word + 1 or pairs > material.same_pairs + 2
+    return many or len(sentence.words) > material.longest
+
+
+# -- the rationale as a whole ------------------------------------------------------------------------------
+
+
+def _reasons_given(judgements: Sequence[Judgement], material: _Material) -> tuple[float, set[int]]:
+    """The share of gold's reasons that are given (a try counts ATTEMPT), and those given both right and wrong."""
+    tries = [each for each in judgements if each.kind in ("gold", "wrong fact") and each.gold in material.reasons]
+    given = {each.gold for each in tries if each.score >= COVERED}
+    tried = {each.gold for each in tries} - given
+    hedged = set()
+    for each in tries:
+        if each.kind == "wrong fact" and each.gold in given:
+            left = material.reasons - given - tried
+            if left:  # where one reason is left, the sentence stands in its place
+                tried.add(min(left))
+            else:
+                hedged.add(each.gold)
+    right = len(given - hedged) + ATTEMPT * len(tried | hedged)
+    return (right / len(material.reasons) if material.reasons else 1.0), hedged
+
+
+def _weigh(judgements: Sequence[Judgement], material: _Material) -> list[Judgement]:
+    """Lower the scores of sentences by what the whole rationale does (rules a-f of the module docstring)."""
+    scores = [judgement.score for judgement in judgements]
+    kinds = [judgement.kind for judgement in judgements]
+    part, hedged = _reasons_given(judgements, material)
+
+    concludes = False
+    partly: set[int | None] = set()  # gold sentences that are said only partly
+    for index, each in enumerate(judgements):
+        if each.kind == "conclusion" or (each.kind == "gold" and each.gold in material.conclusions):
+            concludes = concludes or each.score >= NEUTRAL
+            scores[index] = min(each.score, NO_REASON + (1 - NO_REASON) * part)
+        elif each.kind == "gold" and each.gold in hedged:
+            scores[index] = min(each.score, NEUTRAL)
+        if each.kind == "gold" and each.score <= NEUTRAL:
+            scores[index] = min(scores[index], WRONG if each.gold in partly else 1.0)
+            partly.add(each.gold)
+    unanswered = bool(material.conclusions) and not concludes
+    if "loop" in kinds:
+        scores = [min(score, LOOP) for score in scores]
+    if "wrong answer" in kinds or unanswered:
+        scores = [min(score, NEUTRAL) for score in scores]
+
+    neutral = [index for index, kind in enumerate(kinds) if kind in ("opening", "elimination", "neutral")]
+    allowed = [index for index in neutral if judgements[index].score >= NEUTRAL][: len(material.openings)]
+    credited = [index for index, score in enumerate(scores) if score > NEUTRAL]
+    for index in credited[: max(0, len(material.openings) - kinds.count("opening"))]:
+        scores[index] = NEUTRAL
+    padding = set(neutral).difference(allowed)
+    rest = [index for index in range(len(scores)) if index not in padding]
+    if unanswered and rest and "wrong answer" not in kinds:
+        scores[rest[-1]] = min(scores[rest[-1]], NO_CONCLUSION if part else 0.0)
+    average = mean(scores[index] for index in rest) if rest else 0.0
+    for index in padding:
+        scores[index] = min(scores[index], PADDING, math.floor(10 * average + 1e-9) / 10)
+    return [replace(each, score=round(score, 1)) for each, score in zip(judgements, scores, strict=True)]
 
 
 # -- reading texts ---------------------------------------------------------------------------------------
@@ -234,49 +363,72 @@ def _is_broken(sentence: Sentence, material: _Material) -> bool:
 class _Material:
     """A question's gold texts, read once: gold and neutral sentences and every word they use."""
 
-    def __init__(self, problem: Mapping[str, Any]):
-        self.answer: int = problem["answer"]
-        self.options = option_patterns(problem["choices"])
-        solution, lecture = self._read(problem["solution"]), self._read(problem["lecture"])
-        texts = (problem["choices"][self.answer], problem["solution"] or problem["lecture"])
-        self.answer_words = {word for text in texts for word in Sentence(text, ()).content}  # choices as words
-        self.question = self._read(problem["question"])
+    def __init__(self, question: str, options: tuple[str, ...], answer: int, hint: str, lecture: str, solution: str):
+        self.answer = answer
+        self.choices = Choices(options)
+        self.question, hint, lecture, self.gold = (self._read(text) for text in (question, hint, lecture, solution))
+        self.has_solution = bool(self.gold)
+        if not self.has_solution:
+            self.gold, lecture = [*lecture, Sentence(_conclusion(answer), self.choices)], []
+        self.gold_texts = [sentence.text for sentence in self.gold]
         self.frame = {word for sentence in self.question for word in sentence.content} | ANSWER_WORDS
-        hint = self._read(problem["hint"])
-        self.has_solution = bool(solution)
-        self.gold_texts = [sentence.text for sentence in solution or lecture] or [conclusion(problem)]
-        self.gold = [Sentence(text, self.options) for text in self.gold_texts]
-        self.conclusions = {index for index, gold in enumerate(self.gold) if self.only_concludes(gold)}
-        self.reasons = set(range(len(self.gold))) - self.conclusions
-        self.neutral = self.question + hint + (lecture if solution else [])
+        self.answer_words = self.choices.content[answer].union(*(gold.words for gold in self.gold))
+        self.openings = {index for index, gold in enumerate(self.gold) if gold.opening() or not gold.content}
+        indices = set(range(len(self.gold))) - self.openings
+        explicit = {index for index in indices if self.gold[index].asserted(self.choices) == {answer}}
+        self.explicit = bool(explicit)
+        self.conclusions = explicit or {index for index in indices if self.gold[index].says_only(answer)}
+        last = {max(self.conclusions)} if self.conclusions else set()
+        self.reasons = indices - (explicit if explicit and indices - explicit else last)
+        self.neutral = self.question + hint + lecture
         everything = self.gold + self.neutral
         self.words = Counter({word: 99 for sentence in everything for word in sentence.content})
-        self.words.update({f"<{option}>": 99 for option in range(len(problem["choices"]))})
+        self.words.update(dict.fromkeys(self.choices.words, 99))
+        self.words.update({f"<{option}>": 99 for option in range(len(options))})
         self.words.update(dict.fromkeys(ANSWER_WORDS, 99))
+        self.longest = 10 + 2 * max(len(sentence.words) for sentence in everything)
+        repeats = [sentence.repeats() for sentence in everything]
+        self.same_word = max(2, *(word for word, _ in repeats))
+        self.same_pairs = max(2, *(pairs for _, pairs in repeats))
 
     def only_concludes(self, sentence: Sentence) -> bool:
         """Whether a sentence asserts the gold choice as the answer, in words of the question, and no more."""
-        words = sentence.content.keys() - {f"<{self.answer}>"}
-        return (
-            sentence.concludes and sentence.options == {self.answer} and not sentence.negated and words <= self.frame
-        )
+        words = sentence.content.keys() - {f"<{self.answer}>"} - self.choices.content[self.answer]
+        return self.concluded(sentence) == {self.answer} and words <= self.frame
 
-    def concluding(self) -> list[int]:
-        """Gold sentences that give the answer: those that name the gold choice, else the solution's last one."""
-        naming = [index for index, gold in enumerate(self.gold) if gold.says(self.answer)]
-        return naming or ([len(self.gold) - 1] if self.has_solution else [])
+    def concluded(self, sentence: Sentence) -> set[int]:
+        """The choices that a sentence asserts as the answer (see `concluded_choice`)."""
+        named = sentence.asserted(self.choices)
+        if named or self.explicit or sentence.negated or not sentence.options:
+            return named
+        alike = (
+            f1(lcs(sentence.frame, gold.frame), len(sentence.frame), len(gold.frame)) >= 0.6
+            for gold in (self.gold[index] for index in self.conclusions)
+        )
+        return sentence.options if any(alike) else set()
 
     def _read(self, text: str) -> list[Sentence]:
-        sentences = (Sentence(part, self.options) for part in split_text(text.replace("\n", "\\n")))
+        sentences = (Sentence(part, self.choices) for part in split_text(text.replace("\n", "\\n")))
         return [sentence for sentence in sentences if sentence.tokens]
+
+
+@functools.lru_cache(maxsize=64)
+def _read_material(*texts: Any) -> _Material:
+    return _Material(*texts)
+
+
+def _material(problem: Mapping[str, Any]) -> _Material:
+    """The material of a question; the k rationales of one question share it."""
+    texts = (problem[name] for name in ("hint", "lecture", "solution"))
+    return _read_material(problem["question"], tuple(problem["choices"]), problem["answer"], *texts)
 
 
 # -- correction ------------------------------------------------------------------------------------------
 
 
-def conclusion(problem: Mapping[str, Any]) -> str:
+def _conclusion(answer: int) -> str:
     """The gold answer as a sentence of its own."""
-    return f"The answer is ({chr(ord('A') + problem['answer'])})."
+    return f"The answer is ({chr(ord('A') + answer)})."
 
 
 def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
@@ -284,11 +436,11 @@ def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
 
     Keeps right, neutral and opening sentences; removes exact repeats; replaces an unfinished or wrong sentence by the
     unused gold sentence nearest to it (removes it if all are said already); if nothing says the gold answer, adds the
-    gold sentence that does, or `The answer is (X).`.
+    gold sentence that does, or gold's last one.
     """
-    material = _Material(problem)
+    material = _material(problem)
     sentences = split_text(rationale)
-    judgements = judge(problem, sentences)
+    judgements = _judge_each([Sentence(text, material.choices) for text in sentences], material)
     used = {judgement.gold for judgement in judgements if judgement.score >= 0.5}
     final = []
     for text, judgement in zip(sentences, judgements, strict=True):
@@ -297,14 +449,17 @@ def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
         elif judgement.kind != "repeat":
             unused = [index for index in range(len(material.gold)) if index not in used]
             if unused:
-                sentence = Sentence(text, material.options)
+                sentence = Sentence(text, material.choices)
                 nearest = max(unused, key=lambda index: similarity(sentence, material.gold[index]))
                 used.add(nearest)
                 final.append(material.gold_texts[nearest])
-    concluding = material.concluding()
-    read = [Sentence(text, material.options) for text in final]
-    if used.isdisjoint(concluding) and not any(sentence.says(material.answer) for sentence in read):
-        final.append(material.gold_texts[concluding[-1]] if concluding else conclusion(problem))
+    read = [Sentence(text, material.choices) for text in final]
+    if material.conclusions:
+        answered = not used.isdisjoint(material.conclusions) or {material.answer} in map(material.concluded, read)
+    else:
+        answered = len(material.gold) - 1 in used or any(sentence.says(material.answer) for sentence in read)
+    if not answered:
+        final.append(material.gold_texts[max(material.conclusions, default=-1)])
     return " ".join(final)
 
 
@@ -350,17 +505,41 @@ def rationale_figures(
     `score`: mean over all sentences of all rationales, 0-1 (`scores`, per rationale; None: the reference Teacher's);
     `repeated`: share of sentences that appeared before in their rationale; `unfinished`: share of rationales whose
     last sentence does not end; `words`: per rationale; `covered`: mean share of gold sentences that a rationale says;
-    `only_option`: share of rationales that name the gold option and say nothing else.
+    `only_option`: share of rationales that name the gold option and say nothing else; `concludes`: whose conclusion
+    names the gold choice; `no_conclusion`: without a concluding sentence (`concluded_choice`).
     """
     stats = rationale_stats(preds)
     scores = reference_scores(problems, qids, preds) if scores is None else scores
     every = [score for row in scores for score in row]
+    each = figures_by_question(problems, qids, preds, scores)
     pairs = [(problems[qid], pred) for qid, pred in zip(qids, preds, strict=True)]
     return {
         "score": mean(every) if every else 0.0,
         "repeated": 100 * stats["repeated"],
         "unfinished": 100 * stats["unfinished"],
         "words": mean(len(pred.split()) for pred in preds),
-        "covered": 100 * mean(gold_coverage(problem, pred) for problem, pred in pairs),
+        "covered": mean(each["covered"]),
         "only_option": 100 * mean(names_only_gold_option(problem, pred) for problem, pred in pairs),
+        "concludes": mean(each["concludes"]),
+        "no_conclusion": 100 * mean(concluded_choice(problem, pred) is None for problem, pred in pairs),
+    }
+
+
+def figures_by_question(
+    problems: Mapping[str, Mapping[str, Any]],
+    qids: Sequence[str],
+    preds: Sequence[str],
+    scores: Sequence[Sequence[float]] | None = None,
+) -> dict[str, list[float]]:
+    """Figures of each rationale, for paired comparisons (arguments as of `rationale_figures`).
+
+    `score`: the mean of its sentences' scores, 0-1; in per cent `covered`, gold sentences that it says, and
+    `concludes`, 100 where its conclusion names the gold choice, else 0.
+    """
+    scores = reference_scores(problems, qids, preds) if scores is None else scores
+    pairs = [(problems[qid], pred) for qid, pred in zip(qids, preds, strict=True)]
+    return {
+        "score": [mean(row) if row else 0.0 for row in scores],
+        "concludes": [100.0 * (concluded_choice(problem, pred) == problem["answer"]) for problem, pred in pairs],
+        "covered": [100 * gold_coverage(problem, pred) for problem, pred in pairs],
     }

@@ -1,12 +1,12 @@
-"""How the reference Teacher reads and compares sentences: word lists, stemming, choices as words, `similarity`.
+"""How the reference Teacher reads and compares sentences: word lists, stemming, choices as words, `Match`.
 
 The similarity of a sentence to a gold one (0-1) is the mean of three F1 after light stemming - of content words, of
 all words in order (longest common subsequence), of pairs of neighbouring words - times a penalty:
 
-- 0.3 if one of the two is negated and the other is not;
-- 0.55 if a number, name, colour, choice or word of opposition (left/right, more/less ...) replaces another of its
-  kind;
-- 0.8 if one was added.
+- 0.3 if a number, name, colour, choice or word of opposition (left/right, more/less ...) replaces another of its kind
+  or a choice, or if one of the two is negated and the other is not;
+- 0.6 if a number, name or choice of the gold sentence is missing;
+- 0.8 if a word of these kinds was added.
 
 A choice counts as one word, and `(B)`, `option B` and the text of choice B are the same word. Standard library only;
 the rules built on it are in teacher/reference.py.
@@ -14,11 +14,12 @@ the rules built on it are in teacher/reference.py.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from ares.sentences import is_finished
 
@@ -47,20 +48,75 @@ _OPPOSITES = (
     "near far / heavier lighter / heavy light / longer shorter / long short / up down / top bottom / "
     "same different / always sometimes / first second third last / inside outside"
 ).split(" / ")
+ANSWER_NOUNS = frozenset("answer option choic".split())
 ANSWER_WORDS = frozenset("answer option choic correct right".split())  # as stemmed
-_THEREFORE = re.compile(r"^(?:so|therefore|thus|hence|then|this means)\b", re.I)
+_CONCLUDES = re.compile(
+    r"^(?:and |also,? )?(?:so|therefore|thus|hence|then|this means|as a result|consequently|accordingly)\b"
+    r"|\b(?:conclusion|conclude|therefore|thus|hence)\b|, so\b",
+    re.I,
+)
+
+_IS_ANSWER = re.compile(r"\banswer (?:is|must be|would be)\b|\bis the (?:correct |right |best )?answer\b", re.I)
+_NAMES = re.compile(r"(?:(?<=[^.!?:] )|(?<=\b[MD]r\. )|(?<=\bMs\. )|(?<=\bMrs\. ))[\"'(]?([A-Z][a-z]{2,})")
+# an instruction: a verb in its base form, then a word that opens its object, as "Look at", "Find the", "Count each"
+_VERB = (
+    r"(?:look|find|think|count|use|read|compare|check|examine|consider|recall|remember|identify|determine|decide|note|"
+    r"notice|see|try|start|begin|imagine|observe|study|review|locate|choose|select|pick|list|measure|calculate|compute|"
+    r"estimate|add|subtract|divide|multiply|write|draw|follow|analy[sz]e|trace|focus|match|sort|ask|figure out|"
+    r"work out|keep in mind|pay attention|go|solve|watch|search|apply|rewrite|answer|break down|understand|know|get)"
+)
+_OBJECT = (
+    r"(?:at|the|each|every|all|both|which|what|where|how|who|why|when|whether|about|of|for|an?|through|carefully|"
+    r"closely|again|back|to|on|over|in|if|your|our|its|his|her|their|this|that|these|those|it|one|two|three|first|"
+    r"with|by|from|only|any|some|yourself|step|more|most)"
+)
+_PERSON = r"(?:(?:we|i|you)(?:'ll| will| need| have| must| should| can| want| am going| are going)(?: to)?)"
+_OPENING = re.compile(
+    rf"^(?:(?:first|next|now|then|finally|also|again|ok|okay|well|please|remember)\b,? ?)*(?:"
+    rf"let's|let us|let me|here is (?:how|what)|the (?:question|problem|task) (?:asks|is about)"
+    rf"|to {_VERB}\b"
+    rf"|to \w[^,]{{0,150}}, (?:first |you |we )?(?:{_PERSON} )?{_VERB} {_OBJECT}"
+    rf"|{_PERSON} (?:first |also |then )?{_VERB} {_OBJECT}"
+    rf"|{_VERB} {_OBJECT})\b",
+    re.I,
+)
+_CLAIM = re.compile(  # something is asserted after the instruction: "Notice that it is red", "Look: it is red"
+    r"\b(?:notice|note|recall|remember|see|know|tell|find|recognize|realize|identify|determine|conclude|means?|shows?)"
+    r" that\b|[:;] |, (?:so|because|since|which|who)\b"
+    r"|(?:,|\band) (?:it|they|he|she|this|there) ",
+    re.I,
+)
 
 
 # -- reading --------------------------------------------------------------------------------------------
 
 
+class Choices:
+    """The choices of a question as patterns that find them in a sentence, with the numbers and names they hold."""
+
+    def __init__(self, texts: Sequence[str]):
+        self.patterns = option_patterns(texts)
+        read = [Sentence(f"is {text}") for text in texts]  # "is": a name is no capital at the beginning
+        self.keys = [choice.keys for choice in read]
+        self.content = words = [set(choice.content) for choice in read]
+        self.words = set().union(*words)
+        others = [set().union(*words[:index], *words[index + 1 :]) for index in range(len(words))]
+        self.own = [mine - theirs for mine, theirs in zip(words, others, strict=True)]  # of no other choice
+
+    def told_by_own_words(self, content: Set[str]) -> set[int]:
+        """The choice of which a sentence has all own words and none of another's: "the car that moved 20 miles"."""
+        touched = [index for index, own in enumerate(self.own) if own & content]
+        return {index for index in touched if len(touched) == 1 and self.own[index] <= content}
+
+
 class Sentence:
     """One sentence as it is compared: stemmed tokens in which a choice is one token `<index>`."""
 
-    def __init__(self, text: str, options: Sequence[tuple[re.Pattern[str], str]]):
+    def __init__(self, text: str, choices: Choices | None = None):
         self.text = text.strip()
         plain = _respell(text)
-        for pattern, mark in options:
+        self.words = tuple(map(_stem, _WORDS.findall(plain.lower())))  # choices as written
+        for pattern, mark in choices.patterns if choices else ():
             plain = pattern.sub(mark, plain)
         raw = _WORDS.findall(plain.lower())
         self.tokens = tuple(
@@ -74,16 +130,56 @@ class Sentence:
         self.choices = [token for token in self.tokens if token[0] == "<"]
         self.options = {int(token[1:-1]) for token in self.choices}
         self.negated = any(token in _NEGATION for token in self.tokens)
-        self.concludes = bool(_THEREFORE.match(self.text)) or bool({"answer", "option", "choic"} & set(self.tokens))
+        self.concludes = bool(_CONCLUDES.search(self.text)) or not ANSWER_NOUNS.isdisjoint(self.tokens)
         self.finished = is_finished(text)
         self.keys = self._key_tokens()
+        for index in self.options if choices and choices.keys else ():
+            for kind, tokens in choices.keys[index].items():
+                self.keys[kind] = self.keys.get(kind, set()) | tokens
+
+    def says_only(self, option: int) -> bool:
+        """Whether the sentence names this choice and no other, without a negation."""
+        return self.options == {option} and not self.negated
+
+    @property
+    def says_no_more(self) -> bool:
+        """Whether the sentence is nothing but names of choices."""
+        return all(token[0] == "<" for token in self.content)
+
+    def repeats(self) -> tuple[int, int]:
+        """How often the most frequent word that is no stop word occurs, and how many pairs of words occur again."""
+        counts = Counter(word for word in self.words if word not in _STOP)
+        pairs = set(zip(self.words, self.words[1:], strict=False))
+        return max(counts.values(), default=0), max(0, len(self.words) - 1 - len(pairs))
+
+    @property
+    def stutters(self) -> bool:
+        """Whether a word stands twice in a row."""
+        return any(a == b for a, b in zip(self.words, self.words[1:], strict=False))
+
+    @property
+    def calls_answer(self) -> bool:
+        """Whether something is called the answer."""
+        return bool(_IS_ANSWER.search(self.text))
+
+    def asserted(self, choices: Choices) -> set[int]:
+        """The choices that the sentence asserts as the answer; empty where it concludes nothing or denies."""
+        if not self.concludes or self.negated:
+            return set()
+        return self.options or choices.told_by_own_words(self.content.keys())
+
+    def opening(self) -> int:
+        """Where an instruction that carries no claim has its object ("Look at the ..."), in characters; else 0."""
+        match = _OPENING.match(self.text)
+        claims = self.concludes and self.options or len(self.options) == 1 and self.negated
+        return 0 if match is None or claims or _CLAIM.search(self.text) else match.end()
 
     def says(self, option: int) -> bool:
         """Whether the sentence names this choice without a negation."""
         return option in self.options and not self.negated
 
     def _key_tokens(self) -> dict[str, set[str]]:
-        names = {_stem(_plain(name)) for name in re.findall(r"(?<=[^.!?:] )[\"'(]?([A-Z][a-z]{2,})", self.text)}
+        names = {_stem(_plain(name)) for name in _NAMES.findall(self.text)}
         keys: dict[str, set[str]] = {}
         for token in self.content:
             kind = _KEY_KIND.get(token)
@@ -156,15 +252,27 @@ _KEY_KIND = {word: "colour" for word in _COLOURS} | {
 # -- comparing sentences ---------------------------------------------------------------------------------
 
 
+class Match:
+    """A sentence against a gold one: `raw` similarity without, `similarity` with the penalties (0-1).
+
+    `replaced`: another number, name, colour, choice or word of opposition stands where gold has its own.
+    """
+
+    def __init__(self, sentence: Sentence, gold: Sentence):
+        self.raw, self.replaced, factor = 0.0, False, 1.0
+        shared = (sentence.content & gold.content).total()
+        if shared:
+            bag = f1(shared, sentence.content.total(), gold.content.total())
+            order = f1(lcs(sentence.tokens, gold.tokens), len(sentence.tokens), len(gold.tokens))
+            pairs = f1((sentence.pairs & gold.pairs).total(), sentence.pairs.total(), gold.pairs.total())
+            self.raw = (bag + order + pairs) / 3
+            factor, self.replaced = _penalty(sentence, gold)
+        self.similarity = self.raw * factor
+
+
 def similarity(sentence: Sentence, gold: Sentence) -> float:
     """How far `sentence` says what `gold` says, 0-1 (see the module docstring)."""
-    shared = (sentence.content & gold.content).total()
-    if shared == 0:
-        return 0.0
-    bag = f1(shared, sentence.content.total(), gold.content.total())
-    order = f1(lcs(sentence.tokens, gold.tokens), len(sentence.tokens), len(gold.tokens))
-    pairs = f1((sentence.pairs & gold.pairs).total(), sentence.pairs.total(), gold.pairs.total())
-    return (bag + order + pairs) / 3 * _penalty(sentence, gold)
+    return Match(sentence, gold).similarity
 
 
 def containment(sentence: Sentence, other: Sentence) -> float:
@@ -174,21 +282,48 @@ def containment(sentence: Sentence, other: Sentence) -> float:
         return 0.0
     order = lcs(sentence.tokens, other.tokens) / len(sentence.tokens)
     pairs = share(sentence.pairs, other.pairs)
-    return (bag + order + pairs) / 3 * _penalty(sentence, other)
+    factor, _ = _penalty(sentence, other)
+    return (bag + order + pairs) / 3 * (factor if factor != MISSING else 1.0)
 
 
-def _penalty(sentence: Sentence, gold: Sentence) -> float:
+MISSING = 0.6
+
+
+def _penalty(sentence: Sentence, gold: Sentence) -> tuple[float, bool]:
+    """The factor of the similarity, and whether something is replaced by another of its kind."""
     if sentence.negated != gold.negated:
-        return 0.3
+        return 0.3, False
     if sentence.choices and gold.choices and lcs(sentence.choices, gold.choices) < len(sentence.choices):
-        return 0.55  # "A is longer than B" for "B is longer than A", too
-    added = False
+        return 0.3, True  # "A is longer than B" for "B is longer than A", too
+    added = missing = False
     for kind, mine in sentence.keys.items():
         theirs = gold.keys.get(kind, set())
         if mine - theirs and theirs - mine:
-            return 0.55
+            return 0.3, True
         added = added or bool(mine - theirs)
-    return 0.8 if added else 1.0
+    for kind in ("number", "name"):
+        missing = missing or bool(gold.keys.get(kind, set()) - sentence.keys.get(kind, set()) - {"1"})  # "one boat"
+    if missing or (gold.options - sentence.options and not sentence.options):
+        return MISSING, False
+    return (0.8 if added else 1.0), False
+
+
+def swaps_a_word(sentence: Sentence, gold: Sentence, known: Set[str]) -> bool:
+    """Whether a word or two stand in place of gold's, in an otherwise aligned sentence, that make it another fact.
+
+    They do if the new words are `known` (words of the question's own texts: a synonym seldom is one of them), or if
+    what they replace is a choice or a number.
+    """
+    for tag, i, j, k, m in difflib.SequenceMatcher(None, sentence.tokens, gold.tokens, autojunk=False).get_opcodes():
+        if tag != "replace":
+            continue
+        mine = {word for word in sentence.tokens[i:j] if word in sentence.content}
+        theirs = {word for word in gold.tokens[k:m] if word in gold.content}
+        new, old = mine - theirs, theirs - mine
+        if new and old and len(new) <= 2 and len(old) <= 2:
+            if not new.isdisjoint(known) or any(word[0] == "<" or word[0].isdigit() for word in old):
+                return True
+    return False
 
 
 def score_of(value: float) -> float:

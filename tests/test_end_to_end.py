@@ -301,7 +301,8 @@ def test_the_command_for_a_starting_model_runs(user):
 
 
 DEMO_FILES = {
-    "data": {"captions.json", "scienceqa/problems.json", "scienceqa/pid_splits.json", "name_map.json"},
+    "data": {"captions.json", "scienceqa/problems.json", "scienceqa/drafts.json", "scienceqa/pid_splits.json",
+             "name_map.json"},
     "tokenizer": {"tokenizer.json"},
     "vision_features": {"vit.json", "name_map.json"},
     "models/t5": {"config.json", "model.safetensors"},
@@ -309,10 +310,11 @@ DEMO_FILES = {
     "RL_models/demo": {"metrics.jsonl", "args.yaml", "questions_round0/mmcot_finished_signal.txt"},
     "RL_models/demo/0": MODEL | {"value_function.pth", "optimizer_state.pth"},
     "RL_models/demo/1": MODEL | PREDICTIONS | {"value_function.pth", "remove_repetitive_sentences.json"},
-    "data/scienceqa": {"correction.json"},
+    "correction": {"correction.json"},
     "models/sft": MODEL | TRAINED | PREDICTIONS,
-    "models/lora": {"adapter_config.json", "adapter_model.safetensors", "predictions_ans_test.json"},
-}
+    **{f"models/lora_{stage}_{form}": {"adapter_config.json", "adapter_model.safetensors", "predictions_ans_test.json"}
+       for stage in ("start", "RL", "SFT") for form in ("QCMG-A", "QCM-A")},
+}  # fmt: skip
 
 
 def test_demo_at_its_smallest(tmp_path):
@@ -331,11 +333,25 @@ def test_demo_at_its_smallest(tmp_path):
     assert text.rstrip() in done.stdout
     assert set(table["rationales"]) == {"starting model", "after RL", "after SFT"}
     figures = {"score", "repeated", "unfinished", "words", "rouge_l", "covered", "only_option"}
+    figures |= {"concludes", "no_conclusion"}
     assert all(set(row) == figures for row in table["rationales"].values())
-    assert {"num_fail", "acc_average"} <= set(table["answers"])
-    assert set(table["folders"].values()) == {"models/rationale", "RL_models/demo/1", "models/sft", "models/lora"}
-    assert len(table["seconds"]) == 9 and all(seconds > 0 for seconds in table["seconds"].values())
-    for word in ("sentence score", "acc_average", "in all", "RL_models/demo/1"):
+    systems = [f"{stage}, {form}" for stage in table["rationales"] for form in ("QCMG-A", "QCM-A")]
+    assert list(table["answers"]) == systems and list(table["folders"]) == [*table["rationales"], *systems]
+    assert all((output / place).is_dir() for place in table["folders"].values())
+    for row in table["answers"].values():
+        assert row["against the start"]["low"] <= row["against the start"]["difference"] <= 100
+    assert set(table["changes"]) == {
+        "after RL - starting model", "after SFT - after RL", "after SFT - starting model"
+    }  # fmt: skip
+    for name, change in table["changes"].items():
+        ours, theirs = name.split(" - ")
+        for key in ("concludes", "covered"):
+            want = table["rationales"][ours][key] - table["rationales"][theirs][key]
+            assert change[key]["difference"] == pytest.approx(want)
+            holds_0 = change[key]["low"] <= 0 <= change[key]["high"]
+            assert ("not distinguishable" in change[key]["text"]) == holds_0
+    assert len(table["seconds"]) == 8 and all(seconds > 0 for seconds in table["seconds"].values())
+    for word in ("sentence score", "QCMG-A", "in all", "RL_models/demo/1", "95 %"):
         assert word in text
     check_demo_report(output, table)
     assert done.stdout.rstrip().endswith(f"{output}/report.html")
@@ -358,7 +374,10 @@ def check_demo_report(output, table):
     figures = parts["main"]["overview"]["figures"]
     for data, figure in zip(table["rationales"].values(), figures, strict=False):
         assert {**figure["rationale"], "rouge_l": figure["scores"]["rouge"]} == pytest.approx(data)
-    assert figures[3]["scores"]["acc_average"] == float(table["answers"]["acc_average"])
+    for figure, name in zip(figures[3:], ("starting model", "after RL", "after SFT"), strict=True):
+        assert figure["scores"]["acc_average"] == pytest.approx(
+            table["answers"][f"{name}, QCMG-A"]["accuracy"], abs=0.01
+        )
     samples = [each for many in parts["details"]["samples"].values() for each in many]
     assert len(samples) == 64 * len(parts["main"]["rounds"]) and len(parts["details"]["corrections"]) == 32
     for each in samples:

@@ -159,6 +159,11 @@ def overview(args: argparse.Namespace, inputs: collect.Inputs, metrics: list) ->
             stages.stage_figures(stage.splits[split], inputs.problems) if split in stage.splits else None
             for stage in inputs.stages
         ],
+        "changes": stages.changes(
+            [(stage.name, stage.splits[split]) for stage in inputs.stages if split in stage.splits], inputs.problems
+        )
+        if inputs.problems
+        else [],
         "rounds": [line for line in metrics if line["kind"] == "rollout"],
         "curves": [],
         "series": collect.score_series(inputs, split),

@@ -176,5 +176,5 @@ def make_trainer(tmp_path, rows=9, seed=0, dtype=torch.float64, sharded=None, **
     log = metrics.Metrics(tmp_path, "none", {})
     return trainer.PpoTrainer(
         policy, None if args.algo == "rloo" else value_function, data, prompts, args, Accelerator(cpu=True),
-        tmp_path, log, 0, sharded=sharded,
+        tmp_path, log, 0, fitted=tmp_path / "values.safetensors", sharded=sharded,
     )  # fmt: skip

@@ -114,11 +114,13 @@ OTHER_VALUES = {
     "rollouts": dict(
         use_caption=True, img_type="vit", train_split="minitrain", train_le="x", options=["A"], prompt_format="QCM-E",
         input_len=9, output_len=9, bs=9, seed=9, k_actions=9, do_sample=True, top_k=9, top_p=0.9, algo="rloo",
+        value_init="zero",
     ),
     "updates": dict(
         lr=9.0, seed=9, rl_batch_size=9, rl_epochs=9, ga_step=9, init_kl_coef=0.9, clip_range=0.9, vf_coef=0.9,
         gamma=0.9, gae_lambda=0.9, adv_normalization=False, neutral_score=0.9, max_grad_norm=9.0,
         lr_scheduler="linear", target_kl=9.0, early_stop_kl=9.0, entropy_coef=0.9, vf_clip_range=0.9, precision="bf16",
+        rloo_baseline="sentence", group_by_question=True, value_warmup=9, value_init="zero", vf_lr=9.0, adam_eps=9.0,
     ),
 }  # fmt: skip
 
@@ -241,7 +243,9 @@ def test_two_processes_then_a_second_round(world, collected, tmp_path):
     assert steps == {4 + 2 * math.ceil(12 / 4)}, "the optimizer went on from round 0"
 
 
-@pytest.mark.parametrize("passes", [{}, {"pass_tokens": 10**6}], ids=["minibatches", "joined"])
+@pytest.mark.parametrize(
+    "passes", [{"value_warmup": 1, "vf_lr": 2e-3}, {"pass_tokens": 10**6}], ids=["minibatches, warm-up", "joined"]
+)
 def test_one_process_and_two_make_the_same_update(world, collected, tmp_path, passes):
     """1 process x 4 accumulation steps = 2 x 2, on 14 rationales in minibatches of 5, 5 and 4: the second process has
     one real minibatch and one that weighs nothing, or, joined, 5 rows where the first has 9.
@@ -251,7 +255,7 @@ def test_one_process_and_two_make_the_same_update(world, collected, tmp_path, pa
     """
     one, two = copy(collected, tmp_path / "one"), copy(collected, tmp_path / "two")
     how = {"phase": "train", "rl_epochs": 1, "rl_batch_size": 5}
-    launch(world, one, ga_step=4, **how)
+    launch(world, one, ga_step=4, **how, **{name: value for name, value in passes.items() if name != "pass_tokens"})
     run_script("run_mm_cot_rl.py", *flags(world, two, ga_step=2, **how, **passes), nproc=2, env=ONE_THREAD)
     a, b, start = weights(one / "0"), weights(two / "0"), weights_of_base(world.base)
     assert max(float((a[name] - start[name]).abs().max()) for name in start) > 9e-4
@@ -385,7 +389,8 @@ def test_an_optimizer_that_fits_no_model_is_refused_before_anyone_is_paid(world,
     policy = model.T5ForMultimodalGeneration.from_pretrained(folder)
     value = model.T5ForMultimodalGenerationValueFunction.from_pretrained(folder)
     model.save_value_function(value, folder)
-    torch.save(optimizer_state(*make_optimizer(ActorCritic(policy, value), lr=1e-3)), folder / "optimizer_state.pth")
+    made = make_optimizer(ActorCritic(policy, value), SimpleNamespace(lr=1e-3, vf_lr=None, adam_eps=1e-8))
+    torch.save(optimizer_state(*made), folder / "optimizer_state.pth")
     info = model.check_checkpoint(folder, policy.config.patch_size)
     run_mm_cot_rl.check_optimizer(SimpleNamespace(base_model_dir=folder, algo="ppo"), info)
     with pytest.raises(UserError, match="--algo"):

@@ -77,8 +77,9 @@ def _pretrain(folder: Path, tokenizer, size: int) -> Path:
     return folder
 
 
-def train(world, name: str, scorer, **changes) -> list[dict]:
-    """RL over ROUNDS rounds; returns the `rollout` lines of metrics.jsonl, one per round, before its training."""
+def train(world, name: str, scorer, kind: str = "rollout", **changes) -> list[dict]:
+    """RL over ROUNDS rounds; returns the lines of a kind of metrics.jsonl: `rollout` is one per round, before its
+    training."""
     run = world.tmp / name
     flags = {
         "data_root": world.data, "prompt_format": "QCM-E", "base_model_dir": world.base, "k_actions": K, "bs": 12,
@@ -108,7 +109,7 @@ def train(world, name: str, scorer, **changes) -> list[dict]:
         stop.set()
         teacher.join()
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "rollout"]
+    return [line for line in lines if line["kind"] == kind]
 
 
 def loves_red(sentence: str) -> float:
@@ -161,3 +162,11 @@ def test_adaptive_kl_doubles_the_coefficient_of_a_policy_that_has_run_away(world
         factor = 2 if far > 0.075 else 0.5 if far < 0.05 / 1.5 else 1
         assert after["kl_coef"] == pytest.approx(before["kl_coef"] * factor)
     assert lines[-1]["kl_coef"] > 0.01
+
+
+def test_warm_up_explains_returns_of_samples_that_it_has_not_seen(world):
+    """The policy hardly moves, so the second round's samples are fresh ones of the same policy."""
+    how = {"lr": 1e-9, "vf_lr": 1e-2, "epochs": 2, "rl_epochs": 1, "value_init": "zero"}
+    first, second = train(world, "warm", loves_red, value_warmup=15, **how)
+    assert first["explained_variance"] == pytest.approx(0, abs=1e-6), "the head begins with V = 0"
+    assert second["explained_variance"] > 0.3, second

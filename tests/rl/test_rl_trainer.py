@@ -12,7 +12,7 @@ import run_mm_cot_rl
 from ares import cli, files
 from ares.cli import UserError
 from rl import flags as rl_flags
-from rl import metrics, minibatches, optimizer, ppo, run_folder
+from rl import metrics, minibatches, optimizer, ppo, rollouts, run_folder
 from tests.rl.rl_tools import make_trainer, random_rollouts
 
 
@@ -256,7 +256,7 @@ def test_checkpointed_gradients_are_those_of_eval_mode_and_blocks_run_twice(tmp_
 def test_rloo_advantages_are_those_of_a_plain_loop(monkeypatch):
     rows = random_rollouts(9)
     scores = [[0.1 * (i + j) % 1 for j in range(int(n))] for i, n in enumerate(rows.sentence_counts)]
-    args = SimpleNamespace(neutral_score=0.5, init_kl_coef=0.3, gamma=0.9, algo="rloo")
+    args = SimpleNamespace(neutral_score=0.5, init_kl_coef=0.3, gamma=0.9, algo="rloo", rloo_baseline="token")
     monkeypatch.setattr(ppo, "CHUNK_ROWS", 3)
     data = ppo.compute_advantages(rows, scores, args, 0.3)  # never parts a question's two rows
     to_go = []
@@ -342,3 +342,150 @@ def test_warnings_say_what_is_wrong_and_what_to_do():
     (dropped,) = metrics.rollout_warnings(fine | {"share_dropped": 0.06})
     (cut,) = metrics.rollout_warnings(fine | {"share_ended": 0.2})
     assert "6%" in dropped and "80%" in cut and "--output_len" in cut
+
+
+# -- value function --------------------------------------------------------------------------------------
+
+
+def test_warm_up_trains_values_alone_and_advantages_follow_from_them(tmp_path):
+    trainer = make_trainer(tmp_path, value_warmup=40, vf_lr=3e-3, gamma=0.9, gae_lambda=0.8)
+    policy = {name: tensor.clone() for name, tensor in trainer.raw.policy.state_dict().items()}
+    before, kinds = trainer.data, []
+    trainer.metrics.log = lambda kind, number, update, values, **place: kinds.append((kind, update, place["epoch"]))
+    trainer.warm_up()
+    assert kinds == [("value_warmup", 0, epoch) for epoch in range(-40, 0)]
+    assert all(torch.equal(policy[name], tensor) for name, tensor in trainer.raw.policy.state_dict().items())
+    assert trainer.position == type(trainer.position)() and trainer.data.explained_variance() > 0.3
+    roll, args = trainer.data.rollouts, trainer.args
+    for row in range(len(roll)):  # one rationale at a time, in plain numbers
+        begin, n = int(roll.offsets[row]), int(roll.lengths[row])
+        actions = torch.tensor([roll.ids(row)])
+        with torch.no_grad():
+            prompt = trainer.prompts.batch([roll.qids[row]])
+            values = trainer.raw.value_function(**prompt, decoder_input_ids=actions[:, :-1])[0].tolist()
+        kl = roll.logprobs[begin : begin + n] - roll.ref_logprobs[begin : begin + n]
+        rewards = (-args.init_kl_coef * kl).tolist()
+        for column, score in zip(roll.row_columns(row), before.scores[row], strict=True):
+            rewards[column - 1] += score - args.neutral_score
+        advantage = to_go = 0.0
+        for t in reversed(range(n)):
+            following = values[t + 1] if t + 1 < n else 0.0
+            advantage = rewards[t] + 0.9 * following - values[t] + 0.9 * 0.8 * advantage
+            to_go = rewards[t] + 0.9 * to_go
+            assert float(trainer.data.advantages[begin + t]) == pytest.approx(advantage, abs=1e-5)
+            assert float(before.to_go[begin + t]) == pytest.approx(to_go, abs=1e-5)
+    assert not torch.allclose(before.advantages, trainer.data.advantages, atol=0.05)
+
+
+def test_warm_up_that_is_stopped_goes_on_where_it_was(tmp_path):
+    ends = []
+    for stops in (False, True):
+        folder = tmp_path / str(stops)
+        folder.mkdir()
+        trainer = make_trainer(folder, value_warmup=2)
+        if stops:
+            update = trainer._update
+
+            def seen(step, total, update=update, trainer=trainer):
+                trainer.ctrl_c.pressed = trainer.position.epoch == -1 and trainer.position.update == 1
+                return update(step, total)
+
+            trainer._update = seen
+            with pytest.raises(KeyboardInterrupt, match="value warm-up is saved after update 2 of epoch 2"):
+                trainer.warm_up()
+            trainer = make_trainer(folder, value_warmup=2)
+            assert trainer.restore() and (trainer.position.epoch, trainer.position.update) == (-1, 2)
+        trainer.warm_up()
+        again = make_trainer(folder, value_warmup=2)
+        assert again.restore() and again.position.epoch == 0
+        again.warm_up()  # takes the fitted values from their file
+        torch.testing.assert_close(again.data.advantages, trainer.data.advantages, atol=1e-6, rtol=0)
+        trainer.train()
+        ends.append(trainer.raw.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+@pytest.mark.parametrize("damage", ["absent", "cut", "other rollouts"])
+def test_fitted_values_that_do_not_fit_are_refused(tmp_path, damage):
+    path = tmp_path / "values.safetensors"
+    rollouts.save_values(path, torch.zeros(9))
+    if damage == "absent":
+        path.unlink()
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match="values.safetensors"):
+        rollouts.load_values(path, 8 if damage == "other rollouts" else 9)
+
+
+def test_the_value_function_has_its_own_learning_rate_and_adam_its_eps(tmp_path):
+    for vf_lr, want in ((None, 1e-2), (3e-2, 3e-2)):
+        trainer = make_trainer(tmp_path, vf_lr=vf_lr, adam_eps=1e-3, lr_scheduler="linear", rl_epochs=1)
+        rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+        assert {group["eps"] for group in trainer.optimizer.param_groups} == {1e-3}
+        names = [name for name, p in trainer.raw.named_parameters() if p.requires_grad]
+        assert {rates[id(trainer.raw.get_parameter(name))] for name in names if name[0] == "p"} == {1e-2}
+        assert {rates[id(trainer.raw.get_parameter(name))] for name in names if name[0] == "v"} == {want}
+        groups = [group for group in optimizer.parameter_groups(trainer.raw)]
+        in_order = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
+        assert in_order == [id(p) for group in groups for _, p in group], "saved states keep their order"
+        trainer.train()
+        last = {group["base_lr"]: group["lr"] for group in trainer.optimizer.param_groups}
+        assert last == pytest.approx({1e-2: 1e-2 / 3, want: want / 3})
+
+
+def test_signal_share_is_that_of_pairs_of_gradients(tmp_path):
+    trainer, found, lines = make_trainer(tmp_path, rl_epochs=1, rows=14), [], []
+    clip = trainer._clip
+
+    def keep():
+        found.append(torch.cat([p.grad.flatten().clone() for p in trainer.raw.policy.parameters()]))
+        return clip()
+
+    trainer._clip = keep
+    trainer.metrics.log = lambda kind, number, update, values, **place: lines.append((kind, values))
+    trainer.train()
+    a, b, c, _ = found  # 14 rows: 3 updates of 4 and one of 2
+    dot, square = float(a @ b + c @ found[3]), sum(float(g @ g) for g in found) / 2
+    assert lines[-1][1]["signal_share"] == pytest.approx(dot / square, rel=1e-9)
+
+
+# -- groups ----------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_question_share_a_minibatch(tmp_path):
+    lengths, questions = [(row % 7 + 1, 5) for row in range(22)], [row // 2 for row in range(22)]
+    plans = [minibatches.plan_epoch(lengths, 4, 2, 1, seed, questions) for seed in (0, 0, 1)]
+    assert plans[0] == plans[1] != plans[2]
+    flat = [rows for step in plans[0] for group in step for rows in group]
+    assert sorted(row for rows in flat for row in rows) == list(range(22))
+    assert [len(step) for step in plans[0]] == [1, 1, 1] and len(flat) == 6
+    assert all(rows[i] + 1 == rows[i + 1] for rows in flat for i in range(0, len(rows), 2))
+    for algo, want in (("ppo", False), ("rloo", True)):
+        more = ["--do_sample", "True"] if algo == "rloo" else []
+        args = run_mm_cot_rl.parse_args(["--base_model_dir", ".", "--algo", algo, *more])
+        assert args.group_by_question is want
+
+
+def test_sentence_baseline_is_that_of_a_plain_loop():
+    rng = torch.Generator().manual_seed(3)
+    lengths, columns = [6, 4, 5, 3, 2], [[2, 4], [3], [1, 2, 5], [3], []]
+    group = torch.tensor([0, 0, 0, 1, 2])
+    to_go = torch.randn(5, 6, generator=rng, dtype=torch.float64)
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    numbers = ppo.sentence_numbers(columns, 6)
+    got = ppo.rloo_advantages(to_go, group, mask, numbers)
+
+    def sentence(row: int, t: int) -> int:  # position t chooses the token in column t + 1
+        return sum(t + 1 > column for column in columns[row])
+
+    for row in range(5):
+        others = [other for other in range(5) if other != row and group[other] == group[row]]
+        for t in range(6):
+            want = 0.0
+            if t < lengths[row] and others:
+                parts = []
+                for other in others:
+                    begins = [s for s in range(lengths[other]) if sentence(other, s) == sentence(row, t)]
+                    parts.append(float(to_go[other, begins[0]]) if begins else 0.0)
+                want = float(to_go[row, t]) - sum(parts) / len(parts)
+            assert float(got[row, t]) == pytest.approx(want), (row, t)

@@ -397,3 +397,26 @@ def test_unread_answers_above_5_percent_are_noted(tmp_path, few, monkeypatch):
         notes = parts_of((tmp_path / "report.html").read_text())["main"]["notes"]
         note = f"it (file.json): {garbled} of 60 answers could not be read; each counts as a random choice"
         assert notes == [note] * noted
+
+
+def test_changes_are_paired_by_question_whatever_the_order(tmp_path):
+    problems, splits = make_problems(test=12)
+    qids = splits["test"]
+    right = [f"Solution: {problems[qid]['solution']}" for qid in qids]
+    wrong = [text if i % 3 else "Solution: Think about it." for i, text in enumerate(right)]
+    order = [*range(1, 12), 0]
+    write_predictions(tmp_path / "a", "test", problems, qids, wrong)
+    write_predictions(tmp_path / "b", "test", problems, [qids[i] for i in order], [right[i] for i in order])
+    write_predictions(tmp_path / "c", "test", problems, qids[:6], right[:6])  # other questions: not compared
+    found = [stages.read_stage(f"{name}={tmp_path / name}", ["test"], {}, problems) for name in ("a", "a", "b", "c")]
+    for stage in found:
+        stages.score_stage(stage, problems, {})
+    (same, better) = stages.changes([(stage.name, stage.splits["test"]) for stage in found], problems)
+    assert same == ["a - a", *(f"{zero} [{zero}, {zero}], not distinguishable" for zero in ("+0.000", "+0.0", "+0.0"))]
+    one, other = (reference.figures_by_question(problems, qids, texts) for texts in (right, wrong))
+    for cell, key, digits in zip(better[1:], ("score", "concludes", "covered"), (3, 1, 1), strict=True):
+        difference = sum(a - b for a, b in zip(one[key], other[key], strict=True)) / 12
+        low, high = (float(end) for end in re.search(r"\[(.*), (.*)\]", cell).groups())
+        assert cell.startswith(f"{difference:+.{digits}f} [") and low <= difference <= high
+        assert ("not distinguishable" in cell) == (low <= 0 <= high)
+    assert float(better[1].split()[0]) > 0.1

@@ -104,8 +104,13 @@ def test_overview_shows_the_figures(tab, world):
         assert words in shown, words
     assert len(css(tab, "#overview .figures svg")) == 6 and len(css(tab, "#overview .scores svg")) == 1
     assert "-0.0" not in shown and "−0.0" not in shown, "no sign before a zero"
-    best = {cell.text for cell in css(tab, "#overview td.best")}
-    assert "12.5" in best and "87.5" not in best, "fewer unfinished rationales are better"
+    table = next(one for one in css(tab, "#overview table") if one.text.startswith("Rationales"))
+    heads, *rows = ([cell for cell in row.find_elements("css selector", "th, td")]
+                    for row in table.find_elements("css selector", "tr"))  # fmt: skip
+    column = next(i for i, cell in enumerate(heads) if cell.text.startswith("unfinished"))
+    best = [row[column].text for row in rows if row[column].get_attribute("class") == "best"]
+    assert best == ["12.5"], "fewer unfinished rationales are better"
+    assert "What each stage changed" in shown and world.main["overview"]["changes"][0][1] in shown
     assert not css(tab, "#overview .none"), "nothing is missing here"
     assert "sft judge-1 both 0 2 1 1 17" in shown, "judge, protocol, verdicts, equal texts"
     assert tab.execute_script("return performance.getEntriesByType('resource').length") == 0, "nothing is fetched"

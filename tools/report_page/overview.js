@@ -9,10 +9,11 @@ const ANSWERS = [['acc_average', 'all', 2, 1], ['acc_natural', 'natural', 2, 1],
 const RATIONALES = [['score', 'sentence score', 3, 1], ['rouge', 'ROUGE‑L', 2, 1],
   ['bleu1', 'BLEU‑1', 2, 1], ['bleu4', 'BLEU‑4', 2, 1],
   ['similarity', 'similarity', 2, 1], ['covered', 'gold covered %', 1, 1], ['repeated', 'repeated %', 1, -1],
+  ['concludes', 'right conclusion %', 1, 1], ['no_conclusion', 'no conclusion %', 1, -1],
   ['unfinished', 'unfinished %', 1, -1], ['only_option', 'only option %', 1, -1], ['words', 'words', 1, 0]];
 
 function drawOverview() {
-  const cards = [notesCard(), stagesCard(), judgedCard(), roundsCard(), curvesCard(), scoresCard(),
+  const cards = [notesCard(), stagesCard(), changesCard(), judgedCard(), roundsCard(), curvesCard(), scoresCard(),
     el('div', { class: 'two' }, repliesCard(), timeCard())];
   byId('overview').replaceChildren(...cards.filter(Boolean));
 }
@@ -65,6 +66,14 @@ function figuresTable(caption, stages, columns) {
   const table = tableOf(['stage', 'questions', ...used.map(([, heading]) => heading)], rows, 1);
   table.prepend(el('caption', {}, caption));
   return wide(table);
+}
+
+function changesCard() {
+  if (!overview.changes.length) return null;
+  const heads = ['', 'sentence score', 'right conclusion, points', 'gold covered, points', 'accuracy, points'];
+  const rows = overview.changes.map(([name, ...cells]) => lineOf(name, cells.concat(Array(4 - cells.length).fill(''))));
+  return card('What each stage changed', 'Differences to the stage before, paired by question, with 95% intervals (bootstrap). '
+    + 'The score is the mean over sentences, then over rationales.', wide(tableOf(heads, rows, 1)));
 }
 
 function judgedCard() {

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ares.cli import UserError
+from ares.intervals import difference_text
 from ares.predictions import FILE_NAMES, Predictions, prediction_file, read_predictions, split_label
 from ares.sentences import split_text
-from teacher.reference import rationale_figures, reference_scores
+from teacher.reference import figures_by_question, rationale_figures, reference_scores
 from utils_evaluate import extract_answer, get_scores, resolve_answer
 
 LETTERS = "ABCDE"
@@ -129,6 +130,32 @@ def stage_figures(split: SplitPredictions, problems: Problems | None) -> dict[st
         scored = [row or [] for row in split.scores]
         figures["rationale"] = rationale_figures(problems, file.qids, file.preds, scored)
     return figures
+
+
+def changes(found: Sequence[tuple[str, SplitPredictions]], problems: Problems) -> list[list[str]]:
+    """Rows of words: what each stage changed against the one before it that answers the same questions.
+
+    Paired by question: score, right conclusions and gold sentences covered of rationales, accuracy of answers.
+    """
+    rows = []
+    for part, has in (("rationale", "has_rationales"), ("answer", "has_answers")):
+        stages = [(name, split) for name, split in found if getattr(split, has)]
+        for (before, theirs), (after, ours) in zip(stages, stages[1:], strict=False):
+            if set(ours.file.qids) == set(theirs.file.qids):
+                one, other = (_by_question(split, part, problems) for split in (ours, theirs))
+                cells = [difference_text(one[key], other[key], 3 if key == "score" else 1) for key in one]
+                rows.append([f"{after} - {before}", *([""] * 3 if part == "answer" else []), *cells])
+    return rows
+
+
+def _by_question(split: SplitPredictions, part: str, problems: Problems) -> dict[str, list[float]]:
+    order = sorted(range(len(split.file.qids)), key=lambda row: split.file.qids[row])
+    qids = [split.file.qids[row] for row in order]
+    if part == "answer":
+        rows = zip(qids, order, strict=True)
+        return {"accuracy": [100.0 * (split.answers[row] == problems[qid]["answer"]) for qid, row in rows]}
+    scores = [split.scores[row] or [] for row in order]
+    return figures_by_question(problems, qids, [split.file.preds[row] for row in order], scores)
 
 
 def _computed(split: SplitPredictions, problems: Problems) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The same functions as in training (rl/ppo.py) on the same files give the same nu
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -27,12 +28,14 @@ def add_tokens(run: Path, each: Round, shown: Collection[str]) -> str | None:
         from transformers import AutoTokenizer
 
         from rl.ppo import compute_advantages, token_rewards
-        from rl.rollouts import RolloutStore, read_decision, scored
+        from rl.rollouts import RolloutStore, load_values, read_decision, scored
     except ImportError as error:
         return f"{error.name} is not installed"
-    args = argparse.Namespace(**files.read_yaml(settings, "--run"))
+    args = argparse.Namespace(**{"rloo_baseline": "token"} | files.read_yaml(settings, "--run"))
     store = RolloutStore(run, each.number)
     rows, scores = scored(store.load(), read_decision(store.scores_file))
+    if store.fitted_file.exists():
+        rows = dataclasses.replace(rows, values=load_values(store.fitted_file, len(rows.values)))
     wanted = [row for row, qid in enumerate(rows.qids) if qid in shown]
     if not wanted:
         return None
