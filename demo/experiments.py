@@ -63,7 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", default="experiments", help="folder of all runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of data and starting model")
     parser.add_argument("--rl_seeds", type=int, nargs="+", default=[0], help="seeds of RL")
-    parser.add_argument("--arms", nargs="+", choices=RECIPES, default=list(RECIPES), help="recipes (default: all)")
+    parser.add_argument("--arms", nargs="+", choices=RECIPES, help="recipes (default: all)")
     parser.add_argument("--cpu_seconds", type=float, default=240, help="processor time of RL in each recipe")
     parser.add_argument("--jobs", type=int, default=2, help="recipes that run at a time")
     parser.add_argument("--size", default="demo", choices=SIZES, help="smoke: for tests")
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         calls = [(run_rounds, (args, seed)) for seed in args.seeds]
     else:
         calls = [(run_recipe, (args, seed, rl_seed, arm))
-                 for arm in args.arms for seed in args.seeds for rl_seed in args.rl_seeds]  # fmt: skip
+                 for arm in args.arms or RECIPES for seed in args.seeds for rl_seed in args.rl_seeds]  # fmt: skip
     with ThreadPoolExecutor(args.jobs) as pool:
         for call in [pool.submit(function, *values) for function, values in calls]:
             call.result()

@@ -251,7 +251,7 @@ def test_one_process_and_two_make_the_same_update(world, collected, tmp_path, pa
     one real minibatch and one that weighs nothing, or, joined, 5 rows where the first has 9.
 
     float32 sums taken in another order: gradients agree to 1e-5 of their norm (1e-7 was seen), weights to 2e-6, where
-    lr 1e-3 moves them by up to 1e-3.
+    lr 1e-3 moves them by up to 1e-3; after a warm-up, whose step was rounded too, to 2e-5 (1e-5 was seen).
     """
     one, two = copy(collected, tmp_path / "one"), copy(collected, tmp_path / "two")
     how = {"phase": "train", "rl_epochs": 1, "rl_batch_size": 5}
@@ -261,7 +261,7 @@ def test_one_process_and_two_make_the_same_update(world, collected, tmp_path, pa
     assert max(float((a[name] - start[name]).abs().max()) for name in start) > 9e-4
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=2e-6, rtol=0, msg=name)
+        torch.testing.assert_close(a[name], b[name], atol=2e-5 if "value_warmup" in passes else 2e-6, rtol=0, msg=name)
     left, right = optimizer_of(one / "0"), optimizer_of(two / "0")
     assert left["names"] == right["names"]
     for place, name in enumerate(left["names"]):

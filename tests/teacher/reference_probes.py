@@ -1,7 +1,7 @@
 """Rationales made from gold ones, which the reference Teacher must put in order, and the table of their scores.
 
-    python -m tests.teacher.reference_probes                                               # the demo's questions
-    python -m tests.teacher.reference_probes --problems data/scienceqa/problems.json       # real ones, by subject
+    python tests/teacher/reference_probes.py                                               # the demo's questions
+    python tests/teacher/reference_probes.py --problems data/scienceqa/problems.json       # real ones, by subject
 
 `ORDER` lists the probes from the best to the worst; `CHEATS` are changes of gold that must not pay.
 """
@@ -11,11 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from statistics import mean
 from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ares.sentences import split_text
 from demo.make_data import KINDS, draw_questions, place_answers
