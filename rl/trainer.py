@@ -147,7 +147,7 @@ class PpoTrainer:
                     if due == STOP:
                         self.save_state()
                         raise KeyboardInterrupt(
-                            f"{name} is saved after update {self.position.update} of epoch {number} of round "
+                            f"{name} is saved after update {self.position.done or self.position.update} of round "
                             f"{self.number}; run the same "
                             "command again to go on"
                         )

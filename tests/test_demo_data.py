@@ -84,7 +84,7 @@ def test_questions_differ_and_their_answers_are_balanced():
 def test_it_covers_what_scienceqa_covers(problems):
     everything = problems.values()
     assert {p["subject"] for p in everything} == {"natural science", "social science", "language science"}
-    assert {len(problem["choices"]) for problem in everything} == {2, 3, 4}
+    assert {len(problem["choices"]) for problem in everything} == {2, 3, 4, 5}
     assert {bool(problem["hint"]) for problem in everything} == {True, False}
     grades = [int(problem["grade"].removeprefix("grade")) for problem in everything]
     assert min(grades) == 1 and 9 <= max(grades) <= 12

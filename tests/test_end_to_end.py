@@ -350,7 +350,7 @@ def test_demo_at_its_smallest(tmp_path):
             assert change[key]["difference"] == pytest.approx(want)
             holds_0 = change[key]["low"] <= 0 <= change[key]["high"]
             assert ("not distinguishable" in change[key]["text"]) == holds_0
-    assert len(table["seconds"]) == 8 and all(seconds > 0 for seconds in table["seconds"].values())
+    assert len(table["seconds"]) == 9 and all(seconds > 0 for seconds in table["seconds"].values())
     for word in ("sentence score", "QCMG-A", "in all", "RL_models/demo/1", "95 %"):
         assert word in text
     check_demo_report(output, table)

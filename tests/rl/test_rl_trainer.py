@@ -391,7 +391,7 @@ def test_warm_up_that_is_stopped_goes_on_where_it_was(tmp_path):
                 return update(step, total)
 
             trainer._update = seen
-            with pytest.raises(KeyboardInterrupt, match="value warm-up is saved after update 2 of epoch 2"):
+            with pytest.raises(KeyboardInterrupt, match="value warm-up is saved after update 2 of round 0"):
                 trainer.warm_up()
             trainer = make_trainer(folder, value_warmup=2)
             assert trainer.restore() and (trainer.position.epoch, trainer.position.update) == (-1, 2)
