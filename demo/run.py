@@ -34,9 +34,10 @@ sys.path.insert(0, str(ROOT))
 from ares import files  # noqa: E402
 from ares.cli import HelpFormatter, UserError, run  # noqa: E402
 from ares.intervals import difference_text, paired_difference  # noqa: E402
-from ares.predictions import prediction_file, read_predictions, unread_note  # noqa: E402
+from ares.predictions import Predictions, prediction_file, read_predictions, unread_note  # noqa: E402
 from teacher import handoff  # noqa: E402
 from teacher.reference import figures_by_question, rationale_figures  # noqa: E402
+from utils_evaluate import resolve_answer  # noqa: E402
 
 BASE = "models/rationale"
 GENERATE = "--use_generate --final_eval --eval_bs 64"
@@ -321,11 +322,11 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def right_answers(problems: dict, path: Path) -> list[float]:
-    """100 for each answer of a prediction file that is the gold choice, else 0."""
-    found = read_predictions(path, "--output")
-    return [100.0 * (letter == chr(ord("A") + problems[qid]["answer"]))
-            for qid, letter in zip(found.qids, found.letters, strict=True)]  # fmt: skip
+def right_answers(problems: dict, found: Predictions) -> list[float]:
+    """100 for each answer that is the gold choice, else 0; for one that could not be read a random choice counts."""
+    rows = [(problems[qid], qid, text) for qid, text in zip(found.qids, found.preds, strict=True)]
+    return [100.0 * (resolve_answer(text, len(problem["choices"]), qid, found.seed)[0] == problem["answer"])
+            for problem, qid, text in rows]  # fmt: skip
 
 
 def compared(ours: Sequence[float], theirs: Sequence[float], digits: int = 1) -> dict[str, Any]:
@@ -355,7 +356,7 @@ def write_summary(output: Path, models: dict[str, str], adapters: dict[str, str]
     }
     for name in adapters:
         found = read_predictions(files_of[name], "--output")
-        right[name] = right_answers(problems, files_of[name])
+        right[name] = right_answers(problems, found)
         model, form = name.split(", ")
         answers[name] = {"accuracy": mean(right[name]), "num_fail": found.num_fail}
         answers[name]["against the start"] = compared(right[name], right[f"{start}, {form}"])

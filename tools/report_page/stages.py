@@ -152,8 +152,11 @@ def _by_question(split: SplitPredictions, part: str, problems: Problems) -> dict
     order = sorted(range(len(split.file.qids)), key=lambda row: split.file.qids[row])
     qids = [split.file.qids[row] for row in order]
     if part == "answer":
-        rows = zip(qids, order, strict=True)
-        return {"accuracy": [100.0 * (split.answers[row] == problems[qid]["answer"]) for qid, row in rows]}
+        answers = {
+            qid: resolve_answer(text, len(problems[qid]["choices"]), qid, split.file.seed)[0]
+            for qid, text in split.file.by_qid().items()
+        }
+        return {"accuracy": [100.0 * (answers[qid] == problems[qid]["answer"]) for qid in qids]}
     scores = [split.scores[row] or [] for row in order]
     return figures_by_question(problems, qids, [split.file.preds[row] for row in order], scores)
 
