@@ -358,13 +358,14 @@ def write_summary(output: Path, models: dict[str, str], adapters: dict[str, str]
         found = read_predictions(files_of[name], "--output")
         right[name] = right_answers(problems, found)
         model, form = name.split(", ")
-        answers[name] = {"accuracy": mean(right[name]), "num_fail": found.num_fail}
+        answers[name] = {"num_fail": found.num_fail, **found.scores["answer"], "accuracy": mean(right[name])}
         answers[name]["against the start"] = compared(right[name], right[f"{start}, {form}"])
         answers[name]["against its rationale"] = compared(right[name], each[model]["concludes"])
         notes += filter(None, [unread_note(found.num_fail, len(found.preds), name)])
     seconds = {stage["title"]: stage["seconds"] for stage in record["stages"].values()}
-    result = {"settings": record["settings"], "rationales": rationales, "changes": changes, "answers": answers,
-              "seconds": seconds, "folders": {**models, **adapters}}  # fmt: skip
+    final = {key: value for key, value in answers[f"{names[-1]}, QCMG-A"].items() if key.startswith(("num", "acc_"))}
+    result = {"settings": record["settings"], "rationales": rationales, "changes": changes, "answers": final,
+              "adapters": answers, "seconds": seconds, "folders": {**models, **adapters}}  # fmt: skip
     files.write_json(output / "table.json", result)
 
     lines = ["", f"Rationales on held-out test questions (seed {record['settings']['seed']})"]

@@ -336,9 +336,10 @@ def test_demo_at_its_smallest(tmp_path):
     figures |= {"concludes", "no_conclusion"}
     assert all(set(row) == figures for row in table["rationales"].values())
     systems = [f"{stage}, {form}" for stage in table["rationales"] for form in ("QCMG-A", "QCM-A")]
-    assert list(table["answers"]) == systems and list(table["folders"]) == [*table["rationales"], *systems]
+    assert list(table["adapters"]) == systems and list(table["folders"]) == [*table["rationales"], *systems]
+    assert {"num_fail", "acc_average"} <= set(table["answers"])
     assert all((output / place).is_dir() for place in table["folders"].values())
-    for row in table["answers"].values():
+    for row in table["adapters"].values():
         assert row["against the start"]["low"] <= row["against the start"]["difference"] <= 100
     assert set(table["changes"]) == {
         "after RL - starting model", "after SFT - after RL", "after SFT - starting model"
@@ -376,7 +377,7 @@ def check_demo_report(output, table):
         assert {**figure["rationale"], "rouge_l": figure["scores"]["rouge"]} == pytest.approx(data)
     for figure, name in zip(figures[3:], ("starting model", "after RL", "after SFT"), strict=True):
         assert figure["scores"]["acc_average"] == pytest.approx(
-            table["answers"][f"{name}, QCMG-A"]["accuracy"], abs=0.01
+            table["adapters"][f"{name}, QCMG-A"]["accuracy"], abs=0.01
         )
     samples = [each for many in parts["details"]["samples"].values() for each in many]
     assert len(samples) == 64 * len(parts["main"]["rounds"]) and len(parts["details"]["corrections"]) == 32

@@ -39,7 +39,8 @@ ANSWERS = dict(zip(ANSWER_COLUMNS, "NAT SOC LAN TXT IMG NO G1-6 G7-12 AVG".split
 ANSWERS["num_fail"] = "unread"
 RATIONALES = {"bleu1": "BLEU-1", "bleu4": "BLEU-4", "rouge": "ROUGE-L", "similarity": "similarity",
               "score": "sentence score", "covered": "gold covered %", "repeated": "repeated %",
-              "unfinished": "unfinished %", "only_option": "only option %", "words": "words"}  # fmt: skip
+              "unfinished": "unfinished %", "only_option": "only option %", "words": "words",
+              "concludes": "right conclusion %", "no_conclusion": "no conclusion %"}  # fmt: skip
 WINS = {"win_rate": "win rate %", "win": "win %", "tie": "tie %", "loss": "loss %", "first": "first shown wins %",
         "judge": "judge"}  # fmt: skip
 DIGITS = {"score": 3, "num_fail": 0}
