@@ -12,9 +12,10 @@ import torch
 from transformers import AutoTokenizer
 
 from ares import data_folder as ares_problems
+from ares import files
 from ares.cli import UserError
 from ares.sentences import split_text
-from demo import make_data, make_model
+from demo import experiments, make_data, make_model
 from demo.pictures import COLORS, PICTURE_KINDS, REGIONS
 from model import T5ForMultimodalGeneration
 from utils_prompt import build_train_pair
@@ -269,3 +270,27 @@ def test_tiny_t5_for_the_real_tokenizer(t5_tokenizer_dir, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             make_model.build_t5(tokenizer, tmp_path / "other", **how)
+
+
+def test_tables_of_experiments_pool_paired_differences(tmp_path, capsys):
+    costs = {"unfinished": 1.0, "repeated": 0.0, "no_conclusion": 5.0, "words": 20.0}
+    for seed, gain in ((0, 0.1), (1, 0.3)):
+        fixed = {"concludes": [0, 100, 0, 100], "covered": [50.0] * 4}
+        models = [
+            {"figures": costs | {"words": 20.0 + i}, "by_question": {"score": [0.5 + i * gain] * 4, **fixed}}
+            for i in range(2)
+        ]
+        for arm in ("warm-5e-5-1e-4", "warm_vf-5e-5-1e-4"):  # one name is the beginning of the other
+            rounds = 2 if arm.startswith("warm-") else 4
+            files.write_json(
+                tmp_path / f"seed{seed}/recipes/{arm}-0/result.json", {"rounds": rounds, "models": models}
+            )
+    experiments.main(["table", "--output", str(tmp_path)])
+    lines = (tmp_path / "recipes.md").read_text().splitlines()
+    assert len(lines) == 4 and lines[2] in capsys.readouterr().out
+    for line, rounds in zip(lines[2:], ("2.0", "4.0"), strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[1:4] == ["2", rounds, cells[3]] and cells[3].startswith("+0.200 [+0.1")
+        assert cells[4] == "+0.0 [+0.0, +0.0], not distinguishable" and cells[6:] == ["1.0", "0.0", "5.0", "21.0"]
+    with pytest.raises(UserError, match="holds no result"):
+        experiments.main(["table", "--output", str(tmp_path / "seed0/recipes")])
