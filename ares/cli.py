@@ -74,7 +74,7 @@ def disk_error(error: BaseException, path: str | os.PathLike | None = None) -> D
         return None
     number = number or (errno.ENOSPC if free_bytes(path) < 1 << 20 else None)
     reason = os.strerror(number) if number else text
-    fix = "make room" if number in FULL else "make it writable or name another place"
+    fix = "free some space" if number in FULL else "make it writable or name another place"
     fix = "name a shorter path" if number == errno.ENAMETOOLONG else fix
     where = f" {shortened(path)}" if path else ""
     again = f"what was saved before is kept: {fix}, then run the same command again"

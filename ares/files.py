@@ -231,7 +231,7 @@ def writing(path: AnyPath) -> Iterator[None]:
 
 
 def write_bytes(path: AnyPath, data: bytes, *, flush: bool = True) -> None:
-    """Write a file atomically. Raises DiskError; on a full disk the room that `reserve` holds is used. `flush`: wait
+    """Write a file atomically. Raises DiskError; on a full disk the space that `reserve` holds is used. `flush`: wait
     for the disk, which takes 5 ms; not needed where a second run can write the file again."""
     with writing(path):
         _with_reserve(lambda: _replace(os.fspath(path), data, flush), path)
@@ -405,7 +405,7 @@ class Lines:
                 self._write(b"")
 
     def add(self, text: str, *, reserved: bool = False) -> int:
-        """Append `text` and a line break; return the size of the file. `reserved`: may use the room of `reserve`."""
+        """Append `text` and a line break; return the size of the file. `reserved`: may use the space of `reserve`."""
         data = (text + "\n").encode("utf-8", errors="replace")
         with writing(self.path):
             _with_reserve(lambda: self._write(data), self.path, reserved)
@@ -429,7 +429,7 @@ def append_line(path: AnyPath, text: str) -> None:
         lines.add(text)
 
 
-# -- room on a full disk ---------------------------------------------------------------------------------
+# -- reserved disk space ---------------------------------------------------------------------------------
 
 
 _reserve: Path | None = None
@@ -439,7 +439,7 @@ _reserve_used = False  # the disk was full: nothing new may begin
 @contextlib.contextmanager
 def reserve(path: AnyPath, size: int) -> Iterator[None]:
     """Hold `size` bytes of the disk, as the file `path`, during the block. When the disk is full, `write_bytes` and
-    `Lines.add(reserved=True)` free them and write again. Raises DiskError if the disk has less room than that."""
+    `Lines.add(reserved=True)` free them and write again. Raises DiskError if the disk has less space than that."""
     global _reserve, _reserve_used
     path = Path(path)
     try:
@@ -455,7 +455,7 @@ def reserve(path: AnyPath, size: int) -> Iterator[None]:
             path.unlink()
 
 
-def out_of_room() -> DiskError | None:
+def disk_full() -> DiskError | None:
     """The error to stop with once the reserve was used on a full disk, else None."""
     return disk_error(OSError(errno.ENOSPC, ""), _reserve.parent) if _reserve and _reserve_used else None
 

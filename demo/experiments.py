@@ -3,7 +3,7 @@
     python demo/experiments.py recipes --output experiments --seeds 0           # all recipes, equal processor time
     python demo/experiments.py recipes --output experiments --seeds 0 1 2 --rl_seeds 0 1 --arms warm_vf-2e-4-1e-2
     python demo/experiments.py rounds --output experiments --seeds 0 1 2        # RL -> SFT -> RL -> SFT
-    python demo/experiments.py table --output experiments --save demo/results   # recipes.md, rounds.md and their JSON
+    python demo/experiments.py table --output experiments --save demo/results   # recipes.md, rounds.md
 
 A recipe may use --cpu_seconds of processor time in RL (sampling and updates, not the Teacher); it ends with the round
 in which it exceeds them. Figures are those of the 200 held-out questions, differences to the starting model are paired
@@ -37,7 +37,7 @@ from demo.run import (  # noqa: E402
     rl_commands,
     rl_with_teacher,
 )
-from teacher.reference import figures_by_question, rationale_figures  # noqa: E402
+from teacher.reference import figures_by_question, rationale_figures, reference_scores  # noqa: E402
 
 METHODS = {
     "released": "--algo ppo --rl_batch_size 16",
@@ -116,8 +116,10 @@ def write_result(demo: Demo, place: str, more: dict[str, Any], models: Sequence[
     found = []
     for model in models:
         test = read_predictions(prediction_file(demo.output / model, "test"), "--output")
-        figures = rationale_figures(problems, test.qids, test.preds)
-        found.append({"figures": figures, "by_question": figures_by_question(problems, test.qids, test.preds)})
+        scores = reference_scores(problems, test.qids, test.preds)
+        figures = rationale_figures(problems, test.qids, test.preds, scores)
+        each = figures_by_question(problems, test.qids, test.preds, scores)
+        found.append({"figures": figures, "by_question": each})
     files.write_json(demo.output / place / "result.json", {**more, "models": found}, indent=None)
 
 

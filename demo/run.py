@@ -36,7 +36,7 @@ from ares.cli import HelpFormatter, UserError, run  # noqa: E402
 from ares.intervals import difference_text, paired_difference  # noqa: E402
 from ares.predictions import Predictions, prediction_file, read_predictions, unread_note  # noqa: E402
 from teacher import handoff  # noqa: E402
-from teacher.reference import figures_by_question, rationale_figures  # noqa: E402
+from teacher.reference import figures_by_question, rationale_figures, reference_scores  # noqa: E402
 from utils_evaluate import resolve_answer  # noqa: E402
 
 BASE = "models/rationale"
@@ -340,13 +340,15 @@ def write_summary(output: Path, models: dict[str, str], adapters: dict[str, str]
     The sentence score is the reference Teacher's. The other columns show whether a higher score has a price.
     """
     problems = files.read_json(output / "data/scienceqa/problems.json", "--output")
-    files_of = {name: prediction_file(output / place, "test") for name, place in {**models, **adapters}.items()}
+    folders = {**models, **adapters}
+    files_of = {name: prediction_file(output / place, "test") for name, place in folders.items()}
     rationales, each, answers, right, notes = {}, {}, {}, {}, []
     for name in models:
         found = read_predictions(files_of[name], "--output")
-        figures = rationale_figures(problems, found.qids, found.preds)
+        scores = reference_scores(problems, found.qids, found.preds)
+        figures = rationale_figures(problems, found.qids, found.preds, scores)
         rationales[name] = {**figures, "rouge_l": found.scores["rationale"]["rouge"]}
-        each[name] = figures_by_question(problems, found.qids, found.preds)
+        each[name] = figures_by_question(problems, found.qids, found.preds, scores)
     start, *_ = names = list(models)
     changes = {
         f"{ours} - {theirs}": {
@@ -365,7 +367,7 @@ def write_summary(output: Path, models: dict[str, str], adapters: dict[str, str]
     seconds = {stage["title"]: stage["seconds"] for stage in record["stages"].values()}
     final = {key: value for key, value in answers[f"{names[-1]}, QCMG-A"].items() if key.startswith(("num", "acc_"))}
     result = {"settings": record["settings"], "rationales": rationales, "changes": changes, "answers": final,
-              "adapters": answers, "seconds": seconds, "folders": {**models, **adapters}}  # fmt: skip
+              "adapters": answers, "seconds": seconds, "folders": folders}  # fmt: skip
     files.write_json(output / "table.json", result)
 
     lines = ["", f"Rationales on held-out test questions (seed {record['settings']['seed']})"]
@@ -384,7 +386,7 @@ def write_summary(output: Path, models: dict[str, str], adapters: dict[str, str]
     lines += [f"  warning: {note}" for note in notes]
     lines += ["", "Wall time", *(f"  {each:7.1f} s  {title}" for title, each in seconds.items())]
     lines += [f"  {sum(seconds.values()):7.1f} s  in all", "", "Folders (model and predictions_ans_*.json)"]
-    lines += [f"  {name:<28}{output.name}/{place}" for name, place in {**models, **adapters}.items()]
+    lines += [f"  {name:<28}{output.name}/{place}" for name, place in folders.items()]
     files.write_text(output / "table.txt", "\n".join(lines) + "\n")
     return "\n".join(lines)
 

@@ -157,12 +157,12 @@ class ApiTeacher:
     def max_tokens(self, request: Request) -> int:
         """Room for the reply: it repeats the sentences (a correction twice), at two characters a token or more."""
         characters = sum(map(len, request.sentences))
-        room = 256 + 16 * len(request.sentences) + characters // 2
+        tokens = 256 + 16 * len(request.sentences) + characters // 2
         if request.kind == CORRECT:
-            room = 512 + characters
+            tokens = 512 + characters
         if request.kind == JUDGE:
-            room = 400  # a sentence and a word, whatever is judged
-        return room * request.room + (4096 if self.may_think else 0)
+            tokens = 400  # a sentence and a word, whatever is judged
+        return tokens * request.length_factor + (4096 if self.may_think else 0)
 
     def most_usd(self, request: Request, batch: bool = False) -> float | None:
         """The most that a request can cost: a token is at least a byte, and the reply ends at max_tokens.

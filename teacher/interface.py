@@ -31,7 +31,7 @@ class Request:
     `sentences` is the rationale as exported; for a correction its one entry is the whole text; for a judgement the two
     rationales, in the order in which they are shown. `problem` is None without problems.json, which only the reference
     Teacher needs. `form_note` is sent where the model's output is structured, `again` after a reply that could not be
-    used; `room` multiplies the length allowed.
+    used; `length_factor` multiplies the length allowed.
     """
 
     custom_id: str
@@ -43,7 +43,7 @@ class Request:
     problem: Mapping[str, Any] | None = None
     form_note: str = ""
     again: str = ""
-    room: int = 1
+    length_factor: int = 1
 
 
 @dataclass(frozen=True)

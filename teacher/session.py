@@ -288,9 +288,9 @@ class Session:
         return request, sidecar
 
     def ask_again(self, request: Request, refused: Refused) -> Request:
-        """The request with the reason added for the model, and more room for the reply if it was cut off."""
-        room = min(8, request.room * (2 if refused.reason == "max_tokens" else 1))
-        return dataclasses.replace(request, again=self.wording.again.format(reason=refused), room=room)
+        """The request with the reason added for the model, and a longer limit of the reply if it was cut off."""
+        factor = min(8, request.length_factor * (2 if refused.reason == "max_tokens" else 1))
+        return dataclasses.replace(request, again=self.wording.again.format(reason=refused), length_factor=factor)
 
     def save_reply(self, key: str, request: Request, reply: Reply, sidecar: Mapping[str, Any]) -> Refused | None:
         """Write the reply beside the request's first item, copies beside the others. Returns why it cannot be used.
@@ -341,7 +341,7 @@ class Session:
         if isinstance(error, cli.UserError):
             return error
         what = f"cannot write a reply below {self.root} ({error.strerror or error})"
-        return cli.UserError(f"{what}; make room, then run the same command again to go on")
+        return cli.UserError(f"{what}; free some space, then run the same command again to go on")
 
     def _copy(self, source: Item, targets: Sequence[Item]) -> None:
         """Give the items the reply of an identical request."""
@@ -443,7 +443,7 @@ class _Live:
             refused = await asyncio.get_running_loop().run_in_executor(
                 self.writers, session.save_reply, key, request, reply, sidecar | {"attempt": attempt}
             )
-            if full := files.out_of_room():
+            if full := files.disk_full():
                 self.stop(full)
             if refused is None:
                 return session.finish(key, f"{reply.teacher} {reply.model}")

@@ -279,7 +279,7 @@ def test_a_full_disk_is_one_line_whatever_library_writes(name, way, disk):
     inner, atomic = (target, files.atomic_path) if way == "path" else (target / "old", files.atomic_dir)
     files.write_text(inner, "old")
     fill(disk, 500_000)
-    said = f"cannot write {target} .No space left on device.; .* is kept: make room"
+    said = f"cannot write {target} .No space left on device.; .* is kept: free some space"
     with pytest.raises(files.DiskError, match=said), atomic(target) as temporary:
         WRITERS[name](temporary if way == "path" else temporary / "file")
     assert inner.read_text() == "old"
@@ -414,7 +414,7 @@ def test_a_full_disk_and_other_ends_of_a_script_are_one_line(disk, capsys, monke
         (KeyboardInterrupt(), 130, "stopped (Ctrl-C): run it again"),
         (KeyboardInterrupt("saved"), 130, "stopped (Ctrl-C): saved"),
         (OSError(errno.ENAMETOOLONG, "", "x"), 2, "name a shorter path"),
-        (OSError(errno.EDQUOT, "", "x"), 2, "make room"),
+        (OSError(errno.EDQUOT, "", "x"), 2, "free some space"),
     ):
         with pytest.raises(SystemExit) as end:
             cli.run(lambda error=error: main(error), "run it again")

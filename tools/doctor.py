@@ -193,7 +193,7 @@ def disk(parameters: int | None) -> tuple[None, str]:
     need = RL_DISK * parameters if parameters else GB
     if free < need:
         raise UserError(f"{Path.cwd()}: {free / GB:.1f} GB free, a run may take {need / GB:.1f} GB (saved states, "
-                        "rounds); make room, or put the run elsewhere (--run_dir)")  # fmt: skip
+                        "rounds); free some space, or put the run elsewhere (--run_dir)")  # fmt: skip
     return None, f"{free / GB:.1f} GB free in {Path.cwd()}, a run takes up to {need / GB:.1f} GB"
 
 

@@ -244,7 +244,9 @@ def test_two_processes_then_a_second_round(world, collected, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "passes", [{"value_warmup": 1, "vf_lr": 2e-3}, {"pass_tokens": 10**6}], ids=["minibatches, warm-up", "joined"]
+    "passes",
+    [{}, {"value_warmup": 1, "vf_lr": 2e-3}, {"pass_tokens": 10**6}],
+    ids=["minibatches", "minibatches, warm-up", "joined"],
 )
 def test_one_process_and_two_make_the_same_update(world, collected, tmp_path, passes):
     """1 process x 4 accumulation steps = 2 x 2, on 14 rationales in minibatches of 5, 5 and 4: the second process has

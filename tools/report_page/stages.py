@@ -139,16 +139,20 @@ def changes(found: Sequence[tuple[str, SplitPredictions]], problems: Problems) -
     """
     rows = []
     for part, has in (("rationale", "has_rationales"), ("answer", "has_answers")):
-        stages = [(name, split) for name, split in found if getattr(split, has)]
-        for (before, theirs), (after, ours) in zip(stages, stages[1:], strict=False):
-            if set(ours.file.qids) == set(theirs.file.qids):
-                one, other = (_by_question(split, part, problems) for split in (ours, theirs))
-                cells = [difference_text(one[key], other[key], 3 if key == "score" else 1) for key in one]
+        stages = [
+            (name, set(split.file.qids), _by_question(split, part, problems))
+            for name, split in found
+            if getattr(split, has)
+        ]
+        for (before, their_qids, theirs), (after, qids, ours) in zip(stages, stages[1:], strict=False):
+            if qids == their_qids:
+                cells = [difference_text(ours[key], theirs[key], 3 if key == "score" else 1) for key in ours]
                 rows.append([f"{after} - {before}", *([""] * 3 if part == "answer" else []), *cells])
     return rows
 
 
 def _by_question(split: SplitPredictions, part: str, problems: Problems) -> dict[str, list[float]]:
+    """The figures of each question, sorted by question id."""
     order = sorted(range(len(split.file.qids)), key=lambda row: split.file.qids[row])
     qids = [split.file.qids[row] for row in order]
     if part == "answer":
