@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from ares.cli import UserError
 from ares.decoding import action_mask
 from ares.sentences import sentences_from_ids
 from rl import actor_critic
-from rl.run_folder import FAILED, collected_batches
+from rl.run_folder import EXPORTED, FAILED, collected_batches
 from teacher import handoff, reply_files
 
 FIELDS = ("tokens", "logprobs", "ref_logprobs", "values")  # one number per position
@@ -230,6 +231,10 @@ class RolloutStore:
         self.fitted_file = self.folder / "values.safetensors"
         self.failed_file = self.folder / FAILED
 
+    def exported_file(self, rank: int) -> Path:
+        """Says that a process of this launch has exported its rationales and flushed them to disk."""
+        return self.folder / f"{EXPORTED}{rank}"
+
     def shard(self, number: int) -> Path:
         return self.folder / f"batch_{number:06d}.safetensors"
 
@@ -283,6 +288,8 @@ def collect(
             sample(number, batches[number]).save(store.shard(number))
         export(Rollouts.load(store.shard(number)), store.questions, tokenizer)
     if cli.rank() != 0:
+        files.flush_all()  # perhaps of another machine than rank 0's
+        files.touch(store.exported_file(cli.rank()))
         wait_for_file(store.collected_file, poll_seconds, store.failed_file)
         return
     # files instead of a collective: processes may end hours apart, and a process group would time out
@@ -293,6 +300,8 @@ def collect(
         for folder in exported_folders(rows, store.questions):
             wait_for_file(folder / handoff.RATIONALE, poll_seconds, store.failed_file)
         samples, sentences = samples + len(rows), sentences + int(rows.sentence_counts.sum())
+    for rank in range(1, cli.world_size()):
+        wait_for_file(store.exported_file(rank), poll_seconds, store.failed_file)
     if not handoff.exported(store.questions):  # a re-run must not make answers older than the export
         handoff.mark_exported(store.questions)
     files.write_json(store.collected_file, {"batches": len(batches), "samples": samples, "sentences": sentences})
@@ -312,11 +321,19 @@ def question_folder(rollouts: Rollouts, row: int, questions: Path) -> Path:
 
 
 def export(rollouts: Rollouts, questions: Path, tokenizer) -> None:
-    """Write the missing rationales, one folder per sample, for the Teacher to score."""
+    """Write the missing rationales, one folder per sample, for the Teacher to score. A warning names what a power cut
+    damaged, which is written again."""
+    damaged = []
     for row in rows_with_sentences(rollouts):
         folder = question_folder(rollouts, row, questions)
-        if not (folder / handoff.RATIONALE).exists():
+        try:
+            handoff.read_rationale(folder)
+        except handoff.Refused as refused:
+            if os.path.lexists(folder / handoff.RATIONALE):
+                damaged.append(refused)
             handoff.write_rationale(folder, [s.text for s in sentences_from_ids(rollouts.ids(row), tokenizer)])
+    if damaged:
+        cli.warn0(f"{len(damaged)} rationales of an earlier launch are damaged and written again, first: {damaged[0]}")
 
 
 def wait_for_file(path: Path, poll_seconds: float, failed: Path | None = None) -> None:

@@ -1,7 +1,8 @@
 """Where replies are kept: a reply's files in a questions folder, and the cache that all runs share.
 
 Written in this order, each in one step: `reply.json` (who replied, tokens, dollars), `output_from_llm.txt` (flushed to
-disk: from here on the item counts as answered), `score.txt` or `refused.txt`. Folders and names: teacher/handoff.py.
+disk if it was paid for: from here on the item counts as answered), `score.txt` or `refused.txt`. Folders and names:
+teacher/handoff.py.
 
     {cache}/replies.sqlite3   table replies(key, entry); entry is JSON: "text", the raw reply, and reply.json
 
@@ -94,13 +95,16 @@ def is_answered(kind: str, folder: Path) -> bool:
     return True
 
 
-def write_reply(folder: Path, text: str, about: Mapping[str, Any], result: list[float] | Refused | None) -> None:
-    """Write a new reply. `about`: the sidecar's content; `result`: what `reading` found in the text."""
+def write_reply(
+    folder: Path, text: str, about: Mapping[str, Any], result: list[float] | Refused | None, *, paid: bool = True
+) -> None:
+    """Write a new reply. `about`: the sidecar's content; `result`: what `reading` found in the text; `paid`: False for
+    one that can be made again, by the reference Teacher or as a copy."""
     # one field a line; `indent` would be slow Python
     lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in about.items())
-    # counts only with its reply, so only the reply is flushed
+    # counts only with its reply, so at most the reply is flushed
     files.write_text(f"{folder}/{SIDECAR}", "{\n" + ",\n".join(lines) + "\n}\n", flush=False)
-    files.write_text(f"{folder}/{REPLY}", text)
+    files.write_text(f"{folder}/{REPLY}", text, flush=paid)
     _write_result(folder, result)
 
 

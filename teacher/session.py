@@ -141,7 +141,8 @@ class Session:
         self.root = Path(root)
         self.teacher, self.kind, self.wording = teacher, kind, wording
         self.problems, self.images_dir = problems or {}, images_dir
-        self.attempts = 1 if teacher.name == "reference" else attempts  # it would say the same again
+        self.free = teacher.name == "reference"
+        self.attempts = 1 if self.free else attempts  # it would say the same again
         self.cache = cache or ReplyCache(None)
         self.keep_replies = keep_replies
         self.action_settled = action_settled or (lambda action, report: None)
@@ -306,7 +307,7 @@ class Session:
         if not isinstance(read, Refused) and incomplete:
             set_cut_reply_aside(first.folder, reply.text, reply.stop_reason)
             return Refused(reply.stop_reason)
-        write_reply(first.folder, reply.text, about, read)
+        write_reply(first.folder, reply.text, about, read, paid=not self.free)
         if isinstance(read, Refused):
             return Refused(reply.stop_reason, str(read)) if reply.stop_reason in CUT_SHORT else read
         self.cache.put(key, reply.text, about)
@@ -351,7 +352,8 @@ class Session:
         sidecar = read_sidecar(source.folder)
         sidecar |= {"copied_from": source.name, "cost_usd": 0.0}
         for item in targets:
-            write_reply(item.folder, reply, sidecar, reading(self.kind, reply, handoff.read_rationale(item.folder)))
+            read = reading(self.kind, reply, handoff.read_rationale(item.folder))
+            write_reply(item.folder, reply, sidecar, read, paid=False)
 
     def _settle(self, action: int) -> None:
         self.waiting[action] -= 1
