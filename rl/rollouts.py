@@ -283,22 +283,25 @@ def collect(
     kill came in between. Rank 0 signals the end of the export and writes `collected.json`.
     """
     mine = range(cli.rank(), len(batches), cli.world_size())
+    samples = sentences = 0
     for number in cli.progress(mine, desc="sampling", total=len(mine), unit="batch"):
         if not store.shard(number).exists():
             sample(number, batches[number]).save(store.shard(number))
-        export(Rollouts.load(store.shard(number)), store.questions, tokenizer)
+        rows = Rollouts.load(store.shard(number))
+        export(rows, store.questions, tokenizer)
+        samples, sentences = samples + len(rows), sentences + int(rows.sentence_counts.sum())
     if cli.rank() != 0:
         files.flush_all()  # perhaps of another machine than rank 0's
         files.touch(store.exported_file(cli.rank()))
         wait_for_file(store.collected_file, poll_seconds, store.failed_file)
         return
     # files instead of a collective: processes may end hours apart, and a process group would time out
-    samples = sentences = 0
-    for number in range(len(batches)):
+    for number in sorted(set(range(len(batches))).difference(mine)):
         wait_for_file(store.shard(number), poll_seconds, store.failed_file)
         rows = Rollouts.load(store.shard(number))
-        for folder in exported_folders(rows, store.questions):
-            wait_for_file(folder / handoff.RATIONALE, poll_seconds, store.failed_file)
+        for row in rows_with_sentences(rows):
+            rationale = question_folder(rows, row, store.questions) / handoff.RATIONALE
+            wait_for_file(rationale, poll_seconds, store.failed_file)
         samples, sentences = samples + len(rows), sentences + int(rows.sentence_counts.sum())
     for rank in range(1, cli.world_size()):
         wait_for_file(store.exported_file(rank), poll_seconds, store.failed_file)
@@ -307,12 +310,8 @@ def collect(
     files.write_json(store.collected_file, {"batches": len(batches), "samples": samples, "sentences": sentences})
 
 
-def exported_folders(rollouts: Rollouts, questions: Path) -> list[Path]:
-    """The question folders of all rows with a sentence (an empty rationale is not scored)."""
-    return [question_folder(rollouts, row, questions) for row in rows_with_sentences(rollouts)]
-
-
 def rows_with_sentences(rollouts: Rollouts) -> list[int]:
+    """The rows that are exported: an empty rationale is not scored."""
     return rollouts.sentence_counts.nonzero()[:, 0].tolist()
 
 
