@@ -103,7 +103,7 @@ class Judgement:
 def judge(problem: Mapping[str, Any], sentences: Sequence[str]) -> list[Judgement]:
     """Score the sentences of one rationale in order and say why (the rules: module docstring)."""
     material = _material(problem)
-    return _weigh(_judge_each([Sentence(text, material.choices) for text in sentences], material), material)
+    return _weigh(_judge_each([material.sentence(text) for text in sentences], material), material)
 
 
 def concluded_choice(problem: Mapping[str, Any], rationale: str) -> int | None:
@@ -114,7 +114,7 @@ def concluded_choice(problem: Mapping[str, Any], rationale: str) -> int | None:
     """
     material = _material(problem)
     for text in reversed(split_text(rationale)):
-        named = material.concluded(Sentence(text, material.choices))
+        named = material.concluded(material.sentence(text))
         if len(named) == 1:
             return named.pop()
     return None
@@ -123,7 +123,7 @@ def concluded_choice(problem: Mapping[str, Any], rationale: str) -> int | None:
 def gold_coverage(problem: Mapping[str, Any], rationale: str) -> float:
     """Share of the gold sentences that some sentence of the rationale says (a similarity that scores 0.7 or more)."""
     material = _material(problem)
-    said = [Sentence(text, material.choices) for text in split_text(rationale)]
+    said = [material.sentence(text) for text in split_text(rationale)]
     covered = [
         any(sentence.tokens == gold.tokens or score_of(similarity(sentence, gold)) >= COVERED for sentence in said)
         for gold in material.gold
@@ -158,7 +158,7 @@ def names_only_gold_option(problem: Mapping[str, Any], rationale: str) -> bool:
     """
     material = _material(problem)
     texts = split_text(rationale)
-    said = [Sentence(text, material.choices) for text in texts]
+    said = [material.sentence(text) for text in texts]
     words = {word for sentence in said for word in sentence.content}
     named = set().union(*(sentence.options for sentence in said))
     if named != {material.answer} or not words <= material.frame | {f"<{material.answer}>"}:
@@ -366,6 +366,7 @@ class _Material:
     def __init__(self, question: str, options: tuple[str, ...], answer: int, hint: str, lecture: str, solution: str):
         self.answer = answer
         self.choices = Choices(options)
+        self._sentences: dict[str, Sentence] = {}
         self.question, hint, lecture, self.gold = (self._read(text) for text in (question, hint, lecture, solution))
         self.has_solution = bool(self.gold)
         if not self.has_solution:
@@ -390,6 +391,12 @@ class _Material:
         repeats = [sentence.repeats() for sentence in everything]
         self.same_word = max(2, *(word for word, _ in repeats))
         self.same_pairs = max(2, *(pairs for _, pairs in repeats))
+
+    def sentence(self, text: str) -> Sentence:
+        """A sentence of a rationale; read once, as the rationales of one question share most of theirs."""
+        if text not in self._sentences:
+            self._sentences[text] = Sentence(text, self.choices)
+        return self._sentences[text]
 
     def only_concludes(self, sentence: Sentence) -> bool:
         """Whether a sentence asserts the gold choice as the answer, in words of the question, and no more."""
@@ -440,7 +447,7 @@ def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
     """
     material = _material(problem)
     sentences = split_text(rationale)
-    judgements = _judge_each([Sentence(text, material.choices) for text in sentences], material)
+    judgements = _judge_each([material.sentence(text) for text in sentences], material)
     used = {judgement.gold for judgement in judgements if judgement.score >= 0.5}
     final = []
     for text, judgement in zip(sentences, judgements, strict=True):
@@ -449,11 +456,11 @@ def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
         elif judgement.kind != "repeat":
             unused = [index for index in range(len(material.gold)) if index not in used]
             if unused:
-                sentence = Sentence(text, material.choices)
+                sentence = material.sentence(text)
                 nearest = max(unused, key=lambda index: similarity(sentence, material.gold[index]))
                 used.add(nearest)
                 final.append(material.gold_texts[nearest])
-    read = [Sentence(text, material.choices) for text in final]
+    read = [material.sentence(text) for text in final]
     if material.conclusions:
         answered = not used.isdisjoint(material.conclusions) or {material.answer} in map(material.concluded, read)
     else:

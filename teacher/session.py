@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,11 +210,12 @@ class Session:
 
         Raises Refused if the rationale holds nothing to ask about, UserError if a link leads out of the folder.
         """
-        files.refuse_links(item.folder, self.root)
-        sentences = handoff.read_rationale(item.folder)
+        folder = item.folder
+        files.refuse_links(folder, self.root)
+        sentences = handoff.read_rationale(folder)
         if not sentences:
             raise Refused("no_sentences")
-        text = request_text(item.folder)
+        text = request_text(folder)
         shown = [handoff.form(sentences)] if self.kind == SCORE else sentences
         if text is None or not all(part in text for part in shown):
             return None  # not there, or of an earlier export
@@ -230,9 +232,10 @@ class Session:
 
     def images(self, item: Item) -> list[Path]:
         """Image files beside the request, else those of --images. Raises UserError for a link that leads out."""
-        names = [name for name in os.listdir(item.folder) if IMAGE_NAME.fullmatch(name)]
+        folder = item.folder
+        names = [name for name in os.listdir(folder) if IMAGE_NAME.fullmatch(name)]
         names.sort(key=lambda name: (name != handoff.IMAGE, len(name), name))  # image.png, choice_0.png, choice_1.png
-        paths = [item.folder / name for name in names]
+        paths = [folder / name for name in names]
         for path in paths:
             files.refuse_links(path, self.root)
             if not path.is_file():
@@ -278,6 +281,11 @@ class Session:
         self._copy(first, copies)
         return f"{entry['teacher']} {entry.get('model')}" if "teacher" in entry else UNKNOWN
 
+    def in_order(self) -> list[str]:
+        """The keys of the open requests; the reference Teacher reads a question's texts once for all its rationales."""
+        keys = list(self.open)
+        return sorted(keys, key=lambda key: self.open[key][0].qid) if self.free else keys
+
     # -- replies ---------------------------------------------------------------------------------------------
 
     def prepare(self, key: str) -> tuple[Request, dict[str, Any]]:
@@ -296,7 +304,7 @@ class Session:
     def save_reply(self, key: str, request: Request, reply: Reply, sidecar: Mapping[str, Any]) -> Refused | None:
         """Write the reply beside the request's first item, copies beside the others. Returns why it cannot be used.
 
-        Runs in a thread, so that the flushes to disk of several replies overlap.
+        Runs in a thread where the reply is flushed to disk, so that several flushes overlap.
         """
         first, *copies = self.open[key]
         about = {name: value for name, value in vars(reply).items() if name != "text"}
@@ -381,7 +389,7 @@ class _Live:
         self.writers = ThreadPoolExecutor(WRITERS)
 
     async def run(self) -> None:
-        todo = iter(list(self.session.open))  # keys: texts and images are read when a request is sent
+        todo = iter(self.session.in_order())  # keys: texts and images are read when a request is sent
         total = len(self.session.open)
         with cli.progress(desc=self.teacher.name, total=total, unit="request") as bar:
             async with self.teacher:
@@ -442,9 +450,9 @@ class _Live:
             except Unanswered as failure:
                 return session.give_up(key, failure.reason, failure.message)
             session.report.add(reply)
-            refused = await asyncio.get_running_loop().run_in_executor(
-                self.writers, session.save_reply, key, request, reply, sidecar | {"attempt": attempt}
-            )
+            save = partial(session.save_reply, key, request, reply, sidecar | {"attempt": attempt})
+            loop = asyncio.get_running_loop()
+            refused = save() if session.free else await loop.run_in_executor(self.writers, save)
             if full := files.disk_full():
                 self.stop(full)
             if refused is None:

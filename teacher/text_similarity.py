@@ -114,8 +114,7 @@ class Sentence:
 
     def __init__(self, text: str, choices: Choices | None = None):
         self.text = text.strip()
-        plain = _respell(text)
-        self.words = tuple(map(_stem, _WORDS.findall(plain.lower())))  # choices as written
+        plain, self.words = _words(text)  # choices as written
         for pattern, mark in choices.patterns if choices else ():
             plain = pattern.sub(mark, plain)
         raw = _WORDS.findall(plain.lower())
@@ -125,17 +124,29 @@ class Sentence:
             if not (token[0] == "<" and index and raw[index - 1] == token)  # "(A) red" names one choice once
         )
         self.content = Counter(token for token in self.tokens if token not in _STOP and token not in _NEGATION)
-        self.pairs = Counter(zip(self.tokens, self.tokens[1:], strict=False))
-        self.frame = tuple("<>" if token[0] == "<" else token for token in self.tokens)  # any choice
         self.choices = [token for token in self.tokens if token[0] == "<"]
         self.options = {int(token[1:-1]) for token in self.choices}
         self.negated = any(token in _NEGATION for token in self.tokens)
         self.concludes = bool(_CONCLUDES.search(self.text)) or not ANSWER_NOUNS.isdisjoint(self.tokens)
-        self.finished = is_finished(text)
         self.keys = self._key_tokens()
         for index in self.options if choices and choices.keys else ():
             for kind, tokens in choices.keys[index].items():
                 self.keys[kind] = self.keys.get(kind, set()) | tokens
+
+    @functools.cached_property
+    def pairs(self) -> Counter[tuple[str, str]]:
+        """Neighbouring tokens."""
+        return Counter(zip(self.tokens, self.tokens[1:], strict=False))
+
+    @functools.cached_property
+    def frame(self) -> tuple[str, ...]:
+        """The tokens with any choice as `<>`."""
+        return tuple("<>" if token[0] == "<" else token for token in self.tokens)
+
+    @functools.cached_property
+    def finished(self) -> bool:
+        """Whether the sentence does not break off."""
+        return is_finished(self.text)
 
     def says_only(self, option: int) -> bool:
         """Whether the sentence names this choice and no other, without a negation."""
@@ -222,6 +233,13 @@ def _choice_words(choice: str) -> tuple[str, ...]:
 
 def _plain(text: str) -> str:
     return _respell(text).lower()
+
+
+@functools.lru_cache(maxsize=1 << 13)  # a few hundred lectures are those of thousands of questions
+def _words(text: str) -> tuple[str, tuple[str, ...]]:
+    """A text as `_respell` leaves it, and its stemmed words."""
+    plain = _respell(text)
+    return plain, tuple(map(_stem, _WORDS.findall(plain.lower())))
 
 
 def _respell(text: str) -> str:
