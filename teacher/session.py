@@ -282,9 +282,8 @@ class Session:
         return f"{entry['teacher']} {entry.get('model')}" if "teacher" in entry else UNKNOWN
 
     def in_order(self) -> list[str]:
-        """The keys of the open requests; the reference Teacher reads a question's texts once for all its rationales."""
-        keys = list(self.open)
-        return sorted(keys, key=lambda key: self.open[key][0].qid) if self.free else keys
+        """The keys of the open requests; for the reference Teacher by question, whose texts it then reads once."""
+        return sorted(self.open, key=lambda key: self.open[key][0].qid) if self.free else list(self.open)
 
     # -- replies ---------------------------------------------------------------------------------------------
 

@@ -230,6 +230,12 @@ def test_replies_that_cost_nothing_are_flushed_together_before_the_signal(world,
     assert world.scores == before
 
 
+def test_gold_texts_are_read_once_for_all_rationales_of_a_question(world, by_reference, gold_read, problems):
+    many_items(world.root, 5 * 4, problems)  # five questions, four actions
+    by_reference()
+    assert world.answered == 20 and len(gold_read) == len({item.qid for item in world.items}) == 5
+
+
 def test_copies_of_a_paid_reply_are_not_flushed(server, world, problems):
     qid, sentences = world.items[0].qid, handoff.read_rationale(world.folder(0))
     for action in (1, 2):  # the same rationale three times
