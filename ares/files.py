@@ -85,12 +85,15 @@ def read_bytes(path: AnyPath, flag: str, *, head: int | None = None) -> bytes:
 
 
 def _content(file: int, path: AnyPath, max_bytes: int, head: int | None = None) -> bytes:
-    with open(file, "rb", buffering=0) as opened:
+    try:  # no file object: a round has 200,000 small files
         if head is not None:
-            return opened.read(head)
-        if os.fstat(file).st_size > max_bytes:
+            return os.read(file, head)
+        size = os.fstat(file).st_size
+        if size > max_bytes:
             raise UserError(f"{path} is larger than {max_bytes / 1e6:,.0f} MB; it is not the file that is meant here")
-        return opened.readall()
+        return b"".join(iter(lambda: os.read(file, size + 1), b""))
+    finally:
+        os.close(file)
 
 
 def refuse_unfit(path: AnyPath, flag: str) -> None:

@@ -159,7 +159,7 @@ def form(sentences: Sequence[str]) -> str:
 def write_rationale(folder: str | os.PathLike, sentences: Sequence[str]) -> None:
     """Write the sentences as `form` shows them, not flushed. Raises UserError for a `folder` behind a link."""
     refuse_links(folder)
-    files.write_text(Path(folder) / RATIONALE, form(sentences) + "\n", flush=False)
+    files.write_text(f"{folder}/{RATIONALE}", form(sentences) + "\n", flush=False)
 
 
 def read_rationale(folder: str | os.PathLike) -> list[str]:
@@ -167,7 +167,7 @@ def read_rationale(folder: str | os.PathLike) -> list[str]:
 
     Raises Refused("no_rationale") when the file is missing, unreadable or not in that form.
     """
-    path = Path(folder) / RATIONALE
+    path = f"{folder}/{RATIONALE}"
     try:
         # bytes, split at \n only: a sentence may hold \r or U+2028, which str.splitlines would break at
         text = files.read_shared(path).decode("utf-8").removeprefix("\ufeff")

@@ -56,18 +56,17 @@ def read_reply(kind: str, folder: str | os.PathLike) -> list[float] | str:
 
     Raises Refused; the reason is then in `refused.txt`.
     """
-    folder = Path(folder)
     try:
         sentences = () if kind == JUDGE else read_rationale(folder)
         try:
-            reply = files.read_shared(folder / REPLY)
+            reply = files.read_shared(f"{folder}/{REPLY}")
         except OSError as error:
             raise Refused("no_reply", f"no {REPLY} ({error.strerror})") from None
         result = parse(kind, reply, sentences)
     except Refused as refused:
-        if not has_reply(folder) and os.path.lexists(folder / REASON):
-            (folder / SCORES).unlink(missing_ok=True)  # the Teacher's client has written why no reply came
-        elif folder.is_dir():
+        if not has_reply(folder) and os.path.lexists(f"{folder}/{REASON}"):
+            Path(folder, SCORES).unlink(missing_ok=True)  # the Teacher's client has written why no reply came
+        elif os.path.isdir(folder):
             _write_result(folder, refused)
         raise
     _write_result(folder, result)
@@ -108,7 +107,7 @@ def write_reply(
     _write_result(folder, result)
 
 
-def _write_result(folder: Path, result: list[float] | str | Refused | None) -> None:
+def _write_result(folder: str | os.PathLike, result: list[float] | str | Refused | None) -> None:
     """Write scores or a refusal, and remove the file of the other."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{folder}/{SCORES if isinstance(result, Refused) else REASON}")

@@ -191,6 +191,9 @@ def test_scores_are_read_and_published_once(exported):
     store, rows = exported
     rl_tools.answer(store.questions, scorer=lambda sentence: 0.3)
     decision = rollouts.read_feedback(store, rows, max_dropped=0.0)
+    with disk_calls() as calls:  # what holds the result already is not written again
+        assert rollouts.read_feedback(store, rows, max_dropped=0.0) == decision
+    assert calls == ["flush", store.scores_file.name]
     assert decision == files.read_json(store.scores_file, "test") and decision["dropped"] == {}
     kept, scores = rollouts.scored(rows, decision)
     assert len(kept) == 10 and [len(row) for row in scores] == rows.sentence_counts.tolist()
