@@ -385,8 +385,8 @@ def read_feedback(store: RolloutStore, rollouts: Rollouts, max_dropped: float) -
     them, are lost; then nothing is written, and the replies can be repaired.
     """
     scores, dropped = {}, {}
-    keys, counts = rollouts.keys(), rollouts.sentence_counts.tolist()
-    for row, expected in enumerate(cli.progress(counts, desc="reading scores", unit="reply")):
+    keys, sentence_counts = rollouts.keys(), rollouts.sentence_counts.tolist()
+    for row, expected in enumerate(cli.progress(sentence_counts, desc="reading scores", unit="reply")):
         try:
             got = reply_files.read_scores(question_folder(rollouts, row, store.questions)) if expected else []
             if len(got) != expected:
