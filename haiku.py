@@ -3,6 +3,8 @@
     python haiku.py --questions_dir RL_models/<run>/questions                      # Claude, ANTHROPIC_API_KEY
     python haiku.py --questions_dir RL_models/<run>/questions --batch              # half the price, within a day
     python haiku.py --questions_dir RL_models/<run>/questions --estimate           # what it would cost
+    python haiku.py --questions_dir RL_models/<run>/questions --teacher openai \\
+        --base_url http://localhost:8000 --teacher_model MODEL                     # your own server (docs/teacher.md)
     python haiku.py --questions_dir RL_models/<run>/questions --teacher reference  # offline, from the gold solutions
 
 Reads `{questions_dir}/{k}/p{rank}/{qid}/input_for_llm.txt` and the images beside it (made by
@@ -45,8 +47,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     watch = "score while RL exports, in all rounds of its --epochs (at most this long; default: 72 hours)"
     parser.add_argument("--watch", type=float, nargs="?", const=72.0, metavar="HOURS", help=watch)
     parser.add_argument("--check", type=int, metavar="N", help="print how far two Teachers agree on N rationales")
-    against = "the second Teacher of --check: a model id, or reference (the default)"
-    parser.add_argument("--against", metavar="MODEL", help=against)
+    against = "the second Teacher of --check: reference, a model of the same --teacher, claude:MODEL or openai:MODEL"
+    parser.add_argument("--against", metavar="MODEL", help=f"{against} (default: reference)")
     client.add_teacher_flags(parser)
     args = parser.parse_args(argv)
     given = cli.given_flags(parser, argv)
@@ -57,6 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--watch waits for all actions; leave out --actions": args.watch and args.actions,
     }
     cli.refuse([fault for fault, found in faults.items() if found])
+    args.against = args.against or "reference"
     client.check_teacher_flags(args, given)
     return args
 
@@ -180,12 +183,9 @@ def check(args: argparse.Namespace, items: Sequence[handoff.Item], first: Sessio
     """Print how far the Teacher of the flags and `--against` agree on `--check` rationales."""
     askable = [item for item in items if _sentences(item)]
     chosen = random.Random(0).sample(askable, min(args.check, len(askable)))
-    other = args.against or "reference"
-    if other == ("reference" if args.teacher == "reference" else args.teacher_model):
-        raise cli.UserError(f"--against: {other} is the Teacher itself; name another")
-    second_args = argparse.Namespace(**vars(args))
-    second_args.teacher = "reference" if other == "reference" else "claude"
-    second_args.teacher_model, second_args.price = other, None  # --price is the first one's
+    second_args = client.second_teacher(args)
+    if second_args.teacher == args.teacher and second_args.teacher_model in ("reference", args.teacher_model):
+        raise cli.UserError(f"--against: {args.against} is the Teacher itself; name another")
     ledger = getattr(first.teacher, "ledger", None) or Ledger(Path(args.questions_dir) / OURS, args.max_usd)
     second = make_session(second_args, first.problems, client.make_teacher(second_args, ledger))
     scores = [estimate.scores_of(session, chosen) for session in (first, second)]

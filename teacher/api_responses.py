@@ -3,7 +3,7 @@
 Errors are sorted (`failure_of`): retryable or not, perhaps charged or not, of one request or of the whole account.
 Replies are read (`read_body`) in the form of Anthropic's Messages API, of OpenAI's, or as server-sent events, as
 gateways and local servers send them. `redact` removes the key from every text before it is shown or saved. Knows no
-SDK: the provider's module (teacher/claude.py) turns its SDK's exceptions into ApiError and NoAnswer.
+SDK: teacher/sdk_client.py turns the SDKs' exceptions into ApiError and NoAnswer.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ ACCOUNT = re.compile(
     re.IGNORECASE,
 )
 ABOUT_REQUEST = re.compile(r"\W*(messages|system|tools|output_config|max_tokens)\b")  # may quote the question
+UNKNOWN_MODEL = re.compile(
+    r"\bmodels?\b.{0,200}?\b(not exist|not found|does ?n.t exist|not available|not a valid)|model_not_found|"
+    r"(invalid|unknown|unrecogni[sz]ed|no such|no) model\b|\bmodel\b.{0,80}\bis (unknown|invalid)", re.I | re.S
+)  # fmt: skip
+THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.S)  # of local models, where the server does not take them out
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal"}  # OpenAI's -> Anthropic's
 NO_TEXT = frozenset(("refusal", "max_tokens", "model_context_window_exceeded"))  # with these a reply may be empty
 # the status that belongs to each type of error
@@ -131,13 +136,25 @@ def is_account_refusal(error: object) -> bool:
     if is_spend_limit({"error": body}):
         return True
     codes = {status, body["code"], str(body["code"]), body["type"]}
-    if codes & {402, "402", "billing_error"}:
+    if codes & {402, "402", "billing_error", "insufficient_quota"}:
         return True
     if status == 429 and retry_after(error.headers) is not None:
         return False  # a rate limit, whatever its words: it passes
     words = " ".join(str(body[name]).replace("_", " ") for name in ("type", "code") if body[name])
     message = body["message"] or ""
     return bool(ACCOUNT.search(words) or not ABOUT_REQUEST.match(message) and ACCOUNT.search(message))
+
+
+def is_unknown_model(error: Exception, model: str) -> bool:
+    """Whether the server says that it has no such model."""
+    if not isinstance(error, ApiError) or error.status not in (400, 404):
+        return False
+    body = error_body(error.body)
+    message = body["message"] or ""
+    if body["type"] == "not_found_error" and re.match(r"\W*model\b", message):
+        return True
+    known_words = UNKNOWN_MODEL.search(f"{body['code']} {message}")
+    return bool(known_words) and (error.status == 404 or model in message or body["code"] == "model_not_found")
 
 
 def is_spend_limit(body: object) -> bool:
@@ -196,27 +213,35 @@ def _explain(error: Exception, teacher: Any, request: Any, retries: int) -> str:
     if is_account_refusal(error):
         kind = "the spend limit is reached" if is_spend_limit(error.body) else "the API refuses the whole account"
         return f"{key}: {kind} ({status}: {why}); see billing and limits in the Console, then run this again to go on"
-    if status == 401:
+    if status == 401 or status == 400 and re.search(r"\bapi.?key\b", why, re.IGNORECASE):
         return f"{key}: the API does not accept this key ({why}); export a valid one"
     if status == 403:
         return f"{key}: the key may not do this ({status}: {why}); see its workspace in the Console"
-    body = error_body(error.body)
-    # the API's own 404 about a model; any other one is about the address
-    about_model = body["type"] == "not_found_error" and re.match(r"\W*model\b", body["message"] or "")
-    if status in (404, 405) and not about_model:
-        if request is None:
-            return f"--batch: the server {address} has no Message Batches ({status}: {why}); leave --batch out"
-        return f"--base_url: {address} has no {teacher.api} ({status}: {why}); name the server's address without /v1"
-    if status == 404:
+    if is_unknown_model(error, teacher.model):
         retired = teacher.retired.get(teacher.model)
         unknown = f"was retired in {retired}" if retired else f"is not known at {address} ({why})"
-        return f"--teacher_model: {teacher.model} {unknown}; use --teacher_model {teacher.default_model}"
+        offered = f"the server has {in_line(teacher.offered)}" if teacher.offered and not retired else ""
+        advice = f"use --teacher_model {teacher.default_model}" if teacher.default_model else "name one that it has"
+        return f"--teacher_model: {teacher.model} {unknown}; {offered or advice}"
+    if status in (404, 405):
+        if request is None:
+            return f"--batch: the server {address} has no Message Batches ({status}: {why}); leave --batch out"
+        fix = f"name the server's address {teacher.address_hint}"
+        return f"--base_url: {address} has no {teacher.api} ({status}: {why}); {fix}"
     if status == 413:
         return f"--images: {what} is too large for the API (413: {why}); shrink its images"
     if failure_of(error).retryable:
         still = f"the API still answers {status} ({why}) after {retries} retries"
         return f"--teacher {teacher.name}: {still}; wait, then {again}"
-    return f"--teacher_model: {teacher.model} does not accept {what} ({status}: {why})"
+    fields = teacher.body(request) if request is not None else {}
+    field = next((name for name in fields if re.search(rf"\b{name}\b", why)), None)
+    fix = f"; --body '{json.dumps({field: None})}' leaves {field} out" if field else ""
+    return f"--teacher_model: {teacher.model} does not accept {what} ({status}: {why}){fix}"
+
+
+def in_line(names: Sequence[str], most: int = 12) -> str:
+    """`a, b, c ... (40)`"""
+    return ", ".join(names[:most]) + (f" ... ({len(names)})" if len(names) > most else "")
 
 
 def said(error: Exception, key: str) -> str:
@@ -267,10 +292,13 @@ def read_message(body: Any) -> Received:
     text = next((text for text in map(_text, found) if text is not None), None)
     stop = message.get("stop_reason") or choice.get("finish_reason") or body.get("stop_reason")
     stop = STOP_REASONS.get(str(stop), str(stop)) if stop is not None else None
-    if text is None and stop not in NO_TEXT:
+    if message.get("refusal") and not text:  # OpenAI's, with finish_reason "stop"
+        stop = "refusal"
+    if text is None and stop not in NO_TEXT and message is not choice.get("message"):
         raise NotAReply(shown)
+    text = THOUGHTS.sub("", text or "")
     model = body.get("model")
-    return Received(text or "", _usage(body.get("usage")), model if isinstance(model, str) and model else None, stop)
+    return Received(text, _usage(body.get("usage")), model if isinstance(model, str) and model else None, stop)
 
 
 def _error_as_reply(body: Mapping[str, Any]) -> ApiError:
@@ -301,6 +329,8 @@ def _usage(usage: Any) -> dict[str, int]:
     }
     if not all(type(number) is int and number >= 0 for number in found.values()):
         return {}
+    if type(usage.get("total_tokens")) is int:  # some servers count thinking only here
+        found["output_tokens"] = max(found["output_tokens"], usage["total_tokens"] - found["input_tokens"])
     lifetimes = usage.get("cache_creation")
     cached = {**usage, **lifetimes} if isinstance(lifetimes, Mapping) else usage
     for name in ("cache_creation_input_tokens", "cache_read_input_tokens", "ephemeral_1h_input_tokens"):

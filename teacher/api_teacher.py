@@ -1,30 +1,27 @@
 """A Teacher behind an HTTP API: how its requests are paced, retried and booked. Each provider is a subclass.
 
-A provider (teacher/claude.py) says how to connect, what a request looks like and how it is sent once. Everything else
-is here, so that every HTTP request counts towards the pace, the retries and the budget (teacher/budget.py):
+A provider (teacher/claude.py, teacher/openai_compatible.py) says which official SDK it uses, and what differs in a
+request's body. Everything else is here, so that every HTTP request counts towards the pace (teacher/pace.py), the
+retries and the budget (teacher/budget.py):
 
     answer   one request until it has a reply: retries, pauses, errors that retrying does not mend
     _send    one HTTP request: waits for its turn and for the budget, books what it cost
-    Pace     how many requests are in flight
-
-The number in flight follows additive increase, multiplicative decrease (Chiu and Jain 1989), as TCP does. It starts
-with a few, so that a fault of the whole run costs only a few requests, and each reply adds one. The first rate limit
-or overload ends this start and halves the number, once for all requests in flight; from then on a reply adds 1/limit,
-about one per round. `retry-after` delays all requests: the limit belongs to the key.
+    send     the call of the SDK (teacher/sdk_client.py)
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import json
 import os
 import random
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 from ares import images
 from ares.cli import UserError
@@ -36,11 +33,15 @@ from teacher.api_responses import (
     as_user_error,
     failure_of,
     is_account_refusal,
+    is_unknown_model,
+    read_body,
     redact,
     said,
 )
-from teacher.budget import CACHE_WRITE_1_HOUR, LOST, NOT_SENT, Ledger, Price, cost_usd, price_of
+from teacher.budget import LOST, NOT_SENT, Ledger, Price, cost_usd, price_of
 from teacher.interface import CORRECT, JUDGE, SCORE, Reply, Request, Stopped, Unanswered
+from teacher.pace import Pace
+from teacher.sdk_client import TIMEOUT, SdkClient
 
 START = 4  # requests in flight before the first reply
 MAX_RETRIES = 8  # pauses of 0.5, 1, 2, 4, 8, 8 ... s: about 40 s without any reply, then the run stops
@@ -48,15 +49,12 @@ MAX_TRIES = 30  # of one request while others are answered
 MAX_SAME = 6  # of one request that meets the same error, with the same text, each time
 BACKOFF, MAX_BACKOFF = 0.5, 8.0  # seconds
 LONGEST_PAUSE = 3600.0  # seconds: a longer `retry-after` ends the run
+MAX_REQUEST_BYTES = 32_000_000  # of Anthropic's API
+LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")
 MAX_REJECTED = 20  # requests that the API calls invalid while it answers others
 MAX_REJECTED_ALIKE = 5  # of one sort (with images, say), in the same words, before any request of the sort has a reply
 # rate limits, overload, and what a proxy answers while its server restarts: these pass, whatever their text
 TEMPORARY = frozenset((408, 409, 429, 502, 503, 504, 520, 521, 522, 523, 524, 529))
-TIMEOUT = 180.0  # seconds for one request; an answer takes a few
-# texts that servers also send when they fail for a while; a web page comes from a proxy
-GENERAL = re.compile(
-    r"<.*|(an? )?((internal|unexpected|unknown) ?)?(server ?)?error\b.{0,12}|overloaded.{0,12}|api_error|", re.I | re.S
-)
 
 
 def _schema(properties: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +66,7 @@ def _schema(properties: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# one schema per kind, whatever the sentences: a new schema costs the API a compilation
+# one schema per kind, whatever the sentences: a new schema costs Anthropic's API a compilation
 _TEXT = {"type": "string"}
 SCHEMAS = {
     SCORE: _schema({"scores": {"type": "array", "items": {"type": "number"}}}),
@@ -76,57 +74,96 @@ SCHEMAS = {
     # the reason first: a verdict that is written before its reason has none
     JUDGE: _schema({"reason": _TEXT, "verdict": {"type": "string", "enum": ["1", "2", "tie"]}}),
 }
+_SCORE = {"type": "number", "enum": [step / 10 for step in range(11)]}
 
 
-class ApiTeacher:
-    """Asks one model through an HTTP API.
+def exact_schema(request: Request) -> dict[str, Any]:
+    """For servers that enforce what a schema says: a scoring reply has one key per sentence, `sentence_1` on, and the
+    values 0.0, 0.1 ... 1.0."""
+    if request.kind != SCORE:
+        return SCHEMAS[request.kind]
+    return _schema({f"sentence_{number}": _SCORE for number in range(1, len(request.sentences) + 1)})
 
-    A subclass sets the five fields below, and defines `__aenter__` (which sets `secret` and `address` and
-    calls `start`), `__aexit__`, and
 
-        body(request)       fields of the request's body besides model, length and messages
-        parameters(request) the request's body; raises UserError for an image that cannot be used
-        send(parameters)    sends a request once and returns the reply's parts (Received) and the request's id; raises
-                            ApiError, NoAnswer and what `api_responses.read_body` raises
+@dataclass(frozen=True)
+class Preset:
+    """How a family of models wants to be asked."""
+
+    body: Mapping[str, Any] = field(default_factory=dict)  # fields of the request's body
+    structured: bool = False  # takes a JSON schema
+    exact: bool = False  # what the schema says is enforced: `exact_schema`
+    may_think: bool = False  # thinking cannot be turned off: its tokens count towards the reply's
+
+
+def merge_patch(target: Any, patch: Any) -> Any:
+    """JSON Merge Patch (RFC 7396): objects are merged, null removes a key, anything else replaces what is there."""
+    if not isinstance(patch, Mapping):
+        return patch
+    merged = dict(target) if isinstance(target, Mapping) else {}
+    for name, value in patch.items():
+        if value is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = merge_patch(merged.get(name), value)
+    return merged
+
+
+class ApiTeacher(SdkClient):
+    """Asks one model through an HTTP API. Its key must be in the environment once it is entered.
+
+    A subclass sets the fields below and those of SdkClient, and defines its methods, `image_block` and `form`.
 
     Args:
+        base_url: the server's address; None: the one in the environment, else the SDK's.
+        preset: how the model wants to be asked.
         price: overrides the table's.
-        structured: whether requests carry a JSON schema.
-        may_think: thinking cannot be turned off: its tokens count towards the reply's.
+        structured: "on" or "off": whether requests carry a JSON schema; "auto": as the preset says.
+        extra: merged into the body of every request (`merge_patch`).
         timeout: seconds from sending a request to its whole reply.
     """
 
-    name: str
-    api: str  # for messages
-    key_name: str  # environment variable of the key
-    default_model: str
+    default_model: str | None = None
     retired: Mapping[str, str] = {}  # model id -> when it was retired
+    length_field = "max_tokens"  # of the body: the most tokens of a reply
+    most_image_tokens: int  # no image costs more
+    has_batches = False
 
     def __init__(
         self,
         model: str,
-        concurrency: int,
+        base_url: str | None = None,
+        concurrency: int = 8,
         *,
+        preset: Preset = Preset(),
         price: Price | None = None,
-        structured: bool = True,
-        may_think: bool = False,
+        structured: str = "auto",
+        extra: Mapping[str, Any] | None = None,
         timeout: float = TIMEOUT,
         ledger: Ledger | None = None,
     ):
-        self.model, self.concurrency = model, concurrency
+        super().__init__(base_url, concurrency, timeout)
+        self.model = model
+        self.table = self.preset = preset  # `preset` may change once the server is asked
         self.price = price or price_of(model)
-        self.structured, self.may_think = structured, may_think
-        self.timeout = timeout
+        self.mode, self.extra = structured, extra or {}
         self.ledger = ledger or Ledger()
         self.retried: Counter[str] = Counter()  # retried errors, by reason
-        self.secret = ""
-        self.address = ""
+        self.offered: list[str] = []  # models that the server lists, once ours is not known there
         self._rejected = 0
         self._image_digests: dict[tuple, str] = {}  # identity of a file -> digest
 
-    def start(self) -> None:
-        """Begin to send requests. Call it within the event loop that sends them."""
-        self.pace = Pace(self.concurrency, START)
+    async def __aenter__(self) -> Self:
+        self.connect()
+        self.pace = Pace(self.concurrency, START)  # within the event loop that sends the requests
+        return self
+
+    def image_block(self, kind: str, data: str) -> dict[str, Any]:
+        """An image of a media type, in base64, as a part of a message."""
+        raise NotImplementedError
+
+    def form(self, schema: dict[str, Any], kind: str) -> dict[str, Any]:
+        """The field of the body that asks for JSON of a schema."""
+        raise NotImplementedError
 
     def stop(self) -> None:
         """Send no new request; those that wait for their turn raise Stopped."""
@@ -143,38 +180,88 @@ class ApiTeacher:
                 with open(path, "rb") as file:
                     self._image_digests[identity] = hashlib.file_digest(file, "sha256").hexdigest()
             digests.append(self._image_digests[identity])
-        asked = [self.model, request.kind, self.body(request), request.text, self.note(request), request.sentences]
-        asked.append(digests)
+        # by the table's preset: a reply keeps its key whether the server lists the model or not
+        asked = [self.model, request.kind, self.body(request, self.table), request.text]
+        asked += [self.note(request, self.table), request.sentences, digests]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
-    def note(self, request: Request) -> str:
-        return request.form_note if self.structured else ""
+    @property
+    def structured(self) -> bool:
+        """Whether requests carry a JSON schema."""
+        return self._is_structured(self.preset)
+
+    def _is_structured(self, preset: Preset) -> bool:
+        return preset.structured if self.mode == "auto" else self.mode == "on"
+
+    def body(self, request: Request, preset: Preset | None = None) -> dict[str, Any]:
+        """Fields of the request's body besides model, length and messages."""
+        preset = preset or self.preset
+        body = preset.body
+        if self._is_structured(preset):
+            schema = exact_schema(request) if preset.exact else SCHEMAS[request.kind]
+            body = merge_patch(body, self.form(schema, request.kind))
+        return merge_patch(body, self.extra)
+
+    def note(self, request: Request, preset: Preset | None = None) -> str:
+        preset = preset or self.preset
+        if not self._is_structured(preset):
+            return ""
+        return request.exact_note if preset.exact else request.form_note
 
     def texts(self, request: Request) -> list[str]:
         """The text and the notes behind it."""
         return [text for text in (request.text, self.note(request), request.again) if text]
 
+    def content(self, request: Request) -> list[dict[str, Any]]:
+        """Images first, then the text, then the notes. Raises UserError for an unusable image."""
+        loaded = [images.load_image(path, request.qid) for path in request.images]
+        encoded = [(kind, base64.standard_b64encode(data).decode()) for kind, data in loaded]
+        texts = self.texts(request)
+        size = sum(len(data) for _, data in encoded) + sum(map(len, texts))
+        if size > MAX_REQUEST_BYTES:
+            where = f" with its images ({request.images[0].parent})" if request.images else ""
+            raise UserError(
+                f"--images: question {request.qid}: {size / 1e6:.0f} MB{where}; "
+                f"the API takes {MAX_REQUEST_BYTES / 1e6:.0f} MB; shrink them"
+            )
+        blocks = [self.image_block(kind, data) for kind, data in encoded]
+        return [*blocks, *({"type": "text", "text": text} for text in texts)]
+
+    def parameters(self, request: Request) -> dict[str, Any]:
+        """The body of a request, as it also stands in a batch."""
+        parameters = {
+            "model": self.model,
+            self.length_field: self.max_tokens(request),
+            "messages": [{"role": "user", "content": self.content(request)}],
+            **self.body(request),
+        }
+        return {name: value for name, value in parameters.items() if self.extra.get(name, 0) is not None}
+
     def max_tokens(self, request: Request) -> int:
         """Room for the reply: it repeats the sentences (a correction twice), at two characters a token or more."""
+        for name in LENGTH_FIELDS:
+            if type(self.extra.get(name)) is int:
+                return self.extra[name]
         characters = sum(map(len, request.sentences))
         tokens = 256 + 16 * len(request.sentences) + characters // 2
         if request.kind == CORRECT:
             tokens = 512 + characters
         if request.kind == JUDGE:
             tokens = 400  # a sentence and a word, whatever is judged
-        return tokens * request.length_factor + (4096 if self.may_think else 0)
+        return tokens * request.length_factor + (4096 if self.preset.may_think else 0)
 
     def most_usd(self, request: Request, batch: bool = False) -> float | None:
         """The most that a request can cost: a token is at least a byte, and the reply ends at max_tokens.
 
-        Where a gateway writes the request to a prompt cache, a token costs up to twice as much: so an image counts
-        twice, while text, of more than two bytes a token, is covered by its bytes.
+        Where a gateway writes the request to a prompt cache, a token costs up to twice as much: text, of more than
+        two bytes a token, is covered by its bytes.
         """
         if self.price is None:
             return None
         text = len("".join(self.texts(request)).encode())
-        form = 600 if self.structured else 100  # the API's own words around a request and its schema
-        tokens = text + form + int(CACHE_WRITE_1_HOUR * images.MAX_TOKENS) * len(request.images)
+        # the API's own words around a request and its schema
+        form = 100 + (max(500, len(json.dumps(self.body(request)))) if self.structured else 0)
+        tokens = text + form + self.most_image_tokens * len(request.images)
         return self.price.usd(tokens, self.max_tokens(request), batch)
 
     def reply(
@@ -247,12 +334,15 @@ class ApiTeacher:
             began = time.monotonic()
             try:
                 async with asyncio.timeout(self.timeout):  # of the whole reply; SDKs limit each piece of it
-                    received, request_id = await self.send(parameters)
+                    received, headers = await self._received(parameters)
+                self.pace.follow(headers)
+                request_id = headers.get("request-id") or headers.get("x-request-id")
                 reply = self.reply(received, round(time.monotonic() - began, 3), request_id=request_id)
             except (ApiError, NoAnswer, ValueError, TypeError, AttributeError, TimeoutError) as error:
                 if isinstance(error, TimeoutError):
                     error = NoAnswer("TimeoutError", timeout=True)
                 failure = failure_of(error)
+                self.pace.follow(getattr(error, "headers", {}))
                 self.ledger.settle(entry, None, LOST if failure.charged else failure.reason)
                 return began, error
             except BaseException:  # cancelled, or a bug: others must not wait for this one's budget
@@ -260,10 +350,24 @@ class ApiTeacher:
                 raise
             unknown = reply.cost_usd is None and self.price is not None  # no `usage`: at most `most_usd`
             self.ledger.settle(entry, reply.cost_usd, LOST if unknown else "reply")
-            self.pace.succeeded(sort)
+            self.pace.succeeded(sort, sum(reply.usage.values()))
             return began, reply
         finally:
             self.pace.leave(sort)
+
+    async def _received(self, parameters: dict[str, Any]) -> tuple[Received, Mapping[str, str]]:
+        """Send a request once: (the reply's parts, the HTTP headers). Raises what `send` and `read_body` raise."""
+        try:
+            data, headers = await self.send(parameters)
+            try:
+                return read_body(data), headers
+            except ApiError as error:
+                error.headers = headers
+                raise
+        except ApiError as error:
+            if is_unknown_model(error, self.model) and not self.offered:
+                self.offered = await self.listed_models()
+            raise
 
     # -- errors that retrying does not mend ------------------------------------------------------------------
 
@@ -305,112 +409,3 @@ class ApiTeacher:
 def sort_of(request: Request) -> int:
     """Requests without an image (0), with one (1), with several (2): a server may accept one sort and not another."""
     return min(2, len(request.images))
-
-
-class Pace:
-    """Admits at most `limit` HTTP requests; `limit` moves between 1 and `most`, from `start` on. For one event loop.
-
-    Until a sort of requests (`sort_of`) has its first reply, only `start` of them are tried, retries included: a
-    server that can answer none of a sort is found by a few requests.
-    """
-
-    def __init__(self, most: int, start: int | None = None):
-        self.most = most
-        self.limit = float(min(most, start or most))
-        self.start = start or most
-        self._starting = self.limit < most
-        self.in_flight: Counter[int] = Counter()  # by sort
-        self.replies: Counter[int] = Counter()  # by sort
-        self.stopping = False
-        self._stopped = asyncio.Event()
-        self._changed = asyncio.Event()  # replaced at each change
-        self._tried: Counter[int] = Counter()  # requests between `begin` and `end`, by sort
-        self._last_cut = float("-inf")  # when `limit` was halved
-        self._resume_at = 0.0
-        # (reason, text, sort) of an error -> request -> times that it met the error; replies to all when it came first
-        self._seen: dict[tuple[str, str, int], tuple[Counter[str], int]] = {}
-
-    @property
-    def successes(self) -> int:
-        return self.replies.total()
-
-    async def begin(self, sort: int) -> None:
-        """Wait until a request of the sort may be tried. Raises Stopped after `stop`; else needs an `end`."""
-        await self._until(lambda: self.replies[sort] or self._tried[sort] < self.start)
-        self._tried[sort] += 1
-
-    def end(self, sort: int) -> None:
-        self._tried[sort] -= 1
-        self._wake()
-
-    async def enter(self, sort: int = 0) -> None:
-        """Wait until an HTTP request may be sent. Raises Stopped after `stop`; else needs a `leave`."""
-        while True:
-            await self._until(lambda: self.in_flight.total() < max(1, int(self.limit)))
-            pause = self._resume_at - time.monotonic()
-            if pause <= 0:
-                break
-            await self.sleep(pause)
-        self.in_flight[sort] += 1
-
-    def leave(self, sort: int = 0) -> None:
-        self.in_flight[sort] -= 1
-        self._wake()
-
-    def succeeded(self, sort: int = 0) -> None:
-        """A reply came: a little more may be in flight."""
-        self.replies[sort] += 1
-        self.limit = min(self.most, self.limit + (1.0 if self._starting else 1 / self.limit))
-        self._seen = {key: seen for key, seen in self._seen.items() if key[2] != sort}
-        self._wake()
-
-    def overloaded(self, began: float) -> None:
-        """A request that began at `began` (monotonic) met a limit: halve, unless that was done since it began."""
-        self._starting = False
-        if began > self._last_cut:
-            self.limit = max(1.0, self.limit / 2)
-            self._last_cut = time.monotonic()
-
-    def pause(self, seconds: float) -> None:
-        """Send no request before `seconds` have passed."""
-        self._resume_at = max(self._resume_at, time.monotonic() + seconds)
-
-    async def sleep(self, seconds: float) -> None:
-        """Raises Stopped as soon as the run ends."""
-        try:
-            await asyncio.wait_for(self._stopped.wait(), seconds)
-        except TimeoutError:
-            return
-        raise Stopped
-
-    def stop(self) -> None:
-        self.stopping = True
-        self._stopped.set()
-        self._wake()
-
-    async def _until(self, ready: Callable[[], bool]) -> None:
-        while not self.stopping and not ready():
-            await self._changed.wait()
-        if self.stopping:
-            raise Stopped
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    def is_permanent(self, error: tuple[str, str], sort: int, request: str, requests: int = 3, tries: int = 3) -> bool:
-        """Note an error, (reason, text); whether retrying cannot mend it: `requests` requests of the sort have met it
-        `tries` times each, and none has got a reply meanwhile.
-
-        A text that servers also send when they fail for a while (`GENERAL`) must come two times more, and other sorts
-        must have got replies: meanwhile, or at all if this sort never got one.
-        """
-        reason, text = error
-        text = re.sub(r"\w*\d\w*", "#", text)  # ids of requests, times
-        seen, replies = self._seen.setdefault((reason, text, sort), (Counter(), self.successes))
-        seen[request] += 1
-        if GENERAL.fullmatch(text.strip()):
-            if self.successes == (replies if self.replies[sort] else 0):
-                return False
-            tries += 2
-        return sum(count >= tries for count in seen.values()) >= requests

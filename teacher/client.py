@@ -1,13 +1,15 @@
 """One client for every kind of Teacher: what haiku.py, haiku_for_correction_feedback.py and tools/win_rate.py share.
 
-Two Teachers: Claude (teacher/claude.py) and the offline reference (teacher/reference.py). A request is sent for every
-item (`handoff.Item`) without a usable reply, identical requests only once (teacher/session.py), live or, with --batch,
-through teacher/batches.py. This module holds the flags and puts the parts together. Needs no torch.
+Three Teachers: Claude (teacher/claude.py), a server of chat completions (teacher/openai_compatible.py) and the offline
+reference (teacher/reference.py). A request is sent for every item (`handoff.Item`) without a usable reply,
+identical requests only once (teacher/session.py), live or, with --batch, through teacher/batches.py. This module holds
+the flags and puts the parts together. Needs no torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -21,13 +23,16 @@ from typing import Any
 
 from ares import cli, files, launch
 from teacher import batches, reference
-from teacher.api_teacher import TIMEOUT
+from teacher.api_responses import in_line
+from teacher.api_teacher import LENGTH_FIELDS, ApiTeacher
 from teacher.batch_store import BatchStore
-from teacher.budget import LOG, Ledger, Price, price_of, read_log
-from teacher.claude import DEFAULT_MODEL, ClaudeTeacher, api_key, server_address
+from teacher.budget import LOG, Ledger, Price, read_log
+from teacher.claude import DEFAULT_MODEL, ClaudeTeacher
 from teacher.handoff import Item
 from teacher.interface import JUDGE, SCORE, Reply, Request, Teacher
+from teacher.openai_compatible import OpenAITeacher
 from teacher.reply_files import ReplyCache
+from teacher.sdk_client import TIMEOUT
 from teacher.session import OURS, Report, Session, ask_live
 
 
@@ -70,30 +75,39 @@ class ReferenceTeacher:
         return Reply(text, self.name, self.model, "end_turn", seconds=round(time.monotonic() - began, 3))
 
 
+PROVIDERS: dict[str, type[ApiTeacher]] = {each.name: each for each in (ClaudeTeacher, OpenAITeacher)}
+
 # -- flags -----------------------------------------------------------------------------------------------
 
 
 def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say which Teacher is asked, how, and at what cost."""
     add = parser.add_argument_group("teacher").add_argument
-    teachers = "claude: the API, key from ANTHROPIC_API_KEY; reference: offline, from the gold solution (no key)"
-    add("--teacher", choices=("claude", "reference"), default="claude", help=teachers)
-    add("--teacher_model", default=DEFAULT_MODEL, help="any model id (default: %(default)s)")
-    add("--base_url", metavar="URL", help="another address of the API, such as a gateway")
+    teachers = (
+        "claude: the API, key from ANTHROPIC_API_KEY; openai: any server of OpenAI's chat completions (vLLM ...), "
+        "key from OPENAI_API_KEY, none for a local one; reference: offline, from the gold solution, no key"
+    )
+    add("--teacher", choices=(*PROVIDERS, "reference"), default="claude", help=teachers)
+    model = "any model id (default: %(default)s; --teacher openai has no default)"
+    add("--teacher_model", default=DEFAULT_MODEL, help=model)
+    add("--base_url", metavar="URL", help="another address of the API: a gateway, or your own server")
     in_flight = "most requests in flight, fewer when the API says so (default: %(default)s, about 1,000 a minute)"
     add("--concurrency", type=int, default=32, help=in_flight)
     add("--attempts", type=int, default=3, help="requests per item until its reply is usable (default: %(default)s)")
     add("--timeout", type=float, default=TIMEOUT, metavar="S", help="seconds per request (default: %(default)g)")
-    add("--no-structured", action="store_true", help="ask for JSON in words only, where a gateway knows no schema")
+    structured = "send a JSON schema for the reply; auto: if the model is known to take one (default: %(default)s)"
+    add("--structured", choices=("auto", "on", "off"), default="auto", help=structured)
+    body = 'merged into the body of every request, over the model\'s preset; {"temperature": null} removes a field'
+    add("--body", metavar="JSON", help=body)
     add("--keep_replies", action="store_true", help="use replies that another Teacher or model wrote before")
     add("--accept-missing", action="store_true", help="go on although some replies are missing or unusable")
     add = parser.add_argument_group("batches, money, looking before asking").add_argument
-    add("--batch", action="store_true", help="Message Batches: half the price, most end within an hour")
+    add("--batch", action="store_true", help="Message Batches (Claude): half the price, most end within an hour")
     add("--submit-only", action="store_true", help="with --batch: submit and leave; collect by --batch")
     looks = "between looks at batches (default: %(default)g)"
     add("--poll_seconds", type=float, default=30.0, metavar="S", help=looks)
     add("--max_usd", type=float, metavar="USD", help="stop before this run's spend exceeds it (exit 3)")
-    prices = "dollars per million tokens, if not in the table"
+    prices = "dollars per million tokens, if not in the table; a local server of --teacher openai costs nothing"
     add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help=prices)
     add("--estimate", action="store_true", help="print counts, tokens and dollars; ask nothing paid")
     add("--show", metavar="QID", help="print a question's request as it would be sent; ask nothing")
@@ -103,17 +117,22 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
 
 ROOM, ROOM_PER_REPLY = 1 << 20, 1 << 16  # bytes of disk reserved: a reply has four files of some blocks each
 
-FOR_CLAUDE = frozenset(
-    "teacher_model base_url concurrency attempts timeout no_structured batch submit_only poll_seconds max_usd price "
+FOR_APIS = frozenset(
+    "teacher_model base_url concurrency attempts timeout structured body batch submit_only poll_seconds max_usd price "
     "estimate cache no_cache".split()
 )
 
 
 def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
-    """Refuse flags that would be ignored, and a missing key. `given`: `cli.given_flags` of the script's parser."""
+    """Refuse flags that would be ignored, and a missing key or model.
+
+    `given`: `cli.given_flags` of the script's parser. `args.body` becomes a dict, `args.base_url` the address as the
+    SDK wants it.
+    """
     wrong = []
-    if args.teacher == "reference":
-        ignored = sorted(given & FOR_CLAUDE - ({"poll_seconds"} if getattr(args, "watch", None) else set()))
+    provider = PROVIDERS.get(args.teacher)
+    if provider is None:
+        ignored = sorted(given & FOR_APIS - ({"poll_seconds"} if getattr(args, "watch", None) else set()))
         wrong = [f"{_flag(name)} has no effect with --teacher reference; leave it out" for name in ignored]
     wrong += [f"--{name} must be at least 1" for name in ("concurrency", "attempts") if getattr(args, name) < 1]
     wrong += [
@@ -126,39 +145,105 @@ def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
         wrong.append(f"{' and '.join(map(_flag, modes))} do not go together; give one")
     if args.submit_only and not args.batch:
         wrong.append("--submit-only needs --batch")
+    if provider and args.batch and not provider.has_batches:
+        wrong.append(f"--batch: --teacher {args.teacher} has no batches; leave it out")
     try:
-        args.base_url = server_address(args.base_url)
+        args.base_url = provider.address_of(args.base_url, "--base_url") if provider and args.base_url else None
+    except cli.UserError as error:
+        wrong.append(str(error))
+    try:
+        args.body = parse_body(args.body)
     except cli.UserError as error:
         wrong.append(str(error))
     if args.cache and args.no_cache:
         wrong.append("--cache and --no-cache contradict each other; give one")
     if args.price and not all(0 <= price < math.inf for price in args.price):
         wrong.append("--price: two numbers of 0 or more")
-    if args.teacher == "claude" and args.max_usd is not None:
-        if not args.price and price_of(args.teacher_model) is None:
-            wrong.append(f"--max_usd: the price of {args.teacher_model} is not known; name it with --price IN OUT")
-        other = getattr(args, "against", None) or "reference"
-        if other != "reference" and price_of(other) is None:
-            wrong.append(f"--max_usd: the price of {other} is not known; make it --teacher_model, with --price IN OUT")
     cli.refuse(wrong)
-    if args.teacher == "claude" and not args.estimate and not args.show:
-        api_key()
+    if provider and "teacher_model" not in given and provider.default_model is None:
+        raise cli.UserError(f"--teacher_model: name a model for --teacher {args.teacher}{_offered(args)}")
+    teachers = [make_teacher(args)]
+    if getattr(args, "check", None):
+        teachers.append(make_teacher(second_teacher(args)))
+    if args.max_usd is not None:
+        _refuse_unknown_cost(teachers, args.body)
+    for teacher in teachers:
+        if isinstance(teacher, ApiTeacher) and not args.estimate and not args.show:
+            teacher.find_key(teacher.base_url)
+
+
+def parse_body(text: str | None) -> dict[str, Any]:
+    """The fields of --body. Raises UserError for what is no JSON object, and for fields that are not the user's."""
+    if text is None:
+        return {}
+    try:
+        body = files.parse_json(text)
+    except (ValueError, RecursionError) as error:
+        raise cli.UserError(f"--body: {text[:60]!r} is no JSON ({error}); write it as '{{\"top_k\": 1}}'") from None
+    if not isinstance(body, dict):
+        raise cli.UserError(f"--body: {text[:60]!r} is no JSON object; write it as {{...}}")
+    for name, flag in (("model", "--teacher_model"), ("messages", "the questions folder"), ("stream", "nothing")):
+        if name in body:
+            raise cli.UserError(f"--body: {name} cannot be set here, {flag} says it; remove it")
+    return body
+
+
+def _offered(args: argparse.Namespace) -> str:
+    """`; the server has a, b`, if it lists its models."""
+
+    async def listed() -> list[str]:
+        async with make_teacher(args) as teacher:
+            return await teacher.listed_models()
+
+    models = asyncio.run(listed())
+    return f"; the server has {in_line(models)}" if models else ""
+
+
+def _refuse_unknown_cost(teachers: Sequence[Teacher], body: Mapping[str, Any]) -> None:
+    """Raise UserError where --max_usd cannot be kept."""
+    fixes = ("name it with --price IN OUT", "make it --teacher_model, with --price IN OUT")
+    wrong = [
+        f"--max_usd: the price of {teacher.model} is not known; {fix}"
+        for teacher, fix in zip(teachers, fixes, strict=False)
+        if isinstance(teacher, ApiTeacher) and teacher.price is None
+    ]
+    lengths = [body[name] for name in LENGTH_FIELDS if name in body]
+    if lengths and not any(type(length) is int for length in lengths):
+        wrong.append(f"--max_usd: --body removes {LENGTH_FIELDS[0]}: a reply then costs anything; leave it there")
+    cli.refuse(wrong)
+
+
+def second_teacher(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags of the second Teacher of --check: `reference`, a model of the first one's provider, or
+    `claude:MODEL` or `openai:MODEL` at the provider's own address. --price and --body are the first one's."""
+    name, colon, model = args.against.partition(":")
+    other = argparse.Namespace(**{**vars(args), "price": None, "body": {}})
+    if args.against == "reference":
+        other.teacher = other.teacher_model = "reference"
+    elif colon and name in PROVIDERS:
+        other.teacher, other.teacher_model = name, model
+        other.base_url = args.base_url if name == args.teacher else None
+    else:
+        other.teacher = "claude" if args.teacher == "reference" else args.teacher
+        other.teacher_model = args.against
+    return other
 
 
 def _flag(name: str) -> str:
-    return "--" + (name.replace("_", "-") if name in ("submit_only", "no_cache", "no_structured") else name)
+    return "--" + (name.replace("_", "-") if name in ("submit_only", "no_cache") else name)
 
 
 def make_teacher(args: argparse.Namespace, ledger: Ledger | None = None) -> Teacher:
     """The Teacher that the flags name."""
     if args.teacher == "reference":
         return ReferenceTeacher()
-    return ClaudeTeacher(
+    return PROVIDERS[args.teacher](
         args.teacher_model,
         args.base_url,
         args.concurrency,
         price=Price(*args.price) if args.price else None,
-        structured=not args.no_structured,
+        structured=args.structured,
+        extra=args.body,
         timeout=args.timeout,
         ledger=ledger,
     )
@@ -180,9 +265,10 @@ def work_in(root: str | Path, flag: str, args: argparse.Namespace, before: Ledge
     files.writable_dir(ours, flag)
     with contextlib.ExitStack() as held:
         held.enter_context(launch.only_one(ours / "lock", f"{flag} {root}"))
-        if args.teacher == "claude":  # on a full disk, replies to requests in flight must still be saved
+        paid = args.teacher in PROVIDERS
+        if paid:  # on a full disk, replies to requests in flight must still be saved
             held.enter_context(files.reserve(ours / "reserve", ROOM + args.concurrency * ROOM_PER_REPLY))
-        ledger = Ledger(ours if args.teacher == "claude" else None, args.max_usd)
+        ledger = Ledger(ours if paid else None, args.max_usd)
         if before is not None:
             ledger.spent_usd, ledger.lost, ledger.lost_usd = before.spent_usd, before.lost, before.lost_usd
         teacher = make_teacher(args, ledger)

@@ -26,6 +26,7 @@ from teacher.budget import BATCH_FACTOR, PRICES_DATE, Price, price_of
 from teacher.claude import DEFAULT_MODEL
 from teacher.handoff import Item, Refused
 from teacher.interface import CORRECT, JUDGE, SCORE, Request
+from teacher.openai_compatible import OpenAITeacher
 from teacher.prompts import correction_request, judge_request, scoring_request
 from teacher.reply_files import read_scores
 from teacher.session import Session, ask_live
@@ -47,13 +48,13 @@ def input_tokens(request: Request, structured: bool) -> tuple[float, int]:
     return text / CHARACTERS_PER_TOKEN + around, sum(map(images.estimated_tokens, request.images))
 
 
-def output_tokens(request: Request, structured: bool) -> float:
+def output_tokens(request: Request, structured: bool, exact: bool = False) -> float:
     """Tokens of the reply, by rule."""
     if request.kind == JUDGE:
         return 60
     characters = sum(map(len, request.sentences))
     if request.kind == SCORE:
-        per_sentence = 4 if structured else 8
+        per_sentence = 4 if structured and not exact else 8
         return 10 + per_sentence * len(request.sentences) + (0 if structured else characters / CHARACTERS_PER_TOKEN)
     return 30 + 2 * characters / CHARACTERS_PER_TOKEN
 
@@ -79,7 +80,7 @@ def estimate(session: Session) -> None:
         text, image = input_tokens(request, teacher.structured)
         text_tokens += text
         image_tokens += image
-        tokens_out += output_tokens(request, teacher.structured)
+        tokens_out += output_tokens(request, teacher.structured, teacher.preset.exact)
         image_counts.append(len(request.images))
     ratio, how = _counted(session, asked)
     tokens_in = (text_tokens + image_tokens) * ratio
@@ -99,10 +100,10 @@ def estimate(session: Session) -> None:
         cli.print0(f"dollars: the price of {teacher.model} is not known; name it with --price IN OUT")
         return
     live = teacher.price.usd(tokens_in, tokens_out)
+    batch = f", ${live * BATCH_FACTOR:.4f} with --batch" if teacher.has_batches else ""
     cli.print0(
         f"{teacher.model}, ${teacher.price.input:g} in / ${teacher.price.output:g} out per million tokens "
-        f"({PRICES_DATE}): ${live:.4f} live, ${live * BATCH_FACTOR:.4f} with --batch; replies that must be asked "
-        "again come on top"
+        f"({PRICES_DATE}): ${live:.4f} live{batch}; replies that must be asked again come on top"
     )
 
 
@@ -110,7 +111,7 @@ def _counted(session: Session, keys: list[str]) -> tuple[float, str]:
     """(correction of the input rule, in words how it was found)."""
     rule = f"by rule ({CHARACTERS_PER_TOKEN} characters a token)"
     key = os.environ.get(session.teacher.key_name, "").strip()
-    if not keys or not key:
+    if not keys or not key or not hasattr(session.teacher, "count_tokens"):
         return 1.0, rule
     sample = keys[:: max(1, len(keys) // SAMPLE)][:SAMPLE]
 
@@ -149,7 +150,7 @@ def show(session: Session, items: list[Item], qid: str) -> None:
     if isinstance(teacher, ApiTeacher):
         if teacher.note(request):
             cli.print0(teacher.note(request))
-        about = {"model": teacher.model, "max_tokens": teacher.max_tokens(request), **teacher.body(request)}
+        about = {name: value for name, value in teacher.parameters(request).items() if name != "messages"}
         cli.print0(json.dumps(about))
         if teacher.price:
             cli.print0(f"custom_id {request.custom_id}; costs at most ${teacher.most_usd(request):.6f}")
@@ -163,7 +164,10 @@ def expected_usd(
     if flags.get("teacher") == "reference":
         return 0.0
     model = (kind == JUDGE and flags.get("judge_model")) or flags.get("teacher_model") or DEFAULT_MODEL
-    price = Price(*flags["price"]) if flags.get("price") else price_of(model)
+    price = Price(*flags["price"]) if flags.get("price") else None
+    if flags.get("teacher") == "openai":
+        price = OpenAITeacher.price_at(model, flags.get("base_url"), price)
+    price = price or price_of(model)
     if price is None:
         return None
     total, qids = 0.0, qids[:: max(1, len(qids) // PLANNED)]

@@ -22,6 +22,7 @@ class Wording:
     version: str
     again: str
     structured: Mapping[str, str] = field(default_factory=dict)  # kind -> note on the form, where output is structured
+    exact: Mapping[str, str] = field(default_factory=dict)  # the same where the server enforces a schema to the letter
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Request:
 
     `sentences` is the rationale as exported; for a correction its one entry is the whole text; for a judgement the two
     rationales, in the order in which they are shown. `problem` is None without problems.json, which only the reference
-    Teacher needs. `form_note` is sent where the model's output is structured, `again` after a reply that could not be
-    used; `length_factor` multiplies the length allowed.
+    Teacher needs. `form_note` is sent where output is structured, `exact_note` where its schema is enforced exactly,
+    `again` after a reply that could not be used; `length_factor` multiplies the length allowed.
     """
 
     custom_id: str
@@ -42,6 +43,7 @@ class Request:
     images: tuple[Path, ...] = ()
     problem: Mapping[str, Any] | None = None
     form_note: str = ""
+    exact_note: str = ""
     again: str = ""
     length_factor: int = 1
 

@@ -24,6 +24,10 @@ WORDING = Wording(
     structured={
         "score": 'Give only the numbers, as {"scores": [...]}: one for each xxx, in the order of the sentences.',
     },
+    exact={
+        "score": 'Give only the numbers, as {"sentence_1": ..., "sentence_2": ...}: one for each xxx, in the order of '
+        "the sentences.",
+    },
 )
 JUDGE_WORDING = Wording(
     "2026-11-judge-a",

@@ -228,6 +228,7 @@ class Session:
             images=tuple(self.images(item)),
             problem=self.problems.get(item.qid),
             form_note=self.wording.structured.get(self.kind, ""),
+            exact_note=self.wording.exact.get(self.kind, ""),
         )
 
     def images(self, item: Item) -> list[Path]:

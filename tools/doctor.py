@@ -33,7 +33,7 @@ from ares import cli, data_folder
 from ares.cli import Stop, UserError, print0, run, warn0
 from ares.data_folder import DataFolder
 from ares.images import broken_images
-from teacher import claude
+from teacher.claude import ClaudeTeacher
 from teacher.handoff import images_of_questions
 
 PUBLIC = {
@@ -201,14 +201,14 @@ def api_key() -> tuple[None, str]:
     """Warns if there is no key for the Teacher. Raises UserError for one that cannot be a key (which is never shown),
     and for proxy and certificate settings that the Teacher's client cannot use."""
     try:
-        claude.api_key()
+        ClaudeTeacher.find_key()
     except UserError as error:
-        if os.environ.get(claude.KEY, "").strip():
+        if os.environ.get(ClaudeTeacher.key_name, "").strip():
             raise
         warn0(str(error))
         return None, "no key"
-    claude.check_network()
-    return None, f"{claude.KEY} is set"
+    ClaudeTeacher.check_network()
+    return None, f"{ClaudeTeacher.key_name} is set"
 
 
 # -- the data --------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ def test_prices(server, world):
     assert budget.cost_usd(haiku_45, {"input_tokens": 10**6, "output_tokens": 10**6}) == 6.0
     assert budget.cost_usd(budget.price_of("claude-haiku-4-5"), {"input_tokens": 10**6}, batch=True) == 0.5
     assert budget.cost_usd(budget.price_of("my-gateway-model"), {"input_tokens": 5}) is None
-    world.ask("--no-structured", "--price", "1", "2")  # a gateway
+    world.ask("--structured", "off", "--price", "1", "2")  # a gateway
     assert all(not asked.structured and not asked.notes for asked in server.asked) and world.answered == 24
     paid = (server.billed["input_tokens"] * 1 + server.billed["output_tokens"] * 2) / 1e6
     assert world.totals.usd == pytest.approx(paid)

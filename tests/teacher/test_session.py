@@ -168,7 +168,7 @@ def test_keys_of_earlier_versions_still_find_their_replies():
     """Digests of commit 12494b9: the cache and the batch records hold them."""
     text = 'Score:\n{\n"It is so.": xxx\n}'
     request = Request("id", SCORE, "7", text, ("It is so.",), form_note="Only scores.")
-    structured, plain = ClaudeTeacher("claude-haiku-5-5"), ClaudeTeacher(HAIKU_45, structured=False)
+    structured, plain = ClaudeTeacher("claude-haiku-5-5"), ClaudeTeacher(HAIKU_45, structured="off")
     assert structured.key(request) == "b1033aa549c4620e43d995945bd87dd9a6003100a924985b569cb5a65551e481"
     assert plain.key(request) == "8193ad166bd484e64c1c28e6eaa9696a6c424ae73a2ac8f1d86b45c5730d942b"
 
