@@ -1,9 +1,9 @@
-"""A local HTTP server that speaks Anthropic's API as documented, for tests with the real `anthropic` client.
+"""A local HTTP server that speaks Anthropic's and OpenAI's APIs as documented, for tests with the real SDKs.
 
-Messages, count_tokens and Message Batches. It checks what the real one checks - key, version, model, thinking,
-temperature and output_config per model, image data against media type, custom ids - records every request, and injects
-faults (status, headers, error body as documented, broken connections, spoilt replies). Replies fill the form they are
-sent; `server.respond` changes that.
+Messages, count_tokens, Message Batches, models; chat completions. It checks what the real ones check - key, version,
+model, thinking, temperature and output_config per model, schemas, image data against media type, custom ids - records
+every request, and injects faults (status, headers, error body as documented, broken connections, spoilt replies).
+Replies fill the form they are sent; `server.respond` changes that.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import struct
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 KEY = "sk-ant-test-0123456789abcdef"
 MODELS = ("claude-haiku-5-5", "claude-haiku-4-5-20251001")
@@ -34,6 +34,8 @@ ERROR_TYPES = {
     500: "api_error", 529: "overloaded_error",
 }  # fmt: skip
 MESSAGE_FIELDS = set("model max_tokens messages thinking temperature system metadata output_config".split())
+CHAT_FIELDS = set("model max_tokens max_completion_tokens messages temperature response_format seed top_p".split())
+FINISH = {"end_turn": "stop", "max_tokens": "length", "refusal": "content_filter", "declined": "stop"}
 COUNT_FIELDS = set("model messages thinking system output_config tools tool_choice".split())
 
 # The kinds of faults. A connection that breaks off after half of the answer, or never answers:
@@ -44,10 +46,11 @@ SPOIL: dict[str, Callable[[str], tuple[str, str]]] = {
     "wrong_count": lambda text: ('{"scores": [0.5]}' if "," in text else '{"scores": [0.5, 0.5]}', "end_turn"),
     "chatter": lambda text: ("I have read it and it is mostly fine.", "end_turn"),
     "refusal": lambda text: ("", "refusal"),
+    "declined": lambda text: ("I cannot help with that.", "declined"),  # OpenAI's: a field beside an empty content
     "max_tokens": lambda text: (text[: len(text) // 2], "max_tokens"),
     "prose": lambda text: (f"Here are the scores:\n```json\n{text}\n```\nI hope this helps.", "end_turn"),  # usable
 }
-SPOILT = tuple(kind for kind in SPOIL if kind != "prose")
+SPOILT = tuple(kind for kind in SPOIL if kind not in ("prose", "declined"))
 RETRIEVALS = {  # what a batch's description says instead
     "no_url": {"results_url": None},
     "relative_url": {"results_url": "results.jsonl"},
@@ -101,13 +104,18 @@ class Asked:
     def read(cls, body: dict, headers: dict | None = None) -> Asked:
         blocks = body["messages"][0]["content"]
         blocks = [{"type": "text", "text": blocks}] if isinstance(blocks, str) else blocks
-        images = [_image(block["source"]) for block in blocks if block["type"] == "image"]
+        images = [_image(_source(block)) for block in blocks if block["type"] in ("image", "image_url")]
         texts = [block["text"] for block in blocks if block["type"] == "text"]
         return cls(body, headers or {}, images, texts[0], texts[1:], [block["type"] for block in blocks])
 
     @property
     def structured(self) -> bool:
-        return "output_config" in self.body
+        return self.schema is not None
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        form = self.body.get("output_config", {}).get("format") or {}
+        return form.get("schema") or self.body.get("response_format", {}).get("json_schema", {}).get("schema")
 
     @property
     def digest(self) -> str:
@@ -121,6 +129,8 @@ def fill_form(asked: Asked, score: Callable[[str], float] = lambda sentence: 0.8
         return json.dumps({"Original rationale": rationale, "Final rationale": rationale}, indent=0), "end_turn"
     form = asked.text[asked.text.rindex("\n{\n") + 1 :]
     sentences = re.findall(r'^"(.*)": xxx,?$', form, re.MULTILINE)
+    if asked.schema and "scores" not in asked.schema["properties"]:
+        return json.dumps(dict(zip(asked.schema["required"], map(score, sentences), strict=True))), "end_turn"
     if asked.structured:
         return json.dumps({"scores": [score(sentence) for sentence in sentences]}), "end_turn"
     return "{\n" + ",\n".join(f'"{sentence}": {score(sentence)}' for sentence in sentences) + "\n}", "end_turn"
@@ -158,6 +168,9 @@ class ApiServer:
         self.faults: deque[Fault] = deque()
         self.plan: Callable[[Asked], Fault | None] = lambda asked: None
         self.in_flight = self.most_in_flight = self.counted = 0
+        self.needs_key = True
+        self.models: dict[str, dict] = {name: {} for name in MODELS}  # id -> more fields of its description
+        self.headers: Callable[[], dict[str, str]] = dict  # of whole replies, such as rate limits
         # batches
         self.batches: list[Batch] = []
         self.batch_seconds = 0.0  # until a batch ends
@@ -192,6 +205,19 @@ class ApiServer:
             "usage": {**usage, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, **self.usage_extra},
         }  # fmt: skip
 
+    def completion(self, asked: Asked, text: str, stop_reason: str) -> dict:
+        """The reply as a chat completion."""
+        made = self.message(asked, text, stop_reason)["usage"]
+        usage = {"prompt_tokens": made["input_tokens"], "completion_tokens": made["output_tokens"]}
+        declined = stop_reason == "declined"
+        message = {"role": "assistant", "content": None if declined else text, "refusal": text if declined else None}
+        return {
+            "id": f"chatcmpl-{next(self.ids):06}", "object": "chat.completion", "created": int(time.time()),
+            "model": asked.body["model"],
+            "choices": [{"index": 0, "message": message, "finish_reason": FINISH[stop_reason], "logprobs": None}],
+            "usage": {**usage, "total_tokens": sum(usage.values()), **self.usage_extra},
+        }  # fmt: skip
+
     def results_of(self, batch: Batch) -> list[str]:
         """JSONL lines out of order, made once."""
         if batch.results is None:
@@ -215,8 +241,8 @@ class ApiServer:
 
     def bill(self, message: dict, prefix: str = "") -> None:
         with self.lock:
-            for name in ("input_tokens", "output_tokens"):
-                self.billed[prefix + name] += message["usage"][name]
+            for name, chat in (("input_tokens", "prompt_tokens"), ("output_tokens", "completion_tokens")):
+                self.billed[prefix + name] += message["usage"].get(name, message["usage"].get(chat))
 
     def described(self, batch: Batch) -> dict:
         ended = time.time() >= batch.created + self.batch_seconds
@@ -255,6 +281,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.allowed():
             if self.path.startswith("/v1/messages") and path in answers:
                 answers[path](json.loads(raw))
+            elif self.path == "/v1/chat/completions":
+                self.messages(json.loads(raw))
             else:
                 self.error(404, f"no such path: {self.path}")
 
@@ -262,6 +290,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.allowed():
             return None
         url = urlsplit(self.path)
+        if url.path.startswith("/v1/models"):
+            return self.describe(unquote(url.path.removeprefix("/v1/models").strip("/")))
         parts = url.path.removeprefix("/v1/messages/batches").strip("/").split("/")
         if not url.path.startswith("/v1/messages/batches"):
             return self.error(404, f"no such path: {self.path}")
@@ -275,19 +305,34 @@ class _Handler(BaseHTTPRequestHandler):
     def allowed(self) -> bool:
         # the SDK sends a key as x-api-key, from version 2 on as a bearer token
         bearer = (self.headers.get("authorization") or "").removeprefix("Bearer ")
-        if KEY not in (self.headers.get("x-api-key"), bearer):
+        if self.api.needs_key and KEY not in (self.headers.get("x-api-key"), bearer):
             self.error(401, "invalid x-api-key")
-        elif not self.headers.get("anthropic-version"):
+        elif not self.headers.get("anthropic-version") and self.path.startswith("/v1/messages"):
             self.error(400, "anthropic-version: header is required")
         else:
             return True
         return False
 
-    # -- Messages --------------------------------------------------------------------------------------------
+    @property
+    def chat(self) -> bool:
+        """Whether OpenAI's API is asked."""
+        return not self.headers.get("anthropic-version")
+
+    def describe(self, model: str) -> None:
+        """One model, or all of them."""
+        of = {"object": "model", "owned_by": "test"} if self.chat else {"type": "model", "display_name": "A model"}
+        listed = [{"id": name, "created_at": "2026-01-01T00:00:00Z", **of, **more}
+                  for name, more in self.api.models.items()]  # fmt: skip
+        if not model:
+            return self.send(200, {"data": listed, "has_more": False, "object": "list"})
+        found = next((each for each in listed if each["id"] == model), None)
+        return self.send(200, found) if found else self.error(404, f"model: {model}")
+
+    # -- Messages and chat completions -----------------------------------------------------------------------
 
     def messages(self, body: dict) -> None:
         api = self.api
-        problem = _refusal(body)
+        problem = _chat_refusal(body, api.models) if self.chat else _refusal(body, api.models)
         if problem:
             return self.error(*problem)
         asked = Asked.read(body, dict(self.headers))
@@ -313,14 +358,14 @@ class _Handler(BaseHTTPRequestHandler):
         text, stop_reason = self.api.respond(asked)
         if kind in SPOIL:
             text, stop_reason = SPOIL[kind](text)
-        message = self.api.message(asked, text, stop_reason)
-        self.api.bill(message)
+        whole = (self.api.completion if self.chat else self.api.message)(asked, text, stop_reason)
+        self.api.bill(whole)
         time.sleep({"slow": self.api.slow_seconds, "hang": self.api.hang_seconds}.get(kind, 0))
-        data = json.dumps(message).encode()
+        data = json.dumps(whole).encode()
         if kind == "hang":
             self.close_connection = True
         elif not self.inject(fault, data):
-            self.send_bytes(200, data[:-40] if kind == "truncated_json" else data)
+            self.send_bytes(200, data[:-40] if kind == "truncated_json" else data, self.api.headers())
 
     def count_tokens(self, body: dict) -> None:
         unknown = body.keys() - COUNT_FIELDS
@@ -409,8 +454,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def error(self, status: int, message: str, headers: dict | None = None, error_code: str | None = None) -> None:
         inner: dict[str, Any] = {"type": ERROR_TYPES.get(status, "api_error"), "message": message}
+        if self.chat:
+            unknown = status == 404 and "model" in message
+            code = error_code or ("model_not_found" if unknown else None)
+            inner = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+            return self.send(status, {"error": inner}, headers)
         inner |= {"details": {"error_code": error_code}} if error_code else {}
-        self.send(status, {"type": "error", "error": inner, "request_id": f"req_{next(self.api.ids):06}"}, headers)
+        whole = {"type": "error", "error": inner, "request_id": f"req_{next(self.api.ids):06}"}
+        return self.send(status, whole, headers)
 
     def send(self, status: int, body: dict, headers: dict | None = None) -> None:
         self.send_bytes(status, json.dumps(body).encode(), headers)
@@ -434,6 +485,14 @@ def _rfc3339(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1e6):06}Z"
 
 
+def _source(block: dict) -> dict:
+    """An image block's source; of a data URL, too."""
+    if block["type"] == "image":
+        return block["source"]
+    kind, data = re.fullmatch(r"data:([a-z/]+);base64,(.+)", block["image_url"]["url"]).groups()
+    return {"type": "base64", "media_type": kind, "data": data}
+
+
 def _image(source: dict) -> tuple[str, int, int]:
     from PIL import Image
 
@@ -442,10 +501,31 @@ def _image(source: dict) -> tuple[str, int, int]:
         return Image.MIME[image.format], *image.size
 
 
-def _refusal(body: dict) -> tuple[int, str] | None:
+def _chat_refusal(body: dict, models: Iterable[str]) -> tuple[int, str] | None:
+    """`_refusal` of OpenAI's API."""
+    if body.get("model") not in models:
+        return 404, f"The model `{body.get('model')}` does not exist or you do not have access to it."
+    if unknown := body.keys() - CHAT_FIELDS:
+        return 400, f"Unrecognized request argument supplied: {sorted(unknown)[0]}"
+    lengths = [body[name] for name in ("max_tokens", "max_completion_tokens") if name in body]
+    if len(lengths) != 1 or not isinstance(lengths[0], int) or lengths[0] < 1:
+        return 400, "max_tokens: one of the two, at least 1"
+    form = body.get("response_format", {}).get("json_schema")
+    if form and not (form["strict"] and re.fullmatch(r"[\w-]{1,64}", form["name"]) and _strict(form["schema"])):
+        return 400, f"Invalid schema for response_format '{form['name']}'"
+    images = [block for block in body["messages"][0]["content"] if block["type"] == "image_url"]
+    return next(((400, problem) for block in images if (problem := _image_refusal(_source(block)))), None)
+
+
+def _strict(schema: dict) -> bool:
+    """Whether strict mode takes a schema of one level."""
+    return schema["additionalProperties"] is False and schema["required"] == list(schema["properties"])
+
+
+def _refusal(body: dict, models: Iterable[str] = MODELS) -> tuple[int, str] | None:
     """Status and message of what the API would not accept; None for a good request."""
     model = body.get("model", "")
-    if model not in MODELS:
+    if model not in models:
         return 404, f"model: {model}"
     if not isinstance(body.get("max_tokens"), int) or body["max_tokens"] < 1:
         return 400, "max_tokens: must be at least 1"
@@ -454,10 +534,12 @@ def _refusal(body: dict) -> tuple[int, str] | None:
     unknown = body.keys() - MESSAGE_FIELDS
     if unknown:
         return 400, f"{sorted(unknown)[0]}: Extra inputs are not permitted"
-    if model.startswith("claude-haiku-5") and body.get("temperature", 1) != 1:
+    if re.search(r"claude-[a-z]+-(5|4-[78])", model) and body.get("temperature", 1) != 1:
         return 400, "temperature: only the default is supported by this model"
-    if body.get("thinking", {"type": "disabled"})["type"] not in ("disabled", "adaptive"):
-        return 400, "thinking: not supported by this model"
+    thinking = body.get("thinking", {}).get("type", "adaptive")
+    off = "between_tools" if "sonnet-5-5" in model else "disabled"
+    if thinking not in ("adaptive", off) or thinking == off and re.search("opus-5-5|fable|mythos", model):
+        return 400, f'"thinking.type.{thinking}" is not supported for this model'
     form = body.get("output_config", {}).get("format")
     if form and (form.get("type") != "json_schema" or form["schema"].get("additionalProperties") is not False):
         return 400, "output_config.format.schema: additionalProperties must be explicitly set to false"

@@ -1,0 +1,550 @@
+"""Teachers of several providers: OpenAI's chat completions through the real SDK, gateways, presets, rate limits.
+
+The real third-party litellm proxy is in test_litellm.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+import re
+import time
+
+import pytest
+
+import haiku
+import haiku_for_correction_feedback
+from ares import files
+from teacher import api_teacher, claude, handoff, pace
+from teacher.api_teacher import merge_patch
+from teacher.interface import SCORE, Request
+from teacher.openai_compatible import OpenAITeacher, is_local, server_address
+from teacher.parsing import parse_scores
+from teacher.prompts import WORDING
+from tests.api_server import KEY, Fault, fill_form
+from tests.conftest import one_line_error, run_script
+from tests.teacher.teacher_tools import CREDIT, HAIKU_45, PICTURE, World, lay_out, many_items, sidecar, stops
+from tools import win_rate
+
+MODEL = "qwen2.5-vl"  # an open model, as servers name it
+TENTHS = [step / 10 for step in range(11)]
+
+
+@pytest.fixture
+def local(server, questions, monkeypatch):
+    """haiku.py on a local server that wants no key."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    server.models, server.needs_key = {MODEL: {}, "other:7b": {}}, False
+    return World(server, questions, "--teacher", "openai", "--teacher_model", MODEL)
+
+
+# -- the requests ------------------------------------------------------------------------------------------------
+
+
+def test_a_local_server_scores_without_a_key_or_a_price(server, local, sample, problems, capsys):
+    folder = lay_out(local.root, 0, PICTURE, ["Look at it.", "It is so."], problems, sample)
+    local.ask("--max_usd", "0.001")
+    assert local.answered == 13 and "replies by openai qwen2.5-vl 13" in capsys.readouterr().out
+    about = sidecar(folder)
+    assert (about["teacher"], about["model"], about["cost_usd"]) == ("openai", MODEL, 0.0)
+    assert about["usage"]["input_tokens"] > 0 and about["request_id"]
+    asked = next(asked for asked in server.asked if asked.images)
+    assert asked.images[0][0] == "image/png" and asked.content_types == ["image_url", "text", "text"]
+    assert asked.notes == [WORDING.exact["score"]] and asked.body["temperature"] == 0.0
+    assert asked.schema["properties"] == {f"sentence_{n}": {"type": "number", "enum": TENTHS} for n in (1, 2)}
+    assert asked.schema["required"] == ["sentence_1", "sentence_2"] and not asked.schema["additionalProperties"]
+    # again: nothing is asked; another folder with the same questions: from the cache
+    before = len(server.log)
+    local.ask()
+    (folder / handoff.REPLY).unlink()
+    (folder / handoff.SCORES).unlink()
+    local.ask()
+    assert len(server.log) == before and "from_cache" in sidecar(folder)
+
+
+@pytest.mark.parametrize("count", [1, 2, 11, 40])
+def test_exact_replies_are_read(count):
+    sentences = tuple(f"Sentence {number} of it." for number in range(count))
+    schema = api_teacher.exact_schema(Request("id", SCORE, "1", "text", sentences))
+    scores = [TENTHS[number % 11] for number in range(count)]
+    reply = dict(zip(schema["required"], scores, strict=True))
+    for text in (json.dumps(reply), json.dumps(reply, separators=(",", ":")), json.dumps(reply, indent=4)):
+        assert parse_scores(text, sentences) == scores
+
+
+def test_another_teacher_is_another_writer(server, local):
+    local.ask()
+    claude_world = World(server, local.root)
+    server.models = {"claude-haiku-5-5": {}}
+    line = claude_world.stops("holds replies by openai qwen2.5-vl .12 of 12., not by claude")
+    assert "--keep_replies" in line
+    local.stops("holds replies by openai qwen2.5-vl", "--teacher_model", "other:7b")
+
+
+def test_corrections_and_judgements(server, local, sample, tmp_path, monkeypatch):
+    data = sample / "ScienceQA/data"
+    always = ["--teacher", "openai", "--teacher_model", MODEL, "--base_url", server.url, "--data_root", str(data)]
+    qids = json.loads((data / "scienceqa/pid_splits.json").read_text())["test"]
+    folder = handoff.question_dir(tmp_path / "correction", 0, 0, qids[0])
+    handoff.write_rationale(folder, ["It is so."])
+    handoff.write_request(folder, "Final rationale\nThe student's explanation:\nIt is so.", [])
+    haiku_for_correction_feedback.main(
+        [*always, "--correction_dir", str(tmp_path / "correction"), "--train_split", "test",
+         "--output", str(tmp_path / "correction.json")])  # fmt: skip
+    assert "Final rationale" in server.asked[0].schema["properties"] and sidecar(folder)["teacher"] == "openai"
+
+    server.respond = lambda asked: ('{"reason": "It is so.", "verdict": "1"}', "end_turn")
+    for name in "AB":
+        files.write_json(tmp_path / f"{name}.json", {"preds": [f"By {name}: {q}." for q in qids], "qids": qids})
+    systems = [f"{name}={tmp_path / name}.json" for name in "AB"]
+    argv = [*systems, "--output", str(tmp_path / "wins"), "--questions", "30", "--with_image"]
+    images = ["--images", str(sample / "images")]
+    server.asked.clear()
+    win_rate.main([*always, *argv, *images])
+    assert any(asked.images for asked in server.asked) and len(server.asked) == 60
+    assert server.asked[0].schema["properties"]["verdict"]["enum"] == ["1", "2", "tie"]
+    found = json.loads((tmp_path / "wins/win_rate.json").read_text())
+    assert found["judge"]["teacher"] == "openai" and found["summary"]["position"]["first"] == 100
+
+
+def test_show_estimate_and_check(server, local, sample, capsys):
+    local.ask("--estimate")
+    out = capsys.readouterr().out
+    assert "$0.0000 live;" in out and "--batch" not in out
+    local.ask("--show", local.items[0].qid)
+    shown = capsys.readouterr().out
+    assert '"sentence_1": {"type": "number"' in shown and '"max_tokens"' in shown and not server.log
+    data = ("--data_root", sample / "ScienceQA/data", "--check", "3")
+    local.ask(*data, "--against", "other:7b")
+    assert "openai qwen2.5-vl against openai other:7b" in capsys.readouterr().out and len(server.log) == 6
+    local.stops("is the Teacher itself", *data, "--against", f"openai:{MODEL}")
+
+
+def test_two_providers_are_compared(server, local, sample, capsys, monkeypatch):
+    """--against claude:MODEL goes to Anthropic's address, not to --base_url."""
+    server.models["claude-haiku-5-5"] = {}
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
+    data = ("--data_root", sample / "ScienceQA/data", "--check", "3")
+    local.ask(*data, "--against", "claude:claude-haiku-5-5")
+    assert "openai qwen2.5-vl against claude claude-haiku-5-5" in capsys.readouterr().out
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    local.stops("ANTHROPIC_API_KEY is not set", *data, "--against", "claude:claude-haiku-5-5")
+
+
+# -- flags ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_must_be_named_and_the_servers_are_listed(server, local, monkeypatch):
+    flags = ["--teacher", "openai", "--questions_dir", str(local.root), "--base_url", server.url]
+    stops(
+        lambda: haiku.main(flags), "--teacher_model: name a model for --teacher openai; the server has qwen2.5-vl, oth"
+    )
+    line = stops(lambda: haiku.main([*flags[:-1], "http://127.0.0.1:9"]), "--teacher_model: name a model")
+    assert "the server has" not in line
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url + "/v1/")
+    stops(lambda: haiku.main(flags[:-2]), "the server has qwen2.5-vl, other:7b")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--batch",), "--batch: --teacher openai has no batches"),
+        (("--base_url", "https://api.example.com/v1"), "OPENAI_API_KEY is not set.*--base_url"),
+        (("--base_url", "localhost:8000"), "--base_url: localhost:8000 is no address"),
+        (("--base_url", "http://me:word@host"), "--base_url: the address holds a user name"),
+        (
+            ("--base_url", "https://api.example.com", "--max_usd", "1"),
+            "--max_usd: the price of qwen2.5-vl is not known",
+        ),
+        (("--max_usd", "1", "--body", '{"max_tokens": null}'), "--max_usd: --body removes max_tokens"),
+        (("--body", "{temperature: 0}"), "--body: '{temperature: 0}' is no JSON"),
+        (("--body", "[1]"), "--body: '.1.' is no JSON object"),
+        (("--body", "7"), "--body: '7' is no JSON object"),
+        (("--body", '{"model": "x"}'), "--body: model cannot be set here, --teacher_model"),
+        (("--body", "[" * 100_000), "--body: .*is no JSON"),
+        (("--structured", "maybe"), None),
+    ],
+)
+def test_wrong_flags_end_in_one_line_before_anything_is_asked(server, local, flags, words):
+    if words is None:
+        with pytest.raises(SystemExit):
+            local.ask(*flags)
+    else:
+        local.stops(words, *flags)
+    assert not server.log
+
+
+def test_flags_without_effect_are_refused(local):
+    argv = ["--teacher", "reference", "--structured", "on", "--body", "{}"]
+    line = stops(lambda: haiku.parse_args(argv), "--body has no effect")
+    assert "--structured has no effect" in line
+
+
+@pytest.mark.parametrize(
+    "url, local",
+    [("http://localhost:8000", 1), ("http://127.0.0.1/v1", 1), ("http://127.9.9.9", 1), ("http://[::1]:8000/v1", 1),
+     ("http://10.1.2.3", 1), ("http://192.168.0.5:80", 1), ("http://172.20.0.1", 1), ("http://[fd00::1]", 1),
+     ("http://100.64.1.1", 1), ("http://169.254.1.1", 1), ("http://gpu-box:8000", 1), ("http://vllm.local", 1),
+     ("http://host.docker.internal:11434", 1), ("http://0.0.0.0:8000", 1), (None, 0), ("https://api.openai.com/v1", 0),
+     ("http://8.8.8.8", 0), ("http://172.15.0.1", 0), ("http://localhost.example.com", 0), ("http://10.com", 0),
+     ("http://[2606:4700::1]", 0), ("https://generativelanguage.googleapis.com/v1beta/openai/", 0)],
+)  # fmt: skip
+def test_what_is_local(url, local):
+    assert is_local(url) == bool(local)
+
+
+@pytest.mark.parametrize(
+    "url, address",
+    [("http://h:1", "http://h:1/v1"), ("http://h:1/", "http://h:1/v1"), ("http://h/v1", "http://h/v1"),
+     ("http://h/v1/", "http://h/v1"), ("http://h/v1/chat/completions", "http://h/v1"), ("http://h/models", "http://h/v1"),
+     ("https://g.com/v1beta/openai/", "https://g.com/v1beta/openai"), ("https://o.ai/api/v1?x=1", "https://o.ai/api/v1"),
+     ("http://h//v1//chat/completions/", "http://h//v1"), (" http://h:1 ", "http://h:1/v1")],
+)  # fmt: skip
+def test_addresses(url, address):
+    assert server_address(url) == address
+
+
+def test_what_paid_servers_get():
+    """OpenAI's own address: its newer models refuse `max_tokens` and a temperature; they think within the limit."""
+    request = Request("id", SCORE, "1", "text", ("One.",))
+    at_openai, elsewhere = OpenAITeacher("gpt-5"), OpenAITeacher(MODEL, "http://10.0.0.1")
+    sent = at_openai.parameters(request)
+    assert sent["max_completion_tokens"] > 4096 and not {"max_tokens", "temperature"} & sent.keys()
+    assert elsewhere.parameters(request)["max_tokens"] < 1000 and elsewhere.price.input == 0
+    assert at_openai.price is None and OpenAITeacher("claude-haiku-5-5").price is not None
+    capped = OpenAITeacher("gpt-5", extra={"max_completion_tokens": 100}, price=api_teacher.Price(1.0, 1.0))
+    assert capped.parameters(request)["max_completion_tokens"] == 100 < at_openai.max_tokens(request)
+    assert capped.most_usd(request) < 0.001
+
+
+# -- faults --------------------------------------------------------------------------------------------------------
+
+
+def body_of(value):
+    return json.dumps(value).encode()
+
+
+def failed(message, **more):
+    return body_of({"error": {"message": message, **more}})
+
+
+INVALID = "litellm.BadRequestError: Invalid model name passed in model=qwen2.5-vl. Call `/v1/models` to view available"
+QUOTA = "You exceeded your current quota, please check your plan and billing details."
+
+
+@pytest.mark.parametrize(
+    "words, status, fault",
+    [
+        ("OPENAI_API_KEY: the API does not accept this key", 2, Fault(401, "Incorrect API key provided")),
+        ("OPENAI_API_KEY: the API does not accept", 2, Fault(400, body=body_of([{"error": {"code": 400, "message":
+            "API key not valid. Please pass a valid API key.", "status": "INVALID_ARGUMENT"}}]))),
+        ("OPENAI_API_KEY: the API refuses the whole account.*exceeded", 3,
+         Fault(429, body=failed(QUOTA, code="insufficient_quota"), headers={"retry-after": "1"})),
+        ("OPENAI_API_KEY: the API refuses the whole account", 3, Fault(400, CREDIT)),
+        ("--base_url: http.*/v1/ has no chat completions .404: Not Found.*with its /v1", 2,
+         Fault(404, body=body_of({"detail": "Not Found"}))),
+        ("does not accept the request.*context length", 2, Fault(400, "maximum context length is 4096 tokens")),
+        ("--body '{\"temperature\": null}' leaves temperature out", 2,
+         Fault(400, "Unsupported value: 'temperature' does not support 0 with this model.")),
+        ("--body '{\"response_format\": null}' leaves", 2, Fault(400, "unknown field: response_format")),
+        *(("--teacher_model: qwen2.5-vl is not known.*the server has qwen2.5-vl, other:7b", 2, fault) for fault in (
+            Fault(404, "The model `qwen2.5-vl` does not exist."),
+            Fault(404, 'model "qwen2.5-vl" not found, try pulling it first'),
+            Fault(404, body=body_of([{"error": {"code": 404, "message":
+                "models/qwen2.5-vl is not found for API version v1main, or is not supported for generateContent"}}])),
+            Fault(404, body=body_of({"object": "error", "message": "The model `qwen2.5-vl` does not exist.",
+                                     "type": "NotFoundError", "param": None, "code": 404})),
+            Fault(400, body=failed(INVALID, type="None", code="400")),
+            Fault(404, body=failed("no", code="model_not_found")),
+        )),
+    ],
+)  # fmt: skip
+def test_what_retrying_does_not_mend_ends_the_run_in_one_line(server, local, words, status, fault):
+    server.plan = lambda asked: fault
+    line = local.stops(words, "--concurrency", "1", status=status)
+    assert len(server.log) == 1 and len(line) < 600
+    server.plan = lambda asked: None
+    local.ask()
+    assert local.answered == 12
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [Fault(429)] * 3, [Fault(429, headers={"retry-after": "0.1"})] * 3, [Fault(500, "boom")] * 2, [Fault(503)] * 3,
+        [Fault(0, kind="reset")], [Fault(0, kind="lost")], [Fault(0, kind="truncated_json")],
+        [Fault(200, body=failed("litellm.RateLimitError: slow down", type="throttling_error", code="429"))],
+        [Fault(200, body=failed("upstream died", type=None, param=None, code=None))],
+        [Fault(0, kind="wrong_count")], [Fault(0, kind="chatter")], [Fault(0, kind="refusal")],
+        [Fault(0, kind="declined")], [Fault(0, kind="max_tokens")],
+        [Fault(200, body=body_of({"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}))],
+        [Fault(200, body=body_of({"choices": [{"message": {"content": ""}, "finish_reason": "content_filter"}]}))],
+    ],
+    ids=lambda faults: f"{faults[0].name} {(faults[0].body or b'')[:50].decode()}",
+)  # fmt: skip
+def test_faults_that_pass_lose_nothing(server, local, faults):
+    server.faults.extend(faults)
+    local.ask()
+    assert local.answered == 12 and len(server.log) == 12 + len(faults) and local.done == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "kind, reason", [("refusal", "refusal"), ("declined", "refusal"), ("max_tokens", "max_tokens")]
+)
+def test_refused_and_cut_replies_are_reported(server, local, kind, reason):
+    text = local.request(3)
+    server.plan = lambda asked: Fault(0, kind=kind) if asked.text == text else None
+    local.stops(f"1 of 12 replies are unusable .{reason} 1.")
+    assert len(server.log) == 11 + 3 and local.answered == 11
+    lengths = [asked.body["max_tokens"] for asked in server.asked if asked.text == text]
+    assert (lengths[1] == 2 * lengths[0]) == (kind == "max_tokens")
+
+
+def test_a_dead_server_is_one_line_from_the_command_line(local):
+    flags = local.flags("--base_url", "http://127.0.0.1:9")
+    patch = {"OPENAI_API_KEY": "", "NO_PROXY": "*"}
+    code = ["-c", "import sys; from teacher import api_teacher; api_teacher.MAX_RETRIES = 1; import haiku; "
+            "from ares import cli; cli.run(haiku.main)"]  # fmt: skip
+    done = run_script(*code, *flags, check=False, env=patch)
+    one_line_error(done, "--base_url: cannot reach http://127.0.0.1:9/v1/ after 1 retries")
+
+
+def test_thoughts_and_tokens_that_only_the_total_counts(server, local):
+    def plan(asked):
+        text = f'<think>{{"sentence_1": 0.1}} or 0.2?</think>\n{fill_form(asked)[0]}'
+        usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 150}
+        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        return Fault(200, body=body_of({"model": MODEL, "choices": [choice], "usage": usage}))
+
+    server.plan = plan
+    local.ask("--price", "1", "2")
+    assert local.answered == 12 and set(local.scores.values()) and "0.1" not in "".join(local.scores.values())
+    assert local.totals.usd == pytest.approx(12 * (100 + 2 * 50) / 1e6)
+
+
+def test_a_key_is_sent_where_there_is_one_and_never_shown(server, local, monkeypatch):
+    server.needs_key = True
+    local.stops("OPENAI_API_KEY: the API does not accept this key")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    local.ask()
+    server.plan = lambda asked: Fault(400, f"who is {KEY}?")
+    (local.folder() / handoff.REPLY).unlink()
+    assert KEY not in local.stops("who is ", "--no-cache")
+    monkeypatch.setenv("OPENAI_API_KEY", "two words")
+    local.stops("OPENAI_API_KEY holds characters that no key has")
+
+
+# -- Claude behind gateways ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model, like",
+    [("anthropic/claude-haiku-5.5", "claude-haiku-5-5"), ("openrouter/anthropic/claude-haiku-5.5", "claude-haiku-5-5"),
+     ("eu.anthropic.claude-haiku-4-5-20251001-v1:0", "claude-haiku-4-5"), ("claude-haiku-4-5@20251001", HAIKU_45),
+     ("arn:aws:bedrock:eu-west-1:1:inference-profile/eu.anthropic.claude-sonnet-5-5", "claude-sonnet-5-5"),
+     ("claude-sonnet-5-5-20260928", "claude-sonnet-5-5"), ("Claude-Opus-5.5", "claude-opus-5-5"),
+     ("vertex_ai/claude-opus-5@20260501", "claude-opus-5")],
+)  # fmt: skip
+def test_the_family_is_found_within_prefixes(model, like):
+    assert claude.preset_of(model) == claude.preset_of(like) != claude.ANY_CLAUDE
+
+
+def test_presets_of_other_models_hold_nothing_that_could_be_refused():
+    for model in ("claude-sonnet-4-20250514", "claude-3-5-haiku-20241022", "claude-haiku-9", "bedrock/claude-x"):
+        assert claude.preset_of(model) == claude.ANY_CLAUDE and not claude.ANY_CLAUDE.body
+    assert claude.preset_of("qwen2.5-vl") == claude.ANY_MODEL and not claude.ANY_MODEL.body
+
+
+@pytest.mark.parametrize("model", sorted({
+    "claude-haiku-5-5", "claude-sonnet-5", "claude-sonnet-5-5", "claude-opus-5", "claude-opus-5-5", "claude-fable-5-1",
+    "claude-mythos-5-2", "claude-haiku-4-5", "claude-sonnet-4-6", "claude-opus-4-7", "claude-opus-4-8",
+    "claude-future-7",
+}))  # fmt: skip
+@pytest.mark.parametrize("listed", [False, True])
+def test_no_preset_sends_what_a_model_refuses(server, world, model, listed):
+    """The server refuses as documented; with `listed` its description of the model is followed."""
+    off = "between_tools" if "sonnet-5-5" in model else "disabled"
+    always = any(name in model for name in ("opus-5-5", "fable", "mythos"))
+    types = {kind: {"supported": kind == off and not always or kind == "adaptive"}
+             for kind in ("disabled", "between_tools", "adaptive", "enabled")}  # fmt: skip
+    able = {"thinking": {"supported": True, "types": types}, "structured_outputs": {"supported": True},
+            "effort": {"supported": True, "low": {"supported": True}}}  # fmt: skip
+    server.models = {model: {"capabilities": able} if listed else {}}
+    world.ask("--teacher_model", model, "--price", "1", "1")
+    assert world.answered == 12 == len(server.log)
+    body = server.asked[0].body
+    if always:
+        assert body["output_config"]["effort"] == "low" and body["max_tokens"] > 4096
+    if re.search("claude-[a-z]+-5", model) and not always:
+        assert body["thinking"] == {"type": off} and body["max_tokens"] < 4096
+    if "future" in model:
+        assert server.asked[0].structured == listed and ("thinking" in body) == listed
+    before = len(server.log)
+    server.models[model] = {} if listed else {"capabilities": able}
+    (world.folder() / handoff.REPLY).unlink()
+    (world.folder() / handoff.SCORES).unlink()
+    world.ask("--teacher_model", model, "--price", "1", "1")
+    assert len(server.log) == before, "the cached reply is found whether the model is listed or not"
+
+
+@pytest.mark.parametrize(
+    "listed", [{}, {"capabilities": None}, {"capabilities": 7}, {"capabilities": {"thinking": 1}}, {"object": "model"}]
+)
+def test_a_listing_that_says_nothing_leaves_the_table(listed, server):
+    known = claude.preset_of("claude-haiku-5-5")
+    told = claude.preset_of_listing(listed, known)
+    assert told == known or (listed["capabilities"] == {"thinking": 1} and told == claude.Preset())
+
+
+def test_a_listing_that_does_not_answer_costs_no_more_than_its_time(server, world, monkeypatch):
+    monkeypatch.setattr(claude, "LISTING_SECONDS", 0.2)
+    from tests import api_server
+
+    monkeypatch.setattr(api_server._Handler, "describe", lambda self, model: time.sleep(3))
+    began = time.monotonic()
+    world.ask()
+    assert world.answered == 12 and time.monotonic() - began < 3
+
+
+def test_structured_and_body_override_the_preset(server, world):
+    server.models |= {MODEL: {}, "anthropic/claude-haiku-5.5": {}}
+    gateway = ("--price", "0", "0", "--no-cache")
+    world.ask("--teacher_model", "anthropic/claude-haiku-5.5", *gateway)
+    assert (
+        server.asked[-1].body["thinking"] == {"type": "disabled"} and "scores" in server.asked[-1].schema["properties"]
+    )
+
+    def again(*more):
+        for item in world.items:
+            (item.folder / handoff.REPLY).unlink()
+        world.ask(*more, *gateway)
+        return server.asked[-1]
+
+    haiku_55 = ("--teacher_model", "anthropic/claude-haiku-5.5")
+    asked = again(*haiku_55, "--structured", "off", "--body", '{"thinking": null, "max_tokens": 77, "top_k": null}')
+    assert not asked.structured and not asked.notes and "thinking" not in asked.body and asked.body["max_tokens"] == 77
+    asked = again(*haiku_55, "--body", '{"output_config": {"effort": "low"}}')
+    assert asked.structured and asked.body["output_config"]["effort"] == "low"
+    asked = again("--teacher_model", MODEL)
+    assert not asked.structured and asked.body.keys() == {"model", "max_tokens", "messages"}
+    asked = again("--teacher_model", MODEL, "--structured", "on", "--body", '{"temperature": 0}')
+    assert "sentence_1" in asked.schema["properties"] and asked.notes == [WORDING.exact["score"]]
+    assert asked.body["temperature"] == 0 and world.answered == 12
+
+
+def test_merge_patch_is_rfc_7396():
+    """The appendix of the RFC."""
+    cases = [
+        ({"a": "b"}, {"a": "c"}, {"a": "c"}),
+        ({"a": "b"}, {"b": "c"}, {"a": "b", "b": "c"}),
+        ({"a": "b"}, {"a": None}, {}),
+        ({"a": "b", "b": "c"}, {"a": None}, {"b": "c"}),
+        ({"a": ["b"]}, {"a": "c"}, {"a": "c"}),
+        ({"a": {"b": "c"}}, {"a": {"b": "d", "c": None}}, {"a": {"b": "d"}}),
+        ({"e": None}, {"a": 1}, {"e": None, "a": 1}),
+        ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
+        ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
+    ]
+    for target, patch, result in cases:
+        assert merge_patch(target, patch) == result
+
+
+def test_another_body_is_another_question_to_the_cache(server, local, tmp_path, problems):
+    local.ask()
+    many_items(tmp_path / "other", 12, problems)
+    other = World(server, tmp_path / "other", *local.always)
+    other.ask("--body", '{"seed": 7}')
+    assert len(server.log) == 24 and server.asked[-1].body["seed"] == 7
+
+
+# -- rate limits -----------------------------------------------------------------------------------------------------
+
+
+class Window:
+    """A fixed window of `count` requests in `seconds`, which the server's headers tell; 429 beyond."""
+
+    def __init__(self, server, count, seconds, style):
+        self.count, self.seconds, self.style, self.ends, self.left = count, seconds, style, 0.0, count
+        self.lock = server.lock
+        server.plan, server.headers = self.plan, self.headers
+
+    def plan(self, asked):  # called with the server's lock held
+        if time.monotonic() > self.ends:
+            self.ends, self.left = time.monotonic() + self.seconds, self.count
+        self.left -= 1
+        return Fault(429, headers=self.headers()) if self.left < 0 else None
+
+    def headers(self):
+        reset = max(0.0, self.ends - time.monotonic())
+        if self.style == "openai":
+            return {"x-ratelimit-remaining-requests": str(max(0, self.left)),
+                    "x-ratelimit-reset-requests": f"{reset * 1000:.0f}ms"}  # fmt: skip
+        at = datetime.datetime.fromtimestamp(time.time() + reset, datetime.UTC).isoformat()
+        return {"anthropic-ratelimit-requests-remaining": str(max(0, self.left)),
+                "anthropic-ratelimit-requests-reset": at}  # fmt: skip
+
+
+@pytest.mark.parametrize("style", ["openai", "anthropic"])
+def test_the_client_slows_down_before_it_is_refused(server, local, style):
+    world = local if style == "openai" else World(server, local.root)
+    server.models["claude-haiku-5-5"] = {}
+    server.latency = 0.01
+    window = Window(server, 10, 2.0, style)
+    world.ask("--concurrency", "12")
+    names = [name for _, name in server.log]
+    assert world.answered == 12 and len(names) <= 13, f"{names}, {window.left} left"
+
+
+def test_an_api_far_from_its_limit_is_not_slowed_down(server, local):
+    told = {"remaining-requests": "900", "reset-requests": "59s", "remaining-tokens": "999999", "reset-tokens": "59s"}
+    server.headers = lambda: {f"x-ratelimit-{name}": value for name, value in told.items()}
+    began = time.monotonic()
+    local.ask("--concurrency", "12")
+    assert local.answered == 12 and time.monotonic() - began < 3
+
+
+def test_gaps_and_what_is_left():
+    def gap(headers, tokens=0, limit=16):
+        each = pace.Pace(limit)
+        each.succeeded(0, tokens)
+        each.follow(headers)
+        return round(each._gap, 2), each._most_left
+
+    requests = "anthropic-ratelimit-requests-"
+    assert gap({f"{requests}remaining": "9", f"{requests}reset": "5s"}) == (0.5, 9)
+    assert gap({f"{requests}remaining": "900", f"{requests}reset": "5s"}) == (0.0, 900)
+    assert gap({f"{requests}remaining": "0", f"{requests}reset": "6h"}) == (pace.LONGEST_GAP, 0)
+    assert gap({f"{requests}remaining": "3"}) == (0.0, 3), "without a time only the number in flight follows"
+    tokens = {"x-ratelimit-remaining-tokens": "9000", "x-ratelimit-reset-tokens": "5s"}
+    assert gap(tokens, 1000) == (0.5, 9) and gap(tokens) == (0.0, pace.math.inf)
+    for odd in ({}, {f"{requests}remaining": "many"}, {f"{requests}remaining": "nan", f"{requests}reset": "1s"}):
+        assert gap(odd) == (0.0, pace.math.inf)
+
+
+@pytest.mark.parametrize(
+    "text, seconds", [("120ms", 0.12), ("6m0s", 360), ("1h2m3.5s", 3723.5), ("30", 30), ("0", 0), ("", 0), ("soon", 0),
+                      ("1.2.3s", 0), ("-5", 0), ("2020-01-01T00:00:00Z", 0), ("nan", 0), ("inf", 0), ("1e99", 0)],
+)  # fmt: skip
+def test_times_of_resets(text, seconds):
+    assert pace.seconds_until(text) == pytest.approx(seconds)
+    later = time.time() + 60
+    assert 55 < pace.seconds_until(f"{later:.0f}") < 61
+    assert 55 < pace.seconds_until(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(later))) < 61
+
+
+def test_requests_are_spread_and_the_end_of_the_window_ends_it():
+    async def scenario():
+        each = pace.Pace(8)
+        each.succeeded()
+        each.follow({"x-ratelimit-remaining-requests": "4", "x-ratelimit-reset-requests": "0.5s"})
+        began, times = time.monotonic(), []
+        for _ in range(10):
+            await each.enter()
+            times.append(time.monotonic() - began)
+            each.leave()
+        return times
+
+    times = asyncio.run(scenario())
+    assert times[0] < 0.05 and 0.25 < times[3] < 0.45 and times[9] < 0.75, times
