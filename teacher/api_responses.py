@@ -38,6 +38,7 @@ UNKNOWN_MODEL = re.compile(
     r"\bmodels?\b.{0,200}?\b(not exist|not found|does ?n.t exist|not available|not a valid)|model_not_found|"
     r"(invalid|unknown|unrecogni[sz]ed|no such|no) model\b|\bmodel\b.{0,80}\bis (unknown|invalid)", re.I | re.S
 )  # fmt: skip
+ABOUT_KEY = re.compile(r"\bapi.?key\b|no connected db", re.I)  # the second: litellm without a database, to any other
 THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.S)  # of local models, where the server does not take them out
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal"}  # OpenAI's -> Anthropic's
 NO_TEXT = frozenset(("refusal", "max_tokens", "model_context_window_exceeded"))  # with these a reply may be empty
@@ -213,7 +214,7 @@ def _explain(error: Exception, teacher: Any, request: Any, retries: int) -> str:
     if is_account_refusal(error):
         kind = "the spend limit is reached" if is_spend_limit(error.body) else "the API refuses the whole account"
         return f"{key}: {kind} ({status}: {why}); see billing and limits in the Console, then run this again to go on"
-    if status == 401 or status == 400 and re.search(r"\bapi.?key\b", why, re.IGNORECASE):
+    if status == 401 or status == 400 and ABOUT_KEY.search(why):
         return f"{key}: the API does not accept this key ({why}); export a valid one"
     if status == 403:
         return f"{key}: the key may not do this ({status}: {why}); see its workspace in the Console"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import itertools
 import math
 import re
 import time
@@ -38,10 +39,11 @@ _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 
 def limits_left(headers: Mapping[str, str]) -> Iterator[tuple[str, float, float]]:
     """(kind, how many are left, seconds until all are there again) of each rate limit in a reply's headers:
-    `anthropic-ratelimit-{kind}-remaining` and `-reset`, `x-ratelimit-remaining-{kind}` and `x-ratelimit-reset-{kind}`.
+    `anthropic-ratelimit-{kind}-remaining` and `-reset`, `x-ratelimit-remaining-{kind}` and `x-ratelimit-reset-{kind}`,
+    with `llm_provider-` before them as litellm passes them on.
     """
-    for kind in KINDS:
-        for name in (f"anthropic-ratelimit-{kind}-{{}}", f"x-ratelimit-{{}}-{kind}"):
+    for kind, prefix in itertools.product(KINDS, ("", "llm_provider-")):
+        for name in (f"{prefix}anthropic-ratelimit-{kind}-{{}}", f"{prefix}x-ratelimit-{{}}-{kind}"):
             with contextlib.suppress(ValueError):
                 left = float(headers.get(name.format("remaining"), ""))
                 if not math.isnan(left):

@@ -33,7 +33,7 @@ ERROR_TYPES = {
     404: "not_found_error", 408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error",
     500: "api_error", 529: "overloaded_error",
 }  # fmt: skip
-MESSAGE_FIELDS = set("model max_tokens messages thinking temperature system metadata output_config".split())
+MESSAGE_FIELDS = set("model max_tokens messages stream thinking temperature system metadata output_config".split())
 CHAT_FIELDS = set("model max_tokens max_completion_tokens messages temperature response_format seed top_p".split())
 FINISH = {"end_turn": "stop", "max_tokens": "length", "refusal": "content_filter", "declined": "stop"}
 COUNT_FIELDS = set("model messages thinking system output_config tools tool_choice".split())
