@@ -134,7 +134,8 @@ def check_command(command: Command) -> None:
 def downloads(tmp_path, monkeypatch):
     """The present folder is a user's: with what they downloaded, and a run folder that waits for its replies."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    for name in ("ANTHROPIC_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, KEY)
     monkeypatch.setenv("RUN", "RUN")
     for name in ("instruct_captions.json", "vit.pth", "name_map.json", "map.png"):
         Path(name).write_text("{}")
