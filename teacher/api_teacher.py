@@ -183,6 +183,8 @@ class ApiTeacher(SdkClient):
         # by the table's preset: a reply keeps its key whether the server lists the model or not
         asked = [self.model, request.kind, self.body(request, self.table), request.text]
         asked += [self.note(request, self.table), request.sentences, digests]
+        if self.name != "claude":  # whose replies in caches of earlier versions have keys without it
+            asked.append(self.name)
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     @property

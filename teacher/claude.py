@@ -99,13 +99,16 @@ class ClaudeTeacher(ApiTeacher):
 
     def __init__(self, model: str = DEFAULT_MODEL, base_url: str | None = None, concurrency: int = 8, **more: Any):
         super().__init__(model, base_url, concurrency, preset=preset_of(model), **more)
+        self._listing_asked = False
 
     async def __aenter__(self) -> Self:
         await super().__aenter__()
-        with contextlib.suppress(Exception):  # the table will do
-            async with asyncio.timeout(LISTING_SECONDS):
-                raw = await self.client.models.with_raw_response.retrieve(self.model)
-                self.preset = preset_of_listing(json.loads(await raw.http_response.aread()), self.table)
+        if not self._listing_asked:  # --watch enters again and again
+            self._listing_asked = True
+            with contextlib.suppress(Exception):  # the table will do
+                async with asyncio.timeout(LISTING_SECONDS):
+                    raw = await self.client.models.with_raw_response.retrieve(self.model)
+                    self.preset = preset_of_listing(json.loads(await raw.http_response.aread()), self.table)
         self._patient = self.client.with_options(max_retries=6)  # for free calls
         return self
 

@@ -152,7 +152,7 @@ def test_help_needs_no_heavy_package():
         "    except SystemExit as end: assert not end.code, name\n"
         "    assert 'usage:' in out.getvalue(), name\n"
     )
-    run_without("torch transformers datasets anthropic", code)
+    run_without("torch transformers datasets anthropic openai", code)
 
 
 def test_shell_scripts_parse():

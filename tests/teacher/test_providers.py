@@ -402,10 +402,11 @@ def test_a_listing_that_does_not_answer_costs_no_more_than_its_time(server, worl
     monkeypatch.setattr(claude, "LISTING_SECONDS", 0.2)
     from tests import api_server
 
-    monkeypatch.setattr(api_server._Handler, "describe", lambda self, model: time.sleep(3))
+    asked = []
+    monkeypatch.setattr(api_server._Handler, "describe", lambda self, model: asked.append(model) or time.sleep(60))
     began = time.monotonic()
     world.ask()
-    assert world.answered == 12 and time.monotonic() - began < 3
+    assert world.answered == 12 and time.monotonic() - began < 30 and asked == ["claude-haiku-5-5"]
 
 
 def test_structured_and_body_override_the_preset(server, world):
@@ -449,6 +450,16 @@ def test_merge_patch_is_rfc_7396():
     ]
     for target, patch, result in cases:
         assert merge_patch(target, patch) == result
+
+
+def test_replies_in_caches_are_found_by_teacher_model_and_question():
+    """Of Claude also those that earlier versions kept: the digest is theirs."""
+    request = Request("id", SCORE, "1", "text", ("One.",), form_note="note")
+    before = "7d90c49b862d89c85ca3d0f3e84d6a6d8d105c7542cb6448d517383ce1b54879"
+    assert claude.ClaudeTeacher("claude-haiku-5-5").key(request) == before
+    same = [claude.ClaudeTeacher("m", structured="off"), OpenAITeacher("m", "https://a.com", structured="off"),
+            OpenAITeacher("m", "http://localhost", structured="off"), OpenAITeacher("m", "https://a.com")]  # fmt: skip
+    assert len({teacher.key(request) for teacher in same}) == 4
 
 
 def test_another_body_is_another_question_to_the_cache(server, local, tmp_path, problems):
@@ -498,11 +509,11 @@ def test_the_client_slows_down_before_it_is_refused(server, local, style):
 
 
 def test_an_api_far_from_its_limit_is_not_slowed_down(server, local):
-    told = {"remaining-requests": "900", "reset-requests": "59s", "remaining-tokens": "999999", "reset-tokens": "59s"}
+    told = {"remaining-requests": "50", "reset-requests": "90s", "remaining-tokens": "99999", "reset-tokens": "90s"}
     server.headers = lambda: {f"x-ratelimit-{name}": value for name, value in told.items()}
     began = time.monotonic()
     local.ask("--concurrency", "12")
-    assert local.answered == 12 and time.monotonic() - began < 3
+    assert local.answered == 12 and time.monotonic() - began < 12, "50 are left for 12 at a time; else 20 s"
 
 
 def test_gaps_and_what_is_left():
@@ -540,11 +551,11 @@ def test_requests_are_spread_and_the_end_of_the_window_ends_it():
         each.succeeded()
         each.follow({"x-ratelimit-remaining-requests": "4", "x-ratelimit-reset-requests": "0.5s"})
         began, times = time.monotonic(), []
-        for _ in range(10):
+        for _ in range(100):
             await each.enter()
             times.append(time.monotonic() - began)
             each.leave()
         return times
 
     times = asyncio.run(scenario())
-    assert times[0] < 0.05 and 0.25 < times[3] < 0.45 and times[9] < 0.75, times
+    assert times[3] > 0.25 and times[-1] < 8, f"{times}: 0.1 s between requests until the window ends"
