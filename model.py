@@ -216,7 +216,12 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
 
 def choose_attention(model: Any, device: torch.device) -> None:
     """SDPA on a GPU, where this transformers has it for T5 (5.0 has not); plain attention on a CPU: SDPA has no fused
-    kernel there for T5's learnt position bias, and an update takes 8% less without it."""
+    kernel there for T5's learnt position bias, and an update takes 8% less without it.
+
+    On a GPU without cuDNN's kernel, for the whole process: on Hopper SDPA takes it first, and it builds a plan for
+    each new shape, which batches of similar length have at every step."""
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     model.set_attn_implementation("sdpa" if device.type != "cpu" and model._supports_sdpa else "eager")
 
 

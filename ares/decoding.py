@@ -29,7 +29,6 @@ KEEP_SHARE_OF_GRAPH = 0.5  # as KEEP_SHARE for a step of fixed shapes: each remo
 CHECK_STEPS = 8  # on a GPU: steps between two checks for finished rows, because a check waits for the GPU
 
 
-GRAPH_MODES = ("auto", "on", "off")
 graph_mode = "auto"  # of --decode_graph; auto: on a GPU. `on` without a GPU decodes in fixed shapes without a graph
 
 
