@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import main
+import run_mm_cot_lora
+import run_mm_cot_rl
 from ares import decoding
 from ares.decoding import greedy
 from benchmarks.endings import EndingPolicy
 from model import MultimodalT5Config, T5ForMultimodalGeneration
+from sft.predict import Predictor
+from tools import predict
 
 PATCHES = (3, 4)
 
@@ -157,3 +164,24 @@ def test_generate_with_a_decoder_of_another_depth(encoder, decoder):
     assert len(model.generate(**inputs, max_length=9, do_sample=True, num_return_sequences=2)) == 8
     assert torch.equal(greedy(model, inputs, 9)[:, : ids.shape[1]], ids)
     assert torch.equal(model.generate(**inputs, max_length=9, do_sample=False, use_cache=False), ids)
+
+
+@pytest.mark.parametrize("mode", ["auto", "on", "off"])
+def test_every_script_that_generates_sets_the_graph_mode(mode, model, tmp_path, monkeypatch):
+    def seen(call):
+        monkeypatch.setattr(decoding, "graph_mode", None)
+        call()
+        return decoding.graph_mode
+
+    flag = ["--decode_graph", mode]
+    for script in (main, run_mm_cot_lora):
+        args = script.parse_args(["--model", "m", "--run_dir", str(tmp_path), *flag])
+        assert seen(lambda args=args: Predictor(args, {}, None, None, torch.device("cpu"))) == mode
+    args = predict.parse_args(["--model", "m", "--question", "Why?", "--choices", "a", "b", *flag])
+    assert args.decode_graph == mode
+    model.save_pretrained(tmp_path)
+    args = run_mm_cot_rl.parse_args(["--base_model_dir", str(tmp_path), *flag])
+    setup = SimpleNamespace(
+        args=args, patch_size=model.config.patch_size, accelerator=SimpleNamespace(device=torch.device("cpu"))
+    )
+    assert seen(lambda: run_mm_cot_rl.load_model(setup, tmp_path)) == mode
