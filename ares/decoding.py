@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ares.devices import on_gpu
+
 FIRST_LENGTH = 64  # initial capacity of the key-value cache in positions; doubled when full
 KEEP_SHARE = 0.875  # finished rows are removed once they are more than an eighth: each removal copies keys and values
 CHECK_STEPS = 8  # on a GPU: steps between two checks for finished rows, because a check waits for the GPU
@@ -62,7 +64,7 @@ def generate(
     decoder = StepDecoder(policy, states, attention_mask, k)
     rows = torch.arange(n, device=device)  # of the texts that are still in the batch
     tokens, ended = ids[:, 0], torch.zeros(n, dtype=torch.bool, device=device)
-    check_steps = 1 if device.type == "cpu" else CHECK_STEPS
+    check_steps = CHECK_STEPS if on_gpu(device) else 1
     for t in range(1, max_length):
         logits = decoder.step(tokens)  # (n, V)
         log_z = logits.float().logsumexp(-1) if with_logprobs else None

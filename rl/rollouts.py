@@ -33,8 +33,8 @@ from torch import Tensor
 from ares import cli, files
 from ares.cli import UserError
 from ares.decoding import action_mask
+from ares.devices import to_device
 from ares.sentences import sentences_from_ids
-from rl import actor_critic
 from rl.run_folder import FAILED, collected_batches
 from teacher import handoff, reply_files
 
@@ -85,18 +85,20 @@ class Rollouts:
         begin = int(self.sentence_offsets[row])
         return self.columns[begin : begin + int(self.sentence_counts[row])].tolist()
 
-    def pad(self, flat: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Rows of a per-position field as (B, T) with zeros on the right, and their (B, T) boolean mask."""
+    def pad(self, flat: Tensor, rows: Sequence[int], width: int | None = None) -> tuple[Tensor, Tensor]:
+        """Rows of a per-position field as (B, T) with zeros on the right, and their (B, T) boolean mask; T is `width`,
+        by default the longest row's length."""
         rows = torch.as_tensor(rows)
         lengths = self.lengths[rows]
-        t = torch.arange(int(lengths.max()))
+        t = torch.arange(int(lengths.max()) if width is None else width)
         mask = t < lengths[:, None]  # (B, T)
         index = (self.offsets[rows][:, None] + t).clamp(max=len(flat) - 1)
         return flat[index].masked_fill(~mask, 0), mask
 
-    def actions(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Decoder ids (B, T + 1) with the start token in column 0, and the (B, T) mask of real positions."""
-        tokens, mask = self.pad(self.tokens, rows)
+    def actions(self, rows: Sequence[int], width: int | None = None) -> tuple[Tensor, Tensor]:
+        """Decoder ids (B, T + 1) with the start token in column 0, and the (B, T) mask of real positions; T as for
+        `pad`."""
+        tokens, mask = self.pad(self.tokens, rows, width)
         return torch.nn.functional.pad(tokens.long(), (1, 0)), mask
 
     def select(self, rows: Sequence[int]) -> Rollouts:
@@ -158,11 +160,15 @@ class Prompts:
         self.lengths = {qid: len(item["input_ids"]) for qid, item in self.items.items()}
         self.texts = dict(zip(dataset.qids, dataset.prompts, strict=True))
 
-    def batch(self, qids: Sequence[str]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` (B, S) and, with vision features, `image_ids` (B, patches, dim)."""
+    def collate(self, qids: Sequence[str]) -> dict[str, Tensor]:
+        """On the CPU: `input_ids`, `attention_mask` (B, S), with vision features `image_ids` (B, patches, dim)."""
         batch = self.collator([self.items[qid] for qid in qids])
         names = ("input_ids", "attention_mask", "image_ids")
-        return {name: actor_critic.to_device(batch[name], self.device) for name in names if name in batch}
+        return {name: batch[name] for name in names if name in batch}
+
+    def batch(self, qids: Sequence[str]) -> dict[str, Tensor]:
+        """`collate` on the models' device."""
+        return to_device(self.collate(qids), self.device)
 
     def fingerprint(self) -> str:
         """A hash of every prompt's ids, to detect changed questions, captions or prompt flags."""
