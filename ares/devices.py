@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from ares.cli import UserError
 
-GPUS = ("cuda",)  # types of devices that work while the host goes on (tests add the CPU)
+GPUS = ("cuda", "meta")  # types of devices that take the paths of a GPU (tests add the CPU)
 MULTIPLE = 8  # of padded lengths on a GPU, whose fast matrix products and attention need it
 
 
 def on_gpu(device: Any) -> bool:
-    """Whether a device (name, torch.device or None) is a GPU."""
+    """Whether a device (name, torch.device or None) is a GPU, or stands for one."""
     return torch.device(device or "cpu").type in GPUS
 
 
