@@ -27,6 +27,7 @@ from PIL import Image
 from ares import downloads
 from ares.cli import UserError
 from ares.downloads import ROWS, Refused, fetch, table, unpack
+from ares.launch import only_one
 from tests.conftest import ROOT, one_line_error
 from tests.disk import fill, small_disk
 from tests.tiny import make_model
@@ -58,7 +59,8 @@ class Mirror:
     """Serves `files`, {host}/{path} -> bytes, below its root; records requests; injects faults.
 
     `faults[path]`: a list, one entry per GET: ("status", code), ("cut", n): announces everything and ends after n
-    bytes, ("reset", n): the same by a reset connection, ("stall", n): sends n bytes and waits for `go`.
+    bytes, ("reset", n): the same by a reset connection, ("swap", n): the same, and then the file has other content,
+    ("stall", n): sends n bytes and waits for `go`.
     """
 
     def __init__(self, files: dict[str, bytes]):
@@ -124,10 +126,12 @@ class Mirror:
                 self.end_headers()
                 if not body:
                     return
-                part = data[:size] if kind in ("cut", "reset", "stall") else data
+                part = data[:size] if kind in ("cut", "reset", "stall", "swap") else data
                 record[3] = len(part)
                 self.wfile.write(part)
                 self.wfile.flush()
+                if kind == "swap":
+                    mirror.files[path] = mirror.files[path][::-1]
                 if kind == "stall":
                     mirror.stalled.set()
                     mirror.go.wait(60)
@@ -295,7 +299,7 @@ def test_aokvqa(mirror, tmp_path):
     assert json.loads((tmp_path / "data/aokvqa/pid_splits.json").read_text())["test"] == ["val"]
 
 
-def test_the_hub_endpoint_and_the_hosts_themselves(monkeypatch):
+def test_the_hub_endpoint_and_the_hosts_themselves(mirror, files, tmp_path, monkeypatch):
     url = "https://huggingface.co/a/b/resolve/main/c.bin"
     assert downloads.address(url, None) == url
     assert downloads.address(url, "http://m:1/x/") == "http://m:1/x/huggingface.co/a/b/resolve/main/c.bin"
@@ -303,6 +307,10 @@ def test_the_hub_endpoint_and_the_hosts_themselves(monkeypatch):
     assert downloads.address(url, None) == "http://hub/a/b/resolve/main/c.bin"
     assert downloads.address(url, "http://m") == "http://m/huggingface.co/a/b/resolve/main/c.bin"
     assert downloads.address("https://raw.githubusercontent.com/a", None) == "https://raw.githubusercontent.com/a"
+    monkeypatch.setenv("HF_ENDPOINT", f"{mirror.url}/huggingface.co")
+    row, target = only(VIT)
+    fetch([row], tmp_path, tmp_path)
+    assert (tmp_path / target).read_bytes() == files[VIT]
 
 
 @pytest.mark.parametrize(
@@ -354,7 +362,11 @@ def test_killed_while_unpacking(mirror, tmp_path):
     fetch([row], tmp_path / "data", tmp_path / "models", mirror.url)
     assert mirror.asked == [] and not work.exists()
     assert len(list((tmp_path / "data/downloads/images/train").iterdir())) == len(many)
-    assert not (tmp_path / "data/downloads/images/train.zip").exists()
+    archive = tmp_path / "data/downloads/images/train.zip"
+    assert not archive.exists()
+    archive.write_bytes(b"left by a kill after unpacking")
+    fetch([row], tmp_path / "data", tmp_path / "models", mirror.url)
+    assert mirror.asked == [] and not archive.exists()
 
 
 @pytest.mark.parametrize("kind", ["cut", "reset"])
@@ -394,9 +406,12 @@ def test_a_file_that_changed_meanwhile_is_not_mixed(mirror, tmp_path):
     with pytest.raises(UserError, match="HTTP status 503; fetch it by other means"):
         fetch([row], tmp_path, tmp_path, mirror.url)
     assert len(list(tmp_path.rglob("*.part"))) == 1
-    mirror.files[path] = bytes(reversed(mirror.files[path]))
+    mirror.files[path] = mirror.files[path][::-1]
     fetch([row], tmp_path, tmp_path, mirror.url)
     assert (tmp_path / target).read_bytes() == mirror.files[path] and not list(tmp_path.rglob("*.part"))
+    mirror.faults[path] = [("swap", 500)]  # between two attempts of one run
+    fetch([row], tmp_path / "other", tmp_path, mirror.url)
+    assert (tmp_path / "other" / target).read_bytes() == mirror.files[path]
 
 
 @pytest.mark.parametrize("status", [404, 403, 410, 500, 503, 429])
@@ -463,13 +478,16 @@ def test_another_file_that_is_there_is_kept(mirror, tmp_path, capsys):
 
 
 def test_a_disk_without_room(mirror, disk, tmp_path):
-    """It is said before a byte is fetched; room for the file but not for unpacking is none either."""
-    rows = [only(path)[0] for path in (f"{S3}/train.zip", VIT)]
-    filler = fill(disk, leave=len(mirror.files[VIT]) - 1000)
-    with pytest.raises(UserError, match=r"[\d.]+ MB free, [\d.]+ MB needed to download and unpack"):
-        fetch(rows, disk / "data", tmp_path, mirror.url)
-    assert not mirror.gets(f"cdn/{VIT}") and not mirror.gets(f"{S3}/train.zip")
-    filler.unlink()
+    """It is said before a byte is fetched; room for an archive but not for unpacking it is too little, too."""
+    path = f"{S3}/train.zip"
+    size = len(mirror.files[path])
+    for leave in (size // 2, size + size // 2):
+        filler = fill(disk, leave=leave)
+        with pytest.raises(UserError, match=r"[\d.]+ MB free, [\d.]+ MB needed to download and unpack"):
+            fetch([only(path)[0]], disk / "data", tmp_path, mirror.url)
+        filler.unlink()
+    assert not mirror.gets(path)
+    fetch([only(path)[0]], disk / "data", tmp_path, mirror.url)
 
 
 def test_a_disk_that_fills_up_meanwhile(mirror, tmp_path):
@@ -563,6 +581,8 @@ def test_mistakes(mirror, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             prepare_data.parse_args(flags)
+    with only_one(tmp_path / "taken/.download.lock", "test"), pytest.raises(UserError, match="is running there"):
+        prepare(mirror, tmp_path / "taken")
     (tmp_path / "data").write_text("")
     with pytest.raises(UserError, match="--download: cannot write to .*data"):
         prepare(mirror, tmp_path / "data")
