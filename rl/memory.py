@@ -1,7 +1,9 @@
 """GPU memory of PPO: how many tokens a pass may hold, and a dry run of the largest update before anybody is paid.
 
-args.pass_tokens = default_pass_tokens(free, info, args)
-dry_run(load, prompts, args, accelerator, lengths)     # UserError if the memory does not suffice
+    args.pass_tokens = default_pass_tokens(free, info, args)
+    dry_run(load, prompts, args, accelerator, lengths)     # UserError if the memory does not suffice
+
+What a pass keeps for the gradient is computed by benchmarks/rl_memory.py.
 """
 
 from __future__ import annotations
