@@ -103,19 +103,20 @@ class Rollouts:
     def select(self, rows: Sequence[int]) -> Rollouts:
         """The given rows alone, in the given order."""
 
-        def gather(flat: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
-            parts = [flat[int(offsets[row]) : int(offsets[row] + counts[row])] for row in rows]
-            return torch.cat(parts) if parts else flat[:0]
+        def positions(offsets: Tensor, counts: Tensor) -> Tensor:
+            offsets, counts = offsets[index], counts[index]
+            return torch.arange(int(counts.sum())) + (offsets + counts - counts.cumsum(0)).repeat_interleave(counts)
 
         index = torch.as_tensor(rows, dtype=torch.long)
+        at = positions(self.offsets, self.lengths)
         return Rollouts(
             qids=[self.qids[row] for row in rows],
             action=[self.action[row] for row in rows],
             rank=[self.rank[row] for row in rows],
             lengths=self.lengths[index],
             sentence_counts=self.sentence_counts[index],
-            columns=gather(self.columns, self.sentence_offsets, self.sentence_counts),
-            **{name: gather(getattr(self, name), self.offsets, self.lengths) for name in FIELDS},
+            columns=self.columns[positions(self.sentence_offsets, self.sentence_counts)],
+            **{name: getattr(self, name)[at] for name in FIELDS},
         )
 
     def save(self, path: Path) -> None:
@@ -435,4 +436,5 @@ def scored(rollouts: Rollouts, decision: dict) -> tuple[Rollouts, list[list[floa
             f"scores.json gives {len(decision['scores'][keys[odd]])} scores to {keys[odd]}, which has "
             f"{int(rollouts.sentence_counts[odd])} sentences; delete it: they are then read from the replies again"
         )
-    return rollouts.select(rows), [decision["scores"][keys[row]] for row in rows]
+    kept = rollouts if len(rows) == len(rollouts) else rollouts.select(rows)  # one copy of them in memory
+    return kept, [decision["scores"][keys[row]] for row in rows]
