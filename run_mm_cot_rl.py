@@ -307,9 +307,9 @@ def train_round(setup: Setup, store, number: int, decision: dict) -> None:
     from rl.trainer import Position, PpoTrainer
 
     args, start = setup.args, start_folder(setup, number)
-    every = store.load()
-    rows, scores = rollouts.scored(every, decision)
-    share_dropped = (len(every) - len(rows)) / len(every)
+    rows, scores = rollouts.scored(store.load(), decision)
+    dropped = sum(map(len, decision["dropped"].values()))
+    share_dropped = dropped / (len(rows) + dropped)
     kl = float(ppo.kl_per_rationale(rows).mean())
     args.kl_coef = run_folder.kl_coefficient(args, start, number == 0, kl)  # args.yaml records it
     data = ppo.compute_advantages(rows, scores, args, args.kl_coef)

@@ -12,7 +12,6 @@ utils_prompt.py, the readers of problems, splits and captions in ares/data_folde
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,15 +230,22 @@ class RationaleDataset(Dataset):
         pairs = [build_train_pair(problems, qid, args, None if le is None else le[qid]) for qid in self.qids]
         self.prompts = [normalize(prompt) for prompt, _ in pairs]
         self.targets = [normalize(target) for _, target in pairs]
-        tokenise = functools.partial(tokenizer, truncation=True, return_attention_mask=False)
-        self.input_ids: list[list[int]] = tokenise(self.prompts, max_length=args.input_len)["input_ids"]
-        self.labels: list[list[int]] = tokenise(self.targets, max_length=args.output_len)["input_ids"]
+        self.input_ids = tokenise(self.prompts, args.input_len, tokenizer)
+        self.labels = tokenise(self.targets, args.output_len, tokenizer)
 
     def __len__(self) -> int:
         return len(self.qids)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         return {"qid": self.qids[i], "input_ids": self.input_ids[i], "labels": self.labels[i]}
+
+
+def tokenise(texts: Sequence[str], longest: int, tokenizer: Any, rows: int = 1024) -> list[list[int]]:
+    """Ids of each text, cut at `longest`. `rows` texts a call: the tokenizer's own results are large, and the memory
+    of a whole split's (190 MB) stays with the process."""
+    how = {"truncation": True, "max_length": longest, "return_attention_mask": False}
+    parts = (tokenizer(texts[i : i + rows], **how)["input_ids"] for i in range(0, len(texts), rows))
+    return [ids for part in parts for ids in part]
 
 
 class Batch(dict):
