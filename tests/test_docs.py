@@ -206,4 +206,4 @@ def test_the_memory_table_is_what_the_script_prints(capsys):
 
     rl_memory.main([])
     printed = capsys.readouterr().out.strip()
-    assert printed.count("\n") == 3 and printed in (ROOT / "docs/rl.md").read_text()
+    assert printed.count("\n") == 9 and printed in (ROOT / "docs/rl.md").read_text()
