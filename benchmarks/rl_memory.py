@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ares import head
+from ares import decoding, head
 from ares.cli import HelpFormatter, print0, run
 from benchmarks.common import VIT, VOCABULARY, config_of
 from benchmarks.table import rows
@@ -47,7 +47,9 @@ from rl import actor_critic
 LENGTH = 512  # tokens of every prompt and of every target
 HEAD_LOGPROBS = head.head_logprobs
 K = 4  # rationales per question
-BS = {"base": 64, "large": 32}  # --bs of sampling
+DEVICE = "meta"
+BS = {"tiny": 64, "base": 64, "large": 32}  # --bs of sampling
+PRINTED = ("base", "large")
 CARDS, RESERVE = (24, 40, 80), 2.0  # GB, and what is left free for all that is not counted
 
 
@@ -119,11 +121,33 @@ class Autocast:
         return attend(query, key, value, bias, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
 
 
+class Measured:
+    """`Live` of a real GPU: what PyTorch's allocator counts, without what was there before."""
+
+    def __init__(self):
+        torch.cuda.reset_peak_memory_stats()
+        self.before = torch.cuda.memory_allocated()
+
+    now = property(lambda self: torch.cuda.memory_allocated() - self.before)
+    peak = property(lambda self: torch.cuda.max_memory_allocated() - self.before)
+
+
 @contextlib.contextmanager
-def counting() -> Iterator[Live]:
-    """In the block, tensors are made on the meta device and counted."""
-    with torch.device("meta"), Live() as live:
+def counting() -> Iterator[Live | Measured]:
+    """In the block, tensors are made on DEVICE and counted."""
+    with torch.device(DEVICE), contextlib.nullcontext(Measured()) if DEVICE == "cuda" else Live() as live:
         yield live
+
+
+@contextlib.contextmanager
+def on(device: str) -> Iterator[None]:
+    """In the block, the stages run on this device: "cuda" measures what "meta" computes."""
+    with mock.patch.dict(globals(), DEVICE=device):
+        yield
+
+
+def autocast() -> Any:
+    return torch.autocast("cuda", torch.bfloat16) if DEVICE == "cuda" else Autocast()
 
 
 def build(size: str, *, value: bool = False) -> Any:
@@ -138,9 +162,10 @@ def build(size: str, *, value: bool = False) -> Any:
 
 def prompts(count: int) -> dict[str, Tensor]:
     """A batch of full length."""
+    mask = torch.ones(count, LENGTH, dtype=torch.bool)
     return {
         "input_ids": torch.ones(count, LENGTH, dtype=torch.long),
-        "attention_mask": torch.ones(count, 1, 1, LENGTH, dtype=torch.bool),  # as `expanded_mask` makes it on a GPU
+        "attention_mask": mask if DEVICE == "cuda" else mask[:, None, None],  # as `expanded_mask` makes it on a GPU
         "image_ids": torch.zeros(count, *VIT),
     }
 
@@ -170,9 +195,9 @@ def reinforce(size: str, minibatch: int, checkpointing: bool = False, rloo: bool
         questions = minibatch // K if rloo else minibatch
         which = torch.arange(minibatch) if rloo else None
         actions = torch.ones(minibatch, LENGTH, dtype=torch.long)
-        with Autocast():
+        with autocast():
             found = model(prompts(questions), which, actions, torch.arange(minibatch * (LENGTH - 1)))
-        with Autocast(keep=False):  # checkpointed blocks run again
+        with contextlib.nullcontext() if DEVICE == "cuda" else Autocast(keep=False):  # checkpointed blocks run again
             sum(one.float().sum() for one in found if one is not None).backward()
         del state
         return before, live.peak
@@ -185,7 +210,7 @@ def fine_tune(size: str, rows: int) -> tuple[int, int]:
         state = moments(model)
         before = live.now
         batch, labels = prompts(rows), torch.ones(rows, LENGTH, dtype=torch.long)
-        with Autocast():
+        with autocast():
             encoded = model.encode(**batch)
             states = model._decode(encoded, batch["attention_mask"], None, None, labels)  # forward selects real labels
             loss = head.label_loss(states.flatten(0, 1), model.lm_head.weight, labels.flatten())
@@ -207,9 +232,11 @@ def sample(size: str, questions: int, offload: bool = False) -> tuple[int, int]:
             del models[1:]
         before, prompt = live.now, prompts(questions)
         inner, rows = config.num_heads * config.d_kv, questions * K
-        with Autocast():
+        with autocast():
             states = actor_critic.encode(models[0], prompt)
             # generation: keys and values of rationales and prompts; the logits of a step, in bf16 and three times fp32
+            if DEVICE == "cuda":
+                decoding.generate(models[0], states, prompt["attention_mask"], K, LENGTH, pick_first, True)
             caches = 2 * 2 * config.num_decoder_layers * inner * LENGTH * (rows + questions)
             generating = live.now + caches + rows * config.vocab_size * (2 + 3 * 4)
             group = SCORING_TOKENS // LENGTH
@@ -217,7 +244,12 @@ def sample(size: str, questions: int, offload: bool = False) -> tuple[int, int]:
             actor_critic.policy_logprobs(
                 models[0], states, prompt["attention_mask"], which, actions, torch.arange(group * (LENGTH - 1)), False
             )
-        return before, max(live.peak, generating)
+        return before, live.peak if DEVICE == "cuda" else max(live.peak, generating)
+
+
+def pick_first(logits: Tensor, rows: Tensor, t: int) -> Tensor:
+    """Token 2 for every row: no text ends."""
+    return torch.full_like(rows, 2)
 
 
 # -- table -----------------------------------------------------------------------------------------------
@@ -242,8 +274,10 @@ def cells(between: int, peak: int) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args(argv)
-    heads = [f"{size}: {what}" for size in BS for what in ("between passes", "peak", "card")]
-    lines = [[name.strip(), *(cell for size in BS for cell in cells(*stage(size)))] for name, stage in STAGES.items()]
+    heads = [f"{size}: {what}" for size in PRINTED for what in ("between passes", "peak", "card")]
+    lines = [
+        [name.strip(), *(cell for size in PRINTED for cell in cells(*stage(size)))] for name, stage in STAGES.items()
+    ]
     print0("\n".join(rows(["stage", *heads], *lines)))
 
 
