@@ -90,7 +90,9 @@ def check_script(script: str, words: list[str]) -> None:
         text = subprocess.run(["bash", ROOT / script, "--help"], capture_output=True, text=True).stdout
         assert all(word in text for word in words if word.startswith("-")), words
         return
-    script = {"run_demo.sh": "demo/run.py", "benchmarks/run_all.sh": "benchmarks/bench_sft.py"}.get(script, script)
+    if script == "run_demo.sh":
+        words = ["--config", "configs/demo.yaml", *words]
+    script = {"run_demo.sh": "run_ares.py", "benchmarks/run_all.sh": "benchmarks/bench_sft.py"}.get(script, script)
     script = re.sub(r"\.sh$", ".py", script)
     words = spelled_out(script, words)
     known = parser_of(script)._option_string_actions

@@ -16,11 +16,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 SCRIPTS = [
-    *("main.py", "run_mm_cot_rl.py", "run_mm_cot_lora.py", "haiku.py", "haiku_for_correction_feedback.py"),
+    *("run_ares.py", "main.py", "run_mm_cot_rl.py", "run_mm_cot_lora.py", "haiku.py"),
+    "haiku_for_correction_feedback.py",
     *("preprocessing_for_correction_feedback.py", "extract_features.py", "extract_caption.py"),
     *(f"preprocessing_after_RL/{name}.py" for name in ("processing_sentence_level_feedback", "remove_sentence")),
-    *(f"tools/{name}.py" for name in ("prepare_data", "doctor", "predict", "results", "win_rate", "report")),
-    *(f"demo/{name}.py" for name in ("run", "make_data", "make_model")),
+    *(
+        f"tools/{name}.py"
+        for name in ("prepare_data", "doctor", "predict", "results", "compare", "win_rate", "report")
+    ),
+    *(f"demo/{name}.py" for name in ("make_data", "make_model", "experiments")),
 ]
 # A file or package imports only from lower floors, or from its own package.
 FLOORS = [

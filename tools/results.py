@@ -5,8 +5,8 @@
     python tools/results.py --system demo=demo/results/seed0.json --published none
     python tools/results.py --win_rate win_rate/A_vs_B/win_rate.json --format latex --output table.tex
 
-A system is a stage's folder, its predictions file, or a result file of the demo (table.json, demo/results/seed*.json),
-which gives a row for each of its stages. With the questions (--data_root) figures of one run get a 95 % bootstrap
+A system is a stage's folder, its predictions file, or the table.json of a run (demo/results/seed*.json), which gives a
+row for each of its stages. With the questions (--data_root) figures of one run get a 95 % bootstrap
 interval, and `--compare A B` tests whether two systems differ. Writes to the terminal or to --output. The columns are
 described in docs/results.md; curves and single questions are shown by tools/report.py.
 """
@@ -112,9 +112,9 @@ def read_system(
     path = find_predictions(place, flag, args.split)
     data = files.read_json(path, flag, nan=True)
     if isinstance(data, dict) and isinstance(data.get("rationales"), dict):
-        return demo_runs(label, str(path), data)
+        return table_runs(label, str(path), data)
     if not isinstance(data, dict) or "preds" not in data:
-        raise cli.UserError(f"{flag}: {path} holds neither preds nor a demo's table; name a stage's folder")
+        raise cli.UserError(f"{flag}: {path} holds neither preds nor a run's table; name a stage's folder")
     file = read_predictions(path, flag, None if problems is None else qids, data=data)
     has_answers, has_rationales = file.parts_asked()
     run = Run(label, str(path), len(file.preds))
@@ -136,17 +136,15 @@ def read_system(
     return [run]
 
 
-def demo_runs(label: str, path: str, data: Mapping[str, Any]) -> list[Run]:
-    """A demo's table: a row for each rationale model, and one for the answers."""
-    found = scores_of({**data["rationales"], "": data.get("answers", {})}, path, f"--system {label}")
-    answers = {name.removeprefix("acc_"): value for name, value in found.pop("").items()}
-    rows = data["settings"].get("test") if isinstance(data.get("settings"), dict) else None
-    rows = rows if isinstance(rows, int) else 0
+def table_runs(label: str, path: str, data: Mapping[str, Any]) -> list[Run]:
+    """The rows of a run's closing table: one for each rationale model, one for each adapter."""
     runs = []
-    for stage, figures in found.items():
-        named = {"rouge" if name == "rouge_l" else name: value for name, value in figures.items()}
-        runs.append(Run(f"{label}: {stage}", path, rows, rationales=named))
-    return [*runs, Run(f"{label}: LoRA", path, rows, answers=answers)] if answers else runs
+    for kind, part in (("rationales", "rationales"), ("answers", "adapters")):
+        for stage, figures in scores_of(data.get(part, {}), path, f"--system {label}").items():
+            named = {name.removeprefix("acc_"): value for name, value in figures.items() if name != "accuracy"}
+            rows = len((data.get("by_question") or {}).get(stage, {}).get("qids", ()))
+            runs.append(Run(f"{label}: {stage}", path, rows, **{kind: named}))
+    return runs
 
 
 def shape_of(texts: Sequence[str]) -> dict[str, float]:
