@@ -74,8 +74,7 @@ def milliseconds(function: Callable[[], Any], device: str) -> float:
 
 
 def machine(report: Report, args: argparse.Namespace) -> None:
-    for name, value in common.machine(args).items():
-        report.add(name, value)
+    report.add("machine", ", ".join(f"{name} {value}" for name, value in common.machine(args).items() if value))
     n = 8192 if args.device == "cuda" else 256
     a, x = torch.randn(n, n, device=args.device).bfloat16(), torch.zeros(1, device=args.device)
     report.add(f"bf16 product of {n}^3", f"{2 * n**3 / milliseconds(lambda: a @ a, args.device) / 1e9:.1f} TFLOP/s")

@@ -38,17 +38,6 @@ step() {
     [ "$status" = 0 ] || tail -n 8 "$scratch/$name.log"
 }
 
-# RL on the GPU over the demo's files, with its two phases and the offline Teacher; the demo itself runs RL on the CPU
-rl() {
-    local demo="$1" data="--data_root $1/data --images $1/images"
-    local run="$python run_mm_cot_rl.py $data --caption_file $demo/data/captions.json --use_caption --img_type vit
-        --vision_features $demo/vision_features --prompt_format QCM-E --output_len 64 --base_model_dir $demo/models/rationale
-        --run_dir $demo/gpu_rl --k_actions 2 --do_sample True --rl_batch_size 4 --ga_step 2 --rl_epochs 1 --epochs 1
-        --poll_seconds 1 --settle_seconds 1"
-    $run --phase collect && "$python" haiku.py --teacher reference --questions_dir "$demo/gpu_rl/questions" $data &&
-        $run --phase train
-}
-
 if ls .wheels/*.whl >/dev/null 2>&1; then
     "$python" -m pip install -q --no-index --no-deps --target "$scratch/wheels" .wheels/*.whl
     export PYTHONPATH="$PYTHONPATH:$scratch/wheels"
@@ -66,14 +55,11 @@ fi
 
 if [ "$device" = cuda ]; then # both at a time: they leave most of the GPU free
     step gpu_tests 150 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/rl tests/sft &
-    (
-        step demo 170 env PYTHON="$python" "$python" demo/run.py --size smoke --output "$scratch/demo"
-        export -f rl && export python
-        step rl 60 bash -c "rl '$scratch/demo'"
-    ) &
+    step every_script 170 "$python" run_ares.py --config configs/smoke.yaml --output "$scratch/smoke" --set launch.rl=python &
     wait
 fi
-step bench_gpu 230 "$python" benchmarks/bench_gpu.py --size "$size" --device "$device" --out "$out"
+threads="$([ "$device" = cuda ] && nproc || echo 1)"
+step bench_gpu 230 "$python" benchmarks/bench_gpu.py --size "$size" --device "$device" --threads "$threads" --out "$out"
 if [ "$device" = cuda ]; then
     scores="$(has rouge && echo --no_similarity || echo --no_scores)"
     for stage in ppo rollout sft eval features; do
@@ -82,5 +68,7 @@ if [ "$device" = cuda ]; then
     done
 fi
 "$python" benchmarks/bench_gpu.py --table "$out" | tee "$out/table.md"
-"$python" benchmarks/table.py "$out" --seconds $((SECONDS - began)) --only_print | tee -a "$out/table.md"
+if ls "$out"/*.json >/dev/null 2>&1; then
+    "$python" benchmarks/table.py "$out" --seconds $((SECONDS - began)) --only_print | tee -a "$out/table.md"
+fi
 echo "$((SECONDS - began)) s in all"
