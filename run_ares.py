@@ -240,7 +240,7 @@ class Run:
 
     def round(self, number: int) -> Iterator[Stage]:
         """RL, rationales, corrections, SFT of round `number`, from the model before it."""
-        config, out = self.config, self.output
+        config = self.config
         before, after, rl, tuned = self.models(number)
         last = f"_{number}"
         name = {part: part if self.rounds == 1 else part + last for part in ("rl", "generate", "correct", "sft")}
@@ -261,7 +261,7 @@ class Run:
         flags = shlex.join(["--file_path", str(texts), "--tokenizer", str(after)])
         clean = f"python preprocessing_after_RL/remove_sentence.py {flags}"
         yield Stage(name["generate"], "rationales after RL", [self.generation(after), clean], uses=[name["rl"]])
-        corrections = out / f"corrections{'' if self.rounds == 1 else last}"
+        corrections = self.corrections(number)
         wiring = {"rationales": after / "remove_repetitive_sentences.json", "correction_dir": corrections}
         commands = [self.command("preprocessing_for_correction_feedback.py", "data", **wiring),
                     self.command("haiku_for_correction_feedback.py", "data teacher corrections", **wiring,
@@ -271,6 +271,9 @@ class Run:
         blocks = "data prompt rationale generate sft"
         train = self.command("main.py", blocks, "sft", model=after, seed=self.seed, **wiring)
         yield Stage(name["sft"], "SFT on the corrected rationales", [train], uses=[name["correct"]], makes=[tuned])
+
+    def corrections(self, number: int) -> Path:
+        return self.output / f"corrections{'' if self.rounds == 1 else f'_{number}'}"
 
     def models(self, number: int) -> tuple[Path, Path, Path, Path]:
         """Folders of round `number`: the model before it, after its RL, RL's run folder, after its SFT."""
@@ -318,7 +321,8 @@ class Run:
         shown = self.command("tools/results.py", "data", output=out / "results.md", **tables)
         yield Stage("results", "figures beside the published ones", [shown], uses=uses, makes=[out / "results.md"])
         stages = [system for system in systems if ", QCM-A=" not in system]
-        wiring = {"stage": stages, "run": self.models(self.rounds)[2], "win_rate": judged}
+        wiring = {"stage": stages, "run": self.models(self.rounds)[2], "win_rate": judged,
+                  "correction_dir": self.corrections(self.rounds)}  # fmt: skip
         page = self.command("tools/report.py", "data report", times=out / "stages.json", output=out / "report.html",
                             **wiring)  # fmt: skip
         yield Stage("report", "report.html", [page], uses=uses, makes=[out / "report.html"])

@@ -211,7 +211,7 @@ def test_the_demo_at_its_smallest(tmp_path):
     check_report(output, table)
 
     again = run_script(*SCRIPT, "configs/smoke.yaml", "--output", output)
-    assert again.stdout.count("done before") == len(read(output / "stages.json")["stages"]) == 12
+    assert again.stdout.count("done before") == len(read(output / "stages.json")["stages"]) == 13
     other = run_script(*SCRIPT, "configs/smoke.yaml", "--output", output, "--set", "sft.lr=1e-3", check=False)
     assert other.returncode == 2 and "stage sft is finished, but its command had 5e-4 and now has 1e-3" in other.stderr
     assert other.stderr.count("\n") == 1 and "--redo sft" in other.stderr
