@@ -45,7 +45,6 @@ from benchmarks.table import rows
 from rl import actor_critic
 
 LENGTH = 512  # tokens of every prompt and of every target
-HEAD_LOGPROBS = head.head_logprobs
 K = 4  # rationales per question
 DEVICE = "meta"
 BS = {"tiny": 64, "base": 64, "large": 32}  # --bs of sampling
@@ -94,6 +93,11 @@ class Autocast:
             (F, "linear", lambda x, weight, bias=None: self.linear(*map(self.low, (x, weight, bias)))),
             (F, "scaled_dot_product_attention", self.attention),
             (F, "dropout", lambda x, p=0.5, training=True, inplace=False: torch.native_dropout(x, p, training)[0]),
+            (F, "rms_norm", lambda x, *how: torch.ops.aten._fused_rms_norm(x, *how)[0]),
+            (torch.amp, "is_autocast_available", lambda device: True),
+            (torch, "is_autocast_enabled", lambda device: True),
+            (torch, "get_autocast_dtype", lambda device: torch.bfloat16),
+            (torch.amp, "autocast", lambda *args, **kwargs: contextlib.nullcontext()),  # of recomputed blocks
             *((module, "head_logprobs", self.head_logprobs) for module in (head, actor_critic)),
         ]:
             self.patches.enter_context(mock.patch.object(module, name, function))
@@ -110,8 +114,9 @@ class Autocast:
             self.copies[id(value)] = value.bfloat16()
         return self.copies[id(value)]
 
-    def head_logprobs(self, states: Tensor, weight: Tensor, labels: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
-        return HEAD_LOGPROBS(self.low(states), self.low(weight), labels, **how)
+    def head_logprobs(self, states, weight, labels, *, with_entropy=True, keep=None):
+        keep = head.KEEP if keep is None else keep
+        return head._HeadLogprobs.apply(self.low(states), self.low(weight), labels, with_entropy, keep)
 
     def attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **kwargs):
         query, key, value, bias = map(self.low, (query, key, value, attn_mask))
