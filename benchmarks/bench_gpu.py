@@ -227,7 +227,7 @@ def table(folder: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = common.parse(
-        __doc__, argv, out=("gpu_out", "folder of the results"), seconds=(240, "no section begins after this time"),
+        __doc__, argv, out=("gpu_out", "folder of the results"), seconds=(180, "no section begins after this time"),
         table=("", "only print the table of this folder of results"),
     )  # fmt: skip
     if args.table:

@@ -63,7 +63,7 @@ step bench_gpu 230 "$python" benchmarks/bench_gpu.py --size "$size" --device "$d
 if [ "$device" = cuda ]; then
     scores="$(has rouge && echo --no_similarity || echo --no_scores)"
     for stage in ppo rollout sft eval features; do
-        step "bench_$stage" 80 "$python" benchmarks/bench_$stage.py --size "$size" --device "$device" \
+        step "bench_$stage" 80 "$python" benchmarks/bench_$stage.py --size "$size" --device "$device" --repeats 2 \
             --json "$out/$stage.json" $([ $stage = eval ] && echo "$scores")
     done
 fi
