@@ -3,7 +3,7 @@
 #   bash run_demo.sh [--output demo_run] [--seed 0] [...]      bash run_demo.sh --help
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-case " $* " in *" --help "* | *" -h "*) exec "${PYTHON:-python3}" demo/run.py --help ;; esac
+case " $* " in *" --help "* | *" -h "*) exec "${PYTHON:-python3}" run_ares.py --help ;; esac
 . ./setup_venv.sh
 setup_venv
-exec .venv/bin/python demo/run.py "$@"
+exec .venv/bin/python run_ares.py --config configs/demo.yaml --output demo_run "$@"

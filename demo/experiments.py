@@ -1,185 +1,124 @@
-"""Experiments with RL on the demo's data; every run is a stage that a later call does not repeat.
+"""Compare recipes of RL on the demo's data; every run is kept, so that a comparison can be made in pieces.
 
-    python demo/experiments.py recipes --output experiments --seeds 0           # all recipes, equal processor time
-    python demo/experiments.py recipes --output experiments --seeds 0 1 2 --rl_seeds 0 1 --arms warm_vf-2e-4-1e-2
-    python demo/experiments.py rounds --output experiments --seeds 0 1 2        # RL -> SFT -> RL -> SFT
-    python demo/experiments.py table --output experiments --save demo/results   # recipes.md, rounds.md
+    python demo/experiments.py --output experiments --seeds 0              # all recipes, about an hour on 2 cores
+    python demo/experiments.py --output experiments --seeds 0 1 2 --rl_seeds 0 1 --arms released-5e-5-1e-4
+    python run_ares.py --config configs/demo.yaml --output rounds --rounds 2 --seeds 0 1 2 --set lora=null
 
-A recipe may use --cpu_seconds of processor time in RL (sampling and updates, not the Teacher); it ends with the round
-in which it exceeds them. Figures are those of the 200 held-out questions, differences to the starting model are paired
-by question and pooled over seeds.
+Each recipe runs as many rounds as take about the same processor time of sampling and updates; a round of PPO with a
+value warm-up takes 2.4 times that of RLOO. Writes {output}/recipes.md: figures of the 200 held-out questions,
+differences to the starting model paired by question and pooled over seeds. The last command follows RL -> SFT -> RL ->
+SFT.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ares import files  # noqa: E402
 from ares.cli import HelpFormatter, UserError, run  # noqa: E402
 from ares.intervals import difference_text  # noqa: E402
-from ares.predictions import prediction_file, read_predictions  # noqa: E402
-from demo.run import (  # noqa: E402
-    BASE,
-    SIZES,
-    Demo,
-    fine_tune,
-    generate_and_correct,
-    last_round,
-    prepare,
-    rl_commands,
-    rl_with_teacher,
-)
-from teacher.reference import figures_by_question, rationale_figures, reference_scores  # noqa: E402
+from ares.stages import ROOT  # noqa: E402
 
+WARM_UP = "value_warmup=2 value_init=zero"
 METHODS = {
-    "released": "--algo ppo --rl_batch_size 16",
-    "warm": "--algo ppo --rl_batch_size 64 --value_warmup 2 --value_init zero",
-    "warm_vf": "--algo ppo --rl_batch_size 64 --value_warmup 2 --value_init zero --vf_lr 0.001",
-    "rloo": "--algo rloo --rl_batch_size 64 --group_by_question False",
-    "rloo_grouped": "--algo rloo --rl_batch_size 64",
+    "released": "algo=ppo rl_batch_size=16 epochs=3 value_warmup=0 value_init=random vf_lr=null",
+    "warm": f"algo=ppo rl_batch_size=64 epochs=2 {WARM_UP} vf_lr=null",
+    "warm_vf": f"algo=ppo rl_batch_size=64 epochs=2 {WARM_UP} vf_lr=0.001",
+    "rloo": "algo=rloo rl_batch_size=64 epochs=5 value_warmup=null value_init=null vf_lr=null group_by_question=false",
+    "rloo_grouped": "algo=rloo rl_batch_size=64 epochs=5 value_warmup=null value_init=null vf_lr=null",
 }
 RECIPES = {
-    f"{method}-{lr}-{kl}": f"{flags} --lr {lr} --init_kl_coef {kl} --k_actions 4 --ga_step 1 --rl_epochs 2"
+    f"{method}-{lr}-{kl}": f"{flags} lr={lr} init_kl_coef={kl}"
     for kl in ("1e-4", "1e-2")
     for lr in ("5e-5", "2e-4")
     for method, flags in METHODS.items()
 }
-FIGURES = ("score", "concludes", "covered")
+HEADS = {"score": "score", "concludes": "right conclusions, points", "covered": "gold covered, points"}
 COSTS = ("unfinished", "repeated", "no_conclusion", "words")
-TEST_ONLY = "--use_generate --final_eval --eval_bs 64 --train_split miniminitrain --val_split miniminival"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("what", choices=("recipes", "rounds", "table"))
     parser.add_argument("--output", default="experiments", help="folder of all runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of data and starting model")
     parser.add_argument("--rl_seeds", type=int, nargs="+", default=[0], help="seeds of RL")
-    parser.add_argument("--arms", nargs="+", choices=RECIPES, help="recipes (default: all)")
-    parser.add_argument("--cpu_seconds", type=float, default=240, help="processor time of RL in each recipe")
+    parser.add_argument("--arms", nargs="+", choices=RECIPES, metavar="RECIPE", help="recipes (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="recipes that run at a time")
-    parser.add_argument("--size", default="demo", choices=SIZES, help="smoke: for tests")
-    parser.add_argument("--save", metavar="DIR", help="where `table` writes (default: --output)")
+    parser.add_argument("--config", default="configs/demo.yaml", help="configs/smoke.yaml: for tests")
     return parser.parse_args(argv)
 
 
-def world(args: argparse.Namespace, seed: int, name: str) -> Demo:
-    """The data and starting model of a seed, as stages of their own, for a run called `name`."""
-    size = SIZES[args.size]
-    root = files.writable_dir(Path(args.output) / f"seed{seed}", "--output").resolve()
-    prepare(Demo(root, {"seed": seed, **size}), seed, size)
-    demo = Demo(root, {})
-    demo.logs, demo.record_file = root / name / "logs", root / name / "stages.json"
-    demo.logs.mkdir(parents=True, exist_ok=True)
-    demo.record = files.read_json(demo.record_file, "--output", dict) if demo.record_file.exists() else {"stages": {}}
-    return demo
+def ares(folder: Path, *words: object) -> None:
+    """Run a part of the chain in `folder`; its output goes to {folder}/run.log."""
+    command = ["run_ares.py", "--output", folder, *words]
+    print("python", shlex.join(map(str, command)), flush=True)
+    with open(folder / "run.log", "a", encoding="utf-8") as log:
+        done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise UserError(f"{folder}: the run failed; see {folder / 'run.log'}, then run the same command again")
 
 
-def run_recipe(args: argparse.Namespace, seed: int, rl_seed: int, arm: str) -> None:
-    """RL by one recipe until it has used its processor time, then rationales of the test questions."""
-    demo = world(args, seed, f"recipes/{arm}-{rl_seed}")
-    folder = f"recipes/{arm}-{rl_seed}/rl"
-    flags = f"{RECIPES[arm]} --epochs 99 --seed {rl_seed}"
-    rl, teacher = rl_commands(demo, BASE, folder, flags)
-    demo.stage("rl", arm, action=lambda: rl_with_teacher(demo, rl, teacher, folder, args.cpu_seconds))
-    model = f"{folder}/{last_round(demo.output / folder)}"
-    demo.stage("test", arm, f"python main.py {demo.rationale} {TEST_ONLY} --evaluate_dir {demo.words}/{model}")
-    write_result(demo, f"recipes/{arm}-{rl_seed}", {"arm": arm, "rounds": int(Path(model).name) + 1}, [BASE, model])
+def run_recipe(args: argparse.Namespace, world: Path, rl_seed: int, arm: str) -> None:
+    """RL by one recipe on the data and starting model of `world`, and the rationales after it."""
+    folder = files.writable_dir(world / f"{arm}-{rl_seed}", "--output")
+    if (folder / "table.json").exists():
+        return
+    start = world / "models/start"
+    changes = ["prepare=null", "features=null", "start.model=null", f"start.folder={start}", "launch.rl=python"]
+    changes += [f"data.data_root={world}/data", f"data.images={world}/images"]
+    changes += [f"prompt.vision_features={world}/vision_features", f"prompt.caption_file={world}/data/captions.json"]
+    changes += [f"rl.{word}" for word in RECIPES[arm].split()]
+    ares(folder, "--config", args.config, "--seed", rl_seed, "--until", "generate", "--set", *changes)
+    rounds = max((path.parent for path in folder.glob("rl/[0-9]*/args.yaml")), key=lambda path: int(path.name))
+    compare = ["tools/compare.py", "--system", f"start={start}", "--system", f"RL={rounds}", "--output", folder]
+    words = [sys.executable, *map(str, compare), "--data_root", f"{world}/data"]
+    subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def run_rounds(args: argparse.Namespace, seed: int) -> None:
-    """Two rounds of RL and SFT, the second from the first one's end."""
-    demo, size, model, models = world(args, seed, "rounds"), SIZES[args.size], BASE, [BASE]
-    for number in (1, 2):
-        folder, name = f"rounds/rl{number}", f"{number}_"
-        rl, teacher = rl_commands(demo, model, folder, f"{size['rl']} --seed {seed}", size["rl_processes"])
-        demo.stage(f"{name}rl", "RL", action=lambda r=rl, t=teacher, f=folder: rl_with_teacher(demo, r, t, f))
-        after = f"{folder}/{last_round(demo.output / folder)}"
-        generate_and_correct(demo, name, after, f"rounds/correction{number}")
-        model = f"rounds/sft{number}"
-        fine_tune(demo, name, after, f"rounds/correction{number}", model, size, seed)
-        models += [after, model]
-    write_result(demo, "rounds", {}, models)
-
-
-def write_result(demo: Demo, place: str, more: dict[str, Any], models: Sequence[str]) -> None:
-    """{place}/result.json: figures of each model on the test split, in all and by question."""
-    problems = files.read_json(demo.output / "data/scienceqa/problems.json", "--output")
-    found = []
-    for model in models:
-        test = read_predictions(prediction_file(demo.output / model, "test"), "--output")
-        scores = reference_scores(problems, test.qids, test.preds)
-        figures = rationale_figures(problems, test.qids, test.preds, scores)
-        each = figures_by_question(problems, test.qids, test.preds, scores)
-        found.append({"figures": figures, "by_question": each})
-    files.write_json(demo.output / place / "result.json", {**more, "models": found}, indent=None)
-
-
-def differences(results: Sequence[dict], ours: int, theirs: int) -> list[str]:
-    """Cells of paired differences of two models, pooled over the results."""
-    cells = []
-    for key in FIGURES:
-        one, other = ([x for result in results for x in result["models"][i]["by_question"][key]]
-                      for i in (ours, theirs))  # fmt: skip
-        cells.append(difference_text(one, other, 3 if key == "score" else 1))
-    return cells
-
-
-def costs(results: Sequence[dict], model: int) -> list[str]:
-    return [f"{mean(result['models'][model]['figures'][key] for result in results):.1f}" for key in COSTS]
-
-
-def write_tables(args: argparse.Namespace) -> None:
-    """recipes.md and rounds.md from the results that are there."""
-    output, save = Path(args.output), Path(args.save or args.output)
-    heads = ["score", "right conclusions, points", "gold covered, points", *COSTS]
-    rows = {"recipes": [], "rounds": []}
-    for arm in RECIPES:
-        paths = sorted(output.glob(f"seed*/recipes/{arm}-[0-9]*/result.json"))
-        results = [files.read_json(path, "--output") for path in paths if path.parent.name.rpartition("-")[0] == arm]
+def write_table(output: Path) -> None:
+    """recipes.md, a row for each recipe that has results."""
+    rows = [["recipe", "runs", *HEADS.values(), *COSTS]]
+    rows.append(["---"] * len(rows[0]))
+    for arm, flags in RECIPES.items():
+        found = [path for path in sorted(output.glob(f"seed*/{arm}-*/table.json")) if path.parent.name[:-2] == arm]
+        results = [files.read_json(path, "--output", dict, nan=True) for path in found]
         if results:
-            rounds = mean(result["rounds"] for result in results)
-            cells = [str(len(results)), f"{rounds:.1f}", *differences(results, 1, 0), *costs(results, 1)]
-            rows["recipes"].append([f"{arm}: `{RECIPES[arm]}`", *cells])
-    results = [files.read_json(path, "--output") for path in sorted(output.glob("seed*/rounds/result.json"))]
-    steps = ("start", "RL 1", "SFT 1", "RL 2", "SFT 2")
-    for i, step in enumerate(steps[1:], 1) if results else ():
-        cells = [str(len(results)), steps[i - 1], *differences(results, i, i - 1), *costs(results, i)]
-        rows["rounds"].append([step, *cells])
-    if not any(rows.values()):
-        raise UserError(f"--output: {output} holds no result; run recipes or rounds first")
-    for name, lines in rows.items():
-        if lines:
-            first = ["recipe", "runs", "rounds"] if name == "recipes" else ["after", "runs", "difference to"]
-            table = [[*first, *heads], ["---"] * (len(heads) + 3), *lines]
-            text = "\n".join(f"| {' | '.join(line)} |" for line in table)
-            files.write_text(save / f"{name}.md", text + "\n")
-            print(text, flush=True)
+            values = {label: {key: [x for one in results for x in one["by_question"][label][key]] for key in HEADS}
+                      for label in ("start", "RL")}  # fmt: skip
+            pairs = [(values["RL"][key], values["start"][key], 3 if key == "score" else 1) for key in HEADS]
+            cells = [difference_text(*pair) for pair in pairs]
+            cells += [f"{mean(one['rationales']['RL'][key] for one in results):.1f}" for key in COSTS]
+            rows.append([f"{arm}: `{flags}`", str(len(results)), *cells])
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    files.write_text(output / "recipes.md", text + "\n")
+    print(text, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.what == "table":
-        return write_tables(args)
-    for seed in args.seeds:
-        world(args, seed, "rounds" if args.what == "rounds" else "recipes")
-    if args.what == "rounds":
-        calls = [(run_rounds, (args, seed)) for seed in args.seeds]
-    else:
-        calls = [(run_recipe, (args, seed, rl_seed, arm))
-                 for arm in args.arms or RECIPES for seed in args.seeds for rl_seed in args.rl_seeds]  # fmt: skip
+    output = files.writable_dir(args.output, "--output").resolve()
+    worlds = {seed: files.writable_dir(output / f"seed{seed}", "--output") for seed in args.seeds}
+    for seed, world in worlds.items():
+        ares(world, "--config", args.config, "--seed", seed, "--until", "start")
+    calls = [
+        (args, world, rl_seed, arm)
+        for arm in args.arms or RECIPES
+        for world in worlds.values()
+        for rl_seed in args.rl_seeds
+    ]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for call in [pool.submit(function, *values) for function, values in calls]:
+        for call in [pool.submit(run_recipe, *values) for values in calls]:
             call.result()
-    write_tables(args)
+    write_table(output)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,20 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ares import cli, images
+from ares.data_folder import question_images as images_of
+from ares.sentences import split_text
 from teacher import handoff
 from teacher.api_responses import said
 from teacher.api_teacher import ApiTeacher
-from teacher.budget import BATCH_FACTOR, PRICES_DATE
+from teacher.budget import BATCH_FACTOR, PRICES_DATE, Price, price_of
+from teacher.claude import DEFAULT_MODEL
 from teacher.handoff import Item, Refused
 from teacher.interface import CORRECT, JUDGE, SCORE, Request
+from teacher.prompts import correction_request, judge_request, scoring_request
 from teacher.reply_files import read_scores
 from teacher.session import Session, ask_live
 
@@ -30,6 +34,7 @@ CHARACTERS_PER_TOKEN = 3.5
 FRAME_TOKENS = 20  # of a message's own frame
 SCHEMA_TOKENS = 150  # of the schema in a structured request
 SAMPLE = 20  # requests counted by the API
+PLANNED = 200  # questions whose requests are written to say what a run will cost
 LAST_POSITION = 6  # later sentences share a line of the comparison
 CLOSE = 0.1
 REPLY_CONTENT = {SCORE: "scores only", CORRECT: "the text again", JUDGE: "a sentence and a verdict"}
@@ -148,6 +153,32 @@ def show(session: Session, items: list[Item], qid: str) -> None:
         cli.print0(json.dumps(about))
         if teacher.price:
             cli.print0(f"custom_id {request.custom_id}; costs at most ${teacher.most_usd(request):.6f}")
+
+
+def expected_usd(
+    kind: str, problems: Mapping[str, Mapping], qids: Sequence[str], images: str | None, flags: Mapping
+) -> float | None:
+    """Mean dollars of one request of `kind`, by rule, before there is a rationale to ask about: gold rationales of a
+    sample of `qids` stand for generated ones. `flags` are those of the Teacher's script; None: price not known."""
+    if flags.get("teacher") == "reference":
+        return 0.0
+    model = (kind == JUDGE and flags.get("judge_model")) or flags.get("teacher_model") or DEFAULT_MODEL
+    price = Price(*flags["price"]) if flags.get("price") else price_of(model)
+    if price is None:
+        return None
+    total, qids = 0.0, qids[:: max(1, len(qids) // PLANNED)]
+    for qid in qids:
+        problem, text = problems[qid], problems[qid]["solution"]
+        shown = tuple(images_of(images, qid)) if images else ()
+        sentences = tuple(split_text(text)) if kind == SCORE else (text,) if kind == CORRECT else (text, text)
+        written = (
+            scoring_request(problem, sentences) if kind == SCORE
+            else correction_request(problem, text) if kind == CORRECT
+            else judge_request(problem, text, text, bool(shown))
+        )  # fmt: skip
+        request = Request(qid, kind, qid, written, sentences, shown)
+        total += price.usd(sum(input_tokens(request, True)), output_tokens(request, True), bool(flags.get("batch")))
+    return total / max(len(qids), 1)
 
 
 # -- comparing two Teachers --------------------------------------------------------------------------------

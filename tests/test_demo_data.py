@@ -273,24 +273,17 @@ def test_tiny_t5_for_the_real_tokenizer(t5_tokenizer_dir, tmp_path):
 
 
 def test_tables_of_experiments_pool_paired_differences(tmp_path, capsys):
-    costs = {"unfinished": 1.0, "repeated": 0.0, "no_conclusion": 5.0, "words": 20.0}
+    costs = {"unfinished": 1.0, "repeated": 0.0, "no_conclusion": 5.0, "words": 21.0}
     for seed, gain in ((0, 0.1), (1, 0.3)):
         fixed = {"concludes": [0, 100, 0, 100], "covered": [50.0] * 4}
-        models = [
-            {"figures": costs | {"words": 20.0 + i}, "by_question": {"score": [0.5 + i * gain] * 4, **fixed}}
-            for i in range(2)
-        ]
+        values = {label: {"score": [0.5 + i * gain] * 4, **fixed} for i, label in enumerate(("start", "RL"))}
         for arm in ("warm-5e-5-1e-4", "warm_vf-5e-5-1e-4"):  # one name is the beginning of the other
-            rounds = 2 if arm.startswith("warm-") else 4
-            files.write_json(
-                tmp_path / f"seed{seed}/recipes/{arm}-0/result.json", {"rounds": rounds, "models": models}
-            )
-    experiments.main(["table", "--output", str(tmp_path)])
+            table = {"rationales": {"start": {}, "RL": costs}, "by_question": values}
+            files.write_json(tmp_path / f"seed{seed}/{arm}-0/table.json", table)
+    experiments.write_table(tmp_path)
     lines = (tmp_path / "recipes.md").read_text().splitlines()
     assert len(lines) == 4 and lines[2] in capsys.readouterr().out
-    for line, rounds in zip(lines[2:], ("2.0", "4.0"), strict=True):
+    for line in lines[2:]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[1:4] == ["2", rounds, cells[3]] and cells[3].startswith("+0.200 [+0.1")
-        assert cells[4] == "+0.0 [+0.0, +0.0], not distinguishable" and cells[6:] == ["1.0", "0.0", "5.0", "21.0"]
-    with pytest.raises(UserError, match="holds no result"):
-        experiments.main(["table", "--output", str(tmp_path / "seed0/recipes")])
+        assert cells[1] == "2" and cells[2].startswith("+0.200 [+0.1")
+        assert cells[3] == "+0.0 [+0.0, +0.0], not distinguishable" and cells[5:] == ["1.0", "0.0", "5.0", "21.0"]

@@ -1,4 +1,4 @@
-"""The whole loop with the commands that users type: the README's three steps on real questions, and the smallest demo.
+"""The whole loop with the commands that users type: the README's three steps on real questions.
 
 The README's steps run in a copy of the repository with seven questions, features and a tiny rationale model. The
 reference Teacher scores in RL's questions folder while RL waits.
@@ -29,7 +29,6 @@ from tests.commands import Command, blocks_of, commands_of
 from tests.conftest import ROOT, run_script
 from tests.rl import rl_tools
 from tests.tiny import predictions
-from tests.tools.report_tools import parts_of
 
 pytestmark = pytest.mark.slow
 
@@ -298,94 +297,6 @@ def test_the_command_for_a_starting_model_runs(user):
     user.train(Command(f"{rl.text} {flags}", rl.where))
     (run,) = (user.folder / "RL_models").iterdir()
     assert handoff.exported(run / "questions")
-
-
-DEMO_FILES = {
-    "data": {"captions.json", "scienceqa/problems.json", "scienceqa/drafts.json", "scienceqa/pid_splits.json",
-             "name_map.json"},
-    "tokenizer": {"tokenizer.json"},
-    "vision_features": {"vit.json", "name_map.json"},
-    "models/t5": {"config.json", "model.safetensors"},
-    "models/rationale": MODEL | TRAINED | PREDICTIONS,
-    "RL_models/demo": {"metrics.jsonl", "args.yaml", "questions_round0/mmcot_finished_signal.txt"},
-    "RL_models/demo/0": MODEL | {"value_function.pth", "optimizer_state.pth"},
-    "RL_models/demo/1": MODEL | PREDICTIONS | {"value_function.pth", "remove_repetitive_sentences.json"},
-    "correction": {"correction.json"},
-    "models/sft": MODEL | TRAINED | PREDICTIONS,
-    **{f"models/lora_{stage}_{form}": {"adapter_config.json", "adapter_model.safetensors", "predictions_ans_test.json"}
-       for stage in ("start", "RL", "SFT") for form in ("QCMG-A", "QCM-A")},
-}  # fmt: skip
-
-
-def test_demo_at_its_smallest(tmp_path):
-    output = tmp_path / "demo run"  # a blank in the path: users have them
-    done = run_script("demo/run.py", "--size", "smoke", "--output", output)
-    for place, wanted in DEMO_FILES.items():
-        for name in wanted:
-            assert (output / place / name).is_file(), f"{place}/{name}"
-    for number in (0, 1):
-        items = handoff.iter_items(output / f"RL_models/demo/questions_round{number}")
-        assert {item.action for item in items} == {0, 1}
-        assert all((item.folder / handoff.SCORES).exists() for item in items)
-    assert len(handoff.iter_items(output / "correction")) == 32
-
-    table, text = read(output / "table.json"), (output / "table.txt").read_text()
-    assert text.rstrip() in done.stdout
-    assert set(table["rationales"]) == {"starting model", "after RL", "after SFT"}
-    figures = {"score", "repeated", "unfinished", "words", "rouge_l", "covered", "only_option"}
-    figures |= {"concludes", "no_conclusion"}
-    assert all(set(row) == figures for row in table["rationales"].values())
-    systems = [f"{stage}, {form}" for stage in table["rationales"] for form in ("QCMG-A", "QCM-A")]
-    assert list(table["adapters"]) == systems and list(table["folders"]) == [*table["rationales"], *systems]
-    assert {"num_fail", "acc_average"} <= set(table["answers"])
-    assert all((output / place).is_dir() for place in table["folders"].values())
-    for row in table["adapters"].values():
-        assert row["against the start"]["low"] <= row["against the start"]["difference"] <= 100
-    assert set(table["changes"]) == {
-        "after RL - starting model", "after SFT - after RL", "after SFT - starting model"
-    }  # fmt: skip
-    for name, change in table["changes"].items():
-        ours, theirs = name.split(" - ")
-        for key in ("concludes", "covered"):
-            want = table["rationales"][ours][key] - table["rationales"][theirs][key]
-            assert change[key]["difference"] == pytest.approx(want)
-            holds_0 = change[key]["low"] <= 0 <= change[key]["high"]
-            assert ("not distinguishable" in change[key]["text"]) == holds_0
-    assert len(table["seconds"]) == 9 and all(seconds > 0 for seconds in table["seconds"].values())
-    for word in ("sentence score", "QCMG-A", "in all", "RL_models/demo/1", "95 %"):
-        assert word in text
-    check_demo_report(output, table)
-    assert done.stdout.rstrip().endswith(f"{output}/report.html")
-
-    def stamps():
-        return {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
-
-    before = stamps()
-    again = run_script("demo/run.py", "--size", "smoke", "--output", output)
-    assert again.stdout.count("done before") == 9 and text.rstrip() in again.stdout
-    changed = {path.name for path, stamp in stamps().items() if before.get(path) != stamp}
-    assert changed <= {"table.json", "table.txt"}
-    other = run_script("demo/run.py", "--size", "smoke", "--output", output, "--seed", "1", check=False)
-    assert other.returncode == 2 and "--fresh" in other.stderr and "seed" in other.stderr
-
-
-def check_demo_report(output, table):
-    """The demo's report holds its table's numbers, every sample with its tokens, and the images."""
-    parts = parts_of((output / "report.html").read_text(encoding="utf-8"))
-    figures = parts["main"]["overview"]["figures"]
-    for data, figure in zip(table["rationales"].values(), figures, strict=False):
-        assert {**figure["rationale"], "rouge_l": figure["scores"]["rouge"]} == pytest.approx(data)
-    for figure, name in zip(figures[3:], ("starting model", "after RL", "after SFT"), strict=True):
-        assert figure["scores"]["acc_average"] == pytest.approx(
-            table["adapters"][f"{name}, QCMG-A"]["accuracy"], abs=0.01
-        )
-    samples = [each for many in parts["details"]["samples"].values() for each in many]
-    assert len(samples) == 64 * len(parts["main"]["rounds"]) and len(parts["details"]["corrections"]) == 32
-    for each in samples:
-        assert sum(each["rewards"]) == pytest.approx(each["reward"], abs=len(each["rewards"]))
-    assert parts["images"]["of"]
-    # a model that learned nothing gives no answers that can be read; nothing else is to be noted
-    assert [note for note in parts["main"]["notes"] if "could not be read" not in note] == []
 
 
 def test_demo_script_explains_itself(tmp_path):

@@ -16,11 +16,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 SCRIPTS = [
-    *("main.py", "run_mm_cot_rl.py", "run_mm_cot_lora.py", "haiku.py", "haiku_for_correction_feedback.py"),
+    *("run_ares.py", "main.py", "run_mm_cot_rl.py", "run_mm_cot_lora.py", "haiku.py"),
+    "haiku_for_correction_feedback.py",
     *("preprocessing_for_correction_feedback.py", "extract_features.py", "extract_caption.py"),
     *(f"preprocessing_after_RL/{name}.py" for name in ("processing_sentence_level_feedback", "remove_sentence")),
-    *(f"tools/{name}.py" for name in ("prepare_data", "doctor", "predict", "results", "win_rate", "report")),
-    *(f"demo/{name}.py" for name in ("run", "make_data", "make_model")),
+    *(
+        f"tools/{name}.py"
+        for name in ("prepare_data", "doctor", "predict", "results", "compare", "win_rate", "report")
+    ),
+    *(f"demo/{name}.py" for name in ("make_data", "make_model", "experiments")),
 ]
 # A file or package imports only from lower floors, or from its own package.
 FLOORS = [
@@ -36,7 +40,7 @@ TOP_LEVEL = {
     *("run_demo.sh", "run_tests.sh", "setup_venv.sh", ".ci", "configs", "docs", "tests"),
     *(f"{name}.py" if (ROOT / f"{name}.py").exists() else name for name in FLOOR),
 }
-NEEDS_TORCH = {f"ares/{name}.py" for name in ("checkpoints", "decoding", "head", "layers")}
+NEEDS_TORCH = {f"ares/{name}.py" for name in ("checkpoints", "decoding", "devices", "head", "layers")}
 NO_TORCH = [
     *sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("ares/*.py")),
     *sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("teacher/*.py")),

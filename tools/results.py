@@ -5,8 +5,8 @@
     python tools/results.py --system demo=demo/results/seed0.json --published none
     python tools/results.py --win_rate win_rate/A_vs_B/win_rate.json --format latex --output table.tex
 
-A system is a stage's folder, its predictions file, or a result file of the demo (table.json, demo/results/seed*.json),
-which gives a row for each of its stages. With the questions (--data_root) figures of one run get a 95 % bootstrap
+A system is a stage's folder, its predictions file, or the table.json of a run (demo/results/seed*.json), which gives a
+row for each of its stages. With the questions (--data_root) figures of one run get a 95 % bootstrap
 interval, and `--compare A B` tests whether two systems differ. Writes to the terminal or to --output. The columns are
 described in docs/results.md; curves and single questions are shown by tools/report.py.
 """
@@ -19,6 +19,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,8 @@ from ares.data_folder import Problems, find_dataset, read_data_folder
 from ares.intervals import mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
 from ares.predictions import Predictions, find_predictions, labelled, read_predictions, scores_of, unread_note
 from ares.published import ANSWER_COLUMNS, NOTE, PUBLISHED
-from ares.sentences import split_text
 from ares.tables import FORMATS, Cell, Table
-from teacher import reference
-from teacher.reference import rationale_stats
+from teacher.reference import rationale_stats, reference_scores
 from utils_evaluate import CATEGORIES, accuracy_table, question_rouge, resolve_answer
 
 ANSWERS = dict(zip(ANSWER_COLUMNS, "NAT SOC LAN TXT IMG NO G1-6 G7-12 AVG".split(), strict=True))
@@ -50,7 +49,7 @@ DIGITS = {"score": 3, "num_fail": 0}
 class Run:
     """Figures of one file; with the problems also the values of each question.
 
-    values: "answers" (1.0 right, 0.0 wrong), "rouge" and "score" -> qid -> value.
+    values: "answers" (1.0 right, 0.0 wrong), "rouge" and "score" -> qid -> value; texts: its rationales to be scored.
     """
 
     label: str
@@ -59,6 +58,7 @@ class Run:
     answers: dict[str, float] = field(default_factory=dict)
     rationales: dict[str, float] = field(default_factory=dict)
     values: dict[str, dict[str, float]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
     sentences: list[tuple[float, int]] = field(default_factory=list)  # per question: sum of its scores, their number
 
 
@@ -112,9 +112,9 @@ def read_system(
     path = find_predictions(place, flag, args.split)
     data = files.read_json(path, flag, nan=True)
     if isinstance(data, dict) and isinstance(data.get("rationales"), dict):
-        return demo_runs(label, str(path), data)
+        return table_runs(label, str(path), data)
     if not isinstance(data, dict) or "preds" not in data:
-        raise cli.UserError(f"{flag}: {path} holds neither preds nor a demo's table; name a stage's folder")
+        raise cli.UserError(f"{flag}: {path} holds neither preds nor a run's table; name a stage's folder")
     file = read_predictions(path, flag, None if problems is None else qids, data=data)
     has_answers, has_rationales = file.parts_asked()
     run = Run(label, str(path), len(file.preds))
@@ -128,7 +128,7 @@ def read_system(
         if has_answers:
             add_answers(run, file, problems)
         if has_rationales:
-            add_rationales(run, file, problems)
+            add_rationales(run, file)
     elif run.rationales:
         run.rationales |= shape_of(file.preds)
     if not run.answers and not run.rationales:
@@ -136,17 +136,15 @@ def read_system(
     return [run]
 
 
-def demo_runs(label: str, path: str, data: Mapping[str, Any]) -> list[Run]:
-    """A demo's table: a row for each rationale model, and one for the answers."""
-    found = scores_of({**data["rationales"], "": data.get("answers", {})}, path, f"--system {label}")
-    answers = {name.removeprefix("acc_"): value for name, value in found.pop("").items()}
-    rows = data["settings"].get("test") if isinstance(data.get("settings"), dict) else None
-    rows = rows if isinstance(rows, int) else 0
+def table_runs(label: str, path: str, data: Mapping[str, Any]) -> list[Run]:
+    """The rows of a run's closing table: one for each rationale model, one for each adapter."""
     runs = []
-    for stage, figures in found.items():
-        named = {"rouge" if name == "rouge_l" else name: value for name, value in figures.items()}
-        runs.append(Run(f"{label}: {stage}", path, rows, rationales=named))
-    return [*runs, Run(f"{label}: LoRA", path, rows, answers=answers)] if answers else runs
+    for kind, part in (("rationales", "rationales"), ("answers", "adapters")):
+        for stage, figures in scores_of(data.get(part, {}), path, f"--system {label}").items():
+            named = {name.removeprefix("acc_"): value for name, value in figures.items() if name != "accuracy"}
+            rows = len((data.get("by_question") or {}).get(stage, {}).get("qids", ()))
+            runs.append(Run(f"{label}: {stage}", path, rows, **{kind: named}))
+    return runs
 
 
 def shape_of(texts: Sequence[str]) -> dict[str, float]:
@@ -166,20 +164,27 @@ def add_answers(run: Run, file: Predictions, problems: Problems) -> None:
     run.answers.setdefault("num_fail", float(sum(not read for _, read in chosen.values())))
 
 
-def add_rationales(run: Run, file: Predictions, problems: Problems) -> None:
-    """ROUGE-L and the reference Teacher's score of each question, and the means that the file does not have."""
-    texts = file.by_qid()
+def add_rationales(run: Run, file: Predictions) -> None:
+    """ROUGE-L of each question, and the means that the file does not have."""
+    run.texts = texts = file.by_qid()
     golds = dict(zip(texts, file.labels, strict=True)) if any(file.labels) else {}
     rouges = {qid: question_rouge(gold, texts[qid]) for qid, gold in golds.items()}
-    scores = {qid: reference.score_sentences(problems[qid], split_text(text)) for qid, text in texts.items()}
     run.values["rouge"] = {qid: 100 * value for qid, value in rouges.items() if value is not None}
-    run.values["score"] = {qid: statistics.fmean(each) for qid, each in scores.items() if each}
-    run.sentences = [(sum(each), len(each)) for each in scores.values()]
     run.rationales |= shape_of(file.preds)
     if run.values["rouge"]:
         run.rationales.setdefault("rouge", statistics.fmean(run.values["rouge"].values()))
-    every = [score for each in scores.values() for score in each]
-    run.rationales.setdefault("score", statistics.fmean(every) if every else 0.0)
+
+
+def add_scores(runs: Sequence[Run], problems: Problems) -> None:
+    """The reference Teacher's score of each question of all runs."""
+    rows = [(qid, text) for run in runs for qid, text in run.texts.items()]
+    found = iter(reference_scores(problems, [qid for qid, _ in rows], [text for _, text in rows]))
+    for run in (run for run in runs if run.texts):
+        scores = dict(zip(run.texts, islice(found, len(run.texts)), strict=True))
+        run.values["score"] = {qid: statistics.fmean(each) for qid, each in scores.items() if each}
+        run.sentences = [(sum(each), len(each)) for each in scores.values()]
+        every = [score for each in scores.values() for score in each]
+        run.rationales.setdefault("score", statistics.fmean(every) if every else 0.0)
 
 
 # -- tables --------------------------------------------------------------------------------------------------
@@ -305,6 +310,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     problems, qids = find_problems(args)
     runs = [run for label, place in args.system for run in read_system(label, place, args, problems, qids)]
+    if problems is not None:
+        add_scores(runs, problems)
     answers, rationales = system_tables(args, runs, problems)
     wins = win_table(args.win_rate)
     if args.published != "none":

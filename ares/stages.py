@@ -1,0 +1,219 @@
+"""A chain of commands as resumable stages: each is printed, logged, timed, recorded, and not run twice.
+
+    chain = Chain(Path("runs/base"))
+    stage = Stage("rl", "RL", [Command("python run_mm_cot_rl.py ..."), ...], uses=("start",), makes=(run / "rl",))
+    chain.run([stage])
+
+Used by run_ares.py. A command is text as it could be typed in bash at the project's root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ares import files, launch
+from ares.cli import UserError, print0
+
+ROOT = Path(__file__).resolve().parents[1]
+TAIL = 15  # lines of a failed command's log that are shown
+SCRIPT_WORDS = (".py", ".sh")  # ends of the word from which on a command counts as the same: its launcher may change
+
+
+@dataclass
+class Stage:
+    """Commands that run in order, `at_once` at a time; `uses` are the stages whose files they read.
+
+    With `together` all run at the same time, and the end of one with an error ends the others (RL and its Teacher).
+    `makes` are the files and folders that a redo deletes.
+    """
+
+    name: str
+    title: str
+    commands: Sequence[str]
+    uses: Sequence[str] = ()
+    makes: Sequence[Path] = ()
+    at_once: int = 1
+    together: bool = False
+    units: dict[str, float] = field(default_factory=dict)  # amounts of work, for a plan
+
+    def identity(self) -> list[list[str]]:
+        """The commands without their launchers: how many processes a stage had does not matter later."""
+        return [from_script(shlex.split(command)) for command in self.commands]
+
+
+def from_script(words: list[str]) -> list[str]:
+    """The words of a command from its script on."""
+    start = next((i for i, word in enumerate(words) if word.endswith(SCRIPT_WORDS)), 0)
+    return words[start:]
+
+
+class Chain:
+    """Runs stages in a folder. {folder}/stages.json records the finished ones, {folder}/logs/{stage}.log their output.
+
+    Raises UserError for a record that is damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.record_file = folder, folder / "stages.json"
+        self.done: dict[str, dict[str, Any]] = {}
+        if self.record_file.exists():
+            record = files.read_json(self.record_file, "--output", dict).get("stages")
+            if not isinstance(record, dict) or not all(isinstance(stage, dict) for stage in record.values()):
+                raise UserError(f"--output: {self.record_file} is damaged; delete it: finished stages end at once")
+            self.done = record
+        # OpenMP's threads spin while they wait, which costs a shared machine more than a tiny model gains
+        threads = {} if shutil.which("nvidia-smi") else {"OMP_NUM_THREADS": "1"}
+        self.environment = {**threads, **os.environ, "PYTHON": sys.executable, "TOKENIZERS_PARALLELISM": "false"}
+
+    # -- what is done --------------------------------------------------------------------------------------
+
+    def change(self, stage: Stage) -> str | None:
+        """What has changed since `stage` was finished, in words; None for nothing, or if it is not finished."""
+        record = self.done.get(stage.name)
+        if record is None:
+            return None
+        for before, now in zip(record.get("commands", []), stage.identity(), strict=False):
+            if before != now:
+                removed = [word for word in before if word not in now]
+                added = [word for word in now if word not in before]
+                return f"its command had {shlex.join(removed) or 'less'} and now has {shlex.join(added) or 'less'}"
+        if len(record.get("commands", [])) != len(stage.commands):
+            return f"it had {len(record.get('commands', []))} commands and now has {len(stage.commands)}"
+        for name in stage.uses:
+            if record.get("used", {}).get(name) != self.done.get(name, {}).get("id"):
+                return f"{name} has run again since"
+        return None
+
+    def forget(self, stage: Stage) -> None:
+        """Delete what `stage` made, inside the folder only (not by a link that leads out), and its record."""
+        for path in stage.makes:
+            if path.resolve().is_relative_to(self.folder.resolve()) and path.resolve() != self.folder.resolve():
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        (self.folder / "logs" / f"{stage.name}.log").unlink(missing_ok=True)
+        if self.done.pop(stage.name, None):
+            self._save()
+
+    def _save(self) -> None:
+        files.write_json(self.record_file, {"stages": self.done})
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    def run(self, stages: Sequence[Stage]) -> None:
+        """Run those that are not finished, in order. Raises UserError for one that fails."""
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        with launch.only_one(self.folder / ".stages_lock", "chain"):
+            for stage in stages:
+                if stage.name in self.done:
+                    print0(f"== {stage.name}: {stage.title}: done before")
+                    continue
+                print0(f"== {stage.name}: {stage.title}")
+                began, cpu = time.monotonic(), _cpu_seconds()
+                self.run_commands(stage)
+                seconds, cpu = time.monotonic() - began, _cpu_seconds() - cpu
+                used = {name: self.done.get(name, {}).get("id") for name in stage.uses}
+                self.done[stage.name] = {
+                    "title": stage.title, "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1),
+                    "id": uuid.uuid4().hex[:12], "commands": stage.identity(), "used": used,
+                }  # fmt: skip
+                self._save()
+                print0(f"   {seconds:.0f} s")
+
+    def run_commands(self, stage: Stage) -> None:
+        """Run the commands of a stage; ends them all where one fails."""
+        waiting, running = list(stage.commands), []
+        at_once = len(waiting) if stage.together else stage.at_once
+        log = self.folder / "logs" / f"{stage.name}.log"
+        with _progress(log) as show:
+            try:
+                while waiting or running:
+                    while waiting and len(running) < at_once:
+                        running.append(self.start(waiting.pop(0), log))
+                    time.sleep(0.2)
+                    show()
+                    for process in [one for one in running if one.poll() is not None]:
+                        running.remove(process)
+                        if process.returncode:
+                            raise UserError(self.failure(stage, process, log))
+            finally:
+                for process in running:
+                    process.terminate()
+                for process in running:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(30)
+                    process.kill()
+
+    def start(self, command: str, log: Path) -> subprocess.Popen:
+        """Start `command` with this environment's python; its output is appended to `log`."""
+        words = shlex.split(command)
+        print0(f"   $ {shlex.join(words)}")
+        if "python" in words:
+            words[words.index("python")] = sys.executable
+        with open(log, "a", encoding="utf-8") as opened:
+            opened.write(f"$ {command}\n")
+            opened.flush()
+            options = {"stdout": opened, "stderr": subprocess.STDOUT, "preexec_fn": _die_with_parent}
+            try:
+                return subprocess.Popen(words, cwd=ROOT, env=self.environment, **options)
+            except OSError as error:
+                raise UserError(f"{words[0]}: cannot be started ({error.strerror}); is it installed?") from error
+
+    @staticmethod
+    def failure(stage: Stage, process: subprocess.Popen, log: Path) -> str:
+        """One text: the command that failed, the end of its log, what to do."""
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])
+        status = process.returncode
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        command = shlex.join(from_script(list(process.args)))
+        again = "What is finished is kept: correct the cause, then run the same command again."
+        return f"stage {stage.name} {how}: {command}\nThe end of {log}:\n{tail}\n{again}"
+
+
+def _cpu_seconds() -> float:
+    """Processor time of all ended children so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _die_with_parent() -> None:
+    """End this child when the chain is killed (Linux: PR_SET_PDEATHSIG = 1). torchrun passes SIGTERM on."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _progress(log: Path) -> Iterator[Callable[[], None]]:
+    """In a terminal: a function that shows the time and the last line of `log`, at most twice a second."""
+    began, shown = time.monotonic(), 0.0
+
+    def show() -> None:
+        nonlocal shown
+        if time.monotonic() - shown < 0.5 or not log.exists():
+            return
+        shown = time.monotonic()
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 2000))
+            lines = file.read().decode(errors="replace").replace("\r", "\n").strip().splitlines()
+        minutes, seconds = divmod(int(shown - began), 60)
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r\x1b[K   {minutes}:{seconds:02d}  {lines[-1] if lines else ''}"[: width + 4], end="", flush=True)
+
+    if not sys.stdout.isatty():
+        yield lambda: None
+        return
+    try:
+        yield show
+    finally:
+        print("\r\x1b[K", end="", flush=True)

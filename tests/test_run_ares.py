@@ -1,0 +1,294 @@
+"""run_ares.py: the whole chain on the smallest demo and on real questions, also killed; configurations; the plan."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import run_ares
+from ares import files
+from ares.cli import UserError
+from ares.stages import Chain, Stage, from_script
+from teacher import handoff
+from tests.conftest import ROOT, run_script
+from tests.rl import rl_tools
+from tests.tools.report_tools import parts_of
+
+PREDICTIONS = {f"predictions_ans_{name}.json" for name in ("train", "eval", "test")}
+SCRIPT = ("run_ares.py", "--config")
+CONFIGS = sorted(path.name for path in ROOT.glob("configs/*.yaml") if "prepare" in path.read_text())
+
+
+def read(path: Path):
+    return json.loads(path.read_text())
+
+
+# -- stages ----------------------------------------------------------------------------------------------
+
+
+def python(code: str) -> str:
+    return shlex.join(["python", "-c", code])
+
+
+def test_finished_stages_are_not_run_again_and_changes_are_said(tmp_path):
+    chain = Chain(tmp_path)
+    count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
+    first, second = Stage("a", "A", [python(count)], makes=[tmp_path / "count"]), Stage("b", "B", [python("1")], ["a"])
+    chain.run([first, second])
+    again = Chain(tmp_path)
+    again.run([first, second])
+    assert (tmp_path / "count").read_text() == "x"
+    assert again.change(first) is again.change(second) is None
+    assert "2" in again.change(Stage("b", "B", [python("2")], ["a"]))
+    again.forget(first)
+    assert not (tmp_path / "count").exists() and again.change(second) == "a has run again since"
+    again.run([first, second])
+    assert (tmp_path / "count").read_text() == "x" and again.change(second) == "a has run again since"
+
+
+def test_a_redo_deletes_nothing_outside_the_run(tmp_path):
+    outside, run = tmp_path / "model", tmp_path / "run"
+    outside.mkdir()
+    run.mkdir()
+    (run / "link").symlink_to(outside)
+    chain = Chain(run)
+    (outside / "inner").mkdir()
+    for path in (outside, run, run / ".." / "model", run / "link", run / "link/inner"):
+        chain.forget(Stage("a", "A", [], makes=[path]))
+    assert (outside / "inner").is_dir() and run.is_dir()
+
+
+def test_a_failed_command_is_shown_with_the_end_of_its_log_and_ends_those_beside_it(tmp_path):
+    sleeper = python(f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)")
+    wait = f"import os, time\nwhile not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.05)"
+    failing = python(f"{wait}\nprint('the reason'); raise SystemExit(3)")
+    began = time.monotonic()
+    with pytest.raises(
+        UserError, match="(?s)stage x ended with status 3.*the reason.*run the same command again"
+    ) as error:
+        Chain(tmp_path).run([Stage("x", "X", [sleeper, failing], together=True)])
+    assert "x.log" in str(error.value) and time.monotonic() - began < 40
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert "x" not in Chain(tmp_path).done
+    with pytest.raises(UserError, match="no-such-launcher"):
+        Chain(tmp_path).run([Stage("y", "Y", ["no-such-launcher main.py"])])
+
+
+def test_another_launcher_is_no_change():
+    words = "accelerate launch --num_processes 4 main.py --lr 1"
+    assert from_script(words.split()) == from_script("python main.py --lr 1".split()) == ["main.py", "--lr", "1"]
+
+
+# -- configurations --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_command_of_a_configuration_has_known_flags(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run_ares.main(["--config", f"configs/{name}", "--output", str(tmp_path / "a run"), "--dry_run", "--rounds", "2"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    config, scripts = run_ares.Config(f"configs/{name}", []), set()
+    for line in lines:
+        script, *words = from_script(shlex.split(line))
+        scripts.add(script)
+        known = config.flags.get(script)
+        for word in words if known else ():
+            assert not word.startswith("--") or word[2:] in known or word == "--phase", f"{script} {word}"
+        assert ":/" not in line and "{" not in line
+    assert {"main.py", "run_mm_cot_rl.py", "haiku.py", "run_mm_cot_lora.py", "tools/compare.py"} <= scripts
+    rl = [shlex.split(line) for line in lines if "run_mm_cot_rl.py" in line]
+    model = [words[words.index("--base_model_dir") + 1] for words in rl]
+    reference = [words[words.index("--ref_model") + 1] for words in rl]
+    assert len(rl) == 2 and model[1].endswith("sft_1") and reference == [model[0]] * 2
+
+
+FAULTS = {
+    "rll: {lr: 1}": r"rll: no such block \(meant: rl\?\)",
+    "rl: {lrr: 1}": r"rl.lrr: run_mm_cot_rl.py has no flag --lrr \(meant: lr\?\)",
+    "rl: [1]": "rl: not a block of flags",
+    "extends: absent.yaml": "absent.yaml",
+    "- 1": "must hold",
+}
+
+
+@pytest.mark.parametrize("text", FAULTS)
+def test_a_wrong_configuration_is_one_line(text, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=FAULTS[text]):
+        run_ares.Config(str(tmp_path / "mine.yaml"), [])
+
+
+@pytest.mark.parametrize("change", ["rl", "rl=1", "rl.lr", "nothing.lr=1", "size.x=1"])
+def test_a_wrong_set_is_one_line(change):
+    with pytest.raises(UserError, match="--set"):
+        run_ares.Config(str(ROOT / "configs/demo.yaml"), [change])
+
+
+def test_configurations_extend_others_and_set_changes_them():
+    large = run_ares.Config(str(ROOT / "configs/scienceqa_large.yaml"), ["rl.lr=1e-6", "judge=null", "at_once=3"])
+    assert large["rl"]["rl_batch_size"] == 2 and large["rl"]["k_actions"] == 4 and large["rl"]["lr"] == "1e-6"
+    assert large["judge"] is None and large["at_once"] == 3 and large["size"] == "large"
+
+
+# -- plan ------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_of_a_whole_data_set_says_hours_and_dollars(tmp_path, sample):
+    """12,726 training questions: no model is loaded, nothing is asked, and the sums are those of its lines."""
+    real = read(sample / "ScienceQA/data/scienceqa/problems.json")
+    counts = {"train": 12_726, "val": 4_241, "test": 4_241}
+    each = itertools.cycle(real.values())
+    qids = iter(range(1, sum(counts.values()) + 1))
+    splits = {split: [str(next(qids)) for _ in range(count)] for split, count in counts.items()}
+    problems = {qid: {**next(each), "split": split} for split, ids in splits.items() for qid in ids}
+    folder = tmp_path / "data/scienceqa"
+    folder.mkdir(parents=True)
+    files.write_json(folder / "problems.json", problems, indent=None)
+    files.write_json(folder / "pid_splits.json", splits, indent=None)
+    code = "import runpy, sys\nfor heavy in ('torch', 'transformers'): sys.modules[heavy] = None\n"
+    code += "sys.argv = sys.argv[1:]\nrunpy.run_path('run_ares.py', run_name='__main__')"
+    changes = [f"data.data_root={tmp_path / 'data'}", "size=tiny", "launch=null"]
+    words = [*SCRIPT, "configs/scienceqa_base.yaml", "--output", tmp_path / "run", "--plan", "--set", *changes]
+    environment = {name: value for name, value in os.environ.items() if name != "ANTHROPIC_API_KEY"}
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
+                          env=environment)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if "to run" in line[:24]}
+    figures = {
+        name: [float(word) for word in re.findall(r" (\d+\.\d\d)(?= )", line[:44])] for name, line in rows.items()
+    }
+    hours, dollars = figures["rl"]
+    rate, _ = run_ares.seconds_per_unit("tiny")
+    assert hours == pytest.approx(50_904 * (rate["rollout"] + 10 * rate["ppo"]) / 3600, abs=0.01)
+    assert 3 < dollars < 7 and 1 < figures["correct"][0] < 4  # as --estimate says of the real questions
+    total = re.search(r"in all +([\d.]+) +([\d.]+)", done.stdout)
+    assert float(total[2]) == pytest.approx(dollars + figures["correct"][0] + figures["judge"][0], abs=0.02)
+    assert "nothing is asked or spent" in done.stdout and not (tmp_path / "run/stages.json").exists()
+
+
+# -- whole runs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_demo_at_its_smallest(tmp_path):
+    output = tmp_path / "demo run"  # a blank in the path: users have them
+    done = run_script(*SCRIPT, "configs/smoke.yaml", "--output", output)
+    for model in ("models/start", "rl/1", "sft"):
+        assert PREDICTIONS | {"config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(output / model))
+    for number in (0, 1):
+        items = handoff.iter_items(output / f"rl/questions_round{number}")
+        assert {item.action for item in items} == {0, 1}
+        assert all((item.folder / handoff.SCORES).exists() for item in items)
+    assert len(handoff.iter_items(output / "corrections")) == 32
+    table, text = read(output / "table.json"), (output / "table.md").read_text()
+    assert text.strip() in done.stdout
+    assert list(table["rationales"]) == ["start", "RL", "SFT"]
+    assert list(table["adapters"]) == [
+        f"{name}, {form}" for name in table["rationales"] for form in ("QCMG-A", "QCM-A")
+    ]
+    assert set(table["win_rates"]) == {"RL against start", "SFT against start"}
+    for name, change in table["changes"].items():
+        ours, theirs = name.split(" - ")
+        for key in ("concludes", "covered"):
+            want = table["rationales"][ours][key] - table["rationales"][theirs][key]
+            assert change[key]["difference"] == pytest.approx(want)
+    for row in table["answer_changes"].values():
+        assert row["rationale"]["low"] <= row["rationale"]["difference"] <= row["rationale"]["high"]
+    assert "tabular" in (output / "table.tex").read_text() and "sentence score" in (output / "results.md").read_text()
+    check_report(output, table)
+
+    again = run_script(*SCRIPT, "configs/smoke.yaml", "--output", output)
+    assert again.stdout.count("done before") == len(read(output / "stages.json")["stages"]) == 13
+    other = run_script(*SCRIPT, "configs/smoke.yaml", "--output", output, "--set", "sft.lr=1e-3", check=False)
+    assert other.returncode == 2 and "stage sft is finished, but its command had 5e-4 and now has 1e-3" in other.stderr
+    assert other.stderr.count("\n") == 1 and "--redo sft" in other.stderr
+    one = run_script(*SCRIPT, "configs/smoke.yaml", "--output", output, "--only", "table", "--redo", "table")
+    assert one.stdout.count("$ python") == 1 and read(output / "table.json") == table
+
+    pooled = tmp_path / "pooled"  # two seeds of the same figures: the same means, narrower intervals
+    run_script("tools/compare.py", "--runs", output, output, "--output", pooled)
+    both = read(pooled / "table.json")["changes"]["SFT - start"]["score"]
+    one = table["changes"]["SFT - start"]["score"]
+    assert both["difference"] == pytest.approx(one["difference"])
+    assert both["high"] - both["low"] < one["high"] - one["low"]
+    assert "2 seeds" in (pooled / "table.md").read_text()
+
+
+def check_report(output, table):
+    """The report holds the table's numbers, every sample, the corrections and the images."""
+    parts = parts_of((output / "report.html").read_text(encoding="utf-8"))
+    figures = parts["main"]["overview"]["figures"]
+    for data, figure in zip(table["rationales"].values(), figures, strict=False):
+        assert figure["rationale"] == pytest.approx({name: data[name] for name in figure["rationale"]})
+    for figure, name in zip(figures[3:], table["rationales"], strict=True):
+        accuracy = table["adapters"][f"{name}, QCMG-A"]["accuracy"]
+        assert figure["scores"]["acc_average"] == pytest.approx(accuracy, abs=0.01)
+    samples = [each for many in parts["details"]["samples"].values() for each in many]
+    assert len(samples) == 64 * len(parts["main"]["rounds"]) and len(parts["details"]["corrections"]) == 32
+    assert parts["images"]["of"]
+    # a model that learned nothing gives no answers that can be read; nothing else is to be noted
+    assert [note for note in parts["main"]["notes"] if "could not be read" not in note] == []
+
+
+@pytest.fixture
+def real_run(tmp_path, sample, t5_tokenizer):
+    """--set words that turn the paper's configuration into a small run on real questions with a T5 of 2 layers."""
+    data = rl_tools.make_data(tmp_path, sample, 7)
+    (data / "images").symlink_to(sample / "images")
+    rl_tools.make_model(tmp_path / "start", data, t5_tokenizer)
+    small = {
+        "prepare": "null", "data.data_root": data, "prompt.caption_file": data / "captions.json",
+        "prompt.vision_features": data / "vision_features", "start.folder": tmp_path / "start",
+        "rationale.output_len": 24, "rl.bs": 4, "rl.rl_batch_size": 4, "rl.rl_epochs": 1, "rl.ga_step": 2,
+        "rl.poll_seconds": 0.2, "rl.settle_seconds": 0.5, "rl.k_actions": 2, "rl.report_to": "none",
+        "teacher.teacher": "reference", "scores.poll_seconds": 0.2, "sft.epoch": 1, "lora.epoch": 1,
+        "lora.output_len": 8, "forms": "[QCM-A]", "launch": "{rl: env ACCELERATE_USE_CPU=true python -m "
+        "torch.distributed.run --nproc_per_node 2}",
+    }  # fmt: skip
+    return [f"{name}={value}" for name, value in small.items()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_papers_configuration_on_real_questions_killed_five_times(tmp_path, real_run):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    words = [*SCRIPT, "configs/scienceqa_base.yaml", "--set", *real_run]
+    run_script(*words, "--output", whole)
+    stages = list(read(whole / "stages.json")["stages"].items())
+    rng, kills = random.Random(0), 0
+    # in RL, in SFT, among the adapters, and anywhere
+    places = ["rl", "sft", "lora", *(rng.choice(stages)[0] for _ in range(2))]
+    for place in sorted(places, key=[name for name, _ in stages].index):
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words), "--output", str(killed)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for line in process.stdout:
+            if line.startswith(f"== {place}:"):
+                time.sleep(rng.uniform(0, 0.8) * dict(stages)[place]["seconds"])
+                process.send_signal(signal.SIGKILL)
+                break
+        kills += process.wait() == -signal.SIGKILL
+        process.stdout.close()
+    run_script(*words, "--output", killed)
+    assert kills >= 4  # a short stage may have ended before
+    assert (killed / "table.md").read_text() == (whole / "table.md").read_text()
+    for model in ("rl/0", "sft"):
+        ours, theirs = (read(run / model / "predictions_ans_test.json")["preds"] for run in (killed, whole))
+        assert ours == theirs
+    ours, theirs = (read(run / "table.json")["by_question"] for run in (killed, whole))
+    assert ours.keys() == theirs.keys()
+    for label in ours:
+        assert all(np.array_equal(ours[label][key], theirs[label][key]) for key in theirs[label])
