@@ -132,7 +132,8 @@ class FusedAttention(T5Attention):
         if bias is None and (mask is None or mask.dtype != torch.bool):
             return x.new_zeros(1, 1, 1, S, dtype=dtype) if mask is None else mask.to(dtype)
         if mask is not None and mask.dtype == torch.bool:
-            bias = torch.where(mask, 0.0 if bias is None else bias, torch.finfo(dtype).min)
+            allowed = x.new_zeros((), dtype=dtype) if bias is None else bias  # of float64, too
+            bias = torch.where(mask, allowed, torch.finfo(dtype).min)
         elif mask is not None:
             bias = bias + mask
         return bias.to(dtype).contiguous()  # fused attention does not accept the bias's own strides

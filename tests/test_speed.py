@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
 import main
-from ares import decoding, layers
+from ares import decoding, devices, layers
 from ares.cli import UserError
 from benchmarks.common import SIZES, check
 from benchmarks.limits import Products, products, row_flops
@@ -147,7 +147,8 @@ def ragged_texts(rows):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """bf16 autocast, fused attention, no grouping by length."""
-    monkeypatch.setattr(actor_critic, "length_groups", lambda *args: [[]])
+    monkeypatch.setattr(devices, "GPUS", ("cuda", "cpu"))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     with torch.autocast("cpu", torch.bfloat16):
         yield
 
@@ -164,10 +165,8 @@ def test_operations_of_a_decode_step(as_on_a_gpu, static):
     assert counter.seen.total() <= 360, counter.seen
 
 
-def test_operations_of_a_ppo_pass(as_on_a_gpu, monkeypatch):
+def test_operations_of_a_ppo_pass(as_on_a_gpu):
     """Policy and value function, forward and backward, on 8 rows."""
-    wide = actor_critic.expanded_mask
-    monkeypatch.setattr(actor_critic, "expanded_mask", lambda mask, model: wide(mask, model, on_gpu=True))
     models = actor_critic.ActorCritic(
         deep(T5ForMultimodalGeneration).eval(), deep(T5ForMultimodalGenerationValueFunction).eval()
     )
@@ -178,7 +177,7 @@ def test_operations_of_a_ppo_pass(as_on_a_gpu, monkeypatch):
     minibatch = ppo.MiniBatch(*torch.randn(5, ROWS, TEXT))
     args = SimpleNamespace(clip_range=0.2, entropy_coef=0.0, vf_coef=1.0, vf_clip_range=None)
     with Launches() as counter:
-        outputs = models(prompt, None, actions, actor_critic.flat_index(mask))
+        outputs = models(prompt, None, actions, devices.flat_index(mask))
         loss, _ = ppo.ppo_loss(*outputs, minibatch, mask, args, int(mask.sum()))
         loss.backward()
     assert counter.seen.total() <= 5000, counter.seen
