@@ -18,7 +18,6 @@ plain T5: text only.
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from dataclasses import dataclass, field
@@ -29,7 +28,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5ForConditionalGeneration
-from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import logging as transformers_logging
@@ -39,10 +37,9 @@ from ares.checkpoints import MultimodalT5Config, PatchSize, as_multimodal, load_
 from ares.cli import UserError, img_shape, in_one_line
 from ares.files import atomic_path
 from ares.head import label_loss
+from ares.layers import CACHE, fuse
 
 VALUE_FUNCTION = "value_function.pth"
-# transformers 5.18 or so renamed the argument
-CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else "past_key_values"
 FUSION = ("encoder.image_dense.", "encoder.mha_layer.", "encoder.gate_dense.")
 EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # one tensor with shared.weight, always
 
@@ -108,11 +105,7 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
     def __init__(self, config: T5Config, patch_size: PatchSize | None = None):
         super().__init__(as_multimodal(config, patch_size))
         self.encoder = MultimodalEncoder(self.encoder.config)
-        for module in self.modules():
-            if isinstance(getattr(module, "act", None), NewGELUActivation):
-                # T5's "gelu_new" by one kernel instead of the library's eight, same formula, same config.json: saves
-                # 16% of a forward and backward pass on a CPU, and seven tensors of d_ff per layer that autograd kept
-                module.act = nn.GELU(approximate="tanh")
+        fuse(self)
         self.post_init()
 
     @classmethod
@@ -223,7 +216,12 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
 
 def choose_attention(model: Any, device: torch.device) -> None:
     """SDPA on a GPU, where this transformers has it for T5 (5.0 has not); plain attention on a CPU: SDPA has no fused
-    kernel there for T5's learnt position bias, and an update takes 8% less without it."""
+    kernel there for T5's learnt position bias, and an update takes 8% less without it.
+
+    On a GPU without cuDNN's kernel, for the whole process: on Hopper SDPA takes it first, and it builds a plan for
+    each new shape, which batches of similar length have at every step."""
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     model.set_attn_implementation("sdpa" if device.type != "cpu" and model._supports_sdpa else "eager")
 
 

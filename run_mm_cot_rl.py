@@ -174,7 +174,9 @@ def check_processes(accelerator: Any) -> None:
 def load_model(setup: Setup, folder: str | Path, value: bool = False):
     """A policy or value function on this process's device, in eval mode."""
     import model
+    from ares import decoding
 
+    decoding.use_graphs(setup.args.decode_graph)
     cls = model.T5ForMultimodalGenerationValueFunction if value else model.T5ForMultimodalGeneration
     loaded = cls.from_pretrained(folder, patch_size=setup.patch_size, seed=setup.args.seed)
     if value and setup.args.value_init == "zero" and not (Path(folder) / model.VALUE_FUNCTION).exists():

@@ -21,13 +21,16 @@ import numpy as np
 import torch
 from transformers.activations import ACT2FN
 
+from ares import layers
+
 PAD_TO = 512
 
 
 def plain_model(model: Any, attention: str = "eager") -> Any:
-    """`model` with the library's own attention and activation, in place; "sdpa" is what the library takes today."""
+    """`model` with the library's own layers, activation and attention, in place; "sdpa" is what it takes today."""
     for module in fused_activations(model):
         module.act = ACT2FN["gelu_new"]
+    layers.unfuse(model)
     model.set_attn_implementation(attention)
     return model
 
@@ -50,6 +53,7 @@ def plainly(*models: Any, attention: str = "eager") -> Iterator[None]:
     finally:
         for model, earlier, acts in before:
             model.set_attn_implementation(earlier)
+            layers.fuse(model)
             for module, act in acts.items():
                 module.act = act
 

@@ -182,5 +182,5 @@ def checkpoint_gradients(model: nn.Module) -> None:
             module.dropout = 0.0
     for one in model.children():
         enable = getattr(one, "activation_checkpointing_enable", None) or one.gradient_checkpointing_enable  # old name
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, "preserve_rng_state": False})  # nothing is random without dropout
     model.train()

@@ -68,7 +68,7 @@ def _rows(group: str, *rows: tuple) -> list[Flag]:
 FLAGS = [
     # declared for every script by ares.cli.add_common_flags; moved data is fine: the prompts themselves are compared
     *(Flag(name, NOTHING) for name in ("data_root", "dataset", "images", "caption_file", "vision_features",
-                                       "name_map", "model", "tokenizer", "user_msg")),
+                                       "name_map", "model", "tokenizer", "user_msg", "decode_graph")),
     *(Flag(name, ROLLOUTS) for name in ("use_caption", "img_type", "train_split", "train_le", "options",
                                         "prompt_format")),
     *(Flag(name, NO_EFFECT) for name in ("val_split", "test_split", "eval_le", "test_le", "eval_bs", "eval_acc",

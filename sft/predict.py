@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from ares import cli, files
+from ares import cli, decoding, files
 from ares.cli import UserError, print0
 from ares.decoding import greedy
 from ares.predictions import FILE_NAMES, prediction_file, unread_note
@@ -84,6 +84,7 @@ class Predictor:
         bf16: bool = False,
     ):  # fmt: skip
         self.args, self.problems, self.tokenizer = args, problems, tokenizer
+        decoding.use_graphs(args.decode_graph)
         self.asked = args.prompt_format.split("-")[1]  # of the target: A (the bare answer), E, LE, LEA or ALE
         self.collator, self.device, self.bf16 = collator, device, bf16
         if not args.use_generate:

@@ -187,6 +187,18 @@ def test_rows_leave_when_they_have_ended(models, t5_tokenizer, monkeypatch):
     assert sum(sizes) == int(action_mask(actions).sum()) < 9 * max(len(sizes), 1)
 
 
+@pytest.mark.parametrize("chosen", [SOME, Sampling(k=4, do_sample=True, top_k=0, top_p=0.9, output_len=70)])
+def test_fixed_shapes_draw_the_same_tokens(models, t5_tokenizer, chosen, monkeypatch):
+    """--decode_graph on, as it decodes without a GPU."""
+    prompt, found = prompt_batch(t5_tokenizer), []
+    monkeypatch.setattr(decoding, "FIRST_LENGTH", 8)
+    for mode in ("off", "on"):
+        monkeypatch.setattr(decoding, "graph_mode", mode)
+        found.append(sampling.sample_batch(models, prompt, chosen, seed=3))
+    assert torch.equal(found[0]["actions"], found[1]["actions"]) and found[0]["actions"].shape[1] > 16
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+
+
 def test_greedy_is_the_librarys_greedy_and_top_k_one(models, t5_tokenizer):
     prompt = prompt_batch(t5_tokenizer)
     greedy = sampling.sample_batch(models, prompt, Sampling(1, False, 20, 1.0, 16), seed=1)["actions"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ares import decoding
 from ares.decoding import greedy
@@ -61,6 +62,84 @@ def test_every_row_alone_gives_the_same(model):
             row = greedy(model, inputs, 16)[i]
             alone = greedy(model, {name: tensor[i : i + 1] for name, tensor in inputs.items()}, 16)[0]
         assert torch.equal(row[: len(alone)], alone) and not row[len(alone) :].any()
+
+
+class Recording(TorchDispatchMode):
+    """A CUDA graph's stand-in on a CPU: `replay` repeats the recorded operations on the tensors that they had."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.replays = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        self.replays += 1
+        for func, args, kwargs, out in self.calls:
+            new = func(*args, **kwargs)
+            for old, one in zip(*((x if isinstance(x, tuple) else (x,)) for x in (out, new)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != one.data_ptr():
+                    old.copy_(one)
+
+
+def record_steps(monkeypatch):
+    """Let decoding capture its steps as it does on a GPU; returns the recordings."""
+    made = []
+
+    class Decoder(decoding.StepDecoder):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.captures = self.static
+
+        def _capture(self, tokens):
+            self.tokens, self.graph = tokens.clone(), Recording()
+            with self.graph:
+                self.logits = self._logits(self.tokens)
+            made.append(self.graph)
+
+    monkeypatch.setattr(decoding, "StepDecoder", Decoder)
+    return made
+
+
+@pytest.mark.parametrize("how", ["fixed shapes", "recorded"])
+def test_fixed_shapes_give_the_same_ids(model, how, monkeypatch):
+    """Rows end anywhere, some are removed, and the cache's capacity of 4 is doubled three times."""
+    inputs = batch(model)
+    with model.ending_greedy():
+        expected = greedy(model, inputs, 24)
+    monkeypatch.setattr(decoding, "FIRST_LENGTH", 4)
+    monkeypatch.setattr(decoding, "graph_mode", "on")
+    recordings = record_steps(monkeypatch) if how == "recorded" else []
+    with model.ending_greedy():
+        ids = greedy(model, inputs, 24)
+    assert torch.equal(ids, expected)
+    if how == "recorded":  # every step but the first, which warms up
+        assert 6 <= len(recordings) <= 8 and sum(one.replays for one in recordings) == ids.shape[1] - 2
+
+
+def test_decoding_goes_on_if_no_graph_can_be_captured(model, monkeypatch, capsys):
+    """This machine's PyTorch really refuses: it has no CUDA graphs."""
+    if torch.cuda.is_available():
+        pytest.skip("graphs can be captured here")
+    inputs = batch(model)
+    with model.ending_greedy():
+        expected = greedy(model, inputs, 24)
+
+    class Decoder(decoding.StepDecoder):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.captures = self.static
+
+    monkeypatch.setattr(decoding, "StepDecoder", Decoder)
+    monkeypatch.setattr(decoding, "graph_mode", "on")
+    for _ in range(2):  # one note only
+        with model.ending_greedy():
+            assert torch.equal(greedy(model, inputs, 24), expected)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("note: decoding goes on without CUDA graphs")
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), [(1, 3), (2, 5), (3, 1), (2, 2)])
