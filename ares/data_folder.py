@@ -10,6 +10,7 @@ or money is spent. Any data set in ScienceQA's schema will do. Imports no torch:
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -249,8 +250,8 @@ def question_images(images_dir: str | Path, qid: str) -> list[Path]:
     """A question's image files: image.png first, then choice_0.png, choice_1.png ... in the order of their numbers.
     They are in `{images_dir}/{qid}`, or, as ScienceQA's archives unpack, in its train/, val/ or test/."""
     for part in ("", "train", "val", "test"):
-        folder = Path(images_dir) / part / qid
-        if folder.is_dir():
+        if os.path.isdir(os.path.join(images_dir, part, qid)):  # asked for 50,000 rationales, half without an image
+            folder = Path(images_dir, part, qid)
             numbered = [(int(match[1]), path) for path in folder.iterdir()
                         if (match := re.fullmatch(r"choice_(\d+)\.png", path.name)) and path.is_file()]  # fmt: skip
             image = folder / "image.png"

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ares.cli import in_one_line, print0
+from ares.devices import on_gpu
 
 FIRST_LENGTH = 64  # initial capacity of the key-value cache in positions; doubled when full
 ALIGNMENT = 8  # positions: of the strides of a mask that fused attention takes as it is
@@ -79,7 +80,7 @@ def generate(
     decoder = StepDecoder(policy, states, attention_mask, k, static)
     rows = torch.arange(n, device=device)  # of the texts that are still in the batch
     tokens, ended = ids[:, 0], torch.zeros(n, dtype=torch.bool, device=device)
-    check_steps = 1 if device.type == "cpu" else CHECK_STEPS
+    check_steps = CHECK_STEPS if on_gpu(device) else 1
     for t in range(1, max_length):
         logits = decoder.step(tokens)  # (n, V)
         log_z = logits.float().logsumexp(-1) if with_logprobs else None

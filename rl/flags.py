@@ -145,7 +145,8 @@ FLAGS = [
          {"choices": ("auto", "fp32", "bf16")}),
         ("pass_tokens", NOTHING, AT_LEAST_1, int, None,
          "most tokens (prompts, rationales and padding) of one forward and backward pass: neighbouring minibatches of "
-         "an update are joined up to it, which fills a GPU; the update is the same (default: a minibatch a pass)"),
+         "an update are joined up to it, which fills a GPU; the update is the same (default: on a GPU 8192, or what "
+         "its memory suffices for; on a CPU a minibatch a pass)"),
         ("gradient_checkpointing", NOTHING, None, bool, False, "less memory, a third more time"),
         ("offload", NOTHING, None, bool, False,
          "keep reference and value function on the CPU while sampling needs neither"),

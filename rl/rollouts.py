@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,9 +34,9 @@ from torch import Tensor
 from ares import cli, files
 from ares.cli import UserError
 from ares.decoding import action_mask
+from ares.devices import to_device
 from ares.sentences import sentences_from_ids
-from rl import actor_critic
-from rl.run_folder import FAILED, collected_batches
+from rl.run_folder import EXPORTED, FAILED, collected_batches
 from teacher import handoff, reply_files
 
 FIELDS = ("tokens", "logprobs", "ref_logprobs", "values")  # one number per position
@@ -85,36 +86,39 @@ class Rollouts:
         begin = int(self.sentence_offsets[row])
         return self.columns[begin : begin + int(self.sentence_counts[row])].tolist()
 
-    def pad(self, flat: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Rows of a per-position field as (B, T) with zeros on the right, and their (B, T) boolean mask."""
+    def pad(self, flat: Tensor, rows: Sequence[int], width: int | None = None) -> tuple[Tensor, Tensor]:
+        """Rows of a per-position field as (B, T) with zeros on the right, and their (B, T) boolean mask; T is `width`,
+        by default the longest row's length."""
         rows = torch.as_tensor(rows)
         lengths = self.lengths[rows]
-        t = torch.arange(int(lengths.max()))
+        t = torch.arange(int(lengths.max()) if width is None else width)
         mask = t < lengths[:, None]  # (B, T)
         index = (self.offsets[rows][:, None] + t).clamp(max=len(flat) - 1)
         return flat[index].masked_fill(~mask, 0), mask
 
-    def actions(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Decoder ids (B, T + 1) with the start token in column 0, and the (B, T) mask of real positions."""
-        tokens, mask = self.pad(self.tokens, rows)
+    def actions(self, rows: Sequence[int], width: int | None = None) -> tuple[Tensor, Tensor]:
+        """Decoder ids (B, T + 1) with the start token in column 0, and the (B, T) mask of real positions; T as for
+        `pad`."""
+        tokens, mask = self.pad(self.tokens, rows, width)
         return torch.nn.functional.pad(tokens.long(), (1, 0)), mask
 
     def select(self, rows: Sequence[int]) -> Rollouts:
         """The given rows alone, in the given order."""
 
-        def gather(flat: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
-            parts = [flat[int(offsets[row]) : int(offsets[row] + counts[row])] for row in rows]
-            return torch.cat(parts) if parts else flat[:0]
+        def positions(offsets: Tensor, counts: Tensor) -> Tensor:
+            offsets, counts = offsets[index], counts[index]
+            return torch.arange(int(counts.sum())) + (offsets + counts - counts.cumsum(0)).repeat_interleave(counts)
 
         index = torch.as_tensor(rows, dtype=torch.long)
+        at = positions(self.offsets, self.lengths)
         return Rollouts(
             qids=[self.qids[row] for row in rows],
             action=[self.action[row] for row in rows],
             rank=[self.rank[row] for row in rows],
             lengths=self.lengths[index],
             sentence_counts=self.sentence_counts[index],
-            columns=gather(self.columns, self.sentence_offsets, self.sentence_counts),
-            **{name: gather(getattr(self, name), self.offsets, self.lengths) for name in FIELDS},
+            columns=self.columns[positions(self.sentence_offsets, self.sentence_counts)],
+            **{name: getattr(self, name)[at] for name in FIELDS},
         )
 
     def save(self, path: Path) -> None:
@@ -158,11 +162,15 @@ class Prompts:
         self.lengths = {qid: len(item["input_ids"]) for qid, item in self.items.items()}
         self.texts = dict(zip(dataset.qids, dataset.prompts, strict=True))
 
-    def batch(self, qids: Sequence[str]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` (B, S) and, with vision features, `image_ids` (B, patches, dim)."""
+    def collate(self, qids: Sequence[str]) -> dict[str, Tensor]:
+        """On the CPU: `input_ids`, `attention_mask` (B, S), with vision features `image_ids` (B, patches, dim)."""
         batch = self.collator([self.items[qid] for qid in qids])
         names = ("input_ids", "attention_mask", "image_ids")
-        return {name: actor_critic.to_device(batch[name], self.device) for name in names if name in batch}
+        return {name: batch[name] for name in names if name in batch}
+
+    def batch(self, qids: Sequence[str]) -> dict[str, Tensor]:
+        """`collate` on the models' device."""
+        return to_device(self.collate(qids), self.device)
 
     def fingerprint(self) -> str:
         """A hash of every prompt's ids, to detect changed questions, captions or prompt flags."""
@@ -230,6 +238,10 @@ class RolloutStore:
         self.fitted_file = self.folder / "values.safetensors"
         self.failed_file = self.folder / FAILED
 
+    def exported_file(self, rank: int) -> Path:
+        """Says that a process of this launch has exported its rationales and flushed them to disk."""
+        return self.folder / f"{EXPORTED}{rank}"
+
     def shard(self, number: int) -> Path:
         return self.folder / f"batch_{number:06d}.safetensors"
 
@@ -278,32 +290,35 @@ def collect(
     kill came in between. Rank 0 signals the end of the export and writes `collected.json`.
     """
     mine = range(cli.rank(), len(batches), cli.world_size())
+    samples = sentences = 0
     for number in cli.progress(mine, desc="sampling", total=len(mine), unit="batch"):
         if not store.shard(number).exists():
             sample(number, batches[number]).save(store.shard(number))
-        export(Rollouts.load(store.shard(number)), store.questions, tokenizer)
+        rows = Rollouts.load(store.shard(number))
+        export(rows, store.questions, tokenizer)
+        samples, sentences = samples + len(rows), sentences + int(rows.sentence_counts.sum())
     if cli.rank() != 0:
+        files.flush_all()  # perhaps of another machine than rank 0's
+        files.touch(store.exported_file(cli.rank()))
         wait_for_file(store.collected_file, poll_seconds, store.failed_file)
         return
     # files instead of a collective: processes may end hours apart, and a process group would time out
-    samples = sentences = 0
-    for number in range(len(batches)):
+    for number in sorted(set(range(len(batches))).difference(mine)):
         wait_for_file(store.shard(number), poll_seconds, store.failed_file)
         rows = Rollouts.load(store.shard(number))
-        for folder in exported_folders(rows, store.questions):
-            wait_for_file(folder / handoff.RATIONALE, poll_seconds, store.failed_file)
+        for row in rows_with_sentences(rows):
+            rationale = question_folder(rows, row, store.questions) / handoff.RATIONALE
+            wait_for_file(rationale, poll_seconds, store.failed_file)
         samples, sentences = samples + len(rows), sentences + int(rows.sentence_counts.sum())
+    for rank in range(1, cli.world_size()):
+        wait_for_file(store.exported_file(rank), poll_seconds, store.failed_file)
     if not handoff.exported(store.questions):  # a re-run must not make answers older than the export
         handoff.mark_exported(store.questions)
     files.write_json(store.collected_file, {"batches": len(batches), "samples": samples, "sentences": sentences})
 
 
-def exported_folders(rollouts: Rollouts, questions: Path) -> list[Path]:
-    """The question folders of all rows with a sentence (an empty rationale is not scored)."""
-    return [question_folder(rollouts, row, questions) for row in rows_with_sentences(rollouts)]
-
-
 def rows_with_sentences(rollouts: Rollouts) -> list[int]:
+    """The rows that are exported: an empty rationale is not scored."""
     return rollouts.sentence_counts.nonzero()[:, 0].tolist()
 
 
@@ -312,11 +327,19 @@ def question_folder(rollouts: Rollouts, row: int, questions: Path) -> Path:
 
 
 def export(rollouts: Rollouts, questions: Path, tokenizer) -> None:
-    """Write the missing rationales, one folder per sample, for the Teacher to score."""
+    """Write the missing rationales, one folder per sample, for the Teacher to score. A warning names what a power cut
+    damaged, which is written again."""
+    damaged = []
     for row in rows_with_sentences(rollouts):
         folder = question_folder(rollouts, row, questions)
-        if not (folder / handoff.RATIONALE).exists():
+        try:
+            handoff.read_rationale(folder)
+        except handoff.Refused as refused:
+            if os.path.lexists(folder / handoff.RATIONALE):
+                damaged.append(refused)
             handoff.write_rationale(folder, [s.text for s in sentences_from_ids(rollouts.ids(row), tokenizer)])
+    if damaged:
+        cli.warn0(f"{len(damaged)} rationales of an earlier launch are damaged and written again, first: {damaged[0]}")
 
 
 def wait_for_file(path: Path, poll_seconds: float, failed: Path | None = None) -> None:
@@ -369,9 +392,8 @@ def read_feedback(store: RolloutStore, rollouts: Rollouts, max_dropped: float) -
     them, are lost; then nothing is written, and the replies can be repaired.
     """
     scores, dropped = {}, {}
-    keys = rollouts.keys()
-    for row in cli.progress(range(len(rollouts)), desc="reading scores", total=len(rollouts), unit="reply"):
-        expected = int(rollouts.sentence_counts[row])
+    keys, sentence_counts = rollouts.keys(), rollouts.sentence_counts.tolist()
+    for row, expected in enumerate(cli.progress(sentence_counts, desc="reading scores", unit="reply")):
         try:
             got = reply_files.read_scores(question_folder(rollouts, row, store.questions)) if expected else []
             if len(got) != expected:
@@ -420,4 +442,5 @@ def scored(rollouts: Rollouts, decision: dict) -> tuple[Rollouts, list[list[floa
             f"scores.json gives {len(decision['scores'][keys[odd]])} scores to {keys[odd]}, which has "
             f"{int(rollouts.sentence_counts[odd])} sentences; delete it: they are then read from the replies again"
         )
-    return rollouts.select(rows), [decision["scores"][keys[row]] for row in rows]
+    kept = rollouts if len(rows) == len(rollouts) else rollouts.select(rows)  # one copy of them in memory
+    return kept, [decision["scores"][keys[row]] for row in rows]

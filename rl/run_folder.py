@@ -29,6 +29,7 @@ from teacher import handoff
 
 SAMPLING_FILE, PPO_FILE = "flags_sampling.json", "flags_ppo.json"  # what made a round, beside its rollouts
 FAILED = "failed.txt"  # also there: why a process ended while others wait for its files
+EXPORTED = "exported_p"  # and, with the process's rank, that what it exported is flushed to disk
 
 # Contents of files that the rollouts depend on, recorded with the flags, and the text of a refusal.
 CONTENTS = {
@@ -93,7 +94,8 @@ def claim(args: argparse.Namespace, folder: Path, start: int) -> None:
     begun = any((folder / "state").glob("slot_*"))
     for number in range(start, start + args.epochs):
         place = folder / "rollouts" / f"round_{number}"
-        (place / FAILED).unlink(missing_ok=True)
+        for left in (place / FAILED, *place.glob(f"{EXPORTED}*")):  # by an earlier launch
+            left.unlink(missing_ok=True)
         if not finished(folder, number):
             if (folder / str(number)).exists():
                 raise UserError(

@@ -30,6 +30,7 @@ from torch import distributed as dist
 from ares import cli, decoding, files
 from ares.cli import UserError, print0
 from ares.decoding import greedy
+from ares.devices import to_device
 from ares.predictions import FILE_NAMES, prediction_file, unread_note
 from model import choose_attention
 from sft.batching import lengths, prediction_batches
@@ -116,7 +117,7 @@ class Predictor:
     @torch.no_grad()
     def _predict_batch(self, model: torch.nn.Module, items: list[dict]) -> torch.Tensor:
         """Predicted ids (B, L), padded, without the start token."""
-        inputs = {name: tensor.to(self.device) for name, tensor in self.collator(items).items()}
+        inputs = to_device(self.collator(items), self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if not self.args.use_generate:
                 logits = model(**inputs, use_cache=False).logits  # (B, L, V)

@@ -149,10 +149,8 @@ def run(
 
     # 2. devices and processes
     training_args = set_up(args, folder, len(datasets.get("train", ())))
-    predictor = Predictor(
-        args, data.problems, tokenizer, Collator(tokenizer.pad_token_id, data.features), training_args.device,
-        bf16=training_args.bf16,
-    )  # fmt: skip
+    collator = Collator(tokenizer.pad_token_id, data.features, device=training_args.device)
+    predictor = Predictor(args, data.problems, tokenizer, collator, training_args.device, bf16=training_args.bf16)
     with launch.only_launch(folder, from_rank0):
         # 3. train, or continue
         model = None

@@ -157,9 +157,9 @@ def form(sentences: Sequence[str]) -> str:
 
 
 def write_rationale(folder: str | os.PathLike, sentences: Sequence[str]) -> None:
-    """Write the sentences as `form` shows them. Raises UserError for a `folder` behind a link."""
+    """Write the sentences as `form` shows them, not flushed. Raises UserError for a `folder` behind a link."""
     refuse_links(folder)
-    files.write_text(Path(folder) / RATIONALE, form(sentences) + "\n")
+    files.write_text(f"{folder}/{RATIONALE}", form(sentences) + "\n", flush=False)
 
 
 def read_rationale(folder: str | os.PathLike) -> list[str]:
@@ -167,7 +167,7 @@ def read_rationale(folder: str | os.PathLike) -> list[str]:
 
     Raises Refused("no_rationale") when the file is missing, unreadable or not in that form.
     """
-    path = Path(folder) / RATIONALE
+    path = f"{folder}/{RATIONALE}"
     try:
         # bytes, split at \n only: a sentence may hold \r or U+2028, which str.splitlines would break at
         text = files.read_shared(path).decode("utf-8").removeprefix("\ufeff")
@@ -295,8 +295,9 @@ def mark_exported(questions: str | os.PathLike) -> None:
 
     The file holds its own time, taken from the file system: a folder copied away and back (`cp -r` gives every copy
     a new mtime, in the order of copying) keeps the true time of the export. `llm_done.txt` files that are there
-    already belong to something older and are removed.
+    already belong to something older and are removed. What this machine has exported is flushed to disk before.
     """
+    files.flush_all()
     for action in _names(questions, questions, NUMBER):
         Path(questions, action, DONE).unlink(missing_ok=True)
     with files.atomic_path(Path(questions) / EXPORTED) as temporary:
@@ -325,9 +326,10 @@ def export_time_ns(questions: str | os.PathLike) -> int:
 
 
 def mark_done(questions: str | os.PathLike, action: int) -> None:
-    """Signal that an action is answered, as the user does with `touch`."""
+    """Signal that an action is answered, as the user does with `touch`; what was written is flushed before."""
     path = Path(questions, str(action), DONE)
     files.refuse_links(path.parent, questions)
+    files.flush_all()
     files.touch(path)
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 STRING = r'"(?:[^"\\]|\\.)*+"'  # JSON's, in re.DOTALL
 LONGEST = 200_000  # characters, blanks collapsed; the longest possible reply to one request has about 50,000
 _PLACEHOLDER = "xxx"
+_BLANKS = re.compile(r"\s{2,}")
 
 
 class Refused(ValueError):
@@ -54,7 +55,7 @@ def read_text(reply: str | bytes | None) -> str:
 
 def collapse(text: str) -> str:
     """Every run of white space as one character: a newline if it holds one, else a blank."""
-    return re.sub(r"\s{2,}", lambda run: "\n" if "\n" in run[0] else " ", text)
+    return _BLANKS.sub(lambda run: "\n" if "\n" in run[0] else " ", text)
 
 
 def one_line(text: str) -> str:
@@ -89,6 +90,7 @@ _VALUE = (
 _AFTER_KEY = re.compile(rf"\s?:\s?{_VALUE}")
 # the end of an entry whose key is not known: a comma, brace or line end must follow the value
 _ENTRY_END = re.compile(rf'(?<!\\)"\s?:\s?{_VALUE}(?=[^\S\n]?(?:[,}}\n]|\Z))')
+_PLAIN = re.compile(r"[ !#-\[\]-~]*")  # what JSON spells as it is
 _SEPARATOR = re.compile(r"[\s,]*+")
 _FIRST_KEY = re.compile(r'\{\s?(?:"[^"\n]*+"\s?:\s?\{\s?)?"')  # `{"rationale": {"` too
 _NUMBER = re.compile(r"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?")
@@ -172,6 +174,8 @@ def _verbatim_answers(text: str, sentences: Sequence[str]) -> tuple[list[list[st
 
 def _key_forms(sentence: str) -> tuple[str, ...]:
     """The sentence between quotes as our form shows it and as a JSON writer escapes it."""
+    if _PLAIN.fullmatch(sentence):
+        return (f'"{collapse(sentence)}"',)
     forms = (f'"{sentence}"', json.dumps(sentence, ensure_ascii=False), json.dumps(sentence))
     return tuple(dict.fromkeys(map(collapse, forms)))
 
@@ -236,7 +240,7 @@ def _named_answers(text: str, sentences: Sequence[str]) -> list[list[str]]:
         if len(joined) != len(sentences):
             raise Refused("wrong_count", f"{len(joined)} scores for {len(sentences)} sentences")
         complete = [joined]
-    names = _Names(sentences)
+    names = _Names(sentences) if complete else None  # most replies quote the sentences
     return [names.in_order(entries) for entries in complete]
 
 
@@ -328,8 +332,8 @@ def _unique(sentences: Iterable[str], form: Callable[[str], str]) -> dict[str, s
     """form(sentence) -> sentence; None where different sentences share a form."""
     table: dict[str, str | None] = {}
     for sentence in sentences:
-        if form(sentence):
-            table[form(sentence)] = sentence if table.get(form(sentence), sentence) == sentence else None
+        if name := form(sentence):
+            table[name] = sentence if table.get(name, sentence) == sentence else None
     return table
 
 

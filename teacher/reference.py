@@ -102,8 +102,42 @@ class Judgement:
 
 def judge(problem: Mapping[str, Any], sentences: Sequence[str]) -> list[Judgement]:
     """Score the sentences of one rationale in order and say why (the rules: module docstring)."""
-    material = _material(problem)
-    return _weigh(_judge_each([Sentence(text, material.choices) for text in sentences], material), material)
+    material = _material(_texts(problem))
+    return _weigh(_judge_each([material.sentence(text) for text in sentences], material), material)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was found about one rationale.
+
+    scores: of its sentences; covered: share of the gold sentences that some sentence says (with a similarity that
+    scores 0.7 or more); concluded: see `concluded_choice`; only_option: whether it names the gold choice and nothing
+    else but words of the question. A sentence that is one of gold's reasons is something else, even if it consists of
+    the question's words ("The capital of Texas is Austin.").
+    """
+
+    scores: tuple[float, ...]
+    covered: float
+    concluded: int | None
+    only_option: bool
+
+
+def figures_of(problem: Mapping[str, Any], rationale: str) -> Figures:
+    """The figures of one rationale; kept, as tables and reports ask for the same ones again."""
+    return _read_figures(_texts(problem), rationale)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _read_figures(texts: tuple[Any, ...], rationale: str) -> Figures:
+    material = _material(texts)
+    said = material.read(rationale)
+    judged = _judge_each(said, material)
+    return Figures(
+        scores=tuple(each.score for each in _weigh(judged, material)),
+        covered=_covered(said, material),
+        concluded=_concluded(said, material),
+        only_option=_names_only_gold(said, judged, material),
+    )
 
 
 def concluded_choice(problem: Mapping[str, Any], rationale: str) -> int | None:
@@ -112,21 +146,24 @@ def concluded_choice(problem: Mapping[str, Any], rationale: str) -> int | None:
     A sentence concludes if it says so ("So, ...", "the answer is ...") and names one choice, or, where no sentence of
     the gold solution does, if it puts a choice where a gold sentence names the gold one.
     """
-    material = _material(problem)
-    for text in reversed(split_text(rationale)):
-        named = material.concluded(Sentence(text, material.choices))
+    material = _material(_texts(problem))
+    return _concluded(material.read(rationale), material)
+
+
+def _concluded(said: Sequence[Sentence], material: _Material) -> int | None:
+    for sentence in reversed(said):
+        named = material.concluded(sentence)
         if len(named) == 1:
-            return named.pop()
+            return next(iter(named))
     return None
 
 
-def gold_coverage(problem: Mapping[str, Any], rationale: str) -> float:
-    """Share of the gold sentences that some sentence of the rationale says (a similarity that scores 0.7 or more)."""
-    material = _material(problem)
-    said = [Sentence(text, material.choices) for text in split_text(rationale)]
+def _covered(said: Sequence[Sentence], material: _Material) -> float:
+    word_for_word = {sentence.tokens for sentence in said}
     covered = [
-        any(sentence.tokens == gold.tokens or score_of(similarity(sentence, gold)) >= COVERED for sentence in said)
-        for gold in material.gold
+        gold.tokens in word_for_word
+        or any(score_of(material.matches(sentence)[index].similarity) >= COVERED for sentence in said)
+        for index, gold in enumerate(material.gold)
     ]
     return sum(covered) / len(covered)
 
@@ -138,8 +175,8 @@ def compare(problem: Mapping[str, Any], first: str, second: str) -> Verdict:
     """
     worths = []
     for text in (first, second):
-        scores = score_sentences(problem, split_text(text))
-        worths.append((sum(scores) / len(scores) if scores else 0.0, gold_coverage(problem, text)))
+        found = figures_of(problem, text)
+        worths.append((sum(found.scores) / len(found.scores) if found.scores else 0.0, found.covered))
     ours, theirs = (sum(worth) / 2 for worth in worths)
     better = "tie" if abs(ours - theirs) < 0.05 else "1" if ours > theirs else "2"
     (score_1, covered_1), (score_2, covered_2) = worths
@@ -150,20 +187,12 @@ def compare(problem: Mapping[str, Any], first: str, second: str) -> Verdict:
     )
 
 
-def names_only_gold_option(problem: Mapping[str, Any], rationale: str) -> bool:
-    """Whether the rationale names the gold choice and nothing else but words of the question.
-
-    A sentence that is one of gold's reasons is something else, even if it consists of the question's words ("The
-    capital of Texas is Austin.").
-    """
-    material = _material(problem)
-    texts = split_text(rationale)
-    said = [Sentence(text, material.choices) for text in texts]
+def _names_only_gold(said: Sequence[Sentence], judged: Sequence[Judgement], material: _Material) -> bool:
     words = {word for sentence in said for word in sentence.content}
     named = set().union(*(sentence.options for sentence in said))
     if named != {material.answer} or not words <= material.frame | {f"<{material.answer}>"}:
         return False
-    return not any(each.gold in material.reasons and each.score >= COVERED for each in _judge_each(said, material))
+    return not any(each.gold in material.reasons and each.score >= COVERED for each in judged)
 
 
 # -- one sentence ----------------------------------------------------------------------------------------
@@ -197,7 +226,7 @@ def _judge_one(sentence: Sentence, material: _Material, used: set[int]) -> Judge
             return Judgement(1.0, "gold", index)
     if not sentence.content:
         return Judgement(0.2 if sentence.tokens else 0.0, "neutral")
-    matches = [Match(sentence, gold) for gold in material.gold]
+    matches = material.matches(sentence)
     wrong = _wrong(sentence, material, matches, used)
     if wrong is not None:
         return wrong
@@ -366,6 +395,8 @@ class _Material:
     def __init__(self, question: str, options: tuple[str, ...], answer: int, hint: str, lecture: str, solution: str):
         self.answer = answer
         self.choices = Choices(options)
+        self._sentences: dict[str, Sentence] = {}
+        self._matches: dict[str, list[Match]] = {}
         self.question, hint, lecture, self.gold = (self._read(text) for text in (question, hint, lecture, solution))
         self.has_solution = bool(self.gold)
         if not self.has_solution:
@@ -391,6 +422,22 @@ class _Material:
         self.same_word = max(2, *(word for word, _ in repeats))
         self.same_pairs = max(2, *(pairs for _, pairs in repeats))
 
+    def sentence(self, text: str) -> Sentence:
+        """A sentence of a rationale; read once, as the rationales of one question share most of theirs."""
+        if text not in self._sentences:
+            self._sentences[text] = Sentence(text, self.choices)
+        return self._sentences[text]
+
+    def read(self, rationale: str) -> list[Sentence]:
+        """The sentences of a rationale."""
+        return [self.sentence(text) for text in split_text(rationale)]
+
+    def matches(self, sentence: Sentence) -> list[Match]:
+        """The sentence against each gold one."""
+        if sentence.text not in self._matches:
+            self._matches[sentence.text] = [Match(sentence, gold) for gold in self.gold]
+        return self._matches[sentence.text]
+
     def only_concludes(self, sentence: Sentence) -> bool:
         """Whether a sentence asserts the gold choice as the answer, in words of the question, and no more."""
         words = sentence.content.keys() - {f"<{self.answer}>"} - self.choices.content[self.answer]
@@ -412,15 +459,15 @@ class _Material:
         return [sentence for sentence in sentences if sentence.tokens]
 
 
-@functools.lru_cache(maxsize=64)
-def _read_material(*texts: Any) -> _Material:
+@functools.lru_cache(maxsize=64)  # 50 kB each
+def _material(texts: tuple[Any, ...]) -> _Material:
+    """The material of a question: the rationales of one question share it, if they are read one after another."""
     return _Material(*texts)
 
 
-def _material(problem: Mapping[str, Any]) -> _Material:
-    """The material of a question; the k rationales of one question share it."""
-    texts = (problem[name] for name in ("hint", "lecture", "solution"))
-    return _read_material(problem["question"], tuple(problem["choices"]), problem["answer"], *texts)
+def _texts(problem: Mapping[str, Any]) -> tuple[Any, ...]:
+    names = ("question", "choices", "answer", "hint", "lecture", "solution")
+    return tuple(tuple(problem[name]) if name == "choices" else problem[name] for name in names)
 
 
 # -- correction ------------------------------------------------------------------------------------------
@@ -438,9 +485,9 @@ def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
     unused gold sentence nearest to it (removes it if all are said already); if nothing says the gold answer, adds the
     gold sentence that does, or gold's last one.
     """
-    material = _material(problem)
+    material = _material(_texts(problem))
     sentences = split_text(rationale)
-    judgements = _judge_each([Sentence(text, material.choices) for text in sentences], material)
+    judgements = _judge_each([material.sentence(text) for text in sentences], material)
     used = {judgement.gold for judgement in judgements if judgement.score >= 0.5}
     final = []
     for text, judgement in zip(sentences, judgements, strict=True):
@@ -449,11 +496,11 @@ def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
         elif judgement.kind != "repeat":
             unused = [index for index in range(len(material.gold)) if index not in used]
             if unused:
-                sentence = Sentence(text, material.choices)
+                sentence = material.sentence(text)
                 nearest = max(unused, key=lambda index: similarity(sentence, material.gold[index]))
                 used.add(nearest)
                 final.append(material.gold_texts[nearest])
-    read = [Sentence(text, material.choices) for text in final]
+    read = [material.sentence(text) for text in final]
     if material.conclusions:
         answered = not used.isdisjoint(material.conclusions) or {material.answer} in map(material.concluded, read)
     else:
@@ -487,11 +534,17 @@ def rationale_stats(rationales: Iterable[str]) -> dict[str, float]:
 def reference_scores(
     problems: Mapping[str, Mapping[str, Any]], qids: Sequence[str], preds: Sequence[str]
 ) -> list[list[float]]:
-    """The offline reference Teacher's score of each sentence of each rationale (`teacher/reference.py`), 0-1."""
-    rows = zip(qids, preds, strict=True)
-    if len(preds) > 1000:  # some 5 ms each
-        rows = progress(rows, total=len(preds), desc="sentence scores", unit="rationale")
-    return [score_sentences(problems[qid], split_text(pred)) for qid, pred in rows]
+    """The offline reference Teacher's score of each sentence of each rationale (`teacher/reference.py`), 0-1.
+
+    Reads a question's texts once, wherever its rationales are: give those of several stages in one call.
+    """
+    order = sorted(range(len(preds)), key=qids.__getitem__)
+    if len(preds) > 1000:  # some 2 ms each
+        order = progress(order, desc="sentence scores", unit="rationale")
+    scores: list[list[float]] = [[] for _ in preds]
+    for row in order:
+        scores[row] = list(figures_of(problems[qids[row]], preds[row]).scores)
+    return scores
 
 
 def rationale_figures(
@@ -512,16 +565,16 @@ def rationale_figures(
     scores = reference_scores(problems, qids, preds) if scores is None else scores
     every = [score for row in scores for score in row]
     each = figures_by_question(problems, qids, preds, scores)
-    pairs = [(problems[qid], pred) for qid, pred in zip(qids, preds, strict=True)]
+    found = [figures_of(problems[qid], pred) for qid, pred in zip(qids, preds, strict=True)]
     return {
         "score": mean(every) if every else 0.0,
         "repeated": 100 * stats["repeated"],
         "unfinished": 100 * stats["unfinished"],
         "words": mean(len(pred.split()) for pred in preds),
         "covered": mean(each["covered"]),
-        "only_option": 100 * mean(names_only_gold_option(problem, pred) for problem, pred in pairs),
+        "only_option": 100 * mean(one.only_option for one in found),
         "concludes": mean(each["concludes"]),
-        "no_conclusion": 100 * mean(concluded_choice(problem, pred) is None for problem, pred in pairs),
+        "no_conclusion": 100 * mean(one.concluded is None for one in found),
     }
 
 
@@ -537,9 +590,10 @@ def figures_by_question(
     `concludes`, 100 where its conclusion names the gold choice, else 0.
     """
     scores = reference_scores(problems, qids, preds) if scores is None else scores
-    pairs = [(problems[qid], pred) for qid, pred in zip(qids, preds, strict=True)]
+    found = [figures_of(problems[qid], pred) for qid, pred in zip(qids, preds, strict=True)]
+    golds = [problems[qid]["answer"] for qid in qids]
     return {
         "score": [mean(row) if row else 0.0 for row in scores],
-        "concludes": [100.0 * (concluded_choice(problem, pred) == problem["answer"]) for problem, pred in pairs],
-        "covered": [100 * gold_coverage(problem, pred) for problem, pred in pairs],
+        "concludes": [100.0 * (one.concluded == gold) for one, gold in zip(found, golds, strict=True)],
+        "covered": [100 * one.covered for one in found],
     }

@@ -1,7 +1,8 @@
 """Where replies are kept: a reply's files in a questions folder, and the cache that all runs share.
 
 Written in this order, each in one step: `reply.json` (who replied, tokens, dollars), `output_from_llm.txt` (flushed to
-disk: from here on the item counts as answered), `score.txt` or `refused.txt`. Folders and names: teacher/handoff.py.
+disk if it was paid for: from here on the item counts as answered), `score.txt` or `refused.txt`. Folders and names:
+teacher/handoff.py.
 
     {cache}/replies.sqlite3   table replies(key, entry); entry is JSON: "text", the raw reply, and reply.json
 
@@ -55,18 +56,17 @@ def read_reply(kind: str, folder: str | os.PathLike) -> list[float] | str:
 
     Raises Refused; the reason is then in `refused.txt`.
     """
-    folder = Path(folder)
     try:
         sentences = () if kind == JUDGE else read_rationale(folder)
         try:
-            reply = files.read_shared(folder / REPLY)
+            reply = files.read_shared(f"{folder}/{REPLY}")
         except OSError as error:
             raise Refused("no_reply", f"no {REPLY} ({error.strerror})") from None
         result = parse(kind, reply, sentences)
     except Refused as refused:
-        if not has_reply(folder) and os.path.lexists(folder / REASON):
-            (folder / SCORES).unlink(missing_ok=True)  # the Teacher's client has written why no reply came
-        elif folder.is_dir():
+        if not has_reply(folder) and os.path.lexists(f"{folder}/{REASON}"):
+            Path(folder, SCORES).unlink(missing_ok=True)  # the Teacher's client has written why no reply came
+        elif os.path.isdir(folder):
             _write_result(folder, refused)
         raise
     _write_result(folder, result)
@@ -94,17 +94,20 @@ def is_answered(kind: str, folder: Path) -> bool:
     return True
 
 
-def write_reply(folder: Path, text: str, about: Mapping[str, Any], result: list[float] | Refused | None) -> None:
-    """Write a new reply. `about`: the sidecar's content; `result`: what `reading` found in the text."""
+def write_reply(
+    folder: Path, text: str, about: Mapping[str, Any], result: list[float] | Refused | None, *, paid: bool = True
+) -> None:
+    """Write a new reply. `about`: the sidecar's content; `result`: what `reading` found in the text; `paid`: False for
+    one that can be made again, by the reference Teacher or as a copy."""
     # one field a line; `indent` would be slow Python
     lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in about.items())
-    # counts only with its reply, so only the reply is flushed
+    # counts only with its reply, so at most the reply is flushed
     files.write_text(f"{folder}/{SIDECAR}", "{\n" + ",\n".join(lines) + "\n}\n", flush=False)
-    files.write_text(f"{folder}/{REPLY}", text)
+    files.write_text(f"{folder}/{REPLY}", text, flush=paid)
     _write_result(folder, result)
 
 
-def _write_result(folder: Path, result: list[float] | str | Refused | None) -> None:
+def _write_result(folder: str | os.PathLike, result: list[float] | str | Refused | None) -> None:
     """Write scores or a refusal, and remove the file of the other."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{folder}/{SCORES if isinstance(result, Refused) else REASON}")

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,8 @@ class Session:
         self.root = Path(root)
         self.teacher, self.kind, self.wording = teacher, kind, wording
         self.problems, self.images_dir = problems or {}, images_dir
-        self.attempts = 1 if teacher.name == "reference" else attempts  # it would say the same again
+        self.free = teacher.name == "reference"
+        self.attempts = 1 if self.free else attempts  # it would say the same again
         self.cache = cache or ReplyCache(None)
         self.keep_replies = keep_replies
         self.action_settled = action_settled or (lambda action, report: None)
@@ -208,11 +210,12 @@ class Session:
 
         Raises Refused if the rationale holds nothing to ask about, UserError if a link leads out of the folder.
         """
-        files.refuse_links(item.folder, self.root)
-        sentences = handoff.read_rationale(item.folder)
+        folder = item.folder
+        files.refuse_links(folder, self.root)
+        sentences = handoff.read_rationale(folder)
         if not sentences:
             raise Refused("no_sentences")
-        text = request_text(item.folder)
+        text = request_text(folder)
         shown = [handoff.form(sentences)] if self.kind == SCORE else sentences
         if text is None or not all(part in text for part in shown):
             return None  # not there, or of an earlier export
@@ -229,9 +232,10 @@ class Session:
 
     def images(self, item: Item) -> list[Path]:
         """Image files beside the request, else those of --images. Raises UserError for a link that leads out."""
-        names = [name for name in os.listdir(item.folder) if IMAGE_NAME.fullmatch(name)]
+        folder = item.folder
+        names = [name for name in os.listdir(folder) if IMAGE_NAME.fullmatch(name)]
         names.sort(key=lambda name: (name != handoff.IMAGE, len(name), name))  # image.png, choice_0.png, choice_1.png
-        paths = [item.folder / name for name in names]
+        paths = [folder / name for name in names]
         for path in paths:
             files.refuse_links(path, self.root)
             if not path.is_file():
@@ -277,6 +281,10 @@ class Session:
         self._copy(first, copies)
         return f"{entry['teacher']} {entry.get('model')}" if "teacher" in entry else UNKNOWN
 
+    def in_order(self) -> list[str]:
+        """The keys of the open requests; for the reference Teacher by question, whose texts it then reads once."""
+        return sorted(self.open, key=lambda key: self.open[key][0].qid) if self.free else list(self.open)
+
     # -- replies ---------------------------------------------------------------------------------------------
 
     def prepare(self, key: str) -> tuple[Request, dict[str, Any]]:
@@ -295,7 +303,7 @@ class Session:
     def save_reply(self, key: str, request: Request, reply: Reply, sidecar: Mapping[str, Any]) -> Refused | None:
         """Write the reply beside the request's first item, copies beside the others. Returns why it cannot be used.
 
-        Runs in a thread, so that the flushes to disk of several replies overlap.
+        Runs in a thread where the reply is flushed to disk, so that several flushes overlap.
         """
         first, *copies = self.open[key]
         about = {name: value for name, value in vars(reply).items() if name != "text"}
@@ -306,7 +314,7 @@ class Session:
         if not isinstance(read, Refused) and incomplete:
             set_cut_reply_aside(first.folder, reply.text, reply.stop_reason)
             return Refused(reply.stop_reason)
-        write_reply(first.folder, reply.text, about, read)
+        write_reply(first.folder, reply.text, about, read, paid=not self.free)
         if isinstance(read, Refused):
             return Refused(reply.stop_reason, str(read)) if reply.stop_reason in CUT_SHORT else read
         self.cache.put(key, reply.text, about)
@@ -351,7 +359,8 @@ class Session:
         sidecar = read_sidecar(source.folder)
         sidecar |= {"copied_from": source.name, "cost_usd": 0.0}
         for item in targets:
-            write_reply(item.folder, reply, sidecar, reading(self.kind, reply, handoff.read_rationale(item.folder)))
+            read = reading(self.kind, reply, handoff.read_rationale(item.folder))
+            write_reply(item.folder, reply, sidecar, read, paid=False)
 
     def _settle(self, action: int) -> None:
         self.waiting[action] -= 1
@@ -379,7 +388,7 @@ class _Live:
         self.writers = ThreadPoolExecutor(WRITERS)
 
     async def run(self) -> None:
-        todo = iter(list(self.session.open))  # keys: texts and images are read when a request is sent
+        todo = iter(self.session.in_order())  # keys: texts and images are read when a request is sent
         total = len(self.session.open)
         with cli.progress(desc=self.teacher.name, total=total, unit="request") as bar:
             async with self.teacher:
@@ -440,9 +449,9 @@ class _Live:
             except Unanswered as failure:
                 return session.give_up(key, failure.reason, failure.message)
             session.report.add(reply)
-            refused = await asyncio.get_running_loop().run_in_executor(
-                self.writers, session.save_reply, key, request, reply, sidecar | {"attempt": attempt}
-            )
+            save = partial(session.save_reply, key, request, reply, sidecar | {"attempt": attempt})
+            loop = asyncio.get_running_loop()
+            refused = save() if session.free else await loop.run_in_executor(self.writers, save)
             if full := files.disk_full():
                 self.stop(full)
             if refused is None:

@@ -19,11 +19,14 @@ import functools
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 
 from ares.sentences import is_finished
 
 _WORDS = re.compile(r"<\d+>|\d+(?:[.,/:]\d+)*|[^\W\d_]+")
+_THOUSANDS = re.compile(r"(\d),(?=\d{3}\b)")  # 1,000
+_UNIT = re.compile(r"(?<=\d)(?=[A-Za-z])|(?<=[A-Za-z])(?=\d)")  # 135miles
+_CANNOT = re.compile(r"\bcan't\b|\bcannot\b", re.I)
 _STOP = frozenset(
     "a an the is are was were be been being am of to and or that this these those it its as so then thus therefore "
     "hence which who whom whose what will would can could may might must do does did doing has have had having with "
@@ -103,6 +106,14 @@ class Choices:
         others = [set().union(*words[:index], *words[index + 1 :]) for index in range(len(words))]
         self.own = [mine - theirs for mine, theirs in zip(words, others, strict=True)]  # of no other choice
 
+    def mark(self, text: str) -> str:
+        """The text with each choice as ` <index> `."""
+        lowered = text.lower() if text.isascii() else None  # a look for the needles saves most searches
+        for needles, pattern, mark in self.patterns:
+            if lowered is None or any(needle in lowered for needle in needles):
+                text = pattern.sub(mark, text)
+        return text
+
     def told_by_own_words(self, content: Set[str]) -> set[int]:
         """The choice of which a sentence has all own words and none of another's: "the car that moved 20 miles"."""
         touched = [index for index, own in enumerate(self.own) if own & content]
@@ -114,28 +125,37 @@ class Sentence:
 
     def __init__(self, text: str, choices: Choices | None = None):
         self.text = text.strip()
-        plain = _respell(text)
-        self.words = tuple(map(_stem, _WORDS.findall(plain.lower())))  # choices as written
-        for pattern, mark in choices.patterns if choices else ():
-            plain = pattern.sub(mark, plain)
-        raw = _WORDS.findall(plain.lower())
+        plain, self.words = _words(text)  # choices as written
+        raw = _WORDS.findall((choices.mark(plain) if choices else plain).lower())
         self.tokens = tuple(
             token
             for index, token in enumerate(map(_stem, raw))
             if not (token[0] == "<" and index and raw[index - 1] == token)  # "(A) red" names one choice once
         )
         self.content = Counter(token for token in self.tokens if token not in _STOP and token not in _NEGATION)
-        self.pairs = Counter(zip(self.tokens, self.tokens[1:], strict=False))
-        self.frame = tuple("<>" if token[0] == "<" else token for token in self.tokens)  # any choice
         self.choices = [token for token in self.tokens if token[0] == "<"]
         self.options = {int(token[1:-1]) for token in self.choices}
         self.negated = any(token in _NEGATION for token in self.tokens)
         self.concludes = bool(_CONCLUDES.search(self.text)) or not ANSWER_NOUNS.isdisjoint(self.tokens)
-        self.finished = is_finished(text)
         self.keys = self._key_tokens()
         for index in self.options if choices and choices.keys else ():
             for kind, tokens in choices.keys[index].items():
                 self.keys[kind] = self.keys.get(kind, set()) | tokens
+
+    @functools.cached_property
+    def pairs(self) -> Counter[tuple[str, str]]:
+        """Neighbouring tokens."""
+        return Counter(zip(self.tokens, self.tokens[1:], strict=False))
+
+    @functools.cached_property
+    def frame(self) -> tuple[str, ...]:
+        """The tokens with any choice as `<>`."""
+        return tuple("<>" if token[0] == "<" else token for token in self.tokens)
+
+    @functools.cached_property
+    def finished(self) -> bool:
+        """Whether the sentence does not break off."""
+        return is_finished(self.text)
 
     def says_only(self, option: int) -> bool:
         """Whether the sentence names this choice and no other, without a negation."""
@@ -192,26 +212,42 @@ class Sentence:
         return keys
 
 
-def option_patterns(choices: Sequence[str]) -> list[tuple[re.Pattern[str], str]]:
-    """Patterns that turn `(B)`, `option B`, `answer is B` and choice B's text into ` <1> `, in the order of use."""
+def option_patterns(
+    choices: Sequence[str],
+) -> list[tuple[tuple[str, ...], re.Pattern[str], str | Callable[[re.Match], str]]]:
+    """What turns `(B)`, `option B`, `answer is B` and choice B's text into ` <1> `, in the order of use.
+
+    Of each: words of which an ASCII text, in small letters, holds one if the pattern matches; the pattern; the mark.
+    """
     patterns = []
     words_of = [_choice_words(choice) for choice in choices]
     alike = {words for words, count in Counter(words_of).items() if count > 1}
     for index, choice in sorted(enumerate(choices), key=lambda pair: -len(pair[1])):
         if words_of[index] in alike:  # "Best Wishes," or "Best wishes,": capitals and punctuation tell
-            patterns.append((re.compile(r"\s+".join(map(re.escape, choice.split()))), f" <{index}> "))
-    for index in range(len(choices)):
-        letter = chr(ord("a") + index)
-        by_letter = rf"\({letter}\)|(?<=\boption ){letter}\b|(?<=\bchoice ){letter}\b|(?<=answer is ){letter}(?=\W*$)"
-        patterns.append((re.compile(by_letter, re.I), f" <{index}> "))
+            pattern = re.compile(r"\s+".join(map(re.escape, choice.split())))
+            patterns.append((tuple(choice.lower().split()[:1]) or ("",), pattern, f" <{index}> "))
+    if choices:
+        patterns.append((("(", "option ", "choice ", "answer is "), _by_letter(len(choices)), _letter_mark))
     for index, words in sorted(enumerate(words_of), key=lambda pair: -len(pair[1])):
         if not words or words in alike:
             continue
         body = r"\W+".join(map(re.escape, words))
         if all(word in _STOP or word in _NEGATION for word in words):
             body = rf"(?<=answer is ){body}"  # "no" and "it" mean other things elsewhere
-        patterns.append((re.compile(rf"(?<![\w<]){body}(?![\w>])", re.I), f" <{index}> "))
+        patterns.append((words[:1], re.compile(rf"(?<![\w<]){body}(?![\w>])", re.I), f" <{index}> "))
     return patterns
+
+
+@functools.lru_cache
+def _by_letter(count: int) -> re.Pattern[str]:
+    """Finds the letters of `count` choices where they name a choice."""
+    letter = f"([a-{chr(ord('a') + count - 1)}])"
+    places = rf"\({letter}\)|(?<=\boption ){letter}\b|(?<=\bchoice ){letter}\b|(?<=answer is ){letter}(?=\W*$)"
+    return re.compile(places, re.I)
+
+
+def _letter_mark(match: re.Match) -> str:
+    return f" <{ord(match[match.lastindex].lower()) - ord('a')}> "
 
 
 def _choice_words(choice: str) -> tuple[str, ...]:
@@ -224,11 +260,18 @@ def _plain(text: str) -> str:
     return _respell(text).lower()
 
 
+@functools.lru_cache(maxsize=1 << 13)  # a few hundred lectures are those of thousands of questions
+def _words(text: str) -> tuple[str, tuple[str, ...]]:
+    """A text as `_respell` leaves it, and its stemmed words."""
+    plain = _respell(text)
+    return plain, tuple(map(_stem, _WORDS.findall(plain.lower())))
+
+
 def _respell(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).replace("\u2019", "'").replace("<", " ")  # `<1>` is ours
-    text = re.sub(r"(\d),(?=\d{3}\b)", r"\1", text)  # 1,000
-    text = re.sub(r"(?<=\d)(?=[A-Za-z])|(?<=[A-Za-z])(?=\d)", " ", text)  # 135miles
-    return re.sub(r"\bcan't\b|\bcannot\b", "can not", text, flags=re.I).replace("n't", " not")
+    text = _THOUSANDS.sub(r"\1", text)
+    text = _UNIT.sub(" ", text)
+    return _CANNOT.sub("can not", text).replace("n't", " not")
 
 
 @functools.lru_cache(maxsize=1 << 16)

@@ -6,6 +6,7 @@ ARES_REQUIRE_SHARED=1 (CI) absence fails.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -108,6 +109,22 @@ def ready(tmp_path_factory, sample, t5_tokenizer) -> Path:
         *("--data_root", str(data)),
     ])  # fmt: skip
     return folder
+
+
+@pytest.fixture
+def gold_read(monkeypatch) -> list[str]:
+    """The questions whose gold texts the reference Teacher reads, one entry a time; it remembers two at most."""
+    from teacher import reference
+
+    read = []
+
+    def material(texts):
+        read.append(texts[0])
+        return reference._Material(*texts)
+
+    monkeypatch.setattr(reference, "_material", functools.lru_cache(maxsize=2)(material))
+    reference._read_figures.cache_clear()
+    return read
 
 
 @pytest.fixture

@@ -11,6 +11,18 @@ import pytest
 
 
 @contextlib.contextmanager
+def disk_calls():
+    """In the block: what is asked of the disk, in order. "flush" a file, "flush all", or the name a file gets."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patched:
+        replace, fsync, sync = os.replace, os.fsync, os.sync
+        patched.setattr(os, "replace", lambda source, to: replace(source, to) or calls.append(os.path.basename(to)))
+        patched.setattr(os, "fsync", lambda file: fsync(file) or calls.append("flush"))
+        patched.setattr(os, "sync", lambda: sync() or calls.append("flush all"))
+        yield calls
+
+
+@contextlib.contextmanager
 def small_disk(folder: Path, size: str = "4m"):
     """A file system of its own in memory, that can be filled."""
     folder.mkdir(exist_ok=True)

@@ -240,14 +240,14 @@ def ask(
     model: Any, tokenizer: Any, question: Question, features: Any, settings: argparse.Namespace, given: str | None
 ) -> str:
     """What `model` generates, by the loop that makes the prediction files. `given`: a rationale for QCMG formats."""
-    import torch
 
     from sft.predict import Predictor
     from utils_data import Collator, RationaleDataset
 
     problems, le = {question.qid: question.problem}, None if given is None else {question.qid: given}
     dataset = RationaleDataset(problems, [question.qid], tokenizer, settings, le)
-    collator, device = Collator(tokenizer.pad_token_id, features), torch.device(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    collator = Collator(tokenizer.pad_token_id, features, device=device)
     predictor = Predictor(settings, problems, tokenizer, collator, device)
     return predictor.decode(predictor.predict(model, dataset, "write"))[0]
 

@@ -101,8 +101,7 @@ def read_inputs(args: argparse.Namespace, notes: list[str]) -> collect.Inputs:
         if unknown is not None:
             raise UserError(f"--run: question {unknown} is not in problems.json; name its --data_root")
         known = teacher.scores_by_text(inputs.rounds)
-        for stage in inputs.stages:
-            stages.score_stage(stage, problems, known)
+        stages.score_stages(inputs.stages, problems, known)
     return inputs
 
 

@@ -19,6 +19,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,8 @@ from ares.data_folder import Problems, find_dataset, read_data_folder
 from ares.intervals import mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
 from ares.predictions import Predictions, find_predictions, labelled, read_predictions, scores_of, unread_note
 from ares.published import ANSWER_COLUMNS, NOTE, PUBLISHED
-from ares.sentences import split_text
 from ares.tables import FORMATS, Cell, Table
-from teacher import reference
-from teacher.reference import rationale_stats
+from teacher.reference import rationale_stats, reference_scores
 from utils_evaluate import CATEGORIES, accuracy_table, question_rouge, resolve_answer
 
 ANSWERS = dict(zip(ANSWER_COLUMNS, "NAT SOC LAN TXT IMG NO G1-6 G7-12 AVG".split(), strict=True))
@@ -50,7 +49,7 @@ DIGITS = {"score": 3, "num_fail": 0}
 class Run:
     """Figures of one file; with the problems also the values of each question.
 
-    values: "answers" (1.0 right, 0.0 wrong), "rouge" and "score" -> qid -> value.
+    values: "answers" (1.0 right, 0.0 wrong), "rouge" and "score" -> qid -> value; texts: its rationales to be scored.
     """
 
     label: str
@@ -59,6 +58,7 @@ class Run:
     answers: dict[str, float] = field(default_factory=dict)
     rationales: dict[str, float] = field(default_factory=dict)
     values: dict[str, dict[str, float]] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
     sentences: list[tuple[float, int]] = field(default_factory=list)  # per question: sum of its scores, their number
 
 
@@ -128,7 +128,7 @@ def read_system(
         if has_answers:
             add_answers(run, file, problems)
         if has_rationales:
-            add_rationales(run, file, problems)
+            add_rationales(run, file)
     elif run.rationales:
         run.rationales |= shape_of(file.preds)
     if not run.answers and not run.rationales:
@@ -164,20 +164,27 @@ def add_answers(run: Run, file: Predictions, problems: Problems) -> None:
     run.answers.setdefault("num_fail", float(sum(not read for _, read in chosen.values())))
 
 
-def add_rationales(run: Run, file: Predictions, problems: Problems) -> None:
-    """ROUGE-L and the reference Teacher's score of each question, and the means that the file does not have."""
-    texts = file.by_qid()
+def add_rationales(run: Run, file: Predictions) -> None:
+    """ROUGE-L of each question, and the means that the file does not have."""
+    run.texts = texts = file.by_qid()
     golds = dict(zip(texts, file.labels, strict=True)) if any(file.labels) else {}
     rouges = {qid: question_rouge(gold, texts[qid]) for qid, gold in golds.items()}
-    scores = {qid: reference.score_sentences(problems[qid], split_text(text)) for qid, text in texts.items()}
     run.values["rouge"] = {qid: 100 * value for qid, value in rouges.items() if value is not None}
-    run.values["score"] = {qid: statistics.fmean(each) for qid, each in scores.items() if each}
-    run.sentences = [(sum(each), len(each)) for each in scores.values()]
     run.rationales |= shape_of(file.preds)
     if run.values["rouge"]:
         run.rationales.setdefault("rouge", statistics.fmean(run.values["rouge"].values()))
-    every = [score for each in scores.values() for score in each]
-    run.rationales.setdefault("score", statistics.fmean(every) if every else 0.0)
+
+
+def add_scores(runs: Sequence[Run], problems: Problems) -> None:
+    """The reference Teacher's score of each question of all runs."""
+    rows = [(qid, text) for run in runs for qid, text in run.texts.items()]
+    found = iter(reference_scores(problems, [qid for qid, _ in rows], [text for _, text in rows]))
+    for run in (run for run in runs if run.texts):
+        scores = dict(zip(run.texts, islice(found, len(run.texts)), strict=True))
+        run.values["score"] = {qid: statistics.fmean(each) for qid, each in scores.items() if each}
+        run.sentences = [(sum(each), len(each)) for each in scores.values()]
+        every = [score for each in scores.values() for score in each]
+        run.rationales.setdefault("score", statistics.fmean(every) if every else 0.0)
 
 
 # -- tables --------------------------------------------------------------------------------------------------
@@ -303,6 +310,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     problems, qids = find_problems(args)
     runs = [run for label, place in args.system for run in read_system(label, place, args, problems, qids)]
+    if problems is not None:
+        add_scores(runs, problems)
     answers, rationales = system_tables(args, runs, problems)
     wins = win_table(args.win_rate)
     if args.published != "none":

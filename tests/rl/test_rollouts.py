@@ -13,6 +13,7 @@ from ares.decoding import action_mask
 from ares.sentences import sentence_columns
 from rl import rollouts
 from teacher import handoff
+from tests.disk import disk_calls
 from tests.rl import rl_tools
 from tests.rl.rl_tools import random_rollouts
 
@@ -106,7 +107,16 @@ def test_seeds_differ_and_stay():
 # -- collecting ------------------------------------------------------------------------------------------
 
 
-def test_collect_goes_on_where_it_was_killed(tmp_path, t5_tokenizer):
+LOST = {  # what a kill between a batch and its export leaves of a rationale, then what a power cut leaves
+    "absent": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:25]),
+}
+
+
+@pytest.mark.parametrize("lost_by_power, damage", [(name != "absent", how) for name, how in LOST.items()], ids=LOST)
+def test_collect_goes_on_where_it_was_killed(lost_by_power, damage, tmp_path, t5_tokenizer, capsys):
     store = rollouts.RolloutStore(tmp_path, 0)
     batches = [["a", "b"], ["c", "d"], ["e"]]
     made = []
@@ -128,9 +138,16 @@ def test_collect_goes_on_where_it_was_killed(tmp_path, t5_tokenizer):
         rollouts.collect(store, batches, sample, t5_tokenizer)
     assert not handoff.exported(store.questions) and not store.collected_file.exists()
     lost = handoff.question_dir(store.questions, 0, 0, "b") / handoff.RATIONALE
-    lost.unlink()  # a kill between a batch and its export
-    rollouts.collect(store, batches, sample, t5_tokenizer)
-    assert made == [0, 1, 1, 2] and lost.exists()
+    text = lost.read_bytes()
+    damage(lost)
+    with disk_calls() as calls:
+        rollouts.collect(store, batches, sample, t5_tokenizer)
+    assert made == [0, 1, 1, 2] and lost.read_bytes() == text
+    assert (str(lost) in capsys.readouterr().err) == lost_by_power
+    # one flush of all rationales, before the signal, and one of each file that took hours or ends a stage
+    assert calls.count(handoff.RATIONALE) == 4 and calls.count("flush all") == 1
+    assert calls[calls.index("flush all") :][:3] == ["flush all", "flush", handoff.EXPORTED]
+    assert calls.count("flush") == 2 + 2  # two batches, the signal, collected.json
     assert handoff.exported(store.questions) and len(store.load()) == 5
     assert files.read_json(store.collected_file, "test") == {"batches": 3, "samples": 5, "sentences": 10}
 
@@ -174,6 +191,9 @@ def test_scores_are_read_and_published_once(exported):
     store, rows = exported
     rl_tools.answer(store.questions, scorer=lambda sentence: 0.3)
     decision = rollouts.read_feedback(store, rows, max_dropped=0.0)
+    with disk_calls() as calls:  # what holds the result already is not written again
+        assert rollouts.read_feedback(store, rows, max_dropped=0.0) == decision
+    assert calls == ["flush", store.scores_file.name]
     assert decision == files.read_json(store.scores_file, "test") and decision["dropped"] == {}
     kept, scores = rollouts.scored(rows, decision)
     assert len(kept) == 10 and [len(row) for row in scores] == rows.sentence_counts.tolist()

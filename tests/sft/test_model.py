@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
-from ares import head
+from ares import devices, head
 from ares.checkpoints import portable_tokenizer
 from ares.cli import UserError
 from ares.decoding import action_mask
@@ -143,7 +143,7 @@ def test_logprobs_and_values_of_given_actions(released, policy, vit, source):
     with torch.no_grad():
         states = actor_critic.encode(policy, released.prompt)
         logprobs, _ = actor_critic.policy_logprobs(
-            policy, states, released.prompt["attention_mask"], None, actions, actor_critic.flat_index(mask)
+            policy, states, released.prompt["attention_mask"], None, actions, devices.flat_index(mask)
         )
     expected = released.expected[f"{source.removesuffix('_ids')}_logprobs"]
     assert_near(logprobs[mask], expected[mask], 2e-3)

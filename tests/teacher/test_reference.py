@@ -15,12 +15,12 @@ from teacher.parsing import Verdict
 from teacher.reference import (
     _judge_each,
     _material,
+    _texts,
     compare,
     concluded_choice,
     correct_rationale,
-    gold_coverage,
+    figures_of,
     judge,
-    names_only_gold_option,
     rationale_figures,
     score_sentences,
 )
@@ -192,7 +192,7 @@ def test_rules_that_need_another_question():
         ("A whale is not a fish at all.", "gold", 0.9),
         ("A whale is a fish.", "gold", 0.1),
     ]:
-        (found,) = _judge_each([Sentence(text, _material(problem).choices)], _material(problem))
+        (found,) = _judge_each([Sentence(text, _material(_texts(problem)).choices)], _material(_texts(problem)))
         assert (found.kind, found.score) == (kind, score), text
 
 
@@ -391,15 +391,23 @@ def test_choices_that_differ_only_in_capitals():
     ]
 
 
+def coverage(problem, rationale):
+    return figures_of(problem, rationale).covered
+
+
+def only_option(problem, rationale):
+    return figures_of(problem, rationale).only_option
+
+
 def test_measures_beside_the_reward(problems, speed):
-    assert mean(gold_coverage(problem, " ".join(gold(problem))) for problem in problems) > 0.98
-    assert mean(gold_coverage(problem, " ".join(gold(problems[0]))) for problem in problems[1:]) < 0.05
-    assert gold_coverage(speed, "One boat moved 240 miles in 10 hours.") == 0.25
-    assert names_only_gold_option(speed, "The answer is (B).")
-    assert names_only_gold_option(speed, "So, the boat that moved 240 miles in 10 hours was moving at a higher speed.")
-    assert not names_only_gold_option(speed, " ".join(gold(speed)))
-    assert not names_only_gold_option(speed, "The answer is (A).")
-    assert not names_only_gold_option(speed, "")
+    assert mean(coverage(problem, " ".join(gold(problem))) for problem in problems) > 0.98
+    assert mean(coverage(problem, " ".join(gold(problems[0]))) for problem in problems[1:]) < 0.05
+    assert coverage(speed, "One boat moved 240 miles in 10 hours.") == 0.25
+    assert only_option(speed, "The answer is (B).")
+    assert only_option(speed, "So, the boat that moved 240 miles in 10 hours was moving at a higher speed.")
+    assert not only_option(speed, " ".join(gold(speed)))
+    assert not only_option(speed, "The answer is (A).")
+    assert not only_option(speed, "")
     capital = {
         "question": "What is the capital of Texas?",
         "choices": ["Austin", "Topeka"],
@@ -408,8 +416,8 @@ def test_measures_beside_the_reward(problems, speed):
         "lecture": "",
         "solution": "The capital of Texas is Austin. So, the answer is Austin.",
     }
-    assert names_only_gold_option(capital, "The answer is Austin.")
-    assert not names_only_gold_option(capital, "The capital of Texas is Austin. The answer is Austin.")  # a reason
+    assert only_option(capital, "The answer is Austin.")
+    assert not only_option(capital, "The capital of Texas is Austin. The answer is Austin.")  # a reason
 
 
 def test_gold_is_not_corrected(problems):

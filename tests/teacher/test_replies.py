@@ -22,6 +22,7 @@ from teacher.interface import CORRECT, JUDGE, SCORE
 from teacher.parsing import LONGEST, Refused, Verdict, parse_scores, parse_verdict
 from teacher.reference import correct_rationale, score_sentences
 from teacher.reply_files import is_answered, read_reply, read_scores, reading
+from tests.disk import disk_calls
 from utils_evaluate import extract_answer
 
 # Cases of fixtures/scores_parse.json where the released parser is no guide, with the right verdict and why.
@@ -143,14 +144,13 @@ def test_when_an_item_needs_no_asking_again(folder):
     assert is_answered(JUDGE, folder) and read_reply(JUDGE, folder) == "2" and reading(JUDGE, "?", ()) is not None
 
 
-def test_a_reply_is_flushed_to_disk_after_its_sidecar(tmp_path, monkeypatch):
+def test_a_paid_reply_is_flushed_to_disk_after_its_sidecar(tmp_path):
     """A kill or a power cut may leave a sidecar without a reply, never a reply without its sidecar."""
     (tmp_path / REASON).write_text("no_reply\n")
-    events, replace, fsync = [], os.replace, os.fsync
-    monkeypatch.setattr(os, "replace", lambda source, to: replace(source, to) or events.append(os.path.basename(to)))
-    monkeypatch.setattr(os, "fsync", lambda file: fsync(file) or events.append("flush"))
-    reply_files.write_reply(tmp_path, "{}", {"model": "m"}, [0.5])
-    assert events == [SIDECAR, "flush", REPLY, SCORES] and not (tmp_path / REASON).exists()
+    with disk_calls() as calls:
+        reply_files.write_reply(tmp_path, "{}", {"model": "m"}, [0.5])
+        reply_files.write_reply(tmp_path, "{}", {"model": "m"}, [0.6], paid=False)
+    assert calls == [SIDECAR, "flush", REPLY, SCORES, SIDECAR, REPLY, SCORES] and not (tmp_path / REASON).exists()
     assert reply_files.read_sidecar(tmp_path) == {"model": "m"}
     reply_files.set_cut_reply_aside(tmp_path, "{", "max_tokens")
     assert {path.name for path in tmp_path.iterdir()} == {REASON, SIDECAR, REFUSED_REPLY}

@@ -19,6 +19,7 @@ from teacher.reply_files import ReplyCache
 from teacher.session import Session
 from tests import api_server
 from tests.api_server import KEY, Fault, fill_form, score_by_text
+from tests.disk import disk_calls
 from tests.teacher.teacher_tools import (
     HAIKU_45,
     TEXT,
@@ -213,6 +214,35 @@ def test_a_damaged_cache_costs_only_the_cache(world, tmp_path, damage, capsys):
 def by_reference(world, sample):
     data = f"{sample}/ScienceQA/data"
     return lambda: haiku.main(["--questions_dir", str(world.root), "--teacher", "reference", "--data_root", data])
+
+
+def test_replies_that_cost_nothing_are_flushed_together_before_the_signal(world, by_reference):
+    """One flush for each signal, however many replies; what a power cut left empty is answered again."""
+    with disk_calls() as calls:
+        by_reference()
+    assert calls.count(handoff.REPLY) == 12 and "flush" not in calls
+    signals = [i for i, call in enumerate(calls) if call == handoff.DONE]
+    assert len(signals) == 4 and all(calls[i - 1] == "flush all" for i in signals)
+    before, lost = world.scores, [handoff.REPLY, handoff.SCORES, handoff.SIDECAR]
+    for number, name in enumerate(lost):
+        (world.folder(number) / name).write_bytes(b"")
+    by_reference()
+    assert world.scores == before
+
+
+def test_gold_texts_are_read_once_for_all_rationales_of_a_question(world, by_reference, gold_read, problems):
+    many_items(world.root, 5 * 4, problems)  # five questions, four actions
+    by_reference()
+    assert world.answered == 20 and len(gold_read) == len({item.qid for item in world.items}) == 5
+
+
+def test_copies_of_a_paid_reply_are_not_flushed(server, world, problems):
+    qid, sentences = world.items[0].qid, handoff.read_rationale(world.folder(0))
+    for action in (1, 2):  # the same rationale three times
+        lay_out(world.root, action, qid, sentences, problems)
+    with disk_calls() as calls:
+        world.ask()
+    assert calls.count(handoff.REPLY) == 12 and calls.count("flush") == len(server.asked) == 10
 
 
 def test_replies_of_another_teacher_are_refused(server, world, by_reference, capsys):

@@ -126,10 +126,23 @@ def test_a_stage_shows_the_teachers_scores_where_it_scored_that_text(tmp_path):
     problems, _ = make_problems()
     write_predictions(tmp_path, "test", problems, ["2", "3"], ["Solution: It is so. Yes."] * 2)
     stage = stages.read_stage(f"x={tmp_path}", ["test"], {}, problems)
-    stages.score_stage(stage, problems, {("2", ("It is so.", "Yes.")): [0.9, 0.1]})
+    stages.score_stages([stage], problems, {("2", ("It is so.", "Yes.")): [0.9, 0.1]})
     own, other = stage.splits["test"].scores
     assert stage.splits["test"].by_teacher == 1 and own == [0.9, 0.1]
     assert other == reference.score_sentences(problems["3"], ["It is so.", "Yes."])
+
+
+def test_gold_texts_are_read_once_for_all_stages(tmp_path, gold_read):
+    problems, splits = make_problems()
+    for name, ending in (("a", "Yes."), ("b", "No."), ("c", "Maybe.")):
+        texts = [f"Solution: It is Town{qid}. {ending}" for qid in splits["test"]]
+        write_predictions(tmp_path / name, "test", problems, splits["test"], texts)
+    found = [stages.read_stage(f"{name}={tmp_path / name}", ["test"], {}, problems) for name in "abc"]
+    stages.score_stages(found, problems, {})
+    for stage in found:
+        stages.stage_figures(stage.splits["test"], problems)
+    stages.changes([(stage.name, stage.splits["test"]) for stage in found], problems)
+    assert sorted(gold_read) == sorted(problems[qid]["question"] for qid in splits["test"])
 
 
 def test_released_files_without_ids_follow_the_split(tmp_path):
@@ -409,8 +422,7 @@ def test_changes_are_paired_by_question_whatever_the_order(tmp_path):
     write_predictions(tmp_path / "b", "test", problems, [qids[i] for i in order], [right[i] for i in order])
     write_predictions(tmp_path / "c", "test", problems, qids[:6], right[:6])  # other questions: not compared
     found = [stages.read_stage(f"{name}={tmp_path / name}", ["test"], {}, problems) for name in ("a", "a", "b", "c")]
-    for stage in found:
-        stages.score_stage(stage, problems, {})
+    stages.score_stages(found, problems, {})
     (same, better) = stages.changes([(stage.name, stage.splits["test"]) for stage in found], problems)
     assert same == ["a - a", *(f"{zero} [{zero}, {zero}], not distinguishable" for zero in ("+0.000", "+0.0", "+0.0"))]
     one, other = (reference.figures_by_question(problems, qids, texts) for texts in (right, wrong))

@@ -38,6 +38,15 @@ def write(path, preds, qids, labels=None, **more):
     return path
 
 
+def test_gold_texts_are_read_once_for_all_systems(few, tmp_path, gold_read, capsys):
+    texts = ["It is so.", "It is not so."]
+    paths = [write(tmp_path / f"{i}.json", [text] * len(few.qids), few.qids) for i, text in enumerate(texts)]
+    systems = [word for path in paths for word in ("--system", f"{path.stem}={path}")]
+    found = figures(capsys, *systems, "--data_root", few.root)
+    assert len(gold_read) == len({str(few.problems[qid]) for qid in few.qids})
+    assert {row for row, column in found if column == "score"} == {"0", "1"}
+
+
 def test_numbers_of_the_committed_demo_results_equal_the_files(capsys):
     """Each file alone figure by figure in full precision, the three together as mean and deviation."""
     data = [json.loads(path.read_text()) for path in SEEDS]

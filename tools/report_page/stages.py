@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -96,22 +97,20 @@ def read_split(path: Path, order: list[str] | None, problems: Problems | None) -
 # -- scores and figures ----------------------------------------------------------------------------------
 
 
-def score_stage(stage: Stage, problems: Problems, known: Mapping[tuple[str, tuple[str, ...]], list[float]]) -> None:
+def score_stages(
+    stages: Sequence[Stage], problems: Problems, known: Mapping[tuple[str, tuple[str, ...]], list[float]]
+) -> None:
     """Give every sentence a score: the Teacher's where it scored this very rationale (`known`), else the reference's.
 
     `known`: (question id, sentences) -> scores.
     """
-    for split in stage.splits.values():
-        if not split.has_rationales:
-            continue
+    splits = [split for stage in stages for split in stage.splits.values() if split.has_rationales]
+    qids = [qid for split in splits for qid in split.file.qids]
+    scores = iter(reference_scores(problems, qids, [pred for split in splits for pred in split.file.preds]))
+    for split in splits:
         keys = [(qid, tuple(sentences)) for qid, sentences in zip(split.file.qids, split.sentences, strict=True)]
-        split.scores = [known.get(key) for key in keys]
-        unscored = [row for row, scores in enumerate(split.scores) if scores is None]
-        split.by_teacher = len(keys) - len(unscored)
-        qids, preds = ([column[row] for row in unscored] for column in (split.file.qids, split.file.preds))
-        fresh = reference_scores(problems, qids, preds)
-        for row, scores in zip(unscored, fresh, strict=True):
-            split.scores[row] = scores
+        split.scores = [known.get(key, own) for key, own in zip(keys, islice(scores, len(keys)), strict=True)]
+        split.by_teacher = sum(key in known for key in keys)
 
 
 def stage_figures(split: SplitPredictions, problems: Problems | None) -> dict[str, Any]:
