@@ -133,13 +133,11 @@ def agreement(report: Report, args: argparse.Namespace, bench: Sampling) -> None
 def sample_speed(report: Report, args: argparse.Namespace, bench: Sampling) -> None:
     report.add("first batch", f"{limits.seconds(bench.sample, args.device):.2f} s", "kernels are loaded and tuned")
     rows, steps = len(bench.lengths), int(bench.lengths.max())
-    use_graphs = getattr(decoding, "use_graphs", None)  # of --decode_graph
-    for mode in ("off", "on") if use_graphs else ():
-        use_graphs(mode)
+    for mode in ("off", "on"):
+        decoding.use_graphs(mode)
         step = milliseconds(bench.generate, args.device) / steps
         report.add(f"generation, --decode_graph {mode}", f"{step:.2f} ms a step", f"of {steps}, {rows} rows at first")
-    if use_graphs:
-        use_graphs("auto")
+    decoding.use_graphs("auto")
     whole, generation = (milliseconds(one, args.device) for one in (bench.sample, bench.generate))
     report.add(f"batch of {rows}", f"{whole / 1000:.3f} s", f"{rows / whole * 1000:.0f} rationales a second")
     report.add("generation of it", f"{generation / 1000:.3f} s", f"{generation / steps:.2f} ms a step of {steps}")

@@ -55,7 +55,8 @@ fi
 
 if [ "$device" = cuda ]; then # both at a time: they leave most of the GPU free
     step gpu_tests 150 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/rl tests/sft &
-    step every_script 170 "$python" run_ares.py --config configs/smoke.yaml --output "$scratch/smoke" --set launch.rl=python &
+    step every_script 200 "$python" run_ares.py --config configs/smoke.yaml --output "$scratch/smoke" \
+        --set launch.rl=python at_once=3 'forms=[QCMG-A]' &
     wait
 fi
 threads="$([ "$device" = cuda ] && nproc || echo 1)"

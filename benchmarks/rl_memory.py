@@ -167,10 +167,9 @@ def build(size: str, *, value: bool = False) -> Any:
 
 def prompts(count: int) -> dict[str, Tensor]:
     """A batch of full length."""
-    mask = torch.ones(count, LENGTH, dtype=torch.bool)
     return {
         "input_ids": torch.ones(count, LENGTH, dtype=torch.long),
-        "attention_mask": mask if DEVICE == "cuda" else mask[:, None, None],  # as `expanded_mask` makes it on a GPU
+        "attention_mask": torch.ones(count, LENGTH, dtype=torch.bool),
         "image_ids": torch.zeros(count, *VIT),
     }
 
@@ -216,9 +215,7 @@ def fine_tune(size: str, rows: int) -> tuple[int, int]:
         before = live.now
         batch, labels = prompts(rows), torch.ones(rows, LENGTH, dtype=torch.long)
         with autocast():
-            encoded = model.encode(**batch)
-            states = model._decode(encoded, batch["attention_mask"], None, None, labels)  # forward selects real labels
-            loss = head.label_loss(states.flatten(0, 1), model.lm_head.weight, labels.flatten())
+            loss = model(**batch, labels=labels, num_items_in_batch=1, label_index=torch.arange(rows * LENGTH)).loss
         loss.backward()
         del state
         return before, live.peak
