@@ -54,7 +54,8 @@ def test_numbers_of_the_committed_demo_results_equal_the_files(capsys):
         found = figures(capsys, "--system", f"demo={path}")
         rows = {**file["rationales"], **file["adapters"]}
         expected = {(f"demo: {stage}", name.removeprefix("acc_")): float(value)
-                    for stage, values in rows.items() for name, value in values.items() if name != "accuracy"}  # fmt: skip
+                    for stage, values in rows.items() for name, value in values.items()
+                    if name != "accuracy"}  # fmt: skip
         assert {key: float(line["value"]) for key, line in found.items()} == expected
     systems = [word for path in SEEDS for word in ("--system", f"demo={path}")]
     found = figures(capsys, *systems)
