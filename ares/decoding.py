@@ -128,7 +128,7 @@ class StepDecoder:
         self.heads, self.dim = policy.config.num_heads, policy.config.d_kv
         self.slots = None  # (n,) indices of the rows in (Q, k); None: all of them, in order
         self.k, self.questions = k, len(states)
-        if states.device.type != "cpu":  # fused attention copies a mask with other strides in every call
+        if on_gpu(states.device):  # fused attention copies a mask with other strides in every call
             extra = -states.size(1) % ALIGNMENT
             states, attention_mask = F.pad(states, (0, 0, 0, extra)), F.pad(attention_mask, (0, extra))
         self.layers = []

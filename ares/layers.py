@@ -2,7 +2,8 @@
 
     fuse(model)      # in place: a layer of the library's becomes a subclass of itself
 
-Numbers are those of the library's layers up to the order of a sum (tests/test_speed.py).
+Numbers are those of the library's layers up to the order of a sum (tests/test_speed.py). What is one kernel on a GPU
+and a composite of several on a CPU (`F.rms_norm`, `F.dropout`) is a function of this file on a CPU.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from transformers import T5ForConditionalGeneration
 from transformers.activations import NewGELUActivation
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
+
+from ares.devices import on_gpu
 
 # transformers 5.18 or so renamed the argument
 CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else "past_key_values"
@@ -39,11 +42,6 @@ def unfuse(model: nn.Module) -> None:
             module.__class__ = type(module).__base__
 
 
-def has_kernels(x: Tensor) -> bool:
-    """Whether PyTorch has fused kernels where `x` is; on a CPU the same functions are composites."""
-    return x.device.type != "cpu"
-
-
 # -- norm ------------------------------------------------------------------------------------------------
 
 
@@ -52,9 +50,9 @@ class FusedNorm(T5LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, eps = self.weight, self.variance_epsilon
-        if x.dtype != weight.dtype or not (has_kernels(x) or x.dtype in (torch.float32, torch.float64)):
+        if x.dtype != weight.dtype or not (on_gpu(x.device) or x.dtype in (torch.float32, torch.float64)):
             return super().forward(x)  # variance in fp32, then in the weight's precision
-        if has_kernels(x):
+        if on_gpu(x.device):
             return F.rms_norm(x, weight.shape, weight, eps)
         return _RmsNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _rms_norm(x, weight, eps)[0]
 
@@ -132,8 +130,7 @@ class FusedAttention(T5Attention):
         if bias is None and (mask is None or mask.dtype != torch.bool):
             return x.new_zeros(1, 1, 1, S, dtype=dtype) if mask is None else mask.to(dtype)
         if mask is not None and mask.dtype == torch.bool:
-            allowed = x.new_zeros((), dtype=dtype) if bias is None else bias  # of float64, too
-            bias = torch.where(mask, allowed, torch.finfo(dtype).min)
+            bias = torch.where(mask, x.new_zeros((), dtype=dtype) if bias is None else bias, torch.finfo(dtype).min)
         elif mask is not None:
             bias = bias + mask
         return bias.to(dtype).contiguous()  # fused attention does not accept the bias's own strides
@@ -150,7 +147,7 @@ class FusedDropout(nn.Dropout):
 def dropout(x: Tensor, rate: float) -> Tensor:
     """Dropout in training mode. On a CPU numbers are dropped with a probability of `rate` to the nearest of 65,536th:
     PyTorch's own draws a float for each number, which takes 6-9% of an SFT step, and keeps it."""
-    if has_kernels(x) or not 0 < rate < 1:
+    if on_gpu(x.device) or not 0 < rate < 1:
         return F.dropout(x, rate) if rate else x
     return _Dropout.apply(x, min(max(round(LEVELS * rate), 1), LEVELS - 1))
 

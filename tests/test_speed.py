@@ -144,20 +144,11 @@ def ragged_texts(rows):
     return ids
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """bf16 autocast, fused attention, no grouping by length."""
-    monkeypatch.setattr(devices, "GPUS", ("cuda", "cpu"))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    with torch.autocast("cpu", torch.bfloat16):
-        yield
-
-
 @pytest.mark.parametrize("static", [False, True])
-def test_operations_of_a_decode_step(as_on_a_gpu, static):
+def test_operations_of_a_decode_step(static):
     policy, prompt = deep(T5ForMultimodalGeneration).eval(), ragged_prompt(64)
     policy.set_attn_implementation("sdpa")
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         decoder = decoding.StepDecoder(policy, policy.encode(**prompt)[0], prompt["attention_mask"], 4, static)
         decoder.step(torch.zeros(256, dtype=torch.long))
         with Launches() as counter:
@@ -165,7 +156,7 @@ def test_operations_of_a_decode_step(as_on_a_gpu, static):
     assert counter.seen.total() <= 360, counter.seen
 
 
-def test_operations_of_a_ppo_pass(as_on_a_gpu):
+def test_operations_of_a_ppo_pass():
     """Policy and value function, forward and backward, on 8 rows."""
     models = actor_critic.ActorCritic(
         deep(T5ForMultimodalGeneration).eval(), deep(T5ForMultimodalGenerationValueFunction).eval()
@@ -174,21 +165,26 @@ def test_operations_of_a_ppo_pass(as_on_a_gpu):
         model.set_attn_implementation("sdpa")
     actions, prompt = ragged_texts(ROWS), ragged_prompt(ROWS)
     mask = decoding.action_mask(actions)
+    index = devices.flat_index(mask)
     minibatch = ppo.MiniBatch(*torch.randn(5, ROWS, TEXT))
     args = SimpleNamespace(clip_range=0.2, entropy_coef=0.0, vf_coef=1.0, vf_clip_range=None)
     with Launches() as counter:
-        outputs = models(prompt, None, actions, devices.flat_index(mask))
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = models(prompt, None, actions, index)
         loss, _ = ppo.ppo_loss(*outputs, minibatch, mask, args, int(mask.sum()))
         loss.backward()
     assert counter.seen.total() <= 5000, counter.seen
 
 
-def test_operations_of_an_sft_step(as_on_a_gpu):
+def test_operations_of_an_sft_step():
     model, texts = deep(T5ForMultimodalGeneration).train(), ragged_texts(ROWS)
     model.set_attn_implementation("sdpa")
     labels = texts[:, 1:].masked_fill(texts[:, 1:] == 0, -100)
+    batch = {**ragged_prompt(ROWS), "labels": labels, "label_index": devices.flat_index(labels != -100)}
     with Launches() as counter:
-        model(**ragged_prompt(ROWS), labels=labels, num_items_in_batch=torch.tensor(70)).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch, num_items_in_batch=torch.tensor(70)).loss
+        loss.backward()
     assert counter.seen.total() <= 2700, counter.seen
 
 
