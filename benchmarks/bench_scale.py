@@ -41,7 +41,8 @@ WANTED = {"start": 12, "export": 25, "reference scores": 100, "feedback": 6, "re
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 1.0], metavar="SHARE", help="parts of the full size")
+    shares = {"type": float, "nargs": "+", "default": [0.125, 1.0], "metavar": "SHARE"}
+    parser.add_argument("--shares", help="parts of the full size", **shares)
     parser.add_argument(
         "--work", metavar="DIR", help="keep each size's files in DIR/{share} instead of a temporary folder"
     )
