@@ -52,6 +52,7 @@ def run_name(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    launch.use_expandable_segments()
     args = parse_args(argv)
     launch.check_processes("main.py")
     if fault := peft_fault():

@@ -18,7 +18,6 @@ plain T5: text only.
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from dataclasses import dataclass, field
@@ -29,7 +28,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache, EncoderDecoderCache, T5Config, T5ForConditionalGeneration
-from transformers.activations import NewGELUActivation
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.t5.modeling_t5 import T5Stack
 from transformers.utils import logging as transformers_logging
@@ -37,12 +35,12 @@ from transformers.utils import logging as transformers_logging
 from ares import checkpoints
 from ares.checkpoints import MultimodalT5Config, PatchSize, as_multimodal, load_state_dict, local_folder
 from ares.cli import UserError, img_shape, in_one_line
+from ares.devices import expanded_mask, flat_index
 from ares.files import atomic_path
 from ares.head import label_loss
+from ares.layers import CACHE, fuse
 
 VALUE_FUNCTION = "value_function.pth"
-# transformers 5.18 or so renamed the argument
-CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else "past_key_values"
 FUSION = ("encoder.image_dense.", "encoder.mha_layer.", "encoder.gate_dense.")
 EMBEDDINGS = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # one tensor with shared.weight, always
 
@@ -84,7 +82,8 @@ class MultimodalEncoder(_LibraryInit, T5Stack):
     def forward(self, input_ids=None, attention_mask=None, image_ids=None, **kwargs) -> BaseModelOutput:
         """`image_ids` (B, P, D): vision features, zeros for a question without an image."""
         kwargs.pop("return_dict", None)
-        outputs = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        mask = expanded_mask(attention_mask, self)
+        outputs = super().forward(input_ids=input_ids, attention_mask=mask, **kwargs)
         if self.config.patch_size is None:
             if image_ids is not None:
                 raise ValueError("this model has no image layers: load it with patch_size, or pass no image_ids")
@@ -108,11 +107,7 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
     def __init__(self, config: T5Config, patch_size: PatchSize | None = None):
         super().__init__(as_multimodal(config, patch_size))
         self.encoder = MultimodalEncoder(self.encoder.config)
-        for module in self.modules():
-            if isinstance(getattr(module, "act", None), NewGELUActivation):
-                # T5's "gelu_new" by one kernel instead of the library's eight, same formula, same config.json: saves
-                # 16% of a forward and backward pass on a CPU, and seven tensors of d_ff per layer that autograd kept
-                module.act = nn.GELU(approximate="tanh")
+        fuse(self)
         self.post_init()
 
     @classmethod
@@ -173,27 +168,31 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
         encoder_outputs: BaseModelOutput | tuple | None = None,
         inputs_embeds: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        label_index: torch.Tensor | None = None,  # (N,)
         **kwargs,
     ) -> Seq2SeqLMOutput:
         """As T5's forward, with `image_ids`; returns loss (if `labels`) and logits (B, L, V).
 
         `num_items_in_batch` (set by the Trainer): real targets of the optimizer step, on all processes. The loss
         is then the sum over this batch's real labels divided by it, so accumulation steps may differ in length, and
-        comes without logits, which never exist all at once (ares/head.py).
+        comes without logits, which never exist all at once (ares/head.py). `label_index`: where the real labels are in
+        the flattened (B, L), made on the CPU before the labels went to a GPU, which would have to be waited for.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_ids, attention_mask, image_ids, inputs_embeds=inputs_embeds)
         if labels is None or num_items_in_batch is None:
             return super().forward(
-                attention_mask=attention_mask, encoder_outputs=encoder_outputs, labels=labels,
+                attention_mask=expanded_mask(attention_mask, self), encoder_outputs=encoder_outputs, labels=labels,
                 decoder_input_ids=decoder_input_ids, decoder_attention_mask=decoder_attention_mask, **kwargs,
             )  # fmt: skip
         states = self._decode(encoder_outputs, attention_mask, decoder_input_ids, decoder_attention_mask, labels)
-        states, real = states * self.config.head_scale, labels != -100
+        index = flat_index(labels != -100, labels.device) if label_index is None else label_index
+        states, labels = states * self.config.head_scale, labels.flatten().index_select(0, index)
         if type(self.lm_head) is nn.Linear:
-            loss = label_loss(states[real], self.lm_head.weight, labels[real])
+            loss = label_loss(states.flatten(0, 1).index_select(0, index), self.lm_head.weight, labels)
         else:  # a head with a LoRA adapter is more than its weight
-            loss = F.cross_entropy(self.lm_head(states)[real], labels[real], reduction="sum")
+            logits = self.lm_head(states).flatten(0, 1).index_select(0, index)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
         return Seq2SeqLMOutput(loss=loss / num_items_in_batch)
 
     def _decode(self, encoder_outputs, attention_mask, decoder_input_ids, decoder_attention_mask, labels):
@@ -202,7 +201,7 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
             input_ids=self._shift_right(labels) if decoder_input_ids is None else decoder_input_ids,
             attention_mask=decoder_attention_mask,
             encoder_hidden_states=encoder_outputs[0],
-            encoder_attention_mask=attention_mask,
+            encoder_attention_mask=expanded_mask(attention_mask, self),
             use_cache=False,
         ).last_hidden_state
 
@@ -223,7 +222,12 @@ class T5ForMultimodalGeneration(_LibraryInit, T5ForConditionalGeneration):
 
 def choose_attention(model: Any, device: torch.device) -> None:
     """SDPA on a GPU, where this transformers has it for T5 (5.0 has not); plain attention on a CPU: SDPA has no fused
-    kernel there for T5's learnt position bias, and an update takes 8% less without it."""
+    kernel there for T5's learnt position bias, and an update takes 8% less without it.
+
+    On a GPU without cuDNN's kernel, for the whole process: on Hopper SDPA takes it first, and it builds a plan for
+    each new shape, which batches of similar length have at every step."""
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     model.set_attn_implementation("sdpa" if device.type != "cpu" and model._supports_sdpa else "eager")
 
 

@@ -66,6 +66,7 @@ def run_name(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    launch.use_expandable_segments()
     args = parse_args(argv)
     launch.check_processes("run_mm_cot_lora.py")
     folder = Path(args.evaluate_dir or args.run_dir or Path(args.model) / run_name(args))

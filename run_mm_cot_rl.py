@@ -102,6 +102,8 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+    from ares.devices import on_gpu
+    from rl import memory
     from rl.rollouts import Prompts
     from sft.predict import from_rank0, tokenizer_digest
 
@@ -115,17 +117,21 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=kwargs)
     check_processes(accelerator)
     launch.note_unused_gpus(torch.cuda.device_count(), "run_mm_cot_rl.py")
+    if args.pass_tokens is None and on_gpu(accelerator.device):
+        free = torch.tensor([torch.cuda.mem_get_info()[0]], device=accelerator.device)
+        args.pass_tokens = memory.default_pass_tokens(int(accelerator.gather(free).min()), info, args)
     held.enter_context(launch.only_launch(folder, from_rank0))
     if cli.rank() == 0:
         args.features = None if data.features is None else data.features.digest(data.qids["train"])
         args.tokenizer_pieces = tokenizer_digest(tokenizer)
     from_rank0(lambda: run_folder.claim(args, folder, start))
     dataset = utils_data.RationaleDataset(data.problems, data.qids["train"], tokenizer, args, le)
-    collator = utils_data.Collator(tokenizer.pad_token_id, data.features)
+    collator = utils_data.Collator(tokenizer.pad_token_id, data.features, device=accelerator.device)
     prompts = Prompts(dataset, collator, accelerator.device)
     print0(
         f"run folder {folder}: {len(dataset)} questions, {accelerator.num_processes} process(es) "
         f"on {accelerator.device.type}, {args.precision}"
+        + (f", up to {args.pass_tokens} tokens in a pass" if args.pass_tokens else "")
     )
     return Setup(args, folder, accelerator, tokenizer, data.problems, prompts, data.patch_size, start)
 
@@ -171,24 +177,26 @@ def check_processes(accelerator: Any) -> None:
 # -- one round -------------------------------------------------------------------------------------------
 
 
-def load_model(setup: Setup, folder: str | Path, value: bool = False):
-    """A policy or value function on this process's device, in eval mode."""
+def load_model(setup: Setup, folder: str | Path, value: bool = False, device: Any = None):
+    """A policy or value function in eval mode, on `device` (default: this process's)."""
     import model
+    from ares import decoding
 
+    decoding.use_graphs(setup.args.decode_graph)
     cls = model.T5ForMultimodalGenerationValueFunction if value else model.T5ForMultimodalGeneration
     loaded = cls.from_pretrained(folder, patch_size=setup.patch_size, seed=setup.args.seed)
     if value and setup.args.value_init == "zero" and not (Path(folder) / model.VALUE_FUNCTION).exists():
         for parameter in loaded.v_head[-1].parameters():
             parameter.data.zero_()
     model.choose_attention(loaded, setup.accelerator.device)
-    return loaded.to(setup.accelerator.device).eval()
+    return loaded.to(device or setup.accelerator.device).eval()
 
 
-def load_frozen(setup: Setup, folder: str | Path, value: bool = False):
+def load_frozen(setup: Setup, folder: str | Path, value: bool = False, device: Any = None):
     """`load_model` for sampling: no gradients, and half the memory if autocast rounds the weights anyway."""
     from rl import actor_critic
 
-    model = load_model(setup, folder, value).requires_grad_(False)
+    model = load_model(setup, folder, value, device).requires_grad_(False)
     return actor_critic.cast_linears_bf16(model) if setup.accelerator.mixed_precision == "bf16" else model
 
 
@@ -208,7 +216,8 @@ def begin_collection(setup: Setup, store, number: int) -> None:
 
 def collect_round(setup: Setup, store, number: int, k: int) -> None:
     """Steps 1 and 2: sample the batches that are not on disk, export them, signal."""
-    from rl import rollouts
+    from ares.devices import enough_memory
+    from rl import memory, rollouts
     from rl.sampling import Models, Sampling, sample_batch
     from sft.predict import from_rank0
 
@@ -217,24 +226,53 @@ def collect_round(setup: Setup, store, number: int, k: int) -> None:
     from_rank0(lambda: begin_collection(setup, store, number))
     batches = store.plan(setup.prompts, args.bs, k)
     print0(f"round {number}: {sum(map(len, batches))} questions x {k} rationales in {len(batches)} batches")
-    if all(store.shard(i).exists() for i in range(cli.rank(), len(batches), cli.world_size())):
-        models = None  # a kill came between sampling and the signal
-    else:
-        start = start_folder(setup, number)
-        models = Models(
-            policy=load_frozen(setup, start),
-            reference=load_frozen(setup, args.reference),
-            value_function=None if args.algo == "rloo" else load_frozen(setup, start, value=True),
+
+    def load():
+        start, place = start_folder(setup, number), "cpu" if args.offload else None
+        policy = load_frozen(setup, start)
+        # in the first round of the paper's command the reference is the starting model
+        same = Path(start).resolve() == Path(args.reference).resolve()
+        return Models(
+            policy=policy,
+            reference=policy if same else load_frozen(setup, args.reference, device=place),
+            value_function=None if args.algo == "rloo" else load_frozen(setup, start, value=True, device=place),
             offload=args.offload,
         )
 
+    models: list[Models] = []  # loaded for the first batch that is not on disk
+    lack = f"--bs: the GPU's memory does not suffice to sample {args.bs} x {k} rationales; lower it, or use --offload"
+
     def sample(index: int, qids: Sequence[str]):
         seed = rollouts.seed_for(args.seed, "sampling", number, index)
-        with setup.accelerator.autocast():
-            sampled = sample_batch(models, setup.prompts.batch(qids), sampling, seed)
+        with enough_memory(lack):
+            models.extend([] if models else [load()])
+            with setup.accelerator.autocast():
+                sampled = sample_batch(models[0], setup.prompts.batch(qids), sampling, seed)
         return rollouts.to_rollouts(sampled, qids, k, cli.rank(), setup.tokenizer)
 
+    if memory.wanted(setup.accelerator) and cli.rank() < len(batches):
+        # the first batch, which has the longest prompts, says how long rationales are; nothing is exported yet
+        first = store.shard(cli.rank())
+        if not first.exists():
+            sample(cli.rank(), batches[cli.rank()]).save(first)
+        models.clear()
+        check_memory(setup, number, rollouts.Rollouts.load(first).lengths.tolist())
     rollouts.collect(store, batches, sample, setup.tokenizer)
+
+
+def check_memory(setup: Setup, number: int, lengths: Sequence[int]) -> None:
+    """Raise UserError if PPO on rationales of these lengths would run out of the GPU's memory."""
+    from rl import memory
+
+    def load():
+        start = start_folder(setup, number)
+        return load_model(setup, start), None if setup.args.algo == "rloo" else load_model(setup, start, value=True)
+
+    free_memory()
+    try:
+        memory.dry_run(load, setup.prompts, setup.args, setup.accelerator, lengths)
+    finally:
+        free_memory()
 
 
 def await_feedback(setup: Setup, store) -> dict:
@@ -269,9 +307,9 @@ def train_round(setup: Setup, store, number: int, decision: dict) -> None:
     from rl.trainer import Position, PpoTrainer
 
     args, start = setup.args, start_folder(setup, number)
-    every = store.load()
-    rows, scores = rollouts.scored(every, decision)
-    share_dropped = (len(every) - len(rows)) / len(every)
+    rows, scores = rollouts.scored(store.load(), decision)
+    dropped = sum(map(len, decision["dropped"].values()))
+    share_dropped = dropped / (len(rows) + dropped)
     kl = float(ppo.kl_per_rationale(rows).mean())
     args.kl_coef = run_folder.kl_coefficient(args, start, number == 0, kl)  # args.yaml records it
     data = ppo.compute_advantages(rows, scores, args, args.kl_coef)
@@ -358,6 +396,7 @@ def free_memory() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    launch.use_expandable_segments()
     typed = sys.argv[1:] if argv is None else argv
     args = parse_args(typed)
     launch.check_processes("run_mm_cot_rl.py")
@@ -371,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run_rounds(setup: Setup, typed: Sequence[str]) -> None:
     """All rounds of --epochs and --phase. `typed`: the command line, for the commands that are printed."""
-    from rl import rollouts
+    from rl import memory, rollouts
 
     args = setup.args
     k = args.k_actions if args.do_sample else 1  # greedy rationales of a question are all equal
@@ -382,6 +421,8 @@ def run_rounds(setup: Setup, typed: Sequence[str]) -> None:
         store = rollouts.RolloutStore(setup.run, number)
         if store.collected_file.exists():
             store.plan(setup.prompts, args.bs, k)  # the prompts are still those of the rollouts
+            if memory.wanted(setup.accelerator):  # perhaps on another GPU than before
+                check_memory(setup, number, store.load().lengths.tolist())
         else:
             if args.phase == "train":
                 raise UserError(f"--phase train: {store.folder} holds no finished rollouts; run --phase collect first")

@@ -12,7 +12,6 @@ utils_prompt.py, the readers of problems, splits and captions in ares/data_folde
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch.utils.data import Dataset
 
 from ares import data_folder as files
 from ares.cli import CAPTION_DEFAULT, UserError, img_shape, in_one_line, print0, refuse, warn0
+from ares.devices import padded_length
 from ares.predictions import read_predictions
 from utils_prompt import build_train_pair, normalize, option_letters
 from vision.features import VisionFeatures
@@ -230,15 +230,22 @@ class RationaleDataset(Dataset):
         pairs = [build_train_pair(problems, qid, args, None if le is None else le[qid]) for qid in self.qids]
         self.prompts = [normalize(prompt) for prompt, _ in pairs]
         self.targets = [normalize(target) for _, target in pairs]
-        tokenise = functools.partial(tokenizer, truncation=True, return_attention_mask=False)
-        self.input_ids: list[list[int]] = tokenise(self.prompts, max_length=args.input_len)["input_ids"]
-        self.labels: list[list[int]] = tokenise(self.targets, max_length=args.output_len)["input_ids"]
+        self.input_ids = tokenise(self.prompts, args.input_len, tokenizer)
+        self.labels = tokenise(self.targets, args.output_len, tokenizer)
 
     def __len__(self) -> int:
         return len(self.qids)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         return {"qid": self.qids[i], "input_ids": self.input_ids[i], "labels": self.labels[i]}
+
+
+def tokenise(texts: Sequence[str], longest: int, tokenizer: Any, rows: int = 1024) -> list[list[int]]:
+    """Ids of each text, cut at `longest`. `rows` texts a call: the tokenizer's own results are large, and the memory
+    of a whole split's (190 MB) stays with the process."""
+    how = {"truncation": True, "max_length": longest, "return_attention_mask": False}
+    parts = (tokenizer(texts[i : i + rows], **how)["input_ids"] for i in range(0, len(texts), rows))
+    return [ids for part in parts for ids in part]
 
 
 class Batch(dict):
@@ -266,27 +273,29 @@ class Collator:
 
     `input_ids`, `attention_mask` (B, L_in), `labels` (B, L_out) with -100 on pads - where the released code counted
     the pads as targets - and, given `features`, `image_ids` float32 (B, patches, dim). `with_qids` adds the ids.
+    `device`: where the batches will go; for a GPU lengths are multiples of 8.
     """
 
-    def __init__(self, pad_token_id: int, features: VisionFeatures | None = None, with_qids: bool = False):
-        self.pad_token_id, self.features, self.with_qids = pad_token_id, features, with_qids
+    def __init__(
+        self, pad_token_id: int, features: VisionFeatures | None = None, with_qids: bool = False, device: Any = None
+    ):
+        self.pad_token_id, self.features, self.with_qids, self.device = pad_token_id, features, with_qids, device
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> Batch:
-        input_ids, attention_mask = _pad([item["input_ids"] for item in items], self.pad_token_id)
+        input_ids, attention_mask = self._pad([item["input_ids"] for item in items], self.pad_token_id)
         batch = Batch(input_ids=input_ids, attention_mask=attention_mask)
         if "labels" in items[0]:
-            batch["labels"], _ = _pad([item["labels"] for item in items], IGNORE)
+            batch["labels"], _ = self._pad([item["labels"] for item in items], IGNORE)
         if self.features is not None:
             batch["image_ids"] = self.features.gather([item["qid"] for item in items])
         if self.with_qids:
             batch["qids"] = [item["qid"] for item in items]
         return batch
 
-
-def _pad(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids -> (B, longest) padded on the right, and the mask of real ids."""
-    lengths = np.array([len(row) for row in rows])
-    mask = np.arange(lengths.max())[None, :] < lengths[:, None]
-    padded = np.full(mask.shape, pad, dtype=np.int64)
-    padded[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
-    return torch.from_numpy(padded), torch.from_numpy(mask.astype(np.int64))
+    def _pad(self, rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of ids -> (B, longest) padded on the right, and the mask of real ids."""
+        lengths = np.array([len(row) for row in rows])
+        mask = np.arange(padded_length(int(lengths.max()), self.device))[None, :] < lengths[:, None]
+        padded = np.full(mask.shape, pad, dtype=np.int64)
+        padded[mask] = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+        return torch.from_numpy(padded), torch.from_numpy(mask.astype(np.int64))

@@ -256,6 +256,12 @@ def add_common_flags(
     training.add_argument("--user_msg", default="baseline", help="only names the output folder")
     training.add_argument("--use_generate", action="store_true", help="predict by greedy generation")
     training.add_argument("--final_eval", action="store_true", help="evaluate at the end only")
+    add_decode_graph(training)
+
+
+def add_decode_graph(group: argparse._ActionsContainer) -> None:
+    text = "generate by CUDA graphs; auto: on a GPU (on without one: in the same fixed shapes, slower)"
+    group.add_argument("--decode_graph", default="auto", choices=("auto", "on", "off"), help=text)
 
 
 def precision_faults() -> list[str]:

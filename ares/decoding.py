@@ -5,6 +5,9 @@
 
 Each prompt is encoded once, keys and values of the prompt are stored once per prompt (not per row), and finished rows
 are removed from the batch, so one long text does not delay the others.
+
+On a GPU launching a step's 350 kernels takes longer than running them, so a step is captured as a CUDA graph, which is
+launched as a whole (--decode_graph). A graph has fixed shapes: attention then reads the whole cache, behind a mask.
 """
 
 from __future__ import annotations
@@ -17,9 +20,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ares.cli import in_one_line, print0
+from ares.devices import on_gpu
+
 FIRST_LENGTH = 64  # initial capacity of the key-value cache in positions; doubled when full
+ALIGNMENT = 8  # positions: of the strides of a mask that fused attention takes as it is
 KEEP_SHARE = 0.875  # finished rows are removed once they are more than an eighth: each removal copies keys and values
+KEEP_SHARE_OF_GRAPH = 0.5  # as KEEP_SHARE for a step of fixed shapes: each removal captures another graph, too
 CHECK_STEPS = 8  # on a GPU: steps between two checks for finished rows, because a check waits for the GPU
+
+
+graph_mode = "auto"  # of --decode_graph; auto: on a GPU. `on` without a GPU decodes in fixed shapes without a graph
+
+
+def use_graphs(mode: str) -> None:
+    """Set --decode_graph for this process. It changes no token but where two are equally likely within rounding."""
+    global graph_mode
+    graph_mode = mode
 
 
 def action_mask(actions: Tensor) -> Tensor:
@@ -59,10 +76,11 @@ def generate(
     ids = torch.full((n, max_length), config.pad_token_id, dtype=torch.long, device=device)
     ids[:, 0] = config.decoder_start_token_id
     logprobs = torch.zeros(n, max_length - 1, device=device) if with_logprobs else None
-    decoder = StepDecoder(policy, states, attention_mask, k)
+    static = graph_mode == "on" or graph_mode == "auto" and device.type == "cuda"
+    decoder = StepDecoder(policy, states, attention_mask, k, static)
     rows = torch.arange(n, device=device)  # of the texts that are still in the batch
     tokens, ended = ids[:, 0], torch.zeros(n, dtype=torch.bool, device=device)
-    check_steps = 1 if device.type == "cpu" else CHECK_STEPS
+    check_steps = CHECK_STEPS if on_gpu(device) else 1
     for t in range(1, max_length):
         logits = decoder.step(tokens)  # (n, V)
         log_z = logits.float().logsumexp(-1) if with_logprobs else None
@@ -76,7 +94,7 @@ def generate(
         left = (~ended).nonzero()[:, 0]
         if len(left) == 0:
             return ids[:, : t + 1], None if logprobs is None else logprobs[:, :t]
-        if len(left) <= KEEP_SHARE * len(rows):
+        if len(left) <= (KEEP_SHARE_OF_GRAPH if decoder.static else KEEP_SHARE) * len(rows):
             decoder.keep(left)
             rows, tokens, ended = rows[left], tokens[left], ended[left]
     return ids, logprobs
@@ -98,14 +116,21 @@ class StepDecoder:
 
     Runs the library's own layers; only the cache is ours: rows have spare capacity, so a step copies nothing, and the
     k rows of a prompt share its keys and values.
+
+    `static`: nothing in a step depends on the position but a tensor, so the step can be a CUDA graph. It is captured
+    whenever shapes change: when the capacity is doubled or rows are removed. Each call captures its own, because under
+    autocast a graph reads the weights' copies in half precision, which live as long as the caller's context.
     """
 
-    def __init__(self, policy: nn.Module, states: Tensor, attention_mask: Tensor, k: int):
-        self.policy, self.length = policy, 0
+    def __init__(self, policy: nn.Module, states: Tensor, attention_mask: Tensor, k: int, static: bool = False):
+        self.policy, self.static, self.length = policy, static, 0
+        self.captures, self.graph = static and states.is_cuda, None
         self.heads, self.dim = policy.config.num_heads, policy.config.d_kv
         self.slots = None  # (n,) indices of the rows in (Q, k); None: all of them, in order
         self.k, self.questions = k, len(states)
-        self.mask = attention_mask.bool()[:, None, None]  # (Q, 1, 1, S)
+        if on_gpu(states.device):  # fused attention copies a mask with other strides in every call
+            extra = -states.size(1) % ALIGNMENT
+            states, attention_mask = F.pad(states, (0, 0, 0, extra)), F.pad(attention_mask, (0, extra))
         self.layers = []
         for block in policy.decoder.block:
             attention = block.layer[1].EncDecAttention
@@ -113,22 +138,29 @@ class StepDecoder:
             keys, values = (x.transpose(1, 2).contiguous() for x in projected)  # (Q, H, S, D)
             none = keys.new_empty(len(states) * k, self.heads, 0, self.dim)
             self.layers.append(_Layer(block, keys, values, none, none))
+        # attention would make numbers of a boolean mask in every layer of every step
+        zero = keys.new_zeros(attention_mask[:, None, None].shape)
+        self.mask = zero.masked_fill_(~attention_mask[:, None, None].bool(), -torch.inf)  # (Q, 1, 1, S)
+        self.position = torch.zeros(1, dtype=torch.long, device=states.device)  # `length`, for a static step
         self._grow(FIRST_LENGTH)
 
     def _grow(self, capacity: int) -> None:
         for layer in self.layers:
             for name in ("keys", "values"):
                 old = getattr(layer, name)
-                new = old.new_empty(*old.shape[:2], capacity, self.dim)
+                new = old.new_zeros(*old.shape[:2], capacity, self.dim)  # a static step multiplies all of it, by 0
                 new[:, :, : old.size(2)] = old
                 setattr(layer, name, new)
         first = self.layers[0].block.layer[0].SelfAttention
         bias = first.compute_bias(capacity, capacity).to(self.layers[0].keys.dtype)
+        future = torch.ones(capacity, capacity, dtype=torch.bool, device=bias.device).triu_(1)
         # (1, H, capacity, capacity); fused attention does not accept the library's strides
-        self.bias = bias.contiguous()
+        self.bias = bias.masked_fill(future, -torch.inf).contiguous()
+        self.graph = None
 
     def keep(self, rows: Tensor) -> None:
         """Continue with these rows (n,) of the present ones only."""
+        self.graph = None
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
         slots = rows if self.slots is None else self.slots[rows]
@@ -141,27 +173,64 @@ class StepDecoder:
         self.slots = slots if len(slots) < self.questions * self.k else None
 
     def step(self, tokens: Tensor) -> Tensor:
-        """The next position's tokens (n,) -> logits (n, V) of the one after it."""
-        t, capacity = self.length, self.layers[0].keys.size(2)
-        if t == capacity:
-            self._grow(2 * capacity)
-        bias = self.bias[:, :, t : t + 1, : t + 1]
+        """The next position's tokens (n,) -> logits (n, V) of the one after it, overwritten by the next step."""
+        if self.length == self.layers[0].keys.size(2):
+            self._grow(2 * self.length)
+        self.position.fill_(self.length)
+        # the first step runs as it is: what PyTorch does once, such as casting weights, must not be in a graph
+        if self.captures and self.graph is None and self.length:
+            self._capture(tokens)
+        if self.graph is None:
+            logits = self._logits(tokens)
+        else:
+            self.tokens.copy_(tokens)
+            self.graph.replay()
+            logits = self.logits
+        self.length += 1
+        return logits
+
+    def _capture(self, tokens: Tensor) -> None:
+        """Capture a step as `graph`, from `tokens` to `logits`; if that fails, say so and go on without."""
+        self.tokens = tokens.clone()
+        try:
+            graph, stream, here = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(here)
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")  # another thread may be pinning memory
+                try:
+                    self.logits = self._logits(self.tokens)
+                finally:
+                    graph.capture_end()
+            here.wait_stream(stream)
+            self.graph = graph
+        except RuntimeError as error:
+            why = in_one_line(error, 160)
+            print0(f"note: decoding goes on without CUDA graphs, as with --decode_graph off ({why})")
+            use_graphs("off")
+            self.static = self.captures = False
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        t = self.length
+        bias = self.bias.index_select(2, self.position) if self.static else self.bias[:, :, t : t + 1, : t + 1]
         x = self.policy.decoder.embed_tokens(tokens)  # (n, d)
         for layer in self.layers:
             own, cross, feed_forward = layer.block.layer
             x = x + self._self_attention(own.SelfAttention, own.layer_norm(x), layer, bias)
             x = x + self._cross_attention(cross.EncDecAttention, cross.layer_norm(x), layer)
             x = feed_forward(x)
-        self.length += 1
         x = self.policy.decoder.final_layer_norm(x)
         return self.policy.lm_head(x * self.policy.config.head_scale)
 
     def _self_attention(self, attention: Any, x: Tensor, layer: _Layer, bias: Tensor) -> Tensor:
-        t = self.length
+        x = x.to(layer.keys.dtype)  # under autocast once, not for each of three products
         linears, shape = (attention.q, attention.k, attention.v), (self.heads, 1, self.dim)
         query, key, value = (linear(x).unflatten(-1, shape) for linear in linears)  # (n, H, 1, D)
-        layer.keys[:, :, t : t + 1], layer.values[:, :, t : t + 1] = key, value
-        keys, values = layer.keys[:, :, : t + 1], layer.values[:, :, : t + 1]
+        keys, values, t = layer.keys, layer.values, self.length
+        if self.static:
+            keys.index_copy_(2, self.position, key), values.index_copy_(2, self.position, value)
+        else:
+            keys[:, :, t : t + 1], values[:, :, t : t + 1] = key, value
+            keys, values = keys[:, :, : t + 1], values[:, :, : t + 1]
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=1.0)  # (n, H, 1, D)
         return attention.o(out.flatten(1))
 

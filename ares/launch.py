@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.metadata
 import json
 import os
 import shlex
@@ -66,6 +67,18 @@ def note_unused_gpus(visible: int, script: str) -> None:
     if visible > 1 and cli.world_size() == 1:
         every = f"accelerate launch --num_processes {visible} {script} ..."
         print0(f"note: {visible} GPUs are visible but one process was started: using one GPU. All of them: {every}")
+
+
+def use_expandable_segments() -> None:
+    """Have torch grow its pieces of GPU memory instead of adding more: batches of ever other lengths leave holes that
+    fit nothing else. Before torch is imported; what the user has set stays."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second one is torch's until 2.8
+    if any(name in os.environ for name in names):
+        return
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version("torch").split(".")
+        new = [int(part) for part in version[:2] if part.isdigit()] >= [2, 9]
+        os.environ[names[0] if new else names[1]] = "expandable_segments:True"
 
 
 class CtrlC:

@@ -4,7 +4,7 @@
 
 Both sides generate the same rationales of `--rows` test questions, ended at their gold lengths (endings.py), and score
 them. The released recipe generates the split twice; the second pass equals the first, so its time is doubled instead
-of run. Checked first: the same ids and the same scores. `--no_similarity` skips the embeddings.
+of run. Checked first: the same ids and the same scores. `--no_similarity` skips the embeddings, `--no_scores` all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,6 +24,7 @@ from ares import cli
 from benchmarks import common, limits, released_recipe
 from benchmarks.endings import EndingPolicy
 from model import choose_attention
+from sft import predict as prediction
 from sft.predict import Predictor
 from utils_evaluate import get_scores, similarity_model
 
@@ -36,13 +38,17 @@ class Sides:
         self.device = torch.device(args.device)
         self.data = data = common.load(args)
         self.dataset = data.dataset("test", args.rows)
-        self.plain, self.fast = (EndingPolicy.from_pretrained(data.model).to(self.device).eval() for _ in range(2))
+        self.plain, self.fast, self.library = (
+            EndingPolicy.from_pretrained(data.model).to(self.device).eval() for _ in range(3)
+        )
         released_recipe.plain_model(self.plain)
+        released_recipe.plain_model(self.library, "sdpa")
         choose_attention(self.fast, self.device)
-        for model in (self.plain, self.fast):
+        for model in (self.plain, self.fast, self.library):
             model.know(self.dataset, data.dataset("test"))
         self.features = released_recipe.LoadedFeatures(data.features.path, data.features.name_map)
-        self.encoder = None if args.no_similarity else similarity_model()
+        self.only_ids = args.no_scores
+        self.encoder = None if args.no_similarity or args.no_scores else similarity_model()
         flags = common.sft_flags("--use_generate", "--eval_bs", str(EVAL_BS), "--prompt_format", "QCM-E",
                                  "--output_len", str(OUTPUT_LEN))  # fmt: skip
         bf16 = cli.mixed_precision(flags.precision) == "bf16"
@@ -59,24 +65,46 @@ class Sides:
             self.plain, self.dataset, self.features, self.device, EVAL_BS, OUTPUT_LEN
         )
         self.pass_seconds = time.perf_counter() - began
+        if self.only_ids:
+            return {}
         return released_recipe.rationale_scores(*self.texts(self.dataset, self.released_ids), self.encoder)
+
+    def library_ids(self) -> list[list[int]]:
+        """Greedy ids of every question by transformers' `generate`, in the batches of our side."""
+        with mock.patch.object(prediction, "greedy", _generate):
+            return self.predictor.predict(self.library, self.dataset, "library")
+
+    def our_greedy_ids(self) -> list[list[int]]:
+        with self.fast.ending_greedy():
+            return self.predictor.predict(self.fast, self.dataset, "generate")
 
     def ours(self, dataset=None) -> dict[str, float]:
         dataset = dataset or self.dataset
         with self.fast.ending_greedy():
             self.our_ids = self.predictor.predict(self.fast, dataset, "generate")
+        if self.only_ids:
+            return {}
         texts = self.texts(dataset, self.our_ids)
         return get_scores({}, *texts, self.data.problems, self.encoder is not None)["rationale"]
 
 
+def _generate(model, inputs, max_length: int) -> torch.Tensor:
+    return model.generate(**inputs, max_length=max_length, do_sample=False)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = common.parse(
-        __doc__, argv, rows=(16, "test questions, a multiple of 16"), no_similarity=(False, "skip the embedding model")
+        __doc__,
+        argv,
+        rows=(16, "test questions, a multiple of 16"),
+        no_similarity=(False, "skip the embedding model"),
+        no_scores=(False, "generation alone, where nltk or rouge are absent"),
     )
     sides = Sides(args)
     ours, released = sides.ours(), sides.released()
     equal = [
         common.check("greedy ids of every question", sides.released_ids, sides.our_ids),
+        common.check("greedy ids of the library", sides.library_ids(), sides.our_greedy_ids()),
         common.check("scores", torch.tensor([released[n] for n in ours]), torch.tensor(list(ours.values())), 1e-4),
     ]
 
@@ -85,11 +113,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return took + sides.pass_seconds if function == sides.released else took  # the split is generated twice
 
     result = common.compare(sides.released, sides.ours, args, (args.rows, args.rows), time_of=seconds)
+    peer = common.against_library(sides.library_ids, sides.our_greedy_ids, args)
     scaling = growth(sides, 8 * args.rows)
     common.profile(sides.ours, args)
     per_question = result["ours"]["median"]
     common.report(
-        args, "eval", result, equal=equal, limit=how_close(sides, per_question), scaling=scaling,
+        args, "eval", result, equal=equal, limit=how_close(sides, per_question), peer=peer, scaling=scaling,
         slice=f"{args.rows} test questions; seconds per question",
         projection={"generate_seconds_per_question": per_question},
     )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from ares import cli
 from ares.decoding import action_mask
 from benchmarks import common, limits, released_recipe, released_rl, rl_common
-from rl import sampling
+from rl import actor_critic, sampling
 
 
 class Bench:
@@ -63,6 +64,23 @@ class Bench:
         with released_recipe.plainly(models.policy, models.reference, models.value_function):
             return released_rl.rollouts(models, prompt, how.k, how.top_k, how.output_len, lengths)
 
+    def sampled(self, questions: int, library: bool) -> None:
+        """Sampling alone, no scoring: by transformers' `generate`, or ours."""
+        policy, how = self.world.models.policy, self.how
+        for prompt, lengths in self.batches(questions):
+            bf16 = torch.autocast("cuda", torch.bfloat16, enabled=self.args.device == "cuda")
+            if library:
+                ends = partial(released_rl.end_at, lengths.to(self.world.device))
+                with released_recipe.plainly(policy, attention="sdpa"), bf16:
+                    policy.generate(
+                        **prompt, do_sample=True, top_k=how.top_k, max_length=how.output_len, suppress_tokens=[0],
+                        num_return_sequences=how.k, logits_processor=[ends],
+                    )  # fmt: skip
+            else:
+                with rl_common.ending(lengths), bf16, torch.no_grad():
+                    states = actor_critic.encode(policy, prompt)
+                    sampling.generate(policy, states, prompt["attention_mask"], how, self.args.seed)
+
     def check(self) -> list[str]:
         """Both sides on the same ids (fp32), and the lengths that both write."""
         (prompt, lengths), *_ = self.batches(min(4, self.args.questions))
@@ -96,10 +114,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     equal = bench.check()
     ours()
     result = common.compare(lambda: bench.released(n), ours, args, work=(n * args.k_actions, rollouts))
+    peer = common.against_library(
+        lambda: bench.sampled(max(1, args.bs // 2), True), lambda: bench.sampled(args.bs, False), args,
+        work=(max(1, args.bs // 2), args.bs),
+    )  # fmt: skip
     common.profile(ours, args)
     per_rollout, tokens = result["ours"]["median"], float(bench.lengths.float().mean())
     common.report(
-        args, "rollout", result, equal=equal,
+        args, "rollout", result, equal=equal, peer=peer,
         slice=f"k = {args.k_actions}, {tokens:.0f} tokens in the mean, output_len {args.output_len}; per rollout, "
         f"of {n} questions the released way, of {args.bs} ours",
         limit=limits.share_of_products(ours, args.device, rollouts, per_rollout),

@@ -41,10 +41,10 @@ WANTED = {"start": 12, "export": 25, "reference scores": 100, "feedback": 6, "re
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    shares = "sizes as parts of the full one (default: %(default)s)"
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 1.0], metavar="SHARE", help=shares)
+    shares = {"type": float, "nargs": "+", "default": [0.125, 1.0], "metavar": "SHARE"}
+    parser.add_argument("--shares", help="parts of the full size", **shares)
     parser.add_argument(
-        "--work", metavar="DIR", help="keep each size's files in DIR/{share} (default: a temporary one)"
+        "--work", metavar="DIR", help="keep each size's files in DIR/{share} instead of a temporary folder"
     )
     parser.add_argument("--output", default=str(ROOT / "benchmarks/results/scale.json"), help="where it goes")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # a measured process: function, folder

@@ -9,14 +9,18 @@ and the same gradients, without dropout.
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from transformers import Seq2SeqTrainer
+from transformers.trainer_callback import PrinterCallback
 
 from ares import cli, launch
 from benchmarks import common, limits, released_recipe
@@ -62,6 +66,24 @@ def our_trainers(data: common.BenchData, out: Path, samples: int) -> dict:
     return trainers
 
 
+class LibraryPolicy(T5ForMultimodalGeneration):
+    """The policy with the loss of transformers' T5: all logits, the mean over a batch."""
+
+    def forward(self, *args, num_items_in_batch=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def library_trainer(data: common.BenchData, out: Path, ours: Any, samples: int) -> Seq2SeqTrainer:
+    """transformers' own trainer with our arguments, batches of like length and dynamic padding."""
+    model = released_recipe.plain_model(LibraryPolicy.from_pretrained(data.model), "sdpa")
+    arguments = copy.copy(ours)
+    arguments.output_dir, arguments.train_sampling_strategy = str(out / "library"), "group_by_length"
+    dataset = data.dataset("train", samples)
+    trainer = Seq2SeqTrainer(model, arguments, data.collator, dataset, processing_class=data.tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = common.parse(__doc__, argv, samples=(96, "questions of our epoch"))
     device, samples, data = args.device, args.samples, common.load(args)
@@ -80,11 +102,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer = trainers[1]
         trainer.train()
         result = common.compare(released, trainer.train, args, work=(2 * BS, samples))
+        library = library_trainer(data, Path(out), trainer.args, samples // 2)
+        peer = common.against_library(library.train, trainer.train, args, work=(samples // 2, samples))
         scaling = common.linear(lambda n: trainers[n].train(), device)
         common.profile(trainer.train, args)
         limit = how_close(trainer, data, device, result["ours"]["median"])
     common.report(
-        args, "sft", result, equal=equal, limit=limit, scaling=scaling,
+        args, "sft", result, equal=equal, limit=limit, peer=peer, scaling=scaling,
         slice=f"{samples} questions, released {2 * BS}; seconds per sample",
         projection={"sft_seconds_per_sample": result["ours"]["median"]},
     )  # fmt: skip

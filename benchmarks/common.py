@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from ares import cli, files  # noqa: E402
 from ares.cli import UserError, print0  # noqa: E402
 from benchmarks.limits import seconds  # noqa: E402
-from benchmarks.table import STAGES  # noqa: E402
+from benchmarks.table import PEERS, STAGES  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("ARES_SHARED", ROOT.parent / "shared"))
@@ -249,6 +249,14 @@ def compare(
     return {name: spread(values) for name, values in (*times.items(), ("ratio", ratios))}
 
 
+def against_library(
+    library: Callable[[], Any], ours: Callable[[], Any], args: argparse.Namespace, work: tuple[float, float] = (1, 1)
+) -> dict[str, float]:
+    """Ratio of today's transformers to ours on the same work, interleaved as in `compare`, at most twice each."""
+    library()
+    return compare(library, ours, argparse.Namespace(**vars(args) | {"repeats": min(2, args.repeats)}), work)["ratio"]
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and range."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
@@ -292,8 +300,8 @@ def report(args: argparse.Namespace, stage: str, result: dict[str, Any], **more:
     """Print a stage's result and, with --json, write it for run_all.sh.
 
     `result` is what `compare` returned (or holds a `ratio` of its own); `more`: `equal` (lines of `check`), `limit`
-    (how close to the machine's limit), `scaling` (of `linear`), `slice` (what was measured), `projection` (name ->
-    seconds per unit of work), and other values to print.
+    (how close to the machine's limit), `peer` (of `against_library`), `scaling` (of `linear`), `slice` (what was
+    measured), `projection` (name -> seconds per unit of work), and other values to print.
     """
     label, *targets = STAGES[stage]
     for line in more.get("equal", ()):
@@ -302,8 +310,10 @@ def report(args: argparse.Namespace, stage: str, result: dict[str, Any], **more:
         if name in result:
             print0(f"  {name}: {_range(result[name], ' s')}")
     print0(f"{label}: {_range(result['ratio'], 'x')} (target >= {targets[args.device == 'cuda']}x)")
+    if "peer" in more:
+        print0(f"  against {PEERS[stage][0]}: {_range(more['peer'], 'x')} (target >= {PEERS[stage][1]}x)")
     for name, value in more.items():
-        if name != "equal":
+        if name not in ("equal", "peer"):
             print0(f"  {name}: {value}")
     if args.json:
         record = {"stage": label, "size": args.size, "device": args.device, **result, **more}

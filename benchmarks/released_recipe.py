@@ -21,14 +21,17 @@ import numpy as np
 import torch
 from transformers.activations import ACT2FN
 
+from ares import layers
+
 PAD_TO = 512
 
 
-def plain_model(model: Any) -> Any:
-    """`model` with the library's own attention and activation, in place."""
+def plain_model(model: Any, attention: str = "eager") -> Any:
+    """`model` with the library's own layers, activation and attention, in place; "sdpa" is what it takes today."""
     for module in fused_activations(model):
         module.act = ACT2FN["gelu_new"]
-    model.set_attn_implementation("eager")
+    layers.unfuse(model)
+    model.set_attn_implementation(attention)
     return model
 
 
@@ -37,19 +40,20 @@ def fused_activations(model: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def plainly(*models: Any) -> Iterator[None]:
+def plainly(*models: Any, attention: str = "eager") -> Iterator[None]:
     """Within, `plain_model` of each; then as they were."""
     before = [
         (model, model.config._attn_implementation, {module: module.act for module in fused_activations(model)})
         for model in models
     ]
     for model in models:
-        plain_model(model)
+        plain_model(model, attention)
     try:
         yield
     finally:
-        for model, attention, acts in before:
-            model.set_attn_implementation(attention)
+        for model, earlier, acts in before:
+            model.set_attn_implementation(earlier)
+            layers.fuse(model)
             for module, act in acts.items():
                 module.act = act
 

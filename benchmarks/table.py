@@ -2,7 +2,8 @@
 
     python benchmarks/table.py FOLDER_OF_JSON_FILES --seconds 600
 
-RESULTS.md has the last measurement of each device. Results on the demo's questions (no real sample) are only printed.
+RESULTS.md has the last measurement of each device; stages without a file are "not measured". A CPU's results on the
+demo's questions (no real sample) are only printed; a GPU's are kept, since a lent machine may have no sample.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ares import cli, files
+from ares.cli import UserError
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS, KEPT = FOLDER / "RESULTS.md", FOLDER / "results/speed.json"  # KEPT: device -> stage -> result
@@ -23,6 +25,10 @@ STAGES = {  # file -> name, wanted ratio on a CPU (tiny) and on a GPU (base)
     "sft": ("SFT", 7, 12), "rollout": ("rollouts", 8, 20), "ppo": ("PPO updates", 3, 10),
     "eval": ("generate + score", 10, 20), "features": ("feature extraction", 1.3, 30),
     "memory": ("memory of features", 20, 20),
+}  # fmt: skip
+PEERS = {  # file -> today's transformers on the same work, wanted ratio
+    "sft": ("Seq2SeqTrainer, group_by_length", 1.5), "rollout": ("generate, k = 4 samples", 3.5),
+    "eval": ("greedy generate", 1.3),
 }  # fmt: skip
 # one ScienceQA base round, in units of the stages' measured slices
 QUESTIONS, ROLLOUTS, PPO_EPOCHS, SFT_EPOCHS = {"train": 12_726, "val": 4_241, "test": 4_241}, 50_904, 10, 20
@@ -39,16 +45,16 @@ def projection(stages: dict[str, Any]) -> list[str]:
     }
     hours = {}
     for part, (stage, units) in parts.items():
-        (seconds,) = stages[stage].get("projection", {"": float("nan")}).values()
+        (seconds,) = stages.get(stage, {}).get("projection", {"": float("nan")}).values()
         hours[part] = seconds * units / 3600
     return [f"- {part}: {each:.2f} h" for part, each in {**hours, "together": sum(hours.values())}.items()]
 
 
-def ratio_of(result: dict[str, Any] | None, target: float) -> str:
-    """The ratio with its range and whether it meets the target."""
-    if result is None:
+def ratio_of(result: dict[str, Any] | None, target: float, name: str = "ratio") -> str:
+    """A ratio of the result with its range and whether it meets the target."""
+    if result is None or name not in result:
         return "not measured"
-    ratio = result["ratio"]
+    ratio = result[name]
     met = "" if ratio["median"] >= target else ", below target"
     return f"**{ratio['median']:.3g}x** ({ratio['min']:.3g}-{ratio['max']:.3g}{met})"
 
@@ -74,6 +80,11 @@ def table(kept: dict[str, Any]) -> str:
          ratio_of(measured["cuda"].get(stage), cuda), f">= {cuda}x"]
         for stage, (name, cpu, cuda) in STAGES.items()
     ]  # fmt: skip
+    peers = [
+        [f"{STAGES[stage][0]}: {what}", ratio_of(measured["cpu"].get(stage), target, "peer"),
+         ratio_of(measured["cuda"].get(stage), target, "peer"), f">= {target}x"]
+        for stage, (what, target) in PEERS.items()
+    ]  # fmt: skip
     peak = measured["cuda"].get("ppo", {}).get("peak_memory", "not measured")
     lines = [
         "# Measured speed",
@@ -84,15 +95,20 @@ def table(kept: dict[str, Any]) -> str:
         "",
         *rows(["stage", "CPU", "target", "GPU", "target"], *ratios),
         "",
+        "Against today's transformers on the same work, with key-value cache and dynamic padding:",
+        "",
+        *rows(["stage", "CPU", "GPU", "target"], *peers),
+        "",
         f"Peak GPU memory of a PPO step, target 35% of the released recipe's: {peak}.",
     ]
     for device, run in kept.items():
         machine = ", ".join(f"{key} {value}" for key, value in run["machine"].items() if value is not None)
-        results = [run["stages"][stage] for stage in STAGES]
+        results = [run["stages"][stage] for stage in STAGES if stage in run["stages"]]
+        questions = "the demo's" if results[0].get("questions") == "demo" else "real"
         heads = ["stage", "released", "ours", "slice", "how close to the limit", "2x, 4x the work"]
         lines += [
             *("", f"## {device}, {run['size']}", ""),
-            f"Machine: {machine}. All six stages took {run['seconds'] / 60:.1f} minutes.",
+            f"Machine: {machine}; {questions} questions. The run took {run['seconds'] / 60:.1f} minutes.",
             "",
             *rows(heads, *map(stage_row, results)),
             "",
@@ -112,17 +128,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("folder", help="{stage}.json of every stage")
     parser.add_argument("--seconds", type=int, required=True, help="duration of the whole run")
+    parser.add_argument("--only_print", action="store_true", help="leave RESULTS.md as it is")
     args = parser.parse_args(argv)
-    stages = {stage: files.read_json(Path(args.folder) / f"{stage}.json", "folder") for stage in STAGES}
-    first = stages["sft"]
-    demo = any(result.get("questions") == "demo" for result in stages.values())
+    paths = {stage: Path(args.folder) / f"{stage}.json" for stage in STAGES}
+    stages = {stage: files.read_json(path, "folder") for stage, path in paths.items() if path.exists()}
+    if not stages:
+        raise UserError(f"folder: {args.folder} has none of {', '.join(path.name for path in paths.values())}")
+    first, *_ = stages.values()
+    demo = first["device"] == "cpu" and any(result.get("questions") == "demo" for result in stages.values())
     kept = files.read_json(KEPT, "results", dict) if KEPT.exists() and not demo else {}
     run = {"size": first["size"], "machine": first["machine"], "seconds": args.seconds, "stages": stages}
     text = table(kept | {first["device"]: run})
     cli.print0(text)
     if demo:
         cli.print0(f"measured on the demo's questions: {RESULTS} is unchanged")
-    else:
+    elif not args.only_print:
         files.write_json(KEPT, kept | {first["device"]: run}, indent=1)
         files.write_text(RESULTS, text)
 

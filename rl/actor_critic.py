@@ -6,13 +6,12 @@ its rationales. Logits of all positions never exist at once (ares/head.py), thos
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ares.decoding import action_mask
+from ares.devices import expanded_mask, on_gpu
 from ares.head import head_logprobs
 from rl.minibatches import length_groups
 
@@ -57,9 +56,9 @@ def encode(model: nn.Module, prompt: dict[str, Tensor]) -> Tensor:
     nothing reads, are then 0. On a GPU one pass of more tokens is faster.
     """
     mask = prompt["attention_mask"]
-    groups = length_groups(mask.sum(1).tolist()) if mask.device.type == "cpu" else [[]]
+    groups = [[]] if on_gpu(mask.device) else length_groups(mask.sum(1).tolist())
     if len(groups) == 1:
-        return model.encode(**prompt | {"attention_mask": expanded_mask(mask, model)}).last_hidden_state
+        return model.encode(**prompt).last_hidden_state
     parts = []
     for rows in groups:
         S = int(mask[rows[0]].sum())
@@ -78,13 +77,13 @@ def decode(
     `question` (B,) is the prompt of each row; None: row i's is i. In groups of similar length on a CPU, as `encode`.
     """
     T = actions.size(1) - 1
-    lengths = action_mask(actions).sum(1).clamp(min=1)
-    groups = length_groups(lengths.tolist()) if actions.device.type == "cpu" else [[]]
+    lengths = [] if on_gpu(actions.device) else action_mask(actions).sum(1).clamp(min=1).tolist()
+    groups = length_groups(lengths) if lengths else [[]]
     parts = []
     for rows in groups:
         ids, which, S = actions[:, :-1], question, None
         if len(groups) > 1:
-            ids = actions[rows, : int(lengths[rows[0]])]
+            ids = actions[rows, : lengths[rows[0]]]
             which = torch.tensor(rows) if question is None else question[rows]
             S = int(attention_mask[which].sum(1).max())
         some, mask = (states, attention_mask) if which is None else (states[which], attention_mask[which])
@@ -95,8 +94,10 @@ def decode(
             encoder_attention_mask=expanded_mask(mask[:, :S], model),
             use_cache=False,
         ).last_hidden_state
+        if len(groups) == 1:
+            return decoded
         parts.append(F.pad(decoded, (0, 0, 0, T - decoded.size(1))))
-    return parts[0] if len(groups) == 1 else _in_order(parts, groups)
+    return _in_order(parts, groups)
 
 
 def _in_order(parts: list[Tensor], groups: list[list[int]]) -> Tensor:
@@ -135,29 +136,7 @@ def state_values(
     return value_function.v_head(decode(value_function, states, attention_mask, question, actions)).squeeze(-1)
 
 
-# -- masks, devices, memory ------------------------------------------------------------------------------
-
-
-def flat_index(mask: Tensor, device: Any = None) -> Tensor:
-    """(B, T) mask on the CPU -> the indices (N,) of its real positions in the flattened (B, T), on `device`."""
-    return to_device(mask.flatten().nonzero()[:, 0], device)
-
-
-def to_device(tensor: Tensor, device: Any) -> Tensor:
-    """`tensor.to(device)` without waiting for the copy where there is a GPU. Of an expanded view
-    (`VisionFeatures.gather`), which torch cannot pin, only the repeated part is copied, and expanded there."""
-    if torch.device(device or "cpu").type != "cuda":
-        return tensor.to(device)
-    part = tensor[tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())]
-    return part.pin_memory().to(device, non_blocking=True).expand(tensor.shape)
-
-
-def expanded_mask(mask: Tensor, model: nn.Module, on_gpu: bool | None = None) -> Tensor:
-    """A mask (B, S) for `model`: under SDPA on a GPU (B, 1, 1, S). The library would expand it itself, but would
-    first check whether anything is masked at all, and wait for the GPU with that in every pass."""
-    on_gpu = mask.device.type == "cuda" if on_gpu is None else on_gpu
-    sdpa = model.config._attn_implementation == "sdpa"  # plain attention would add it to the scores
-    return mask[:, None, None].bool() if on_gpu and sdpa else mask
+# -- memory ------------------------------------------------------------------------------
 
 
 def cast_linears_bf16(model: nn.Module) -> nn.Module:
@@ -182,5 +161,5 @@ def checkpoint_gradients(model: nn.Module) -> None:
             module.dropout = 0.0
     for one in model.children():
         enable = getattr(one, "activation_checkpointing_enable", None) or one.gradient_checkpointing_enable  # old name
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, "preserve_rng_state": False})  # nothing is random without dropout
     model.train()

@@ -68,7 +68,7 @@ def _rows(group: str, *rows: tuple) -> list[Flag]:
 FLAGS = [
     # declared for every script by ares.cli.add_common_flags; moved data is fine: the prompts themselves are compared
     *(Flag(name, NOTHING) for name in ("data_root", "dataset", "images", "caption_file", "vision_features",
-                                       "name_map", "model", "tokenizer", "user_msg")),
+                                       "name_map", "model", "tokenizer", "user_msg", "decode_graph")),
     *(Flag(name, ROLLOUTS) for name in ("use_caption", "img_type", "train_split", "train_le", "options",
                                         "prompt_format")),
     *(Flag(name, NO_EFFECT) for name in ("val_split", "test_split", "eval_le", "test_le", "eval_bs", "eval_acc",
@@ -145,7 +145,8 @@ FLAGS = [
          {"choices": ("auto", "fp32", "bf16")}),
         ("pass_tokens", NOTHING, AT_LEAST_1, int, None,
          "most tokens (prompts, rationales and padding) of one forward and backward pass: neighbouring minibatches of "
-         "an update are joined up to it, which fills a GPU; the update is the same (default: a minibatch a pass)"),
+         "an update are joined up to it, which fills a GPU; the update is the same (default: on a GPU 8192, or what "
+         "its memory suffices for; on a CPU a minibatch a pass)"),
         ("gradient_checkpointing", NOTHING, None, bool, False, "less memory, a third more time"),
         ("offload", NOTHING, None, bool, False,
          "keep reference and value function on the CPU while sampling needs neither"),

@@ -34,8 +34,8 @@ from torch import Tensor
 from ares import cli, files
 from ares.cli import UserError
 from ares.decoding import action_mask
+from ares.devices import to_device
 from ares.sentences import sentences_from_ids
-from rl import actor_critic
 from rl.run_folder import EXPORTED, FAILED, collected_batches
 from teacher import handoff, reply_files
 
@@ -86,36 +86,39 @@ class Rollouts:
         begin = int(self.sentence_offsets[row])
         return self.columns[begin : begin + int(self.sentence_counts[row])].tolist()
 
-    def pad(self, flat: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Rows of a per-position field as (B, T) with zeros on the right, and their (B, T) boolean mask."""
+    def pad(self, flat: Tensor, rows: Sequence[int], width: int | None = None) -> tuple[Tensor, Tensor]:
+        """Rows of a per-position field as (B, T) with zeros on the right, and their (B, T) boolean mask; T is `width`,
+        by default the longest row's length."""
         rows = torch.as_tensor(rows)
         lengths = self.lengths[rows]
-        t = torch.arange(int(lengths.max()))
+        t = torch.arange(int(lengths.max()) if width is None else width)
         mask = t < lengths[:, None]  # (B, T)
         index = (self.offsets[rows][:, None] + t).clamp(max=len(flat) - 1)
         return flat[index].masked_fill(~mask, 0), mask
 
-    def actions(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Decoder ids (B, T + 1) with the start token in column 0, and the (B, T) mask of real positions."""
-        tokens, mask = self.pad(self.tokens, rows)
+    def actions(self, rows: Sequence[int], width: int | None = None) -> tuple[Tensor, Tensor]:
+        """Decoder ids (B, T + 1) with the start token in column 0, and the (B, T) mask of real positions; T as for
+        `pad`."""
+        tokens, mask = self.pad(self.tokens, rows, width)
         return torch.nn.functional.pad(tokens.long(), (1, 0)), mask
 
     def select(self, rows: Sequence[int]) -> Rollouts:
         """The given rows alone, in the given order."""
 
-        def gather(flat: Tensor, offsets: Tensor, counts: Tensor) -> Tensor:
-            parts = [flat[int(offsets[row]) : int(offsets[row] + counts[row])] for row in rows]
-            return torch.cat(parts) if parts else flat[:0]
+        def positions(offsets: Tensor, counts: Tensor) -> Tensor:
+            offsets, counts = offsets[index], counts[index]
+            return torch.arange(int(counts.sum())) + (offsets + counts - counts.cumsum(0)).repeat_interleave(counts)
 
         index = torch.as_tensor(rows, dtype=torch.long)
+        at = positions(self.offsets, self.lengths)
         return Rollouts(
             qids=[self.qids[row] for row in rows],
             action=[self.action[row] for row in rows],
             rank=[self.rank[row] for row in rows],
             lengths=self.lengths[index],
             sentence_counts=self.sentence_counts[index],
-            columns=gather(self.columns, self.sentence_offsets, self.sentence_counts),
-            **{name: gather(getattr(self, name), self.offsets, self.lengths) for name in FIELDS},
+            columns=self.columns[positions(self.sentence_offsets, self.sentence_counts)],
+            **{name: getattr(self, name)[at] for name in FIELDS},
         )
 
     def save(self, path: Path) -> None:
@@ -159,11 +162,15 @@ class Prompts:
         self.lengths = {qid: len(item["input_ids"]) for qid, item in self.items.items()}
         self.texts = dict(zip(dataset.qids, dataset.prompts, strict=True))
 
-    def batch(self, qids: Sequence[str]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask` (B, S) and, with vision features, `image_ids` (B, patches, dim)."""
+    def collate(self, qids: Sequence[str]) -> dict[str, Tensor]:
+        """On the CPU: `input_ids`, `attention_mask` (B, S), with vision features `image_ids` (B, patches, dim)."""
         batch = self.collator([self.items[qid] for qid in qids])
         names = ("input_ids", "attention_mask", "image_ids")
-        return {name: actor_critic.to_device(batch[name], self.device) for name in names if name in batch}
+        return {name: batch[name] for name in names if name in batch}
+
+    def batch(self, qids: Sequence[str]) -> dict[str, Tensor]:
+        """`collate` on the models' device."""
+        return to_device(self.collate(qids), self.device)
 
     def fingerprint(self) -> str:
         """A hash of every prompt's ids, to detect changed questions, captions or prompt flags."""
@@ -435,4 +442,5 @@ def scored(rollouts: Rollouts, decision: dict) -> tuple[Rollouts, list[list[floa
             f"scores.json gives {len(decision['scores'][keys[odd]])} scores to {keys[odd]}, which has "
             f"{int(rollouts.sentence_counts[odd])} sentences; delete it: they are then read from the replies again"
         )
-    return rollouts.select(rows), [decision["scores"][keys[row]] for row in rows]
+    kept = rollouts if len(rows) == len(rollouts) else rollouts.select(rows)  # one copy of them in memory
+    return kept, [decision["scores"][keys[row]] for row in rows]

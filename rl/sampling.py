@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ares import decoding
 from ares.decoding import action_mask
+from ares.devices import flat_index, on_gpu, padded_length, pinned, to_device
 from rl import actor_critic
 from rl.minibatches import GPU_GROUP_COST, length_groups
 
@@ -40,10 +41,11 @@ class Sampling:
 
 @dataclass
 class Models:
-    """The models that sampling needs, in eval mode. Without a value function (RLOO) every value is 0.
+    """The models that sampling needs, in eval mode. Without a value function (RLOO) every value is 0. Where the policy
+    is the reference, too, each rationale is scored once.
 
-    `offload`: reference and value function are on the CPU while the policy generates, and are moved to its device one
-    at a time.
+    `offload`: reference and value function are and stay on the CPU; the one in use has a copy on the policy's device,
+    which is dropped afterwards.
     """
 
     policy: nn.Module
@@ -53,17 +55,23 @@ class Models:
 
     def __post_init__(self):
         self.device = next(self.policy.parameters()).device
-        for model in (self.reference, self.value_function):
-            if self.offload and model is not None:
-                model.to("cpu")
+        for model in (self.reference, self.value_function) if self.offload else ():
+            for tensor in _weights(model) if model not in (None, self.policy) else ():
+                tensor.data = pinned(tensor.data, self.device)
 
     @contextlib.contextmanager
     def on_device(self, model):
         """`model` on the policy's device for the length of a `with` block."""
-        model.to(self.device)
+        kept = [(tensor, tensor.data) for tensor in _weights(model)] if self.offload else []
+        for tensor, data in kept:
+            tensor.data = to_device(data, self.device)
         yield model
-        if self.offload:
-            model.to("cpu")
+        for tensor, data in kept:
+            tensor.data = data
+
+
+def _weights(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 @torch.no_grad()
@@ -78,9 +86,10 @@ def sample_batch(models: Models, prompt: dict[str, Tensor], sampling: Sampling, 
     if torch.is_autocast_enabled(states.device.type):
         # in half precision a step and a whole pass round differently: training compares with a whole pass
         logprobs = evaluate_actions(models.policy, prompt, actions, sampling.k, states=states)
-    out = {"actions": actions, "logprobs": logprobs}
-    with models.on_device(models.reference) as reference:
-        out["ref_logprobs"] = evaluate_actions(reference, prompt, actions, sampling.k)
+    out = {"actions": actions, "logprobs": logprobs, "ref_logprobs": logprobs}
+    if models.reference is not models.policy:
+        with models.on_device(models.reference) as reference:
+            out["ref_logprobs"] = evaluate_actions(reference, prompt, actions, sampling.k)
     if models.value_function is None:
         out["values"] = torch.zeros_like(out["logprobs"])
     else:
@@ -101,20 +110,21 @@ def evaluate_actions(
     mask = action_mask(actions)  # on the CPU, as everything that decides about shapes
     lengths = mask.sum(1)
     out, found = torch.zeros(mask.shape), []
-    group_cost = None if device.type == "cpu" else GPU_GROUP_COST
+    group_cost = GPU_GROUP_COST if on_gpu(device) else None
     for group in length_groups(lengths.tolist(), SCORING_TOKENS, group_cost):
-        rows, T = torch.tensor(group), int(lengths[group[0]])
-        chunk, real = actor_critic.to_device(actions[rows, : T + 1], device), mask[rows, :T]
-        question = actor_critic.to_device(rows // k, device)
-        how = (model, states, prompt["attention_mask"], question, chunk)
+        rows, T = torch.tensor(group), padded_length(int(lengths[group[0]]), device)
+        chunk = F.pad(actions[rows, : T + 1], (0, max(0, T + 1 - actions.size(1))), value=PAD)
+        real = action_mask(chunk)
+        how = (model, states, prompt["attention_mask"], to_device(rows // k, device), to_device(chunk, device))
         if value:
             numbers = actor_critic.state_values(*how)
         else:
-            index = actor_critic.flat_index(real, device)
+            index = flat_index(real, device)
             numbers, _ = actor_critic.policy_logprobs(*how, index, with_entropy=False)
         found.append((rows, real, numbers))
     for rows, real, numbers in found:  # after the loop: fetching waits for a GPU
-        out[rows, : real.size(1)] = numbers.float().cpu().masked_fill(~real, 0)
+        T = min(real.size(1), out.size(1))
+        out[rows, :T] = numbers.float().cpu().masked_fill(~real, 0)[:, :T]
     return out
 
 
@@ -123,7 +133,7 @@ def generate(
 ) -> tuple[Tensor, Tensor]:
     """Draw k rationales for each of Q encoded prompts: actions (Q*k, L) int64, L at most `output_len`, and their
     log-probabilities under the full soft-max (Q*k, L-1) float32, 0 in padding; both on the CPU."""
-    u = uniform_noise(len(states) * sampling.k, sampling.output_len, seed).to(states.device)
+    u = to_device(uniform_noise(len(states) * sampling.k, sampling.output_len, seed), states.device)
 
     def choose(logits: Tensor, rows: Tensor, t: int) -> Tensor:
         return draw(logits, sampling, u[rows, t])

@@ -15,7 +15,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ from torch import Tensor, nn
 from ares import cli, files, launch
 from ares.checkpoints import load_torch, refuse_damaged
 from ares.cli import UserError, in_one_line
+from ares.devices import ahead, flat_index, padded_length, pinned, to_device
 from rl import actor_critic, ppo, sharding
-from rl.actor_critic import ActorCritic, to_device
+from rl.actor_critic import ActorCritic
 from rl.metrics import Metrics, epoch_warnings, summary
 from rl.minibatches import micro_batches, plan_epoch
 from rl.optimizer import load_moments, make_optimizer, optimizer_state, scheduled_lr
@@ -50,6 +53,20 @@ class Position:
     grad_dot: float = 0.0  # of the policy's gradients of updates 0 and 1, 2 and 3, ... of the epoch, summed
     grad_square: float = 0.0  # mean squared norm of the two, summed likewise
     entropy: float | None = None  # of the round's first update, to detect a collapse
+
+
+@dataclass
+class PassInputs:
+    """What one forward and backward pass of this process needs, on the CPU until `to_device`.
+
+    `actions` (B, T + 1), `mask` (B, T), `index` (N,) of its real positions; `question` (B,) if rows share a prompt,
+    and `numbers` (5, B, T) for a `ppo.MiniBatch` or `to_go` (B, T) for the warm-up.
+    """
+
+    prompt: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+    total: int  # real positions of the whole optimizer step
+    last: bool  # pass of its step
 
 
 class PpoTrainer:
@@ -140,17 +157,16 @@ class PpoTrainer:
                 unit="update",
                 initial=self.position.update,
             )
-            with bar:
-                for step in plan[self.position.update :]:
-                    due = self._update(step, args.rl_epochs * len(plan))
+            steps = plan[self.position.update :]
+            feed = ahead(chain.from_iterable(map(self._passes, steps)), self.accelerator.device)
+            with bar, contextlib.closing(feed):
+                for step in steps:
+                    due = self._update(step, args.rl_epochs * len(plan), feed)
                     bar.update()
                     if due == STOP:
                         self.save_state()
-                        raise KeyboardInterrupt(
-                            f"{name} is saved after update {self.position.done or self.position.update} of round "
-                            f"{self.number}; run the same "
-                            "command again to go on"
-                        )
+                        done = f"update {self.position.done or self.position.update} of round {self.number}"
+                        raise KeyboardInterrupt(f"{name} is saved after {done}; run the same command again to go on")
                     if self.stop_epoch:
                         cli.print0(f"approx_kl is above --early_stop_kl {args.early_stop_kl}: next epoch")
                         break
@@ -159,42 +175,20 @@ class PpoTrainer:
                         self.save_state()
             self._end_epoch()
 
-    def _update(self, step: list[list[list[int]]], total_updates: int) -> float:
-        """One optimizer step over all its passes and processes. Returns the same on every process: above 0 if saving
-        is due, STOP if Ctrl-C was pressed."""
-        args, data, rank = self.args, self.data, self.accelerator.process_index
-        rows = [row for minibatches in step for minibatch in minibatches for row in minibatch]
-        total = int(data.rollouts.lengths[torch.as_tensor(rows)].sum())  # real positions of the whole step
-        advantages, mask = data.rollouts.pad(data.advantages, rows)
-        if args.adv_normalization:
-            advantages = ppo.masked_whiten(advantages, mask)
-        index = {row: i for i, row in enumerate(rows)}
-        warmup = self.position.epoch < 0
-        sums = torch.zeros(len(ppo.SUMS) + 3, dtype=torch.float64, device=self.accelerator.device)
-        passes = micro_batches(step, self.lengths, args.pass_tokens or 0)
-        for i, by_process in enumerate(passes):
-            idle = not by_process[rank]  # a dummy row with zero weight: gradients are reduced in its backward pass
-            mine = rows[:1] if idle else by_process[rank]
-            last = i == len(passes) - 1
-            with contextlib.nullcontext() if last else sharding.no_sync(self.model, self.accelerator, self.sharded):
-                weights = None if warmup else advantages[[index[row] for row in mine]]
-                loss, found = self._loss(mine, weights, total, idle)
-                # the wrapper averages gradients over processes, but the loss is already a share of the whole step; not
-                # accelerator.backward, which divides by ACCELERATE_GRADIENT_ACCUMULATION_STEPS where that is set
-                (loss * self.accelerator.num_processes).backward()
-            sums[:-3] += found
-        if warmup:
-            self._average_gradients()
-        else:
-            sums[-3:-1] = self._compare_gradients()
-        if rank == 0 and time.monotonic() - self.saved_at > 60 * args.save_minutes:
+    def _update(
+        self, step: list[list[list[int]]], total_updates: int, feed: Iterator[PassInputs] | None = None
+    ) -> float:
+        """One optimizer step over all its passes and processes, the next ones in `feed`. Returns the same on every
+        process: above 0 if saving is due, STOP if Ctrl-C was pressed."""
+        args = self.args
+        sums, norm = self._gradients(self._passes(step) if feed is None else feed)
+        if self.accelerator.is_main_process and time.monotonic() - self.saved_at > 60 * args.save_minutes:
             sums[-1] = SAVE  # rank 0's clock decides for all
         if self.ctrl_c.pressed:
             sums[-1] = STOP  # on any process: all of them stop after this update
-        norm = self._clip()
         gathered = self.accelerator.reduce(sums, "sum")
         # the one wait for a GPU in an update
-        *sums, grad_dot, grad_square, due, grad_norm = [*gathered.tolist(), float(norm)]
+        *sums, grad_dot, grad_square, due, grad_norm = torch.cat([gathered, norm.to(gathered.dtype)[None]]).tolist()
         if not math.isfinite(grad_norm):
             raise UserError(
                 f"round {self.number}: the gradient of update {self.position.done + 1} is not finite; the same "
@@ -207,44 +201,88 @@ class PpoTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.position.grad_dot += grad_dot
         self.position.grad_square += grad_square
-        self._record(sums, grad_norm, args.lr * factor, rows)
+        self._record(sums, grad_norm, args.lr * factor, [row for rows in chain(*step) for row in rows])
         return STOP if due >= STOP else due
 
-    def _loss(self, rows: list[int], advantages: Tensor | None, total: int, idle: bool) -> tuple[Tensor, Tensor]:
-        """The loss of one pass over `rows`: `ppo.ppo_loss` with the step's advantages (len(rows), width), or
-        `ppo.warmup_loss` without."""
-        device, roll = self.accelerator.device, self.data.rollouts
-        actions, mask = roll.actions(rows)  # (B, T + 1), (B, T)
-        if advantages is None:
-            to_go = to_device(roll.pad(self.data.to_go, rows)[0], device)
-            values = self._forward(rows, actions, mask, with_policy=False)[2]
-            return ppo.warmup_loss(values, to_go, to_device(mask & (not idle), device), total)
-        flat = (roll.logprobs, roll.ref_logprobs, roll.values, self.data.returns)
-        packed = [*(roll.pad(one, rows)[0] for one in flat), advantages[:, : mask.shape[1]]]
-        mb = ppo.MiniBatch(*to_device(torch.stack(packed), device))  # one transfer
-        outputs = self._forward(rows, actions, mask)
-        return ppo.ppo_loss(*outputs, mb, to_device(mask & (not idle), device), self.args, total)
+    def _gradients(self, feed: Iterable[PassInputs]) -> tuple[Tensor, Tensor]:
+        """The gradient of one optimizer step, clipped, from its passes in `feed`: its sums (len(ppo.SUMS) + 3,), of
+        this process alone, and its norm before clipping."""
+        sums = torch.zeros(len(ppo.SUMS) + 3, dtype=torch.float64, device=self.accelerator.device)
+        warmup = self.position.epoch < 0
+        for inputs in feed:
+            wait = sharding.no_sync(self.model, self.accelerator, self.sharded)
+            with contextlib.nullcontext() if inputs.last else wait:
+                loss, found = self._loss(inputs)
+                # the wrapper averages gradients over processes, but the loss is already a share of the whole step; not
+                # accelerator.backward, which divides by ACCELERATE_GRADIENT_ACCUMULATION_STEPS where that is set
+                (loss * self.accelerator.num_processes).backward()
+            sums[:-3] += found
+            if inputs.last:
+                break
+        if warmup:
+            self._average_gradients()
+        else:
+            sums[-3:-1] = self._compare_gradients()
+        return sums, self._clip()
 
-    def _forward(self, rows: list[int], actions: Tensor, mask: Tensor, with_policy: bool = True) -> tuple:
-        """The models on `actions` (B, T + 1) of `rows`, with their mask (B, T): both on the CPU.
+    def _passes(self, step: list[list[list[int]]]) -> Iterator[PassInputs]:
+        """The inputs of each pass of this process over one optimizer step."""
+        args, data, rank = self.args, self.data, self.accelerator.process_index
+        rows = [row for minibatches in step for minibatch in minibatches for row in minibatch]
+        total = int(data.rollouts.lengths[torch.as_tensor(rows)].sum())
+        warmup = self.position.epoch < 0
+        if not warmup:
+            advantages, mask = data.rollouts.pad(data.advantages, rows)
+            if args.adv_normalization:
+                advantages = ppo.masked_whiten(advantages, mask)
+        index = {row: i for i, row in enumerate(rows)}
+        passes = micro_batches(step, self.lengths, args.pass_tokens or 0)
+        for i, by_process in enumerate(passes):
+            idle = not by_process[rank]  # a dummy row with zero weight: gradients are reduced in its backward pass
+            mine = rows[:1] if idle else by_process[rank]
+            weights = None if warmup else advantages[[index[row] for row in mine]]
+            yield self._inputs(mine, weights, total, idle, i == len(passes) - 1)
+
+    def _inputs(
+        self, rows: list[int], advantages: Tensor | None, total: int, idle: bool = False, last: bool = True
+    ) -> PassInputs:
+        """The inputs of one pass over `rows`, with the step's advantages (len(rows), width); of the value function
+        alone without."""
+        device, roll = self.accelerator.device, self.data.rollouts
+        width = padded_length(int(roll.lengths[torch.as_tensor(rows)].max()), device)
+        actions, mask = roll.actions(rows, width)  # (B, T + 1), (B, T)
+        tensors = {"actions": actions, "mask": mask & (not idle), "index": flat_index(mask)}
+        qids = [roll.qids[row] for row in rows]
+        questions = {qid: i for i, qid in enumerate(dict.fromkeys(qids))}  # rows of one question share its encoding
+        if len(questions) < len(rows):
+            tensors["question"] = torch.tensor([questions[qid] for qid in qids])
+        if advantages is None:
+            tensors["to_go"] = roll.pad(self.data.to_go, rows, width)[0]
+        else:
+            flat = (roll.logprobs, roll.ref_logprobs, roll.values, self.data.returns)
+            advantages = nn.functional.pad(advantages, (0, width - advantages.size(1)))  # cuts where that is less
+            tensors["numbers"] = torch.stack([*(roll.pad(one, rows, width)[0] for one in flat), advantages])
+        prompt = self.prompts.collate(list(questions))
+        return PassInputs(pinned(prompt, device), pinned(tensors, device), total, last)
+
+    def _loss(self, inputs: PassInputs) -> tuple[Tensor, Tensor]:
+        """The loss of one pass, and its sums: `ppo.ppo_loss`, or `ppo.warmup_loss` of the value function alone."""
+        there = to_device(inputs.tensors, self.accelerator.device)
+        if "to_go" in there:
+            values = self._forward(inputs.prompt, there, with_policy=False)[2]
+            return ppo.warmup_loss(values, there["to_go"], there["mask"], inputs.total)
+        outputs = self._forward(inputs.prompt, there)
+        return ppo.ppo_loss(*outputs, ppo.MiniBatch(*there["numbers"]), there["mask"], self.args, inputs.total)
+
+    def _forward(self, prompt: dict[str, Tensor], there: dict[str, Tensor], with_policy: bool = True) -> tuple:
+        """The models on a pass's prompt, on the CPU, and tensors, on the device.
 
         Without the policy not through DDP, which waits for the gradient of every parameter.
         """
-        device, roll = self.accelerator.device, self.data.rollouts
-        qids = [roll.qids[row] for row in rows]
-        questions = {qid: i for i, qid in enumerate(dict.fromkeys(qids))}  # rows of one question share its encoding
-        question = None
-        if len(questions) < len(rows):
-            question = to_device(torch.tensor([questions[qid] for qid in qids]), device)
         model = self.model if with_policy or self.sharded is not None else self.raw
+        prompt = to_device(prompt, self.accelerator.device)
         with self.accelerator.autocast():
-            return model(
-                self.prompts.batch(list(questions)),
-                question,
-                to_device(actions, device),
-                actor_critic.flat_index(mask, device),
-                with_policy,
-            )
+            return model(prompt, there.get("question"), there["actions"], there["index"], with_policy)
 
     def _average_gradients(self) -> None:
         """Average the gradients of a pass that did not go through DDP over the processes."""
@@ -277,16 +315,19 @@ class PpoTrainer:
     def _refit_values(self) -> None:
         """Evaluate the value function on every rollout, on all processes together; write `fitted` (rank 0)."""
         args, roll, rank = self.args, self.data.rollouts, self.accelerator.process_index
-        values = torch.zeros(len(roll.values), device=self.accelerator.device)
-        for step in plan_epoch(self.lengths, args.rl_batch_size, self.accelerator.num_processes, args.ga_step, 0):
-            for by_process in micro_batches(step, self.lengths, args.pass_tokens or 0):
-                rows = by_process[rank] or [0]  # a sharded model needs every process in every pass
-                actions, mask = roll.actions(rows)
-                found = self._forward(rows, actions, mask, with_policy=False)[2].float()
-                if by_process[rank]:
-                    places = torch.cat([torch.arange(o, o + n) for o, n in zip(
-                        roll.offsets[rows].tolist(), roll.lengths[rows].tolist(), strict=True)])  # fmt: skip
-                    values[to_device(places, values.device)] = found[to_device(mask, values.device)]
+        device = self.accelerator.device
+        values = torch.zeros(len(roll.values), device=device)
+        plan = plan_epoch(self.lengths, args.rl_batch_size, self.accelerator.num_processes, args.ga_step, 0)
+        shares = [group[rank] for step in plan for group in micro_batches(step, self.lengths, args.pass_tokens or 0)]
+        # a sharded model needs every process in every pass
+        inputs = ahead((self._inputs(rows or [0], None, 0) for rows in shares), device)
+        for rows, one in zip(shares, inputs, strict=True):
+            there = to_device(one.tensors, device)
+            found = self._forward(one.prompt, there, with_policy=False)[2].float()
+            if rows:
+                places = torch.cat([torch.arange(o, o + n) for o, n in zip(
+                    roll.offsets[rows].tolist(), roll.lengths[rows].tolist(), strict=True)])  # fmt: skip
+                values[to_device(places, device)] = found.flatten().index_select(0, there["index"])
         values = self.accelerator.reduce(values, "sum").cpu()
         if self.accelerator.is_main_process:
             save_values(self.fitted, values)

@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from ares import cli, files
+from ares import cli, decoding, files
 from ares.cli import UserError, print0
 from ares.decoding import greedy
+from ares.devices import to_device
 from ares.predictions import FILE_NAMES, prediction_file, unread_note
 from model import choose_attention
 from sft.batching import lengths, prediction_batches
@@ -84,6 +85,7 @@ class Predictor:
         bf16: bool = False,
     ):  # fmt: skip
         self.args, self.problems, self.tokenizer = args, problems, tokenizer
+        decoding.use_graphs(args.decode_graph)
         self.asked = args.prompt_format.split("-")[1]  # of the target: A (the bare answer), E, LE, LEA or ALE
         self.collator, self.device, self.bf16 = collator, device, bf16
         if not args.use_generate:
@@ -115,7 +117,7 @@ class Predictor:
     @torch.no_grad()
     def _predict_batch(self, model: torch.nn.Module, items: list[dict]) -> torch.Tensor:
         """Predicted ids (B, L), padded, without the start token."""
-        inputs = {name: tensor.to(self.device) for name, tensor in self.collator(items).items()}
+        inputs = to_device(self.collator(items), self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if not self.args.use_generate:
                 logits = model(**inputs, use_cache=False).logits  # (B, L, V)

@@ -29,7 +29,8 @@ from ares.cli import UserError, print0, warn0
 MEANINGS = {
     "training": "epoch lr max_tokens final_eval lora_r lora_alpha lora_dropout lora_bias",
     "training free": "bs workers save_minutes user_msg output_dir sep w_train_le rlh",
-    "free": "processes run_dir evaluate_dir overwrite eval_bs eval_acc images test_split test_le img_shape precision",
+    "free": "processes run_dir evaluate_dir overwrite eval_bs eval_acc images test_split test_le img_shape precision "
+    "decode_graph",
     "path": "data_root dataset caption_file vision_features name_map correction_file tokenizer train_le",
     "path evaluation": "eval_le",
     "evaluation": "val_split use_generate eval_data",
@@ -148,10 +149,8 @@ def run(
 
     # 2. devices and processes
     training_args = set_up(args, folder, len(datasets.get("train", ())))
-    predictor = Predictor(
-        args, data.problems, tokenizer, Collator(tokenizer.pad_token_id, data.features), training_args.device,
-        bf16=training_args.bf16,
-    )  # fmt: skip
+    collator = Collator(tokenizer.pad_token_id, data.features, device=training_args.device)
+    predictor = Predictor(args, data.problems, tokenizer, collator, training_args.device, bf16=training_args.bf16)
     with launch.only_launch(folder, from_rank0):
         # 3. train, or continue
         model = None

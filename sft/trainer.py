@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from transformers.trainer_callback import PrinterCallback
 from ares import cli, files, launch
 from ares.checkpoints import portable_tokenizer
 from ares.cli import UserError, print0, warn0
+from ares.devices import enough_memory, flat_index, on_gpu, to_device
 from model import choose_attention
 from sft.batching import DistributedBatches, LengthGroupedBatches, TokenBudgetBatches, lengths
 from sft.predict import Predictor
-from utils_data import batches_pin_themselves
+from utils_data import IGNORE, batches_pin_themselves
 
 COMPLETE = "complete"  # written last into a checkpoint's folder: without it the folder does not count
 METRICS = "metrics.json"  # written last into a trained model's folder
@@ -104,6 +106,8 @@ def train(
     )  # fmt: skip
     if checkpoint:
         print0(f"{folder}: resuming from {Path(checkpoint).name}")
+    if dry_run_wanted(trainer):
+        dry_run(trainer)
     with ctrl_c:
         trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.run_control.stopped:
@@ -140,6 +144,16 @@ class SFTTrainer(Seq2SeqTrainer):
         options = {name: getattr(self.args, f"dataloader_{name}") for name in names}
         options |= {"batch_sampler": self.batches, "collate_fn": self.data_collator}
         return torch.utils.data.DataLoader(self.train_dataset, **options)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: Any) -> tuple[list, torch.Tensor]:
+        """The library's, without waiting for a GPU: real labels are found and counted before the copies begin."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        places = [flat_index(batch["labels"] != IGNORE) for batch in batches]
+        real = to_device(torch.tensor(sum(map(len, places))), device)
+        if self.args.world_size > 1:
+            real = self.accelerator.gather(real).sum()
+        made = zip(batches, places, strict=True)
+        return [to_device({**batch, "label_index": index}, device) for batch, index in made], real
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **kwargs):
         """Metrics of the evaluation split, by the loop that also writes the prediction files."""
@@ -206,6 +220,49 @@ class SFTTrainer(Seq2SeqTrainer):
         self.accelerator.wait_for_everyone()
 
 
+def dry_run_wanted(trainer: SFTTrainer) -> bool:
+    """Whether `dry_run` can tell something: on a GPU, and where one process holds a whole model."""
+    return on_gpu(trainer.args.device) and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def dry_run(trainer: SFTTrainer) -> None:
+    """Run the largest batch of all epochs forward and backward, with memory taken as AdamW and DDP will take it.
+
+    No weight and no random state changes. Raises UserError if the GPU's memory does not suffice.
+    """
+    args, batches, sizes = trainer.args, trainer.batches, lengths(trainer.train_dataset)
+    epoch, largest = batches.epoch, []
+    for batches.epoch in range(math.ceil(args.num_train_epochs)):
+        largest = max([largest, *batches], key=lambda batch: padded_tokens(batch, sizes))
+    batches.epoch = epoch
+    longest = " and ".join(f"{max(sizes[i][part] for i in largest)}" for part in (0, 1))
+    fault = (
+        f"--bs: a batch of {len(largest)} samples (prompts and targets of up to {longest} tokens) does not fit into "
+        "this GPU's memory; use a smaller --bs on more processes, or --max_tokens"
+    )
+    with enough_memory(fault):
+        _forward_and_backward(trainer, trainer.data_collator([trainer.train_dataset[i] for i in largest]))
+
+
+def padded_tokens(batch: Sequence[int], sizes: Sequence[tuple[int, int]]) -> int:
+    """Tokens of a batch with its padding; `sizes` (prompt, target) of every sample."""
+    return len(batch) * sum(max((sizes[i][part] for i in batch), default=0) for part in (0, 1))
+
+
+def _forward_and_backward(trainer: SFTTrainer, batch: Any) -> None:
+    args, model = trainer.args, trainer.model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    copies = 2 + (args.world_size > 1)  # AdamW's moments; DDP's buckets
+    with torch.random.fork_rng([args.device] if args.device.type == "cuda" else []):
+        held = [torch.empty_like(p) for p in trained for _ in range(copies)]
+        (inputs,), real = trainer.get_batch_samples(iter([batch]), 1, args.device)
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+            loss = trainer.compute_loss(model, inputs, num_items_in_batch=real)
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    del held
+
+
 def summary(state: Any) -> dict[str, Any]:
     """metrics.json from a `TrainerState`: steps, epochs, first and last logged loss, evaluations and the best one."""
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry] or [None]
@@ -262,7 +319,7 @@ class RunControl(TrainerCallback):
         late = self.seconds > 0 and time.monotonic() - self.saved >= self.seconds
         save, stop = late and cli.rank() == 0, self.ctrl_c.pressed
         if args.world_size > 1:
-            flags = torch.tensor([float(save), float(stop)], device=args.device)
+            flags = to_device(torch.tensor([float(save), float(stop)]), args.device)
             torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
             save, stop = flags.bool().tolist()
         if stop:

@@ -25,6 +25,8 @@ class Command:
         words = shlex.split(text)
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             del words[0]
+        if words and words[0] == "srun":  # its own flags come before the command
+            del words[: next(i for i, word in enumerate(words) if word in STARTS)]
         return words
 
 

@@ -40,7 +40,7 @@ TOP_LEVEL = {
     *("run_demo.sh", "run_tests.sh", "setup_venv.sh", ".ci", "configs", "docs", "tests"),
     *(f"{name}.py" if (ROOT / f"{name}.py").exists() else name for name in FLOOR),
 }
-NEEDS_TORCH = {"ares/checkpoints.py", "ares/head.py", "ares/decoding.py"}
+NEEDS_TORCH = {f"ares/{name}.py" for name in ("checkpoints", "decoding", "devices", "head", "layers")}
 NO_TORCH = [
     *sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("ares/*.py")),
     *sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("teacher/*.py")),

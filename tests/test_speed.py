@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +12,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
 import main
+from ares import decoding, devices, layers
 from ares.cli import UserError
 from benchmarks.common import SIZES, check
 from benchmarks.limits import Products, products, row_flops
 from benchmarks.released_recipe import LoadedFeatures, padded_batch, plain_model
-from model import MultimodalT5Config, T5ForMultimodalGeneration, choose_attention
+from model import (
+    MultimodalT5Config,
+    T5ForMultimodalGeneration,
+    T5ForMultimodalGenerationValueFunction,
+    choose_attention,
+)
+from rl import actor_critic, ppo
 from sft.batching import LengthGroupedBatches, lengths
-from tests.tiny import make_data, make_model
+from tests.tiny import Launches, make_data, make_model
 from utils_data import Collator, RationaleDataset, load_data
 
 
@@ -103,3 +111,142 @@ def test_flops_of_a_row_are_those_that_torch_counts():
     # the formula counts the causal half of the decoder's attention, all of which runs
     causal = config.num_decoder_layers * 2 * L * L * config.num_heads * config.d_kv
     assert row_flops(model.config, S, L) + causal == pytest.approx(seen.flops(), rel=0.01)
+
+
+# -- kernels ---------------------------------------------------------------------------------------------
+
+ROWS, PROMPT, TEXT = 8, 16, 12
+
+
+def deep(cls, layers=12, **changes):
+    """A model of base depth; the number of operations does not depend on its width."""
+    torch.manual_seed(0)
+    config = MultimodalT5Config(**dict(
+        vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_layers=layers, num_heads=2, dropout_rate=0.1,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False, patch_size=(5, 8), initializer_factor=0.3,
+    ) | changes)  # fmt: skip
+    return cls(config)
+
+
+def ragged_prompt(rows):
+    g = torch.Generator().manual_seed(0)
+    mask = (torch.arange(PROMPT) < torch.randint(8, PROMPT + 1, (rows, 1), generator=g)).long()
+    ids = torch.randint(2, 64, (rows, PROMPT), generator=g) * mask
+    return {"input_ids": ids, "attention_mask": mask, "image_ids": torch.randn(rows, 5, 8, generator=g)}
+
+
+def ragged_texts(rows):
+    """Decoder ids (rows, TEXT + 1), start token first."""
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(2, 64, (rows, TEXT + 1), generator=g)
+    ids[:, 0], ids[1:, 9:] = 0, 0
+    return ids
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_operations_of_a_decode_step(static):
+    policy, prompt = deep(T5ForMultimodalGeneration).eval(), ragged_prompt(64)
+    policy.set_attn_implementation("sdpa")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        decoder = decoding.StepDecoder(policy, policy.encode(**prompt)[0], prompt["attention_mask"], 4, static)
+        decoder.step(torch.zeros(256, dtype=torch.long))
+        with Launches() as counter:
+            decoder.step(torch.zeros(256, dtype=torch.long))
+    assert counter.seen.total() <= 360, counter.seen
+
+
+def test_operations_of_a_ppo_pass():
+    """Policy and value function, forward and backward, on 8 rows."""
+    models = actor_critic.ActorCritic(
+        deep(T5ForMultimodalGeneration).eval(), deep(T5ForMultimodalGenerationValueFunction).eval()
+    )
+    for model in models.children():
+        model.set_attn_implementation("sdpa")
+    actions, prompt = ragged_texts(ROWS), ragged_prompt(ROWS)
+    mask = decoding.action_mask(actions)
+    index = devices.flat_index(mask)
+    minibatch = ppo.MiniBatch(*torch.randn(5, ROWS, TEXT))
+    args = SimpleNamespace(clip_range=0.2, entropy_coef=0.0, vf_coef=1.0, vf_clip_range=None)
+    with Launches() as counter:
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = models(prompt, None, actions, index)
+        loss, _ = ppo.ppo_loss(*outputs, minibatch, mask, args, int(mask.sum()))
+        loss.backward()
+    assert counter.seen.total() <= 5000, counter.seen
+
+
+def test_operations_of_an_sft_step():
+    model, texts = deep(T5ForMultimodalGeneration).train(), ragged_texts(ROWS)
+    model.set_attn_implementation("sdpa")
+    labels = texts[:, 1:].masked_fill(texts[:, 1:] == 0, -100)
+    batch = {**ragged_prompt(ROWS), "labels": labels, "label_index": devices.flat_index(labels != -100)}
+    with Launches() as counter:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch, num_items_in_batch=torch.tensor(70)).loss
+        loss.backward()
+    assert counter.seen.total() <= 2700, counter.seen
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("masks", ["none", "padded", "decoder too"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_fused_layers_give_the_numbers_of_the_librarys(attention, masks, autocast):
+    """fp32: states and gradients within 1e-5 of the largest; bf16: no farther from fp32 than the library's are."""
+    found = {}
+    for fused, low in ((False, False), (True, autocast), (False, autocast)):
+        model = deep(T5ForMultimodalGeneration, layers=3).eval()
+        assert {type(m) for m in model.modules()} >= set(layers.FUSED.values())
+        if not fused:
+            plain_model(model)
+            assert not {type(m) for m in model.modules()} & set(layers.FUSED.values())
+        model.set_attn_implementation(attention)
+        batch, texts = ragged_prompt(4), ragged_texts(4)
+        if masks == "none":
+            batch["attention_mask"] = None
+        if masks == "decoder too":
+            batch["decoder_attention_mask"] = (torch.arange(TEXT + 1) < 10).expand(4, -1).long()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            logits = model(**batch, decoder_input_ids=texts, use_cache=False).logits[:, :9].float()
+        (logits.square().sum() + logits[:, 0].sum()).backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        found[fused, low] = {"logits": logits.detach(), **grads}
+    exact = found[False, False]
+    for name, one in found[True, autocast].items():
+        far = 3 * float((found[False, autocast][name] - exact[name]).abs().max()) if autocast else 0.0
+        assert float((one - exact[name]).abs().max()) <= far + 1e-5 * float(exact[name].abs().max()), name
+
+
+def test_the_fused_norm_has_the_right_gradient_and_half_precision_is_the_librarys():
+    for cls in (layers.T5LayerNorm, layers.FusedNorm):
+        norm = cls(7).double()
+        torch.nn.init.normal_(norm.weight)
+        x = torch.randn(3, 5, 7, dtype=torch.float64, requires_grad=True)
+        if cls is layers.FusedNorm:
+            assert torch.autograd.gradcheck(
+                lambda x, w, norm=norm: layers._RmsNorm.apply(x, w, 1e-6), (x, norm.weight)
+            )
+    for dtype, of_x in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.half)):
+        plain, norm = layers.T5LayerNorm(512).to(dtype), layers.FusedNorm(512).to(dtype)
+        x = (300 * torch.randn(4, 512)).to(of_x)  # x^2 is beyond the range of half precision
+        assert norm(x).isfinite().all() and torch.equal(norm(x), plain(x)) and norm(x).dtype == plain(x).dtype
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.1, 0.5, 0.9])
+def test_dropout_drops_at_its_rate_and_gives_the_gradient_of_what_is_left(rate):
+    drop, x = layers.FusedDropout(rate), torch.rand(7, 300, 101).add(1).requires_grad_()
+    torch.manual_seed(0)
+    y = drop(x)
+    y.sum().backward()
+    kept = y != 0
+    assert abs(float((~kept).double().mean()) - rate) < 4 * (rate * (1 - rate) / x.numel()) ** 0.5 + 2**-17
+    torch.testing.assert_close(y, x * kept / (1 - rate), rtol=1e-3 if rate == 0.9 else 1e-4, atol=0)
+    torch.testing.assert_close(x.grad * x, y, rtol=1e-6, atol=0)
+    by_column = (~kept).double().mean((0, 1))  # four numbers share a word of noise: none of them is special
+    assert float((by_column - rate).abs().max()) < 6 * (rate * (1 - rate) / 2100) ** 0.5
+    torch.manual_seed(0)
+    assert torch.equal(drop(x), y) and not torch.equal(drop(x), y)
+    assert drop.eval()(x) is x and layers.FusedDropout(0.0)(x) is x
+    assert not layers.FusedDropout(1.0)(x).any()
+    assert {layers.FusedDropout(0.5)(x.to(dtype)).dtype for dtype in (torch.bfloat16, torch.float64)} == {
+        torch.bfloat16, torch.float64}  # fmt: skip

@@ -47,6 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--use_caption", type=cli.str2bool, metavar="BOOL", help="use captions (default: as trained, else True)")
     add("--output_len", type=int, help="longest rationale, in tokens (default: as trained, else 512)")
     add("--device", help="cuda, cpu, ... (default: cuda if there is one)")
+    cli.add_decode_graph(parser)
     add = parser.add_argument_group("a question of your own").add_argument
     add("--question", metavar="TEXT", help="the question")
     add("--choices", nargs="+", metavar="TEXT", help="its choices, 2 to 5")
@@ -239,14 +240,14 @@ def ask(
     model: Any, tokenizer: Any, question: Question, features: Any, settings: argparse.Namespace, given: str | None
 ) -> str:
     """What `model` generates, by the loop that makes the prediction files. `given`: a rationale for QCMG formats."""
-    import torch
 
     from sft.predict import Predictor
     from utils_data import Collator, RationaleDataset
 
     problems, le = {question.qid: question.problem}, None if given is None else {question.qid: given}
     dataset = RationaleDataset(problems, [question.qid], tokenizer, settings, le)
-    collator, device = Collator(tokenizer.pad_token_id, features), torch.device(next(model.parameters()).device)
+    device = next(model.parameters()).device
+    collator = Collator(tokenizer.pad_token_id, features, device=device)
     predictor = Predictor(settings, problems, tokenizer, collator, device)
     return predictor.decode(predictor.predict(model, dataset, "write"))[0]
 
@@ -259,8 +260,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings.output_len = args.output_len or settings.output_len
     answering = args.lora or args.answer_model
     answer_settings = training_flags(answering, ANSWER_FORMAT, args.answer_format) if answering else None
-    if args.use_caption is not None:
-        for flags in filter(None, (settings, answer_settings)):
+    for flags in filter(None, (settings, answer_settings)):
+        flags.decode_graph = args.decode_graph
+        if args.use_caption is not None:
             flags.use_caption = args.use_caption
     check_formats(args, settings, answer_settings)
     question = read_question(args, settings.use_caption)

@@ -1,9 +1,14 @@
 """From a public data set to a data folder that every stage reads: problems.json, pid_splits.json, images/{qid}/.
 
+    python tools/prepare_data.py scienceqa --download data
+    python tools/prepare_data.py aokvqa --download aokvqa_data
     python tools/prepare_data.py scienceqa --source ScienceQA/data/scienceqa --images ScienceQA/images --output data
-    python tools/prepare_data.py scienceqa --source derek-thomas/ScienceQA --output data
-    python tools/prepare_data.py aokvqa --source aokvqa_v1p0 --images coco --output aokvqa_data
     python tools/prepare_data.py aokvqa --source HuggingFaceM4/A-OKVQA --output aokvqa_data
+
+--download DIR fetches what docs/data.md lists - for ScienceQA also captions, ViT features and MM-CoT's rationale
+model - into DIR and --models_dir, makes DIR a data folder, and runs tools/doctor.py on it, whose exit status is this
+script's. Killed or broken off, the same command goes on; a file put in place by hand is not fetched. --mirror URL
+takes every file from URL/{host}/{path}; $HF_ENDPOINT stands in for huggingface.co.
 
 --source is the official folder, or a data set of the `datasets` library: a hub id, a folder of parquet files
 (train-*.parquet, ...), or a folder of save_to_disk. Ids are those of the source; where it has none
@@ -11,13 +16,10 @@
 joined, become its solution; val serves as test (the answers of the real one are hidden); {output}/aokvqa/id_map.json
 keeps question and image ids.
 
-The splits of the source are kept, ScienceQA's own mini splits among them (1,272, 424 and 424 questions, drawn at
-random). Absent ones are made: trainval (train, then val), and, for quick trials, the first questions of a split:
-minitrain 64, miniminitrain 256, minival 64, miniminival 4, minitest 64. Pictures are never encoded again: image.png is
-a hard link to the file (a copy on another disk), or the bytes in the data set, PNG or JPEG.
+The splits of the source are kept; absent ones are made (trainval, mini splits for quick trials). Pictures are never
+encoded again: image.png is a hard link to the file (a copy on another disk), or the bytes in the data set.
 
-problems.json is written last; after a kill the same command finishes. Captions: extract_caption.py; features:
-extract_features.py; where to download what is not on the Hugging Face hub: docs/data.md.
+problems.json is written last; after a kill the same command finishes.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ import argparse
 import ast
 import io
 import os
+import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,10 +39,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any folder
 
-from ares.cli import HelpFormatter, UserError, in_one_line, print0, progress, run, warn0
-from ares.data_folder import Problems, problem_fault, question_images, read_data_folder
+from ares.cli import HelpFormatter, UserError, in_one_line, print0, progress, refuse, run, warn0
+from ares.data_folder import FEATURE_SUFFIXES, Problems, problem_fault, question_images, read_data_folder
+from ares.downloads import ROWS, fetch
 from ares.files import place_file, read_json, remove_leftovers, writable_dir, write_bytes, write_json
 from ares.images import as_rgb, media_type, open_image, upright
+from ares.launch import next_step
 from ares.sentences import is_finished
 
 # our name of a split -> its names in sources; questions without ids are numbered in this order
@@ -53,13 +60,32 @@ MINIS |= {"miniminival": ("val", 4), "minitest": ("test", 64)}
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("dataset", choices=("scienceqa", "aokvqa"), help="which data set --source is")
-    parser.add_argument("--source", required=True, metavar="PLACE", help="official folder, datasets folder or hub id")
+    parser.add_argument("dataset", choices=("scienceqa", "aokvqa"), help="which data set to prepare")
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--source", metavar="PLACE", help="official folder, datasets folder or hub id")
+    start.add_argument("--download", metavar="DIR", help="fetch the published files; DIR is the --data_root to be")
     parser.add_argument("--images", metavar="DIR", help="images of an official folder: ScienceQA's, or COCO's")
     parser.add_argument("--output", metavar="DIR", help="the --data_root to be (default: data, aokvqa_data)")
     parser.add_argument("--overwrite", action="store_true", help="replace another data set that is there")
     parser.add_argument("--strict", action="store_true", help="stop when a picture is absent or unreadable")
+    fetch = parser.add_argument_group("with --download")
+    sizes = ("base", "large", "none")
+    fetch.add_argument("--model", choices=sizes, help="MM-CoT's rationale model (default: base; A-OKVQA has none)")
+    fetch.add_argument("--models_dir", metavar="DIR", help="folder of models (default: models)")
+    fetch.add_argument("--mirror", metavar="URL", help="take every file from URL/{host}/{path}")
     args = parser.parse_args(argv)
+    if args.download is not None:
+        refuse([f"--{name}: no effect with --download" for name in ("images", "output") if getattr(args, name)])
+        if args.dataset == "aokvqa" and args.model not in (None, "none"):
+            raise UserError(
+                "--model: no rationale model is published for A-OKVQA; docs/data.md has the training command"
+            )
+        if args.mirror is not None and not re.match("https?://[^/]", args.mirror):
+            raise UserError(f"--mirror: {args.mirror} is no URL; it begins with http:// or https://")
+        args.output, args.model, args.models_dir = args.download, args.model or "base", args.models_dir or "models"
+    else:
+        idle = [name for name in ("model", "models_dir", "mirror") if getattr(args, name)]
+        refuse([f"--{name}: no effect without --download" for name in idle])
     args.output = args.output or {"scienceqa": "data", "aokvqa": "aokvqa_data"}[args.dataset]
     return args
 
@@ -403,8 +429,23 @@ def write_images(folder: Path, source: Source, strict: bool) -> int:
     return shown
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+def download(args: argparse.Namespace) -> list[str]:
+    """Fetch the published files and name the official folder in `args`; returns the flags of tools/doctor.py."""
+    folder, rows = Path(args.download), [row for row in ROWS[args.dataset] if row.model in ("", args.model)]
+    fetch(rows, folder, Path(args.models_dir), args.mirror)
+    flags = ["--data_root", str(folder), "--dataset", args.dataset]
+    fetched = folder / "downloads"
+    if args.dataset == "aokvqa":
+        args.source, args.images = str(fetched / "aokvqa_v1p0"), str(fetched / "coco")
+        return flags
+    args.source, args.images = str(fetched / "scienceqa"), str(fetched / "images")
+    flags += ["--img_type", "vit", "--use_caption"]
+    models = [str(Path(args.models_dir) / row.target) for row in rows if row.model]
+    return flags + [word for model in models for word in ("--model", model)]
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Write the data folder --output from --source and --images."""
     source = open_source(args.dataset, args.source, args.images)
     splits = with_minis(source.splits)
     out = Path(args.output)
@@ -420,9 +461,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_json(folder / "problems.json", source.problems)
     sizes = ", ".join(f"{len(splits[name])} {name}" for name in ("train", "val", "test"))
     print0(f"{folder}: {len(source.problems)} questions ({sizes}), {shown} with pictures in {out / 'images'}")
-    print0(
-        f"next: python extract_features.py --data_root {out}/images --output_dir {out}/vision_features --img_type vit"
-    )
+    if not any((out / f"vision_features/vit{suffix}").exists() for suffix in FEATURE_SUFFIXES):
+        images = ["--data_root", f"{out}/images"]
+        next_step(
+            ["python", "extract_features.py", *images, "--output_dir", f"{out}/vision_features", "--img_type", "vit"],
+            ["python", "extract_caption.py", *images, "--output", f"{out}/captions.json"],
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    flags = download(args) if args.download is not None else None
+    prepare(args)
+    if flags is not None:
+        doctor = Path(__file__).resolve().with_name("doctor.py")
+        print0(shlex.join(["python", "tools/doctor.py", *flags]))
+        sys.exit(subprocess.run([sys.executable, str(doctor), *flags]).returncode)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def main(folder: Path, checkpointing: bool) -> None:
         first.train()
     except Stopped:
         pass
+    torch.distributed.barrier()  # rank 0 has written the state
     second = trainer()  # a fresh model, as after a kill
     assert second.restore() and second.position.epoch == 1
     second.train()

@@ -124,10 +124,12 @@ class SmallPrompts:
         self.images = {q: torch.randn(*SMALL_PATCHES, generator=g, dtype=dtype) for q in self.ids}
         self.lengths = {q: len(ids) for q, ids in self.ids.items()}
 
-    def batch(self, qids):
+    def collate(self, qids):
         ids = torch.nn.utils.rnn.pad_sequence([self.ids[q] for q in qids], batch_first=True)
         images = torch.stack([self.images[q] for q in qids])
         return {"input_ids": ids, "attention_mask": (ids != 0).long(), "image_ids": images}
+
+    batch = collate
 
 
 def arguments(**changes) -> SimpleNamespace:

@@ -442,6 +442,22 @@ def test_text_only_greedy_two_rounds(world, tmp_path, capsys):
     assert {int(state["step"]) for state in optimizer_of(run / "1")["state"].values()} == {4}
 
 
+@pytest.mark.parametrize("named", ["default", "the same", "another way", "a copy"])
+def test_the_starting_model_as_the_reference_is_loaded_once(world, tmp_path, monkeypatch, named):
+    """Two models instead of three, and a KL of exactly 0 at sampling; a copy elsewhere is another model."""
+    loaded, load = [], run_mm_cot_rl.load_frozen
+    monkeypatch.setattr(run_mm_cot_rl, "load_frozen", lambda *a, **k: loaded.append(a[1:]) or load(*a, **k))
+    (tmp_path / "link").symlink_to(world.base)
+    reference = {"default": None, "the same": world.base, "another way": tmp_path / "link"}.get(named)
+    if named == "a copy":
+        reference = shutil.copytree(world.base, tmp_path / "copied")
+    launch(world, tmp_path / "run", phase="collect", ref_model=reference)
+    rows = rollouts.RolloutStore(tmp_path / "run", 0).load()
+    assert len(loaded) == (3 if named == "a copy" else 2)
+    assert torch.equal(rows.logprobs, rows.ref_logprobs) == (named != "a copy")
+    torch.testing.assert_close(rows.logprobs, rows.ref_logprobs, atol=1e-5, rtol=0)
+
+
 def test_released_checkpoint_is_accepted(world, fixtures, tmp_path):
     """A checkpoint folder as the released code wrote it, the true ViT shape, the tokenizer named by a flag."""
     import numpy as np

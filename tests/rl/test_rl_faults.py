@@ -1,4 +1,4 @@
-"""SIGKILL at seeded places of every stage: the same command again gives the same bits (benchmarks/rl_faults.py)."""
+"""SIGKILL at seeded places of every stage: the same command again gives the same bits (tests/rl/rl_faults.py)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 import subprocess
 import sys
 
-from benchmarks import rl_faults
 from tests.conftest import ROOT
+from tests.rl import rl_faults
 
 
 def test_a_kill_anywhere_loses_nothing(sample, tmp_path):
-    """A subset of the full test, whose result is committed as benchmarks/rl_faults.json."""
-    command = [sys.executable, "benchmarks/rl_faults.py", "--kills", "5", "--seed", "3", "--sample", str(sample)]
+    """A subset of the full test, whose result is committed as tests/rl/rl_faults.json."""
+    command = [sys.executable, "tests/rl/rl_faults.py", "--kills", "5", "--seed", "3", "--sample", str(sample)]
     output = tmp_path / "result.json"
     done = subprocess.run(
         [*command, "--output", str(output), "--work", str(tmp_path / "work")],
@@ -26,7 +26,7 @@ def test_a_kill_anywhere_loses_nothing(sample, tmp_path):
 
 
 def test_the_committed_result_is_of_twenty_kills_or_more():
-    result = json.loads((ROOT / "benchmarks/rl_faults.json").read_text())
+    result = json.loads((ROOT / "tests/rl/rl_faults.json").read_text())
     assert result["ok"] == result["kills"] == len(result["results"]) >= 20
     assert min(result["by_stage"].values()) >= 4
 

@@ -203,9 +203,9 @@ def test_every_epoch_and_round_has_another_order(tmp_path):
         trainer.number = number
         update = trainer._update
 
-        def seen(step, total, number=number, trainer=trainer, update=update):
+        def seen(step, *more, number=number, trainer=trainer, update=update):
             orders.setdefault((number, trainer.position.epoch), []).append(step)
-            return update(step, total)
+            return update(step, *more)
 
         trainer._update = seen
         trainer.train()
@@ -386,9 +386,9 @@ def test_warm_up_that_is_stopped_goes_on_where_it_was(tmp_path):
         if stops:
             update = trainer._update
 
-            def seen(step, total, update=update, trainer=trainer):
+            def seen(*how, update=update, trainer=trainer):
                 trainer.ctrl_c.pressed = trainer.position.epoch == -1 and trainer.position.update == 1
-                return update(step, total)
+                return update(*how)
 
             trainer._update = seen
             with pytest.raises(KeyboardInterrupt, match="value warm-up is saved after update 2 of round 0"):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ares import files
+from ares import cli, files
 from ares.cli import UserError
 from ares.decoding import action_mask
 from ares.sentences import sentence_columns
@@ -150,6 +150,39 @@ def test_collect_goes_on_where_it_was_killed(lost_by_power, damage, tmp_path, t5
     assert calls.count("flush") == 2 + 2  # two batches, the signal, collected.json
     assert handoff.exported(store.questions) and len(store.load()) == 5
     assert files.read_json(store.collected_file, "test") == {"batches": 3, "samples": 5, "sentences": 10}
+
+
+def test_the_export_is_signalled_once_every_process_has_flushed_its_part(tmp_path, t5_tokenizer, monkeypatch):
+    store, ids = rollouts.RolloutStore(tmp_path, 0), t5_tokenizer("Ice is cold.")["input_ids"]
+    zeros = {name: torch.zeros(1, len(ids)) for name in rollouts.FIELDS[1:]}
+    actions = {"actions": torch.tensor([[0, *ids]]), **zeros}
+    waits = []
+
+    def collect(rank):
+        def sample(number, qids):
+            return rollouts.to_rollouts(actions, qids, 1, rank, t5_tokenizer)
+
+        def wait(path, *more):  # in place of sleeping: the file's absence ends the process
+            waits.append((rank, path.name))
+            if not path.exists():
+                raise FileNotFoundError(path)
+
+        monkeypatch.setattr(cli, "rank", lambda: rank)
+        monkeypatch.setattr(rollouts, "wait_for_file", wait)
+        rollouts.collect(store, [["a"], ["b"]], sample, t5_tokenizer)
+
+    monkeypatch.setattr(cli, "world_size", lambda: 2)
+    with pytest.raises(FileNotFoundError, match="collected"), disk_calls() as calls:
+        collect(1)
+    assert calls[-2:] == ["flush all", "exported_p1"]
+    store.exported_file(1).unlink()  # as if killed before it: its rationale is there
+    with pytest.raises(FileNotFoundError, match="exported_p1"):
+        collect(0)
+    assert not handoff.exported(store.questions)
+    with pytest.raises(FileNotFoundError, match="collected"):
+        collect(1)
+    collect(0)
+    assert handoff.exported(store.questions) and waits[-1] == (0, "exported_p1")
 
 
 def test_an_unfinished_rationale_keeps_its_last_token_and_the_reward_column_of_its_last_sentence(t5_tokenizer):

@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 
-from ares import decoding
+from ares import decoding, devices
 from ares.decoding import action_mask
 from rl import actor_critic, minibatches, rollouts, sampling
 from rl.sampling import Sampling
 from teacher import handoff
+from tests.pretended_gpu import PretendedGPU
 from tests.rl import rl_tools
 
 
@@ -187,6 +188,18 @@ def test_rows_leave_when_they_have_ended(models, t5_tokenizer, monkeypatch):
     assert sum(sizes) == int(action_mask(actions).sum()) < 9 * max(len(sizes), 1)
 
 
+@pytest.mark.parametrize("chosen", [SOME, Sampling(k=4, do_sample=True, top_k=0, top_p=0.9, output_len=70)])
+def test_fixed_shapes_draw_the_same_tokens(models, t5_tokenizer, chosen, monkeypatch):
+    """--decode_graph on, as it decodes without a GPU."""
+    prompt, found = prompt_batch(t5_tokenizer), []
+    monkeypatch.setattr(decoding, "FIRST_LENGTH", 8)
+    for mode in ("off", "on"):
+        monkeypatch.setattr(decoding, "graph_mode", mode)
+        found.append(sampling.sample_batch(models, prompt, chosen, seed=3))
+    assert torch.equal(found[0]["actions"], found[1]["actions"]) and found[0]["actions"].shape[1] > 16
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+
+
 def test_greedy_is_the_librarys_greedy_and_top_k_one(models, t5_tokenizer):
     prompt = prompt_batch(t5_tokenizer)
     greedy = sampling.sample_batch(models, prompt, Sampling(1, False, 20, 1.0, 16), seed=1)["actions"]
@@ -281,32 +294,32 @@ def test_groups_of_like_length_change_no_number(models, t5_tokenizer, monkeypatc
         states = actor_critic.encode(models.policy, prompt)
         real = states * prompt["attention_mask"][..., None]
         how = (states, prompt["attention_mask"], question, actions)
-        logprobs, entropy = actor_critic.policy_logprobs(models.policy, *how, actor_critic.flat_index(mask))
+        logprobs, entropy = actor_critic.policy_logprobs(models.policy, *how, devices.flat_index(mask))
         values = actor_critic.state_values(models.value_function, *how) * mask
         found.append((real, logprobs, entropy, values))
     assert len(minibatches.length_groups([3, 12, 7, 11])) == 1
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
 
 
-def test_masks_as_a_gpu_gets_them_change_no_number(world, t5_tokenizer):
-    """Four-dimensional masks under SDPA, here on the CPU: the same bits at real positions."""
-    model, prompt = load(world), prompt_batch(t5_tokenizer)
-    model.set_attn_implementation("sdpa")
-    mask = prompt["attention_mask"]
-    wide = actor_critic.expanded_mask(mask, model, on_gpu=True)
-    assert (
-        mask.min() == 0 and wide.shape == (3, 1, 1, mask.size(1)) and actor_critic.expanded_mask(mask, model) is mask
-    )
-    states = [model.encode(**prompt | {"attention_mask": one})[0] for one in (mask, wide)]
-    assert torch.equal(states[0][mask.bool()], states[1][mask.bool()])
-    ids = torch.arange(10, 31).view(3, 7)
-    found = [
-        model.decoder(input_ids=ids, encoder_hidden_states=states[0], encoder_attention_mask=one, use_cache=False)[0]
-        for one in (mask, wide)
-    ]
-    assert torch.equal(*found)
+def test_masks_as_a_gpu_gets_them_change_no_number(world, t5_tokenizer, monkeypatch):
+    """Four-dimensional masks under SDPA, here on the CPU: the same bits at real positions, of all three ways in."""
+    model, value, prompt = load(world), load(world, value=True), prompt_batch(t5_tokenizer)
+    mask, ids = prompt["attention_mask"], torch.arange(10, 31).view(3, 7)
+    assert mask.min() == 0 and devices.expanded_mask(mask, model) is mask
+    seen, made = [], devices.expanded_mask
+    for one in (model, value):
+        one.set_attn_implementation("sdpa")
+    found = []
+    for gpus in (("cuda",), ("cuda", "cpu")):
+        monkeypatch.setattr(devices, "GPUS", gpus)
+        seen.append(made(mask, model).shape)
+        how = prompt | {"decoder_input_ids": ids}
+        states = model.encode(**prompt)[0]
+        found.append((states[mask.bool()], model(**how).logits, value(**how)))
+    assert seen == [mask.shape, (3, 1, 1, mask.size(1))]
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
     model.set_attn_implementation("eager")
-    assert actor_critic.expanded_mask(mask, model, on_gpu=True) is mask
+    assert devices.expanded_mask(mask, model) is mask
 
 
 def test_an_expanded_view_reaches_a_gpu_although_torch_cannot_pin_it(monkeypatch):
@@ -326,7 +339,7 @@ def test_an_expanded_view_reaches_a_gpu_although_torch_cannot_pin_it(monkeypatch
         torch.randn(3, 8),
     )
     for tensor in (absent, repeated, plain):
-        there = actor_critic.to_device(tensor, "cuda")
+        there = devices.to_device(tensor, "cuda")
         assert torch.equal(there, tensor) and there.stride() == tensor.stride()
 
 
@@ -347,25 +360,48 @@ def test_columns_and_export_follow_the_given_ids(models, t5_tokenizer, tmp_path)
         assert len(handoff.read_rationale(item.folder)) == int(rows.sentence_counts[row])
 
 
-def test_offload_brings_each_model_to_its_device_in_turn():
-    class Model(torch.nn.Linear):
-        def to(self, device):
-            seen.append((self.name, str(device)))
-            return self
+def test_offloaded_models_keep_their_weights_on_the_cpu_and_give_the_same_numbers(world, t5_tokenizer, monkeypatch):
+    """One model at a time has a copy on the pretended GPU; nothing is copied back."""
+    prompt, found = prompt_batch(t5_tokenizer), []
+    for offload in (False, True):
+        parts = [load(world), load(world), load(world, value=True)]
+        evaluate, moved = sampling.evaluate_actions, []
+        with PretendedGPU(monkeypatch) as gpu:
+            gpu.take(*parts[: 1 if offload else 3])
+            models = sampling.Models(*parts, offload=offload)
+            offloaded = [p for one in parts[1:] for p in one.parameters()]
+            home = [p.data_ptr() for p in offloaded]
 
-    def named(name):
-        one = Model(1, 1)
-        one.name = name
-        return one
+            def watched(model, *args, gpu=gpu, parts=parts, moved=moved, evaluate=evaluate, **kwargs):
+                moved.append([all(map(gpu.holds, one.parameters())) for one in parts])
+                return evaluate(model, *args, **kwargs)
 
-    for offload in (True, False):
-        seen = []
-        three = sampling.Models(named("policy"), named("reference"), named("value"), offload=offload)
-        parked = [("reference", "cpu"), ("value", "cpu")] if offload else []
-        assert seen == parked
-        with three.on_device(three.reference):
-            assert seen[len(parked) :] == [("reference", "cpu")]  # the policy's device
-        assert len(seen) == (4 if offload else 1)
+            monkeypatch.setattr(sampling, "evaluate_actions", watched)
+            for _ in range(2):
+                found.append(sampling.sample_batch(models, devices.to_device(prompt, "cpu"), SOME, seed=7))
+            assert not any("both sides" in wait or "blocks" in wait for wait in gpu.waits), gpu.waits
+        monkeypatch.undo()
+        assert moved == ([[True, True, False], [True, False, True]] * 2 if offload else [[True] * 3] * 4)
+        assert home == [p.data_ptr() for p in offloaded]
+    assert all(torch.equal(found[0][name], other[name]) for other in found for name in found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_reference_that_is_the_policy_is_not_scored_again(world, t5_tokenizer, monkeypatch, dtype):
+    """Against a second model of the same weights: the same bits, but for the reference in fp32: its numbers are those
+    that the policy wrote with, a second model's those of a whole pass (within 2e-6)."""
+    policy, value, prompt, found, encoded = load(world), load(world, value=True), prompt_batch(t5_tokenizer), [], []
+    encode = type(policy).encode
+    monkeypatch.setattr(type(policy), "encode", lambda *a, **k: encoded.append(1) or encode(*a, **k))
+    for reference in (load(world), policy):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            found.append(sampling.sample_batch(sampling.Models(policy, reference, value), prompt, SOME, seed=7))
+    assert len(encoded) == 3 + 2
+    close = 2e-6 if dtype is torch.float32 else 0
+    for name, tensor in found[0].items():
+        atol = close if name == "ref_logprobs" else 0
+        torch.testing.assert_close(found[1][name], tensor, atol=atol, rtol=0)
+    assert torch.equal(found[1]["ref_logprobs"], found[1]["logprobs"])
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -386,7 +422,7 @@ def test_policy_logprobs_are_those_of_the_models_own_logits(tied):
     real = action_mask(actions)
     log_p = policy(input_ids=ids, attention_mask=mask, decoder_input_ids=actions[:, :-1]).logits.log_softmax(-1)
     states = actor_critic.encode(policy, {"input_ids": ids, "attention_mask": mask})
-    index = actor_critic.flat_index(real)
+    index = devices.flat_index(real)
     logprobs, entropy = actor_critic.policy_logprobs(policy, states, mask, None, actions, index)
     want = log_p.gather(-1, actions[:, 1:, None]).squeeze(-1) * real
     torch.testing.assert_close(logprobs, want, atol=1e-5, rtol=1e-5)
@@ -401,7 +437,7 @@ def test_rows_of_one_question_share_its_encoding_and_its_gradient(models, t5_tok
     prompt = prompt_batch(t5_tokenizer)
     question = torch.tensor([2, 0, 2, 1, 2])
     actions = torch.cat([torch.zeros(5, 1, dtype=torch.long), torch.randint(3, 900, (5, 7))], 1)
-    places = actor_critic.flat_index(torch.ones(5, 7, dtype=torch.bool))
+    places = devices.flat_index(torch.ones(5, 7, dtype=torch.bool))
     model = actor_critic.ActorCritic(models.policy, models.value_function).requires_grad_(True)
     found = []
     for rows in (question, None):

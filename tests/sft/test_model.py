@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
-from ares import head
+from ares import devices, head
 from ares.checkpoints import portable_tokenizer
 from ares.cli import UserError
 from ares.decoding import action_mask
@@ -143,7 +143,7 @@ def test_logprobs_and_values_of_given_actions(released, policy, vit, source):
     with torch.no_grad():
         states = actor_critic.encode(policy, released.prompt)
         logprobs, _ = actor_critic.policy_logprobs(
-            policy, states, released.prompt["attention_mask"], None, actions, actor_critic.flat_index(mask)
+            policy, states, released.prompt["attention_mask"], None, actions, devices.flat_index(mask)
         )
     expected = released.expected[f"{source.removesuffix('_ids')}_logprobs"]
     assert_near(logprobs[mask], expected[mask], 2e-3)
@@ -377,7 +377,13 @@ def test_images_are_not_forgotten():
 def test_attention_is_one_that_this_transformers_has(supported, device, chosen, monkeypatch):
     model = small()
     monkeypatch.setattr(type(model), "_supports_sdpa", supported)  # transformers 5.0 has none for T5
-    choose_attention(model, torch.device(device))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        choose_attention(model, torch.device(device))
+        assert torch.backends.cuda.cudnn_sdp_enabled() == (device == "cpu")
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
     assert model.config._attn_implementation == model.decoder.config._attn_implementation == chosen
 
 
@@ -442,6 +448,26 @@ def test_gradient_checkpointing_gives_the_same_gradients(cls):
         (out.loss if cls is T5ForMultimodalGeneration else out.square().mean()).backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     torch.testing.assert_close(grads[0], grads[1], atol=1e-6, rtol=1e-4)
+
+
+def test_gradient_checkpointing_of_rl_keeps_no_random_state():
+    """A state per block would be fetched from the GPU, which waits for it; there is nothing random without dropout."""
+    models = actor_critic.ActorCritic(small(), small(cls=T5ForMultimodalGenerationValueFunction))
+    actor_critic.checkpoint_gradients(models)
+    blocks = [block for model in models.children() for part in (model.encoder, model.decoder) for block in part.block]
+    for block in blocks:
+        how = block._gradient_checkpointing_func.keywords
+        assert how == {"use_reentrant": False, "preserve_rng_state": False}
+    inputs, found = batch(), []
+    inputs.pop("labels")
+    for checkpointing in (True, False):
+        for block in blocks:
+            block.gradient_checkpointing = checkpointing
+        models.zero_grad()
+        logits = models.policy(**inputs, decoder_input_ids=inputs["input_ids"]).logits
+        logits.square().mean().backward()
+        found.append({name: p.grad for name, p in models.policy.named_parameters()})
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-4)
 
 
 def test_bf16_autocast():

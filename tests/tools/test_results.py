@@ -52,10 +52,10 @@ def test_numbers_of_the_committed_demo_results_equal_the_files(capsys):
     data = [json.loads(path.read_text()) for path in SEEDS]
     for path, file in zip(SEEDS, data, strict=True):
         found = figures(capsys, "--system", f"demo={path}")
-        expected = {("demo: LoRA", name.removeprefix("acc_")): float(value) for name, value in file["answers"].items()}
-        for stage, values in file["rationales"].items():
-            for name, value in values.items():
-                expected[f"demo: {stage}", {"rouge_l": "rouge"}.get(name, name)] = value
+        rows = {**file["rationales"], **file["adapters"]}
+        expected = {(f"demo: {stage}", name.removeprefix("acc_")): float(value)
+                    for stage, values in rows.items() for name, value in values.items()
+                    if name != "accuracy"}  # fmt: skip
         assert {key: float(line["value"]) for key, line in found.items()} == expected
     systems = [word for path in SEEDS for word in ("--system", f"demo={path}")]
     found = figures(capsys, *systems)
@@ -64,11 +64,12 @@ def test_numbers_of_the_committed_demo_results_equal_the_files(capsys):
         line = found[f"demo: {stage} ({len(SEEDS)} seeds)", "score"]
         assert float(line["value"]) == pytest.approx(statistics.fmean(scores))
         assert float(line["deviation"]) == pytest.approx(statistics.stdev(scores)) and line["seeds"] == str(len(SEEDS))
-    averages = [float(file["answers"]["acc_average"]) for file in data]
+    answers = [file["adapters"]["SFT, QCMG-A"] for file in data]
+    averages = [float(each["acc_average"]) for each in answers]
     shown = f"{statistics.fmean(averages):.2f} ± {statistics.stdev(averages):.2f}"
     text = table(capsys, *systems, "--each")
-    assert shown in text and all(f"{file['answers']['acc_average']:.2f}" in text for file in data)
-    assert "| 85.31 |" in text and "arXiv 2302.00923v5" in text and "| demo: LoRA (seed1) |" in text
+    assert shown in text and all(f"{average:.2f}" in text for average in averages)
+    assert "| 85.31 |" in text and "arXiv 2302.00923v5" in text and "| demo: SFT, QCMG-A (seed1) |" in text
     latex = table(capsys, *systems, "--format", "latex", "--published", "none")
     assert shown.replace("±", r"$\pm$") in latex and r"accuracy \%" in latex and latex.count(r"\begin{table}") == 2
 
@@ -205,7 +206,7 @@ def test_a_data_folder_that_nobody_asked_for_stops_no_table(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     argv = ["--system", f"demo={SEEDS[0]}", "--published", "none"]
-    assert "demo: LoRA" in table(capsys, *argv)
+    assert "demo: SFT, QCMG-A" in table(capsys, *argv)
     for more in (["--data_root", "data"], ["--dataset", "aokvqa"]):
         with pytest.raises(cli.UserError, match="--data"):
             results.main([*argv, *more])
@@ -282,7 +283,7 @@ def test_unread_answers_above_5_percent_are_noted_in_the_tables(with_data, tmp_p
             text = table(capsys, *argv, "--format", form)
             assert (f"{garbled} of 60 answers could not be read" in text) == noted
     data = json.loads(SEEDS[1].read_text())
-    data["answers"]["num_fail"] = 64
+    data["adapters"]["SFT, QCMG-A"]["num_fail"] = 64
     files.write_json(tmp_path / "table.json", data)
     assert "64 of 200 answers could not be read" in table(capsys, "--system", f"demo={tmp_path / 'table.json'}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import filecmp
 import io
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +64,5 @@ def _embedded(path: Path) -> str | None:
 def _copied(path: Path, folder: Path) -> str:
     target = folder / path.name
     if not (target.is_file() and filecmp.cmp(path, target, shallow=False)):
-        with files.atomic_path(target) as temporary:
-            shutil.copyfile(path, temporary)
+        files.write_bytes(target, path.read_bytes(), flush=False)
     return "/".join(quote(part) for part in (folder.parent.name, folder.name, path.name))

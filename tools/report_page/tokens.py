@@ -15,6 +15,8 @@ from ares import files
 from ares.cli import UserError, in_one_line
 from tools.report_page.teacher import Round
 
+TOGETHER = 256  # rows whose rewards are computed at a time
+
 
 def add_tokens(run: Path, each: Round, shown: Collection[str]) -> str | None:
     """Give the samples of the questions in `shown` their `tokens`; returns why that cannot be, or None."""
@@ -52,14 +54,17 @@ def add_tokens(run: Path, each: Round, shown: Collection[str]) -> str | None:
     except Exception as error:
         return f"no tokenizer can be loaded from {folder} ({in_one_line(error, 120)})"
     samples = {(sample.action, sample.qid): sample for sample in each.samples}
-    for row in range(len(rows)):
-        sample = samples.get((rows.action[row], rows.qids[row]))
-        if sample is not None:
-            begin, length = int(rows.offsets[row]), int(rows.lengths[row])
-            rewards = token_rewards(rows, scores, [row], args.neutral_score, data.kl_coef)[1][0, :length]
-            sample.tokens = {
-                "pieces": tokenizer.convert_ids_to_tokens(rows.tokens[begin : begin + length].tolist()),
-                "rewards": rewards.tolist(),
-                "advantages": data.advantages[begin : begin + length].tolist(),
-            }
+    pieces = tokenizer.convert_ids_to_tokens(range(int(rows.tokens.max()) + 1))
+    for first in range(0, len(rows), TOGETHER):
+        some = range(first, min(first + TOGETHER, len(rows)))
+        rewards = token_rewards(rows, scores, some, args.neutral_score, data.kl_coef)[1].tolist()
+        for row in some:
+            sample = samples.get((rows.action[row], rows.qids[row]))
+            if sample is not None:
+                begin, length = int(rows.offsets[row]), int(rows.lengths[row])
+                sample.tokens = {
+                    "pieces": [pieces[token] for token in rows.tokens[begin : begin + length].tolist()],
+                    "rewards": rewards[row - first][:length],
+                    "advantages": data.advantages[begin : begin + length].tolist(),
+                }
     return None

@@ -1,7 +1,7 @@
 """Kill RL with SIGKILL at seeded points of every stage, run the same command again, and compare what it ends with.
 
-    python benchmarks/rl_faults.py --kills 25 --seed 0 --output benchmarks/rl_faults.json     # the committed result
-    python benchmarks/rl_faults.py --kills 5                                                  # what the tests run
+    python tests/rl/rl_faults.py --kills 25 --seed 0 --output tests/rl/rl_faults.json     # the committed result
+    python tests/rl/rl_faults.py --kills 5                                                  # what the tests run
 
 A run of two rounds (real questions, a tiny model with image layers) goes through once while every file operation of
 it under its folder is counted (`sys.addaudithook`). Between two of them the disk does not change, so "before the n-th
@@ -33,7 +33,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="true")
 
 import torch  # noqa: E402

@@ -1,0 +1,86 @@
+"""benchmarks/gpu.sh without a GPU: the dry run goes through, a failing section stops nothing, a table is made."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+
+import pytest
+
+from benchmarks import bench_gpu, rl_memory, table
+from tests.conftest import ROOT
+
+
+def test_the_dry_run_goes_through(tmp_path):
+    env = {**os.environ, "DEVICE": "cpu", "SIZE": "tiny", "OUT": str(tmp_path / "out"), "BUDGET": "560"}
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=590
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = (tmp_path / "out/table.md").read_text()
+    assert "| step | bench_gpu | ok |" in text and "FAILED" not in text and "TOO FAR" not in text, text
+    sections = {json.loads(line)["section"] for line in (tmp_path / "out/results.jsonl").read_text().splitlines()}
+    assert sections == {"machine", "agreement", "sampling", "PPO", "memory"}
+    assert len(list((tmp_path / "out").iterdir())) <= 8, "a lent machine gives back eight files"
+
+
+def test_a_failing_section_is_reported_and_the_next_one_runs(tmp_path):
+    report = bench_gpu.Report(tmp_path, seconds=60)
+    report.run("first", lambda report: 1 / 0)
+    report.run("second", lambda report: report.add("value", 3))
+    late = bench_gpu.Report(tmp_path, seconds=-1)
+    late.run("third", lambda report: report.add("value", 4))
+    lines = bench_gpu.table(tmp_path).splitlines()[2:]
+    assert [line.split(" | ")[:3] for line in lines] == [
+        ["| first", "FAILED", "ZeroDivisionError"], ["| second", "value", "3"], ["| third", "skipped", "no time left"]
+    ]  # fmt: skip
+
+
+def test_a_gpus_results_fill_their_column_and_a_missing_stage_is_not_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(table, "KEPT", tmp_path / "speed.json")
+    monkeypatch.setattr(table, "RESULTS", tmp_path / "RESULTS.md")
+    spread = {"median": 12.5, "min": 12.0, "max": 13.0}
+    result = {
+        "stage": "SFT", "size": "base", "device": "cuda", "released": spread, "ours": spread, "ratio": spread,
+        "peer": spread, "machine": {"gpu": "NVIDIA H100"}, "questions": "demo", "projection": {"seconds": 0.01},
+    }  # fmt: skip
+    folder = tmp_path / "gpu_out"
+    folder.mkdir()
+    (folder / "sft.json").write_text(json.dumps(result))
+    table.main([str(folder), "--seconds", "300", "--only_print"])
+    assert not (tmp_path / "RESULTS.md").exists()
+    table.main([str(folder), "--seconds", "300"])
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| SFT | not measured | >= 7x | **12.5x** (12-13) | >= 12x |" in text
+    assert "| rollouts | not measured | >= 8x | not measured | >= 20x |" in text
+    assert "gpu NVIDIA H100; the demo's questions" in text and text in capsys.readouterr().out
+
+
+def test_live_tensors_are_counted_until_they_are_freed():
+    """One linear layer under the script's autocast, byte by byte."""
+    import torch
+    import torch.nn.functional as F
+
+    with rl_memory.counting() as live:
+        weight = torch.empty(100, 200, requires_grad=True)
+        x = torch.empty(50, 200, requires_grad=True)
+        assert live.now == 4 * (100 * 200 + 50 * 200)
+        with rl_memory.Autocast():
+            out = F.linear(x, weight)
+        kept = 2 * (100 * 200 + 50 * 200 + 50 * 100)  # bf16: weight and input for the gradient, and the output
+        assert live.now == 4 * (100 * 200 + 50 * 200) + kept
+        out.float().sum().backward()
+        del out
+        assert live.now == 4 * 2 * (100 * 200 + 50 * 200), "weight, input and their gradients are left"
+        assert live.peak > live.now
+
+
+@pytest.mark.gpu
+def test_the_computed_memory_is_what_a_gpu_needs(tmp_path):
+    """Every stage at size tiny, within a tenth."""
+    report = bench_gpu.Report(tmp_path, seconds=300)
+    bench_gpu.memory(report, argparse.Namespace(device="cuda"), "tiny")
+    for line in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines()):
+        assert abs(int(line["note"].partition("%")[0])) <= 10, line
