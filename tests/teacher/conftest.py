@@ -4,7 +4,7 @@ import pytest
 
 from teacher import api_teacher, batches
 from tests.api_server import ApiServer, score_by_text
-from tests.teacher.teacher_tools import World, many_items
+from tests.teacher.teacher_tools import MODEL, World, many_items
 
 
 @pytest.fixture
@@ -35,3 +35,12 @@ def world(server, questions):
 def batch_world(server, questions):
     """haiku.py --batch on `questions`."""
     return World(server, questions, "--batch", "--poll_seconds", "0.1")
+
+
+@pytest.fixture
+def local(server, questions, monkeypatch):
+    """haiku.py on a local server that wants no key."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    server.models, server.needs_key = {MODEL: {}, "other:7b": {}}, False
+    return World(server, questions, "--teacher", "openai", "--teacher_model", MODEL)

@@ -23,6 +23,7 @@ from tests.api_server import KEY
 from tests.conftest import ROOT
 
 PICTURE, CHOICES, TEXT = "952", "363", "155"  # test questions: an image; choice images only; text
+MODEL = "qwen2.5-vl"  # an open model, as servers name it
 HAIKU_45 = "claude-haiku-4-5-20251001"  # a model of another family than the default
 CREDIT = "Your credit balance is too low to access the Anthropic API. Please go to Plans & Billing to upgrade."
 
