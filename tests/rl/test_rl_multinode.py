@@ -165,11 +165,11 @@ def test_nothing_is_said_of_other_launchers():
     assert run_folder.asked_processes() is None
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("config", ["ddp.yaml", "ddp_two_machines.yaml", "fsdp.yaml"])
 def test_configs_are_ones_that_accelerate_reads(config):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    loaded = load_config_from_file(str(config))
+    loaded = load_config_from_file(str(ROOT / "configs" / config))
     assert loaded.num_processes >= 1 and loaded.distributed_type is not None
 
 
