@@ -145,8 +145,8 @@ class FusedDropout(nn.Dropout):
 
 
 def dropout(x: Tensor, rate: float) -> Tensor:
-    """`F.dropout` in training mode, the same numbers from the same random state. On a CPU a byte per number is kept for
-    the gradient instead of a float."""
+    """`F.dropout` in training mode: the same numbers from the same random state. On a CPU a byte per number is kept
+    for the gradient instead of a float."""
     if on_gpu(x.device) or not 0 < rate < 1:
         return F.dropout(x, rate) if rate else x
     return _Dropout.apply(x, rate)
