@@ -77,7 +77,7 @@ def test_numbers_of_the_committed_demo_results_equal_the_files(capsys):
 def test_any_label_stands_in_latex_as_it_is_written(capsys):
     r"""`<`, `>` and `|` are other letters in LaTeX's own fonts; `[` behind a row's `\\` would be its argument."""
     latex = table(capsys, "--system", f"[a|b] 5% <x>_{{y}} \\ & #1={SEEDS[0]}", "--format", "latex")
-    written = r"{}[a\textbar{}b] 5\% \textless{}x\textgreater{}\_\{y\} \textbackslash{} \& \#1: LoRA & "
+    written = r"{}[a\textbar{}b] 5\% \textless{}x\textgreater{}\_\{y\} \textbackslash{} \& \#1: start, QCMG-A & "
     assert "\n" + written in latex
 
 
