@@ -2,8 +2,7 @@
 
     fuse(model)      # in place: a layer of the library's becomes a subclass of itself
 
-Numbers are those of the library's layers up to the order of a sum (tests/test_speed.py). What is one kernel on a GPU
-and a composite of several on a CPU (`F.rms_norm`, `F.dropout`) is a function of this file on a CPU.
+Numbers are those of the library's layers up to the order of a sum, and dropout draws the same (tests/test_speed.py).
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from torch.autograd.function import once_differentiable
 from transformers import T5ForConditionalGeneration
 from transformers.activations import NewGELUActivation
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
-
-from ares.devices import on_gpu
 
 # transformers 5.18 or so renamed the argument
 CACHE = "cache" if "cache" in inspect.signature(T5ForConditionalGeneration.forward).parameters else "past_key_values"
@@ -42,6 +39,11 @@ def unfuse(model: nn.Module) -> None:
             module.__class__ = type(module).__base__
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether PyTorch has a kernel where `x` is for what is a composite of several on a CPU (`F.rms_norm`)."""
+    return x.device.type != "cpu"
+
+
 # -- norm ------------------------------------------------------------------------------------------------
 
 
@@ -50,9 +52,9 @@ class FusedNorm(T5LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, eps = self.weight, self.variance_epsilon
-        if x.dtype != weight.dtype or not (on_gpu(x.device) or x.dtype in (torch.float32, torch.float64)):
+        if x.dtype != weight.dtype or not (has_kernels(x) or x.dtype in (torch.float32, torch.float64)):
             return super().forward(x)  # variance in fp32, then in the weight's precision
-        if on_gpu(x.device):
+        if has_kernels(x):
             return F.rms_norm(x, weight.shape, weight, eps)
         return _RmsNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _rms_norm(x, weight, eps)[0]
 
@@ -113,7 +115,8 @@ class FusedAttention(T5Attention):
         if self.config._attn_implementation == "sdpa":
             out = F.scaled_dot_product_attention(query, key, value, position_bias, rate, scale=1.0)
         else:
-            weights = dropout((query @ key.transpose(2, 3)).add(position_bias).softmax(-1), rate)  # (B, H, L, S)
+            weights = (query @ key.transpose(2, 3) + position_bias).softmax(-1)
+            weights = F.dropout(weights, rate, rate > 0)  # (B, H, L, S)
             out = weights @ value
         return self.o(out.transpose(1, 2).flatten(2)), position_bias, weights
 
@@ -136,34 +139,4 @@ class FusedAttention(T5Attention):
         return bias.to(dtype).contiguous()  # fused attention does not accept the bias's own strides
 
 
-# -- dropout ---------------------------------------------------------------------------------------------
-
-
-class FusedDropout(nn.Dropout):
-    def forward(self, x: Tensor) -> Tensor:
-        return dropout(x, self.p if self.training else 0.0)
-
-
-def dropout(x: Tensor, rate: float) -> Tensor:
-    """`F.dropout` in training mode: the same numbers from the same random state. On a CPU a byte per number is kept
-    for the gradient instead of a float."""
-    if on_gpu(x.device) or not 0 < rate < 1:
-        return F.dropout(x, rate) if rate else x
-    return _Dropout.apply(x, rate)
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, rate: float) -> Tensor:
-        keep = torch.empty(x.shape, dtype=torch.bool).bernoulli_(1 - rate)
-        ctx.save_for_backward(keep)
-        ctx.scale = 1 / (1 - rate)
-        return torch.where(keep, x, 0.0).mul_(ctx.scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor):
-        return torch.where(ctx.saved_tensors[0], g, 0.0).mul_(ctx.scale), None
-
-
-FUSED = {T5LayerNorm: FusedNorm, T5Attention: FusedAttention, nn.Dropout: FusedDropout}
+FUSED = {T5LayerNorm: FusedNorm, T5Attention: FusedAttention}

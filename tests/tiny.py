@@ -85,6 +85,7 @@ class Launches(TorchDispatchMode):
             mock.patch.object(F, "rms_norm", lambda *args: _OneKernel.apply(self, self.rms_norm, {}, *args)),
             mock.patch.object(F, "dropout", self._dropout),
             mock.patch("ares.devices.GPUS", ("cuda", "cpu")),
+            mock.patch("ares.layers.has_kernels", lambda x: True),
         ]
 
     def _attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
