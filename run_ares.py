@@ -144,6 +144,12 @@ class Config:
                 if len(lacking) == len(BLOCKS[block]):
                     near = _near(flag, self.flags[lacking[0]])
                     faults.append(f"{block}.{flag}: {lacking[0]} has no flag --{flag}{near}")
+        rounds = "1" if faults else str((self.values["rl"] or {}).get("epochs", 1))
+        if rounds != "1" and not self.values["teacher_beside_rl"]:
+            faults.append(
+                f"rl.epochs: {rounds} rounds of RL need their Teacher beside them; set teacher_beside_rl to true, or "
+                "rl.epochs to 1 and use --rounds"
+            )
         cli.refuse([f"--config {self.path}: {fault}" for fault in faults])
 
     @cached_property
@@ -225,7 +231,8 @@ class Run:
             if config[name]:
                 makes = [out / "vision_features"] if name == "features" else []
                 yield Stage(name, script, [self.command(script, name)], uses=["prepare"], makes=makes)
-        yield Stage("check", "data and machine", [self.command("tools/doctor.py", "data prompt")],
+        given = {} if config["start"].get("model") else {"model": self.start}
+        yield Stage("check", "data and machine", [self.command("tools/doctor.py", "data prompt", **given)],
                     uses=["prepare", "features", "captions"])  # fmt: skip
         if config["start"].get("model"):
             blocks = "data prompt rationale generate start"
@@ -251,7 +258,7 @@ class Run:
         begins = ["start", "baseline"] if number == 1 else [f"sft_{number - 1}"]
         if config["teacher_beside_rl"]:
             commands = [sampled, scores]
-        else:  # the GPUs are free while the Teacher works
+        else:  # the GPUs are free while the Teacher works; finished commands are recorded one by one
             flags = ["--questions_dir", f"{rl}/questions", *config.words("haiku.py", ["data"], self.filled)]
             write = f"bash preprocessing_after_RL/processing_sentence_level_feedback.sh {shlex.join(flags)}"
             commands = [f"{sampled} --phase collect", write, scores, f"{sampled} --phase train"]
@@ -356,7 +363,8 @@ def refuse_changed(stages: Sequence[Stage], chain: Chain, args: argparse.Namespa
     """Forget what --redo names and all that depends on it; refuse finished stages whose inputs or flags changed."""
     again = set(args.redo)
     for stage in stages:
-        if stage.name in again or (stage.name in chain.done and again & set(stage.uses)):
+        begun = stage.name in chain.done or any(path.exists() for path in stage.makes)
+        if stage.name in again or (begun and again & set(stage.uses)):
             again.add(stage.name)
     for stage in stages:
         if stage.name in chain.done and stage.name not in again and (change := chain.change(stage)):
@@ -516,6 +524,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.seeds and not (args.plan or args.dry_run) and all((run.output / "table.json").exists() for run in runs):
         pooled = [f"{run.output}" for run in runs]
         words = [sys.executable, "tools/compare.py", "--runs", *pooled, "--output", str(output)]
+        words += ["--published", config["published"]]
         subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         print_table(output)
 

@@ -1,8 +1,7 @@
 """A chain of commands as resumable stages: each is printed, logged, timed, recorded, and not run twice.
 
     chain = Chain(Path("runs/base"))
-    stage = Stage("rl", "RL", [Command("python run_mm_cot_rl.py ..."), ...], uses=("start",), makes=(run / "rl",))
-    chain.run([stage])
+    chain.run([Stage("rl", "RL", ["python run_mm_cot_rl.py ..."], uses=["start"], makes=[run / "rl"])])
 
 Used by run_ares.py. A command is text as it could be typed in bash at the project's root.
 """
@@ -20,8 +19,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from ares.cli import UserError, print0
 
 ROOT = Path(__file__).resolve().parents[1]
 TAIL = 15  # lines of a failed command's log that are shown
+LAST_LINES_SECONDS = 10.0  # for the others of commands that run together, once the first has ended
 SCRIPT_WORDS = (".py", ".sh")  # ends of the word from which on a command counts as the same: its launcher may change
 
 
@@ -37,8 +37,8 @@ SCRIPT_WORDS = (".py", ".sh")  # ends of the word from which on a command counts
 class Stage:
     """Commands that run in order, `at_once` at a time; `uses` are the stages whose files they read.
 
-    With `together` all run at the same time, and the end of one with an error ends the others (RL and its Teacher).
-    `makes` are the files and folders that a redo deletes.
+    With `together` all run at the same time, and the stage ends with the first of them, or with an error of any (RL
+    and its Teacher). `makes` are the files and folders that a redo deletes.
     """
 
     name: str
@@ -48,7 +48,6 @@ class Stage:
     makes: Sequence[Path] = ()
     at_once: int = 1
     together: bool = False
-    units: dict[str, float] = field(default_factory=dict)  # amounts of work, for a plan
 
     def identity(self) -> list[list[str]]:
         """The commands without their launchers: how many processes a stage had does not matter later."""
@@ -62,7 +61,8 @@ def from_script(words: list[str]) -> list[str]:
 
 
 class Chain:
-    """Runs stages in a folder. {folder}/stages.json records the finished ones, {folder}/logs/{stage}.log their output.
+    """Runs stages in a folder. {folder}/stages.json records the finished ones, and the finished commands of one that
+    was stopped between two; {folder}/logs/{stage}.log has their output.
 
     Raises UserError for a record that is damaged.
     """
@@ -70,11 +70,13 @@ class Chain:
     def __init__(self, folder: Path):
         self.folder, self.record_file = folder, folder / "stages.json"
         self.done: dict[str, dict[str, Any]] = {}
+        self.begun: dict[str, list[list[str]]] = {}  # unfinished stage -> its finished commands
         if self.record_file.exists():
-            record = files.read_json(self.record_file, "--output", dict).get("stages")
-            if not isinstance(record, dict) or not all(isinstance(stage, dict) for stage in record.values()):
-                raise UserError(f"--output: {self.record_file} is damaged; delete it: finished stages end at once")
-            self.done = record
+            record = files.read_json(self.record_file, "--output", dict)
+            self.done, self.begun = record.get("stages"), record.get("begun", {})
+            for stages, kind in ((self.done, dict), (self.begun, list)):
+                if not isinstance(stages, dict) or not all(isinstance(stage, kind) for stage in stages.values()):
+                    raise UserError(f"--output: {self.record_file} is damaged; delete it: finished stages end at once")
         # OpenMP's threads spin while they wait, which costs a shared machine more than a tiny model gains
         threads = {} if shutil.which("nvidia-smi") else {"OMP_NUM_THREADS": "1"}
         self.environment = {**threads, **os.environ, "PYTHON": sys.executable, "TOKENIZERS_PARALLELISM": "false"}
@@ -104,11 +106,11 @@ class Chain:
             if path.resolve().is_relative_to(self.folder.resolve()) and path.resolve() != self.folder.resolve():
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         (self.folder / "logs" / f"{stage.name}.log").unlink(missing_ok=True)
-        if self.done.pop(stage.name, None):
+        if [self.done.pop(stage.name, None), self.begun.pop(stage.name, None)] != [None, None]:
             self._save()
 
     def _save(self) -> None:
-        files.write_json(self.record_file, {"stages": self.done})
+        files.write_json(self.record_file, {"stages": self.done, **({"begun": self.begun} if self.begun else {})})
 
     # -- running -------------------------------------------------------------------------------------------
 
@@ -125,6 +127,7 @@ class Chain:
                 self.run_commands(stage)
                 seconds, cpu = time.monotonic() - began, _cpu_seconds() - cpu
                 used = {name: self.done.get(name, {}).get("id") for name in stage.uses}
+                self.begun.pop(stage.name, None)
                 self.done[stage.name] = {
                     "title": stage.title, "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1),
                     "id": uuid.uuid4().hex[:12], "commands": stage.identity(), "used": used,
@@ -133,28 +136,37 @@ class Chain:
                 print0(f"   {seconds:.0f} s")
 
     def run_commands(self, stage: Stage) -> None:
-        """Run the commands of a stage; ends them all where one fails."""
-        waiting, running = list(stage.commands), []
+        """Run the commands of a stage that have not finished; ends them all where one fails."""
+        finished = [] if stage.together else self.begun.get(stage.name, [])
+        waiting = [command for command in stage.commands if from_script(shlex.split(command)) not in finished]
+        running: dict[subprocess.Popen, str] = {}
         at_once = len(waiting) if stage.together else stage.at_once
         log = self.folder / "logs" / f"{stage.name}.log"
         with _progress(log) as show:
             try:
                 while waiting or running:
                     while waiting and len(running) < at_once:
-                        running.append(self.start(waiting.pop(0), log))
+                        command = waiting.pop(0)
+                        running[self.start(command, log)] = command
                     time.sleep(0.2)
                     show()
                     for process in [one for one in running if one.poll() is not None]:
-                        running.remove(process)
+                        command = running.pop(process)
                         if process.returncode:
                             raise UserError(self.failure(stage, process, log))
+                        if not stage.together:
+                            self.begun.setdefault(stage.name, []).append(from_script(shlex.split(command)))
+                            self._save()
+                        elif command == stage.commands[0]:  # a restarted Teacher would wait for more of it
+                            _wait(running, LAST_LINES_SECONDS)
+                            return
             finally:
                 for process in running:
                     process.terminate()
+                _wait(running, 30)
                 for process in running:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(30)
                     process.kill()
+                    process.wait()
 
     def start(self, command: str, log: Path) -> subprocess.Popen:
         """Start `command` with this environment's python; its output is appended to `log`."""
@@ -180,6 +192,14 @@ class Chain:
         command = shlex.join(from_script(list(process.args)))
         again = "What is finished is kept: correct the cause, then run the same command again."
         return f"stage {stage.name} {how}: {command}\nThe end of {log}:\n{tail}\n{again}"
+
+
+def _wait(processes: Iterable[subprocess.Popen], seconds: float) -> None:
+    """Wait until all have ended, at most so long."""
+    end = time.monotonic() + seconds
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0, end - time.monotonic()))
 
 
 def _cpu_seconds() -> float:

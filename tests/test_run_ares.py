@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import run_ares
-from ares import files
+from ares import files, stages
 from ares.cli import UserError
 from ares.stages import Chain, Stage, from_script
 from teacher import handoff
@@ -87,6 +87,33 @@ def test_a_failed_command_is_shown_with_the_end_of_its_log_and_ends_those_beside
         Chain(tmp_path).run([Stage("y", "Y", ["no-such-launcher main.py"])])
 
 
+def test_a_stage_ends_with_the_first_of_its_commands_that_run_together(tmp_path, monkeypatch):
+    """RL has ended, a Teacher that was started again with it waits for questions that never come."""
+    monkeypatch.setattr(stages, "LAST_LINES_SECONDS", 0.5)
+    pid = tmp_path / "pid"
+    waiting = python(f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)")
+    first = python(f"import os, time\nwhile not os.path.exists({str(pid)!r}): time.sleep(0.05)")
+    began = time.monotonic()
+    Chain(tmp_path).run([Stage("rl", "RL", [first, waiting], together=True)])
+    assert time.monotonic() - began < 40 and "rl" in Chain(tmp_path).done
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_finished_commands_of_a_stopped_stage_are_not_run_again(tmp_path):
+    count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
+    fails = python(f"import os; raise SystemExit(not os.path.exists({str(tmp_path / 'fixed')!r}))")
+    stage = Stage("rl", "RL", [python(count), fails, python(f"{count} # again")], makes=[tmp_path / "count"])
+    with pytest.raises(UserError, match="stage rl ended with status 1"):
+        Chain(tmp_path).run([stage])
+    (tmp_path / "fixed").touch()
+    Chain(tmp_path).run([stage])
+    assert (tmp_path / "count").read_text() == "xx" and Chain(tmp_path).begun == {}
+    Chain(tmp_path).forget(stage)
+    Chain(tmp_path).run([stage])
+    assert (tmp_path / "count").read_text() == "xx"
+
+
 def test_another_launcher_is_no_change():
     words = "accelerate launch --num_processes 4 main.py --lr 1"
     assert from_script(words.split()) == from_script("python main.py --lr 1".split()) == ["main.py", "--lr", "1"]
@@ -129,6 +156,13 @@ def test_a_wrong_configuration_is_one_line(text, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(UserError, match=FAULTS[text]):
         run_ares.Config(str(tmp_path / "mine.yaml"), [])
+
+
+def test_several_rounds_of_rl_need_their_teacher_beside_them():
+    demo = str(ROOT / "configs/demo.yaml")
+    with pytest.raises(UserError, match="rl.epochs: 4 rounds of RL need their Teacher beside them"):
+        run_ares.Config(demo, ["teacher_beside_rl=false"])
+    run_ares.Config(demo, ["teacher_beside_rl=false", "rl.epochs=1"])
 
 
 @pytest.mark.parametrize("change", ["rl", "rl=1", "rl.lr", "nothing.lr=1", "size.x=1"])
@@ -267,17 +301,17 @@ def test_the_papers_configuration_on_real_questions_killed_five_times(tmp_path, 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     words = [*SCRIPT, "configs/scienceqa_base.yaml", "--set", *real_run]
     run_script(*words, "--output", whole)
-    stages = list(read(whole / "stages.json")["stages"].items())
+    recorded = list(read(whole / "stages.json")["stages"].items())
     rng, kills = random.Random(0), 0
     # in RL, in SFT, among the adapters, and anywhere
-    places = ["rl", "sft", "lora", *(rng.choice(stages)[0] for _ in range(2))]
-    for place in sorted(places, key=[name for name, _ in stages].index):
+    places = ["rl", "sft", "lora", *(rng.choice(recorded)[0] for _ in range(2))]
+    for place in sorted(places, key=[name for name, _ in recorded].index):
         process = subprocess.Popen(
             [sys.executable, *map(str, words), "--output", str(killed)], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
         for line in process.stdout:
             if line.startswith(f"== {place}:"):
-                time.sleep(rng.uniform(0, 0.8) * dict(stages)[place]["seconds"])
+                time.sleep(rng.uniform(0, 0.8) * dict(recorded)[place]["seconds"])
                 process.send_signal(signal.SIGKILL)
                 break
         kills += process.wait() == -signal.SIGKILL
