@@ -448,6 +448,7 @@ def append_line(path: AnyPath, text: str) -> None:
 
 _reserve: Path | None = None
 _reserve_used = False  # the disk was full: nothing new may begin
+_freeing = threading.Lock()  # a name is gone before its blocks are free: a second thread must wait for the first one
 
 
 @contextlib.contextmanager
@@ -483,5 +484,6 @@ def _with_reserve(write: Callable[[], None], path: AnyPath, allowed: bool = True
         if held is None or os.stat(os.path.dirname(path) or ".").st_dev != held.parent.stat().st_dev:
             raise
         _reserve_used = True
-        held.unlink(missing_ok=True)
+        with _freeing:
+            held.unlink(missing_ok=True)
         write()

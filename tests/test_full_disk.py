@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import shutil
 import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +69,29 @@ def test_a_disk_without_room_for_the_replies_is_refused_before_money_is_spent(di
         with pytest.raises(UserError, match="cannot write .*teacher/reserve .No space left on device"):
             haiku.main(["--questions_dir", str(disk / "questions"), "--base_url", server.url, "--data_root", "none"])
         assert not server.asked
+
+
+def test_threads_that_meet_a_full_disk_at_once_all_write(tmp_path, monkeypatch):
+    """The first one frees the reserve: its name is gone a moment before its blocks are."""
+    replace, free = files._replace, threading.Event()
+
+    def full_until_freed(path, data, flush):
+        if not free.is_set():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(path, data, flush)
+
+    def unlink(path, missing_ok=False):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+            time.sleep(0.3)
+            free.set()
+
+    with files.reserve(tmp_path / "reserve", 4096), ThreadPoolExecutor(4) as pool:
+        monkeypatch.setattr(files, "_replace", full_until_freed)
+        monkeypatch.setattr(Path, "unlink", unlink)
+        list(pool.map(lambda i: files.write_bytes(tmp_path / f"{i}", b"x"), range(4)))
+        assert files.disk_full()
+    assert all((tmp_path / f"{i}").read_bytes() == b"x" for i in range(4))
 
 
 @pytest.fixture(scope="module")
