@@ -259,7 +259,7 @@ def _say_total(items: Sequence[Item], todo: Sequence[Item]) -> None:
 
 
 def _check_space(todo: Sequence[Item], folder: Path, models_dir: Path) -> None:
-    """Raise UserError if a disk has no room for its files and for the largest archive beside its unpacked content."""
+    """Raise UserError if the files do not fit on a disk, and for the largest archive beside its unpacked content."""
     roots: dict[int, tuple[Path, list[Item]]] = {}
     for item in todo:
         root = models_dir if item.row.model else folder

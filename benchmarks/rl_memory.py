@@ -92,7 +92,7 @@ class Autocast:
         for module, name, function in [
             (F, "linear", lambda x, weight, bias=None: self.linear(*map(self.low, (x, weight, bias)))),
             (F, "scaled_dot_product_attention", self.attention),
-            (F, "dropout", lambda x, p=0.5, training=True, inplace=False: torch.native_dropout(x, p, training)[0]),
+            (F, "dropout", lambda x, p=0.5, training=True, *_: torch.native_dropout(x, p, True)[0] if training else x),
             (F, "rms_norm", lambda x, *how: torch.ops.aten._fused_rms_norm(x, *how)[0]),
             (torch.amp, "is_autocast_available", lambda device: True),
             (torch, "is_autocast_enabled", lambda device: True),

@@ -197,8 +197,9 @@ def which_picture(rng: Random) -> Question:
         grades=(1, 2),
         question=f"Which picture shows a {gold} {shape}?",
         **in_order(names, names[answer]),
-        solution=f"Look at the color in each picture. {names[answer].capitalize()} shows a {gold} {shape}. "
-        f"{names[1 - answer].capitalize()} shows {a(other)} {shape}. {conclude(names[answer])}",
+        # only the conclusion has the words of a choice: a tiny adapter does not tell which of two names comes last
+        solution=f"Look at the color in each picture. Picture {answer + 1} shows a {gold} {shape}. "
+        f"Picture {2 - answer} shows {a(other)} {shape}. {conclude(names[answer])}",
         lecture=rng.choice(("", "Color and shape are properties of an object.")),
         caption="A shape on a white background.",
         images=images,

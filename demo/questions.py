@@ -143,8 +143,9 @@ def genes(rng: Random) -> Question:
         hint=f"The allele for {dominant} ({big}) is dominant over the allele for {recessive} ({big.lower()}). "
         f"This {organism} has the genotype {genotype}.",
         **in_order(traits, traits[0 if shows else 1]),
+        # only the conclusion has the words of a choice, as in demo.pictures.which_picture
         solution=f"Look at the genotype of the {organism}. The genotype {genotype} has {alleles}. "
-        f"The allele for {dominant} is dominant over the allele for {recessive}. "
+        f"The allele for {dominant} hides the allele for {recessive}. "
         f"{conclude(traits[0 if shows else 1])}",
         lecture="An organism's genotype affects its phenotype. One dominant allele is enough to show a dominant trait."
         "\nA recessive trait shows only when both alleles are recessive.",

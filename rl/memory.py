@@ -23,8 +23,9 @@ from rl.rollouts import FIELDS, Prompts, Rollouts
 from rl.trainer import PpoTrainer
 
 PASS_TOKENS = 8192  # of a pass on a GPU with memory for it: more tokens fill it no better
-STATE = 18  # bytes per parameter: weight, gradient and AdamW's moments in fp32, the last gradient in bf16
-ACTIVATIONS = 59  # bytes per token, layer and unit of d_model that the backward pass needs (docs/rl.md, Memory)
+# bytes per parameter: weight, gradient and AdamW's moments in fp32; in bf16 the last gradient and a pass's weights
+STATE = 20
+ACTIVATIONS = 36  # bytes per token, layer and unit of d_model that the backward pass needs (docs/rl.md, Memory)
 RESERVED = 2**30  # bytes for CUDA and its libraries
 
 
