@@ -363,7 +363,7 @@ def refuse_changed(stages: Sequence[Stage], chain: Chain, args: argparse.Namespa
     """Forget what --redo names and all that depends on it; refuse finished stages whose inputs or flags changed."""
     again = set(args.redo)
     for stage in stages:
-        begun = stage.name in chain.done or any(path.exists() for path in stage.makes)
+        begun = stage.name in {**chain.done, **chain.begun} or any(path.exists() for path in stage.makes)
         if stage.name in again or (begun and again & set(stage.uses)):
             again.add(stage.name)
     for stage in stages:
