@@ -52,6 +52,7 @@ NOTHING_TO_ASK = frozenset(("no_rationale", "no_sentences"))  # no Teacher can s
 CUT_SHORT = ("max_tokens", "refusal", "model_context_window_exceeded")
 UNKNOWN = "unknown origin"  # a reply without reply.json: of the released code, or copied in by hand
 OURS = "teacher"  # {questions_dir}/teacher/: lock, spend log, batch records
+CHECK = "check.json"  # there: the scores of two Teachers, side by side
 IMAGE_NAME = re.compile(r"image\.png|choice_\d+\.png")
 WRITERS = 4  # threads that save replies: their flushes to disk overlap
 
