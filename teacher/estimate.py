@@ -238,10 +238,12 @@ def show(session: Session, items: list[Item], qid: str) -> None:
     if request is None:
         raise cli.UserError(f"--show: {item.folder} has no request that fits its rationale; run the preprocessing")
     if session.together:
-        first = {each.sentences: each for each in map(session.request, chosen) if each is not None}
-        alike = [each for each in first.values() if together.shared_text(each) == together.shared_text(request)]
-        if together.shared_text(request) is not None and len(alike) > 1:
-            request = together.join(alike, session.wording)
+        shared, alike = together.shared_text(request), {}
+        for each in filter(None, map(session.request, chosen)):
+            if shared is not None and together.shared_text(each) == shared:
+                alike.setdefault(each.sentences, each)
+        if len(alike) > 1:
+            request = together.join(list(alike.values()), session.wording)
     cli.print0(f"{item.folder}  (prompt version {session.wording.version})")
     for path in request.images:
         kind, data = images.load_image(path, qid)

@@ -117,7 +117,7 @@ def _write_result(folder: str | os.PathLike, result: list[float] | str | Refused
         write_if_changed(f"{folder}/{SCORES}", "".join(f"{score}\n" for score in result))
 
 
-def set_reply_aside(folder: Path, text: str, reason: str) -> None:
+def set_cut_reply_aside(folder: Path, text: str, reason: str) -> None:
     """Keep a reply under a name by which nothing reads it: one that was cut off though it can be read, or one about
     several rationales without a certain part for this one."""
     files.write_text(folder / REFUSED_REPLY, text)

@@ -33,7 +33,7 @@ from teacher.interface import (
     custom_id,
     same_model,
 )
-from teacher.reply_files import ReplyCache, is_answered, read_sidecar, reading, set_reply_aside, write_reply
+from teacher.reply_files import ReplyCache, is_answered, read_sidecar, reading, set_cut_reply_aside, write_reply
 
 PREPARE = {
     SCORE: "bash preprocessing_after_RL/processing_sentence_level_feedback.sh --questions_dir",
@@ -338,7 +338,7 @@ class Session:
             found = {keys[0]: self.save_reply(keys[0], request, reply, sidecars[0])}
             return {key: refused for key, refused in found.items() if refused}
         found = {}
-        parts, shares = together.split(reply.text, request.rationales), together.shares(reply, len(keys))
+        parts, shares = together.split(reply.text, len(keys)), together.shares(reply, len(keys))
         for key, sentences, part, share, sidecar in zip(
             keys, request.rationales, parts, shares, sidecars, strict=True
         ):
@@ -347,7 +347,7 @@ class Session:
             if isinstance(part, Refused):
                 cut = reply.stop_reason in CUT_SHORT
                 refused = Refused(reply.stop_reason, str(part)) if cut else part
-                set_reply_aside(self.open[key][0].folder, reply.text, str(refused))
+                set_cut_reply_aside(self.open[key][0].folder, reply.text, str(refused))
             else:
                 one = dataclasses.replace(request, sentences=sentences, rationales=())
                 refused = self.save_reply(key, one, dataclasses.replace(share, text=part), sidecar)
@@ -367,7 +367,7 @@ class Session:
         read = reading(self.kind, reply.text, request.sentences)
         incomplete = reply.stop_reason == "refusal" or (reply.stop_reason in CUT_SHORT and self.kind == CORRECT)
         if not isinstance(read, Refused) and incomplete:
-            set_reply_aside(first.folder, reply.text, reply.stop_reason)
+            set_cut_reply_aside(first.folder, reply.text, reply.stop_reason)
             return Refused(reply.stop_reason)
         write_reply(first.folder, reply.text, about, read, paid=not self.free)
         if isinstance(read, Refused):

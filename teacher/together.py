@@ -23,12 +23,16 @@ from collections.abc import Iterator, Sequence
 
 from teacher.handoff import form
 from teacher.interface import SCORE, TOGETHER, Reply, Request, Wording
-from teacher.parsing import Refused, collapse, read_text
+from teacher.parsing import Refused, read_text
 
+# in a sentence: could be taken for the name of a part, or for lists of scores
+_TRAP = re.compile(r"rationale[\s_]?\d|\[\s*\[", re.IGNORECASE)
+_MOST_LISTS = 20  # each is read to its end, so their number must be bounded
 _LABEL = re.compile(r'(?<!\\)"rationale[\s_]?(\d{1,4})"\s?:\s?(?=[{\[])', re.IGNORECASE)
 _LISTS = re.compile(r"\[\s?\[")
 _BETWEEN = re.compile(r"[\s,{}\[\]]*")  # between two parts, also where each has an object of its own
-_BEHIND = re.compile(r"\s?,?\s?(?:[}\]]|\Z)")  # after the last part: the object ends
+# after the last part: the object ends, or the reply is cut off within a name
+_BEHIND = re.compile(r'\s?,?\s?(?:[}\]]|"?\w*+"?\s?:?\s?\Z)')
 _TWO_ENDS = re.compile(r"\}\s?,?\s?\}[^{}]*\Z")
 
 
@@ -36,9 +40,11 @@ _TWO_ENDS = re.compile(r"\}\s?,?\s?\}[^{}]*\Z")
 
 
 def shared_text(request: Request) -> str | None:
-    """The text of a scoring request without its rationale; None where that does not stand at its end."""
+    """The text of a scoring request without its rationale; None for a request that has to be sent by itself: the
+    rationale does not stand at its end, or holds what could be taken for a part of the reply."""
     own, text = form(request.sentences), request.text.rstrip()
-    return text.removesuffix(own) if request.kind == SCORE and text.endswith(own) else None
+    apart = request.kind != SCORE or not text.endswith(own) or any(map(_TRAP.search, request.sentences))
+    return None if apart else text.removesuffix(own)
 
 
 def join(requests: Sequence[Request], wording: Wording) -> Request:
@@ -59,66 +65,58 @@ def join(requests: Sequence[Request], wording: Wording) -> Request:
 # -- the reply -------------------------------------------------------------------------------------------
 
 
-def split(reply: str, rationales: Sequence[Sequence[str]]) -> list[str | Refused]:
-    """The part of each rationale, or why it has none. `rationales`: their sentences, none where they are not known."""
+def split(reply: str, count: int) -> list[str | Refused]:
+    """The part of each of `count` rationales, or why it has none."""
     try:
         text = read_text(reply)
-        named = _named(text, rationales)
-        return named or _in_order(text, len(rationales))
+        return _named(text, count) or _in_order(text, count)
     except Refused as refused:
-        return [refused] * len(rationales)
+        return [refused] * count
 
 
-def _named(text: str, rationales: Sequence[Sequence[str]]) -> list[str | Refused]:
+def _named(text: str, count: int) -> list[str | Refused]:
     """The parts by their names; [] if none is named. Raises Refused where no name can be trusted."""
-    count, hidden = len(rationales), _without_quotes(text, rationales)
-    labels = list(_LABEL.finditer(hidden))
+    labels = list(_LABEL.finditer(text))
     if not labels:
         return []
     numbers = [int(label[1]) for label in labels]
-    if strange := next((number for number in numbers if not 1 <= number <= count), None):
-        raise Refused("ambiguous", f"it holds a rationale_{strange}, and {count} rationales were sent")
-    if 0 in numbers:
-        raise Refused("ambiguous", "it counts the rationales from 0")
+    if len(labels) > 2 * count:
+        raise Refused("ambiguous", f"it holds {len(labels)} names of rationales, and {count} were sent")
+    if strange := [number for number in numbers if not 1 <= number <= count]:
+        raise Refused("ambiguous", f"it holds a rationale_{strange[0]}, and {count} rationales were sent")
     spans = list(_spans(text, labels))
-    if _LISTS.search(hidden[: labels[0].start()]) or _LISTS.search(hidden[spans[-1][1] :]):
+    if _LISTS.search(text[: labels[0].start()]) or _LISTS.search(text[spans[-1][1] :]):
         raise Refused("ambiguous", "it holds the scores twice, by name and by order")
     found: dict[int, str | Refused] = {}
     for number, times in Counter(numbers).items():
         if times > 1:
             found[number] = Refused("ambiguous", f"it holds rationale_{number} {times} times")
-    broken = False  # the part before has no certain end
-    for number, (start, end, closed) in zip(numbers, spans, strict=True):
-        if broken or not closed:
+    inside = False  # the part before
+    for number, (start, end, certain, goes_on) in zip(numbers, spans, strict=True):
+        if inside or not certain:
             found[number] = Refused("ambiguous", f"where rationale_{number} begins or ends is not clear")
         found.setdefault(number, text[start:end])
-        broken = not closed
+        inside = goes_on
     missing = (number for number in range(1, count + 1) if number not in found)
     found |= {number: Refused("wrong_count", f"it holds no rationale_{number}") for number in missing}
     return [found[number] for number in range(1, count + 1)]
 
 
-def _without_quotes(text: str, rationales: Sequence[Sequence[str]]) -> str:
-    """The text where sentences that could be taken for a name are blanked; places stay the same."""
-    traps = {collapse(sentence) for sentences in rationales for sentence in sentences if _LABEL.search(sentence)}
-    for trap in sorted(traps, key=len, reverse=True):
-        text = text.replace(f'"{trap}"', '"' + " " * len(trap) + '"')
-    return text
-
-
-def _spans(text: str, labels: Sequence[re.Match]) -> Iterator[tuple[int, int, bool]]:
-    """(start, end, whether the end is certain) of the value behind each name."""
+def _spans(text: str, labels: Sequence[re.Match]) -> Iterator[tuple[int, int, bool, bool]]:
+    """(start, end, whether the end is certain, whether the next name is within) of the value behind each name."""
     for label, after in itertools.zip_longest(labels, labels[1:]):
         start, limit = label.end(), after.start() if after else len(text)
         end = _json_end(text, start)
-        if end is not None and end <= limit:
-            yield start, end, bool(_BETWEEN.fullmatch(text, end, limit) if after else _BEHIND.match(text, end))
+        if end is not None:
+            certain = bool(_BETWEEN.fullmatch(text, end, limit) if after else _BEHIND.match(text, end))
+            yield start, end, certain and end <= limit, end > limit
         elif after:  # no JSON: sentences are quoted with quotes of their own
             end = start + len(text[start:limit].rstrip(" \n,"))
-            yield start, end, text[end - 1] in "}]"
+            closed = text[end - 1] in "}]"
+            yield start, end, closed, not closed
         else:
             ends = _TWO_ENDS.search(text, start)
-            yield start, ends.start() + 1 if ends else limit, True  # the parser of one reply wants its end
+            yield start, ends.start() + 1 if ends else limit, True, False  # the parser of one reply wants its end
 
 
 def _json_end(text: str, start: int) -> int | None:
@@ -131,7 +129,9 @@ def _json_end(text: str, start: int) -> int | None:
 def _in_order(text: str, count: int) -> list[str | Refused]:
     """The parts of lists without names. Raises Refused unless there is one for each rationale."""
     answers, position = [], 0
-    for match in _LISTS.finditer(text):
+    for tried, match in enumerate(_LISTS.finditer(text)):
+        if tried >= _MOST_LISTS:
+            raise Refused("ambiguous", f"more than {_MOST_LISTS} lists of lists")
         if match.start() >= position and (end := _json_end(text, match.start())):
             answers.append(json.JSONDecoder(strict=False).raw_decode(text, match.start())[0])
             position = end
