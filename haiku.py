@@ -194,6 +194,7 @@ def rounds_to_come(questions: Path) -> bool:
 
 def check(args: argparse.Namespace, items: Sequence[handoff.Item], first: Session) -> None:
     """Print how far the Teacher of the flags and `--against` agree on `--check` rationales, and save it."""
+    estimate.read_checks(Path(args.questions_dir) / OURS)  # before anything is paid for
     second_args, apart = client.second_teacher(args), args.against == "apart"
     itself = second_args.teacher == args.teacher and second_args.teacher_model in ("reference", args.teacher_model)
     if itself and not apart:

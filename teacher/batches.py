@@ -426,11 +426,8 @@ class _Batches:
         if len(asked) > 1:
             rationales = tuple(each[0].sentences if each else () for each in prepared)
             request = dataclasses.replace(request, rationales=rationales)
-        more = {"together": len(asked)} if len(asked) > 1 else {}
-        sidecars = [
-            (each[1] if each else {}) | more | {"attempt": entry["attempt"]}
-            for each, entry in zip(prepared, asked, strict=True)
-        ]
+        abouts = [each[1] if each else {} for each in prepared]
+        sidecars = [about | {"attempt": entry["attempt"]} for about, entry in zip(abouts, asked, strict=True)]
         refused = await asyncio.to_thread(session.save_replies, keys, request, outcome, sidecars)
         for key, entry in wanted.items():
             if key in refused:

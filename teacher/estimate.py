@@ -76,12 +76,16 @@ class Size:
     text: float = 0.0
     images: float = 0.0
     replies: float = 0.0
+    image_files: int = 0
+    with_images: int = 0  # requests
 
     def add(self, request: Request, structured: bool, exact: bool) -> None:
         self.requests += 1
         self.text += input_characters(request, structured, exact)
         self.images += sum(map(images.estimated_tokens, request.images))
         self.replies += output_characters(request, structured, exact)
+        self.image_files += len(request.images)
+        self.with_images += bool(request.images)
 
     def tokens(self, model: str, ratio: float = 1.0) -> tuple[float, float]:
         """(input, output) tokens of a model; `ratio` corrects the rule of the input."""
@@ -138,7 +142,6 @@ def estimate(session: Session, ways: Mapping[str, list[list[str]]] | None = None
             size.add(session.prepare(*unit)[0], teacher.structured, teacher.preset.exact)
     own = "together" if session.together else "apart"
     ratio, how = _counted(session, units[own])
-    image_counts = [len(session.prepare(*unit)[0].images) for unit in units[own]]
     tokens_in, tokens_out = sizes[own].tokens(teacher.model, ratio)
     requests = f"{len(asked)} to ask"
     if session.together:
@@ -148,7 +151,7 @@ def estimate(session: Session, ways: Mapping[str, list[list[str]]] | None = None
         f"{items} are open: {len(session.open)} distinct requests ({items - len(session.open)} duplicates, asked "
         f"once), {len(session.open) - len(asked)} of them known already, {requests}"
     )
-    cli.print0(f"images: {sum(image_counts)}, in {sum(map(bool, image_counts))} of these requests")
+    cli.print0(f"images: {sizes[own].image_files}, in {sizes[own].with_images} of these requests")
     if report.text_only:
         cli.print0(f"{report.text_only} rationales would go without the image that their question names")
     content = REPLY_CONTENT[session.kind if teacher.structured or session.kind == JUDGE else CORRECT]
@@ -383,9 +386,13 @@ def agreement_lines(
     return lines
 
 
+def read_checks(folder: Path) -> dict[str, Any]:
+    """What earlier runs of --check have found: {"{who} against {against}": {"who", "against", ... of `agreement`}}.
+    Raises UserError for a damaged file."""
+    return files.read_json(folder / CHECKS, "--check", dict) if (folder / CHECKS).exists() else {}
+
+
 def save_check(folder: Path, who: str, against: str, found: Mapping[str, Any]) -> None:
-    """Add what `agreement` has found to `folder`/check.json: {"{who} against {against}": {"who", "against", ...}}."""
-    path, checks = folder / CHECKS, {}
-    if path.exists():
-        checks = files.read_json(path, "--check", dict)
-    files.write_json(path, checks | {f"{who} against {against}": {"who": who, "against": against, **found}})
+    """Add what `agreement` has found to `folder`/check.json."""
+    added = {f"{who} against {against}": {"who": who, "against": against, **found}}
+    files.write_json(folder / CHECKS, read_checks(folder) | added)

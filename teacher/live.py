@@ -111,8 +111,8 @@ class _Live:
     async def ask_once(self, ask: _Ask) -> list[_Ask]:
         """Send one request and save its reply for all items. Returns what is to be asked again."""
         session, keys = self.session, list(ask.prepared)
-        request, sidecar = session.join(list(ask.prepared.values()))
-        request = dataclasses.replace(request, length_factor=ask.length_factor)
+        requests, sidecars = zip(*ask.prepared.values(), strict=True)
+        request = dataclasses.replace(session.join(requests), length_factor=ask.length_factor)
         if ask.refused:
             request = session.ask_again(request, *(ask.refused[key] for key in keys))
         try:
@@ -125,7 +125,7 @@ class _Live:
             session.give_up(keys[0], failure.reason, failure.message)
             return []
         session.report.add(reply)
-        sidecars = [sidecar | {"attempt": ask.attempt}] * len(keys)
+        sidecars = [sidecar | {"attempt": ask.attempt} for sidecar in sidecars]
         save = partial(session.save_replies, keys, request, reply, sidecars)
         loop = asyncio.get_running_loop()
         refused = save() if session.free else await loop.run_in_executor(self.writers, save)

@@ -299,15 +299,14 @@ class Session:
     # -- replies ---------------------------------------------------------------------------------------------
 
     def prepare(self, *keys: str) -> tuple[Request, dict[str, Any]]:
-        """The request that is sent for open ones about a question, and what reply.json says besides the reply."""
-        return self.join([self._prepare(key) for key in keys])
+        """The request that is sent for open ones about a question, and what reply.json of the first says besides the
+        reply."""
+        prepared = [self._prepare(key) for key in keys]
+        return self.join([request for request, _ in prepared]), prepared[0][1]
 
-    def join(self, prepared: Sequence[tuple[Request, dict[str, Any]]]) -> tuple[Request, dict[str, Any]]:
-        """What `prepare` returns, from what it returned for each alone."""
-        requests, (sidecar, *_) = zip(*prepared, strict=True)
-        if len(requests) == 1:
-            return requests[0], sidecar
-        return together.join(requests, self.wording), sidecar | {"together": len(requests)}
+    def join(self, requests: Sequence[Request]) -> Request:
+        """One request for those of a unit."""
+        return requests[0] if len(requests) == 1 else together.join(requests, self.wording)
 
     def _prepare(self, key: str) -> tuple[Request, dict[str, Any]]:
         request = self.request(self.open[key][0])
@@ -339,6 +338,7 @@ class Session:
             return {key: refused for key, refused in found.items() if refused}
         found = {}
         parts, shares = together.split(reply.text, len(keys)), together.shares(reply, len(keys))
+        number = {"together": len(keys)}
         for key, sentences, part, share, sidecar in zip(
             keys, request.rationales, parts, shares, sidecars, strict=True
         ):
@@ -350,7 +350,7 @@ class Session:
                 set_cut_reply_aside(self.open[key][0].folder, reply.text, str(refused))
             else:
                 one = dataclasses.replace(request, sentences=sentences, rationales=())
-                refused = self.save_reply(key, one, dataclasses.replace(share, text=part), sidecar)
+                refused = self.save_reply(key, one, dataclasses.replace(share, text=part), sidecar | number)
             if refused:
                 found[key] = refused
         return found

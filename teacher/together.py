@@ -28,8 +28,9 @@ from teacher.parsing import Refused, read_text
 # in a sentence: could be taken for the name of a part, or for lists of scores
 _TRAP = re.compile(r"rationale[\s_]?\d|\[\s*\[", re.IGNORECASE)
 _MOST_LISTS = 20  # each is read to its end, so their number must be bounded
-_LABEL = re.compile(r'(?<!\\)"rationale[\s_]?(\d{1,4})"\s?:\s?(?=[{\[])', re.IGNORECASE)
+_LABEL = re.compile(r'(?<!\\)"rationale[\s_]?([0-9]{1,4})"\s?:\s?(?=[{\[])', re.IGNORECASE)
 _LISTS = re.compile(r"\[\s?\[")
+_OTHER_SCORES = re.compile(r'\[\s?\[|"\s?:\s?"?(?:[0-9]|\.[0-9])')  # beside the named parts
 _BETWEEN = re.compile(r"[\s,{}\[\]]*")  # between two parts, also where each has an object of its own
 # after the last part: the object ends, or the reply is cut off within a name
 _BEHIND = re.compile(r'\s?,?\s?(?:[}\]]|"?\w*+"?\s?:?\s?\Z)')
@@ -85,8 +86,10 @@ def _named(text: str, count: int) -> list[str | Refused]:
     if strange := [number for number in numbers if not 1 <= number <= count]:
         raise Refused("ambiguous", f"it holds a rationale_{strange[0]}, and {count} rationales were sent")
     spans = list(_spans(text, labels))
-    if _LISTS.search(text[: labels[0].start()]) or _LISTS.search(text[spans[-1][1] :]):
-        raise Refused("ambiguous", "it holds the scores twice, by name and by order")
+    behind = text[spans[-1][1] :]
+    behind = behind[_BEHIND.match(behind).end() :] if _BEHIND.match(behind) else ""  # else the last part is refused
+    if _OTHER_SCORES.search(text[: labels[0].start()]) or _OTHER_SCORES.search(behind):
+        raise Refused("ambiguous", "it holds other scores beside those by name")
     found: dict[int, str | Refused] = {}
     for number, times in Counter(numbers).items():
         if times > 1:
