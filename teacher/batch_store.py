@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,15 @@ from ares import files
 from ares.cli import UserError, in_one_line
 
 INTENT, SUBMITTED, COLLECTED = "intent", "submitted", "collected"
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def entry(item: str, text: str, key: str, attempt: int) -> dict[str, Any]:
+    """What a record says of a request about one rationale when it is made; `text`: of the request."""
+    return {"item": item, "text": digest(text), "key": key, "attempt": attempt}
 
 
 @dataclass

@@ -20,11 +20,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import itertools
 import json
 import secrets
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,7 +33,7 @@ from ares.cli import Stop, UserError
 from teacher import api_responses
 from teacher.api_responses import STOP_STATUS, ApiError, NoAnswer, NotAReply, failure_of, is_account_refusal
 from teacher.api_teacher import LONGEST_PAUSE, TooLarge
-from teacher.batch_store import COLLECTED, INTENT, SUBMITTED, BatchStore, Record
+from teacher.batch_store import COLLECTED, INTENT, SUBMITTED, BatchStore, Record, digest, entry
 from teacher.budget import LOST
 from teacher.handoff import Refused
 from teacher.interface import Failed, Reply, Request
@@ -155,13 +155,18 @@ class _Batches:
         }
         return self.session.units(keys, alone)
 
-    def worst(self, unit: list[str]) -> tuple[Request, float]:
-        """The request of a unit, and the most that it can cost."""
-        request, _ = self.session.prepare(*unit)
+    def worst(self, unit: list[str]) -> tuple[Request, list[dict[str, Any]], float]:
+        """The request of a unit, its entries in a record, and the most that it can cost."""
+        own = [self.session.prepare(key)[0] for key in unit]
+        request = self.session.join(own)
         before = [self.history.get(key[:16], {}) for key in unit]
         if refused := [Refused(last["reason"], last["said"]) for last in before if last.get("replied")]:
             request = self.session.ask_again(request, *refused)
-        return request, self.teacher.most_usd(request, batch=True) or 0.0
+        entries = [
+            entry(self.session.open[key][0].name, each.text, key[:16], last.get("attempt", 0) + 1)
+            for key, each, last in zip(unit, own, before, strict=True)
+        ]
+        return request, entries, self.teacher.most_usd(request, batch=True) or 0.0
 
     async def submit(self) -> None:
         """Create batches for `todo`; what exceeds the budget stays in it. Raises Stop if nothing can go on then."""
@@ -172,42 +177,42 @@ class _Batches:
             count = sum(record.count for record in self.pending)
             cli.print0(f"{len(self.pending)} batches with {count} requests are pending; collect them with --batch")
         if self.todo and (self.submit_only or not self.pending):
-            raise self.ledger.stop(self.worst(self.units(self.todo)[0])[1])
+            raise self.ledger.stop(self.worst(self.units(self.todo)[0])[-1])
 
-    def shards(self, units: list[list[str]]) -> Iterator[tuple[list[tuple[list[str], dict]], float]]:
+    def shards(self, units: list[list[str]]) -> Iterator[tuple[list[tuple[list[dict], dict]], float]]:
         """Parts of `units` that fit one batch each, by bytes, by count and by what is left of the budget; of each unit
-        its keys and its request's body."""
+        its entries and its request's body."""
         shard, size, usd = [], 0, 0.0
-        while units:
-            unit, *rest = units
-            request, most = self.worst(unit)
+        left = deque(units)
+        while left:
+            unit = left.popleft()
+            request, entries, most = self.worst(unit)
             try:
                 parameters = self.teacher.parameters(request)
             except TooLarge:
                 if len(unit) == 1:
                     raise
-                units = [*([key] for key in unit), *rest]
+                left.extendleft([key] for key in reversed(unit))
                 continue
             length = len(json.dumps(parameters)) + 100  # with its custom_id
             if shard and (size + length > MAX_BYTES or len(shard) >= MAX_COUNT):
                 yield shard, usd
                 shard, size, usd = [], 0, 0.0
             if not self.ledger.fits(usd + most):
-                self.todo = list(itertools.chain.from_iterable(units))
+                self.todo = [*unit, *itertools.chain.from_iterable(left)]
                 break
-            shard.append((unit, parameters))
-            size, usd, units = size + length, usd + most, rest
+            shard.append((entries, parameters))
+            size, usd = size + length, usd + most
         if shard:
             yield shard, usd
 
-    async def create(self, shard: list[tuple[list[str], dict]], most_usd: float) -> None:
+    async def create(self, shard: list[tuple[list[dict], dict]], most_usd: float) -> None:
         """Save the intent, create the batch, save its id. Raises UserError if the API does not create it."""
         nonce = secrets.token_hex(5)
         requests, asked = [], {}
-        for number, (unit, parameters) in enumerate(shard):
+        for number, (entries, parameters) in enumerate(shard):
             requests.append({"custom_id": f"{nonce}-{number}", "params": parameters})
-            entries = [self.entry(key) for key in unit]
-            asked[f"{nonce}-{number}"] = entries if len(unit) > 1 else entries[0]
+            asked[f"{nonce}-{number}"] = entries if len(entries) > 1 else entries[0]
         most = most_usd if self.teacher.price else None
         record = Record(nonce, len(requests), self.teacher.model, time.time(), most, asked)
         self.store.save(record)
@@ -231,13 +236,6 @@ class _Batches:
                 await asyncio.sleep(max(pause, _backoff(attempt)))
         self.forget(record, failure.reason)  # refused, or searched for and not found
         raise self.user_error(error, attempt)
-
-    def entry(self, key: str) -> dict[str, Any]:
-        """What a record says of a request about one rationale."""
-        request, _ = self.session.prepare(key)
-        attempt = self.history.get(key[:16], {"attempt": 0})["attempt"] + 1
-        item = self.session.open[key][0].name
-        return {"item": item, "text": _digest(request.text), "key": key[:16], "attempt": attempt}
 
     # -- after a restart -------------------------------------------------------------------------------------
 
@@ -409,9 +407,9 @@ class _Batches:
         session, keys = self.session, [self.key_of.get(each["item"]) for each in asked]
         prepared = [session.prepare(key) if key in session.open else None for key in keys]
         wanted: dict[str, dict[str, Any]] = {}  # key -> its entry
-        for place, (key, entry) in enumerate(zip(keys, asked, strict=True)):
-            if prepared[place] and _digest(prepared[place][0].text) == entry["text"]:
-                wanted[key] = entry
+        for place, (key, mine) in enumerate(zip(keys, asked, strict=True)):
+            if prepared[place] and digest(prepared[place][0].text) == mine["text"]:
+                wanted[key] = mine
             else:
                 if prepared[place]:  # the rationale was exported anew since
                     self.ask(key)
@@ -427,25 +425,25 @@ class _Batches:
             rationales = tuple(each[0].sentences if each else () for each in prepared)
             request = dataclasses.replace(request, rationales=rationales)
         abouts = [each[1] if each else {} for each in prepared]
-        sidecars = [about | {"attempt": entry["attempt"]} for about, entry in zip(abouts, asked, strict=True)]
+        sidecars = [about | {"attempt": mine["attempt"]} for about, mine in zip(abouts, asked, strict=True)]
         refused = await asyncio.to_thread(session.save_replies, keys, request, outcome, sidecars)
-        for key, entry in wanted.items():
+        for key, mine in wanted.items():
             if key in refused:
                 why = str(refused[key]).removeprefix(refused[key].reason).removeprefix(": ")
-                entry |= {"reason": refused[key].reason, "said": why, "replied": True}
+                mine |= {"reason": refused[key].reason, "said": why, "replied": True}
                 self.ask(key)
             else:
                 session.finish(key, f"{outcome.teacher} {outcome.model}")
 
     def note_failure(self, wanted: Mapping[str, dict[str, Any]], failed: Failed, single: bool) -> None:
         """Note in the entries of a request why it has no reply, and ask again unless the run ends."""
-        for key, entry in wanted.items():
-            entry |= {"reason": failed.reason, "said": failed.said, "permanent": failed.permanent and single}
+        for key, mine in wanted.items():
+            mine |= {"reason": failed.reason, "said": failed.said, "permanent": failed.permanent and single}
             if failed.account or failed.reason == "canceled":  # free, and the run ends: no attempt
-                entry["attempt"] -= 1
+                mine["attempt"] -= 1
                 continue
             if failed.permanent and not single:  # perhaps because of one rationale only
-                entry["alone"] = True
+                mine["alone"] = True
             self.ask(key)
 
 
@@ -455,7 +453,3 @@ def _backoff(attempt: int) -> float:
 
 def _is_unknown(error: Exception) -> bool:
     return isinstance(error, ApiError) and error.status == 404
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -153,5 +153,5 @@ def _in_order(text: str, count: int) -> list[str | Refused]:
 def shares(reply: Reply, count: int) -> Iterator[Reply]:
     """The reply `count` times, each with an equal share of the tokens and the dollars; their sums are the reply's."""
     for place in range(count):
-        usage = {name: (place + 1) * all_ // count - place * all_ // count for name, all_ in reply.usage.items()}
+        usage = {name: (place + 1) * n // count - place * n // count for name, n in reply.usage.items()}
         yield dataclasses.replace(reply, usage=usage, cost_usd=reply.cost_usd and reply.cost_usd / count)
