@@ -23,6 +23,7 @@ from teacher.interface import SCORE, Reply, Request
 from teacher.parsing import Refused, parse_scores
 from teacher.prompts import WORDING
 from tests.api_server import Fault, fill_form, score_by_text
+from tests.disk import fill, small_disk
 from tests.teacher.teacher_tools import (
     CHOICES,
     MODEL,
@@ -519,6 +520,24 @@ def test_ctrl_c_saves_all_parts_of_the_replies_in_flight(server, joint):
     server.latency = 0.0
     joint.ask()
     assert len(server.log) == 11 and joint.answered == len(joint.items)
+
+
+def test_all_parts_are_saved_when_the_disk_gets_full(server, tmp_path, problems):
+    with small_disk(tmp_path / "disk", "24m") as disk:
+        many_items(disk / "questions", 120, problems)
+        world = World(server, disk / "questions", "--together", "--no-cache", "--concurrency", "20")
+        server.latency = 1.0
+        running = world.client(patch="from teacher import api_teacher; api_teacher.START = 20")
+        wait_until(lambda: server.in_flight == 20)
+        fill(disk)
+        out, err = running.communicate(timeout=120)
+        assert running.returncode == 2 and "No space left on device" in err and "Traceback" not in err, (out, err)
+        paid = sum(len(asked.rationales) for asked in server.asked)
+        assert paid == world.answered >= 20 * K
+        (disk / "filler").unlink()
+        server.latency = 0.0
+        world.ask()
+        assert world.answered == 120 and len(server.log) == 30, "nothing is paid for twice"
 
 
 # -- looking before asking -------------------------------------------------------------------------------------
