@@ -453,7 +453,8 @@ def dollars_per_request(run: Run) -> dict[str, float | None]:
     for kind, block in (("score", "scores"), ("correct", "corrections"), ("judge", "judge")):
         flags = {**run.config["teacher"], **(run.config[block] or {})}
         shown = None if kind == "judge" and not flags.get("with_image") else str(images).format(**run.filled)
-        found[f"ask_{kind}"] = expected_usd(kind, data.problems, data.splits["train"], shown, flags)
+        k = int(run.config["rl"].get("k_actions", 4))
+        found[f"ask_{kind}"] = expected_usd(kind, data.problems, data.splits["train"], shown, flags, k)
     return found
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from ares import files
 from teacher import handoff
-from teacher.session import CHECK, OURS
+from teacher.session import CHECKS, OURS
 from tests.rl import rl_tools
 
 EVIL = '<script>window.pwned=1</script><img src=x onerror="window.pwned=2"></script><!-- <b id=evil>bold</b> {{data}}'
@@ -130,9 +130,9 @@ def make_rl(run: Path, problems: dict, qids: list[str], tokenizer) -> None:
         model = f"teacher-{1 + (item.qid == qids[0])}"
         sidecar = {"model": model, "usage": {"input_tokens": 100, "output_tokens": 20}, "cost_usd": 0.25}
         files.write_json(item.folder / handoff.SIDECAR, {**sidecar, "time": f"2026-11-25T10:00:0{item.action}Z"})
-    compared = [{"item": f"{action}/p0/{qids[1]}", "first": None, "second": SECOND[action]} for action in (0, 1)]
-    check = {"first": {}, "second": {"teacher": "claude", "model": "m"}, "rationales": compared}
-    files.write_json(store.questions / OURS / CHECK, check)
+    compared = {f"{action}/p0/{qids[1]}": [None, SECOND[action]] for action in (0, 1)}
+    check = {"who": "reference 3", "against": "claude m", "scores": compared}
+    files.write_json(store.questions / OURS / CHECKS, {"reference 3 against claude m": check})
     decision = rollouts.read_feedback(store, made, max_dropped=0.5)
     kept, scores = rollouts.scored(made, decision)
     data = ppo.compute_advantages(kept, scores, SimpleNamespace(**RUN_FLAGS), RUN_FLAGS["kl_coef"])

@@ -117,7 +117,7 @@ def test_samples_name_their_model_and_show_a_second_teachers_scores(world):
 
 def test_a_damaged_check_is_one_line(world, tmp_path):
     shutil.copytree(world.root / "rl/questions_round0", tmp_path / "questions")
-    for text in ('{"rationales": [{"item": 1}], "second": {}}', "[]", '{"second": {}}'):
+    for text in ('{"a against b": {"scores": {}}', "[]", '{"a against b": {"scores": 1}}', '{"a": {}}', '{"a": 1}'):
         (tmp_path / "questions/teacher/check.json").write_text(text)
         with pytest.raises(UserError, match="check.json"):
             report.main(["--questions_dir", str(tmp_path / "questions"), "--output", str(tmp_path / "r.html")])

@@ -20,7 +20,7 @@ from teacher import budget, handoff
 from teacher.corrections import parse_correction
 from teacher.parsing import Refused, parse_scores
 from teacher.reply_files import read_sidecar
-from teacher.session import CHECK, OURS
+from teacher.session import CHECKS, OURS
 
 
 @dataclass
@@ -140,18 +140,16 @@ def add_training_view(each: Round, table: Path) -> None:
 
 def add_second_teacher(each: Round) -> None:
     """Add the scores of the other Teacher, where `haiku.py --check` compared two on this questions folder."""
-    path = each.folder / OURS / CHECK
+    path = each.folder / OURS / CHECKS
     if not path.is_file():
         return
-    check = files.read_json(path, "--run", dict, nan=True)
     try:
-        found = {str(one["item"]): one["second"] for one in check["rationales"] if one["second"]}
-        by = "{teacher} {model}".format(**check["second"])
-        for sample in each.samples:
-            second = found.get(sample.name, [])
-            if sample.sentences and len(second) == len(sample.sentences):
-                sample.second, sample.second_by = list(map(float, second)), by
-    except (KeyError, TypeError, ValueError):
+        for check in files.read_json(path, "--run", dict, nan=True).values():
+            for sample in each.samples:
+                _, second = check["scores"].get(sample.name) or (None, None)
+                if second and len(second) == len(sample.sentences):
+                    sample.second, sample.second_by = list(map(float, second)), str(check["against"])
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"--run: {path} is damaged; delete it, or run `python haiku.py --check` again") from None
 
 
