@@ -25,7 +25,7 @@ from teacher.api_teacher import ApiTeacher
 from teacher.budget import BATCH_FACTOR, PRICES_DATE, Price, price_of
 from teacher.claude import DEFAULT_MODEL
 from teacher.handoff import Item, Refused
-from teacher.interface import CORRECT, JUDGE, SCORE, Request
+from teacher.interface import CORRECT, FREE, JUDGE, SCORE, Request
 from teacher.openai_compatible import OpenAITeacher
 from teacher.prompts import correction_request, judge_request, scoring_request
 from teacher.reply_files import read_scores
@@ -161,8 +161,12 @@ def expected_usd(
 ) -> float | None:
     """Mean dollars of one request of `kind`, by rule, before there is a rationale to ask about: gold rationales of a
     sample of `qids` stand for generated ones. `flags` are those of the Teacher's script; None: price not known."""
-    if flags.get("teacher") == "reference":
-        return 0.0
+    if flags.get("teacher") in FREE:
+        if not flags.get("ask_share"):
+            return 0.0
+        asked = {**flags, "teacher": flags.get("ask_teacher"), "ask_share": None}
+        each = expected_usd(kind, problems, qids, images, asked)
+        return None if each is None else each * float(flags["ask_share"])
     model = (kind == JUDGE and flags.get("judge_model")) or flags.get("teacher_model") or DEFAULT_MODEL
     price = Price(*flags["price"]) if flags.get("price") else None
     if flags.get("teacher") == "openai":

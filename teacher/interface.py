@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 SCORE, CORRECT, JUDGE = "score", "correct", "judge"
+REFERENCE, MODEL = "reference", "model"  # the Teachers that cost nothing: teacher/reference.py, rl/reward_model.py
+FREE = (REFERENCE, MODEL)
 
 
 @dataclass(frozen=True)
