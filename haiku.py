@@ -105,7 +105,7 @@ def _flags(names: set[str]) -> str:
 
 
 def use_reward_model(args: argparse.Namespace, items: Sequence[handoff.Item]) -> None:
-    """Check the reward model's folder and data for the questions of `items`, and have the client use it as the Teacher.
+    """Check the reward model's folder and data for the questions of `items`, and make it the client's Teacher.
     Raises UserError; the weights are loaded when they are first needed."""
     from rl.reward_model import RewardTeacher  # it needs torch, which nothing else here does
 
