@@ -58,6 +58,7 @@ PROMPT_FLAGS = {  # what a prompt depends on, recorded in args.yaml -> whether a
     "use_caption": lambda value: isinstance(value, bool),
     "options": lambda value: isinstance(value, list) and all(isinstance(one, str) and one for one in value),
     "input_len": lambda value: type(value) is int and value > 0,
+    "read_twice": lambda value: isinstance(value, bool),
 }
 DATA_FLAGS = ("data_root", "dataset", "caption_file", "vision_features", "name_map")
 
@@ -80,9 +81,13 @@ class Rationale:
 
 
 def tokenised(
-    asked: Iterable[tuple[str, Sequence[str]]], tokenizer: Any, scores: Iterable[Sequence[float]] | None = None
+    asked: Iterable[tuple[str, Sequence[str]]],
+    tokenizer: Any,
+    twice: bool = False,
+    scores: Iterable[Sequence[float]] | None = None,
 ) -> list[Rationale]:
-    """A Rationale for each (question, its sentences), with its scores where they are given.
+    """A Rationale for each (question, its sentences), with its scores where they are given; with `twice` its ids hold
+    the text two times, and the columns are those of the second one, before which the decoder has seen the whole text.
 
     Sentences are tokenised one by one, which gives the ids of the joined text: T5's pieces do not cross blanks. The
     columns are those that RL finds in the same ids; where the rule finds another number of sentences in them (RL may
@@ -101,6 +106,8 @@ def tokenised(
             columns = sentence_columns(ids, tokenizer)
             if len(columns) != len(mine):
                 columns = accumulate(map(len, mine))  # the start token is column 0
+            if twice:
+                columns, ids = [column + len(ids) - 1 for column in columns], (*ids, *ids[1:])
             found.append(Rationale(qid, tuple(sentences), ids, tuple(columns), tuple(next(given))))
     return found
 
@@ -354,9 +361,10 @@ def read_folder(folder: str | os.PathLike, args: Any) -> argparse.Namespace:
             value = repr(recorded.get(name))[:60]
             raise UserError(f"--reward_model: {folder / 'args.yaml'}: {name} is {value}; {made}")
     flags = {name: recorded[name] for name in PROMPT_FLAGS}
+    elsewhere = getattr(args, "data_root", None) is not None  # where the data set may have another name
     for name in DATA_FLAGS:
         given = getattr(args, name, None)
-        flags[name] = recorded.get(name) if given is None else given
+        flags[name] = recorded.get(name) if given is None and not (elsewhere and name == "dataset") else given
     return argparse.Namespace(**flags, model=str(folder), tokenizer=None)
 
 
@@ -452,7 +460,7 @@ class RewardTeacher:
             more = make_prompts(self.data, new, self.tokenizer, self.args, self.scorer.device)
             prompts.items |= more.items
             prompts.lengths |= more.lengths
-        return tokenised(asked, self.tokenizer)
+        return tokenised(asked, self.tokenizer, self.args.read_twice)
 
     def _load(self) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -53,11 +53,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--run_dir", default="reward_model", metavar="DIR", help="output folder")
     add("--overwrite", action="store_true", help="start anew: drop what an earlier run left")
     data = cli.add_prompt_data_flags(parser)
-    formats = [name for name in PROMPT_FORMATS if name.startswith("QCM-")]  # QCMG holds the gold rationale
-    data.add_argument("--prompt_format", default="QCM-E", choices=formats, help="as RL's")
+    formats = "QCM-E: as RL's; QCMG-E: with lecture and gold solution, as a Teacher knows the answer"
+    data.add_argument("--prompt_format", default="QCM-E", choices=PROMPT_FORMATS, help=formats)
     data.add_argument("--options", nargs="+", default=["A", "B", "C", "D", "E"], help="letters of the choices")
     data.add_argument("--input_len", type=int, default=512, help="longest prompt, in tokens")
     data.add_argument("--tokenizer", metavar="DIR", help="tokenizer (default: the model's own)")
+    twice = "the decoder reads a rationale twice and scores the second one: a score may depend on later sentences"
+    data.add_argument("--read_twice", action="store_true", help=twice)
     add = parser.add_argument_group("training").add_argument
     add("--held_out", type=float, default=0.1, metavar="SHARE", help="share of the questions to stop and measure by")
     add("--epochs", type=int, default=20, help="most passes over the training rationales")
@@ -303,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     info = check_checkpoint(args.model, data.patch_size, args.img_type, flag="--model")
     tokenizer = utils_data.load_tokenizer(args, args.model)
     utils_data.check_vocabulary(tokenizer, info)
-    rationales = reward_model.tokenised(found, tokenizer, found.values())
+    rationales = reward_model.tokenised(found, tokenizer, args.read_twice, found.values())
     train, held_out = reward_model.hold_out(rationales, args.held_out, args.seed)
     folder = Path(args.run_dir)
     check_run_dir(folder, args.model)
