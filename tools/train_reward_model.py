@@ -76,7 +76,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     faults += [f"--lr must be a number above 0, not {args.lr}"] * (not 0 < args.lr < float("inf"))
     faults += [f"--held_out must be above 0 and below 1, not {args.held_out}"] * (not 0 < args.held_out < 1)
     faults += [f"--model: no folder {args.model}; name that of a rationale model"] * (not Path(args.model).is_dir())
-    faults += [f"--questions_dirs: no folder {each}" for each in args.questions_dirs if not Path(each).is_dir()]
     faults += ["one process only; start it with python"] * (cli.world_size() > 1)
     cli.refuse([*faults, *cli.precision_faults()])
     if "images" in given:
@@ -90,9 +89,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def read_scored(folders: Sequence[str], mixed: bool) -> tuple[dict[tuple[str, tuple[str, ...]], list[float]], Counter]:
     """((question, sentences) -> scores, Teacher and model -> how many of these) of all folders, printed as counts.
 
-    Identical rationales of a question count once. Raises UserError for no scores, and for several Teachers unless
-    `mixed`.
+    Identical rationales of a question count once. Raises UserError for a folder without rationales, for no scores, and
+    for several Teachers unless `mixed`.
     """
+    cli.refuse([f"--questions_dirs: no folder {each}" for each in folders if not Path(each).is_dir()])
     found: dict[tuple[str, tuple[str, ...]], list[float]] = {}
     authors: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
