@@ -14,6 +14,7 @@ reference Teacher. Killed, the same command goes on after the last whole epoch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -37,6 +38,7 @@ from teacher.reply_files import read_scores, read_sidecar
 from teacher.session import OURS, UNKNOWN
 
 IDENTITY, STATE, METRICS = "identity.json", "state.pth", "metrics.json"
+CHECKS = "check.json"  # in {questions_dir}/teacher/: what haiku.py --check has found
 FIGURES = {"difference": "mean difference", "spearman": "rank correlation", "close": "within 0.1"}
 OURS_NAME, BY_POSITION = "reward model", "mean by position"
 
@@ -206,14 +208,17 @@ def measure(scorer: Any, train: Sequence[Any], held_out: Sequence[Any], problems
             "rationales": len(held_out)}  # fmt: skip
 
 
-def teacher_checks(folders: Sequence[str]) -> dict[str, Any]:
-    """Folder -> what `haiku.py --check` has saved there; folders without are left out."""
-    found = {}
-    for folder in folders:
-        path = Path(folder) / OURS / "check.json"
-        if path.is_file():
-            found[str(folder)] = files.read_json(path, "--questions_dirs", nan=True)
-    return found
+def teacher_checks(folders: Sequence[str]) -> list[str]:
+    """How far Teachers agree by what `haiku.py --check` has saved in the folders: one line for each comparison."""
+    lines = []
+    for path in (Path(folder) / OURS / CHECKS for folder in folders):
+        with contextlib.suppress(UserError):  # absent, or no JSON
+            for name, check in files.read_json(path, "--questions_dirs", dict, nan=True).items():
+                rows = check.get("rows") if isinstance(check, dict) else None
+                row = rows.get("all") if isinstance(rows, dict) else None
+                if isinstance(row, dict):
+                    lines.append(f"{name}: {', '.join(f'{key} {value}' for key, value in row.items())} ({path})")
+    return lines
 
 
 def show(metrics: Mapping[str, Any]) -> None:
@@ -232,7 +237,7 @@ def show(metrics: Mapping[str, Any]) -> None:
     notes = []
     if metrics["way"] is not None:
         notes.append(f"{metrics['way']:.0%} of the way from the mean by position to perfect agreement")
-    notes += [f"{folder}: {json.dumps(check)[:1000]}" for folder, check in metrics["teacher_checks"].items()]
+    notes += metrics["teacher_checks"]
     print0(markdown([table], notes), end="")
 
 

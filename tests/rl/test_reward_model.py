@@ -202,6 +202,15 @@ def test_it_learns_and_beats_the_baseline_on_held_out_questions(world):
     assert not (world.trained / "state.pth").exists()
 
 
+def test_what_check_has_found_is_shown(tmp_path):
+    row = {"sentences": 30, "mean_difference": 0.05, "correlation": 0.91, "within_0.1": 0.9}
+    files.write_json(tmp_path / "a/teacher/check.json", {"claude x against claude y": {"rows": {"all": row}}})
+    for name, content in (("b", {"who": "x"}), ("c", {"x against y": {"rows": []}}), ("d", [])):
+        files.write_json(tmp_path / name / "teacher/check.json", content)
+    [line] = train_reward_model.teacher_checks([tmp_path / name for name in "abcde"])
+    assert line.startswith("claude x against claude y: sentences 30, mean_difference 0.05, correlation 0.91")
+
+
 def test_agreement_and_rank_correlation():
     a, b = [0.1, 0.5, 0.5, 0.9], [0.2, 0.4, 0.8, 0.8]
     found = train_reward_model.agreement(list(zip(a, b, strict=True)))
