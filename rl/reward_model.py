@@ -219,10 +219,11 @@ class Scorer:
     @torch.no_grad()
     def loss(self, rationales: Sequence[Rationale]) -> float:
         """Mean squared error over all sentences."""
-        total = sum(self._squares(rationales, rows).double() for rows in self.by_length(rationales))
+        total = sum(self.squares(rationales, rows).double() for rows in self.by_length(rationales))
         return float(total) / sum(len(row.scores) for row in rationales)
 
-    def _squares(self, rationales: Sequence[Rationale], rows: Sequence[int]) -> Tensor:
+    def squares(self, rationales: Sequence[Rationale], rows: Sequence[int]) -> Tensor:
+        """Sum of the squared errors over the sentences of `rows`, in one pass."""
         wanted = torch.tensor([score for row in rows for score in rationales[row].scores])
         return (self.values([rationales[row] for row in rows]) - to_device(wanted, self.device)).square().sum()
 
@@ -288,7 +289,7 @@ class Fit:
         for [[rows]] in cli.progress(plan, desc=desc, unit="update"):
             sentences = sum(len(self.train[row].scores) for row in rows)
             for part in self.scorer.passes(self.train, rows):
-                error = self.scorer._squares(self.train, part)
+                error = self.scorer.squares(self.train, part)
                 (error / sentences).backward()
                 squares += error.detach()
             nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
@@ -384,9 +385,11 @@ class RewardTeacher:
         self.args = read_folder(folder, args)
         self.data = read_questions(self.args, qids)
         check_checkpoint(folder, self.data.patch_size, self.args.img_type, flag="--reward_model")
-        with open(self.folder / "model.safetensors", "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.model = f"{self.folder.resolve().name}-{digest[:12]}"
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        self.model = f"{self.folder.resolve().name}-{digest.hexdigest()[:12]}"
         self.scorer: Scorer | None = None
         self.known: dict[str, list[float]] = {}  # key -> scores
         self.waiting: list[tuple[Request, asyncio.Future]] = []

@@ -91,8 +91,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def read_scored(folders: Sequence[str], mixed: bool) -> tuple[dict[tuple[str, tuple[str, ...]], list[float]], Counter]:
     """((question, sentences) -> scores, Teacher and model -> how many of these) of all folders, printed as counts.
 
-    Identical rationales of a question count once. Raises UserError for a folder without rationales, for no scores, and
-    for several Teachers unless `mixed`.
+    Identical rationales of a question count once; the result does not depend on the order of the folders. Raises
+    UserError for a folder without rationales, for no scores, and for several Teachers unless `mixed`.
     """
     cli.refuse([f"--questions_dirs: no folder {each}" for each in folders if not Path(each).is_dir()])
     found: dict[tuple[str, tuple[str, ...]], list[float]] = {}
@@ -129,7 +129,7 @@ def read_scored(folders: Sequence[str], mixed: bool) -> tuple[dict[tuple[str, tu
     if len(authors) > 1 and not mixed:
         fix = "add --mixed_teachers, or name folders of one"
         raise UserError(f"--questions_dirs: scores of several Teachers ({counts}); {fix}")
-    return found, authors
+    return dict(sorted(found.items())), authors
 
 
 # -- agreement -----------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     launch.note_unused_gpus(torch.cuda.device_count(), "tools/train_reward_model.py")
     names = ("epochs", "patience", "bs", "lr", "seed", "held_out", "precision", *reward_model.PROMPT_FLAGS)
-    content = hashlib.sha256(json.dumps([[*key, scores] for key, scores in sorted(found.items())]).encode())
+    content = hashlib.sha256(json.dumps([[*key, scores] for key, scores in found.items()]).encode())
     identity = {name: getattr(args, name) for name in names} | {
         "questions_dirs": f"{len(found)} scored rationales ({content.hexdigest()[:12]})",
         "model": weights_digest([args.model]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -27,6 +28,7 @@ from teacher.prompts import scoring_request
 from teacher.reply_files import reading, write_reply
 from tests.api_server import ApiServer, score_by_text
 from tests.conftest import ROOT
+from tests.pretended_gpu import PretendedGPU
 from tests.rl import rl_tools
 from tools import train_reward_model, win_rate
 
@@ -77,7 +79,7 @@ def world(tmp_path_factory, sample, t5_tokenizer):
         answer(folder)
     made = SimpleNamespace(tmp=tmp, data=data, problems=problems, qids=qids, base=base, scored=tmp / "scored")
     made.trained = tmp / "trained"
-    train(made, run_dir=made.trained)
+    train(made, run_dir=made.trained, epochs=14)
     return made
 
 
@@ -179,6 +181,30 @@ def test_a_prediction_is_the_value_after_the_sentences_last_token(world, t5_toke
     flat = [score for scores in scorer.predict(rows) for score in scores]
     assert flat == pytest.approx([min(max(value, 0), 1) for value in alone], abs=0.0051)
     assert all(round(value, 2) == value for value in flat)
+
+
+def test_on_a_gpu_the_host_waits_once_an_epoch(world, t5_tokenizer, monkeypatch, tmp_path):
+    args = reward_model.read_folder(world.trained, SimpleNamespace())
+    data = reward_model.read_questions(args, world.qids)
+    rng, cpu = random.Random(2), torch.device("cpu")
+    asked = [(qid, [said(True, rng), said(False, rng)]) for qid in world.qids[:6] for _ in range(2)]
+    rows = reward_model.tokenised(asked, t5_tokenizer, True, [[1.0, 0.0]] * 12)
+    flags = SimpleNamespace(lr=1e-3, bs=4, epochs=1, patience=1, seed=0)
+
+    def trained(begin=lambda model: None):
+        model = reward_model.load(world.base, data.patch_size, cpu, mean=0.5)
+        begin(model)
+        prompts = reward_model.make_prompts(data, world.qids, t5_tokenizer, args, cpu)
+        scorer = reward_model.Scorer(model, prompts, cpu, bf16=False)
+        fit = reward_model.Fit(scorer, rows, rows[:4], flags, tmp_path / "state.pth")
+        return fit.epoch(0), fit
+
+    plain, _ = trained()
+    with PretendedGPU(monkeypatch) as gpu:
+        loss, fit = trained(lambda model: (gpu.take(model), gpu.waits.clear()))
+        assert [wait for wait in gpu.waits if "float(squares)" not in wait] == []
+        fit.scorer.predict(rows)
+    assert loss == pytest.approx(plain, rel=1e-5)
 
 
 # -- what it learns --------------------------------------------------------------------------------------
@@ -324,6 +350,8 @@ def test_scores_that_it_learns_from(world, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "scored by a reward model 1" in out and "identical" in out
     distinct = {(item.qid, *handoff.read_rationale(item.folder)) for item in items}
+    again, _ = train_reward_model.read_scored([str(world.scored), str(root)], True)
+    assert list(again) == list(found), "in whatever order the folders are named"
     assert len(found) == len(distinct) == counts.total() and len(counts) == 2 and counts["openai qwen"] == 1
     for item in items:
         answer(item.folder, {"teacher": "model", "model": "reward_model-1"})
@@ -353,8 +381,8 @@ def test_wrong_flags_and_folders_end_in_one_line(world, tmp_path, no_model):
     trained("--img_type", img_type="clip")
     trained("--caption_file", caption_file=tmp_path / "gone.json")
     trained("starting model's own folder", run_dir=world.base)
-    trained("--lr was 0.003, is 0.01", run_dir=world.trained, lr=0.01)
-    trained("--questions_dirs was", run_dir=world.trained, questions_dirs=_more(world, tmp_path))
+    trained("--lr was 0.003, is 0.01", run_dir=world.trained, epochs=14, lr=0.01)
+    trained("--questions_dirs was", run_dir=world.trained, epochs=14, questions_dirs=_more(world, tmp_path))
     trained("did not write", run_dir=_foreign(world, tmp_path))
     changed = shutil.copytree(world.data, tmp_path / "data")
     files.write_json(changed / "scienceqa/problems.json", dict(list(world.problems.items())[9:]))
@@ -428,6 +456,28 @@ def test_a_folder_is_scored_by_its_predictions_and_resumed(world, tmp_path, caps
     assert f"{kept} had a reply" in capsys.readouterr().out and scores(root) == direct
     other = shutil.copytree(world.trained, tmp_path / "other_model")
     refused(lambda: ask(world, root, "--reward_model", other), "holds replies by model trained-", "--keep_replies")
+
+
+def test_ctrl_c_keeps_what_is_scored(world, tmp_path, monkeypatch):
+    root, predict, calls = tmp_path / "questions", reward_model.RewardTeacher._predict, []
+    lay_out(root, world.problems, world.qids, seed=3)
+
+    def interrupted(self, rationales):
+        calls.append(len(rationales))
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return predict(self, rationales)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(reward_model.PASS_TOKENS, "cpu", 500)
+        patch.setattr(reward_model.RewardTeacher, "_predict", interrupted)
+        with pytest.raises(UserError, match="ended by SIGINT") as stopped:
+            ask(world, root)
+    assert stopped.value.status == 130 and len(calls) < 5
+    kept = scores(root)
+    assert sum(calls) >= len(kept) >= calls[0] and len(kept) < QUESTIONS * RATIONALES
+    ask(world, root)
+    assert len(scores(root)) == QUESTIONS * RATIONALES and kept.items() <= scores(root).items()
 
 
 def test_data_may_be_elsewhere_than_in_training(world, tmp_path, monkeypatch):
