@@ -41,7 +41,7 @@ from ares.sentences import sentence_columns
 from model import VALUE_FUNCTION, T5ForMultimodalGenerationValueFunction, check_checkpoint, choose_attention
 from rl import actor_critic
 from rl.minibatches import micro_batches, plan_epoch
-from rl.optimizer import load_moments, make_optimizer, optimizer_state
+from rl.optimizer import load_moments, make_optimizer, optimizer_state, scheduled_lr
 from rl.rollouts import Prompts, seed_for
 from teacher.interface import MODEL, Reply, Request, Stopped
 from utils_prompt import option_letters
@@ -234,7 +234,7 @@ class Scorer:
 class Fit:
     """Training with early stop, restartable after every epoch from the file `state`, which is written in one step.
 
-    args: lr, bs (rationales per optimizer step; those of a question share one), epochs, patience, seed.
+    args: lr, lr_scheduler, bs (rationales per optimizer step; those of a question share one), epochs, patience, seed.
     """
 
     def __init__(
@@ -286,13 +286,16 @@ class Fit:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         squares = torch.zeros((), dtype=torch.float64, device=self.scorer.device)
         desc = f"epoch {number + 1}/{self.args.epochs}"
-        for [[rows]] in cli.progress(plan, desc=desc, unit="update"):
+        for update, [[rows]] in enumerate(cli.progress(plan, desc=desc, unit="update"), number * len(plan)):
             sentences = sum(len(self.train[row].scores) for row in rows)
             for part in self.scorer.passes(self.train, rows):
                 error = self.scorer.squares(self.train, part)
                 (error / sentences).backward()
                 squares += error.detach()
             nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+            lr = scheduled_lr(self.args.lr_scheduler, self.args.lr, update, self.args.epochs * len(plan))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         loss = float(squares) / sum(len(row.scores) for row in self.train)

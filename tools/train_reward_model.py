@@ -31,6 +31,7 @@ from ares import cli, files, launch
 from ares.cli import PROMPT_FORMATS, UserError, print0
 from ares.tables import Cell, Table, markdown
 from rl import run_folder
+from rl.flags import SCHEDULES
 from teacher import handoff, reference
 from teacher.estimate import CLOSE, LAST_POSITION
 from teacher.interface import MODEL, REFERENCE, same_model
@@ -67,7 +68,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--epochs", type=int, default=20, help="most passes over the training rationales")
     add("--patience", type=int, default=3, help="stop after so many epochs without a lower held-out loss")
     add("--bs", type=int, default=32, help="rationales per optimizer step; those of a question share one")
-    add("--lr", type=float, default=1e-4, help="learning rate, constant")
+    add("--lr", type=float, default=1e-4, help="learning rate")
+    falls = "constant, or down to 0 at the end of --epochs"
+    add("--lr_scheduler", default="linear", choices=SCHEDULES, help=falls)
     add("--seed", type=int, default=42, help="seed of the held-out share, the fresh layers and the order")
     text = "autocast; auto: bf16 on a GPU that has it (weights and optimizer stay fp32)"
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help=text)
@@ -319,9 +322,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.precision = "bf16" if bf16 else "fp32"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     launch.note_unused_gpus(torch.cuda.device_count(), "tools/train_reward_model.py")
-    names = ("epochs", "patience", "bs", "lr", "seed", "held_out", "precision", *reward_model.PROMPT_FLAGS)
+    names = (
+        "epochs",
+        "patience",
+        "bs",
+        "lr",
+        "lr_scheduler",
+        "seed",
+        "held_out",
+        "precision",
+        *reward_model.PROMPT_FLAGS,
+    )
     content = hashlib.sha256(json.dumps([[*key, scores] for key, scores in found.items()]).encode())
-    identity = {name: getattr(args, name) for name in names} | {
+    identity = {name: getattr(args, name) for name in (*names, *reward_model.PROMPT_FLAGS)} | {
         "questions_dirs": f"{len(found)} scored rationales ({content.hexdigest()[:12]})",
         "model": weights_digest([args.model]),
         "features": None if data.features is None else data.features.digest(qids),

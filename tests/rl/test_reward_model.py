@@ -79,14 +79,14 @@ def world(tmp_path_factory, sample, t5_tokenizer):
         answer(folder)
     made = SimpleNamespace(tmp=tmp, data=data, problems=problems, qids=qids, base=base, scored=tmp / "scored")
     made.trained = tmp / "trained"
-    train(made, run_dir=made.trained, epochs=14)
+    train(made, run_dir=made.trained, epochs=16, patience=16)
     return made
 
 
 def train_flags(world, **changes) -> list[str]:
     chosen = {
         "questions_dirs": world.scored, "model": world.base, "run_dir": world.tmp / "other", "data_root": world.data,
-        "caption_file": world.data / "captions.json", "use_caption": "", "img_type": "vit", "lr": 3e-3, "bs": 8,
+        "caption_file": world.data / "captions.json", "use_caption": "", "img_type": "vit", "lr": 5e-3, "bs": 8,
         "epochs": 8, "held_out": 0.25,
     } | changes  # fmt: skip
     words = [(f"--{key}", *(value if isinstance(value, list) else [value])) for key, value in chosen.items()]
@@ -189,10 +189,11 @@ def test_on_a_gpu_the_host_waits_once_an_epoch(world, t5_tokenizer, monkeypatch,
     rng, cpu = random.Random(2), torch.device("cpu")
     asked = [(qid, [said(True, rng), said(False, rng)]) for qid in world.qids[:6] for _ in range(2)]
     rows = reward_model.tokenised(asked, t5_tokenizer, True, [[1.0, 0.0]] * 12)
-    flags = SimpleNamespace(lr=1e-3, bs=4, epochs=1, patience=1, seed=0)
+    flags = SimpleNamespace(lr=1e-3, lr_scheduler="linear", bs=4, epochs=1, patience=1, seed=0)
 
     def trained(begin=lambda model: None):
         model = reward_model.load(world.base, data.patch_size, cpu, mean=0.5)
+        model.set_attn_implementation("sdpa")
         begin(model)
         prompts = reward_model.make_prompts(data, world.qids, t5_tokenizer, args, cpu)
         scorer = reward_model.Scorer(model, prompts, cpu, bf16=False)
@@ -381,8 +382,9 @@ def test_wrong_flags_and_folders_end_in_one_line(world, tmp_path, no_model):
     trained("--img_type", img_type="clip")
     trained("--caption_file", caption_file=tmp_path / "gone.json")
     trained("starting model's own folder", run_dir=world.base)
-    trained("--lr was 0.003, is 0.01", run_dir=world.trained, epochs=14, lr=0.01)
-    trained("--questions_dirs was", run_dir=world.trained, epochs=14, questions_dirs=_more(world, tmp_path))
+    trained("--lr was 0.005, is 0.01", run_dir=world.trained, epochs=16, patience=16, lr=0.01)
+    more = {"epochs": 16, "patience": 16, "questions_dirs": _more(world, tmp_path)}
+    trained("--questions_dirs was", run_dir=world.trained, **more)
     trained("did not write", run_dir=_foreign(world, tmp_path))
     changed = shutil.copytree(world.data, tmp_path / "data")
     files.write_json(changed / "scienceqa/problems.json", dict(list(world.problems.items())[9:]))
