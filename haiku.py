@@ -2,6 +2,7 @@
 
     python haiku.py --questions_dir RL_models/<run>/questions                      # Claude, ANTHROPIC_API_KEY
     python haiku.py --questions_dir RL_models/<run>/questions --batch              # half the price, within a day
+    python haiku.py --questions_dir RL_models/<run>/questions --together           # a request for each question
     python haiku.py --questions_dir RL_models/<run>/questions --estimate           # what it would cost
     python haiku.py --questions_dir RL_models/<run>/questions --teacher openai \\
         --base_url http://localhost:8000 --teacher_model MODEL                     # your own server (docs/teacher.md)
@@ -34,9 +35,10 @@ from ares import cli, files
 from ares.data_folder import find_images, question_images, read_data_folder
 from teacher import client, estimate, handoff
 from teacher.budget import Ledger
-from teacher.interface import MODEL, REFERENCE, SCORE, Teacher
+from teacher.interface import FREE, MODEL, REFERENCE, SCORE, Teacher
+from teacher.live import ask_live
 from teacher.prompts import WORDING, scoring_request
-from teacher.session import OURS, Report, Session, ask_live
+from teacher.session import OURS, Report, Session
 
 HEARTBEAT = 60.0  # seconds between lines while --watch waits
 ASKED = "asked.json"  # in {questions_dir}/teacher/: which rationales --ask_share sends to the other Teacher
@@ -49,16 +51,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--questions_dir", default="preprocessing_after_RL", help=folder)
     parser.add_argument("--actions", type=int, nargs="+", metavar="K", help="only these actions (default: all found)")
     parser.add_argument("--no-done", action="store_true", help=f"write no {handoff.DONE}; write it by hand")
+    together = "ask about all open rationales of a question in one request: about half the price (docs/teacher.md)"
+    parser.add_argument("--together", action="store_true", help=together)
     watch = "score while RL exports, in all rounds of its --epochs (at most this long; default: 72 hours)"
     parser.add_argument("--watch", type=float, nargs="?", const=72.0, metavar="HOURS", help=watch)
     parser.add_argument("--check", type=int, metavar="N", help="print how far two Teachers agree on N rationales")
-    against = "the second Teacher of --check: reference, a model of the same --teacher, claude:MODEL or openai:MODEL"
-    parser.add_argument("--against", metavar="MODEL", help=f"{against} (default: reference)")
+    against = (
+        "the second Teacher of --check: reference, a model of the same --teacher, claude:MODEL or openai:MODEL; "
+        "apart: --together is compared with asking one by one, on N questions (default: reference)"
+    )
+    parser.add_argument("--against", metavar="MODEL", help=against)
     client.add_teacher_flags(parser)
     add_model_flags(parser)
     args = parser.parse_args(argv)
     given = cli.given_flags(parser, argv)
     of_model, of_share = given & {*MODEL_FLAGS}, given & {"ask", "ask_teacher", "ask_seed"}
+    apart = args.against == "apart"
     faults = {
         "--teacher model needs --reward_model DIR": args.teacher == MODEL and not args.reward_model,
         f"{_flags(of_model)}: no effect without --teacher model": of_model and args.teacher != MODEL,
@@ -69,6 +77,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--check must be at least 1": args.check is not None and args.check < 1,
         "--watch must be a number of hours above 0": args.watch is not None and not 0 < args.watch < math.inf,
         "--watch waits for all actions; leave out --actions": args.watch and args.actions,
+        f"--against apart: --teacher {args.teacher} has no --together": apart and args.teacher in FREE,
+        "--together is compared by --check N --against apart; add that, or leave it out": args.check is not None
+        and args.together
+        and not apart,
     }
     cli.refuse([fault for fault, found in faults.items() if found])
     args.against = args.against or REFERENCE
@@ -78,6 +90,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.ask_share is not None:
         args.asked = argparse.Namespace(**{**vars(args), "teacher": args.ask_teacher})
     client.check_teacher_flags(args.asked or args, given)
+    if apart:  # each has to be asked: neither may get the other's replies from the cache
+        args.together = args.no_cache = True
     return args
 
 
@@ -230,18 +244,41 @@ def rounds_to_come(questions: Path) -> bool:
 
 
 def check(args: argparse.Namespace, items: Sequence[handoff.Item], first: Session) -> None:
-    """Print how far the Teacher of the flags and `--against` agree on `--check` rationales."""
-    askable = [item for item in items if _sentences(item)]
-    chosen = random.Random(0).sample(askable, min(args.check, len(askable)))
-    second_args = client.second_teacher(args)
-    if second_args.teacher == args.teacher and second_args.teacher_model in ("reference", args.teacher_model):
+    """Print how far the Teacher of the flags and `--against` agree on `--check` rationales, and save it."""
+    estimate.read_checks(Path(args.questions_dir) / OURS)  # before anything is paid for
+    second_args, apart = client.second_teacher(args), args.against == "apart"
+    itself = second_args.teacher == args.teacher and second_args.teacher_model in (REFERENCE, args.teacher_model)
+    if itself and not apart:
         raise cli.UserError(f"--against: {args.against} is the Teacher itself; name another")
     ledger = getattr(first.teacher, "ledger", None) or Ledger(Path(args.questions_dir) / OURS, args.max_usd)
     second = make_session(second_args, first.problems, client.make_teacher(second_args, ledger))
+    if apart:
+        chosen, places = whole_questions(items, args.check)
+    else:
+        askable = [item for item in items if _sentences(item)]
+        chosen, places = random.Random(0).sample(askable, min(args.check, len(askable))), None
     scores = [estimate.scores_of(session, chosen) for session in (first, second)]
-    cli.print0(f"{first.teacher.name} {first.teacher.model} against {second.teacher.name} {second.teacher.model}")
-    for line in estimate.agreement_lines(*scores):
+    names = [f"{each.teacher.name} {each.teacher.model}" for each in (first, second)]
+    who = [f"{names[0]} together", f"{names[1]} apart"] if apart else names
+    cli.print0(" against ".join(who))
+    for line in estimate.agreement_lines(*scores, places):
         cli.print0(line)
+    pairs = {item.name: pair for item, pair in zip(chosen, zip(*scores, strict=True), strict=True)}
+    estimate.save_check(Path(args.questions_dir) / OURS, *who, estimate.agreement(*scores, places), pairs)
+
+
+def whole_questions(items: Sequence[handoff.Item], count: int) -> tuple[list[handoff.Item], list[int]]:
+    """(the distinct rationales of `count` questions that have several, the place of each among its question's, from
+    1). Raises UserError if no question has."""
+    questions: dict[tuple[int, str], dict[tuple[str, ...], handoff.Item]] = {}
+    for item in items:
+        if sentences := tuple(_sentences(item)):
+            questions.setdefault((item.rank, item.qid), {}).setdefault(sentences, item)
+    several = [list(each.values()) for each in questions.values() if len(each) > 1]
+    if not several:
+        raise cli.UserError("--against apart: no question has two different rationales; --together changes nothing")
+    chosen = random.Random(0).sample(several, min(count, len(several)))
+    return [item for each in chosen for item in each], [place for each in chosen for place in range(1, len(each) + 1)]
 
 
 def _sentences(item: handoff.Item) -> list[str]:
@@ -261,6 +298,7 @@ def make_session(args: argparse.Namespace, problems: Any, teacher: Teacher, expo
         wording=WORDING,
         problems=problems,
         images_dir=find_images(args),
+        together=args.together and args.teacher not in FREE,
         action_settled=partial(mark_done, args) if exported else None,
     )
 

@@ -24,7 +24,7 @@ from ares import cli, files
 from ares.data_folder import find_images, read_data_folder
 from teacher import client, estimate, handoff, reply_files
 from teacher.interface import CORRECT
-from teacher.prompts import WORDING
+from teacher.prompts import CORRECTION_WORDING
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     items, rationales = read_requests(args, train_qids)
     output = Path(args.output or data.root / data.dataset / "correction.json")
 
-    more = {"wording": WORDING, "problems": problems, "images_dir": find_images(args)}
+    more = {"wording": CORRECTION_WORDING, "problems": problems, "images_dir": find_images(args)}
     if args.estimate or args.show:
         session = client.make_session(args.correction_dir, client.make_teacher(args), CORRECT, args, **more)
         return estimate.preview(session, items, args)

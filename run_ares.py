@@ -363,7 +363,7 @@ def refuse_changed(stages: Sequence[Stage], chain: Chain, args: argparse.Namespa
     """Forget what --redo names and all that depends on it; refuse finished stages whose inputs or flags changed."""
     again = set(args.redo)
     for stage in stages:
-        begun = stage.name in chain.done or any(path.exists() for path in stage.makes)
+        begun = stage.name in {**chain.done, **chain.begun} or any(path.exists() for path in stage.makes)
         if stage.name in again or (begun and again & set(stage.uses)):
             again.add(stage.name)
     for stage in stages:
@@ -453,7 +453,8 @@ def dollars_per_request(run: Run) -> dict[str, float | None]:
     for kind, block in (("score", "scores"), ("correct", "corrections"), ("judge", "judge")):
         flags = {**run.config["teacher"], **(run.config[block] or {})}
         shown = None if kind == "judge" and not flags.get("with_image") else str(images).format(**run.filled)
-        found[f"ask_{kind}"] = expected_usd(kind, data.problems, data.splits["train"], shown, flags)
+        k = int(run.config["rl"].get("k_actions", 4))
+        found[f"ask_{kind}"] = expected_usd(kind, data.problems, data.splits["train"], shown, flags, k)
     return found
 
 

@@ -39,7 +39,7 @@ from teacher.api_responses import (
     said,
 )
 from teacher.budget import LOST, NOT_SENT, Ledger, Price, cost_usd, price_of
-from teacher.interface import CORRECT, JUDGE, SCORE, Reply, Request, Stopped, Unanswered
+from teacher.interface import CORRECT, JUDGE, SCORE, TOGETHER, Reply, Request, Stopped, Unanswered
 from teacher.pace import Pace
 from teacher.sdk_client import TIMEOUT, SdkClient
 
@@ -70,7 +70,8 @@ def _schema(properties: dict[str, Any]) -> dict[str, Any]:
 _TEXT = {"type": "string"}
 SCHEMAS = {
     SCORE: _schema({"scores": {"type": "array", "items": {"type": "number"}}}),
-    CORRECT: _schema({"Original rationale": _TEXT, "Final rationale": _TEXT}),
+    TOGETHER: _schema({"scores": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}}),
+    CORRECT: _schema({"Final rationale": _TEXT}),
     # the reason first: a verdict that is written before its reason has none
     JUDGE: _schema({"reason": _TEXT, "verdict": {"type": "string", "enum": ["1", "2", "tie"]}}),
 }
@@ -79,10 +80,20 @@ _SCORE = {"type": "number", "enum": [step / 10 for step in range(11)]}
 
 def exact_schema(request: Request) -> dict[str, Any]:
     """For servers that enforce what a schema says: a scoring reply has one key per sentence, `sentence_1` on, and the
-    values 0.0, 0.1 ... 1.0."""
+    values 0.0, 0.1 ... 1.0; about several rationales it has such an object for each, `rationale_1` on."""
     if request.kind != SCORE:
         return SCHEMAS[request.kind]
-    return _schema({f"sentence_{number}": _SCORE for number in range(1, len(request.sentences) + 1)})
+    objects = [
+        _schema({f"sentence_{number}": _SCORE for number in range(1, len(sentences) + 1)})
+        for sentences in request.rationales or [request.sentences]
+    ]
+    if not request.rationales:
+        return objects[0]
+    return _schema({f"rationale_{number}": each for number, each in enumerate(objects, start=1)})
+
+
+class TooLarge(UserError):
+    """A request above the API's limit of bytes."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +211,9 @@ class ApiTeacher(SdkClient):
         preset = preset or self.preset
         body = preset.body
         if self._is_structured(preset):
-            schema = exact_schema(request) if preset.exact else SCHEMAS[request.kind]
+            schema = (
+                exact_schema(request) if preset.exact else SCHEMAS[TOGETHER if request.rationales else request.kind]
+            )
             body = merge_patch(body, self.form(schema, request.kind))
         return merge_patch(body, self.extra)
 
@@ -215,14 +228,15 @@ class ApiTeacher(SdkClient):
         return [text for text in (request.text, self.note(request), request.again) if text]
 
     def content(self, request: Request) -> list[dict[str, Any]]:
-        """Images first, then the text, then the notes. Raises UserError for an unusable image."""
+        """Images first, then the text, then the notes. Raises UserError for an unusable image, TooLarge for too many
+        bytes."""
         loaded = [images.load_image(path, request.qid) for path in request.images]
         encoded = [(kind, base64.standard_b64encode(data).decode()) for kind, data in loaded]
         texts = self.texts(request)
         size = sum(len(data) for _, data in encoded) + sum(map(len, texts))
         if size > MAX_REQUEST_BYTES:
             where = f" with its images ({request.images[0].parent})" if request.images else ""
-            raise UserError(
+            raise TooLarge(
                 f"--images: question {request.qid}: {size / 1e6:.0f} MB{where}; "
                 f"the API takes {MAX_REQUEST_BYTES / 1e6:.0f} MB; shrink them"
             )
@@ -240,12 +254,13 @@ class ApiTeacher(SdkClient):
         return {name: value for name, value in parameters.items() if self.extra.get(name, 0) is not None}
 
     def max_tokens(self, request: Request) -> int:
-        """Room for the reply: it repeats the sentences (a correction twice), at two characters a token or more."""
+        """Room for the reply: it repeats the sentences (a correction may be twice as long), at two characters a token
+        or more."""
         for name in LENGTH_FIELDS:
             if type(self.extra.get(name)) is int:
                 return self.extra[name]
         characters = sum(map(len, request.sentences))
-        tokens = 256 + 16 * len(request.sentences) + characters // 2
+        tokens = 256 + 16 * (len(request.sentences) + len(request.rationales)) + characters // 2
         if request.kind == CORRECT:
             tokens = 512 + characters
         if request.kind == JUDGE:

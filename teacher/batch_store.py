@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,15 +17,25 @@ from ares.cli import UserError, in_one_line
 INTENT, SUBMITTED, COLLECTED = "intent", "submitted", "collected"
 
 
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def entry(item: str, text: str, key: str, attempt: int) -> dict[str, Any]:
+    """What a record says of a request about one rationale when it is made; `text`: of the request."""
+    return {"item": item, "text": digest(text), "key": key, "attempt": attempt}
+
+
 @dataclass
 class Record:
     """One batch on disk.
 
     `asked`: custom_id -> {"item", "text" (hash of the request's text), "key" (of the whole request), "attempt" (from
-    1)}; once collected, where there is no usable reply, also "reason", "said" (a sentence), "replied" (an unusable
-    reply came) and "permanent" (the API called the request invalid). `from_list`: the id was found in the API's list
-    of batches, so it may be somebody else's batch; those that were are in `not_ours`. Without any batch it counts as
-    collected.
+    1)}, or a list of these, in the request's order, where it is about several rationales; once collected, where there
+    is no usable reply, also "reason", "said" (a sentence), "replied" (an unusable reply came), "permanent" (the API
+    called the request invalid) and "alone" (it called one about several rationales invalid). `from_list`: the id was
+    found in the API's list of batches, so it may be somebody else's batch; those that were are in `not_ours`. Without
+    any batch it counts as collected.
     """
 
     nonce: str
@@ -32,7 +43,7 @@ class Record:
     model: str
     time: float
     most_usd: float | None
-    asked: dict[str, dict[str, Any]]
+    asked: dict[str, dict[str, Any] | list[dict[str, Any]]]
     state: str = INTENT
     batch: str | None = None
     from_list: bool = False
@@ -44,18 +55,30 @@ class Record:
         """Its id in the spend log."""
         return f"batch-{self.nonce}"
 
+    def asked_as(self, custom_id: str) -> list[dict[str, Any]]:
+        """What was asked under an id, for each rationale of the request."""
+        asked = self.asked[custom_id]
+        return asked if isinstance(asked, list) else [asked]
+
+    def all_asked(self) -> list[dict[str, Any]]:
+        return [asked for custom_id in self.asked for asked in self.asked_as(custom_id)]
+
     def is_sound(self) -> bool:
         """Whether the fields have the types that the client relies on."""
         types = {"count": int, "model": str, "time": int | float, "most_usd": int | float | None, "batch": str | None,
                  "not_ours": list, "asked": dict}  # fmt: skip
         if not all(isinstance(getattr(self, name), kind) for name, kind in types.items()):
             return False
-        return self.state in (INTENT, COLLECTED, SUBMITTED if self.batch else INTENT) and all(
-            isinstance(asked, dict)
-            and all(isinstance(asked.get(name), str) for name in ("item", "text", "key"))
-            and asked["item"].partition("/")[0].isdecimal()
-            and isinstance(asked.get("attempt"), int)
-            for asked in self.asked.values()
+        return (
+            self.state in (INTENT, COLLECTED, SUBMITTED if self.batch else INTENT)
+            and all(map(self.asked_as, self.asked))
+            and all(
+                isinstance(asked, dict)
+                and all(isinstance(asked.get(name), str) for name in ("item", "text", "key"))
+                and asked["item"].partition("/")[0].isdecimal()
+                and isinstance(asked.get("attempt"), int)
+                for asked in self.all_asked()
+            )
         )
 
 
@@ -74,7 +97,7 @@ class BatchStore:
         for path in self.folder.glob("*.json"):
             try:
                 record = Record(**files.parse_json(files.read_shared(path).decode("utf-8-sig")))
-                for asked in record.asked.values():
+                for asked in record.all_asked():
                     asked.setdefault("key", asked.get("item"))  # records of earlier versions have none
                 if record.nonce != path.stem or not record.is_sound():  # the nonce names the file that is written next
                     raise ValueError("not a batch record")

@@ -2,6 +2,8 @@
 
     {questions_dir}/teacher/batches/{nonce}.json   one record per batch: intent -> submitted -> collected
 
+With --together a request is about several rationales; its record names the item of each, and each counts its attempts.
+
 1. The intent (count, time, what is asked) is on disk before a batch is created.
 2. The batch's id is on disk before polling begins.
 3. After a restart an intent without an id is searched for in the API's list of batches, by count and time, before
@@ -17,10 +19,12 @@ results of other requests, and a cancelled batch end the run: only the user deci
 from __future__ import annotations
 
 import asyncio
-import hashlib
+import dataclasses
+import itertools
 import json
 import secrets
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,8 +32,8 @@ from ares import cli
 from ares.cli import Stop, UserError
 from teacher import api_responses
 from teacher.api_responses import STOP_STATUS, ApiError, NoAnswer, NotAReply, failure_of, is_account_refusal
-from teacher.api_teacher import LONGEST_PAUSE
-from teacher.batch_store import COLLECTED, INTENT, SUBMITTED, BatchStore, Record
+from teacher.api_teacher import LONGEST_PAUSE, TooLarge
+from teacher.batch_store import COLLECTED, INTENT, SUBMITTED, BatchStore, Record, digest, entry
 from teacher.budget import LOST
 from teacher.handoff import Refused
 from teacher.interface import Failed, Reply, Request
@@ -54,7 +58,7 @@ def ask_in_batches(session: Session, store: BatchStore, submit_only: bool, poll_
     other = next((record.model for record in pending if record.model != session.teacher.model), None)
     if other:
         raise UserError(f"--teacher_model: the pending batches were asked of {other}; name it to collect them")
-    asked = {int(asked["item"].partition("/")[0]) for record in pending for asked in record.asked.values()}
+    asked = {int(asked["item"].partition("/")[0]) for record in pending for asked in record.all_asked()}
     lost = sorted(action for action in asked - set(session.waiting) if (session.root / str(action)).is_dir())
     if lost:
         raise UserError(
@@ -81,7 +85,7 @@ class _Batches:
         async with self.teacher:
             try:
                 await self.resume()
-                with cli.progress(desc="batches", total=len(self.session.open), unit="request") as bar:
+                with cli.progress(desc="batches", total=len(self.session.open), unit="rationale") as bar:
                     await self.work(bar)
             except UserError:
                 cli.print0(f"stopped; {self.session.report.summary()}")
@@ -103,12 +107,12 @@ class _Batches:
         for record in records:
             self.remember(record)
         self.pending = [record for record in records if record.state != COLLECTED]
-        submitted = {self.key_of.get(asked["item"]) for record in self.pending for asked in record.asked.values()}
+        submitted = {self.key_of.get(asked["item"]) for record in self.pending for asked in record.all_asked()}
         for key in [key for key in self.session.open if key not in submitted]:
             self.ask(key)
 
     def remember(self, record: Record) -> None:
-        for asked in record.asked.values():
+        for asked in record.all_asked():
             last = self.history.get(asked["key"])
             if last is None or asked["attempt"] >= last["attempt"]:
                 self.history[asked["key"]] = asked
@@ -143,54 +147,72 @@ class _Batches:
         else:
             self.todo.append(key)
 
-    def worst(self, key: str) -> tuple[Request, float]:
-        """The request, and the most that it can cost."""
-        request, _ = self.session.prepare(key)
-        last = self.history.get(key[:16], {})
-        if last.get("replied"):
-            request = self.session.ask_again(request, Refused(last["reason"], last["said"]))
-        return request, self.teacher.most_usd(request, batch=True) or 0.0
+    def units(self, keys: list[str]) -> list[list[str]]:
+        """The keys as they are sent: those with one attempt left, or that were called invalid, alone."""
+        last = {key: self.history.get(key[:16], {"attempt": 0}) for key in keys}
+        alone = {
+            key for key in keys if last[key].get("alone") or last[key]["attempt"] + 1 == self.session.attempts > 1
+        }
+        return self.session.units(keys, alone)
+
+    def worst(self, unit: list[str]) -> tuple[Request, list[dict[str, Any]], float]:
+        """The request of a unit, its entries in a record, and the most that it can cost."""
+        own = [self.session.prepare(key)[0] for key in unit]
+        request = self.session.join(own)
+        before = [self.history.get(key[:16], {}) for key in unit]
+        if refused := [Refused(last["reason"], last["said"]) for last in before if last.get("replied")]:
+            request = self.session.ask_again(request, *refused)
+        entries = [
+            entry(self.session.open[key][0].name, each.text, key[:16], last.get("attempt", 0) + 1)
+            for key, each, last in zip(unit, own, before, strict=True)
+        ]
+        return request, entries, self.teacher.most_usd(request, batch=True) or 0.0
 
     async def submit(self) -> None:
         """Create batches for `todo`; what exceeds the budget stays in it. Raises Stop if nothing can go on then."""
         keys, self.todo = self.todo, []
-        for shard, most_usd in self.shards(keys):
+        for shard, most_usd in self.shards(self.units(keys)):
             await self.create(shard, most_usd)
         if self.submit_only:
             count = sum(record.count for record in self.pending)
             cli.print0(f"{len(self.pending)} batches with {count} requests are pending; collect them with --batch")
         if self.todo and (self.submit_only or not self.pending):
-            raise self.ledger.stop(self.worst(self.todo[0])[1])
+            raise self.ledger.stop(self.worst(self.units(self.todo)[0])[-1])
 
-    def shards(self, keys: list[str]) -> Iterator[tuple[list[tuple[str, Request, dict]], float]]:
-        """Parts of `keys` that fit one batch each, by bytes, by count and by what is left of the budget."""
+    def shards(self, units: list[list[str]]) -> Iterator[tuple[list[tuple[list[dict], dict]], float]]:
+        """Parts of `units` that fit one batch each, by bytes, by count and by what is left of the budget; of each unit
+        its entries and its request's body."""
         shard, size, usd = [], 0, 0.0
-        for number, key in enumerate(keys):
-            request, most = self.worst(key)
-            parameters = self.teacher.parameters(request)
+        left = deque(units)
+        while left:
+            unit = left.popleft()
+            request, entries, most = self.worst(unit)
+            try:
+                parameters = self.teacher.parameters(request)
+            except TooLarge:
+                if len(unit) == 1:
+                    raise
+                left.extendleft([key] for key in reversed(unit))
+                continue
             length = len(json.dumps(parameters)) + 100  # with its custom_id
             if shard and (size + length > MAX_BYTES or len(shard) >= MAX_COUNT):
                 yield shard, usd
                 shard, size, usd = [], 0, 0.0
             if not self.ledger.fits(usd + most):
-                self.todo = keys[number:]
+                self.todo = [*unit, *itertools.chain.from_iterable(left)]
                 break
-            shard.append((key, request, parameters))
+            shard.append((entries, parameters))
             size, usd = size + length, usd + most
         if shard:
             yield shard, usd
 
-    async def create(self, shard: list[tuple[str, Request, dict]], most_usd: float) -> None:
+    async def create(self, shard: list[tuple[list[dict], dict]], most_usd: float) -> None:
         """Save the intent, create the batch, save its id. Raises UserError if the API does not create it."""
         nonce = secrets.token_hex(5)
         requests, asked = [], {}
-        for number, (key, request, parameters) in enumerate(shard):
+        for number, (entries, parameters) in enumerate(shard):
             requests.append({"custom_id": f"{nonce}-{number}", "params": parameters})
-            attempt = self.history.get(key[:16], {"attempt": 0})["attempt"] + 1
-            item = self.session.open[key][0].name
-            asked[f"{nonce}-{number}"] = {
-                "item": item, "text": _digest(request.text), "key": key[:16], "attempt": attempt
-            }  # fmt: skip
+            asked[f"{nonce}-{number}"] = entries if len(entries) > 1 else entries[0]
         most = most_usd if self.teacher.price else None
         record = Record(nonce, len(requests), self.teacher.model, time.time(), most, asked)
         self.store.save(record)
@@ -292,7 +314,7 @@ class _Batches:
             for custom_id in record.asked.keys() - outcomes.keys():
                 outcomes[custom_id] = Failed("no_result", "the batch has no result for this request", charged=True)
         try:
-            waiting = [(record.asked[custom_id], outcome) for custom_id, outcome in outcomes.items()]
+            waiting = [(record.asked_as(custom_id), outcome) for custom_id, outcome in outcomes.items()]
             for start in range(0, len(waiting), 64):
                 await asyncio.gather(*(self.save_outcome(*each) for each in waiting[start : start + 64]))
         except OSError as failure:  # the results can be fetched again
@@ -373,37 +395,56 @@ class _Batches:
         await self.reattach(record)
         if record.batch is None:
             self.pending.remove(record)
-            for key in {self.key_of.get(asked["item"]) for asked in record.asked.values()}:
+            for key in {self.key_of.get(asked["item"]) for asked in record.all_asked()}:
                 if key in self.session.open:
                     self.ask(key)
 
-    async def save_outcome(self, asked: dict[str, Any], outcome: Reply | Failed) -> None:
+    async def save_outcome(self, asked: list[dict[str, Any]], outcome: Reply | Failed) -> None:
         """Save a reply; a failed or unusable one is asked again or given up. Skips items that are answered by now.
 
-        `asked`: the request's entry in the record; a failure is noted there.
+        `asked`: the request's entries in the record, one for each rationale; a failure is noted there.
         """
-        session, key = self.session, self.key_of.get(asked["item"])
-        if key not in session.open:
-            return
-        request, sidecar = session.prepare(key)
-        if _digest(request.text) != asked["text"]:  # the rationale was exported anew since
-            self.ask(key)
+        session, keys = self.session, [self.key_of.get(each["item"]) for each in asked]
+        prepared = [session.prepare(key) if key in session.open else None for key in keys]
+        wanted: dict[str, dict[str, Any]] = {}  # key -> its entry
+        for place, (key, mine) in enumerate(zip(keys, asked, strict=True)):
+            if prepared[place] and digest(prepared[place][0].text) == mine["text"]:
+                wanted[key] = mine
+            else:
+                if prepared[place]:  # the rationale was exported anew since
+                    self.ask(key)
+                keys[place] = prepared[place] = None
+        if not wanted:
             return
         if isinstance(outcome, Failed):
-            asked |= {"reason": outcome.reason, "said": outcome.said, "permanent": outcome.permanent}
-            if outcome.account or outcome.reason == "canceled":  # free, and the run ends: no attempt
-                asked["attempt"] -= 1
-                return
-        else:
-            session.report.add(outcome)
-            about = sidecar | {"attempt": asked["attempt"]}
-            refused = await asyncio.to_thread(session.save_reply, key, request, outcome, about)
-            if refused is None:
+            self.note_failure(wanted, outcome, single=len(asked) == 1)
+            return
+        session.report.add(outcome)
+        request = next(each[0] for each in prepared if each)
+        if len(asked) > 1:
+            rationales = tuple(each[0].sentences if each else () for each in prepared)
+            request = dataclasses.replace(request, rationales=rationales)
+        abouts = [each[1] if each else {} for each in prepared]
+        sidecars = [about | {"attempt": mine["attempt"]} for about, mine in zip(abouts, asked, strict=True)]
+        refused = await asyncio.to_thread(session.save_replies, keys, request, outcome, sidecars)
+        for key, mine in wanted.items():
+            if key in refused:
+                why = str(refused[key]).removeprefix(refused[key].reason).removeprefix(": ")
+                mine |= {"reason": refused[key].reason, "said": why, "replied": True}
+                self.ask(key)
+            else:
                 session.finish(key, f"{outcome.teacher} {outcome.model}")
-                return
-            why = str(refused).removeprefix(refused.reason).removeprefix(": ")
-            asked |= {"reason": refused.reason, "said": why, "replied": True}
-        self.ask(key)
+
+    def note_failure(self, wanted: Mapping[str, dict[str, Any]], failed: Failed, single: bool) -> None:
+        """Note in the entries of a request why it has no reply, and ask again unless the run ends."""
+        for key, mine in wanted.items():
+            mine |= {"reason": failed.reason, "said": failed.said, "permanent": failed.permanent and single}
+            if failed.account or failed.reason == "canceled":  # free, and the run ends: no attempt
+                mine["attempt"] -= 1
+                continue
+            if failed.permanent and not single:  # perhaps because of one rationale only
+                mine["alone"] = True
+            self.ask(key)
 
 
 def _backoff(attempt: int) -> float:
@@ -412,7 +453,3 @@ def _backoff(attempt: int) -> float:
 
 def _is_unknown(error: Exception) -> bool:
     return isinstance(error, ApiError) and error.status == 404
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

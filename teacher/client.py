@@ -30,10 +30,11 @@ from teacher.budget import LOG, Ledger, Price, read_log
 from teacher.claude import DEFAULT_MODEL, ClaudeTeacher
 from teacher.handoff import Item
 from teacher.interface import FREE, JUDGE, MODEL, REFERENCE, SCORE, Reply, Request, Teacher
+from teacher.live import ask_live
 from teacher.openai_compatible import OpenAITeacher
 from teacher.reply_files import ReplyCache
 from teacher.sdk_client import TIMEOUT
-from teacher.session import OURS, Report, Session, ask_live
+from teacher.session import OURS, Report, Session
 
 
 class ReferenceTeacher:
@@ -70,8 +71,7 @@ class ReferenceTeacher:
         else:
             rationale = " ".join(request.sentences)
             final = reference.correct_rationale(request.problem, rationale)
-            both = {"Original rationale": rationale, "Final rationale": final}
-            text = json.dumps(both, indent=0, ensure_ascii=False)
+            text = json.dumps({"Final rationale": final}, indent=0, ensure_ascii=False)
         return Reply(text, self.name, self.model, "end_turn", seconds=round(time.monotonic() - began, 3))
 
 
@@ -117,10 +117,11 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
 
 
 ROOM, ROOM_PER_REPLY = 1 << 20, 1 << 16  # bytes of disk reserved: a reply has four files of some blocks each
+MOST_TOGETHER = 8  # replies to one request for which disk is reserved
 
 FOR_APIS = frozenset(
     "teacher_model base_url concurrency attempts timeout structured body batch submit_only poll_seconds max_usd price "
-    "estimate cache no_cache".split()
+    "estimate cache no_cache together".split()
 )
 
 
@@ -217,10 +218,12 @@ def _refuse_unknown_cost(teachers: Sequence[Teacher], body: Mapping[str, Any]) -
 
 
 def second_teacher(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags of the second Teacher of --check: `reference`, a model of the first one's provider, or
-    `claude:MODEL` or `openai:MODEL` at the provider's own address. --price and --body are the first one's."""
+    """The flags of the second Teacher of --check: `reference`, a model of the first one's provider, or `claude:MODEL`
+    or `openai:MODEL` at the provider's own address (--price and --body are the first one's); `apart`: itself."""
     name, colon, model = args.against.partition(":")
     other = argparse.Namespace(**{**vars(args), "price": None, "body": {}})
+    if args.against == "apart":
+        return argparse.Namespace(**{**vars(args), "together": False})
     if args.against == REFERENCE:
         other.teacher = other.teacher_model = REFERENCE
     elif colon and name in PROVIDERS:
@@ -272,7 +275,8 @@ def work_in(root: str | Path, flag: str, args: argparse.Namespace, before: Ledge
         held.enter_context(launch.only_one(ours / "lock", f"{flag} {root}"))
         paid = args.teacher in PROVIDERS
         if paid:  # on a full disk, replies to requests in flight must still be saved
-            held.enter_context(files.reserve(ours / "reserve", ROOM + args.concurrency * ROOM_PER_REPLY))
+            replies = args.concurrency * (MOST_TOGETHER if getattr(args, "together", False) else 1)
+            held.enter_context(files.reserve(ours / "reserve", ROOM + replies * ROOM_PER_REPLY))
         ledger = Ledger(ours if paid else None, args.max_usd)
         if before is not None:
             ledger.spent_usd, ledger.lost, ledger.lost_usd = before.spent_usd, before.lost, before.lost_usd

@@ -57,16 +57,14 @@ def parse_correction(reply: str | bytes | None, rationale: str) -> str:
     """The corrected rationale, white space collapsed, from the Teacher's raw reply.
 
     The final part is found by its key - quoted or not, on one line or many - and ends where its string or its braces
-    end. `rationale` is the text that was sent: its echo is skipped, so nothing in it is taken for a key.
-    A final part equal to the rationale is returned as it is.
+    end. `rationale` is the text that was sent: where it is repeated beside the final part, and within a final part in
+    quotes, nothing is taken for a key. A final part equal to the rationale is returned as it is.
 
     Raises Refused, and nothing else: no_reply, too_long; no_final (no key, or a part cut before its end); empty;
     unchanged (a remark instead of a text); placeholder; ambiguous (two final parts that differ).
     """
     text, sent = read_text(reply), collapse(rationale)
-    echo = text.find(sent) if sent.strip() else -1
-    finals = _finals(text, echo + len(sent)) if echo >= 0 else []
-    finals = finals or _finals(text, 0)
+    finals = (_finals(text, sent) if sent.strip() else []) or _finals(text)
     if not finals:
         raise Refused("no_final", "no final rationale that is closed by its brace")
     original = one_line(rationale)
@@ -100,11 +98,20 @@ def _remark_words(text: str) -> set[str]:
     return set(_REMARK_WORD.findall(text))
 
 
-def _finals(text: str, start: int) -> list[str]:
-    keys = list(itertools.islice(_FINAL_KEY.finditer(text, start), _MOST_FINALS + 1))
+def _finals(text: str, sent: str = "") -> list[str]:
+    """The values of all final keys, but of those within the strings of an earlier one or the first echo of `sent`."""
+    echo = text.find(sent) if sent and sent in text else len(text)
+    outside = (key for key in _FINAL_KEY.finditer(text) if key.start() < echo or key.end() > echo + len(sent))
+    keys = list(itertools.islice(outside, _MOST_FINALS + 1))
     if len(keys) > _MOST_FINALS:
         raise Refused("ambiguous", f"more than {_MOST_FINALS} final rationales")
-    values = (_final_value(text, key.end(), key[0]) for key in keys)
+    values, position = [], 0
+    for key in keys:
+        if key.end() <= position:
+            continue
+        if strings := _STRINGS.match(text, key.end()):
+            position = strings.end()
+        values.append(_final_value(text, key.end(), key[0]))
     # half of a surrogate pair, which UTF-8 cannot spell, is dropped
     return [one_line(value.encode(errors="ignore").decode()) for value in values if value is not None]
 

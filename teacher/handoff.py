@@ -7,7 +7,8 @@
         reply.json                       Teacher: who replied, tokens, dollars
         output_from_llm.txt              Teacher: the raw reply; once it has content, the sample counts as answered
         score.txt | refused.txt          the scores read from the reply, one a line, or why it cannot be used
-        older_*, unusable_*              a reply to an earlier rationale; a reply that was cut off
+        older_*, unusable_*              a reply to an earlier rationale; a reply that was cut off, or that is about
+                                         several rationales and has no certain part for this one
     {questions}/mmcot_finished_signal.txt    RL: all rationales are exported
     {questions}/{k}/llm_done.txt             the Teacher's client or the user: sample k of every question is answered
 
@@ -40,7 +41,7 @@ SIDECAR = "reply.json"
 REPLY = "output_from_llm.txt"
 SCORES = "score.txt"
 REASON = "refused.txt"
-REFUSED_REPLY = f"unusable_{REPLY}"  # can be read, but its stop reason says that it was cut off
+REFUSED_REPLY = f"unusable_{REPLY}"  # can be read, but was cut off, or is not about this rationale alone
 EXPORTED = "mmcot_finished_signal.txt"
 DONE = "llm_done.txt"
 NUMBER = "0|[1-9][0-9]*"  # as folders are named

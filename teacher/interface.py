@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 
 SCORE, CORRECT, JUDGE = "score", "correct", "judge"
 REFERENCE, MODEL = "reference", "model"  # the Teachers that cost nothing: teacher/reference.py, rl/reward_model.py
+TOGETHER = "together"  # notes and schema of a scoring request about several rationales
 FREE = (REFERENCE, MODEL)
 
 
@@ -25,16 +26,18 @@ class Wording:
     again: str
     structured: Mapping[str, str] = field(default_factory=dict)  # kind -> note on the form, where output is structured
     exact: Mapping[str, str] = field(default_factory=dict)  # the same where the server enforces a schema to the letter
+    together: str = ""  # between the rules and the rationales of a request about several
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a Teacher about one rationale.
+    """One question to a Teacher about one rationale, or about several of one question (teacher/together.py).
 
     `sentences` is the rationale as exported; for a correction its one entry is the whole text; for a judgement the two
-    rationales, in the order in which they are shown. `problem` is None without problems.json, which only the reference
-    Teacher needs. `form_note` is sent where output is structured, `exact_note` where its schema is enforced exactly,
-    `again` after a reply that could not be used; `length_factor` multiplies the length allowed.
+    rationales, in the order in which they are shown. `rationales` has the sentences of each where there are several;
+    `sentences` are then all of them. `problem` is None without problems.json, which only the reference Teacher needs.
+    `form_note` is sent where output is structured, `exact_note` where its schema is enforced exactly, `again` after a
+    reply that could not be used; `length_factor` multiplies the length allowed.
     """
 
     custom_id: str
@@ -48,6 +51,7 @@ class Request:
     exact_note: str = ""
     again: str = ""
     length_factor: int = 1
+    rationales: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,22 +13,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from teacher.handoff import form
-from teacher.interface import Wording
+from teacher.interface import TOGETHER, Wording
 from utils_prompt import choices_text, normalize
 
-PROMPT_VERSION = "2026-11-b"
+PROMPT_VERSION = "2026-11-b"  # of scores
 
 WORDING = Wording(
     PROMPT_VERSION,
     again="An earlier reply to this could not be used ({reason}). Follow the form above exactly.",
     structured={
         "score": 'Give only the numbers, as {"scores": [...]}: one for each xxx, in the order of the sentences.',
+        TOGETHER: 'Give only the numbers, as {"scores": [[...], [...]]}: one list for each explanation, in their '
+        "order, and in it one number for each xxx, in the order of the sentences.",
     },
     exact={
         "score": 'Give only the numbers, as {"sentence_1": ..., "sentence_2": ...}: one for each xxx, in the order of '
         "the sentences.",
+        TOGETHER: 'Give only the numbers, as {"rationale_1": {"sentence_1": ..., "sentence_2": ...}, "rationale_2": '
+        "{...}}: one for each xxx, in the order of the sentences of that explanation.",
     },
+    together="""\
+Several students have answered. Their explanations stand below, each under a name of its own. Grade each of them by \
+itself, as if it were the only one: the others are no part of what it says, are no measure for it, and repeat nothing \
+of it. Keep their names and their order.""",
 )
+CORRECTION_WORDING = Wording("2026-11-c", again=WORDING.again)
 JUDGE_WORDING = Wording(
     "2026-11-judge-a",
     again="An earlier reply to this could not be used ({reason}). Reply with the JSON object above and nothing else.",
@@ -58,9 +67,8 @@ the question, its context{image} and the correct answer; add no outside facts.
 - The explanation must lead to the correct answer.
 If nothing needs changing, give the same explanation again as the final one.
 
-Reply in exactly this form, the explanation before and after correction, in braces, and nothing else:
+Reply in exactly this form, with the whole corrected explanation, and nothing else:
 {{
-"Original rationale": "the student's explanation",
 "Final rationale": "the corrected explanation"
 }}
 

@@ -117,12 +117,13 @@ def _write_result(folder: str | os.PathLike, result: list[float] | str | Refused
         write_if_changed(f"{folder}/{SCORES}", "".join(f"{score}\n" for score in result))
 
 
-def set_cut_reply_aside(folder: Path, text: str, stop_reason: str) -> None:
-    """Keep a reply that can be read but was cut off under another name, so that it is not read as one."""
+def set_cut_reply_aside(folder: Path, text: str, reason: str) -> None:
+    """Keep a reply under a name by which nothing reads it: one that was cut off though it can be read, or one about
+    several rationales without a certain part for this one."""
     files.write_text(folder / REFUSED_REPLY, text)
     (folder / REPLY).unlink(missing_ok=True)
     (folder / SCORES).unlink(missing_ok=True)
-    files.write_text(folder / REASON, f"{stop_reason}\n", flush=False)
+    files.write_text(folder / REASON, f"{reason}\n", flush=False)
 
 
 def reason_of(folder: Path) -> str:

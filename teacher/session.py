@@ -1,31 +1,25 @@
-"""The items of one questions folder: which have a reply, which requests are open, how a reply is saved; asking live.
+"""The items of one questions folder: which have a reply, which requests are open, how a reply is saved.
 
 A reply is written to disk first (teacher/reply_files.py), then to the cache. A killed run loses only the requests in
-flight; the same command continues with the rest. `ask_live` sends every open request, `teacher.concurrency` at a time:
-after a failure, a budget stop or the first Ctrl-C no new request is sent; replies to requests in flight are saved.
-Message Batches instead: teacher/batches.py.
+flight; the same command continues with the rest. Requests are sent by teacher/live.py or teacher/batches.py.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import os
 import re
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ares import cli, files
 from ares.data_folder import question_images
-from teacher import handoff
+from teacher import handoff, together
 from teacher.budget import PRICES_DATE
 from teacher.handoff import Item, Refused, request_text
 from teacher.interface import (
@@ -35,9 +29,7 @@ from teacher.interface import (
     SCORE,
     Reply,
     Request,
-    Stopped,
     Teacher,
-    Unanswered,
     Wording,
     custom_id,
     same_model,
@@ -53,8 +45,8 @@ NOTHING_TO_ASK = frozenset(("no_rationale", "no_sentences"))  # no Teacher can s
 CUT_SHORT = ("max_tokens", "refusal", "model_context_window_exceeded")
 UNKNOWN = "unknown origin"  # a reply without reply.json: of the released code, or copied in by hand
 OURS = "teacher"  # {questions_dir}/teacher/: lock, spend log, batch records
+CHECKS = "check.json"  # there: what `haiku.py --check` has found
 IMAGE_NAME = re.compile(r"image\.png|choice_\d+\.png")
-WRITERS = 4  # threads that save replies: their flushes to disk overlap
 
 
 @dataclass
@@ -115,7 +107,8 @@ class Session:
 
     `open`: key -> items that have no reply yet; the reply is written beside the first one. `answered`: key -> an item
     that has the reply. Items that are added later join an open request, get a copy of an answered one's reply, or
-    open a request anew that was given up.
+    open a request anew that was given up. With `together` the open requests about one question are sent as one
+    (`units`), and each rationale's part of the reply is saved as the reply to its own request.
 
     Args:
         kind: SCORE, CORRECT or JUDGE.
@@ -123,6 +116,7 @@ class Session:
         images_dir: where to look for images when the item's own folder holds none.
         attempts: requests per distinct rationale until a reply can be read; the last one stays beside the reason.
         keep_replies: accept usable replies that another Teacher or model wrote (else `add` refuses them).
+        together: send all open requests about a question, of one process of RL, as one.
         action_settled: called when no item of an action is waiting any more.
     """
 
@@ -138,6 +132,7 @@ class Session:
         attempts: int = 3,
         cache: ReplyCache | None = None,
         keep_replies: bool = False,
+        together: bool = False,
         action_settled: Callable[[int, Report], None] | None = None,
     ):
         self.root = Path(root)
@@ -146,10 +141,11 @@ class Session:
         self.free = teacher.name in FREE
         self.attempts = 1 if self.free else attempts  # it would say the same again
         self.cache = cache or ReplyCache(None)
-        self.keep_replies = keep_replies
+        self.keep_replies, self.together = keep_replies, together
         self.action_settled = action_settled or (lambda action, report: None)
         self.report = Report()
         self.open: dict[str, list[Item]] = {}
+        self.question: dict[str, str] = {}  # key -> what its request shares with others; only with `together`
         self.answered: dict[str, Item] = {}
         self.waiting: Counter[int] = Counter()  # action -> items without a reply
 
@@ -189,7 +185,11 @@ class Session:
                     foreign = foreign or item
             else:
                 report.text_only += _lacks_image(request)
-                self.open.setdefault(self.teacher.key(request), []).append(item)
+                key = self.teacher.key(request)
+                self.open.setdefault(key, []).append(item)
+                if self.together and (shared := together.shared_text(request)) is not None:
+                    question = dataclasses.replace(request, text=shared, sentences=())
+                    self.question.setdefault(key, f"{item.rank} {item.qid} {self.teacher.key(question)}")
         if unprepared:
             raise cli.UserError(
                 f"{len(unprepared)} of {len(items)} rationales have no {handoff.REQUEST} that fits them (first: "
@@ -287,20 +287,75 @@ class Session:
         """The keys of the open requests; for a free Teacher by question, whose texts it then reads once."""
         return sorted(self.open, key=lambda key: self.open[key][0].qid) if self.free else list(self.open)
 
+    def units(self, keys: Iterable[str] | None = None, alone: Collection[str] = ()) -> list[list[str]]:
+        """The open requests, or those of `keys`, as they are sent: one by one, or with `together` those about a
+        question as one, but for those in `alone`."""
+        keys = self.in_order() if keys is None else keys
+        if not self.together:
+            return [[key] for key in keys]
+        units: dict[str, list[str]] = {}
+        for key in keys:
+            units.setdefault(key if key in alone else self.question.get(key, key), []).append(key)
+        return list(units.values())
+
     # -- replies ---------------------------------------------------------------------------------------------
 
-    def prepare(self, key: str) -> tuple[Request, dict[str, Any]]:
-        """An open request, and what reply.json says besides the reply."""
+    def prepare(self, *keys: str) -> tuple[Request, dict[str, Any]]:
+        """The request that is sent for open ones about a question, and what reply.json of the first says besides the
+        reply."""
+        prepared = [self._prepare(key) for key in keys]
+        return self.join([request for request, _ in prepared]), prepared[0][1]
+
+    def join(self, requests: Sequence[Request]) -> Request:
+        """One request for those of a unit."""
+        return requests[0] if len(requests) == 1 else together.join(requests, self.wording)
+
+    def _prepare(self, key: str) -> tuple[Request, dict[str, Any]]:
         request = self.request(self.open[key][0])
         sidecar = {"prompt_version": self.wording.version, "images": [path.name for path in request.images]}
         if _lacks_image(request):
             sidecar["text_only"] = "the question names an image that was not found"
         return request, sidecar
 
-    def ask_again(self, request: Request, refused: Refused) -> Request:
-        """The request with the reason added for the model, and a longer limit of the reply if it was cut off."""
-        factor = min(8, request.length_factor * (2 if refused.reason == "max_tokens" else 1))
-        return dataclasses.replace(request, again=self.wording.again.format(reason=refused), length_factor=factor)
+    def ask_again(self, request: Request, *refused: Refused) -> Request:
+        """The request with the reasons added for the model, and a longer limit of the reply if it was cut off."""
+        cut = any(each.reason == "max_tokens" for each in refused)
+        reasons = "; ".join(dict.fromkeys(map(str, refused)))
+        return dataclasses.replace(
+            request,
+            again=self.wording.again.format(reason=reasons),
+            length_factor=min(8, request.length_factor * (2 if cut else 1)),
+        )
+
+    def save_replies(
+        self, keys: Sequence[str | None], request: Request, reply: Reply, sidecars: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Refused]:
+        """Save a reply to the request of a unit; returns why it cannot be used, for each rationale where it cannot.
+
+        `keys`, `sidecars`: of each rationale of the request, in its order; None: its part is not wanted. A rationale
+        without a part of its own gets the whole reply, under a name by which nothing reads it.
+        """
+        if len(keys) == 1:
+            found = {keys[0]: self.save_reply(keys[0], request, reply, sidecars[0])}
+            return {key: refused for key, refused in found.items() if refused}
+        found = {}
+        parts, shares = together.split(reply.text, len(keys)), together.shares(reply, len(keys))
+        number = {"together": len(keys)}
+        for key, sentences, part, share, sidecar in zip(
+            keys, request.rationales, parts, shares, sidecars, strict=True
+        ):
+            if key is None:
+                continue
+            if isinstance(part, Refused):
+                cut = reply.stop_reason in CUT_SHORT
+                refused = Refused(reply.stop_reason, str(part)) if cut else part
+                set_cut_reply_aside(self.open[key][0].folder, reply.text, str(refused))
+            else:
+                one = dataclasses.replace(request, sentences=sentences, rationales=())
+                refused = self.save_reply(key, one, dataclasses.replace(share, text=part), sidecar | number)
+            if refused:
+                found[key] = refused
+        return found
 
     def save_reply(self, key: str, request: Request, reply: Reply, sidecar: Mapping[str, Any]) -> Refused | None:
         """Write the reply beside the request's first item, copies beside the others. Returns why it cannot be used.
@@ -372,91 +427,3 @@ class Session:
 
 def _lacks_image(request: Request) -> bool:
     return not request.images and bool((request.problem or {}).get("image"))
-
-
-# -- asking live -------------------------------------------------------------------------------------------
-
-
-def ask_live(session: Session) -> None:
-    """Answer the session's open requests. Raises UserError for what ends the run; replies so far are kept."""
-    if session.open:
-        asyncio.run(_Live(session).run())
-
-
-class _Live:
-    def __init__(self, session: Session):
-        self.session, self.teacher = session, session.teacher
-        self.failure: cli.UserError | None = None
-        self.writers = ThreadPoolExecutor(WRITERS)
-
-    async def run(self) -> None:
-        todo = iter(self.session.in_order())  # keys: texts and images are read when a request is sent
-        total = len(self.session.open)
-        with cli.progress(desc=self.teacher.name, total=total, unit="request") as bar:
-            async with self.teacher:
-                self.catch_signals()
-                workers = [self.work(todo, bar) for _ in range(min(self.teacher.concurrency, total))]
-                ends = await asyncio.gather(*workers, return_exceptions=True)
-        self.writers.shutdown()
-        if end := next(filter(None, ends), self.failure):  # a bug of ours first
-            cli.print0(f"stopped; {self.session.report.summary()}")
-            raise end
-
-    def catch_signals(self) -> None:
-        """The first Ctrl-C, or a scheduler's SIGTERM, lets requests in flight finish; the second does not."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        loop = asyncio.get_running_loop()
-
-        def end(name: str) -> None:
-            loop.remove_signal_handler(signal.SIGINT)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            cli.print0(f"{name}: waiting for the requests in flight; Ctrl-C again to drop them")
-            self.stop(cli.Stop(f"ended by {name}; run the same command again to go on", status=130))
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, end, number.name)
-
-    def stop(self, failure: cli.UserError) -> None:
-        self.failure = self.failure or failure
-        self.teacher.stop()
-
-    async def work(self, todo: Iterator[str], bar: Any) -> None:
-        for key in todo:
-            if self.failure:
-                return
-            try:
-                await self.ask(key)
-            except Stopped:
-                return
-            except (cli.UserError, OSError) as error:
-                self.stop(self.session.fault(error))
-                return
-            except BaseException:  # after a bug of ours nothing new is paid for
-                self.teacher.stop()
-                raise
-            bar.update()
-            report, pace = self.session.report, getattr(self.teacher, "pace", None)
-            words = f"{len(report.unusable)} failed, {report.usage.total() / 1e6:.2f}M tokens, ${report.cost_usd:.3f}"
-            words += f", {int(pace.limit)} at a time" if pace and pace.limit < pace.most else ""
-            bar.set_postfix_str(words, refresh=False)
-
-    async def ask(self, key: str) -> None:
-        """Send a request, at most `attempts` times until its reply is usable, and save the reply for all its items."""
-        session = self.session
-        request, sidecar = session.prepare(key)
-        for attempt in range(1, session.attempts + 1):
-            try:
-                reply = await self.teacher.answer(request)
-            except Unanswered as failure:
-                return session.give_up(key, failure.reason, failure.message)
-            session.report.add(reply)
-            save = partial(session.save_reply, key, request, reply, sidecar | {"attempt": attempt})
-            loop = asyncio.get_running_loop()
-            refused = save() if session.free else await loop.run_in_executor(self.writers, save)
-            if full := files.disk_full():
-                self.stop(full)
-            if refused is None:
-                return session.finish(key, f"{reply.teacher} {reply.model}")
-            request = session.ask_again(request, refused)
-        return session.give_up(key, refused.reason, str(refused).partition(": ")[2])

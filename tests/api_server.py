@@ -118,6 +118,13 @@ class Asked:
         return form.get("schema") or self.body.get("response_format", {}).get("json_schema", {}).get("schema")
 
     @property
+    def rationales(self) -> list[list[str]]:
+        """The sentences of each rationale that is to be scored: one, or several under names of their own."""
+        form = self.text[self.text.rindex("\n{\n") + 1 :]
+        parts = re.split(r'^"rationale_\d+": \{$', form, flags=re.MULTILINE)
+        return [re.findall(r'^"(.*)": xxx,?$', part, re.MULTILINE) for part in parts[1:] or parts]
+
+    @property
     def digest(self) -> str:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
@@ -126,14 +133,23 @@ def fill_form(asked: Asked, score: Callable[[str], float] = lambda sentence: 0.8
     """(reply, stop reason): scores for a scoring request, an unchanged rationale for a correction."""
     if "Final rationale" in asked.text:
         rationale = asked.text.rsplit("explanation:\n", 1)[1].strip()
-        return json.dumps({"Original rationale": rationale, "Final rationale": rationale}, indent=0), "end_turn"
-    form = asked.text[asked.text.rindex("\n{\n") + 1 :]
-    sentences = re.findall(r'^"(.*)": xxx,?$', form, re.MULTILINE)
+        return json.dumps({"Final rationale": rationale}, indent=0), "end_turn"
+    filled = [_filled(asked, sentences, score) for sentences in asked.rationales]
+    if len(filled) == 1:
+        return filled[0], "end_turn"
+    if asked.schema and "scores" in asked.schema["properties"]:
+        return json.dumps({"scores": [json.loads(each)["scores"] for each in filled]}), "end_turn"
+    named = ",\n".join(f'"rationale_{number}": {each}' for number, each in enumerate(filled, start=1))
+    return f"{{\n{named}\n}}", "end_turn"
+
+
+def _filled(asked: Asked, sentences: list[str], score: Callable[[str], float]) -> str:
+    """The reply about one rationale."""
     if asked.schema and "scores" not in asked.schema["properties"]:
-        return json.dumps(dict(zip(asked.schema["required"], map(score, sentences), strict=True))), "end_turn"
+        return json.dumps({f"sentence_{number}": score(each) for number, each in enumerate(sentences, start=1)})
     if asked.structured:
-        return json.dumps({"scores": [score(sentence) for sentence in sentences]}), "end_turn"
-    return "{\n" + ",\n".join(f'"{sentence}": {score(sentence)}' for sentence in sentences) + "\n}", "end_turn"
+        return json.dumps({"scores": [score(sentence) for sentence in sentences]})
+    return "{\n" + ",\n".join(f'"{sentence}": {score(sentence)}' for sentence in sentences) + "\n}"
 
 
 def score_by_text(asked: Asked) -> tuple[str, str]:
@@ -518,8 +534,10 @@ def _chat_refusal(body: dict, models: Iterable[str]) -> tuple[int, str] | None:
 
 
 def _strict(schema: dict) -> bool:
-    """Whether strict mode takes a schema of one level."""
-    return schema["additionalProperties"] is False and schema["required"] == list(schema["properties"])
+    """Whether strict mode takes a schema."""
+    inner = [each for each in schema["properties"].values() if each["type"] == "object"]
+    own = schema["additionalProperties"] is False and schema["required"] == list(schema["properties"])
+    return own and all(map(_strict, inner))
 
 
 def _refusal(body: dict, models: Iterable[str] = MODELS) -> tuple[int, str] | None:

@@ -114,6 +114,17 @@ def test_finished_commands_of_a_stopped_stage_are_not_run_again(tmp_path):
     assert (tmp_path / "count").read_text() == "xx"
 
 
+def test_a_redo_forgets_the_finished_commands_of_a_stopped_stage_after_it(tmp_path):
+    """A generation that ended before the kill was of the old model."""
+    first, then = Stage("rl", "RL", [python("1")]), Stage("generate", "G", [python("2"), python("3")], ["rl"])
+    chain = Chain(tmp_path)
+    chain.run([first])
+    chain.begun["generate"] = [shlex.split(then.commands[0])]
+    args = run_ares.parse_args(["--config", "configs/smoke.yaml", "--redo", "rl"])
+    run_ares.refuse_changed([first, then], chain, args)
+    assert chain.begun == chain.done == {}
+
+
 def test_another_launcher_is_no_change():
     words = "accelerate launch --num_processes 4 main.py --lr 1"
     assert from_script(words.split()) == from_script("python main.py --lr 1".split()) == ["main.py", "--lr", "1"]

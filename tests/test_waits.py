@@ -61,6 +61,18 @@ def test_the_pretended_gpu_sees(what, monkeypatch):
         assert gpu.waits == [] and here[here > 0].tolist() == []
 
 
+def counting(gpu, function, waits):
+    """`function`, appending the waits of each of its calls to `waits`."""
+
+    def call(*how):
+        gpu.waits.clear()
+        made = function(*how)
+        waits.append(list(gpu.waits))
+        return made
+
+    return call
+
+
 UPDATES = [
     {}, {"algo": "rloo"}, {"max_grad_norm": 1.0, "entropy_coef": 0.1, "vf_clip_range": 0.2}, {"pass_tokens": 60},
     {"gradient_checkpointing": True}, {"value_warmup": 2},
@@ -76,13 +88,7 @@ def test_an_update_of_ppo_waits_once(changes, tmp_path, monkeypatch):
     with PretendedGPU(monkeypatch) as gpu:
         gpu.take(trainer.raw)
 
-        def counted(*how):
-            gpu.waits.clear()
-            due = update(*how)
-            per_update.append(list(gpu.waits))
-            return due
-
-        trainer._update = counted
+        trainer._update = counting(gpu, update, per_update)
         trainer.warm_up()
         after_warm_up = list(gpu.waits) if changes.get("value_warmup") else []
         trainer.train()
@@ -246,13 +252,7 @@ def test_an_sft_step_does_not_wait(lora, sft, tmp_path, monkeypatch):
         gpu.take(trainer.model)
         prepared, batches = trainer.get_batch_samples, []
 
-        def counted(*args):
-            gpu.waits.clear()
-            made = prepared(*args)
-            batches.append(list(gpu.waits))
-            return made
-
-        trainer.get_batch_samples = counted
+        trainer.get_batch_samples = counting(gpu, prepared, batches)
         trainer.train()
     assert per_step == [[]] * 8 and batches == [[]] * 8, (per_step, batches)
 

@@ -36,10 +36,9 @@ from teacher import handoff, reference
 from teacher.estimate import CLOSE, LAST_POSITION
 from teacher.interface import MODEL, REFERENCE, same_model
 from teacher.reply_files import read_scores, read_sidecar
-from teacher.session import OURS, UNKNOWN
+from teacher.session import CHECKS, OURS, UNKNOWN
 
 IDENTITY, STATE, METRICS = "identity.json", "state.pth", "metrics.json"
-CHECKS = "check.json"  # in {questions_dir}/teacher/: what haiku.py --check has found
 FIGURES = {"difference": "mean difference", "spearman": "rank correlation", "close": "within 0.1"}
 OURS_NAME, BY_POSITION = "reward model", "mean by position"
 

@@ -18,7 +18,7 @@ from ares import cli, files
 from ares.sentences import split_text
 from teacher import handoff
 from teacher.budget import Totals, read_log
-from teacher.prompts import scoring_request
+from teacher.prompts import WORDING, scoring_request
 from tests.api_server import KEY
 from tests.conftest import ROOT
 
@@ -118,6 +118,13 @@ class World:
     def submitted(self) -> list[int]:
         """Requests of each batch that the server has."""
         return [len(batch.requests) for batch in self.server.batches]
+
+
+def item_digests(asked) -> list[str]:
+    """Digest of the request of each rationale that is asked about, as `many_items` has them."""
+    shared, joined, _ = asked.text.partition(WORDING.together)
+    texts = [shared + handoff.form(sentences) for sentences in asked.rationales] if joined else [asked.text]
+    return [hashlib.sha256(text.encode()).hexdigest() for text in texts]
 
 
 def paid_usd(server, batch=False):

@@ -12,9 +12,10 @@ import haiku_for_correction_feedback
 import preprocessing_for_correction_feedback
 from ares import files
 from haiku_for_correction_feedback import edit_distance
-from teacher import handoff
+from teacher import estimate, handoff
+from teacher.prompts import CORRECTION_WORDING, PROMPT_VERSION
 from tests.api_server import fill_form
-from tests.teacher.teacher_tools import TEXT, stops
+from tests.teacher.teacher_tools import TEXT, sidecar, stops
 from tools import win_rate
 
 
@@ -80,6 +81,35 @@ def test_correction_file(server, correction, capsys):
     assert len(server.asked) == 2 + 3  # the unusable one three times
     assert "no_final" in server.asked[-1].notes[-1] and not server.asked[0].notes
     assert "Correct answer: (" in server.asked[0].text
+    # only the corrected text is asked for, in words and by the schema
+    for asked in server.asked:
+        assert asked.text.count('"Final rationale"') == 1 and "Original" not in asked.text
+        assert list(asked.schema["properties"]) == ["Final rationale"] == asked.schema["required"]
+    folder = handoff.question_dir(correction.requests, 0, 0, train[1])
+    assert json.loads((folder / handoff.REPLY).read_text()).keys() == {"Final rationale"}
+    assert sidecar(folder)["prompt_version"] == CORRECTION_WORDING.version != PROMPT_VERSION
+
+
+def test_replies_of_both_forms_are_read(server, correction):
+    """Of a model that repeats the original, and of earlier versions, whose replies stay on disk and in the cache."""
+    forms = itertools.cycle([{"Original rationale": "Let's see."}, {}])
+
+    def respond(asked):
+        final = json.loads(fill_form(asked)[0])["Final rationale"].replace("see", "think")
+        return json.dumps({**next(forms), "Final rationale": final}), "end_turn"
+
+    server.respond = respond
+    correction.run()
+    assert correction.solutions[:3] == [pred.replace("see", "think") for pred in correction.preds]
+    assert len(server.asked) == 3
+
+
+def test_the_reply_is_estimated_as_the_text_once(server, correction, problems, capsys):
+    correction.run("--estimate")
+    out = capsys.readouterr().out
+    characters = sum(map(len, correction.preds)) + 3 * 105
+    expected = characters / estimate.CLAUDE_5.characters_per_token
+    assert f"{expected:,.0f} out" in out and "together" not in out and not server.log
 
 
 def test_correction_refuses_to_write_with_missing_or_outdated_requests(server, correction, capsys):

@@ -430,6 +430,42 @@ def test_final_rationale_is_found(reply):
     assert parse_correction(reply % (trap, AFTER), trap) == AFTER
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '{\n"Final rationale": "%s"\n}',
+        '{"final_rationale": "%s",}',
+        "{final rationale: %s}",
+        '```json\n{"Final": "%s"}\n```\nI finished the last sentence.',
+        "**Final rationale**: {%s}",
+    ],
+)
+def test_the_final_rationale_alone_is_read(reply):
+    """As it is asked for: without the original before it."""
+    assert parse_correction(reply % AFTER, BEFORE) == AFTER == parse_correction(reply % AFTER, "Quite another.")
+    assert parse_correction(reply % BEFORE, BEFORE) == BEFORE  # nothing to mend
+    quoted = 'He said "melt". The set is {1, 2}.'
+    assert parse_correction(reply % quoted, BEFORE) == quoted
+    assert outcome(parse_correction, reply % "same as the original", BEFORE) == "unchanged"
+
+
+@pytest.mark.parametrize("before", [BEFORE, "Quite another."])
+@pytest.mark.parametrize(
+    "more",
+    [
+        "\nFinal solution: the ice is a liquid.",
+        "\n**Final rationale:** the ice is a liquid.",
+        " {final rationale: the ice} he wrote.",
+        ", 'final version: the ice', he wrote.",
+        "\nFinal solution: the ice.\nFinal solution: no ice.",
+    ],
+)
+def test_within_the_final_text_nothing_is_taken_for_a_key(more, before):
+    """Also where it begins with the text that was sent, which is then no echo before the answer."""
+    for reply in ('{"Final rationale": "%s"}', '{"Original rationale": "The ice.", "Final rationale": "%s"}'):
+        assert parse_correction(reply % (BEFORE + more), before) == " ".join((BEFORE + more).split())
+
+
 ECHOED = '{"Original rationale": "the student\'s explanation", "Final rationale": "the corrected explanation"}'
 BIG = json.dumps({"Original rationale": BEFORE, "Final rationale": 'A "big"\nchange. {x}'}, indent=1)
 CORRECTIONS = {  # the final rationale, or the reason of a refusal -> replies

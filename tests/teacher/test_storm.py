@@ -7,6 +7,7 @@ By default a small storm, for CI. The whole one of 5,000 items, 10 kills and 30 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from teacher import handoff
 from tests import api_server
 from tests.api_server import LOST, SPOILT, ApiServer, Asked, Fault, score_by_text
 from tests.conftest import ROOT
-from tests.teacher.teacher_tools import CREDIT, World, forked, lines_of, many_items, paid_usd
+from tests.teacher.teacher_tools import CREDIT, World, forked, item_digests, lines_of, many_items, paid_usd
 
 FULL = os.environ.get("ARES_STORM") == "full"
 ITEMS, KILLS, CONCURRENCY = (5000, 10, 32) if FULL else (200, 3, 16)
@@ -39,8 +40,8 @@ FAULTS = {
 QUICK = "from teacher import api_teacher; api_teacher.BACKOFF, api_teacher.MAX_BACKOFF = 0.05, 0.4"
 
 
-def storm_world(server, questions):
-    return World(server, questions, "--no-cache", "--concurrency", CONCURRENCY)
+def storm_world(server, questions, *ways, concurrency=CONCURRENCY):
+    return World(server, questions, "--no-cache", "--concurrency", concurrency, *ways)
 
 
 def fault_drawer(seed: int):
@@ -53,16 +54,27 @@ def replies_on_disk(folders):
     return {digest for digest, folder in folders.items() if (folder / handoff.SCORES).exists()}
 
 
-def test_storm(api_environment, tmp_path, problems):
+@pytest.mark.parametrize("ways", [(), ("--together",)], ids=["apart", "together"])
+def test_storm(api_environment, tmp_path, problems, ways):
     """Every item ends answered; what is on disk is never asked again; each repeat has its reason and is in the log."""
+    most = 4 if ways else 1  # items of a request
+    concurrency = CONCURRENCY // most
     questions, calm = tmp_path / "questions", tmp_path / "calm"
     folders = many_items(questions, ITEMS, problems)
     shutil.copytree(questions, calm)
     began = time.monotonic()
     kills = []  # (requests that had arrived, items whose reply was on disk)
     with ApiServer(score_by_text) as server:
-        server.keep, server.plan, server.hang_seconds = False, fault_drawer(seed=1), 4.0
-        world = storm_world(server, questions)
+        server.keep, server.hang_seconds, draw = False, 4.0, fault_drawer(seed=1)
+        log = []  # (digests of the items that are asked about, what became of it) for every request
+
+        def plan(asked):
+            fault = draw(asked)
+            log.append((item_digests(asked), fault.name if fault else "ok"))
+            return fault
+
+        server.plan = plan
+        world = storm_world(server, questions, *ways, concurrency=concurrency)
         argv = ("--timeout", "2", "--attempts", "12")
         dice = random.Random(2)
         for _ in range(KILLS):
@@ -77,51 +89,55 @@ def test_storm(api_environment, tmp_path, problems):
             running.kill()
             running.communicate()
             time.sleep(0.5)  # what had reached the socket reaches the server's log
-            kills.append((len(server.log), replies_on_disk(folders)))
+            kills.append((len(log), replies_on_disk(folders)))
         running = world.client(*argv, patch=QUICK)
         out, err = running.communicate(timeout=600)
         assert running.returncode == 0, (out[-3000:], err[-3000:])
-        log, paid = list(server.log), paid_usd(server)
+        paid = paid_usd(server)
     seconds = time.monotonic() - began
 
     # 1. every item ends answered
     assert replies_on_disk(folders) == set(folders)
     assert world.done == sorted({item.action for item in world.items})
     # 2. no item whose reply reached the disk is ever asked again
-    paid_twice = sum(len(on_disk & {digest for digest, _ in log[arrived:]}) for arrived, on_disk in kills)
+    paid_twice = sum(
+        len(on_disk & {each for digests, _ in log[arrived:] for each in digests}) for arrived, on_disk in kills
+    )
     assert paid_twice == 0
     # 3. a repeat is a reply that a fault destroyed, or one that was in flight at a kill
     classes = Counter(name for _, name in log)
-    good = Counter(digest for digest, name in log if name in ("ok", "slow", "prose"))
+    good = Counter(digest for digests, name in log if name in ("ok", "slow", "prose") for digest in digests)
     in_flight_at_kills = sum(count - 1 for count in good.values())
-    assert set(good) == set(folders) and in_flight_at_kills <= CONCURRENCY * KILLS
+    assert set(good) == set(folders) and in_flight_at_kills <= concurrency * KILLS * most
     # 4. the spend log holds every request, with what it came to
     lines = lines_of(questions / "teacher/spend.jsonl")
     opened = {line["id"] for line in lines if "most_usd" in line}
     closed = Counter(line["outcome"] for line in lines if "outcome" in line)
     totals = world.totals
-    assert len(log) <= len(opened) <= len(log) + CONCURRENCY * KILLS
-    assert len(opened) - sum(closed.values()) <= CONCURRENCY * KILLS, "open entries are those of the kills"
+    assert len(log) <= len(opened) <= len(log) + concurrency * KILLS
+    assert len(opened) - sum(closed.values()) <= concurrency * KILLS, "open entries are those of the kills"
     assert totals.usd - 1e-9 <= paid <= totals.usd + totals.unknown_usd + 1e-9, (totals, paid)
     for status in ("429", "529", "500", "408"):
         sent = classes[status] + classes[f"{status}_bare"]
-        assert sent - CONCURRENCY * KILLS <= closed[f"api_{status}"] <= sent
-    assert closed["lost"] <= sum(classes[name] for name in LOST) + CONCURRENCY * (KILLS + 1)
+        assert sent - concurrency * KILLS <= closed[f"api_{status}"] <= sent
+    assert closed["lost"] <= sum(classes[name] for name in LOST) + concurrency * (KILLS + 1)
     # 5. the scores are those of a run without faults
     with ApiServer(score_by_text) as server:
         server.keep = False
         calm = storm_world(server, calm)
         calm.ask()
         assert len(server.log) == ITEMS == calm.answered
+    joined = sum(len(digests) > 1 for digests, _ in log)
+    assert joined > len(log) / 2 if ways else joined == 0
     equal = world.scores == calm.scores
     assert equal
 
     found = {
-        "items": ITEMS, "kills": KILLS, "concurrency": CONCURRENCY, "fault_share": FAULT_SHARE,
+        "items": ITEMS, "together": bool(ways), "kills": KILLS, "concurrency": concurrency, "fault_share": FAULT_SHARE,
         "seconds": round(seconds, 1), "requests": len(log), "requests_by_class": dict(sorted(classes.items())),
         "answered": len(replies_on_disk(folders)), "asked_again_after_their_reply_was_on_disk": paid_twice,
         "repeats_of_requests_in_flight_at_a_kill": in_flight_at_kills,
-        "allowed_repeats": CONCURRENCY * KILLS,
+        "allowed_repeats": concurrency * KILLS * most,
         "spend_log": {"requests": len(opened), "outcomes": dict(sorted(closed.items())),
                       "usd": round(totals.usd, 6), "unknown": totals.unknown,
                       "unknown_usd_at_most": round(totals.unknown_usd, 6)},
@@ -130,7 +146,8 @@ def test_storm(api_environment, tmp_path, problems):
     print(json.dumps(found, indent=1))
     if FULL:
         Path(ROOT / "benchmarks/results").mkdir(parents=True, exist_ok=True)
-        (ROOT / "benchmarks/results/storm.json").write_text(json.dumps(found, indent=1) + "\n")
+        name = "storm_together.json" if ways else "storm.json"
+        (ROOT / "benchmarks/results" / name).write_text(json.dumps(found, indent=1) + "\n")
 
 
 # -- batches ---------------------------------------------------------------------------------------------------
@@ -155,6 +172,8 @@ class BatchStorm:
 
     def __init__(self, server: ApiServer, seed: int, invalid: str):
         self.random, self.invalid = random.Random(seed), invalid
+        self.paid: Counter[str] = Counter()  # digest of an item -> replies about it
+        self.over = False
         self.lasting: dict[tuple[str, str], tuple[Fault | None, int]] = {}  # (batch, call) -> fault and calls it lasts
         self.free: Counter[str] = Counter()  # digest -> results that were cancelled, or refused with the account
         server.create_plan = lambda: self.random.choice(CREATIONS) if self.random.random() < 0.4 else None
@@ -171,20 +190,31 @@ class BatchStorm:
         return fault if calls > 0 else None
 
     def outcome(self, custom_id, asked):
-        if asked.digest == self.invalid:
+        digests = item_digests(asked)
+        if self.invalid in digests:
             return INVALID
         nonce = random.Random(custom_id.partition("-")[0]).random()  # one draw for each batch
         if nonce < 0.3 and self.random.random() < 0.5:
-            self.free[asked.digest] += 1
+            self.free.update(digests)
             return NO_CREDIT if nonce < 0.15 else "canceled"
         return self.random.choice(("expired", *TEMPORARY)) if self.random.random() < 0.2 else "succeeded"
 
     def respond(self, asked):
-        return ("I like it.", "end_turn") if self.random.random() < 0.2 else score_by_text(asked)
+        self.paid.update(item_digests(asked))
+        if self.over:
+            return score_by_text(asked)
+        if self.random.random() < 0.2:
+            return "I like it.", "end_turn"
+        text, stop = score_by_text(asked)
+        if len(asked.rationales) > 1 and self.random.random() < 0.4:  # one of them cannot be used
+            lists = json.loads(text)["scores"]
+            self.random.choice(lists).pop()
+            text = json.dumps({"scores": lists})
+        return text, stop
 
 
-@pytest.mark.parametrize("seed", [2, 3, 4])
-def test_batch_storm(api_environment, tmp_path, problems, seed):
+@pytest.mark.parametrize("seed, ways", [(2, ()), (3, ()), (4, ()), (5, ("--together",)), (6, ("--together",))])
+def test_batch_storm(api_environment, tmp_path, problems, seed, ways):
     """Batches of a client that is killed again and again, with faults in all of the API's answers.
 
     The bound, for each item: at most --attempts paid replies, and one more for each record of a batch that the user
@@ -192,14 +222,16 @@ def test_batch_storm(api_environment, tmp_path, problems, seed):
     that was cancelled or refused with the account.
     """
     questions, log = tmp_path / "questions", tmp_path / "log.txt"
-    folders = many_items(questions, BATCH_ITEMS, problems)
+    items = 2 * BATCH_ITEMS if ways else BATCH_ITEMS
+    patch = SHORT + ("; batches.MAX_COUNT = 2" if ways else "")  # as many batches of fewer requests
+    folders = many_items(questions, items, problems)
     dice = random.Random(seed)
     given_up: Counter[str] = Counter()  # digest -> deleted records that name it
     deleted: list[str] = []  # ids of their batches
     ended: Counter[str] = Counter()
 
     def run(attempts, kill_after=None):
-        client = forked(world.flags("--attempts", attempts), log, patch=SHORT)
+        client = forked(world.flags("--attempts", attempts), log, patch=patch)
         client.join(kill_after or 60)
         if client.is_alive():
             assert kill_after, f"the client hangs: {log.read_text()[-2000:]}"
@@ -214,19 +246,20 @@ def test_batch_storm(api_environment, tmp_path, problems, seed):
         return line
 
     def digests(batch):
-        return [Asked.read(request["params"]).digest for request in batch.requests]
+        return [digest for request in batch.requests for digest in item_digests(Asked.read(request["params"]))]
 
     def delete(path):
         record = json.loads(path.read_text())
         path.unlink()
         deleted.append(record["batch"])
-        for asked in record["asked"].values():
+        entries = (each if isinstance(each, list) else [each] for each in record["asked"].values())
+        for asked in itertools.chain.from_iterable(entries):
             [digest] = [digest for digest, folder in folders.items() if folder == questions / asked["item"]]
             given_up[digest] += 1
 
     with ApiServer(score_by_text) as server:
         server.keep, server.most_batches = False, 300
-        world = World(server, questions, "--no-cache", "--batch", "--poll_seconds", "0.05")
+        world = World(server, questions, "--no-cache", "--batch", "--poll_seconds", "0.05", *ways)
         invalid = sorted(folders)[0]
         storm = BatchStorm(server, seed, invalid)
         snapshots = []
@@ -247,7 +280,7 @@ def test_batch_storm(api_environment, tmp_path, problems, seed):
             for batch in server.batches:
                 server.results_of(batch)  # also of those that nobody has looked at
             for digest in folders:
-                assert server.paid[digest] <= attempts + given_up[digest], "paid too often"
+                assert storm.paid[digest] <= attempts + given_up[digest], "paid too often"
                 assert requested[digest] <= attempts + given_up[digest] + storm.free[digest], "asked too often"
             for count, on_disk in snapshots:
                 again = {digest for batch in server.batches[count:] for digest in digests(batch)}
@@ -260,11 +293,11 @@ def test_batch_storm(api_environment, tmp_path, problems, seed):
             if "are unusable" not in line:
                 line = run(ATTEMPTS)
         bounds_hold(ATTEMPTS)
-        server.outcome, server.respond = lambda custom_id, asked: "succeeded", score_by_text
+        server.outcome, storm.over = lambda custom_id, asked: "succeeded", True
         line = run(ATTEMPTS + 8)
         if "are unusable" not in line:  # a batch was still out that was cancelled
             line = run(ATTEMPTS + 8)
-        assert "1 of 40 replies are unusable (errored_invalid_request_error 1)" in line, line
+        assert f"1 of {items} replies are unusable (errored_invalid_request_error 1)" in line, line
         assert replies_on_disk(folders) == set(folders) - {invalid}
         bounds_hold(ATTEMPTS + 8)
         kept = {id for record in world.records for id in (record["batch"], *record["not_ours"])}

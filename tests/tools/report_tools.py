@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 from ares import files
 from teacher import handoff
+from teacher.session import CHECKS, OURS
 from tests.rl import rl_tools
 
 EVIL = '<script>window.pwned=1</script><img src=x onerror="window.pwned=2"></script><!-- <b id=evil>bold</b> {{data}}'
@@ -101,6 +102,9 @@ def make_world(root: Path, tokenizer) -> SimpleNamespace:
     return SimpleNamespace(root=root, problems=problems, splits=splits)
 
 
+SECOND = ([0.9, 0.1], [0.2, 0.3, 0.9])  # scores of a second Teacher for the two samples of a question
+
+
 def make_rl(run: Path, problems: dict, qids: list[str], tokenizer) -> None:
     """One finished round with two samples a question; the reply to 0/{last question} is spoilt."""
     import torch
@@ -123,8 +127,12 @@ def make_rl(run: Path, problems: dict, qids: list[str], tokenizer) -> None:
     files.write_json(store.collected_file, {"batches": 1, "samples": len(made)})
     rl_tools.answer(store.questions, spoil=lambda item: item.action == 0 and item.qid == qids[-1])
     for item in handoff.iter_items(store.questions):
-        sidecar = {"model": "teacher-1", "usage": {"input_tokens": 100, "output_tokens": 20}, "cost_usd": 0.25}
+        model = f"teacher-{1 + (item.qid == qids[0])}"
+        sidecar = {"model": model, "usage": {"input_tokens": 100, "output_tokens": 20}, "cost_usd": 0.25}
         files.write_json(item.folder / handoff.SIDECAR, {**sidecar, "time": f"2026-11-25T10:00:0{item.action}Z"})
+    compared = {f"{action}/p0/{qids[1]}": [None, SECOND[action]] for action in (0, 1)}
+    check = {"who": "reference 3", "against": "claude m", "scores": compared}
+    files.write_json(store.questions / OURS / CHECKS, {"reference 3 against claude m": check})
     decision = rollouts.read_feedback(store, made, max_dropped=0.5)
     kept, scores = rollouts.scored(made, decision)
     data = ppo.compute_advantages(kept, scores, SimpleNamespace(**RUN_FLAGS), RUN_FLAGS["kl_coef"])

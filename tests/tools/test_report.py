@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 
 from ares import cli, files
+from ares.cli import UserError
 from ares.sentences import split_text
 from teacher import handoff, reference
 from teacher.reference import rationale_figures
 from tests.conftest import ROOT
-from tests.tools.report_tools import EVIL, NAME, make_problems, parts_of, picture, released_file, write_predictions
+from tests.tools.report_tools import (
+    EVIL,
+    NAME,
+    SECOND,
+    make_problems,
+    parts_of,
+    picture,
+    released_file,
+    write_predictions,
+)
 from tools import report
 from tools.report_page import collect, page, plots, stages, teacher
 
@@ -90,10 +101,32 @@ def test_samples_are_what_rl_was_trained_on(world):
     assert {row: known["low"] for row, known in world.main["sampled"].items()} == lowest
 
 
+def test_samples_name_their_model_and_show_a_second_teachers_scores(world):
+    first, second, *_ = world.splits["train"]
+    samples, sampled = world.parts["details"]["samples"], world.main["sampled"]
+    assert [each["by"] for each in samples[world.row[first]]] == ["teacher-2"] * 2
+    assert [known["by"] for known in sampled.values()].count(["teacher-1"]) == len(sampled) - 1
+    apart = []
+    for each, scores in zip(samples[world.row[second]], SECOND, strict=True):
+        assert each["p2"] == [round(100 * score) for score in scores] and each["by2"] == "claude m"
+        apart += [abs(a - b) for a, b in zip(each["p"], each["p2"], strict=True)]
+    assert {row: known["apart"] for row, known in sampled.items()} == {
+        row: max(apart) if row == world.row[second] else -1 for row in sampled
+    }
+
+
+def test_a_damaged_check_is_one_line(world, tmp_path):
+    shutil.copytree(world.root / "rl/questions_round0", tmp_path / "questions")
+    for text in ('{"a against b": {"scores": {}}', "[]", '{"a against b": {"scores": 1}}', '{"a": {}}', '{"a": 1}'):
+        (tmp_path / "questions/teacher/check.json").write_text(text)
+        with pytest.raises(UserError, match="check.json"):
+            report.main(["--questions_dir", str(tmp_path / "questions"), "--output", str(tmp_path / "r.html")])
+
+
 def test_scores_by_position_count_every_sentence(world):
     series = world.main["overview"]["series"]
     lines = [json.loads(line) for line in (world.root / "rl/samples_round_0.jsonl").read_text().splitlines()]
-    assert series[0]["name"] == "RL samples" and series[0]["judges"] == ["teacher-1"]
+    assert series[0]["name"] == "RL samples" and series[0]["judges"] == ["teacher-1", "teacher-2"]
     assert [each["name"] for each in series[1:]] == [NAME, "sft"]
     for position in range(collect.POSITIONS):
         at = [line["sentences"][position]["score"] for line in lines if len(line["sentences"]) > position]

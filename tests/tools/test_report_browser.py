@@ -128,6 +128,8 @@ def test_filters_search_and_keys(tab, world):
         ("answer", "lora: wrong", ["2"]), ("answer", "lora: unparsed", ["3"]), ("image", "with image", ["1"]),
         ("judged0", "sft preferred", ["1", "4"]), ("judged0", "depends on the order", ["2"]),
         ("judged0", "tie", ["3"]),
+        ("by", "teacher-2", world.splits["train"][:1]),
+        ("apart", "by 0.1 or more", world.splits["train"][1:2]),
         ("dropped", "correction: no_final", world.splits["train"][2:3]),
         ("dropped", "any reason", world.splits["train"][2:]),
         ("change", f"{NAME} → sft: improved", world.splits["test"][:-1]),

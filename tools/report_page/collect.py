@@ -96,6 +96,8 @@ def page_data(inputs: Inputs, qids: Sequence[str]) -> dict[str, dict[str, Any]]:
             row: {
                 "low": min((score for one in many for score in one.get("p", ())), default=-1),
                 "dropped": sorted({one["reason"] for one in many if "reason" in one}),
+                "by": sorted({one["by"] for one in many if "by" in one}),
+                "apart": max(map(_apart, many)),
             }
             for row, many in samples.items()
         },
@@ -147,6 +149,10 @@ def _sample(sample: Sample, number: int) -> dict[str, Any]:
     data: dict[str, Any] = {"k": sample.action, "round": number, "s": sample.sentences}
     if sample.scores is not None:
         data["p"] = scaled(sample.scores, 100)
+    if sample.about.get("model"):
+        data["by"] = str(sample.about["model"])
+    if sample.second is not None:
+        data |= {"p2": scaled(sample.second, 100), "by2": sample.second_by}
     if sample.advantages is not None:
         data["adv"] = scaled(sample.advantages, 1000)
     if sample.reward is not None:
@@ -155,6 +161,12 @@ def _sample(sample: Sample, number: int) -> dict[str, Any]:
         data["tokens"] = sample.tokens["pieces"]
         data |= {name: scaled(sample.tokens[name], 1000) for name in ("rewards", "advantages")}
     return data | _reply(sample)
+
+
+def _apart(data: Mapping[str, Any]) -> int:
+    """The largest difference of two Teachers' scores of a sentence; -1: no two scored the sample."""
+    pairs = zip(data["p"], data["p2"], strict=True) if {"p", "p2"} <= data.keys() else ()
+    return max((abs(a - b) for a, b in pairs), default=-1)
 
 
 def _correction(each: Sample) -> dict[str, Any]:

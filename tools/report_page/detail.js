@@ -141,7 +141,8 @@ function samplesPart(row) {
 function sampleNode(sample) {
   const note = [main.rounds.length > 1 ? `round ${sample.round}` : null,
     sample.reward === undefined ? null : 'reward ' + asSigned(sample.reward / 1000, 2)].filter(Boolean).join(' · ');
-  const body = [sentencesNode(sample.s, sample.p, sample.adv), whyNode(sample), showTokens ? tokensNode(sample) : null, replyNode(sample)];
+  const second = sample.p2 ? [el('p', { class: 'small muted' }, `by ${sample.by2}`), sentencesNode(sample.s, sample.p2)] : null;
+  const body = [sentencesNode(sample.s, sample.p, sample.adv), second, whyNode(sample), showTokens ? tokensNode(sample) : null, replyNode(sample)];
   return stageLine(`Sample ${sample.k}`, note, body, meanOf(sample.p));
 }
 

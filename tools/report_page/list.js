@@ -39,6 +39,13 @@ function defineFilters() {
   const reasons = [...new Set(Q.flatMap((_, row) => droppedReasons(row)))].sort();
   addFilter('dropped', 'Dropped reply', reasons.length ? [['any', 'any reason'], ...reasons.map((r) => [r, r])] : [],
     (v, row) => (v === 'any' ? droppedReasons(row).length > 0 : droppedReasons(row).includes(v)));
+  const models = [...new Set(Object.values(main.sampled).flatMap((known) => known.by))].sort();
+  if (models.length > 1) {
+    addFilter('by', 'Scored by', models.map((name) => [name, name]), (v, row) => Boolean(main.sampled[row]?.by.includes(v)));
+  }
+  const compared = Object.values(main.sampled).some((known) => known.apart >= 0);
+  addFilter('apart', 'Two Teachers differ', compared ? [10, 20, 30, 50].map((v) => [String(v), 'by ' + asScore(v) + ' or more']) : [],
+    (v, row) => (main.sampled[row]?.apart ?? -1) >= Number(v));
   main.verdicts.forEach((result, file) => {
     const preferred = result.systems.map((name, i) => [String(i), name + ' preferred']);
     const options = [...preferred, ['tie', 'tie'], ['mixed', 'depends on the order']];

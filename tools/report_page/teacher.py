@@ -20,7 +20,7 @@ from teacher import budget, handoff
 from teacher.corrections import parse_correction
 from teacher.parsing import Refused, parse_scores
 from teacher.reply_files import read_sidecar
-from teacher.session import OURS
+from teacher.session import CHECKS, OURS
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Sample:
 
     qid: str
     action: int
+    name: str = ""  # its folder in the questions folder
     sentences: list[str] = field(default_factory=list)
     reply: str | None = None
     about: dict[str, Any] = field(default_factory=dict)  # reply.json
@@ -39,6 +40,8 @@ class Sample:
     reward: float | None = None
     advantages: list[float] | None = None  # at each sentence's last token, before whitening
     tokens: dict[str, list] | None = None  # pieces, rewards, advantages
+    second: list[float] | None = None  # scores by the other Teacher of `haiku.py --check`
+    second_by: str = ""  # that Teacher
 
 
 @dataclass
@@ -60,6 +63,8 @@ def read_rounds(run: Path | None, questions: Path | None) -> list[Round]:
         folders = sorted(run.glob("questions_round[0-9]*"), key=_number)
         folders += [run / "questions"] * (run / "questions").is_dir()
     rounds = [Round(_number(folder, len(folders) - 1), read_samples(folder), folder) for folder in folders]
+    for each in rounds:
+        add_second_teacher(each)
     for each in rounds if run is not None else ():
         add_training_view(each, run / f"samples_round_{each.number}.jsonl")
     return rounds
@@ -95,7 +100,7 @@ def _read(items: Sequence[handoff.Item], desc: str, parse: Callable[[Sample], No
     """The items with their replies; a Refused that `parse` raises becomes the reason for which one was dropped."""
     samples = []
     for item in cli.progress(items, desc=desc, unit="reply"):
-        sample = Sample(item.qid, item.action, about=read_sidecar(item.folder))
+        sample = Sample(item.qid, item.action, item.name, about=read_sidecar(item.folder))
         with contextlib.suppress(OSError):
             sample.reply = files.read_shared(item.folder / handoff.REPLY).decode("utf-8", errors="replace")
         try:
@@ -124,13 +129,28 @@ def add_training_view(each: Round, table: Path) -> None:
             raise UserError(f"--run: {table}: line {number} is no sample of RL; move the file away") from None
         sample = by_key.get(key)
         if sample is None:
-            sample = by_key[key] = Sample(key[1], key[0], texts)
+            sample = by_key[key] = Sample(key[1], key[0], sentences=texts)
             each.samples.append(sample)
         sample.reward, sample.advantages, sample.scores = reward, advantages, scores
         sample.reason = sample.why = None
     for sample in each.samples:
         if sample.advantages is None and sample.reason is None:
             sample.reason, sample.why = "late", "late: the reply arrived after RL had begun to train without it"
+
+
+def add_second_teacher(each: Round) -> None:
+    """Add the scores of the other Teacher, where `haiku.py --check` compared two on this questions folder."""
+    path = each.folder / OURS / CHECKS
+    if not path.is_file():
+        return
+    try:
+        for check in files.read_json(path, "--run", dict, nan=True).values():
+            for sample in each.samples:
+                _, second = check["scores"].get(sample.name) or (None, None)
+                if second and len(second) == len(sample.sentences):
+                    sample.second, sample.second_by = list(map(float, second)), str(check["against"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"--run: {path} is damaged; delete it, or run `python haiku.py --check` again") from None
 
 
 def scores_by_text(rounds: Sequence[Round]) -> dict[tuple[str, tuple[str, ...]], list[float]]:
