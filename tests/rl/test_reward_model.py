@@ -608,6 +608,16 @@ def test_batches_for_the_share(world, tmp_path, server, monkeypatch):
     assert all(handoff.is_done(root, action) for action in range(RATIONALES))
 
 
+def test_the_share_may_be_asked_together(world, tmp_path, server):
+    root = tmp_path / "questions"
+    lay_out(root, world.problems, world.qids[:8], seed=8)
+    ask(world, root, "--base_url", server.url, "--ask_share", "0.7", "--together")
+    decided = asked_file(root)["rationales"]
+    paid = [name for name, side in decided.items() if side == "claude"]
+    assert authors(root) == decided and len(server.log) == len({name.split("/")[-1] for name in paid}) < len(paid)
+    refused(lambda: ask(world, root, "--check", "3", "--against", "apart"), "--teacher model has no --together")
+
+
 def test_the_plan_of_a_run_counts_the_share(world):
     from teacher.estimate import expected_usd
 
