@@ -7,6 +7,8 @@
     python haiku.py --questions_dir RL_models/<run>/questions --teacher openai \\
         --base_url http://localhost:8000 --teacher_model MODEL                     # your own server (docs/teacher.md)
     python haiku.py --questions_dir RL_models/<run>/questions --teacher reference  # offline, from the gold solutions
+    python haiku.py --questions_dir RL_models/<run>/questions --teacher model --reward_model DIR \\
+        --ask_share 0.2 --ask uncertain                            # your own reward model, a fifth by Claude
 
 Reads `{questions_dir}/{k}/p{rank}/{qid}/input_for_llm.txt` and the images beside it (made by
 preprocessing_after_RL/processing_sentence_level_feedback.sh), writes `output_from_llm.txt`, `reply.json` and
@@ -18,6 +20,8 @@ round of its `--epochs`, and writes the requests itself; it may be started befor
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import math
 import random
 import time
@@ -31,11 +35,13 @@ from ares import cli, files
 from ares.data_folder import find_images, question_images, read_data_folder
 from teacher import client, estimate, handoff
 from teacher.budget import Ledger
-from teacher.interface import SCORE, Teacher
+from teacher.interface import FREE, MODEL, REFERENCE, SCORE, Teacher
+from teacher.live import ask_live
 from teacher.prompts import WORDING, scoring_request
 from teacher.session import OURS, Report, Session
 
 HEARTBEAT = 60.0  # seconds between lines while --watch waits
+ASKED = "asked.json"  # in {questions_dir}/teacher/: which rationales --ask_share sends to the other Teacher
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -56,25 +62,70 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--against", metavar="MODEL", help=against)
     client.add_teacher_flags(parser)
+    add_model_flags(parser)
     args = parser.parse_args(argv)
     given = cli.given_flags(parser, argv)
+    of_model, of_share = given & {*MODEL_FLAGS}, given & {"ask", "ask_teacher", "ask_seed"}
     apart = args.against == "apart"
     faults = {
+        "--teacher model needs --reward_model DIR": args.teacher == MODEL and not args.reward_model,
+        f"{_flags(of_model)}: no effect without --teacher model": of_model and args.teacher != MODEL,
+        f"{_flags(of_share)}: no effect without --ask_share": of_share and args.ask_share is None,
+        "--ask_share must be above 0 and below 1": args.ask_share is not None and not 0 < args.ask_share < 1,
+        "--ask_share goes with neither --watch nor --check": args.ask_share is not None and (args.watch or args.check),
         "--against needs --check": args.against and args.check is None,
         "--check must be at least 1": args.check is not None and args.check < 1,
         "--watch must be a number of hours above 0": args.watch is not None and not 0 < args.watch < math.inf,
         "--watch waits for all actions; leave out --actions": args.watch and args.actions,
-        "--against apart: --teacher reference has no --together": apart and args.teacher == "reference",
+        f"--against apart: --teacher {args.teacher} has no --together": apart and args.teacher in FREE,
         "--together is compared by --check N --against apart; add that, or leave it out": args.check is not None
         and args.together
         and not apart,
     }
     cli.refuse([fault for fault, found in faults.items() if found])
-    args.against = args.against or "reference"
-    client.check_teacher_flags(args, given)
+    args.against = args.against or REFERENCE
+    args.model_teacher = args.asked = None  # the reward model; the flags of the Teacher that --ask_share asks
+    if args.teacher == MODEL and "data_root" not in given:
+        args.data_root = None  # as recorded
+    if args.ask_share is not None:
+        args.asked = argparse.Namespace(**{**vars(args), "teacher": args.ask_teacher})
+    client.check_teacher_flags(args.asked or args, given)
     if apart:  # each has to be asked: neither may get the other's replies from the cache
         args.together = args.no_cache = True
     return args
+
+
+MODEL_FLAGS = "reward_model caption_file vision_features name_map ask_share".split()
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of --teacher model, and of the share that another Teacher scores beside it."""
+    add = parser.add_argument_group("reward model").add_argument
+    add("--reward_model", metavar="DIR", help="with --teacher model: what tools/train_reward_model.py wrote")
+    recorded = "of the reward model's prompts (default: as it was trained)"
+    add("--caption_file", metavar="FILE", help=f"captions {recorded}")
+    add("--vision_features", metavar="DIR", help=f"folder of the features {recorded}")
+    add("--name_map", metavar="FILE", help=f"feature rows {recorded}")
+    add("--ask_share", type=float, metavar="SHARE", help="send this share of the rationales to --ask_teacher instead")
+    which = "which: at random, or those of whose scores the model is least certain (largest mean p(1-p))"
+    add("--ask", choices=("random", "uncertain"), default="random", help=which)
+    asked = "who scores them, with all flags of that Teacher (--teacher_model, --max_usd, --batch ...)"
+    add("--ask_teacher", choices=(*client.PROVIDERS, REFERENCE), default="claude", help=asked)
+    add("--ask_seed", type=int, default=0, help="seed of --ask random")
+
+
+def _flags(names: set[str]) -> str:
+    return " and ".join(f"--{name}" for name in sorted(names))
+
+
+def use_reward_model(args: argparse.Namespace, items: Sequence[handoff.Item]) -> None:
+    """Check the reward model's folder and data for the questions of `items`, and make it the client's Teacher.
+    Raises UserError; the weights are loaded when they are first needed."""
+    from rl.reward_model import RewardTeacher  # it needs torch, which nothing else here does
+
+    teacher = RewardTeacher(args.reward_model, args, list(dict.fromkeys(item.qid for item in items)))
+    for flags in filter(None, (args, args.asked)):
+        flags.model_teacher, flags.data_root, flags.dataset = teacher, teacher.args.data_root, teacher.args.dataset
 
 
 def find_items(args: argparse.Namespace) -> list[handoff.Item]:
@@ -196,7 +247,7 @@ def check(args: argparse.Namespace, items: Sequence[handoff.Item], first: Sessio
     """Print how far the Teacher of the flags and `--against` agree on `--check` rationales, and save it."""
     estimate.read_checks(Path(args.questions_dir) / OURS)  # before anything is paid for
     second_args, apart = client.second_teacher(args), args.against == "apart"
-    itself = second_args.teacher == args.teacher and second_args.teacher_model in ("reference", args.teacher_model)
+    itself = second_args.teacher == args.teacher and second_args.teacher_model in (REFERENCE, args.teacher_model)
     if itself and not apart:
         raise cli.UserError(f"--against: {args.against} is the Teacher itself; name another")
     ledger = getattr(first.teacher, "ledger", None) or Ledger(Path(args.questions_dir) / OURS, args.max_usd)
@@ -247,9 +298,104 @@ def make_session(args: argparse.Namespace, problems: Any, teacher: Teacher, expo
         wording=WORDING,
         problems=problems,
         images_dir=find_images(args),
-        together=args.together,
+        together=args.together and args.teacher not in FREE,
         action_settled=partial(mark_done, args) if exported else None,
     )
+
+
+# -- a share by another Teacher ----------------------------------------------------------------------------
+
+
+def answer_shared(args: argparse.Namespace, items: Sequence[handoff.Item], problems: Any, exported: bool) -> None:
+    """Have the reward model score its part of the items, then the Teacher of --ask_share the others."""
+    if args.estimate or args.show:
+        theirs = divided(args, items, save=False)[0]
+        session = make_session(args.asked, problems, client.make_teacher(args.asked))
+        return estimate.preview(session, items if args.show else theirs, args.asked)
+    theirs, ours = divided(args, items)
+    both = Report()
+    for flags, part in ((args, ours), (args.asked, theirs)):
+        with client.work_in(args.questions_dir, "--questions_dir", flags) as each:
+            session = make_session(flags, problems, each)
+            if flags is args:  # live, also beside batches of the other one
+                session.add(part)
+                ask_live(session)
+            else:
+                client.answer_items(session, part, flags)
+        cli.print0(f"{flags.teacher}: {session.report.summary()}")
+        both.total += session.report.total
+        both.unusable |= session.report.unusable
+        both.first |= session.report.first
+    if args.submit_only:
+        return None
+    for action in sorted({item.action for item in items}) if exported else ():
+        mark_done(args, action, both)  # only now: both have answered its items
+    return end(args, both, exported)
+
+
+def divided(
+    args: argparse.Namespace, items: Sequence[handoff.Item], save: bool = True
+) -> tuple[list[handoff.Item], list[handoff.Item]]:
+    """(items for the other Teacher, items for the reward model), as asked.json says; with `save` new ones are added.
+
+    What is decided stays so in later runs. Identical rationales of a question go to the same one. Raises UserError if
+    the file was made with other flags.
+    """
+    path = Path(args.questions_dir) / OURS / ASKED
+    settings = {"ask": args.ask, "ask_share": args.ask_share, "ask_seed": args.ask_seed}
+    decided = read_asked(path, settings, args.questions_dir)
+    texts = {item: (item.qid, tuple(_sentences(item))) for item in items}
+    sides = {text: decided[item.name] for item, text in texts.items() if item.name in decided}
+    new = list(dict.fromkeys(text for text in texts.values() if text not in sides))
+    if args.ask == "random":
+        asked = [text for text in new if _draw(args.ask_seed, text) < args.ask_share]
+    else:
+        wanted = round(args.ask_share * (len(sides) + len(new))) - sum(side != MODEL for side in sides.values())
+        doubt = dict(zip(new, map(uncertainty, args.model_teacher.predict(new)), strict=True))
+        asked = sorted(new, key=lambda text: (-doubt[text], _draw(args.ask_seed, text)))[: max(0, wanted)]
+    sides |= dict.fromkeys(new, MODEL) | {text: args.ask_teacher for text in asked if text[1]}
+    decided |= {item.name: sides[text] for item, text in texts.items()}
+    if save:
+        files.write_json(path, {**settings, "rationales": decided}, indent=0)
+    theirs = [item for item in items if decided[item.name] != MODEL]
+    return theirs, [item for item in items if decided[item.name] == MODEL]
+
+
+def uncertainty(scores: Sequence[float]) -> float:
+    """Mean of p(1-p) over a rationale's sentences: a Teacher's scores are near 0 or 1; 0 without a sentence."""
+    return sum(p * (1 - p) for p in scores) / len(scores) if scores else 0.0
+
+
+def _draw(seed: int, text: tuple[str, tuple[str, ...]]) -> float:
+    """A number in [0, 1) that depends on the seed and the rationale alone, not on the order of items."""
+    digest = hashlib.sha256(json.dumps([seed, *text]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def read_asked(path: Path, settings: dict[str, Any], root: str) -> dict[str, str]:
+    """Name of an item -> who scores it, from asked.json; {} if there is none. Raises UserError for a damaged file, and
+    for one of other flags."""
+    files.refuse_links(path, root)
+    if not path.exists():
+        return {}
+    found = files.read_json(path, "--ask_share", dict)
+    decided = found.get("rationales")
+    if not isinstance(decided, dict) or not all(isinstance(side, str) for side in decided.values()):
+        raise cli.UserError(f"--ask_share: {path} is damaged; delete it: the rationales are then divided anew")
+    if changed := [name for name, value in settings.items() if found.get(name) != value]:
+        was = ", ".join(f"--{name} {found.get(name)}" for name in changed)
+        raise cli.UserError(f"--ask_share: {path} was made with {was}; go back to that, or delete the file")
+    return decided
+
+
+def end(args: argparse.Namespace, report: Report, exported: bool) -> None:
+    """The closing lines. Raises UserError for unusable replies."""
+    if not exported and not args.no_done:
+        cli.print0(
+            f"no {handoff.EXPORTED} in {args.questions_dir}: the export may go on, so no {handoff.DONE} is written; "
+            f"run this again after it, or touch {{run}}/questions/{{k}}/{handoff.DONE} when all is copied back"
+        )
+    client.refuse_unusable(report, args.accept_missing)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -257,7 +403,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     exported = handoff.exported(args.questions_dir)  # before the listing: what is listed is then complete
     items = [] if args.watch else find_items(args)
     problems = None  # Claude can do without: its requests are written
-    if args.teacher == "reference" or Path(args.data_root).is_dir():
+    if args.teacher == MODEL:
+        use_reward_model(args, items)
+        problems = args.model_teacher.data.problems
+        if args.asked:
+            return answer_shared(args, items, problems, exported)
+    elif args.teacher == REFERENCE or Path(args.data_root).is_dir():
         problems = read_data_folder(args.data_root, args.dataset).problems
         handoff.refuse_unknown(items, problems)
     elif args.watch or args.check:
@@ -273,14 +424,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return check(args, items, session)
         client.answer_items(session, items, args)
     cli.print0(f"{args.teacher}: {session.report.summary()}")
-    if args.submit_only:
-        return None
-    if not exported and not args.no_done:
-        cli.print0(
-            f"no {handoff.EXPORTED} in {args.questions_dir}: the export may go on, so no {handoff.DONE} is written; "
-            f"run this again after it, or touch {{run}}/questions/{{k}}/{handoff.DONE} when all is copied back"
-        )
-    return client.refuse_unusable(session.report, args.accept_missing)
+    return None if args.submit_only else end(args, session.report, exported)
 
 
 if __name__ == "__main__":

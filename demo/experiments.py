@@ -70,18 +70,24 @@ def ares(folder: Path, *words: object) -> None:
 def run_recipe(args: argparse.Namespace, world: Path, rl_seed: int, arm: str) -> None:
     """RL by one recipe on the data and starting model of `world`, and the rationales after it."""
     folder = files.writable_dir(world / f"{arm}-{rl_seed}", "--output")
+    changes = [f"rl.{word}" for word in RECIPES[arm].split()]
+    run_in_world(world, folder, "--config", args.config, "--seed", rl_seed, changes=changes)
+
+
+def run_in_world(world: Path, folder: Path, *words: object, changes: Sequence[str]) -> None:
+    """RL in `folder` from the data and starting model of `world`, the rationales after it, and the figures of both,
+    {folder}/table.json; nothing if that is there."""
     if (folder / "table.json").exists():
         return
     start = world / "models/start"
-    changes = ["prepare=null", "features=null", "start.model=null", f"start.folder={start}", "launch.rl=python"]
-    changes += [f"data.data_root={world}/data", f"data.images={world}/images"]
-    changes += [f"prompt.vision_features={world}/vision_features", f"prompt.caption_file={world}/data/captions.json"]
-    changes += [f"rl.{word}" for word in RECIPES[arm].split()]
-    ares(folder, "--config", args.config, "--seed", rl_seed, "--until", "generate", "--set", *changes)
+    wiring = ["prepare=null", "features=null", "start.model=null", f"start.folder={start}", "launch.rl=python"]
+    wiring += [f"data.data_root={world}/data", f"data.images={world}/images"]
+    wiring += [f"prompt.vision_features={world}/vision_features", f"prompt.caption_file={world}/data/captions.json"]
+    ares(folder, *words, "--until", "generate", "--set", *wiring, *changes)
     rounds = max((path.parent for path in folder.glob("rl/[0-9]*/args.yaml")), key=lambda path: int(path.name))
     compare = ["tools/compare.py", "--system", f"start={start}", "--system", f"RL={rounds}", "--output", folder]
-    words = [sys.executable, *map(str, compare), "--data_root", f"{world}/data"]
-    subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    command = [sys.executable, *map(str, compare), "--data_root", f"{world}/data"]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
 def write_table(output: Path) -> None:

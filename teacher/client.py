@@ -29,7 +29,7 @@ from teacher.batch_store import BatchStore
 from teacher.budget import LOG, Ledger, Price, read_log
 from teacher.claude import DEFAULT_MODEL, ClaudeTeacher
 from teacher.handoff import Item
-from teacher.interface import JUDGE, SCORE, Reply, Request, Teacher
+from teacher.interface import FREE, JUDGE, MODEL, REFERENCE, SCORE, Reply, Request, Teacher
 from teacher.live import ask_live
 from teacher.openai_compatible import OpenAITeacher
 from teacher.reply_files import ReplyCache
@@ -40,7 +40,7 @@ from teacher.session import OURS, Report, Session
 class ReferenceTeacher:
     """Scores and corrects from the question's own gold texts: free, offline, deterministic (teacher/reference.py)."""
 
-    name = "reference"
+    name = REFERENCE
     model = reference.VERSION
     concurrency = 1
 
@@ -85,9 +85,10 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("teacher").add_argument
     teachers = (
         "claude: the API, key from ANTHROPIC_API_KEY; openai: any server of OpenAI's chat completions (vLLM ...), "
-        "key from OPENAI_API_KEY, none for a local one; reference: offline, from the gold solution, no key"
+        "key from OPENAI_API_KEY, none for a local one; reference: offline, from the gold solution, no key; model "
+        "(haiku.py): a reward model of your own, no key"
     )
-    add("--teacher", choices=(*PROVIDERS, "reference"), default="claude", help=teachers)
+    add("--teacher", choices=(*PROVIDERS, *FREE), default="claude", help=teachers)
     model = "any model id (default: %(default)s; --teacher openai has no default)"
     add("--teacher_model", default=DEFAULT_MODEL, help=model)
     add("--base_url", metavar="URL", help="another address of the API: a gateway, or your own server")
@@ -134,7 +135,9 @@ def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
     provider = PROVIDERS.get(args.teacher)
     if provider is None:
         ignored = sorted(given & FOR_APIS - ({"poll_seconds"} if getattr(args, "watch", None) else set()))
-        wrong = [f"{_flag(name)} has no effect with --teacher reference; leave it out" for name in ignored]
+        wrong = [f"{_flag(name)} has no effect with --teacher {args.teacher}; leave it out" for name in ignored]
+    if args.teacher == MODEL and not hasattr(args, "model_teacher"):
+        wrong.append("--teacher model only scores sentences, by haiku.py; name another Teacher")
     wrong += [f"--{name} must be at least 1" for name in ("concurrency", "attempts") if getattr(args, name) < 1]
     wrong += [
         f"--{name} must be a number above 0"
@@ -163,7 +166,7 @@ def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
     cli.refuse(wrong)
     if provider and "teacher_model" not in given and provider.default_model is None:
         raise cli.UserError(f"--teacher_model: name a model for --teacher {args.teacher}{_offered(args)}")
-    teachers = [make_teacher(args)]
+    teachers = [make_teacher(args)] if args.teacher != MODEL else []
     if getattr(args, "check", None):
         teachers.append(make_teacher(second_teacher(args)))
     if args.max_usd is not None:
@@ -221,13 +224,13 @@ def second_teacher(args: argparse.Namespace) -> argparse.Namespace:
     other = argparse.Namespace(**{**vars(args), "price": None, "body": {}})
     if args.against == "apart":
         return argparse.Namespace(**{**vars(args), "together": False})
-    if args.against == "reference":
-        other.teacher = other.teacher_model = "reference"
+    if args.against == REFERENCE:
+        other.teacher = other.teacher_model = REFERENCE
     elif colon and name in PROVIDERS:
         other.teacher, other.teacher_model = name, model
         other.base_url = args.base_url if name == args.teacher else None
     else:
-        other.teacher = "claude" if args.teacher == "reference" else args.teacher
+        other.teacher = "claude" if args.teacher in FREE else args.teacher
         other.teacher_model = args.against
     return other
 
@@ -238,8 +241,10 @@ def _flag(name: str) -> str:
 
 def make_teacher(args: argparse.Namespace, ledger: Ledger | None = None) -> Teacher:
     """The Teacher that the flags name."""
-    if args.teacher == "reference":
+    if args.teacher == REFERENCE:
         return ReferenceTeacher()
+    if args.teacher == MODEL:
+        return args.model_teacher  # made by the script: it needs torch, which this package does without
     return PROVIDERS[args.teacher](
         args.teacher_model,
         args.base_url,
@@ -294,7 +299,7 @@ def work_in(root: str | Path, flag: str, args: argparse.Namespace, before: Ledge
 def make_session(root: str | Path, teacher: Teacher, kind: str, args: argparse.Namespace, **more: Any) -> Session:
     """A Session with the settings of the flags; `more`: arguments of its class."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ares" / "teacher"
-    if args.no_cache or args.teacher == "reference":  # it computes faster than a look-up
+    if args.no_cache or args.teacher in FREE:  # nothing is paid twice
         cache = None
     elif args.cache:
         cache = files.writable_dir(args.cache, "--cache")

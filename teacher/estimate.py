@@ -29,7 +29,7 @@ from teacher.api_teacher import ApiTeacher
 from teacher.budget import BATCH_FACTOR, PRICES, PRICES_DATE, Price, price_of
 from teacher.claude import DEFAULT_MODEL
 from teacher.handoff import Item, Refused
-from teacher.interface import CORRECT, JUDGE, SCORE, Request, same_model
+from teacher.interface import CORRECT, FREE, JUDGE, SCORE, Request, same_model
 from teacher.live import ask_live
 from teacher.openai_compatible import OpenAITeacher
 from teacher.prompts import WORDING, correction_request, judge_request, scoring_request
@@ -273,8 +273,12 @@ def expected_usd(
     """Mean dollars for one rationale, or judgement, of `kind`, by rule, before there is one: gold rationales of a
     sample of `qids` stand for generated ones. `flags` are those of the Teacher's script; `rationales` of a question
     share a request with --together. None: price not known."""
-    if flags.get("teacher") == "reference":
-        return 0.0
+    if flags.get("teacher") in FREE:
+        if not flags.get("ask_share"):
+            return 0.0
+        asked = {**flags, "teacher": flags.get("ask_teacher"), "ask_share": None}
+        each = expected_usd(kind, problems, qids, images, asked, rationales)
+        return None if each is None else each * float(flags["ask_share"])
     model = (kind == JUDGE and flags.get("judge_model")) or flags.get("teacher_model") or DEFAULT_MODEL
     price = Price(*flags["price"]) if flags.get("price") else None
     if flags.get("teacher") == "openai":

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 SCORE, CORRECT, JUDGE = "score", "correct", "judge"
+REFERENCE, MODEL = "reference", "model"  # the Teachers that cost nothing: teacher/reference.py, rl/reward_model.py
 TOGETHER = "together"  # notes and schema of a scoring request about several rationales
+FREE = (REFERENCE, MODEL)
 
 
 @dataclass(frozen=True)

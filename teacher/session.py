@@ -24,6 +24,7 @@ from teacher.budget import PRICES_DATE
 from teacher.handoff import Item, Refused, request_text
 from teacher.interface import (
     CORRECT,
+    FREE,
     JUDGE,
     SCORE,
     Reply,
@@ -137,7 +138,7 @@ class Session:
         self.root = Path(root)
         self.teacher, self.kind, self.wording = teacher, kind, wording
         self.problems, self.images_dir = problems or {}, images_dir
-        self.free = teacher.name == "reference"
+        self.free = teacher.name in FREE
         self.attempts = 1 if self.free else attempts  # it would say the same again
         self.cache = cache or ReplyCache(None)
         self.keep_replies, self.together = keep_replies, together
@@ -283,7 +284,7 @@ class Session:
         return f"{entry['teacher']} {entry.get('model')}" if "teacher" in entry else UNKNOWN
 
     def in_order(self) -> list[str]:
-        """The keys of the open requests; for the reference Teacher by question, whose texts it then reads once."""
+        """The keys of the open requests; for a free Teacher by question, whose texts it then reads once."""
         return sorted(self.open, key=lambda key: self.open[key][0].qid) if self.free else list(self.open)
 
     def units(self, keys: Iterable[str] | None = None, alone: Collection[str] = ()) -> list[list[str]]:

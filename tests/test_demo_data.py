@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+import shutil
 from collections import Counter, defaultdict
 from random import Random
 
@@ -15,9 +16,10 @@ from ares import data_folder as ares_problems
 from ares import files
 from ares.cli import UserError
 from ares.sentences import split_text
-from demo import experiments, make_data, make_model
+from demo import distill, experiments, make_data, make_model
 from demo.pictures import COLORS, PICTURE_KINDS, REGIONS
 from model import T5ForMultimodalGeneration
+from teacher import handoff, reference, reply_files
 from utils_prompt import build_train_pair
 
 SIZES = {"train": 100, "val": 20, "test": 40}
@@ -287,3 +289,42 @@ def test_tables_of_experiments_pool_paired_differences(tmp_path, capsys):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[1] == "2" and cells[2].startswith("+0.200 [+0.1")
         assert cells[3] == "+0.0 [+0.0, +0.0], not distinguishable" and cells[5:] == ["1.0", "0.0", "5.0", "21.0"]
+
+
+def test_tables_of_the_distilled_teacher(demo, problems, tmp_path, capsys):
+    qids = list(problems)[:6]
+
+    def score_round(folder, scorer):
+        for qid in qids:
+            place = handoff.question_dir(folder, 0, 0, qid)
+            sentences = split_text(problems[qid]["solution"])
+            handoff.write_rationale(place, sentences)
+            text = json.dumps({"scores": scorer(problems[qid], sentences)})
+            reply_files.write_reply(place, text, {}, reply_files.reading("score", text, sentences))
+
+    gold = [reference.score_sentences(problems[qid], split_text(problems[qid]["solution"])) for qid in qids]
+    mean = sum(map(sum, gold)) / sum(map(len, gold))
+    for seed, gain in ((0, 0.1), (1, 0.3)):
+        world = tmp_path / f"seed{seed}"
+        shutil.copytree(demo / "data", world / "data")
+        for arm, better in (("first", 0), ("reference", gain), ("model", gain / 2)):
+            values = {"start": {"score": [0.2] * 4}, "RL": {"score": [0.4 + better] * 4}}
+            files.write_json(world / arm / "table.json", {"by_question": values})
+            for number in range(2):
+                fooled = arm == "model" and number == 1
+                scorer = (lambda problem, texts: [1.0] * len(texts)) if fooled else reference.score_sentences
+                score_round(world / arm / f"rl/questions_round{number}", scorer)
+        ours = {"difference": 0.1, "spearman": 0.5, "close": 0.75, "sentences": 9}
+        metrics = {"way": 0.6, "agreement": {"all": {"reward model": ours}}}
+        files.write_json(world / "reward_model/metrics.json", metrics)
+    args = distill.parse_args(["--rounds", "2", "--seeds", "0", "1"])
+    found = distill.figures(args, {seed: tmp_path / f"seed{seed}" for seed in (0, 1)})
+    assert found["score"]["first"] == pytest.approx([0.4, 0.4])
+    assert found["differences"]["reference - first"]["difference"] == pytest.approx(0.2)
+    assert found["differences"]["model - reference"]["difference"] == pytest.approx(-0.1)
+    second = found["rounds"]["model"][0][1]
+    assert second["given"] == 1.0 and second["reference"] == pytest.approx(mean)
+    assert found["rounds"]["reference"][1][1]["given"] == pytest.approx(mean)
+    text = distill.markdown(distill.tables_of(found), [])
+    assert "| model - first | +0.100 [+0.0" in text and "| round 2 | " in text and "1.000 ± 0.000" in text
+    json.dumps(found)

@@ -22,9 +22,18 @@ SCRIPTS = [
     *(f"preprocessing_after_RL/{name}.py" for name in ("processing_sentence_level_feedback", "remove_sentence")),
     *(
         f"tools/{name}.py"
-        for name in ("prepare_data", "doctor", "predict", "results", "compare", "win_rate", "report")
+        for name in (
+            "prepare_data",
+            "doctor",
+            "predict",
+            "results",
+            "compare",
+            "win_rate",
+            "report",
+            "train_reward_model",
+        )
     ),
-    *(f"demo/{name}.py" for name in ("make_data", "make_model", "experiments")),
+    *(f"demo/{name}.py" for name in ("make_data", "make_model", "experiments", "distill")),
 ]
 # A file or package imports only from lower floors, or from its own package.
 FLOORS = [

@@ -196,10 +196,10 @@ def times(args: argparse.Namespace, inputs: collect.Inputs) -> list[dict[str, An
     return found
 
 
-def draw(shown: dict[str, Any], metrics: list, png: Path | None) -> dict[str, str]:
+def draw(shown: dict[str, Any], curves: Sequence[dict[str, Any]], png: Path | None) -> dict[str, str]:
     """The figures as SVG by name, with `png` also as files there. Adds the names of the curves to the overview."""
     drawings = {}
-    figures = [(curve["name"], plots.curve_label(curve), plots.draw_curve(curve)) for curve in plots.curves(metrics)]
+    figures = [(curve["name"], plots.curve_label(curve), plots.draw_curve(curve)) for curve in curves]
     shown["curves"] = [name for name, _, _ in figures]
     if shown["series"]:
         label = "Sentence scores by position; the table below has the same numbers"
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if reason:
                 notes.append(f"token rewards of round {each.number} are not available: {reason}")
     shown = overview(args, inputs, metrics)
-    drawings = draw(shown, metrics, png)
+    drawings = draw(shown, [*plots.curves(metrics), *collect.reward_model_curve(inputs)], png)
     parts = collect.page_data(inputs, qids)
     parts["main"]["overview"] = shown
     parts["main"]["notes"] = notes

@@ -290,6 +290,31 @@ def test_curves_run_on_over_rounds():
     assert len(x) <= 500 and set(y) == {1.0}
 
 
+def test_scores_of_a_reward_model_beside_the_reference_teachers():
+    problems, _ = make_problems()
+    qid = next(iter(problems))
+    said = split_text(problems[qid]["solution"])[:2]
+
+    def sample(scores, who, **more):
+        return teacher.Sample(qid, 0, said, about={"teacher": who}, scores=scores, **more)
+
+    n = len(said)
+    rounds = [
+        teacher.Round(0, [sample([0.5] * n, "claude")], None),
+        teacher.Round(1, [sample([0.8] * n, "model"), sample([0.6] * n, "model"), sample(None, "model")], None),
+        teacher.Round(2, [sample([1.0] * n, "model"), sample([0.0] * n, "model", reason="wrong_count")], None),
+    ]
+    [curve] = collect.reward_model_curve(collect.Inputs([], [], problems, rounds=rounds))
+    given, by_reference = curve["lines"]
+    truth = sum(reference.score_sentences(problems[qid], said)) / n
+    assert given["epoch_x"] == [1, 2, 3] and given["epoch_y"] == pytest.approx([0.5, 0.7, 1.0])
+    assert by_reference["epoch_y"] == pytest.approx([truth] * 3)
+    drawn = plots.as_svg(plots.draw_curve(curve), "reward_model", plots.curve_label(curve))
+    assert "<svg" in drawn and "reference Teacher" in plots.curve_label(curve)
+    assert not collect.reward_model_curve(collect.Inputs([], [], problems, rounds=rounds[:1]))
+    assert not collect.reward_model_curve(collect.Inputs([], [], None, rounds=rounds))
+
+
 def test_png_files_for_papers(world):
     from PIL import Image
 

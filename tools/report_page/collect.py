@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
 
+from teacher import reference
+from teacher.interface import MODEL
 from tools.report_page.stages import LETTERS, Problems, SplitPredictions, Stage
 from tools.report_page.teacher import Round, Sample
 
@@ -235,6 +237,27 @@ def _by_position(name: str, judges: list[str], rows: Sequence[Sequence[float]]) 
     counts = [[counter[step] for step in range(11)] for counter in tenths]
     means = [mean(scores) if scores else None for scores in at]
     return {"name": name, "judges": judges, "rationales": len(rows), "counts": counts, "means": means}
+
+
+def reward_model_curve(inputs: Inputs) -> list[dict[str, Any]]:
+    """A curve for `plots.draw_curve` by round, if a reward model has scored some: the mean score of the sentences in
+    training, and the reference Teacher's of the same ones. [] for fewer than two rounds, or without problems."""
+    given, by_reference = {}, {}
+    used = [(each.number, [one for one in each.samples if one.scores and not one.reason]) for each in inputs.rounds]
+    by_model = any(one.about.get("teacher") == MODEL for _, samples in used for one in samples)
+    for number, samples in used if by_model and inputs.problems else ():
+        if samples:
+            given[number + 1] = mean(score for one in samples for score in one.scores)
+            judged = (reference.score_sentences(inputs.problems[one.qid], one.sentences) for one in samples)
+            by_reference[number + 1] = mean(score for scores in judged for score in scores)
+    if len(given) < 2:
+        return []
+    lines = [
+        {"label": label, "x": [], "y": [], "epoch_x": list(found), "epoch_y": list(found.values())}
+        for label, found in (("in training", given), ("reference Teacher", by_reference))
+    ]
+    title = "Sentence score, by a reward model in training"
+    return [{"name": "reward_model", "title": title, "xlabel": "round", "rounds": [], "lines": lines}]
 
 
 def dropped_counts(rounds: Sequence[Round], corrections: Sequence[Sample]) -> list[dict[str, Any]]:

@@ -92,7 +92,9 @@ def draw_curve(curve: Mapping[str, Any]):
     for begin in curve["rounds"]:
         axes.axvline(begin - 0.5, color=FAINT, lw=0.8, linestyle=":")
     axes.set_title(curve["title"], loc="left", fontsize=9, color=INK, parse_math=False)
-    axes.set_xlabel("update", fontsize=8, color=INK)
+    axes.set_xlabel(curve.get("xlabel", "update"), fontsize=8, color=INK)
+    if "xlabel" in curve:
+        axes.set_xticks(curve["lines"][0]["epoch_x"])
     axes.margins(x=0.01)
     if len(curve["lines"]) > 1:
         axes.legend(fontsize=7, frameon=False, labelcolor=INK)
