@@ -29,7 +29,6 @@ class Sample:
 
     qid: str
     action: int
-    name: str = ""  # its folder in the questions folder
     sentences: list[str] = field(default_factory=list)
     reply: str | None = None
     about: dict[str, Any] = field(default_factory=dict)  # reply.json
@@ -42,6 +41,7 @@ class Sample:
     tokens: dict[str, list] | None = None  # pieces, rewards, advantages
     second: list[float] | None = None  # scores by the other Teacher of `haiku.py --check`
     second_by: str = ""  # that Teacher
+    name: str = ""  # its folder in the questions folder
 
 
 @dataclass
@@ -100,7 +100,7 @@ def _read(items: Sequence[handoff.Item], desc: str, parse: Callable[[Sample], No
     """The items with their replies; a Refused that `parse` raises becomes the reason for which one was dropped."""
     samples = []
     for item in cli.progress(items, desc=desc, unit="reply"):
-        sample = Sample(item.qid, item.action, item.name, about=read_sidecar(item.folder))
+        sample = Sample(item.qid, item.action, about=read_sidecar(item.folder), name=item.name)
         with contextlib.suppress(OSError):
             sample.reply = files.read_shared(item.folder / handoff.REPLY).decode("utf-8", errors="replace")
         try:
@@ -129,7 +129,7 @@ def add_training_view(each: Round, table: Path) -> None:
             raise UserError(f"--run: {table}: line {number} is no sample of RL; move the file away") from None
         sample = by_key.get(key)
         if sample is None:
-            sample = by_key[key] = Sample(key[1], key[0], sentences=texts)
+            sample = by_key[key] = Sample(key[1], key[0], texts)
             each.samples.append(sample)
         sample.reward, sample.advantages, sample.scores = reward, advantages, scores
         sample.reason = sample.why = None
