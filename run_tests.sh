@@ -23,4 +23,4 @@ echo "lint: ruff check, ruff format --check"
 [ "${1:-}" = "--lint-only" ] && exit 0
 echo "tests: pytest $*"
 # the tests of one file stay in one process: they share trained models
-exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
