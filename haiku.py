@@ -261,10 +261,11 @@ def check(args: argparse.Namespace, items: Sequence[handoff.Item], first: Sessio
     names = [f"{each.teacher.name} {each.teacher.model}" for each in (first, second)]
     who = [f"{names[0]} together", f"{names[1]} apart"] if apart else names
     cli.print0(" against ".join(who))
-    for line in estimate.agreement_lines(*scores, places):
+    found = estimate.agreement(*scores, places)
+    for line in estimate.agreement_lines(found):
         cli.print0(line)
     pairs = {item.name: pair for item, pair in zip(chosen, zip(*scores, strict=True), strict=True)}
-    estimate.save_check(Path(args.questions_dir) / OURS, *who, estimate.agreement(*scores, places), pairs)
+    estimate.save_check(Path(args.questions_dir) / OURS, *who, found, pairs)
 
 
 def whole_questions(items: Sequence[handoff.Item], count: int) -> tuple[list[handoff.Item], list[int]]:

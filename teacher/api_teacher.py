@@ -254,8 +254,8 @@ class ApiTeacher(SdkClient):
         return {name: value for name, value in parameters.items() if self.extra.get(name, 0) is not None}
 
     def max_tokens(self, request: Request) -> int:
-        """Room for the reply: it repeats the sentences (a correction may be twice as long), at two characters a token
-        or more."""
+        """The most tokens of the reply: it repeats the sentences (a correction may be twice as long), at two
+        characters a token or more."""
         for name in LENGTH_FIELDS:
             if type(self.extra.get(name)) is int:
                 return self.extra[name]

@@ -116,7 +116,8 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     add("--no-cache", action="store_true", help="neither read nor keep replies there")
 
 
-ROOM, ROOM_PER_REPLY = 1 << 20, 1 << 16  # bytes of disk reserved: a reply has four files of some blocks each
+# bytes of disk that are reserved, in all and per reply in flight: a reply has four files of some blocks each
+RESERVED, RESERVED_PER_REPLY = 1 << 20, 1 << 16
 MOST_TOGETHER = 8  # replies to one request for which disk is reserved
 
 FOR_APIS = frozenset(
@@ -276,7 +277,7 @@ def work_in(root: str | Path, flag: str, args: argparse.Namespace, before: Ledge
         paid = args.teacher in PROVIDERS
         if paid:  # on a full disk, replies to requests in flight must still be saved
             replies = args.concurrency * (MOST_TOGETHER if getattr(args, "together", False) else 1)
-            held.enter_context(files.reserve(ours / "reserve", ROOM + replies * ROOM_PER_REPLY))
+            held.enter_context(files.reserve(ours / "reserve", RESERVED + replies * RESERVED_PER_REPLY))
         ledger = Ledger(ours if paid else None, args.max_usd)
         if before is not None:
             ledger.spent_usd, ledger.lost, ledger.lost_usd = before.spent_usd, before.lost, before.lost_usd

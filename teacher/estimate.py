@@ -346,12 +346,17 @@ def agreement(
     for number in both:
         for position, pair in enumerate(zip(first[number], second[number], strict=True), start=1):
             pairs["all"].append(pair)
-            pairs.setdefault(f"{position}" if position < LAST_POSITION else f"{LAST_POSITION}+", []).append(pair)
+            pairs.setdefault(position_name(position), []).append(pair)
     for number in sorted(both, key=lambda number: places[number]) if places else ():
         row = pairs.setdefault(f"rationale {places[number]}", [])
         row += zip(first[number], second[number], strict=True)
     rows = {name: _figures(each) for name, each in pairs.items() if each}
     return {"rationales": len(first), "scored_by_both": len(both), "sentences": len(pairs["all"]), "rows": rows}
+
+
+def position_name(position: int) -> str:
+    """The row of a sentence's position in its rationale, from 1; late ones share a row."""
+    return f"{position}" if position < LAST_POSITION else f"{LAST_POSITION}+"
 
 
 def _figures(pairs: Sequence[tuple[float, float]]) -> dict[str, float | int | None]:
@@ -369,11 +374,8 @@ def _figures(pairs: Sequence[tuple[float, float]]) -> dict[str, float | int | No
     }
 
 
-def agreement_lines(
-    first: Sequence[list[float] | None], second: Sequence[list[float] | None], places: Sequence[int] | None = None
-) -> list[str]:
-    """The lines that show `agreement`."""
-    found = agreement(first, second, places)
+def agreement_lines(found: Mapping[str, Any]) -> list[str]:
+    """The lines that show what `agreement` has found."""
     counts = (
         f"{found['scored_by_both']} of {found['rationales']} rationales scored by both, {found['sentences']} sentences"
     )

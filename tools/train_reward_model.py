@@ -33,7 +33,7 @@ from ares.tables import Cell, Table, markdown
 from rl import run_folder
 from rl.flags import SCHEDULES
 from teacher import handoff, reference
-from teacher.estimate import CLOSE, LAST_POSITION
+from teacher.estimate import CLOSE, position_name
 from teacher.interface import MODEL, REFERENCE, same_model
 from teacher.reply_files import read_scores, read_sidecar
 from teacher.session import CHECKS, OURS, UNKNOWN
@@ -137,11 +137,6 @@ def read_scored(folders: Sequence[str], mixed: bool) -> tuple[dict[tuple[str, tu
 # -- agreement -----------------------------------------------------------------------------------------------
 
 
-def position_of(number: int) -> str:
-    """The row of the sentence with this number, from 0; late ones share a row."""
-    return f"{number + 1}" if number + 1 < LAST_POSITION else f"{LAST_POSITION}+"
-
-
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Spearman's rank correlation, equal values having their mean rank; None where one side does not vary."""
     import numpy as np
@@ -172,7 +167,7 @@ def compare(
         for rationale, mine in zip(rationales, scores, strict=True):
             for number, pair in enumerate(zip(mine, rationale.scores, strict=True)):
                 subject = subjects.get(rationale.qid) or "unknown"
-                for row in ("all", f"sentence {position_of(number)}", f"subject {subject}"):
+                for row in ("all", f"sentence {position_name(number + 1)}", f"subject {subject}"):
                     pairs[row][name].append(pair)
     order = sorted(pairs, key=lambda row: (row != "all", row.startswith("subject"), row))
     return {row: {name: agreement(found) for name, found in pairs[row].items()} for row in order}
@@ -183,7 +178,7 @@ def means_by_position(rationales: Sequence[Any]) -> dict[str, float]:
     scores = defaultdict(list)
     for rationale in rationales:
         for number, score in enumerate(rationale.scores):
-            scores[position_of(number)].append(score)
+            scores[position_name(number + 1)].append(score)
     return {position: fmean(values) for position, values in scores.items()}
 
 
@@ -199,7 +194,7 @@ def measure(scorer: Any, train: Sequence[Any], held_out: Sequence[Any], problems
     overall = fmean(score for rationale in train for score in rationale.scores)
     predicted: dict[str, Scores] = {OURS_NAME: scorer.predict(held_out)}
     predicted[BY_POSITION] = [
-        [means.get(position_of(number), overall) for number in range(len(row.scores))] for row in held_out
+        [means.get(position_name(number + 1), overall) for number in range(len(row.scores))] for row in held_out
     ]
     if not all(name.startswith(f"{REFERENCE} ") for name in authors):
         predicted["reference Teacher"] = [
@@ -321,17 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.precision = "bf16" if bf16 else "fp32"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     launch.note_unused_gpus(torch.cuda.device_count(), "tools/train_reward_model.py")
-    names = (
-        "epochs",
-        "patience",
-        "bs",
-        "lr",
-        "lr_scheduler",
-        "seed",
-        "held_out",
-        "precision",
-        *reward_model.PROMPT_FLAGS,
-    )
+    names = "epochs patience bs lr lr_scheduler seed held_out precision".split()
     content = hashlib.sha256(json.dumps([[*key, scores] for key, scores in found.items()]).encode())
     identity = {name: getattr(args, name) for name in (*names, *reward_model.PROMPT_FLAGS)} | {
         "questions_dirs": f"{len(found)} scored rationales ({content.hexdigest()[:12]})",

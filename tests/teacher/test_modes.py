@@ -135,12 +135,13 @@ def test_check_compares_two_teachers_each_at_its_own_price(server, world, capsys
 
 
 def test_agreement_by_position():
-    lines = estimate.agreement_lines([[0.1, 0.5], [0.9], None], [[0.2, 0.9], [0.9], [1.0]])
+    lines = estimate.agreement_lines(estimate.agreement([[0.1, 0.5], [0.9], None], [[0.2, 0.9], [0.9], [1.0]]))
     assert lines[0] == "2 of 3 rationales scored by both, 3 sentences"
     assert lines[2].split() == ["all", "3", "0.167", "0.866", "66.7%"]
     assert lines[3].split() == ["1", "2", "0.050", "1.000", "100.0%"]
     assert lines[4].split() == ["2", "1", "0.400", "-", "0.0%"]
-    assert estimate.agreement_lines([None], [None]) == ["0 of 1 rationales scored by both, 0 sentences"]
+    nothing = estimate.agreement([None], [None])
+    assert estimate.agreement_lines(nothing) == ["0 of 1 rationales scored by both, 0 sentences"]
 
 
 # -- beside RL -----------------------------------------------------------------------------------------------
