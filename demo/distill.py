@@ -35,6 +35,7 @@ from ares.tables import Cell, Table, markdown  # noqa: E402
 from demo.experiments import ares, run_in_world  # noqa: E402
 from teacher import handoff, reference  # noqa: E402
 from teacher.reply_files import read_scores  # noqa: E402
+from tools.train_reward_model import FIGURES  # noqa: E402
 
 FIRST, REFERENCE, MODEL = ARMS = ("first", "reference", "model")
 PAIRS = ((REFERENCE, FIRST), (MODEL, FIRST), (MODEL, REFERENCE))
@@ -140,7 +141,7 @@ def cell(values: Sequence[float]) -> Cell:
 
 def tables_of(found: dict[str, Any]) -> list[Table]:
     many = f", mean ± deviation over {len(found['seeds'])} seeds" * (len(found["seeds"]) > 1)
-    digits = {name: 3 for name in ("score", "given", "model", "reference", "way", "difference", "spearman", "close")}
+    digits = {name: 3 for name in ("score", "given", "teacher", "reference", "way", *FIGURES)}
     scores = Table(
         f"Held-out questions, sentence score by the reference Teacher{many}", {"score": "score"}, digits=digits
     )
@@ -149,14 +150,13 @@ def tables_of(found: dict[str, Any]) -> list[Table]:
     changes.rows = [(name, {"text": row["text"]}) for name, row in found["differences"].items()]
     heads = {"teacher": "arm reference: by the reference Teacher", "given": "arm model: in training",
              "reference": "arm model: by the reference Teacher"}  # fmt: skip
-    rounds = Table(f"Mean score of the sentences in training, by round{many}", heads, digits={**digits, "teacher": 3})
+    rounds = Table(f"Mean score of the sentences in training, by round{many}", heads, digits=digits)
     for number in range(len(next(iter(found["rounds"][MODEL].values())))):
         by_arm = {arm: [seed[number] for seed in seeds.values()] for arm, seeds in found["rounds"].items()}
         cells = {name: cell([one[name] for one in by_arm[MODEL]]) for name in ("given", "reference")}
         cells["teacher"] = cell([one["reference"] for one in by_arm[REFERENCE]])
         rounds.rows.append((f"round {number + 1}", cells))
-    columns = {"way": "of the way", "difference": "mean difference", "spearman": "rank correlation",
-               "close": "within 0.1"}  # fmt: skip
+    columns = {"way": "of the way", **FIGURES}
     models = Table("Reward models on the questions held out of their training", columns, digits=digits)
     for seed, one in found["reward_models"].items():
         row = {"way": one["way"], **one["reward model"]}

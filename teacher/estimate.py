@@ -336,10 +336,10 @@ def agreement(
     first: Sequence[list[float] | None], second: Sequence[list[float] | None], places: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """How far two Teachers agree: {"rationales", "scored_by_both", "sentences", "rows": {name: {"sentences",
-    "mean_difference", "correlation", "within_0.1"}}}.
+    "mean_difference", "rank_correlation", "within_0.1"}}}.
 
     The rows are "all", one for each position in a rationale ("1" ... "6+"), and with `places`, of the rationales in
-    their requests, "rationale 1" and so on. A correlation is None for one sentence, or for equal scores.
+    their requests, "rationale 1" and so on; their figures are those of `agreement_figures`.
     """
     both = [number for number, pair in enumerate(zip(first, second, strict=True)) if None not in pair]
     pairs: dict[str, list[tuple[float, float]]] = {"all": []}  # name of the row -> pairs of scores
@@ -350,7 +350,7 @@ def agreement(
     for number in sorted(both, key=lambda number: places[number]) if places else ():
         row = pairs.setdefault(f"rationale {places[number]}", [])
         row += zip(first[number], second[number], strict=True)
-    rows = {name: _figures(each) for name, each in pairs.items() if each}
+    rows = {name: agreement_figures(each) for name, each in pairs.items() if each}
     return {"rationales": len(first), "scored_by_both": len(both), "sentences": len(pairs["all"]), "rows": rows}
 
 
@@ -359,17 +359,22 @@ def position_name(position: int) -> str:
     return f"{position}" if position < LAST_POSITION else f"{LAST_POSITION}+"
 
 
-def _figures(pairs: Sequence[tuple[float, float]]) -> dict[str, float | int | None]:
+def agreement_figures(pairs: Sequence[tuple[float, float]]) -> dict[str, float | int | None]:
+    """Of pairs of scores: their number, mean absolute difference, Spearman's rank correlation (None for one sentence,
+    or where a side does not vary), share that differs by at most 0.1."""
+    import pandas as pd
+
     differences = [abs(a - b) for a, b in pairs]
+    ranks = [pd.Series(scores, dtype=float).rank().tolist() for scores in zip(*pairs, strict=True)]
     try:
-        correlation = statistics.correlation(*zip(*pairs, strict=True))
+        correlation = statistics.correlation(*ranks)
     except statistics.StatisticsError:
         correlation = None
     close = sum(difference <= CLOSE + 1e-9 for difference in differences) / len(pairs)
     return {
         "sentences": len(pairs),
         "mean_difference": statistics.fmean(differences),
-        "correlation": correlation,
+        "rank_correlation": correlation,
         "within_0.1": close,
     }
 
@@ -381,11 +386,11 @@ def agreement_lines(found: Mapping[str, Any]) -> list[str]:
     )
     if not found["rows"]:
         return [counts]
-    lines = [counts, "   position   sentences   mean |difference|   correlation   within 0.1"]
+    lines = [counts, "   position   sentences   mean |difference|   rank correlation   within 0.1"]
     for name, row in found["rows"].items():
-        correlation = "-" if row["correlation"] is None else f"{row['correlation']:.3f}"
+        correlation = "-" if row["rank_correlation"] is None else f"{row['rank_correlation']:.3f}"
         lines.append(
-            f"{name:>11}   {row['sentences']:>9}   {row['mean_difference']:>17.3f}   {correlation:>11}   "
+            f"{name:>11}   {row['sentences']:>9}   {row['mean_difference']:>17.3f}   {correlation:>16}   "
             f"{row['within_0.1']:>10.1%}"
         )
     return lines

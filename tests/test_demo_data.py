@@ -314,7 +314,7 @@ def test_tables_of_the_distilled_teacher(demo, problems, tmp_path, capsys):
                 fooled = arm == "model" and number == 1
                 scorer = (lambda problem, texts: [1.0] * len(texts)) if fooled else reference.score_sentences
                 score_round(world / arm / f"rl/questions_round{number}", scorer)
-        ours = {"difference": 0.1, "spearman": 0.5, "close": 0.75, "sentences": 9}
+        ours = {"mean_difference": 0.1, "rank_correlation": 0.5, "within_0.1": 0.75, "sentences": 9}
         metrics = {"way": 0.6, "agreement": {"all": {"reward model": ours}}}
         files.write_json(world / "reward_model/metrics.json", metrics)
     args = distill.parse_args(["--rounds", "2", "--seeds", "0", "1"])

@@ -33,13 +33,13 @@ from ares.tables import Cell, Table, markdown
 from rl import run_folder
 from rl.flags import SCHEDULES
 from teacher import handoff, reference
-from teacher.estimate import CLOSE, position_name
+from teacher.estimate import agreement_figures, position_name
 from teacher.interface import MODEL, REFERENCE, same_model
 from teacher.reply_files import read_scores, read_sidecar
 from teacher.session import CHECKS, OURS, UNKNOWN
 
 IDENTITY, STATE, METRICS = "identity.json", "state.pth", "metrics.json"
-FIGURES = {"difference": "mean difference", "spearman": "rank correlation", "close": "within 0.1"}
+FIGURES = {"mean_difference": "mean difference", "rank_correlation": "rank correlation", "within_0.1": "within 0.1"}
 OURS_NAME, BY_POSITION = "reward model", "mean by position"
 
 Scores = list[list[float]]  # of every rationale's sentences
@@ -137,31 +137,10 @@ def read_scored(folders: Sequence[str], mixed: bool) -> tuple[dict[tuple[str, tu
 # -- agreement -----------------------------------------------------------------------------------------------
 
 
-def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Spearman's rank correlation, equal values having their mean rank; None where one side does not vary."""
-    import numpy as np
-
-    def ranks(values: Sequence[float]) -> Any:
-        _, where, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[where]
-
-    if len(set(first)) < 2 or len(set(second)) < 2:
-        return None
-    return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
-
-
-def agreement(pairs: Sequence[tuple[float, float]]) -> dict[str, float | None]:
-    """Of (predicted, Teacher's) scores: mean absolute difference, rank correlation, share within 0.1."""
-    differences = [abs(a - b) for a, b in pairs]
-    close = sum(difference <= CLOSE + 1e-9 for difference in differences) / len(pairs)
-    return {"sentences": len(pairs), "difference": fmean(differences), "close": close,
-            "spearman": spearman(*zip(*pairs, strict=True))}  # fmt: skip
-
-
 def compare(
     predicted: Mapping[str, Scores], rationales: Sequence[Any], subjects: Mapping[str, str]
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Row ("all", "sentence 1", "subject ...") -> predictor -> `agreement` with the rationales' scores."""
+    """Row ("all", "sentence 1", "subject ...") -> predictor -> `agreement_figures` with the rationales' scores."""
     pairs: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for name, scores in predicted.items():
         for rationale, mine in zip(rationales, scores, strict=True):
@@ -170,7 +149,7 @@ def compare(
                 for row in ("all", f"sentence {position_name(number + 1)}", f"subject {subject}"):
                     pairs[row][name].append(pair)
     order = sorted(pairs, key=lambda row: (row != "all", row.startswith("subject"), row))
-    return {row: {name: agreement(found) for name, found in pairs[row].items()} for row in order}
+    return {row: {name: agreement_figures(found) for name, found in pairs[row].items()} for row in order}
 
 
 def means_by_position(rationales: Sequence[Any]) -> dict[str, float]:
@@ -184,8 +163,8 @@ def means_by_position(rationales: Sequence[Any]) -> dict[str, float]:
 
 def way(found: Mapping[str, Any]) -> float | None:
     """How much of the way from the baseline by position to perfect agreement, by the mean difference; 1 is all."""
-    baseline = found["all"][BY_POSITION]["difference"]
-    return 1 - found["all"][OURS_NAME]["difference"] / baseline if baseline else None
+    baseline = found["all"][BY_POSITION]["mean_difference"]
+    return 1 - found["all"][OURS_NAME]["mean_difference"] / baseline if baseline else None
 
 
 def measure(scorer: Any, train: Sequence[Any], held_out: Sequence[Any], problems: Mapping, authors: Counter) -> dict:

@@ -23,7 +23,7 @@ from ares.cli import UserError
 from ares.sentences import sentence_columns, sentences_from_ids, split_text
 from model import T5ForMultimodalGenerationValueFunction
 from rl import ppo, reward_model, rollouts
-from teacher import handoff
+from teacher import estimate, handoff
 from teacher.prompts import scoring_request
 from teacher.reply_files import reading, write_reply
 from tests.api_server import ApiServer, score_by_text
@@ -217,8 +217,8 @@ def test_it_learns_and_beats_the_baseline_on_held_out_questions(world):
     assert losses[-1] < 0.3 * losses[0]
     everything = metrics["agreement"]["all"]
     ours, baseline = everything["reward model"], everything["mean by position"]
-    assert metrics["way"] > 0.5 and metrics["way"] == pytest.approx(1 - ours["difference"] / baseline["difference"])
-    assert ours["spearman"] > 0.7 and ours["close"] > baseline["close"] + 0.3
+    assert metrics["way"] > 0.5 and metrics["way"] == pytest.approx(1 - ours["mean_difference"] / baseline["mean_difference"])
+    assert ours["rank_correlation"] > 0.7 and ours["within_0.1"] > baseline["within_0.1"] + 0.3
     assert "reference Teacher" in everything and metrics["questions"] == 6
     distinct = {(item.qid, *handoff.read_rationale(item.folder)) for item in handoff.iter_items(world.scored)}
     assert metrics["teachers"] == {"claude claude-haiku-5-5": len(distinct)}
@@ -230,22 +230,22 @@ def test_it_learns_and_beats_the_baseline_on_held_out_questions(world):
 
 
 def test_what_check_has_found_is_shown(tmp_path):
-    row = {"sentences": 30, "mean_difference": 0.05, "correlation": 0.91, "within_0.1": 0.9}
+    row = {"sentences": 30, "mean_difference": 0.05, "rank_correlation": 0.91, "within_0.1": 0.9}
     files.write_json(tmp_path / "a/teacher/check.json", {"claude x against claude y": {"rows": {"all": row}}})
     for name, content in (("b", {"who": "x"}), ("c", {"x against y": {"rows": []}}), ("d", [])):
         files.write_json(tmp_path / name / "teacher/check.json", content)
     [line] = train_reward_model.teacher_checks([tmp_path / name for name in "abcde"])
-    assert line.startswith("claude x against claude y: sentences 30, mean_difference 0.05, correlation 0.91")
+    assert line.startswith("claude x against claude y: sentences 30, mean_difference 0.05, rank_correlation 0.91")
 
 
 def test_agreement_and_rank_correlation():
     a, b = [0.1, 0.5, 0.5, 0.9], [0.2, 0.4, 0.8, 0.8]
-    found = train_reward_model.agreement(list(zip(a, b, strict=True)))
+    found = estimate.agreement_figures(list(zip(a, b, strict=True)))
     # ranks by hand, equal values sharing theirs
     expected = statistics.correlation([1, 2.5, 2.5, 4], [1, 2, 3.5, 3.5])
-    assert found == {"sentences": 4, "difference": pytest.approx(0.15), "close": 0.75,
-                     "spearman": pytest.approx(expected)}  # fmt: skip
-    assert train_reward_model.agreement([(0.5, 0.1), (0.5, 0.9)])["spearman"] is None
+    assert found == {"sentences": 4, "mean_difference": pytest.approx(0.15), "within_0.1": 0.75,
+                     "rank_correlation": pytest.approx(expected)}  # fmt: skip
+    assert estimate.agreement_figures([(0.5, 0.1), (0.5, 0.9)])["rank_correlation"] is None
     rows = [reward_model.Rationale("1", (), (), (), tuple(scores)) for scores in ([1.0] * 7, [0.0, 0.5])]
     means = train_reward_model.means_by_position(rows)
     assert means == {"1": 0.5, "2": 0.75, "3": 1.0, "4": 1.0, "5": 1.0, "6+": 1.0}
