@@ -33,7 +33,7 @@ import torch  # noqa: E402
 from ares import cli, files  # noqa: E402
 from ares.cli import UserError, print0  # noqa: E402
 from benchmarks.limits import seconds  # noqa: E402
-from benchmarks.table import PEERS, STAGES  # noqa: E402
+from benchmarks.table import PEERS, SCORES, STAGES  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("ARES_SHARED", ROOT.parent / "shared"))
@@ -312,8 +312,10 @@ def report(args: argparse.Namespace, stage: str, result: dict[str, Any], **more:
     print0(f"{label}: {_range(result['ratio'], 'x')} (target >= {targets[args.device == 'cuda']}x)")
     if "peer" in more:
         print0(f"  against {PEERS[stage][0]}: {_range(more['peer'], 'x')} (target >= {PEERS[stage][1]}x)")
+    if "scores" in more:
+        print0(f"  scores alone: {_range(more['scores'], 'x')} (target >= {SCORES}x)")
     for name, value in more.items():
-        if name not in ("equal", "peer"):
+        if name not in ("equal", "peer", "scores"):
             print0(f"  {name}: {value}")
     if args.json:
         record = {"stage": label, "size": args.size, "device": args.device, **result, **more}

@@ -30,6 +30,7 @@ PEERS = {  # file -> today's transformers on the same work, wanted ratio
     "sft": ("Seq2SeqTrainer, group_by_length", 1.5), "rollout": ("generate, k = 4 samples", 3.5),
     "eval": ("greedy generate", 1.3),
 }  # fmt: skip
+SCORES = 2  # wanted ratio of the scores alone, which bench_eval.py times besides
 # one ScienceQA base round, in units of the stages' measured slices
 QUESTIONS, ROLLOUTS, PPO_EPOCHS, SFT_EPOCHS = {"train": 12_726, "val": 4_241, "test": 4_241}, 50_904, 10, 20
 
@@ -80,6 +81,8 @@ def table(kept: dict[str, Any]) -> str:
          ratio_of(measured["cuda"].get(stage), cuda), f">= {cuda}x"]
         for stage, (name, cpu, cuda) in STAGES.items()
     ]  # fmt: skip
+    scores = [ratio_of(measured[device].get("eval"), SCORES, "scores") for device in ("cpu", "cuda")]
+    ratios += [["scores alone", scores[0], f">= {SCORES}x", scores[1], f">= {SCORES}x"]]
     peers = [
         [f"{STAGES[stage][0]}: {what}", ratio_of(measured["cpu"].get(stage), target, "peer"),
          ratio_of(measured["cuda"].get(stage), target, "peer"), f">= {target}x"]

@@ -217,7 +217,9 @@ def test_it_learns_and_beats_the_baseline_on_held_out_questions(world):
     assert losses[-1] < 0.3 * losses[0]
     everything = metrics["agreement"]["all"]
     ours, baseline = everything["reward model"], everything["mean by position"]
-    assert metrics["way"] > 0.5 and metrics["way"] == pytest.approx(1 - ours["mean_difference"] / baseline["mean_difference"])
+    assert metrics["way"] > 0.5 and metrics["way"] == pytest.approx(
+        1 - ours["mean_difference"] / baseline["mean_difference"]
+    )
     assert ours["rank_correlation"] > 0.7 and ours["within_0.1"] > baseline["within_0.1"] + 0.3
     assert "reference Teacher" in everything and metrics["questions"] == 6
     distinct = {(item.qid, *handoff.read_rationale(item.folder)) for item in handoff.iter_items(world.scored)}
