@@ -6,8 +6,8 @@
 
 Each recipe runs as many rounds as take about the same processor time of sampling and updates; a round of PPO with a
 value warm-up takes 2.4 times that of RLOO. Writes {output}/recipes.md: figures of the 200 held-out questions,
-differences to the starting model paired by question and pooled over seeds. The last command follows RL -> SFT -> RL ->
-SFT.
+differences to the starting model paired by question, of one run each and, for recipes with more, of all runs, where a
+question counts once for each data seed. The last command follows RL -> SFT -> RL -> SFT.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import argparse
 import shlex
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -90,23 +92,60 @@ def run_in_world(world: Path, folder: Path, *words: object, changes: Sequence[st
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
+Runs = dict[str, list[dict[str, Any]]]  # world -> table.json of every RL seed, with the processor seconds of RL
+
+
+def read_runs(output: Path) -> dict[str, Runs]:
+    """Recipe -> its runs that have results, in the order of RECIPES."""
+    found: dict[str, Runs] = {arm: defaultdict(list) for arm in RECIPES}
+    for path in sorted(output.glob("seed*/*/table.json")):
+        arm = path.parent.name.rpartition("-")[0]
+        if arm in found:
+            result = files.read_json(path, "--output", dict, nan=True)
+            stages = files.read_json(path.with_name("stages.json"), "--output", dict)["stages"]
+            found[arm][path.parent.parent.name].append({**result, "cpu": stages["rl"]["cpu_seconds"]})
+    return {arm: runs for arm, runs in found.items() if runs}
+
+
+def values(runs: Runs, label: str, key: str) -> list[float]:
+    """A figure of every question of every world: the mean over RL seeds, since they share the questions."""
+    worlds = ([run["by_question"][label][key] for run in each] for each in runs.values())
+    return [mean(of_one) for world in worlds for of_one in zip(*world, strict=True)]
+
+
+def table(recipes: dict[str, Runs], several: bool) -> str:
+    """A row for each recipe; with `several` runs, also the least and largest gain of a run and the difference to the
+    first recipe, where both have the same worlds."""
+    first = next(iter(recipes.values()))
+    heads = ["recipe", "runs", *HEADS.values(), *COSTS, "CPU s", *["score by run", "score over the first"] * several]
+    rows = [heads, ["---"] * len(heads)]
+    for arm, worlds in recipes.items():
+        runs = [run for each in worlds.values() for run in each]
+        cells = [
+            difference_text(values(worlds, "RL", key), values(worlds, "start", key), 3 if key == "score" else 1)
+            for key in HEADS
+        ]
+        cells += [f"{mean(run['rationales']['RL'][key] for run in runs):.1f}" for key in COSTS]
+        cells += [f"{mean(run['cpu'] for run in runs):.0f}"]
+        if several:
+            gains = [mean(run["by_question"]["RL"]["score"]) - mean(run["by_question"]["start"]["score"])
+                     for run in runs]  # fmt: skip
+            both = (values(each, "RL", "score") for each in (worlds, first))
+            alike = worlds is not first and worlds.keys() == first.keys()
+            cells += [f"{min(gains):+.3f} to {max(gains):+.3f}", difference_text(*both, 3) if alike else ""]
+        rows.append([f"{arm}: `{RECIPES[arm]}`", str(len(runs)), *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
 def write_table(output: Path) -> None:
-    """recipes.md, a row for each recipe that has results."""
-    rows = [["recipe", "runs", *HEADS.values(), *COSTS]]
-    rows.append(["---"] * len(rows[0]))
-    for arm, flags in RECIPES.items():
-        found = [path for path in sorted(output.glob(f"seed*/{arm}-*/table.json")) if path.parent.name[:-2] == arm]
-        results = [files.read_json(path, "--output", dict, nan=True) for path in found]
-        if results:
-            values = {label: {key: [x for one in results for x in one["by_question"][label][key]] for key in HEADS}
-                      for label in ("start", "RL")}  # fmt: skip
-            pairs = [(values["RL"][key], values["start"][key], 3 if key == "score" else 1) for key in HEADS]
-            cells = [difference_text(*pair) for pair in pairs]
-            cells += [f"{mean(one['rationales']['RL'][key] for one in results):.1f}" for key in COSTS]
-            rows.append([f"{arm}: `{flags}`", str(len(results)), *cells])
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    files.write_text(output / "recipes.md", text + "\n")
-    print(text, flush=True)
+    """recipes.md: one run of every recipe, on the first world; then all runs of the recipes that have several."""
+    recipes = read_runs(output)
+    world = min(world for runs in recipes.values() for world in runs)
+    text = table({arm: {world: runs[world][:1]} for arm, runs in recipes.items() if world in runs}, False)
+    if many := {arm: runs for arm, runs in recipes.items() if sum(map(len, runs.values())) > 1}:
+        text += "\n" + table(many, True)
+    files.write_text(output / "recipes.md", text)
+    print(text, end="", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from ares import data_folder as ares_problems
-from ares import files
+from ares import files, intervals
 from ares.cli import UserError
 from ares.sentences import split_text
 from demo import distill, experiments, make_data, make_model
@@ -274,21 +274,37 @@ def test_tiny_t5_for_the_real_tokenizer(t5_tokenizer_dir, tmp_path):
             make_model.build_t5(tokenizer, tmp_path / "other", **how)
 
 
-def test_tables_of_experiments_pool_paired_differences(tmp_path, capsys):
+def test_tables_of_experiments_pair_questions(tmp_path, capsys):
+    """One run of each recipe; then all, where two RL seeds share their questions and count as one value."""
     costs = {"unfinished": 1.0, "repeated": 0.0, "no_conclusion": 5.0, "words": 21.0}
-    for seed, gain in ((0, 0.1), (1, 0.3)):
+
+    def write(arm: str, seed: int, rl_seed: int, gains: list[float]) -> None:
         fixed = {"concludes": [0, 100, 0, 100], "covered": [50.0] * 4}
-        values = {label: {"score": [0.5 + i * gain] * 4, **fixed} for i, label in enumerate(("start", "RL"))}
-        for arm in ("warm-5e-5-1e-4", "warm_vf-5e-5-1e-4"):  # one name is the beginning of the other
-            table = {"rationales": {"start": {}, "RL": costs}, "by_question": values}
-            files.write_json(tmp_path / f"seed{seed}/{arm}-0/table.json", table)
+        values = {"start": {"score": [0.5] * 4, **fixed}, "RL": {"score": [0.5 + gain for gain in gains], **fixed}}
+        folder = tmp_path / f"seed{seed}/{arm}-{rl_seed}"
+        files.write_json(folder / "table.json", {"rationales": {"start": {}, "RL": costs}, "by_question": values})
+        files.write_json(folder / "stages.json", {"stages": {"rl": {"cpu_seconds": 100.0 + 20 * rl_seed}}})
+
+    for rl_seed, swing in ((0, 0.2), (11, -0.2)):
+        for seed, gain in ((0, 0.1), (1, 0.3)):
+            # one name is the beginning of the other
+            write("warm-5e-5-1e-4", seed, rl_seed, [gain - swing, gain + swing, gain - swing, gain + swing])
+            write("warm_vf-5e-5-1e-4", seed, rl_seed, [gain + 0.05] * 4)
+    write("rloo-5e-5-1e-4", 0, 0, [0.0] * 4)
     experiments.write_table(tmp_path)
-    lines = (tmp_path / "recipes.md").read_text().splitlines()
-    assert len(lines) == 4 and lines[2] in capsys.readouterr().out
-    for line in lines[2:]:
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[1] == "2" and cells[2].startswith("+0.200 [+0.1")
-        assert cells[3] == "+0.0 [+0.0, +0.0], not distinguishable" and cells[5:] == ["1.0", "0.0", "5.0", "21.0"]
+    text = (tmp_path / "recipes.md").read_text()
+    assert text in capsys.readouterr().out
+    tables = [[[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()]
+              for part in text.split("\n\n")]  # fmt: skip
+    one, many = (table[2:] for table in tables)
+    assert [row[1] for row in one] == ["1"] * 3 and [row[1] for row in many] == ["4", "4"]
+    assert one[0][2].startswith("+0.100 [-0.1") and one[1][2] == "+0.150 [+0.150, +0.150]"
+    assert one[0][3] == "+0.0 [+0.0, +0.0], not distinguishable" and one[0][5:] == ["1.0", "0.0", "5.0", "21.0", "100"]
+    # the swing of the RL seeds cancels in each question's mean: values 0.1 (4 times) and 0.3 (4 times)
+    low, high = intervals.mean_interval([0.1] * 4 + [0.3] * 4)
+    assert many[0][2] == f"+0.200 [+{low:.3f}, +{high:.3f}]"
+    assert many[0][9:] == ["210", "+0.100 to +0.300", ""]
+    assert many[1][9:] == ["210", "+0.150 to +0.350", "+0.050 [+0.050, +0.050]"]
 
 
 def test_tables_of_the_distilled_teacher(demo, problems, tmp_path, capsys):
