@@ -166,11 +166,15 @@ class Item:
 
 
 def address(url: str, mirror: str | None) -> str:
-    """The URL at the mirror, {mirror}/{host}/{path}; $HF_ENDPOINT in place of huggingface.co, if it is set."""
-    host, path = urlsplit(url).netloc, url.split("/", 3)[3]
-    if mirror:
-        return f"{mirror.rstrip('/')}/{host}/{path}"
+    """The URL at the mirror, {mirror}/{host}/{path}; $HF_ENDPOINT in place of huggingface.co, if it is set. Raises
+    UserError for either that is no URL."""
     endpoint = os.environ.get("HF_ENDPOINT", "").strip().rstrip("/")
+    for name, base in (("--mirror", mirror), ("HF_ENDPOINT", endpoint or None)):
+        if base is not None and not re.match(r"https?://[^/\s]+(/\S*)?$", base):
+            raise UserError(f"{name}: {base} is no URL; it begins with http:// or https://")
+    host, path = urlsplit(url).netloc, url.split("/", 3)[3]
+    if mirror is not None:
+        return f"{mirror.rstrip('/')}/{host}/{path}"
     return f"{endpoint}/{path}" if endpoint and host == "huggingface.co" else url
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Times all six stages against the released recipe and writes one table, benchmarks/RESULTS.md: 15 minutes on two cores.
+# Times all six stages against the released recipe and writes one table, benchmarks/RESULTS.md: 20 minutes on two cores.
 #
 #     bash benchmarks/run_all.sh --size tiny --device cpu
 #     bash benchmarks/run_all.sh --size base --device cuda --profile

@@ -2,7 +2,8 @@
 
     python demo/experiments.py --output experiments --seeds 0              # all recipes, about an hour on 2 cores
     python demo/experiments.py --output experiments --seeds 0 1 2 --rl_seeds 0 1 --arms released-5e-5-1e-4
-    python run_ares.py --config configs/demo.yaml --output rounds --rounds 2 --seeds 0 1 2 --set lora=null rl.epochs=2
+    python run_ares.py --config configs/demo.yaml --output rounds --rounds 2 --seeds 0 1 2 \\
+        --set lora=null rl.epochs=2 launch.rl=python
 
 Each recipe runs as many rounds as take about the same processor time of sampling and updates; a round of PPO with a
 value warm-up takes 2.4 times that of RLOO. Writes {output}/recipes.md: figures of the 200 held-out questions,

@@ -7,13 +7,17 @@
 A system is a rationale model's folder, or, called "LABEL, FORM", that of the adapter that answers on LABEL's model;
 the first one is the baseline of all differences. Writes table.json (with the values of every question, for pooling),
 table.md and table.tex. Differences are paired by question, with 95 % bootstrap intervals; with several seeds the
-questions of all seeds are resampled together. Sentence scores are those of the offline reference Teacher.
+questions of all seeds are resampled together, a question that several seeds share as one, with its mean. Sentence
+scores are those of the offline reference Teacher.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -49,7 +53,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.add_data_flags(parser)
     args = parser.parse_args(argv)
     args.system = [labelled(text) for text in args.system]
-    cli.refuse(["give --system (one run) or --runs (several)"] * (bool(args.system) == bool(args.runs)))
+    labels = [label for label, _ in args.system]
+    cli.refuse([
+        *["give --system (one run) or --runs (several)"] * (bool(args.system) == bool(args.runs)),
+        *(f"--system {label}: given twice" for label in sorted({one for one in labels if labels.count(one) > 1})),
+        *(f"--system {label}: one comma and a blank stand before an adapter's form (RL, QCMG-A), else no comma"
+          for label in labels if label.count(",") not in (0, label.count(", ")) or label.count(",") > 1),
+    ])  # fmt: skip
     return args
 
 
@@ -80,10 +90,29 @@ def read_run(args: argparse.Namespace) -> dict[str, Any]:
     wins = {}
     for path in args.win_rate:
         result = files.read_json(path, "--win_rate", dict, nan=True)
-        summary, judge = result["summary"], {"judge": result["judge"]["model"]}
-        wins[" against ".join(result["systems"])] = {**summary["rows"]["average"], **summary["position"], **judge}
+        try:
+            summary, judge = result["summary"], {"judge": result["judge"]["model"]}
+            wins[" against ".join(result["systems"])] = {**summary["rows"]["average"], **summary["position"], **judge}
+        except (KeyError, TypeError):
+            fault = f"--win_rate: {path} is not what tools/win_rate.py writes; name its win_rate.json"
+            raise cli.UserError(fault) from None
+    qids = sorted({qid for one in each.values() for qid in one["qids"]})
+    texts = json.dumps([[qid, problems[qid]["question"], problems[qid]["choices"]] for qid in qids])
     found = {"rationales": rationales, "adapters": answers, "win_rates": wins, "by_question": each}
-    return {"dataset": data.dataset, **found}
+    return {"dataset": data.dataset, "questions": hashlib.sha256(texts.encode()).hexdigest()[:16], **found}
+
+
+def read_runs(folders: Sequence[str]) -> list[dict[str, Any]]:
+    """table.json of every run. Raises UserError for one that is absent, pooled or of other systems."""
+    runs = []
+    for folder in folders:
+        path = Path(folder) / "table.json"
+        runs.append(files.read_json(path, "--runs", dict, nan=True))
+        if not {"rationales", "adapters", "win_rates", "by_question"} <= runs[-1].keys():
+            raise cli.UserError(f"--runs: {path} is no table of one run; name the folder of every seed")
+    if len({(tuple(run["rationales"]), tuple(run["adapters"])) for run in runs}) > 1:
+        raise cli.UserError("--runs: these runs have other systems; pool runs of one configuration")
+    return runs
 
 
 # -- tables of one run or several ------------------------------------------------------------------------
@@ -95,12 +124,17 @@ def cell(values: Sequence[float]) -> Cell:
 
 
 def paired(runs: Sequence[Mapping], ours: tuple[str, str], theirs: tuple[str, str]) -> tuple[list[float], list[float]]:
-    """Values of two (label, figure) on their common questions, of all runs one after the other."""
-    pairs = []
-    for run in runs:
+    """Values of two (label, figure) on their common questions, of all runs one after the other. Runs on the same
+    questions count once, with their mean: what is hard about a question is so for each of them. Raises UserError."""
+    found: dict[tuple, list[tuple[float, float]]] = defaultdict(list)
+    for number, run in enumerate(runs):
         first, second = (dict(zip(run["by_question"][label]["qids"], run["by_question"][label][figure], strict=True))
                          for label, figure in (ours, theirs))  # fmt: skip
-        pairs += [(first[qid], second[qid]) for qid in first if qid in second]
+        for qid in (qid for qid in first if qid in second):
+            found[run.get("questions", number), qid].append((first[qid], second[qid]))
+    if not found:
+        raise cli.UserError(f"--system: {ours[0]} and {theirs[0]} have no question in common; name the same split")
+    pairs = [[mean(side) for side in zip(*each, strict=True)] for each in found.values()]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
@@ -173,9 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     output = files.writable_dir(args.output, "--output")
     if args.runs:
-        runs = [files.read_json(Path(run) / "table.json", "--runs", dict, nan=True) for run in args.runs]
-        if len({tuple(run["rationales"]) for run in runs}) > 1:
-            raise cli.UserError("--runs: these runs have other stages; pool runs of one configuration")
+        runs = read_runs(args.runs)
         files.write_json(output / "table.json", {"runs": args.runs, **_summary(runs)}, indent=1)
     else:
         runs = [read_run(args)]

@@ -28,7 +28,6 @@ import argparse
 import ast
 import io
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -41,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 
 from ares.cli import HelpFormatter, UserError, in_one_line, print0, progress, refuse, run, warn0
 from ares.data_folder import FEATURE_SUFFIXES, Problems, problem_fault, question_images, read_data_folder
-from ares.downloads import ROWS, fetch
+from ares.downloads import ROWS, address, fetch
 from ares.files import place_file, read_json, remove_leftovers, writable_dir, write_bytes, write_json
 from ares.images import as_rgb, media_type, open_image, upright
 from ares.launch import next_step
@@ -80,8 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             raise UserError(
                 "--model: no rationale model is published for A-OKVQA; docs/data.md has the training command"
             )
-        if args.mirror is not None and not re.match("https?://[^/]", args.mirror):
-            raise UserError(f"--mirror: {args.mirror} is no URL; it begins with http:// or https://")
+        address("https://huggingface.co/", args.mirror)  # refuses a --mirror or $HF_ENDPOINT that is no URL
         args.output, args.model, args.models_dir = args.download, args.model or "base", args.models_dir or "models"
     else:
         idle = [name for name in ("model", "models_dir", "mirror") if getattr(args, name)]

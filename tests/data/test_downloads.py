@@ -307,6 +307,11 @@ def test_the_hub_endpoint_and_the_hosts_themselves(mirror, files, tmp_path, monk
     assert downloads.address(url, None) == "http://hub/a/b/resolve/main/c.bin"
     assert downloads.address(url, "http://m") == "http://m/huggingface.co/a/b/resolve/main/c.bin"
     assert downloads.address("https://raw.githubusercontent.com/a", None) == "https://raw.githubusercontent.com/a"
+    for wrong in ("hf-mirror.com", "hf-mirror.com:443/hub", "ftp://hub", "http:///hub", "http://hf mirror"):
+        monkeypatch.setenv("HF_ENDPOINT", wrong)
+        with pytest.raises(UserError, match=f"HF_ENDPOINT: {wrong} is no URL"):
+            fetch([only(VIT)[0]], tmp_path / "none", tmp_path)
+    assert not (tmp_path / "none").exists()
     monkeypatch.setenv("HF_ENDPOINT", f"{mirror.url}/huggingface.co")
     row, target = only(VIT)
     fetch([row], tmp_path, tmp_path)

@@ -16,7 +16,7 @@ from ares.intervals import DRAWS, mcnemar, mean_interval, paired_difference, rat
 from teacher.reference import rationale_figures
 from tests.conftest import ROOT
 from tests.tools.report_tools import released_file
-from tools import results
+from tools import compare, results
 from utils_evaluate import CATEGORIES, resolve_answer
 
 SEEDS = sorted((ROOT / "demo/results").glob("seed*.json"))
@@ -314,3 +314,68 @@ def test_figures_that_are_no_numbers_are_skipped(tmp_path, capsys):
     (tmp_path / "p.json").write_text(json.dumps({"preds": ["So it is."], "scores": scores}))
     found = figures(capsys, "--system", f"x={tmp_path / 'p.json'}")
     assert {column for _, column in found} == {"rouge", "repeated", "unfinished", "words"}
+
+
+# -- tools/compare.py ----------------------------------------------------------------------------------------
+
+
+def test_runs_on_the_same_questions_count_once(few, tmp_path, capsys):
+    """Three runs on one set of questions have the interval of their mean, not that of three times as many."""
+    texts = ["It is so.", "It is not so."]
+    runs = [tmp_path / f"run{i}" for i in range(3)]
+    for i, run in enumerate(runs):
+        preds = [texts[(i + j) % 2] if i else few.problems[qid]["solution"] for j, qid in enumerate(few.qids)]
+        start, rl = (
+            write(tmp_path / f"s{i}.json", texts[:1] * 60, few.qids),
+            write(tmp_path / f"r{i}.json", preds, few.qids),
+        )
+        compare.main(
+            ["--system", f"start={start}", "--system", f"RL={rl}", "--data_root", str(few.root), "--output", str(run)]
+        )
+    compare.main(["--runs", *map(str, runs), "--output", str(tmp_path / "pooled")])
+    capsys.readouterr()
+    tables = [json.loads((run / "table.json").read_text()) for run in runs]
+    by_run = [[b - a for a, b in zip(*(one["by_question"][name]["score"] for name in ("start", "RL")), strict=True)]
+              for one in tables]  # fmt: skip
+    expected = paired_difference([statistics.fmean(each) for each in zip(*by_run, strict=True)], [0.0] * 60)
+    found = json.loads((tmp_path / "pooled/table.json").read_text())["changes"]["RL - start"]["score"]
+    assert {name: found[name] for name in ("difference", "low", "high")} == pytest.approx(
+        {name: expected[name] for name in ("difference", "low", "high")}
+    )
+    # other questions under the same ids are other questions
+    tables[1]["questions"] = "other"
+    files.write_json(runs[1] / "table.json", tables[1])
+    ours, theirs = compare.paired(
+        [json.loads((run / "table.json").read_text()) for run in runs], ("RL", "score"), ("start", "score")
+    )
+    assert len(ours) == len(theirs) == 120
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--system", "start,QCMG-A={preds}"], "--system start,QCMG-A: one comma and a blank stand before"),
+        (["--system", "start, QCMG-A, 2={preds}"], "--system start, QCMG-A, 2: one comma and a blank"),
+        (["--system", "a={preds}", "--system", "a={preds}"], "--system a: given twice"),
+        (["--system", "a={preds}", "--system", "b={others}"], "a and b have no question in common|b and a have no"),
+        (["--system", "a={preds}", "--win_rate", "{preds}"], "is not what tools/win_rate.py writes"),
+        (["--runs", "{pooled}"], "is no table of one run"),
+        (["--runs", "{one}", "{other}"], "have other systems"),
+        (["--runs", "{pooled}", "--system", "a={preds}"], "give --system .one run. or --runs"),
+    ],
+)
+def test_mistakes_in_what_is_compared_are_one_line(argv, words, few, tmp_path):
+    half = len(few.qids) // 2
+    places = {"preds": write(tmp_path / "a.json", ["It is so."] * half, few.qids[:half]),
+              "others": write(tmp_path / "b.json", ["It is so."] * half, few.qids[half:])}  # fmt: skip
+    empty = {"rationales": {"a": {}}, "adapters": {}, "win_rates": {}, "by_question": {}}
+    for name, content in {
+        "pooled": {"runs": []},
+        "one": empty,
+        "other": {**empty, "adapters": {"a, QCM-A": {}}},
+    }.items():
+        files.write_json(tmp_path / name / "table.json", content)
+        places[name] = tmp_path / name
+    argv = [word.format(**places) for word in argv]
+    with pytest.raises(cli.UserError, match=words):
+        compare.main([*argv, "--data_root", str(few.root), "--output", str(tmp_path / "out")])
