@@ -51,7 +51,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="arms that run at a time")
     parser.add_argument("--config", default="configs/demo.yaml", help="configs/smoke.yaml: for tests")
     args = parser.parse_args(argv)
-    refuse([f"--rounds must be at least 2, not {args.rounds}"] * (args.rounds < 2))
+    least = {"rounds": 2, "jobs": 1}
+    refuse([f"--{name} must be at least {n}, not {getattr(args, name)}" for name, n in least.items()
+            if getattr(args, name) < n])  # fmt: skip
     return args
 
 

@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ares import files  # noqa: E402
-from ares.cli import HelpFormatter, UserError, run  # noqa: E402
+from ares.cli import HelpFormatter, UserError, refuse, run  # noqa: E402
 from ares.intervals import difference_text  # noqa: E402
 from ares.stages import ROOT  # noqa: E402
 
@@ -57,7 +57,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=RECIPES, metavar="RECIPE", help="recipes (default: all)")
     parser.add_argument("--jobs", type=int, default=2, help="recipes that run at a time")
     parser.add_argument("--config", default="configs/demo.yaml", help="configs/smoke.yaml: for tests")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    refuse([f"--jobs must be at least 1, not {args.jobs}"] * (args.jobs < 1))
+    return args
 
 
 def ares(folder: Path, *words: object) -> None:

@@ -7,8 +7,9 @@
     scorer.predict(rationales)                            # [[0.9, 0.25], ...]
     RewardTeacher(folder, args)                           # haiku.py --teacher model
 
-The prediction for a sentence is the value at the column of its last token: the state after that token, where RL
-rewards the sentence (`ares.sentences.sentence_columns`). A questions folder holds texts, not the sampled ids, so a
+The prediction for a sentence is the value of the state after its last token, where RL rewards the sentence
+(`ares.sentences.sentence_columns`), plus the mean state of its tokens: from the last state alone a small model learns
+what a rationale is worth, but hardly which of its sentences. A questions folder holds texts, not the sampled ids, so a
 rationale is tokenised again, sentence by sentence. No dropout, as in RL: only the shuffle is random, which seed and
 epoch determine, so a resumed run gives the same bits on a CPU.
 """
@@ -70,7 +71,8 @@ DATA_FLAGS = ("data_root", "dataset", "caption_file", "vision_features", "name_m
 class Rationale:
     """One rationale, and the Teacher's scores of its sentences where they are known.
 
-    ids: decoder ids from the start token to `</s>`; columns: where each sentence ends in them.
+    ids: decoder ids from the start token to `</s>`; columns: where each sentence ends in them; begin: column of the
+    first sentence's first token.
     """
 
     qid: str
@@ -78,6 +80,13 @@ class Rationale:
     ids: tuple[int, ...]
     columns: tuple[int, ...]
     scores: tuple[float, ...] = ()
+    begin: int = 1
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First and last column of every sentence; one of no tokens has a column all the same."""
+        firsts = (self.begin, *(last + 1 for last in self.columns))
+        return [(min(first, last), last) for first, last in zip(firsts, self.columns, strict=False)]
 
 
 def tokenised(
@@ -106,9 +115,10 @@ def tokenised(
             columns = sentence_columns(ids, tokenizer)
             if len(columns) != len(mine):
                 columns = accumulate(map(len, mine))  # the start token is column 0
-            if twice:
-                columns, ids = [column + len(ids) - 1 for column in columns], (*ids, *ids[1:])
-            found.append(Rationale(qid, tuple(sentences), ids, tuple(columns), tuple(next(given))))
+            shift = len(ids) - 1 if twice else 0
+            columns = tuple(column + shift for column in columns)
+            ids = (*ids, *ids[1:]) if twice else ids
+            found.append(Rationale(qid, tuple(sentences), ids, columns, tuple(next(given)), 1 + shift))
     return found
 
 
@@ -183,14 +193,23 @@ class Scorer:
         actions = torch.zeros(len(rows), T + 1, dtype=torch.long)
         for i, row in enumerate(rows):
             actions[i, : len(row.ids) + 1] = torch.tensor([*row.ids, row.ids[-1]])
-        places = torch.tensor([i * T + column for i, row in enumerate(rows) for column in row.columns])
+        S = max(len(row.columns) for row in rows)
+        read_out = torch.zeros(len(rows), S, T)  # (B, S, T): the last state plus the mean
+        for i, row in enumerate(rows):
+            for s, (first, last) in enumerate(row.spans):
+                read_out[i, s, first : last + 1] = 1 / (last + 1 - first)
+                read_out[i, s, last] += 1
+        places = torch.tensor([i * S + s for i, row in enumerate(rows) for s in range(len(row.columns))]).long()
         question = torch.tensor([qids[row.qid] for row in rows])
         prompt = self.prompts.batch(list(qids))
         how = (to_device(question, self.device), to_device(actions, self.device))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             states = actor_critic.encode(self.model, prompt)
-            values = actor_critic.state_values(self.model, states, prompt["attention_mask"], *how)  # (B, T)
-        return values.flatten().index_select(0, to_device(places, self.device)).float()
+            decoded = actor_critic.decode(self.model, states, prompt["attention_mask"], *how)  # (B, T, d)
+        read = torch.bmm(to_device(read_out, self.device), decoded.float()).flatten(0, 1)  # (B * S, d)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            values = self.model.v_head(read.index_select(0, to_device(places, self.device)))
+        return values.squeeze(-1).float()
 
     def passes(self, rationales: Sequence[Rationale], rows: Sequence[int]) -> list[list[int]]:
         """`rows` in their order, cut into forward passes; neighbouring rationales of a question share one."""
@@ -335,11 +354,12 @@ class Fit:
 def hold_out(rationales: Sequence[Rationale], share: float, seed: int) -> tuple[list[Rationale], list[Rationale]]:
     """(to train on, held out): `share` of the questions are held out with all their rationales.
 
-    Which ones depends on the seed and their ids alone, so that most stay held out when folders are added.
+    Whether one is depends on the seed and its id alone, so that it stays so when folders are added.
     Raises UserError where one of the parts would be empty.
     """
-    qids = sorted({row.qid for row in rationales}, key=lambda qid: seed_for(seed, "held out", qid))
-    chosen = set(qids[: max(1, round(share * len(qids)))])
+    draws = {row.qid: seed_for(seed, "held out", row.qid) for row in rationales}
+    qids = sorted(draws, key=draws.get)
+    chosen = {qid for qid in qids if draws[qid] < share * 2**63} or {*qids[:1]}
     if len(chosen) == len(qids):
         raise UserError(f"--held_out: {len(qids)} question(s) with scores are too few to hold out some; add folders")
     return [row for row in rationales if row.qid not in chosen], [row for row in rationales if row.qid in chosen]
@@ -388,7 +408,9 @@ class RewardTeacher:
         self.args = read_folder(folder, args)
         self.data = read_questions(self.args, qids)
         check_checkpoint(folder, self.data.patch_size, self.args.img_type, flag="--reward_model")
-        digest = hashlib.sha256()
+        captions = [self.data.problems[qid]["caption"] for qid in self.data.problems] if self.args.use_caption else []
+        flags = [getattr(self.args, name) for name in PROMPT_FLAGS]
+        digest = hashlib.sha256(json.dumps([flags, captions]).encode())
         for path in sorted(self.folder.glob("*.safetensors")):
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -93,11 +93,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def read_scored(folders: Sequence[str], mixed: bool) -> tuple[dict[tuple[str, tuple[str, ...]], list[float]], Counter]:
     """((question, sentences) -> scores, Teacher and model -> how many of these) of all folders, printed as counts.
 
-    Identical rationales of a question count once; the result does not depend on the order of the folders. Raises
-    UserError for a folder without rationales, for no scores, and for several Teachers unless `mixed`.
+    Identical rationales of a question count once, with the mean of their scores, whatever the order of the folders.
+    Raises UserError for a folder without rationales, for no scores, and for several Teachers unless `mixed`.
     """
     cli.refuse([f"--questions_dirs: no folder {each}" for each in folders if not Path(each).is_dir()])
-    found: dict[tuple[str, tuple[str, ...]], list[float]] = {}
+    found: dict[tuple[str, tuple[str, ...]], list[list[float]]] = defaultdict(list)
     authors: Counter[str] = Counter()
     skipped: Counter[str] = Counter()
     teachers: dict[tuple[str, str], str] = {}  # (Teacher, model) -> as it is counted
@@ -113,10 +113,13 @@ def read_scored(folders: Sequence[str], mixed: bool) -> tuple[dict[tuple[str, tu
         except handoff.Refused as refused:
             skipped[refused.reason] += 1
             continue
-        if not sentences or (item.qid, sentences) in found:
-            skipped["identical" if sentences else "no_sentences"] += 1
+        if not sentences:
+            skipped["no_sentences"] += 1
             continue
-        found[item.qid, sentences] = scores
+        found[item.qid, sentences].append(scores)
+        if len(found[item.qid, sentences]) > 1:
+            skipped["identical"] += 1
+            continue
         same = (name for (who, which), name in teachers.items() if who == author and same_model(which, model))
         name = next(same, f"{author} {model}" if author and model else UNKNOWN)
         teachers.setdefault((author, model), name)
@@ -131,7 +134,7 @@ def read_scored(folders: Sequence[str], mixed: bool) -> tuple[dict[tuple[str, tu
     if len(authors) > 1 and not mixed:
         fix = "add --mixed_teachers, or name folders of one"
         raise UserError(f"--questions_dirs: scores of several Teachers ({counts}); {fix}")
-    return dict(sorted(found.items())), authors
+    return {key: [fmean(each) for each in zip(*found[key], strict=True)] for key in sorted(found)}, authors
 
 
 # -- agreement -----------------------------------------------------------------------------------------------
@@ -225,17 +228,18 @@ def claim(folder: Path, identity: dict[str, Any], args: argparse.Namespace) -> b
 
     Raises UserError if it holds something else, or the same with other flags.
     """
-    if (folder / IDENTITY).exists() and args.overwrite:
-        for name in (METRICS, STATE, IDENTITY):  # metrics.json first: a killed launch must not look finished
-            (folder / name).unlink(missing_ok=True)
-    elif not (folder / IDENTITY).exists() and any((folder / name).exists() for name in ("config.json", "args.yaml")):
+    ours = (folder / IDENTITY).exists()
+    if not ours and any((folder / name).exists() for name in ("config.json", "args.yaml")):
         raise UserError(f"--run_dir: {folder} holds a model that this command did not write; name another folder")
-    run_folder.refuse_changes(folder / IDENTITY, identity)
-    if (folder / METRICS).exists():
-        return True
-    if not (folder / IDENTITY).exists():
-        files.write_args(folder, args)
-        files.write_json(folder / IDENTITY, identity)
+    if ours and args.overwrite:
+        for name in (METRICS, STATE):  # metrics.json first: a killed launch must not look finished
+            (folder / name).unlink(missing_ok=True)
+    else:
+        run_folder.refuse_changes(folder / IDENTITY, identity)
+        if (folder / METRICS).exists():
+            return True
+    files.write_json(folder / IDENTITY, identity)  # first: a folder without it is somebody else's
+    files.write_args(folder, args)
     return False
 
 
@@ -255,6 +259,15 @@ def save(folder: Path, model: Any, tokenizer: Any, metrics: dict[str, Any]) -> N
     files.write_json(folder / METRICS, metrics)
     (folder / STATE).unlink(missing_ok=True)
     print0(f"reward model: {folder}")
+
+
+def refuse_leaks(args: argparse.Namespace) -> None:
+    """Raise UserError where --model is a reward model that was trained on questions which are held out now."""
+    before = files.read_yaml(Path(args.model) / "args.yaml", "--model")
+    for name in ("seed", "held_out"):
+        if before.get(name) != getattr(args, name):
+            fix = "questions it was trained on would be held out; give the same, or start from a rationale model"
+            raise UserError(f"--{name}: {args.model} was trained with {before.get(name)}: {fix}")
 
 
 def resolved(args: argparse.Namespace, dataset: str) -> argparse.Namespace:
@@ -284,6 +297,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     qids = list(dict.fromkeys(qid for qid, _ in found))
     data = reward_model.read_questions(args, qids)
     info = check_checkpoint(args.model, data.patch_size, args.img_type, flag="--model")
+    if reward_model.is_reward_model(args.model):
+        refuse_leaks(args)
     tokenizer = utils_data.load_tokenizer(args, args.model)
     utils_data.check_vocabulary(tokenizer, info)
     rationales = reward_model.tokenised(found, tokenizer, args.read_twice, found.values())
@@ -296,10 +311,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     launch.note_unused_gpus(torch.cuda.device_count(), "tools/train_reward_model.py")
     names = "epochs patience bs lr lr_scheduler seed held_out precision".split()
+    prompts = reward_model.make_prompts(data, qids, tokenizer, args, device)
+    if cut := sum(length >= args.input_len for length in prompts.lengths.values()):
+        cli.warn0(
+            f"{cut} of {len(qids)} prompts are cut at --input_len {args.input_len}; the solution stands at their end"
+        )
     content = hashlib.sha256(json.dumps([[*key, scores] for key, scores in found.items()]).encode())
     identity = {name: getattr(args, name) for name in (*names, *reward_model.PROMPT_FLAGS)} | {
         "questions_dirs": f"{len(found)} scored rationales ({content.hexdigest()[:12]})",
         "model": weights_digest([args.model]),
+        "data_root": f"{len(qids)} prompts ({prompts.fingerprint()[:12]})",
         "features": None if data.features is None else data.features.digest(qids),
         "tokenizer_pieces": tokenizer_digest(tokenizer),
     }
@@ -311,7 +332,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print0(f"training on {len(train)} rationales, {sentences} sentences; held out {len(held_out)}; {device.type}")
         mean = fmean(score for row in train for score in row.scores)
         model = reward_model.load(args.model, data.patch_size, device, args.seed, mean)
-        prompts = reward_model.make_prompts(data, qids, tokenizer, args, device)
         scorer = reward_model.Scorer(model, prompts, device, bf16)
         fit = reward_model.Fit(scorer, train, held_out, args, folder / STATE)
         fit.run()
