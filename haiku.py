@@ -420,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.watch:
         return Watch(args, partial(make_session, args, problems)).run()
     with client.work_in(args.questions_dir, "--questions_dir", args) as each:
-        session = make_session(args, problems, each, exported)
+        session = make_session(args, problems, each, exported and not args.check)  # its replies go elsewhere
         if args.check:
             return check(args, items, session)
         client.answer_items(session, items, args)

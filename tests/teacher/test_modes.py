@@ -134,6 +134,22 @@ def test_check_compares_two_teachers_each_at_its_own_price(server, world, capsys
     assert len(server.log) == 28 and world.totals.usd > before, "--price is the price of --teacher_model"
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [("12",), ("100", "--against", HAIKU_45), ("3", "--against", "apart"), ("12", "--accept-missing"),
+     ("12", "--teacher", "reference", "--against", "claude:claude-haiku-5-5")],
+    ids=" ".join,
+)  # fmt: skip
+def test_check_gives_rl_no_signal(server, world, sample, flags, monkeypatch):
+    """The replies of a comparison are not in the folder: RL would drop every rationale of an action."""
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
+    address = ("--base_url", server.url) if "reference" not in flags else ()
+    haiku.main(
+        ["--questions_dir", str(world.root), *address, "--data_root", str(sample / "ScienceQA/data"), "--check", *flags]
+    )
+    assert server.log and not world.answered and not list(world.root.rglob(handoff.DONE))
+
+
 def test_agreement_by_position():
     lines = estimate.agreement_lines(estimate.agreement([[0.1, 0.5], [0.9], None], [[0.2, 0.9], [0.9], [1.0]]))
     assert lines[0] == "2 of 3 rationales scored by both, 3 sentences"
