@@ -51,7 +51,8 @@ BACKOFF, MAX_BACKOFF = 0.5, 8.0  # seconds
 LONGEST_PAUSE = 3600.0  # seconds: a longer `retry-after` ends the run
 MAX_REQUEST_BYTES = 32_000_000  # of Anthropic's API
 LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")
-MAX_REJECTED = 20  # requests that the API calls invalid while it answers others
+# requests that the API calls invalid while it answers others: so many of a run, or this share of those answered
+MAX_REJECTED, REJECTED_SHARE = 20, 0.1
 MAX_REJECTED_ALIKE = 5  # of one sort (with images, say), in the same words, before any request of the sort has a reply
 # rate limits, overload, and what a proxy answers while its server restarts: these pass, whatever their text
 TEMPORARY = frozenset((408, 409, 429, 502, 503, 504, 520, 521, 522, 523, 524, 529))
@@ -160,11 +161,15 @@ class ApiTeacher(SdkClient):
         self.ledger = ledger or Ledger()
         self.retried: Counter[str] = Counter()  # retried errors, by reason
         self.offered: list[str] = []  # models that the server lists, once ours is not known there
+        self.pace: Pace | None = None  # made when the Teacher is entered
+        self._earlier: Counter[int] = Counter()  # by sort: replies of earlier runs, and from before it was entered
         self._rejected = 0
         self._image_digests: dict[tuple, str] = {}  # identity of a file -> digest
 
     async def __aenter__(self) -> Self:
         self.connect()
+        if self.pace:  # --watch enters again and again
+            self._earlier += self.pace.replies
         self.pace = Pace(self.concurrency, START)  # within the event loop that sends the requests
         return self
 
@@ -179,6 +184,10 @@ class ApiTeacher(SdkClient):
     def stop(self) -> None:
         """Send no new request; those that wait for their turn raise Stopped."""
         self.pace.stop()
+
+    def accepted(self, request: Request) -> None:
+        """A request like this has had a reply in an earlier run."""
+        self._earlier[sort_of(request)] += 1
 
     # -- what a request depends on and costs -----------------------------------------------------------------
 
@@ -388,6 +397,11 @@ class ApiTeacher(SdkClient):
 
     # -- errors that retrying does not mend ------------------------------------------------------------------
 
+    @property
+    def _replies(self) -> Counter[int]:
+        """Replies to requests of each sort, those of earlier runs included."""
+        return self._earlier + self.pace.replies
+
     def _is_permanent(self, failure: Failure, error: tuple[str, str], request: Request) -> bool:
         """Whether requests of this sort meet the same error again and again."""
         if failure.status in TEMPORARY or failure.reason in ("timeout", "connection"):
@@ -398,7 +412,7 @@ class ApiTeacher(SdkClient):
 
     def _no_images(self, error: Exception, request: Request) -> UserError | None:
         """What to raise where requests without images are answered and those with images are not."""
-        if not request.images or not self.pace.successes or self.pace.replies[sort_of(request)]:
+        if not request.images or not self._replies or self._replies[sort_of(request)]:
             return None
         return UserError(
             f"--teacher_model: {self.model} answers every request with images by {said(error, self.secret)!r} "
@@ -410,15 +424,18 @@ class ApiTeacher(SdkClient):
         sort, why = sort_of(request), said(error, self.secret)
         if failure.status in (400, 413, 422) and not is_account_refusal(error):
             deadline = time.monotonic() + self.timeout
-            while not self.pace.replies[sort] and self.pace.in_flight[sort] and time.monotonic() < deadline:
+            while not self._replies[sort] and self.pace.in_flight[sort] and time.monotonic() < deadline:
                 await self.pace.sleep(0.05)  # those in flight show whether it is this request or all
+            successes = self._replies.total()
+            if successes and request.rationales:  # each is asked alone: only those count
+                raise Unanswered(failure.reason, why)
             self._rejected += 1
-            if self.pace.successes and self._rejected <= MAX_REJECTED:
+            if successes and self._rejected <= max(MAX_REJECTED, REJECTED_SHARE * successes):
                 alike = self.pace.is_permanent(
                     (failure.reason, why), sort, request.custom_id, MAX_REJECTED_ALIKE, tries=1
                 )
-                if self.pace.replies[sort] or not alike:
-                    raise Unanswered(failure.reason, why)
+                if self._replies[sort] or not alike:
+                    raise Unanswered(failure.reason, why, permanent=True)
                 raise self._no_images(error, request) or as_user_error(error, self, request, 0)
         raise as_user_error(error, self, request, 0)
 

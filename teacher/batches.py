@@ -143,7 +143,8 @@ class _Batches:
         used_up = last["attempt"] >= self.session.attempts
         if used_up or last.get("permanent"):
             self.used_up += used_up
-            self.session.give_up(key, last.get("reason", "no_reply"), last.get("said", ""))
+            permanent = bool(last.get("permanent"))
+            self.session.give_up(key, last.get("reason", "no_reply"), last.get("said", ""), permanent)
         else:
             self.todo.append(key)
 

@@ -34,7 +34,7 @@ from teacher.live import ask_live
 from teacher.openai_compatible import OpenAITeacher
 from teacher.reply_files import ReplyCache
 from teacher.sdk_client import TIMEOUT
-from teacher.session import OURS, Report, Session
+from teacher.session import OURS, REFUSED, Report, Session
 
 
 class ReferenceTeacher:
@@ -332,9 +332,11 @@ def in_words(reasons: Mapping[str, int]) -> str:
 def refuse_unusable(report: Report, accept_missing: bool) -> None:
     """Raise UserError with the reasons if replies are unusable, unless the user has said to go on without them."""
     lost = Counter(report.blocking().values())
+    refused = f"; {report.refused} that the API calls invalid are not asked again before their requests change, or "
+    refused = f"{refused}teacher/{REFUSED} there is deleted" if report.refused else ""
     if lost and not accept_missing:
         raise cli.UserError(
             f"{lost.total()} of {report.total} replies are unusable ({in_words(lost)}){report.examples()}; run the "
             "same command again to ask for them anew (with --batch: and a larger --attempts), or add --accept-missing "
-            "to go on without them"
+            f"to go on without them{refused}"
         )

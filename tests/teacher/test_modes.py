@@ -16,7 +16,7 @@ import haiku
 from ares import cli, files, images
 from teacher import estimate, handoff
 from teacher.prompts import PROMPT_VERSION
-from tests.api_server import KEY, fill_form
+from tests.api_server import KEY, Fault, fill_form
 from tests.teacher.teacher_tools import (
     CHOICES,
     HAIKU_45,
@@ -144,9 +144,8 @@ def test_check_gives_rl_no_signal(server, world, sample, flags, monkeypatch):
     """The replies of a comparison are not in the folder: RL would drop every rationale of an action."""
     monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
     address = ("--base_url", server.url) if "reference" not in flags else ()
-    haiku.main(
-        ["--questions_dir", str(world.root), *address, "--data_root", str(sample / "ScienceQA/data"), "--check", *flags]
-    )
+    data = str(sample / "ScienceQA/data")
+    haiku.main(["--questions_dir", str(world.root), *address, "--data_root", data, "--check", *flags])
     assert server.log and not world.answered and not list(world.root.rglob(handoff.DONE))
 
 
@@ -236,6 +235,14 @@ def test_watch_counts_all_rounds_towards_the_budget(server, watcher):
     watcher.stops("--max_usd 0.0015", *budget, "--concurrency", "1", status=3)
     rl.end()
     assert 2 <= len(server.log) < 4
+
+
+def test_watch_goes_on_after_a_look_with_nothing_but_a_refused_request(server, watcher):
+    rl = Rl(watcher.root.parent, 1, [(0, CHOICES), (0, TEXT), (1, CHOICES), (1, TEXT)])
+    server.plan = lambda asked: Fault(400, "messages: too odd") if "rationale 1" in asked.text else None
+    watcher.ask("--accept-missing", "--poll_seconds", "0.05")
+    rl.end()
+    assert len(server.log) == 4 and len(scores(watcher.root.parent / "questions_round0")) == 2
 
 
 def test_watch_ends(watcher):
