@@ -58,13 +58,6 @@ def ask_in_batches(session: Session, store: BatchStore, submit_only: bool, poll_
     other = next((record.model for record in pending if record.model != session.teacher.model), None)
     if other:
         raise UserError(f"--teacher_model: the pending batches were asked of {other}; name it to collect them")
-    asked = {int(asked["item"].partition("/")[0]) for record in pending for asked in record.all_asked()}
-    lost = sorted(action for action in asked - set(session.waiting) if (session.root / str(action)).is_dir())
-    if lost:
-        raise UserError(
-            f"--actions: the pending batches hold action {lost[0]}, too, whose replies would be lost; leave "
-            "--actions out to collect them"
-        )
     if session.open or pending:
         asyncio.run(_Batches(session, store, submit_only, poll_seconds).run())
 

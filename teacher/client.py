@@ -25,14 +25,14 @@ from ares import cli, files, launch
 from teacher import batches, reference
 from teacher.api_responses import in_line
 from teacher.api_teacher import LENGTH_FIELDS, ApiTeacher
-from teacher.batch_store import BatchStore
+from teacher.batch_store import BatchStore, digest
 from teacher.budget import LOG, Ledger, Price, read_log
 from teacher.claude import DEFAULT_MODEL, ClaudeTeacher
-from teacher.handoff import Item
+from teacher.handoff import RATIONALE, Item
 from teacher.interface import FREE, JUDGE, MODEL, REFERENCE, SCORE, Reply, Request, Teacher
 from teacher.live import ask_live
 from teacher.openai_compatible import OpenAITeacher
-from teacher.reply_files import ReplyCache
+from teacher.reply_files import ReplyCache, is_answered
 from teacher.sdk_client import TIMEOUT
 from teacher.session import OURS, REFUSED, Report, Session
 
@@ -313,15 +313,48 @@ def answer_items(session: Session, items: Sequence[Item], args: argparse.Namespa
 
     Raises UserError if items have no request, and for what stops the Teacher; replies so far are kept.
     """
-    store = BatchStore(session.root / OURS / "batches")
-    if not args.batch:
-        store.refuse_pending()
+    store = check_pending(session.root, session.kind, items, args)
     session.add(items)
     if args.batch:
         batches.ask_in_batches(session, store, args.submit_only, args.poll_seconds)
     else:
         ask_live(session)
     return session.report
+
+
+def check_pending(
+    root: str | Path,
+    kind: str,
+    items: Sequence[Item],
+    args: argparse.Namespace,
+    texts: Mapping[str, str] | None = None,
+) -> BatchStore:
+    """The folder's records of batches. Raises UserError if a run on `items` would pay again for what is pending, live,
+    or would throw the replies to other items away, or to other requests than `texts` (name of an item -> its text)."""
+    store = BatchStore(Path(root) / OURS / "batches")
+    if not args.batch:
+        store.refuse_pending()
+    ours, texts, lost = {item.name for item in items}, texts or {}, []
+    for asked in [asked for record in store.pending() for asked in record.all_asked()]:
+        folder = Path(root, asked["item"])
+        if asked["item"] in texts:
+            useless = digest(texts[asked["item"]]) != asked["text"]
+        else:
+            useless = asked["item"] not in ours and (folder / RATIONALE).exists()
+        if useless and not is_answered(kind, folder):
+            lost.append(asked["item"])
+    if lost:
+        action = lost[0].partition("/")[0]
+        if getattr(args, "actions", None) and int(action) not in args.actions:
+            raise cli.UserError(
+                f"--actions: the pending batches hold action {action}, too, whose replies would be lost; leave "
+                "--actions out to collect them"
+            )
+        raise cli.UserError(
+            f"--batch: the pending batches hold {len(lost)} other items (first: {lost[0]}), whose replies would be "
+            "lost; collect them with the flags they were submitted with"
+        )
+    return store
 
 
 def in_words(reasons: Mapping[str, int]) -> str:

@@ -118,8 +118,8 @@ class Session:
 
     `open`: key -> items that have no reply yet; the reply is written beside the first one. `answered`: key -> an item
     that has the reply. `refused`: key -> (reason, the API's sentence) of a request that it called invalid, in an
-    earlier run, too; such a request is given up without being sent. Items that are added later join an open request, get
-    a copy of an answered one's reply, or open a request anew that was given up. With `together` the open requests
+    earlier run, too; such a request is given up without being sent. Items that are added later join an open request,
+    get a copy of an answered one's reply, or open a request anew that was given up. With `together` the open requests
     about one question are sent as one (`units`), and each rationale's part of the reply is saved as the reply to its
     own request.
 
