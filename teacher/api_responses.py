@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ares.cli import Stop, UserError
+from teacher.pace import seconds_until
 
 STOP_STATUS = 3  # exit status where money or the account ends the run
 # exceptions of httpx that say that the request was not sent
@@ -38,6 +39,13 @@ UNKNOWN_MODEL = re.compile(
     r"\bmodels?\b.{0,200}?\b(not exist|not found|does ?n.t exist|not available|not a valid)|model_not_found|"
     r"(invalid|unknown|unrecogni[sz]ed|no such|no) model\b|\bmodel\b.{0,80}\bis (unknown|invalid)", re.I | re.S
 )  # fmt: skip
+# in the body of a 429. "Please retry in 31.7s", "try again in 1m2s", "retry after 20 seconds"; Gemini's RetryInfo
+DELAY = re.compile(
+    r"(?:\b(?:re)?try (?:again )?(?:in|after) |retryDelay\W{1,19})((?:\d+(?:\.\d+)? ?(?:ms|mil|[hms])[a-z]* ?)+)", re.I
+)
+UNITS = {"mil": "ms"}
+PER_MINUTE = re.compile(r"quotaId\W{1,19}\w*PerMinute")
+LASTING = re.compile(r"quotaId\W{1,19}\w*PerDay|insufficient_quota")  # whatever delay is named
 ABOUT_KEY = re.compile(r"\bapi.?key\b|no connected db", re.I)  # the second: litellm without a database, to any other
 THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.S)  # of local models, where the server does not take them out
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal"}  # OpenAI's -> Anthropic's
@@ -139,8 +147,9 @@ def is_account_refusal(error: object) -> bool:
     codes = {status, body["code"], str(body["code"]), body["type"]}
     if codes & {402, "402", "billing_error", "insufficient_quota"}:
         return True
-    if status == 429 and retry_after(error.headers) is not None:
-        return False  # a rate limit, whatever its words: it passes
+    if status == 429 and not LASTING.search(_as_text(error.body)):
+        if delay(error) is not None or PER_MINUTE.search(_as_text(error.body)):
+            return False  # a rate limit, whatever its words: it passes
     words = " ".join(str(body[name]).replace("_", " ") for name in ("type", "code") if body[name])
     message = body["message"] or ""
     return bool(ACCOUNT.search(words) or not ABOUT_REQUEST.match(message) and ACCOUNT.search(message))
@@ -173,11 +182,27 @@ def failure_of(error: Exception) -> Failure:
         retryable = status in (408, 409, 429) or status >= 500
         if is_account_refusal(error) or error.headers.get("x-should-retry") == "false":
             retryable = False
-        after = retry_after(error.headers)
-        return Failure(f"api_{status}", retryable or not_the_api, error.charged or not_the_api, status, after)
+        return Failure(f"api_{status}", retryable or not_the_api, error.charged or not_the_api, status, delay(error))
     if isinstance(error, NoAnswer):
         return Failure("timeout" if error.timeout else "connection", True, charged=error.kind not in NOT_SENT)
     return Failure("not_a_reply" if isinstance(error, NotAReply) else "broken_reply", True, charged=True)
+
+
+def delay(error: ApiError) -> float | None:
+    """Seconds to wait as the API asks: by its headers, else, for a rate limit, by what the body says."""
+    found = DELAY.search(_as_text(error.body)) if error.status == 429 else None
+    after = retry_after(error.headers)
+    if after is not None or not found:
+        return after
+    return seconds_until(
+        re.sub(r" ?(ms|mil|[hms])[a-z]* ?", lambda unit: UNITS.get(unit[1], unit[1]), found[1].lower())
+    )
+
+
+def _as_text(body: object) -> str:
+    if isinstance(body, (bytes, str)):
+        return body.decode(errors="replace") if isinstance(body, bytes) else body
+    return json.dumps(body, default=str).replace("\\n", " ")
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

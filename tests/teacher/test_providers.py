@@ -15,6 +15,7 @@ import haiku
 import haiku_for_correction_feedback
 from ares import files
 from teacher import api_teacher, claude, handoff
+from teacher.api_responses import ApiError, failure_of
 from teacher.api_teacher import merge_patch
 from teacher.interface import SCORE, Request
 from teacher.openai_compatible import OpenAITeacher, is_local, server_address
@@ -276,6 +277,63 @@ def test_faults_that_pass_lose_nothing(server, local, faults):
     server.faults.extend(faults)
     local.ask()
     assert local.answered == 12 and len(server.log) == 12 + len(faults) and local.done == [0, 1, 2, 3]
+
+
+def gemini(message=f"{QUOTA} Quota exceeded for metric: free_tier_requests, limit: 10", quota="PerMinute", delay=None):
+    """A 429 of its compatible endpoint, which sends no retry-after."""
+    details = [{"violations": [{"quotaId": f"GenerateRequests{quota}PerProjectPerModel-FreeTier"}]}] if quota else []
+    details += [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}] if delay else []
+    error = {"code": 429, "message": message, "status": "RESOURCE_EXHAUSTED", "details": details}
+    return body_of([{"error": error}])
+
+
+PASSING = {  # body of a 429 without a header -> seconds that it names
+    gemini(f"{QUOTA} Please retry in 0.3s.", None): 0.3,
+    gemini(quota=None, delay="0.25s"): 0.25,
+    gemini(): None,
+    failed(f"litellm.RateLimitError: GeminiException - {gemini(delay='0.2s').decode()}", code="429"): 0.2,
+    failed(f"{QUOTA} Please try again in 120ms.", code="rate_limit_exceeded"): 0.12,
+    failed(f"{QUOTA} Try again in 200 milliseconds"): 0.2,
+}
+LASTING = [
+    failed(f"{QUOTA} Please retry in 0.2s.", code="insufficient_quota"),
+    failed(
+        f"litellm.RateLimitError: OpenAIException - insufficient_quota: {QUOTA} Please try again in 0.2s", code="429"
+    ),
+    gemini(f"{QUOTA} Please retry in 0.2s.", "PerDay", delay="0.2s"),
+    gemini(quota="PerDay"),
+    failed(QUOTA),
+]
+
+
+@pytest.mark.parametrize("body, seconds", PASSING.items(), ids=range(len(PASSING)))
+def test_a_quota_of_a_minute_passes(server, local, body, seconds):
+    server.faults.extend([Fault(429, body=body)] * 2)
+    began = time.monotonic()
+    local.ask("--concurrency", "1")
+    assert local.answered == 12 and len(server.log) == 14 and time.monotonic() - began >= 2 * (seconds or 0)
+
+
+@pytest.mark.parametrize("body", LASTING, ids=range(len(LASTING)))
+def test_a_quota_of_the_account_or_the_day_does_not(server, local, body):
+    server.plan = lambda asked: Fault(429, body=body)
+    local.stops("OPENAI_API_KEY: the API refuses the whole account", "--concurrency", "1", status=3)
+    assert len(server.log) == 1
+
+
+@pytest.mark.parametrize(
+    "words, seconds",
+    [("Please retry in 31.7s. See", 31.7), ("try again in 6m0s", 360), ("Try again in 1h2m3s.", 3723),
+     ("retry after 20 seconds or so", 20), ("retry in 1 minute 5 seconds", 65), ("try again in 7ms", 0.007),
+     ("try again later", None), ("I retry in vain", None), ("retry in 1.2.3s", None),
+     ('\\"retryDelay\\": \\"31s\\"', 31)],
+)  # fmt: skip
+def test_the_delay_in_words(words, seconds):
+    for body in (words, {"error": {"message": words}}, [{"error": words}], {"detail": {"message": f"A.\n{words}"}}):
+        found = failure_of(ApiError(429, body))
+        assert found.retryable and found.retry_after == (seconds and pytest.approx(seconds))
+        assert failure_of(ApiError(429, body, {"retry-after": "2"})).retry_after == 2
+        assert failure_of(ApiError(500, body)).retry_after is None
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,8 @@ def test_other_texts_are_judged_anew_and_images_go_by_flag(server, systems, samp
 @pytest.mark.parametrize(
     "flags, words",
     [(("--questions", "10"), "hold 560 other items"), (("--protocol", "paper"), "hold 290 other items"),
-     (("--with_image", "--images", "{images}"), "hold [0-9]+ other items"), (("--seed", "3", "--questions", "289"), "hold 2 other items"),
+     (("--with_image", "--images", "{images}"), "hold [0-9]+ other items"),
+     (("--seed", "3", "--questions", "289"), "hold 2 other items"),
      (("--split", "train"), "hold 580 other items")],
 )  # fmt: skip
 def test_pending_batches_are_collected_whole_or_not_at_all(
