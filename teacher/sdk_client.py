@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,9 +39,16 @@ def checked_address(url: str, flag: str, key_name: str) -> str:
     url = url.strip()
     if "@" in url:
         raise UserError(f"{flag}: the address holds a user name or a password; remove them; the key is {key_name}")
-    if not url.startswith(("http://", "https://")) or not urlsplit(url).hostname:
+    try:
+        parts = urlsplit(url)
+        host = re.fullmatch(r"(\[.+\]|[^][:]+)(:\d*)?", parts.netloc) and parts.hostname  # [::1], a name or IPv4
+        sound = parts.scheme in ("http", "https") and host and parts.port != 0  # `port` raises above 65535
+    except ValueError:
+        sound = False
+    if not sound or " " in url or not url.isprintable():
         shown = redact(url, os.environ.get(key_name, "").strip())
-        raise UserError(f"{flag}: {shown} is no address; it begins with http:// or https://")
+        shown = shown if shown.isprintable() else ascii(shown)
+        raise UserError(f"{flag}: {shown} is no address; it begins with http:// or https://, then host or host:port")
     return url
 
 

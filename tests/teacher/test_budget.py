@@ -268,6 +268,16 @@ def test_retry_after_holds_everybody_back(server, world):
     assert api_responses.retry_after({"retry-after": "Wed, 21 Oct 2065 07:28:00 GMT"}) > 1e9
 
 
+@pytest.mark.parametrize(
+    "value", ["1 Jan 99999 00:00:00 GMT", "Mon, 1 Jan 0000 99:99:99 GMT", "1 Jan 999999999999 1:1:1", "1e400",
+              "1 Jan -1 00:00:00 +9999999999", "soon", "31s"]
+)  # fmt: skip
+def test_a_retry_after_that_is_no_time_is_none(server, world, value):
+    server.faults.append(Fault(429, headers={"retry-after": value}))
+    world.ask("--concurrency", "1")
+    assert world.answered == 24 and world.totals.unknown == 0, "the request is booked"
+
+
 def test_retry_after_nothing_still_pauses(server, world, monkeypatch):
     """Else the tries are used up within milliseconds, and the run ends."""
     pauses, sleep = [], api_teacher.Pace.sleep

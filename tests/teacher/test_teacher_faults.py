@@ -19,7 +19,7 @@ from teacher.api_responses import is_account_refusal, redact, said
 from teacher.api_teacher import START
 from tests.api_server import KEY, Fault, fill_form
 from tests.conftest import one_line_error, run_script
-from tests.teacher.teacher_tools import CREDIT, World, lay_out, many_items, messages
+from tests.teacher.teacher_tools import CREDIT, World, lay_out, many_items, messages, stops
 
 
 @pytest.fixture
@@ -352,6 +352,25 @@ def test_other_servers_404(server, world, status, body):
 def test_an_address_with_a_password_is_refused_unseen(world, url):
     line = world.stops("--base_url: the address holds a user name", "--base_url", url)
     assert "pass" not in line.replace("password", "") and "me:" not in line
+
+
+MALFORMED = ["http://[::1:8000", "http://[bad]", "http://localhost:abc", "http://localhost:99999", "http://localhost:-1",
+             "http://local host:8000", "http://exa\tmple.com", "http://\x7fa", "http://a\u2003b", "http://a/v 1",
+             "http://[::1]8000", "http://", "http://:80", "https://fe80::1:8000"]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", MALFORMED)
+@pytest.mark.parametrize("teacher", ["claude", "openai"])
+@pytest.mark.parametrize("by", ["flag", "environment"])
+def test_a_malformed_address_is_refused_before_anything_is_asked(world, by, teacher, url, monkeypatch):
+    name = {"claude": "ANTHROPIC_BASE_URL", "openai": "OPENAI_BASE_URL"}[teacher]
+    argv = ["--questions_dir", str(world.root), "--data_root", "none", "--teacher", teacher, "--teacher_model", "m"]
+    if by == "flag":
+        argv += ["--base_url", url]
+    else:
+        monkeypatch.setenv(name, url)
+    line = stops(lambda: haiku.main(argv), f"{'--base_url' if by == 'flag' else name}: .*is no address")
+    assert line.isprintable()
 
 
 # -- the key ------------------------------------------------------------------------------------------------------
