@@ -187,10 +187,20 @@ def parse_body(text: str | None) -> dict[str, Any]:
         raise cli.UserError(f"--body: {text[:60]!r} is no JSON ({error}); write it as '{{\"top_k\": 1}}'") from None
     if not isinstance(body, dict):
         raise cli.UserError(f"--body: {text[:60]!r} is no JSON object; write it as {{...}}")
-    for name, flag in (("model", "--teacher_model"), ("messages", "the questions folder"), ("stream", "nothing")):
-        if name in body:
-            raise cli.UserError(f"--body: {name} cannot be set here, {flag} says it; remove it")
+    for name in sorted(body.keys() & NOT_FOR_BODY.keys()):
+        raise cli.UserError(f"--body: {name} {NOT_FOR_BODY[name]}")
     return body
+
+
+NOT_FOR_BODY = {  # field -> why it is refused
+    "model": "cannot be set here, --teacher_model says it; remove it",
+    "messages": "cannot be set here, the questions folder says it; remove it",
+    "stream": "cannot be set here, nothing says it; remove it",
+    "timeout": "is no field of a request; use --timeout",
+    "extra_body": "is no field of a request; put its fields directly into --body",
+    **dict.fromkeys(("extra_headers", "extra_query"), "is no field of a request; remove it"),
+    **dict.fromkeys(("n", "best_of"), "is not read: a reply would be paid several times, and one is used; remove it"),
+}
 
 
 def _offered(args: argparse.Namespace) -> str:

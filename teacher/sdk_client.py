@@ -21,6 +21,7 @@ from ares.cli import UserError
 from teacher.api_responses import ApiError, NoAnswer, redact
 
 LISTING_SECONDS = 5.0  # for a server to say which models it has
+SDK_OPTIONS = frozenset(("extra_body", "extra_headers", "extra_query", "timeout"))  # arguments that are no fields
 TIMEOUT = 180.0  # seconds for one request; an answer takes a few
 
 
@@ -114,7 +115,7 @@ class SdkClient:
             http_client=sdk.DefaultAsyncHttpxClient(limits=limits),
         )
         self.address = str(self.client.base_url)
-        self._arguments = frozenset(inspect.signature(self.endpoint().create).parameters)
+        self._arguments = inspect.signature(self.endpoint().create).parameters.keys() - SDK_OPTIONS
 
     async def __aexit__(self, *exc: object) -> None:
         await self.client.close()

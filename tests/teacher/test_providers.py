@@ -5,6 +5,7 @@ The real third-party litellm proxy is in test_litellm.py, rate limits are in tes
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -21,6 +22,7 @@ from teacher.interface import SCORE, Request
 from teacher.openai_compatible import OpenAITeacher, is_local, server_address
 from teacher.parsing import parse_scores
 from teacher.prompts import WORDING
+from tests import api_server
 from tests.api_server import KEY, Fault, fill_form
 from tests.conftest import one_line_error, run_script
 from tests.teacher.teacher_tools import CREDIT, HAIKU_45, MODEL, PICTURE, World, lay_out, many_items, sidecar, stops
@@ -153,6 +155,18 @@ def test_a_model_must_be_named_and_the_servers_are_listed(server, local, monkeyp
         (("--body", "7"), "--body: '7' is no JSON object"),
         (("--body", '{"model": "x"}'), "--body: model cannot be set here, --teacher_model"),
         (("--body", "[" * 100_000), "--body: .*is no JSON"),
+        *(
+            (("--body", json.dumps({name: value})), f"--body: {name} {words}")
+            for name, value, words in [
+                ("extra_body", {"top_k": 1}, "is no field.*its fields directly into --body"),
+                ("extra_headers", {"x": "y"}, "is no field"),
+                ("extra_query", {}, "is no field"),
+                ("timeout", 5, "is no field.*--timeout"),
+                ("n", 4, "is not read: a reply would be paid"),
+                ("best_of", 2, "is not read"),
+                ("extra_body", None, "is no field"),
+            ]
+        ),
         (("--structured", "maybe"), None),
     ],
 )
@@ -163,6 +177,18 @@ def test_wrong_flags_end_in_one_line_before_anything_is_asked(server, local, fla
     else:
         local.stops(words, *flags)
     assert not server.log
+
+
+@pytest.mark.parametrize("name", ["extra_body", "extra_headers", "extra_query", "timeout", "self"])
+def test_a_field_of_the_name_of_an_argument_of_the_sdk_is_sent(server, local, name, monkeypatch):
+    """--body refuses them; the SDK must not take them for its own either."""
+    monkeypatch.setattr(api_server, "CHAT_FIELDS", api_server.CHAT_FIELDS | {name})
+
+    async def ask():
+        async with OpenAITeacher(MODEL, server.url, extra={name: {"a": 1}}) as teacher:
+            return await teacher.answer(Request("id-1", SCORE, "1", 'Score:\n{\n"It is so.": xxx\n}', ("It is so.",)))
+
+    assert asyncio.run(ask()).text and server.asked[0].body[name] == {"a": 1}
 
 
 def test_flags_without_effect_are_refused(local):
