@@ -265,9 +265,8 @@ class ApiTeacher(SdkClient):
     def max_tokens(self, request: Request) -> int:
         """The most tokens of the reply: it repeats the sentences (a correction may be twice as long), at two
         characters a token or more."""
-        for name in LENGTH_FIELDS:
-            if type(self.extra.get(name)) is int:
-                return self.extra[name]
+        if lengths := [self.extra[name] for name in LENGTH_FIELDS if type(self.extra.get(name)) is int]:
+            return max(lengths)  # a server may go by either
         characters = sum(map(len, request.sentences))
         tokens = 256 + 16 * (len(request.sentences) + len(request.rationales)) + characters // 2
         if request.kind == CORRECT:
@@ -285,8 +284,8 @@ class ApiTeacher(SdkClient):
         if self.price is None:
             return None
         text = len("".join(self.texts(request)).encode())
-        # the API's own words around a request and its schema
-        form = 100 + (max(500, len(json.dumps(self.body(request)))) if self.structured else 0)
+        # the API's own words around a request and its schema; --body may hold text, too
+        form = 100 + max(500 if self.structured else 0, len(json.dumps(self.body(request))))
         tokens = text + form + self.most_image_tokens * len(request.images)
         return self.price.usd(tokens, self.max_tokens(request), batch)
 

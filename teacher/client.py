@@ -171,7 +171,7 @@ def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
     if getattr(args, "check", None):
         teachers.append(make_teacher(second_teacher(args)))
     if args.max_usd is not None:
-        _refuse_unknown_cost(teachers, args.body)
+        _refuse_unknown_cost(teachers)
     for teacher in teachers:
         if isinstance(teacher, ApiTeacher) and not args.estimate and not args.show:
             teacher.find_key(teacher.base_url)
@@ -214,7 +214,7 @@ def _offered(args: argparse.Namespace) -> str:
     return f"; the server has {in_line(models)}" if models else ""
 
 
-def _refuse_unknown_cost(teachers: Sequence[Teacher], body: Mapping[str, Any]) -> None:
+def _refuse_unknown_cost(teachers: Sequence[Teacher]) -> None:
     """Raise UserError where --max_usd cannot be kept."""
     fixes = ("name it with --price IN OUT", "make it --teacher_model, with --price IN OUT")
     wrong = [
@@ -222,9 +222,13 @@ def _refuse_unknown_cost(teachers: Sequence[Teacher], body: Mapping[str, Any]) -
         for teacher, fix in zip(teachers, fixes, strict=False)
         if isinstance(teacher, ApiTeacher) and teacher.price is None
     ]
-    lengths = [body[name] for name in LENGTH_FIELDS if name in body]
-    if lengths and not any(type(length) is int for length in lengths):
-        wrong.append(f"--max_usd: --body removes {LENGTH_FIELDS[0]}: a reply then costs anything; leave it there")
+    for teacher in [teacher for teacher in teachers[:1] if isinstance(teacher, ApiTeacher)]:  # --body is the first's
+        lengths = {name: teacher.extra[name] for name in LENGTH_FIELDS if name in teacher.extra}
+        odd = [name for name, length in lengths.items() if length is not None and type(length) is not int]
+        wrong += [f"--max_usd: --body: {name} must be a whole number: the most tokens of a reply" for name in odd]
+        own = teacher.length_field
+        if own in lengths and not any(lengths.values()):
+            wrong.append(f"--max_usd: --body removes {own}: a reply then costs anything; leave it there")
     cli.refuse(wrong)
 
 
