@@ -50,6 +50,7 @@ MAX_SAME = 6  # of one request that meets the same error, with the same text, ea
 BACKOFF, MAX_BACKOFF = 0.5, 8.0  # seconds
 LONGEST_PAUSE = 3600.0  # seconds: a longer `retry-after` ends the run
 MAX_REQUEST_BYTES = 32_000_000  # of Anthropic's API
+THINKING = 4096  # tokens by which the limit of a reply is longer where the model may think
 LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")
 # requests that the API calls invalid while it answers others: so many of a run, or this share of those answered
 MAX_REJECTED, REJECTED_SHARE = 20, 0.1
@@ -273,7 +274,7 @@ class ApiTeacher(SdkClient):
             tokens = 512 + characters
         if request.kind == JUDGE:
             tokens = 400  # a sentence and a word, whatever is judged
-        return tokens * request.length_factor + (4096 if self.preset.may_think else 0)
+        return (tokens + (THINKING if self.preset.may_think else 0)) * request.length_factor
 
     def most_usd(self, request: Request, batch: bool = False) -> float | None:
         """The most that a request can cost: a token is at least a byte, and the reply ends at max_tokens.

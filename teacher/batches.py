@@ -152,12 +152,15 @@ class _Batches:
     def worst(self, unit: list[str]) -> tuple[Request, list[dict[str, Any]], float]:
         """The request of a unit, its entries in a record, and the most that it can cost."""
         own = [self.session.prepare(key)[0] for key in unit]
-        request = self.session.join(own)
         before = [self.history.get(key[:16], {}) for key in unit]
+        factor = max(last.get("length_factor", 1) for last in before)
+        request = dataclasses.replace(self.session.join(own), length_factor=factor)
         if refused := [Refused(last["reason"], last["said"]) for last in before if last.get("replied")]:
             request = self.session.ask_again(request, *refused)
         entries = [
-            entry(self.session.open[key][0].name, each.text, key[:16], last.get("attempt", 0) + 1)
+            entry(
+                self.session.open[key][0].name, each.text, key[:16], last.get("attempt", 0) + 1, request.length_factor
+            )
             for key, each, last in zip(unit, own, before, strict=True)
         ]
         return request, entries, self.teacher.most_usd(request, batch=True) or 0.0

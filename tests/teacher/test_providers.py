@@ -6,6 +6,7 @@ The real third-party litellm proxy is in test_litellm.py, rate limits are in tes
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import re
 import time
@@ -232,6 +233,33 @@ def test_what_paid_servers_get():
     capped = OpenAITeacher("gpt-5", extra={"max_completion_tokens": 100}, price=api_teacher.Price(1.0, 1.0))
     assert capped.parameters(request)["max_completion_tokens"] == 100 < at_openai.max_tokens(request)
     assert capped.most_usd(request) < 0.001
+
+
+THINKS = ["claude-opus-5-5", "claude-fable-5-2", "claude-unheard-of", "mine", "gpt-5"]
+
+
+@pytest.mark.parametrize("model", [*THINKS, "claude-haiku-5-5", MODEL])
+@pytest.mark.parametrize("kind", ["score", "correct", "judge"])
+def test_a_longer_limit_is_longer_by_its_factor(model, kind):
+    """Also of a model that thinks within the limit: else it would be cut off again and again, and paid."""
+    address = "http://localhost" if model == MODEL else None
+    teacher = (OpenAITeacher if model in ("gpt-5", MODEL) else claude.ClaudeTeacher)(model, address)
+    request = Request("id", kind, "1", "text", ("One.", "Two."))
+    first = teacher.max_tokens(request)
+    assert (first > 4096) == (model in THINKS)
+    for factor in (2, 4, 8):
+        assert teacher.max_tokens(dataclasses.replace(request, length_factor=factor)) == factor * first
+
+
+def test_a_model_that_thinks_long_gets_its_reply_in_the_end(server, world, capsys):
+    server.models["mine"] = {}
+    server.respond = lambda asked: fill_form(asked) if asked.body["max_tokens"] > 14_000 else ("", "max_tokens")
+    world.ask("--estimate", "--teacher_model", "mine")
+    assert "thinking tokens, if any, come on top" in capsys.readouterr().out
+    world.ask("--teacher_model", "mine")
+    assert world.answered == 12 and len(server.log) == 36
+    world.ask("--estimate", "--keep_replies")
+    assert "thinking" not in capsys.readouterr().out.partition("tokens: ")[2]
 
 
 # -- faults --------------------------------------------------------------------------------------------------------
