@@ -22,6 +22,7 @@ from typing import Any
 from ares.cli import Stop, UserError
 from teacher.pace import seconds_until
 
+LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")  # of a request's body, by API: the most tokens of the reply
 STOP_STATUS = 3  # exit status where money or the account ends the run
 # exceptions of httpx that say that the request was not sent
 NOT_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "ProxyError")
@@ -38,6 +39,10 @@ ABOUT_REQUEST = re.compile(r"\W*(messages|system|tools|output_config|max_tokens)
 UNKNOWN_MODEL = re.compile(
     r"\bmodels?\b.{0,200}?\b(not exist|not found|does ?n.t exist|not available|not a valid)|model_not_found|"
     r"(invalid|unknown|unrecogni[sz]ed|no such|no) model\b|\bmodel\b.{0,80}\bis (unknown|invalid)", re.I | re.S
+)  # fmt: skip
+FLAGGED = re.compile(  # by a content filter
+    r"\b(input|prompt|content|message|output|request)s?\b.{0,40}\b(flagged|blocked|violat)|requires moderation|"
+    r"content (management )?(policy|filter)", re.I | re.S
 )  # fmt: skip
 # in the body of a 429. "Please retry in 31.7s", "try again in 1m2s", "retry after 20 seconds"; Gemini's RetryInfo
 DELAY = re.compile(
@@ -155,6 +160,14 @@ def is_account_refusal(error: object) -> bool:
     return bool(ACCOUNT.search(words) or not ABOUT_REQUEST.match(message) and ACCOUNT.search(message))
 
 
+def is_about_request(error: Exception) -> bool:
+    """Whether an error may be about one request: others may be answered. A 403 is by its words."""
+    if not isinstance(error, ApiError) or is_account_refusal(error):
+        return False
+    flagged = error.status == 403 and FLAGGED.search(error_body(error.body)["message"] or "")
+    return error.status in (400, 413, 422) or bool(flagged)
+
+
 def is_unknown_model(error: Exception, model: str) -> bool:
     """Whether the server says that it has no such model."""
     if not isinstance(error, ApiError) or error.status not in (400, 404):
@@ -244,7 +257,7 @@ def _explain(error: Exception, teacher: Any, request: Any, retries: int) -> str:
         return f"{key}: {kind} ({status}: {why}); see billing and limits in the Console, then run this again to go on"
     if status == 401 or status == 400 and ABOUT_KEY.search(why):
         return f"{key}: the API does not accept this key ({why}); export a valid one"
-    if status == 403:
+    if status == 403 and not is_about_request(error):
         return f"{key}: the key may not do this ({status}: {why}); see its workspace in the Console"
     if is_unknown_model(error, teacher.model):
         retired = teacher.retired.get(teacher.model)
@@ -262,9 +275,12 @@ def _explain(error: Exception, teacher: Any, request: Any, retries: int) -> str:
     if failure_of(error).retryable:
         still = f"the API still answers {status} ({why}) after {retries} retries"
         return f"--teacher {teacher.name}: {still}; wait, then {again}"
-    fields = teacher.body(request) if request is not None else {}
+    fields = [*teacher.body(request), teacher.length_field] if request is not None else []
     field = next((name for name in fields if re.search(rf"\b{name}\b", why)), None)
     fix = f"; --body '{json.dumps({field: None})}' leaves {field} out" if field else ""
+    other = next((name for name in LENGTH_FIELDS if name != field and re.search(rf"\b{name}\b", why)), None)
+    if field == teacher.length_field and other:
+        fix = f"; --body '{json.dumps({field: None, other: teacher.max_tokens(request)})}' sends {other} instead"
     return f"--teacher_model: {teacher.model} does not accept {what} ({status}: {why}){fix}"
 
 

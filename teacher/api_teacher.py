@@ -26,13 +26,14 @@ from typing import Any, Self
 from ares import images
 from ares.cli import UserError
 from teacher.api_responses import (
+    LENGTH_FIELDS,
     ApiError,
     Failure,
     NoAnswer,
     Received,
     as_user_error,
     failure_of,
-    is_account_refusal,
+    is_about_request,
     is_unknown_model,
     read_body,
     redact,
@@ -51,7 +52,6 @@ BACKOFF, MAX_BACKOFF = 0.5, 8.0  # seconds
 LONGEST_PAUSE = 3600.0  # seconds: a longer `retry-after` ends the run
 MAX_REQUEST_BYTES = 32_000_000  # of Anthropic's API
 THINKING = 4096  # tokens by which the limit of a reply is longer where the model may think
-LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")
 # requests that the API calls invalid while it answers others: so many of a run, or this share of those answered
 MAX_REJECTED, REJECTED_SHARE = 20, 0.1
 MAX_REJECTED_ALIKE = 5  # of one sort (with images, say), in the same words, before any request of the sort has a reply
@@ -422,7 +422,7 @@ class ApiTeacher(SdkClient):
     async def _refused(self, failure: Failure, error: Exception, request: Request) -> None:
         """Raise for a permanent error: Unanswered if others are answered, else UserError for the run."""
         sort, why = sort_of(request), said(error, self.secret)
-        if failure.status in (400, 413, 422) and not is_account_refusal(error):
+        if is_about_request(error):
             deadline = time.monotonic() + self.timeout
             while not self._replies[sort] and self.pace.in_flight[sort] and time.monotonic() < deadline:
                 await self.pace.sleep(0.05)  # those in flight show whether it is this request or all

@@ -23,8 +23,8 @@ from typing import Any
 
 from ares import cli, files, launch
 from teacher import batches, reference
-from teacher.api_responses import in_line
-from teacher.api_teacher import LENGTH_FIELDS, ApiTeacher
+from teacher.api_responses import LENGTH_FIELDS, in_line
+from teacher.api_teacher import ApiTeacher
 from teacher.batch_store import BatchStore, digest
 from teacher.budget import LOG, Ledger, Price, read_log
 from teacher.claude import DEFAULT_MODEL, ClaudeTeacher
@@ -125,6 +125,8 @@ FOR_APIS = frozenset(
     "estimate cache no_cache together".split()
 )
 
+FOR_SECOND = frozenset("concurrency attempts timeout structured max_usd cache no_cache".split())  # of --check's second
+
 
 def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
     """Refuse flags that would be ignored, and a missing key or model.
@@ -135,7 +137,10 @@ def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
     wrong = []
     provider = PROVIDERS.get(args.teacher)
     if provider is None:
-        ignored = sorted(given & FOR_APIS - ({"poll_seconds"} if getattr(args, "watch", None) else set()))
+        used = {"poll_seconds"} if getattr(args, "watch", None) else set()
+        if getattr(args, "check", None) and second_teacher(args).teacher in PROVIDERS:
+            used |= FOR_SECOND
+        ignored = sorted(given & FOR_APIS - used)
         wrong = [f"{_flag(name)} has no effect with --teacher {args.teacher}; leave it out" for name in ignored]
     if args.teacher == MODEL and not hasattr(args, "model_teacher"):
         wrong.append("--teacher model only scores sentences, by haiku.py; name another Teacher")
@@ -167,7 +172,7 @@ def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
     cli.refuse(wrong)
     if provider and "teacher_model" not in given and provider.default_model is None:
         raise cli.UserError(f"--teacher_model: name a model for --teacher {args.teacher}{_offered(args)}")
-    teachers = [make_teacher(args)] if args.teacher != MODEL else []
+    teachers = [make_teacher(args) if args.teacher != MODEL else None]
     if getattr(args, "check", None):
         teachers.append(make_teacher(second_teacher(args)))
     if args.max_usd is not None:
@@ -214,7 +219,7 @@ def _offered(args: argparse.Namespace) -> str:
     return f"; the server has {in_line(models)}" if models else ""
 
 
-def _refuse_unknown_cost(teachers: Sequence[Teacher]) -> None:
+def _refuse_unknown_cost(teachers: Sequence[Teacher | None]) -> None:
     """Raise UserError where --max_usd cannot be kept."""
     fixes = ("name it with --price IN OUT", "make it --teacher_model, with --price IN OUT")
     wrong = [

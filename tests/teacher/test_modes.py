@@ -27,6 +27,7 @@ from tests.teacher.teacher_tools import (
     many_items,
     paid_usd,
     scores,
+    stops,
     wait_until,
 )  # fmt: skip
 
@@ -147,6 +148,31 @@ def test_check_gives_rl_no_signal(server, world, sample, flags, monkeypatch):
     data = str(sample / "ScienceQA/data")
     haiku.main(["--questions_dir", str(world.root), *address, "--data_root", data, "--check", *flags])
     assert server.log and not world.answered and not list(world.root.rglob(handoff.DONE))
+
+
+def test_a_free_teacher_is_checked_against_a_paid_one_with_its_flags(server, world, sample, tmp_path, monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
+
+    def ask(*flags):
+        data = str(sample / "ScienceQA/data")
+        haiku.main(["--questions_dir", str(world.root), "--data_root", data, "--teacher", "reference", *flags])
+
+    paid = ("--check", "12", "--against", "claude:claude-haiku-5-5")
+    budget = ("--max_usd", "0.0006", "--concurrency", "1", "--timeout", "60", "--cache", str(tmp_path / "replies"))
+    stops(lambda: ask(*paid, *budget, "--attempts", "2", "--structured", "on"), "--max_usd 0.0006", status=3)
+    assert 0 < len(server.log) < 12 and (tmp_path / "replies").exists() and paid_usd(server) <= 0.0006
+    before = len(server.log)
+    ask(*paid, "--no-cache")
+    assert len(server.log) == before + 12
+    stops(lambda: ask(*paid, "--price", "1", "1"), "--price has no effect")
+    stops(
+        lambda: ask("--check", "12", "--against", "somebody-else", "--max_usd", "1"), "price of somebody-else is not"
+    )
+    model = ["--teacher", "model", "--reward_model", "elsewhere", *paid]
+    assert haiku.parse_args([*model, *budget]).max_usd == 0.0006
+    stops(lambda: haiku.parse_args([*model, "--body", "{}"]), "--body has no effect with --teacher model")
+    for flags in (("--check", "12", "--against", "reference"), ()):
+        stops(lambda flags=flags: ask(*flags, "--max_usd", "1"), "--max_usd has no effect with --teacher reference")
 
 
 def test_agreement_by_position():

@@ -222,6 +222,22 @@ def test_addresses(url, address):
     assert server_address(url) == address
 
 
+OPENAIS = "max_completion_tokens"
+
+
+@pytest.mark.parametrize(
+    "address, field",
+    [(None, OPENAIS), ("https://api.openai.com", OPENAIS), ("https://eu.api.openai.com/v1", OPENAIS),
+     ("https://us.api.OpenAI.com/", OPENAIS), ("https://me.openai.azure.com/openai/v1", OPENAIS),
+     ("https://openrouter.ai/api/v1", "max_tokens"), ("https://api.openai.com.example.com", "max_tokens"),
+     ("https://notopenai.com", "max_tokens"), ("http://localhost:8000", "max_tokens")],
+)  # fmt: skip
+def test_the_length_field_of_an_address(address, field):
+    teacher = OpenAITeacher("gpt-5", address)
+    sent = teacher.parameters(Request("id", SCORE, "1", "text", ("One.",)))
+    assert [name for name in api_teacher.LENGTH_FIELDS if name in sent] == [field]
+
+
 def test_what_paid_servers_get():
     """OpenAI's own address: its newer models refuse `max_tokens` and a temperature; they think within the limit."""
     request = Request("id", SCORE, "1", "text", ("One.",))
@@ -292,6 +308,10 @@ QUOTA = "You exceeded your current quota, please check your plan and billing det
         ("--body '{\"temperature\": null}' leaves temperature out", 2,
          Fault(400, "Unsupported value: 'temperature' does not support 0 with this model.")),
         ("--body '{\"response_format\": null}' leaves", 2, Fault(400, "unknown field: response_format")),
+        ('--body \'{"max_tokens": null, "max_completion_tokens": [0-9]+}\' sends', 2, Fault(400,
+            "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.")),
+        ("--body '{\"max_tokens\": null}' leaves max_tokens out", 2, Fault(400, "max_tokens is not known here")),
+        ("--teacher_model: .*does not accept .*flagged", 2, Fault(403, "your input was flagged")),
         *(("--teacher_model: qwen2.5-vl is not known.*the server has qwen2.5-vl, other:7b", 2, fault) for fault in (
             Fault(404, "The model `qwen2.5-vl` does not exist."),
             Fault(404, 'model "qwen2.5-vl" not found, try pulling it first'),

@@ -144,6 +144,24 @@ def test_what_the_api_refuses_is_not_asked_again_until_its_request_changes(serve
     assert len(server.log) == before + 1 + 1, "another body is another request"
 
 
+@pytest.mark.parametrize(
+    "words, one",
+    [("Your chosen model requires moderation and your input was flagged for violence", True), ("Prompt blocked by the "
+      "content filter", True), ("The request violates our content policy", True), ("not your workspace", False),
+     ("Country, region, or territory not supported", False), ("Your account was suspended for content", False)],
+)  # fmt: skip
+def test_a_403_about_one_prompt_is_of_that_prompt(server, world, words, one):
+    text = world.request(5)
+    server.plan = lambda asked: Fault(403, words) if asked.text == text else None
+    if one:
+        world.stops("1 of 12 replies are unusable .api_403 1", "--concurrency", "1")
+        world.ask("--accept-missing")
+        assert world.answered == 11 and len(server.log) == 12 and world.done == [0, 1, 2, 3]
+    else:
+        world.stops("ANTHROPIC_API_KEY: ", "--concurrency", "1", status=3 if "suspended" in words else 2)
+        assert len(server.log) == 6
+
+
 @pytest.mark.parametrize("old", [False, True], ids=["", "of an earlier version"])
 def test_many_that_the_api_refuses_end_no_later_run(server, tmp_path, problems, old):
     found = many_items(tmp_path / "q", 120, problems)
