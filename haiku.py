@@ -340,7 +340,7 @@ def divided(
     """(items for the other Teacher, items for the reward model), as asked.json says; with `save` new ones are added.
 
     What is decided stays so in later runs. Identical rationales of a question go to the same one. Raises UserError if
-    the file was made with other flags.
+    the file was made with other flags, or if batches are pending that hold items of the reward model.
     """
     path = Path(args.questions_dir) / OURS / ASKED
     settings = {"ask": args.ask, "ask_share": args.ask_share, "ask_seed": args.ask_seed}
@@ -356,9 +356,10 @@ def divided(
         asked = sorted(new, key=lambda text: (-doubt[text], _draw(args.ask_seed, text)))[: max(0, wanted)]
     sides |= dict.fromkeys(new, MODEL) | {text: args.ask_teacher for text in asked if text[1]}
     decided |= {item.name: sides[text] for item, text in texts.items()}
-    if save:
-        files.write_json(path, {**settings, "rationales": decided}, indent=0)
     theirs = [item for item in items if decided[item.name] != MODEL]
+    if save:
+        client.check_pending(args.questions_dir, SCORE, theirs, args.asked)
+        files.write_json(path, {**settings, "rationales": decided}, indent=0)
     return theirs, [item for item in items if decided[item.name] == MODEL]
 
 
@@ -420,7 +421,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.watch:
         return Watch(args, partial(make_session, args, problems)).run()
     with client.work_in(args.questions_dir, "--questions_dir", args) as each:
-        session = make_session(args, problems, each, exported)
+        session = make_session(args, problems, each, exported and not args.check)  # its replies go elsewhere
         if args.check:
             return check(args, items, session)
         client.answer_items(session, items, args)

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ares.cli import Stop, UserError
+from teacher.pace import seconds_until
 
+LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")  # of a request's body, by API: the most tokens of the reply
 STOP_STATUS = 3  # exit status where money or the account ends the run
 # exceptions of httpx that say that the request was not sent
 NOT_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "ProxyError")
@@ -38,6 +40,17 @@ UNKNOWN_MODEL = re.compile(
     r"\bmodels?\b.{0,200}?\b(not exist|not found|does ?n.t exist|not available|not a valid)|model_not_found|"
     r"(invalid|unknown|unrecogni[sz]ed|no such|no) model\b|\bmodel\b.{0,80}\bis (unknown|invalid)", re.I | re.S
 )  # fmt: skip
+FLAGGED = re.compile(  # by a content filter
+    r"\b(input|prompt|content|message|output|request)s?\b.{0,40}\b(flagged|blocked|violat)|requires moderation|"
+    r"content (management )?(policy|filter)", re.I | re.S
+)  # fmt: skip
+# in the body of a 429. "Please retry in 31.7s", "try again in 1m2s", "retry after 20 seconds"; Gemini's RetryInfo
+DELAY = re.compile(
+    r"(?:\b(?:re)?try (?:again )?(?:in|after) |retryDelay\W{1,19})((?:\d+(?:\.\d+)? ?(?:ms|mil|[hms])[a-z]* ?)+)", re.I
+)
+UNITS = {"mil": "ms"}
+PER_MINUTE = re.compile(r"quotaId\W{1,19}\w*PerMinute")
+LASTING = re.compile(r"quotaId\W{1,19}\w*PerDay|insufficient_quota")  # whatever delay is named
 ABOUT_KEY = re.compile(r"\bapi.?key\b|no connected db", re.I)  # the second: litellm without a database, to any other
 THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.S)  # of local models, where the server does not take them out
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal"}  # OpenAI's -> Anthropic's
@@ -139,11 +152,20 @@ def is_account_refusal(error: object) -> bool:
     codes = {status, body["code"], str(body["code"]), body["type"]}
     if codes & {402, "402", "billing_error", "insufficient_quota"}:
         return True
-    if status == 429 and retry_after(error.headers) is not None:
-        return False  # a rate limit, whatever its words: it passes
+    if status == 429 and not LASTING.search(_as_text(error.body)):
+        if delay(error) is not None or PER_MINUTE.search(_as_text(error.body)):
+            return False  # a rate limit, whatever its words: it passes
     words = " ".join(str(body[name]).replace("_", " ") for name in ("type", "code") if body[name])
     message = body["message"] or ""
     return bool(ACCOUNT.search(words) or not ABOUT_REQUEST.match(message) and ACCOUNT.search(message))
+
+
+def is_about_request(error: Exception) -> bool:
+    """Whether an error may be about one request: others may be answered. A 403 is by its words."""
+    if not isinstance(error, ApiError) or is_account_refusal(error):
+        return False
+    flagged = error.status == 403 and FLAGGED.search(error_body(error.body)["message"] or "")
+    return error.status in (400, 413, 422) or bool(flagged)
 
 
 def is_unknown_model(error: Exception, model: str) -> bool:
@@ -173,11 +195,27 @@ def failure_of(error: Exception) -> Failure:
         retryable = status in (408, 409, 429) or status >= 500
         if is_account_refusal(error) or error.headers.get("x-should-retry") == "false":
             retryable = False
-        after = retry_after(error.headers)
-        return Failure(f"api_{status}", retryable or not_the_api, error.charged or not_the_api, status, after)
+        return Failure(f"api_{status}", retryable or not_the_api, error.charged or not_the_api, status, delay(error))
     if isinstance(error, NoAnswer):
         return Failure("timeout" if error.timeout else "connection", True, charged=error.kind not in NOT_SENT)
     return Failure("not_a_reply" if isinstance(error, NotAReply) else "broken_reply", True, charged=True)
+
+
+def delay(error: ApiError) -> float | None:
+    """Seconds to wait as the API asks: by its headers, else, for a rate limit, by what the body says."""
+    found = DELAY.search(_as_text(error.body)) if error.status == 429 else None
+    after = retry_after(error.headers)
+    if after is not None or not found:
+        return after
+    return seconds_until(
+        re.sub(r" ?(ms|mil|[hms])[a-z]* ?", lambda unit: UNITS.get(unit[1], unit[1]), found[1].lower())
+    )
+
+
+def _as_text(body: object) -> str:
+    if isinstance(body, (bytes, str)):
+        return body.decode(errors="replace") if isinstance(body, bytes) else body
+    return json.dumps(body, default=str).replace("\\n", " ")
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -188,8 +226,11 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         except ValueError:
             continue
         return seconds if 0 <= seconds < float("inf") else None
-    when = email.utils.parsedate_tz(headers.get("retry-after", ""))
-    return max(0.0, email.utils.mktime_tz(when) - time.time()) if when else None
+    try:
+        when = email.utils.parsedate_tz(headers.get("retry-after", ""))
+        return max(0.0, email.utils.mktime_tz(when) - time.time()) if when else None
+    except (ValueError, OverflowError):  # a date that no calendar has
+        return None
 
 
 def as_user_error(error: Exception, teacher: Any, request: Any, retries: int) -> UserError:
@@ -216,7 +257,7 @@ def _explain(error: Exception, teacher: Any, request: Any, retries: int) -> str:
         return f"{key}: {kind} ({status}: {why}); see billing and limits in the Console, then run this again to go on"
     if status == 401 or status == 400 and ABOUT_KEY.search(why):
         return f"{key}: the API does not accept this key ({why}); export a valid one"
-    if status == 403:
+    if status == 403 and not is_about_request(error):
         return f"{key}: the key may not do this ({status}: {why}); see its workspace in the Console"
     if is_unknown_model(error, teacher.model):
         retired = teacher.retired.get(teacher.model)
@@ -234,9 +275,12 @@ def _explain(error: Exception, teacher: Any, request: Any, retries: int) -> str:
     if failure_of(error).retryable:
         still = f"the API still answers {status} ({why}) after {retries} retries"
         return f"--teacher {teacher.name}: {still}; wait, then {again}"
-    fields = teacher.body(request) if request is not None else {}
+    fields = [*teacher.body(request), teacher.length_field] if request is not None else []
     field = next((name for name in fields if re.search(rf"\b{name}\b", why)), None)
     fix = f"; --body '{json.dumps({field: None})}' leaves {field} out" if field else ""
+    other = next((name for name in LENGTH_FIELDS if name != field and re.search(rf"\b{name}\b", why)), None)
+    if field == teacher.length_field and other:
+        fix = f"; --body '{json.dumps({field: None, other: teacher.max_tokens(request)})}' sends {other} instead"
     return f"--teacher_model: {teacher.model} does not accept {what} ({status}: {why}){fix}"
 
 

@@ -26,13 +26,14 @@ from typing import Any, Self
 from ares import images
 from ares.cli import UserError
 from teacher.api_responses import (
+    LENGTH_FIELDS,
     ApiError,
     Failure,
     NoAnswer,
     Received,
     as_user_error,
     failure_of,
-    is_account_refusal,
+    is_about_request,
     is_unknown_model,
     read_body,
     redact,
@@ -50,8 +51,9 @@ MAX_SAME = 6  # of one request that meets the same error, with the same text, ea
 BACKOFF, MAX_BACKOFF = 0.5, 8.0  # seconds
 LONGEST_PAUSE = 3600.0  # seconds: a longer `retry-after` ends the run
 MAX_REQUEST_BYTES = 32_000_000  # of Anthropic's API
-LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")
-MAX_REJECTED = 20  # requests that the API calls invalid while it answers others
+THINKING = 4096  # tokens by which the limit of a reply is longer where the model may think
+# requests that the API calls invalid while it answers others: so many of a run, or this share of those answered
+MAX_REJECTED, REJECTED_SHARE = 20, 0.1
 MAX_REJECTED_ALIKE = 5  # of one sort (with images, say), in the same words, before any request of the sort has a reply
 # rate limits, overload, and what a proxy answers while its server restarts: these pass, whatever their text
 TEMPORARY = frozenset((408, 409, 429, 502, 503, 504, 520, 521, 522, 523, 524, 529))
@@ -160,11 +162,15 @@ class ApiTeacher(SdkClient):
         self.ledger = ledger or Ledger()
         self.retried: Counter[str] = Counter()  # retried errors, by reason
         self.offered: list[str] = []  # models that the server lists, once ours is not known there
+        self.pace: Pace | None = None  # made when the Teacher is entered
+        self._earlier: Counter[int] = Counter()  # by sort: replies of earlier runs, and from before it was entered
         self._rejected = 0
         self._image_digests: dict[tuple, str] = {}  # identity of a file -> digest
 
     async def __aenter__(self) -> Self:
         self.connect()
+        if self.pace:  # --watch enters again and again
+            self._earlier += self.pace.replies
         self.pace = Pace(self.concurrency, START)  # within the event loop that sends the requests
         return self
 
@@ -179,6 +185,10 @@ class ApiTeacher(SdkClient):
     def stop(self) -> None:
         """Send no new request; those that wait for their turn raise Stopped."""
         self.pace.stop()
+
+    def accepted(self, request: Request) -> None:
+        """A request like this has had a reply in an earlier run."""
+        self._earlier[sort_of(request)] += 1
 
     # -- what a request depends on and costs -----------------------------------------------------------------
 
@@ -256,16 +266,15 @@ class ApiTeacher(SdkClient):
     def max_tokens(self, request: Request) -> int:
         """The most tokens of the reply: it repeats the sentences (a correction may be twice as long), at two
         characters a token or more."""
-        for name in LENGTH_FIELDS:
-            if type(self.extra.get(name)) is int:
-                return self.extra[name]
+        if lengths := [self.extra[name] for name in LENGTH_FIELDS if type(self.extra.get(name)) is int]:
+            return max(lengths)  # a server may go by either
         characters = sum(map(len, request.sentences))
         tokens = 256 + 16 * (len(request.sentences) + len(request.rationales)) + characters // 2
         if request.kind == CORRECT:
             tokens = 512 + characters
         if request.kind == JUDGE:
             tokens = 400  # a sentence and a word, whatever is judged
-        return tokens * request.length_factor + (4096 if self.preset.may_think else 0)
+        return (tokens + (THINKING if self.preset.may_think else 0)) * request.length_factor
 
     def most_usd(self, request: Request, batch: bool = False) -> float | None:
         """The most that a request can cost: a token is at least a byte, and the reply ends at max_tokens.
@@ -276,8 +285,8 @@ class ApiTeacher(SdkClient):
         if self.price is None:
             return None
         text = len("".join(self.texts(request)).encode())
-        # the API's own words around a request and its schema
-        form = 100 + (max(500, len(json.dumps(self.body(request)))) if self.structured else 0)
+        # the API's own words around a request and its schema; --body may hold text, too
+        form = 100 + max(500 if self.structured else 0, len(json.dumps(self.body(request))))
         tokens = text + form + self.most_image_tokens * len(request.images)
         return self.price.usd(tokens, self.max_tokens(request), batch)
 
@@ -388,6 +397,11 @@ class ApiTeacher(SdkClient):
 
     # -- errors that retrying does not mend ------------------------------------------------------------------
 
+    @property
+    def _replies(self) -> Counter[int]:
+        """Replies to requests of each sort, those of earlier runs included."""
+        return self._earlier + self.pace.replies
+
     def _is_permanent(self, failure: Failure, error: tuple[str, str], request: Request) -> bool:
         """Whether requests of this sort meet the same error again and again."""
         if failure.status in TEMPORARY or failure.reason in ("timeout", "connection"):
@@ -398,7 +412,7 @@ class ApiTeacher(SdkClient):
 
     def _no_images(self, error: Exception, request: Request) -> UserError | None:
         """What to raise where requests without images are answered and those with images are not."""
-        if not request.images or not self.pace.successes or self.pace.replies[sort_of(request)]:
+        if not request.images or not self._replies or self._replies[sort_of(request)]:
             return None
         return UserError(
             f"--teacher_model: {self.model} answers every request with images by {said(error, self.secret)!r} "
@@ -408,17 +422,20 @@ class ApiTeacher(SdkClient):
     async def _refused(self, failure: Failure, error: Exception, request: Request) -> None:
         """Raise for a permanent error: Unanswered if others are answered, else UserError for the run."""
         sort, why = sort_of(request), said(error, self.secret)
-        if failure.status in (400, 413, 422) and not is_account_refusal(error):
+        if is_about_request(error):
             deadline = time.monotonic() + self.timeout
-            while not self.pace.replies[sort] and self.pace.in_flight[sort] and time.monotonic() < deadline:
+            while not self._replies[sort] and self.pace.in_flight[sort] and time.monotonic() < deadline:
                 await self.pace.sleep(0.05)  # those in flight show whether it is this request or all
+            successes = self._replies.total()
+            if successes and request.rationales:  # each is asked alone: only those count
+                raise Unanswered(failure.reason, why)
             self._rejected += 1
-            if self.pace.successes and self._rejected <= MAX_REJECTED:
+            if successes and self._rejected <= max(MAX_REJECTED, REJECTED_SHARE * successes):
                 alike = self.pace.is_permanent(
                     (failure.reason, why), sort, request.custom_id, MAX_REJECTED_ALIKE, tries=1
                 )
-                if self.pace.replies[sort] or not alike:
-                    raise Unanswered(failure.reason, why)
+                if self._replies[sort] or not alike:
+                    raise Unanswered(failure.reason, why, permanent=True)
                 raise self._no_images(error, request) or as_user_error(error, self, request, 0)
         raise as_user_error(error, self, request, 0)
 

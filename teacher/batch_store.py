@@ -21,9 +21,9 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def entry(item: str, text: str, key: str, attempt: int) -> dict[str, Any]:
+def entry(item: str, text: str, key: str, attempt: int, length_factor: int) -> dict[str, Any]:
     """What a record says of a request about one rationale when it is made; `text`: of the request."""
-    return {"item": item, "text": digest(text), "key": key, "attempt": attempt}
+    return {"item": item, "text": digest(text), "key": key, "attempt": attempt, "length_factor": length_factor}
 
 
 @dataclass
@@ -31,11 +31,11 @@ class Record:
     """One batch on disk.
 
     `asked`: custom_id -> {"item", "text" (hash of the request's text), "key" (of the whole request), "attempt" (from
-    1)}, or a list of these, in the request's order, where it is about several rationales; once collected, where there
-    is no usable reply, also "reason", "said" (a sentence), "replied" (an unusable reply came), "permanent" (the API
-    called the request invalid) and "alone" (it called one about several rationales invalid). `from_list`: the id was
-    found in the API's list of batches, so it may be somebody else's batch; those that were are in `not_ours`. Without
-    any batch it counts as collected.
+    1), "length_factor" (absent in older records: 1)}, or a list of these, in the request's order, where it is about
+    several rationales; once collected, where there is no usable reply, also "reason", "said" (a sentence), "replied"
+    (an unusable reply came), "permanent" (the API called the request invalid) and "alone" (it called one about several
+    rationales invalid). `from_list`: the id was found in the API's list of batches, so it may be somebody else's
+    batch; those that were are in `not_ours`. Without any batch it counts as collected.
     """
 
     nonce: str
@@ -77,6 +77,7 @@ class Record:
                 and all(isinstance(asked.get(name), str) for name in ("item", "text", "key"))
                 and asked["item"].partition("/")[0].isdecimal()
                 and isinstance(asked.get("attempt"), int)
+                and isinstance(asked.get("length_factor", 1), int)
                 for asked in self.all_asked()
             )
         )

@@ -58,13 +58,6 @@ def ask_in_batches(session: Session, store: BatchStore, submit_only: bool, poll_
     other = next((record.model for record in pending if record.model != session.teacher.model), None)
     if other:
         raise UserError(f"--teacher_model: the pending batches were asked of {other}; name it to collect them")
-    asked = {int(asked["item"].partition("/")[0]) for record in pending for asked in record.all_asked()}
-    lost = sorted(action for action in asked - set(session.waiting) if (session.root / str(action)).is_dir())
-    if lost:
-        raise UserError(
-            f"--actions: the pending batches hold action {lost[0]}, too, whose replies would be lost; leave "
-            "--actions out to collect them"
-        )
     if session.open or pending:
         asyncio.run(_Batches(session, store, submit_only, poll_seconds).run())
 
@@ -143,7 +136,8 @@ class _Batches:
         used_up = last["attempt"] >= self.session.attempts
         if used_up or last.get("permanent"):
             self.used_up += used_up
-            self.session.give_up(key, last.get("reason", "no_reply"), last.get("said", ""))
+            permanent = bool(last.get("permanent"))
+            self.session.give_up(key, last.get("reason", "no_reply"), last.get("said", ""), permanent)
         else:
             self.todo.append(key)
 
@@ -158,12 +152,15 @@ class _Batches:
     def worst(self, unit: list[str]) -> tuple[Request, list[dict[str, Any]], float]:
         """The request of a unit, its entries in a record, and the most that it can cost."""
         own = [self.session.prepare(key)[0] for key in unit]
-        request = self.session.join(own)
         before = [self.history.get(key[:16], {}) for key in unit]
+        factor = max(last.get("length_factor", 1) for last in before)
+        request = dataclasses.replace(self.session.join(own), length_factor=factor)
         if refused := [Refused(last["reason"], last["said"]) for last in before if last.get("replied")]:
             request = self.session.ask_again(request, *refused)
         entries = [
-            entry(self.session.open[key][0].name, each.text, key[:16], last.get("attempt", 0) + 1)
+            entry(
+                self.session.open[key][0].name, each.text, key[:16], last.get("attempt", 0) + 1, request.length_factor
+            )
             for key, each, last in zip(unit, own, before, strict=True)
         ]
         return request, entries, self.teacher.most_usd(request, batch=True) or 0.0

@@ -23,18 +23,18 @@ from typing import Any
 
 from ares import cli, files, launch
 from teacher import batches, reference
-from teacher.api_responses import in_line
-from teacher.api_teacher import LENGTH_FIELDS, ApiTeacher
-from teacher.batch_store import BatchStore
+from teacher.api_responses import LENGTH_FIELDS, in_line
+from teacher.api_teacher import ApiTeacher
+from teacher.batch_store import BatchStore, digest
 from teacher.budget import LOG, Ledger, Price, read_log
 from teacher.claude import DEFAULT_MODEL, ClaudeTeacher
-from teacher.handoff import Item
+from teacher.handoff import RATIONALE, Item
 from teacher.interface import FREE, JUDGE, MODEL, REFERENCE, SCORE, Reply, Request, Teacher
 from teacher.live import ask_live
 from teacher.openai_compatible import OpenAITeacher
-from teacher.reply_files import ReplyCache
+from teacher.reply_files import ReplyCache, is_answered
 from teacher.sdk_client import TIMEOUT
-from teacher.session import OURS, Report, Session
+from teacher.session import OURS, REFUSED, Report, Session
 
 
 class ReferenceTeacher:
@@ -125,6 +125,8 @@ FOR_APIS = frozenset(
     "estimate cache no_cache together".split()
 )
 
+FOR_SECOND = frozenset("concurrency attempts timeout structured max_usd cache no_cache".split())  # of --check's second
+
 
 def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
     """Refuse flags that would be ignored, and a missing key or model.
@@ -135,7 +137,10 @@ def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
     wrong = []
     provider = PROVIDERS.get(args.teacher)
     if provider is None:
-        ignored = sorted(given & FOR_APIS - ({"poll_seconds"} if getattr(args, "watch", None) else set()))
+        used = {"poll_seconds"} if getattr(args, "watch", None) else set()
+        if getattr(args, "check", None) and second_teacher(args).teacher in PROVIDERS:
+            used |= FOR_SECOND
+        ignored = sorted(given & FOR_APIS - used)
         wrong = [f"{_flag(name)} has no effect with --teacher {args.teacher}; leave it out" for name in ignored]
     if args.teacher == MODEL and not hasattr(args, "model_teacher"):
         wrong.append("--teacher model only scores sentences, by haiku.py; name another Teacher")
@@ -167,11 +172,11 @@ def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
     cli.refuse(wrong)
     if provider and "teacher_model" not in given and provider.default_model is None:
         raise cli.UserError(f"--teacher_model: name a model for --teacher {args.teacher}{_offered(args)}")
-    teachers = [make_teacher(args)] if args.teacher != MODEL else []
+    teachers = [make_teacher(args) if args.teacher != MODEL else None]
     if getattr(args, "check", None):
         teachers.append(make_teacher(second_teacher(args)))
     if args.max_usd is not None:
-        _refuse_unknown_cost(teachers, args.body)
+        _refuse_unknown_cost(teachers)
     for teacher in teachers:
         if isinstance(teacher, ApiTeacher) and not args.estimate and not args.show:
             teacher.find_key(teacher.base_url)
@@ -187,10 +192,20 @@ def parse_body(text: str | None) -> dict[str, Any]:
         raise cli.UserError(f"--body: {text[:60]!r} is no JSON ({error}); write it as '{{\"top_k\": 1}}'") from None
     if not isinstance(body, dict):
         raise cli.UserError(f"--body: {text[:60]!r} is no JSON object; write it as {{...}}")
-    for name, flag in (("model", "--teacher_model"), ("messages", "the questions folder"), ("stream", "nothing")):
-        if name in body:
-            raise cli.UserError(f"--body: {name} cannot be set here, {flag} says it; remove it")
+    for name in sorted(body.keys() & NOT_FOR_BODY.keys()):
+        raise cli.UserError(f"--body: {name} {NOT_FOR_BODY[name]}")
     return body
+
+
+NOT_FOR_BODY = {  # field -> why it is refused
+    "model": "cannot be set here, --teacher_model says it; remove it",
+    "messages": "cannot be set here, the questions folder says it; remove it",
+    "stream": "cannot be set here, nothing says it; remove it",
+    "timeout": "is no field of a request; use --timeout",
+    "extra_body": "is no field of a request; put its fields directly into --body",
+    **dict.fromkeys(("extra_headers", "extra_query"), "is no field of a request; remove it"),
+    **dict.fromkeys(("n", "best_of"), "is not read: a reply would be paid several times, and one is used; remove it"),
+}
 
 
 def _offered(args: argparse.Namespace) -> str:
@@ -204,7 +219,7 @@ def _offered(args: argparse.Namespace) -> str:
     return f"; the server has {in_line(models)}" if models else ""
 
 
-def _refuse_unknown_cost(teachers: Sequence[Teacher], body: Mapping[str, Any]) -> None:
+def _refuse_unknown_cost(teachers: Sequence[Teacher | None]) -> None:
     """Raise UserError where --max_usd cannot be kept."""
     fixes = ("name it with --price IN OUT", "make it --teacher_model, with --price IN OUT")
     wrong = [
@@ -212,9 +227,13 @@ def _refuse_unknown_cost(teachers: Sequence[Teacher], body: Mapping[str, Any]) -
         for teacher, fix in zip(teachers, fixes, strict=False)
         if isinstance(teacher, ApiTeacher) and teacher.price is None
     ]
-    lengths = [body[name] for name in LENGTH_FIELDS if name in body]
-    if lengths and not any(type(length) is int for length in lengths):
-        wrong.append(f"--max_usd: --body removes {LENGTH_FIELDS[0]}: a reply then costs anything; leave it there")
+    for teacher in [teacher for teacher in teachers[:1] if isinstance(teacher, ApiTeacher)]:  # --body is the first's
+        lengths = {name: teacher.extra[name] for name in LENGTH_FIELDS if name in teacher.extra}
+        odd = [name for name, length in lengths.items() if length is not None and type(length) is not int]
+        wrong += [f"--max_usd: --body: {name} must be a whole number: the most tokens of a reply" for name in odd]
+        own = teacher.length_field
+        if own in lengths and not any(lengths.values()):
+            wrong.append(f"--max_usd: --body removes {own}: a reply then costs anything; leave it there")
     cli.refuse(wrong)
 
 
@@ -313,15 +332,48 @@ def answer_items(session: Session, items: Sequence[Item], args: argparse.Namespa
 
     Raises UserError if items have no request, and for what stops the Teacher; replies so far are kept.
     """
-    store = BatchStore(session.root / OURS / "batches")
-    if not args.batch:
-        store.refuse_pending()
+    store = check_pending(session.root, session.kind, items, args)
     session.add(items)
     if args.batch:
         batches.ask_in_batches(session, store, args.submit_only, args.poll_seconds)
     else:
         ask_live(session)
     return session.report
+
+
+def check_pending(
+    root: str | Path,
+    kind: str,
+    items: Sequence[Item],
+    args: argparse.Namespace,
+    texts: Mapping[str, str] | None = None,
+) -> BatchStore:
+    """The folder's records of batches. Raises UserError if a run on `items` would pay again for what is pending, live,
+    or would throw the replies to other items away, or to other requests than `texts` (name of an item -> its text)."""
+    store = BatchStore(Path(root) / OURS / "batches")
+    if not args.batch:
+        store.refuse_pending()
+    ours, texts, lost = {item.name for item in items}, texts or {}, []
+    for asked in [asked for record in store.pending() for asked in record.all_asked()]:
+        folder = Path(root, asked["item"])
+        if asked["item"] in texts:
+            useless = digest(texts[asked["item"]]) != asked["text"]
+        else:
+            useless = asked["item"] not in ours and (folder / RATIONALE).exists()
+        if useless and not is_answered(kind, folder):
+            lost.append(asked["item"])
+    if lost:
+        action = lost[0].partition("/")[0]
+        if getattr(args, "actions", None) and int(action) not in args.actions:
+            raise cli.UserError(
+                f"--actions: the pending batches hold action {action}, too, whose replies would be lost; leave "
+                "--actions out to collect them"
+            )
+        raise cli.UserError(
+            f"--batch: the pending batches hold {len(lost)} other items (first: {lost[0]}), whose replies would be "
+            "lost; collect them with the flags they were submitted with"
+        )
+    return store
 
 
 def in_words(reasons: Mapping[str, int]) -> str:
@@ -332,9 +384,11 @@ def in_words(reasons: Mapping[str, int]) -> str:
 def refuse_unusable(report: Report, accept_missing: bool) -> None:
     """Raise UserError with the reasons if replies are unusable, unless the user has said to go on without them."""
     lost = Counter(report.blocking().values())
+    refused = f"; {report.refused} that the API calls invalid are not asked again before their requests change, or "
+    refused = f"{refused}teacher/{REFUSED} there is deleted" if report.refused else ""
     if lost and not accept_missing:
         raise cli.UserError(
             f"{lost.total()} of {report.total} replies are unusable ({in_words(lost)}){report.examples()}; run the "
             "same command again to ask for them anew (with --batch: and a larger --attempts), or add --accept-missing "
-            "to go on without them"
+            f"to go on without them{refused}"
         )

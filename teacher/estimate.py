@@ -154,9 +154,10 @@ def estimate(session: Session, ways: Mapping[str, list[list[str]]] | None = None
     if report.text_only:
         cli.print0(f"{report.text_only} rationales would go without the image that their question names")
     content = REPLY_CONTENT[session.kind if teacher.structured or session.kind == JUDGE else CORRECT]
+    thinking = "; thinking tokens, if any, come on top" if teacher.preset.may_think else ""
     cli.print0(
         f"tokens: {tokens_in:,.0f} in ({sizes[own].images * ratio:,.0f} of them images), {tokens_out:,.0f} out; input "
-        f"{how}; output {_rule(teacher.model)} ({content})"
+        f"{how}; output {_rule(teacher.model)} ({content}{thinking})"
     )
     if teacher.price is None:
         cli.print0(f"dollars: the price of {teacher.model} is not known; name it with --price IN OUT")

@@ -82,11 +82,12 @@ class Failed:
 
 
 class Unanswered(Exception):
-    """A request that got no reply though others do; `reason`: one word for counting, `message`: the API's sentence."""
+    """A request that got no reply though others do; `reason`: one word for counting, `message`: the API's sentence,
+    `permanent`: the same request would be refused again."""
 
-    def __init__(self, reason: str, message: str = ""):
+    def __init__(self, reason: str, message: str = "", permanent: bool = False):
         super().__init__(f"{reason}: {message}" if message else reason)
-        self.reason, self.message = reason, message
+        self.reason, self.message, self.permanent = reason, message, permanent
 
 
 class Stopped(Exception):

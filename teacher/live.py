@@ -122,7 +122,8 @@ class _Live:
                 return ask.alone()
             if isinstance(failure, TooLarge):
                 raise
-            session.give_up(keys[0], failure.reason, failure.message)
+            permanent = failure.permanent and ask.attempt == 1  # later ones carry a note that may be the cause
+            session.give_up(keys[0], failure.reason, failure.message, permanent)
             return []
         session.report.add(reply)
         sidecars = [sidecar | {"attempt": ask.attempt} for sidecar in sidecars]

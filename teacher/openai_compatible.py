@@ -62,7 +62,8 @@ class OpenAITeacher(ApiTeacher):
         url = self.address_of(base_url, "--base_url") if base_url else self.environment_address()
         price = self.price_at(model, url, price)
         super().__init__(model, url, concurrency, preset=LOCAL if is_local(url) else REMOTE, price=price, **more)
-        if (url or OPENAI).startswith(OPENAI):  # its newer models refuse `max_tokens`, other servers may not know this
+        # its newer models refuse `max_tokens`, other servers may not know this
+        if (urlsplit(url or OPENAI).hostname or "").endswith((".openai.com", ".openai.azure.com")):
             self.length_field = "max_completion_tokens"
 
     @classmethod

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ from ares.cli import UserError
 from teacher.api_responses import ApiError, NoAnswer, redact
 
 LISTING_SECONDS = 5.0  # for a server to say which models it has
+SDK_OPTIONS = frozenset(("extra_body", "extra_headers", "extra_query", "timeout"))  # arguments that are no fields
 TIMEOUT = 180.0  # seconds for one request; an answer takes a few
 
 
@@ -38,9 +40,16 @@ def checked_address(url: str, flag: str, key_name: str) -> str:
     url = url.strip()
     if "@" in url:
         raise UserError(f"{flag}: the address holds a user name or a password; remove them; the key is {key_name}")
-    if not url.startswith(("http://", "https://")) or not urlsplit(url).hostname:
+    try:
+        parts = urlsplit(url)
+        host = re.fullmatch(r"(\[.+\]|[^][:]+)(:\d*)?", parts.netloc) and parts.hostname  # [::1], a name or IPv4
+        sound = parts.scheme in ("http", "https") and host and parts.port != 0  # `port` raises above 65535
+    except ValueError:
+        sound = False
+    if not sound or " " in url or not url.isprintable():
         shown = redact(url, os.environ.get(key_name, "").strip())
-        raise UserError(f"{flag}: {shown} is no address; it begins with http:// or https://")
+        shown = shown if shown.isprintable() else ascii(shown)
+        raise UserError(f"{flag}: {shown} is no address; it begins with http:// or https://, then host or host:port")
     return url
 
 
@@ -106,7 +115,7 @@ class SdkClient:
             http_client=sdk.DefaultAsyncHttpxClient(limits=limits),
         )
         self.address = str(self.client.base_url)
-        self._arguments = frozenset(inspect.signature(self.endpoint().create).parameters)
+        self._arguments = inspect.signature(self.endpoint().create).parameters.keys() - SDK_OPTIONS
 
     async def __aexit__(self, *exc: object) -> None:
         await self.client.close()

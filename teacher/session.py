@@ -7,6 +7,7 @@ flight; the same command continues with the rest. Requests are sent by teacher/l
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import time
@@ -34,7 +35,15 @@ from teacher.interface import (
     custom_id,
     same_model,
 )
-from teacher.reply_files import ReplyCache, is_answered, read_sidecar, reading, set_cut_reply_aside, write_reply
+from teacher.reply_files import (
+    ReplyCache,
+    is_answered,
+    read_refused,
+    read_sidecar,
+    reading,
+    set_cut_reply_aside,
+    write_reply,
+)
 
 PREPARE = {
     SCORE: "bash preprocessing_after_RL/processing_sentence_level_feedback.sh --questions_dir",
@@ -45,6 +54,7 @@ NOTHING_TO_ASK = frozenset(("no_rationale", "no_sentences"))  # no Teacher can s
 CUT_SHORT = ("max_tokens", "refusal", "model_context_window_exceeded")
 UNKNOWN = "unknown origin"  # a reply without reply.json: of the released code, or copied in by hand
 OURS = "teacher"  # {questions_dir}/teacher/: lock, spend log, batch records
+REFUSED = "refused.jsonl"  # there: requests that the API calls invalid, {"key", "reason", "said"} each
 CHECKS = "check.json"  # there: what `haiku.py --check` has found
 IMAGE_NAME = re.compile(r"image\.png|choice_\d+\.png")
 
@@ -61,6 +71,7 @@ class Report:
     asked: int = 0  # replies received
     text_only: int = 0  # items whose question names an image that is not there
     unusable: dict[Item, str] = field(default_factory=dict)
+    refused: int = 0  # of these, whose request the API calls invalid: it is not sent again
     usage: Counter[str] = field(default_factory=Counter)
     cost_usd: float = 0.0  # of the replies whose cost is known
     cost_unknown: int = 0  # replies
@@ -106,9 +117,11 @@ class Session:
     """Groups items by identical request (`Teacher.key`): a request is sent once, its reply is copied to all its items.
 
     `open`: key -> items that have no reply yet; the reply is written beside the first one. `answered`: key -> an item
-    that has the reply. Items that are added later join an open request, get a copy of an answered one's reply, or
-    open a request anew that was given up. With `together` the open requests about one question are sent as one
-    (`units`), and each rationale's part of the reply is saved as the reply to its own request.
+    that has the reply. `refused`: key -> (reason, the API's sentence) of a request that it called invalid, in an
+    earlier run, too; such a request is given up without being sent. Items that are added later join an open request,
+    get a copy of an answered one's reply, or open a request anew that was given up. With `together` the open requests
+    about one question are sent as one (`units`), and each rationale's part of the reply is saved as the reply to its
+    own request.
 
     Args:
         kind: SCORE, CORRECT or JUDGE.
@@ -147,6 +160,7 @@ class Session:
         self.open: dict[str, list[Item]] = {}
         self.question: dict[str, str] = {}  # key -> what its request shares with others; only with `together`
         self.answered: dict[str, Item] = {}
+        self.refused: dict[str, tuple[str, str]] = {}
         self.waiting: Counter[int] = Counter()  # action -> items without a reply
 
     # -- which requests are open -----------------------------------------------------------------------------
@@ -154,10 +168,11 @@ class Session:
     def add(self, items: Sequence[Item], serve: bool = True) -> None:
         """Sort items into answered and open ones.
 
-        With `serve`, replies that are known already (`known`) are saved at once. Raises UserError if an item has no
-        request, or if another Teacher wrote usable replies, unless `keep_replies`.
+        With `serve`, what is known already (`known`) is saved at once. Raises UserError if an item has no request, or
+        if another Teacher wrote usable replies, unless `keep_replies`.
         """
         report = self.report
+        self.refused |= read_refused(self.root / OURS / REFUSED)
         report.total += len(items)
         settled: list[int] = []  # actions of items that need no request
         unprepared: list[Item] = []
@@ -176,10 +191,13 @@ class Session:
             elif is_answered(self.kind, item.folder):
                 report.kept += 1
                 settled.append(item.action)
-                author, ours = self._written_by(item.folder)
+                author, ours, asked = self._written_by(item.folder)
                 report.written_by[author] += 1
                 if ours:
-                    self.answered.setdefault(self.teacher.key(request), item)
+                    key = self.teacher.key(request)
+                    self.answered.setdefault(key, item)
+                    if not self.free and asked in (key, None):
+                        self.teacher.accepted(request)
                 else:
                     others[author] += 1
                     foreign = foreign or item
@@ -203,6 +221,8 @@ class Session:
             )
         if serve:
             self._serve_known()
+            for key in [key for key in self.open if key in self.refused]:
+                self.give_up(key, *self.refused[key], permanent=True)
         for action in settled:
             self._settle(action)
 
@@ -244,22 +264,27 @@ class Session:
                 raise cli.UserError(f"{path} is no regular file; put the image there")
         return paths or (question_images(self.images_dir, item.qid) if self.images_dir else [])
 
-    def _written_by(self, folder: Path) -> tuple[str, bool]:
-        """(Teacher and model that wrote a folder's reply, whether that is this Teacher or unknown)."""
+    def _written_by(self, folder: Path) -> tuple[str, bool, str | None]:
+        """(Teacher and model that wrote a folder's reply, whether that is this Teacher or unknown, the key of its
+        request: None in replies of earlier versions, "" where the Teacher is unknown)."""
         about = read_sidecar(folder)
         name, model = about.get("teacher"), about.get("model")
         if not isinstance(name, str) or not isinstance(model, str):
-            return UNKNOWN, True
+            return UNKNOWN, True, ""
         asked = about.get("asked_model") == self.teacher.model  # a gateway may answer under another name
-        return f"{name} {model}", name == self.teacher.name and (asked or same_model(model, self.teacher.model))
+        ours = name == self.teacher.name and (asked or same_model(model, self.teacher.model))
+        return f"{name} {model}", ours, about.get("key")
 
     def known(self, key: str) -> bool:
-        """Whether the reply to an open request is in the folder or in the cache."""
+        """Whether the reply to an open request is in the folder or in the cache, or the API refuses it."""
+        return key in self.refused or self._has_reply(key)
+
+    def _has_reply(self, key: str) -> bool:
         return key in self.answered or self.cache.get(key) is not None
 
     def _serve_known(self) -> None:
         """Answer open requests by replies from the folder and from the cache."""
-        known = [key for key in self.open if self.known(key)]
+        known = [key for key in self.open if self._has_reply(key)]
         with ThreadPoolExecutor(8) as pool:  # the flushes to disk overlap
             for key, author in zip(known, pool.map(self._serve, known), strict=True):
                 if author is not None:
@@ -365,7 +390,7 @@ class Session:
         first, *copies = self.open[key]
         about = {name: value for name, value in vars(reply).items() if name != "text"}
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        about |= {"asked_model": self.teacher.model, "prices": PRICES_DATE, "time": now} | sidecar
+        about |= {"asked_model": self.teacher.model, "key": key, "prices": PRICES_DATE, "time": now} | sidecar
         read = reading(self.kind, reply.text, request.sentences)
         incomplete = reply.stop_reason == "refusal" or (reply.stop_reason in CUT_SHORT and self.kind == CORRECT)
         if not isinstance(read, Refused) and incomplete:
@@ -388,12 +413,19 @@ class Session:
         for item in items:
             self._settle(item.action)
 
-    def give_up(self, key: str, reason: str, said: str = "") -> None:
+    def give_up(self, key: str, reason: str, said: str = "", permanent: bool = False) -> None:
         """No usable reply came to a request.
 
-        `said`: the API's sentence, or what is wrong with the reply, without the key; saved to `refused.txt`.
+        `said`: the API's sentence, or what is wrong with the reply, without the API key; saved to `refused.txt`.
+        `permanent`: the API called the request invalid; it is not sent again in later runs either.
         """
         items = self.open.pop(key)
+        if permanent:
+            self.report.refused += len(items)
+            if key not in self.refused:
+                self.refused[key] = reason, said
+                line = json.dumps({"key": key, "reason": reason, "said": said})
+                files.append_line(self.root / OURS / REFUSED, line)
         self.report.unusable |= dict.fromkeys(items, reason)
         self.report.first.setdefault(reason, (items[0], said))
         text = f"{reason}: {said}\n" if said else f"{reason}\n"

@@ -101,27 +101,33 @@ def read_systems(args: argparse.Namespace, qids: Sequence[str]) -> list[dict[str
 def write_requests(
     args: argparse.Namespace, problems: Mapping[str, Any], a: Mapping[str, str], b: Mapping[str, str]
 ) -> list[handoff.Item]:
-    """Write a request for every pair that differs. A reply to other texts, of an earlier run, is set aside."""
+    """Write a request for every pair that differs. A reply to other texts, of an earlier run, is set aside. Raises
+    UserError before that if it is the reply of a pending batch."""
     images_dir = find_images(args, required=True) if args.with_image else None
-    items = []
+    requests: dict[handoff.Item, tuple[tuple[str, str], str, list[Path]]] = {}  # -> rationales, text, images
     orders = {qid: ORDERS if args.protocol == "both" else [random.Random(f"{args.seed}-{qid}").choice(ORDERS)]
               for qid in a if a[qid] != b[qid]}  # fmt: skip
     pairs = [(action, order, qid) for action, order in enumerate(ORDERS) for qid in orders if order in orders[qid]]
-    for action, order, qid in cli.progress(pairs, desc="requests", unit="pair"):
-        folder = handoff.question_dir(args.output, action, 0, qid)
-        handoff.refuse_links(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    for action, order, qid in pairs:
+        handoff.question_dir(args.output, action, 0, qid)  # refuses an id that cannot name it
         shown = (a[qid], b[qid]) if order == "ab" else (b[qid], a[qid])
         images = question_images(images_dir, qid) if images_dir else []
         text = judge_request(problems[qid], *shown, image=bool(images))
+        requests[handoff.Item(Path(args.output), action, 0, qid)] = shown, text, images
+    if not args.show and not args.estimate:
+        texts = {item.name: text for item, (_, text, _) in requests.items()}
+        client.check_pending(args.output, JUDGE, list(requests), args, texts)
+    for item, (shown, text, images) in cli.progress(requests.items(), desc="requests", unit="pair"):
+        folder = item.folder
+        handoff.refuse_links(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(folder / handoff.REQUEST) and handoff.request_text(folder) != text:
             handoff.set_reply_aside(folder)
         files.write_text(folder / handoff.RATIONALE, handoff.form(shown) + "\n", flush=False)
-        for stale in {path.name for path in question_images(folder.parent, qid)} - {path.name for path in images}:
+        for stale in {path.name for path in question_images(folder.parent, item.qid)} - {path.name for path in images}:
             (folder / stale).unlink()  # of a run --with_image: every image in the folder is sent
         handoff.write_request(folder, text, images)
-        items.append(handoff.Item(Path(args.output), action, 0, qid))
-    return items
+    return list(requests)
 
 
 # -- verdicts ------------------------------------------------------------------------------------------------

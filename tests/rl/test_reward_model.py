@@ -662,6 +662,22 @@ def test_batches_for_the_share(world, tmp_path, server, monkeypatch):
     assert all(handoff.is_done(root, action) for action in range(RATIONALES))
 
 
+@pytest.mark.parametrize("ways", [("--batch", "--poll_seconds", "0.1"), ()], ids=["batches", "live"])
+def test_no_share_is_scored_while_a_whole_batch_is_pending(world, tmp_path, server, monkeypatch, ways):
+    from teacher import batches
+
+    monkeypatch.setattr(batches, "SETTLE_SECONDS", 0.05)
+    root = tmp_path / "questions"
+    lay_out(root, world.problems, world.qids[:4], seed=8)
+    whole = ["--questions_dir", str(root), "--base_url", server.url, "--batch", "--poll_seconds", "0.1"]
+    haiku.main([*whole, "--submit-only"])
+    with pytest.raises(UserError, match="pending"):
+        ask(world, root, "--base_url", server.url, "--ask_share", "0.3", *ways)
+    assert not authors(root) and not (root / "teacher/asked.json").exists()
+    haiku.main(whole)
+    assert set(authors(root).values()) == {"claude"} and len(server.batches) == 1 and not server.log
+
+
 def test_the_share_may_be_asked_together(world, tmp_path, server):
     root = tmp_path / "questions"
     lay_out(root, world.problems, world.qids[:8], seed=8)

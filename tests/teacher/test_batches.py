@@ -3,6 +3,7 @@ refused, batches lost, and the client killed at the worst moments."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -108,6 +109,26 @@ def test_what_keeps_failing_is_reported_by_reason(server, world):
     server.respond = respond
     world.ask("--attempts", "5")  # unusable replies are asked again with the reason
     assert world.submitted == [12, 1, 1, 1, 1] and world.answered == 12 and "no_json" in notes[1][1]
+
+
+def test_each_reply_that_is_cut_off_doubles_the_length_of_the_next(server, world):
+    """Over restarts, too, and where another fault comes between."""
+    seen = {}
+
+    def respond(asked):
+        lengths = seen.setdefault(asked.digest, [])
+        lengths.append(asked.body["max_tokens"])
+        if len(lengths) == 3:
+            return "I have read it.", "end_turn"
+        return fill_form(asked) if lengths[-1] > 7 * lengths[0] else ("", "max_tokens")
+
+    server.respond = respond
+    for attempts in (2, 3, 4, 5):
+        assert not world.answered
+        with contextlib.suppress(cli.UserError):
+            world.ask("--attempts", str(attempts), "--no-cache")
+    assert world.answered == 12
+    assert {tuple(n / lengths[0] for n in lengths) for lengths in seen.values()} == {(1, 2, 4, 4, 8)}
 
 
 @pytest.mark.parametrize("kind", ["invalid_request_error", "request_too_large", "not_found_error"])

@@ -9,12 +9,13 @@ import time
 
 import pytest
 
+import haiku
 from ares import cli
-from teacher import api_responses, api_teacher, budget, claude
+from teacher import api_responses, api_teacher, budget, claude, openai_compatible
 from teacher.budget import Ledger, Price, read_log
 from teacher.interface import SCORE, Reply, Request, Stopped
 from tests.api_server import KEY, Fault
-from tests.teacher.teacher_tools import World, lay_out, lines_of, many_items, paid_usd, wait_until
+from tests.teacher.teacher_tools import World, lay_out, lines_of, many_items, paid_usd, stops, wait_until
 
 
 @pytest.fixture
@@ -212,6 +213,72 @@ def test_the_bound_holds_where_a_gateway_writes_to_a_cache(server, world, proble
     assert len(entries) == 25 and all(0 < entry["usd"] <= entry["most_usd"] for entry in entries.values())
 
 
+SYSTEM = "Do as you are told, sentence by sentence. " * 500
+LONG = {"max_tokens": 10, "max_completion_tokens": 90_000}
+
+
+@pytest.mark.parametrize("structured", ["on", "off"])
+@pytest.mark.parametrize(
+    "body, tokens_in, tokens_out",
+    [({"system": SYSTEM}, len(SYSTEM), 0), ({"metadata": {"user_id": "\u00e9" * 9000}}, 18_000, 0), (LONG, 0, 90_000),
+     (dict(reversed(LONG.items())), 0, 90_000), ({"max_tokens": 90_000, "max_completion_tokens": None}, 0, 90_000)],
+)  # fmt: skip
+def test_the_worst_case_holds_whatever_body_adds(body, tokens_in, tokens_out, structured):
+    request = Request("id-1", SCORE, "1", "Score it.", ("It is so.",))
+    price = Price(1.0, 1.0)
+    for make in (claude.ClaudeTeacher, openai_compatible.OpenAITeacher):
+        teacher = make("claude-haiku-4-5", extra=body, structured=structured, price=price)
+        assert teacher.most_usd(request) * 1e6 >= tokens_in + tokens_out
+        sent = teacher.parameters(request)
+        lengths = [sent[name] for name in LONG if name in sent]
+        assert teacher.max_tokens(request) >= max(lengths)
+
+
+def test_a_long_system_text_stops_at_the_budget(server, world):
+    """The server counts it, too."""
+    message = server.message
+
+    def counted(asked, text, stop_reason):
+        made = message(asked, text, stop_reason)
+        made["usage"]["input_tokens"] += len(asked.body["system"])
+        return made
+
+    server.message = counted
+    body = ("--structured", "off", "--body", json.dumps({"system": SYSTEM}))
+    world.stops("--max_usd", "--max_usd", "0.02", *body, status=3)
+    assert 0 < world.answered < 24 and paid_usd(server) <= 0.02
+
+
+ONE, OTHER = "max_tokens", "max_completion_tokens"
+
+
+@pytest.mark.parametrize(
+    "address, body, words",
+    [
+        (None, {ONE: None}, None),
+        (None, {OTHER: None}, "--body removes max_completion_tokens"),
+        (None, {OTHER: None, ONE: 500}, None),
+        (None, {ONE: None, OTHER: None}, "--body removes max_completion_tokens"),
+        (None, {OTHER: "90000"}, "max_completion_tokens must be a whole number"),
+        (None, {ONE: 9e4}, "max_tokens must be a whole number"),
+        (None, {ONE: 5, OTHER: True}, "max_completion_tokens must be a whole number"),
+        ("https://example.com", {ONE: None}, "--body removes max_tokens"),
+        ("https://example.com", {OTHER: None}, None),
+        ("https://example.com", {OTHER: "90000"}, "max_completion_tokens must be a whole number"),
+        ("https://example.com", {ONE: None, OTHER: 300}, None),
+    ],
+)
+def test_a_budget_needs_the_length_of_replies(monkeypatch, address, body, words):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-1234567890abcdef")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    argv = ["--teacher", "openai", "--teacher_model", "m", "--price", "1", "1", "--max_usd", "1"]
+    argv += ["--body", json.dumps(body), *(["--base_url", address] if address else [])]
+    if words is None:
+        haiku.parse_args(argv)
+    else:
+        stops(lambda: haiku.parse_args(argv), f"--max_usd: .*{words}")
+
+
 # -- pace -----------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +333,16 @@ def test_retry_after_holds_everybody_back(server, world):
                              ({"retry-after": "nan"}, None)):  # fmt: skip
         assert api_responses.retry_after(headers) == seconds
     assert api_responses.retry_after({"retry-after": "Wed, 21 Oct 2065 07:28:00 GMT"}) > 1e9
+
+
+@pytest.mark.parametrize(
+    "value", ["1 Jan 99999 00:00:00 GMT", "Mon, 1 Jan 0000 99:99:99 GMT", "1 Jan 999999999999 1:1:1", "1e400",
+              "1 Jan -1 00:00:00 +9999999999", "soon", "31s"]
+)  # fmt: skip
+def test_a_retry_after_that_is_no_time_is_none(server, world, value):
+    server.faults.append(Fault(429, headers={"retry-after": value}))
+    world.ask("--concurrency", "1")
+    assert world.answered == 24 and world.totals.unknown == 0, "the request is booked"
 
 
 def test_retry_after_nothing_still_pauses(server, world, monkeypatch):

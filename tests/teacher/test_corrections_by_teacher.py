@@ -14,7 +14,7 @@ from ares import files
 from haiku_for_correction_feedback import edit_distance
 from teacher import estimate, handoff
 from teacher.prompts import CORRECTION_WORDING, PROMPT_VERSION
-from tests.api_server import fill_form
+from tests.api_server import Fault, fill_form
 from tests.teacher.teacher_tools import TEXT, sidecar, stops
 from tools import win_rate
 
@@ -58,6 +58,16 @@ class Corrections:
 @pytest.fixture
 def correction(server, tmp_path, problems):
     return Corrections(server, tmp_path, problems)
+
+
+def test_a_question_that_the_api_refuses_keeps_its_rationale(server, correction, capsys):
+    said = "prompt is too long: 250000 tokens > 120000 maximum"
+    server.plan = lambda asked: Fault(400, said) if f" {correction.train[0]} is" in asked.text else None
+    correction.stops("1 of 3 questions have no reply")
+    for _ in range(2):
+        correction.run("--accept-missing")
+        assert correction.solutions[:3] == correction.preds and len(server.log) == 3
+    assert "fell back: no reply 1" in capsys.readouterr().out
 
 
 def test_correction_file(server, correction, capsys):

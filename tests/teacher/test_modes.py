@@ -16,7 +16,7 @@ import haiku
 from ares import cli, files, images
 from teacher import estimate, handoff
 from teacher.prompts import PROMPT_VERSION
-from tests.api_server import KEY, fill_form
+from tests.api_server import KEY, Fault, fill_form
 from tests.teacher.teacher_tools import (
     CHOICES,
     HAIKU_45,
@@ -27,6 +27,7 @@ from tests.teacher.teacher_tools import (
     many_items,
     paid_usd,
     scores,
+    stops,
     wait_until,
 )  # fmt: skip
 
@@ -134,6 +135,46 @@ def test_check_compares_two_teachers_each_at_its_own_price(server, world, capsys
     assert len(server.log) == 28 and world.totals.usd > before, "--price is the price of --teacher_model"
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [("12",), ("100", "--against", HAIKU_45), ("3", "--against", "apart"), ("12", "--accept-missing"),
+     ("12", "--teacher", "reference", "--against", "claude:claude-haiku-5-5")],
+    ids=" ".join,
+)  # fmt: skip
+def test_check_gives_rl_no_signal(server, world, sample, flags, monkeypatch):
+    """The replies of a comparison are not in the folder: RL would drop every rationale of an action."""
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
+    address = ("--base_url", server.url) if "reference" not in flags else ()
+    data = str(sample / "ScienceQA/data")
+    haiku.main(["--questions_dir", str(world.root), *address, "--data_root", data, "--check", *flags])
+    assert server.log and not world.answered and not list(world.root.rglob(handoff.DONE))
+
+
+def test_a_free_teacher_is_checked_against_a_paid_one_with_its_flags(server, world, sample, tmp_path, monkeypatch):
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", server.url)
+
+    def ask(*flags):
+        data = str(sample / "ScienceQA/data")
+        haiku.main(["--questions_dir", str(world.root), "--data_root", data, "--teacher", "reference", *flags])
+
+    paid = ("--check", "12", "--against", "claude:claude-haiku-5-5")
+    budget = ("--max_usd", "0.0006", "--concurrency", "1", "--timeout", "60", "--cache", str(tmp_path / "replies"))
+    stops(lambda: ask(*paid, *budget, "--attempts", "2", "--structured", "on"), "--max_usd 0.0006", status=3)
+    assert 0 < len(server.log) < 12 and (tmp_path / "replies").exists() and paid_usd(server) <= 0.0006
+    before = len(server.log)
+    ask(*paid, "--no-cache")
+    assert len(server.log) == before + 12
+    stops(lambda: ask(*paid, "--price", "1", "1"), "--price has no effect")
+    stops(
+        lambda: ask("--check", "12", "--against", "somebody-else", "--max_usd", "1"), "price of somebody-else is not"
+    )
+    model = ["--teacher", "model", "--reward_model", "elsewhere", *paid]
+    assert haiku.parse_args([*model, *budget]).max_usd == 0.0006
+    stops(lambda: haiku.parse_args([*model, "--body", "{}"]), "--body has no effect with --teacher model")
+    for flags in (("--check", "12", "--against", "reference"), ()):
+        stops(lambda flags=flags: ask(*flags, "--max_usd", "1"), "--max_usd has no effect with --teacher reference")
+
+
 def test_agreement_by_position():
     lines = estimate.agreement_lines(estimate.agreement([[0.1, 0.5], [0.9], None], [[0.2, 0.9], [0.9], [1.0]]))
     assert lines[0] == "2 of 3 rationales scored by both, 3 sentences"
@@ -220,6 +261,14 @@ def test_watch_counts_all_rounds_towards_the_budget(server, watcher):
     watcher.stops("--max_usd 0.0015", *budget, "--concurrency", "1", status=3)
     rl.end()
     assert 2 <= len(server.log) < 4
+
+
+def test_watch_goes_on_after_a_look_with_nothing_but_a_refused_request(server, watcher):
+    rl = Rl(watcher.root.parent, 1, [(0, CHOICES), (0, TEXT), (1, CHOICES), (1, TEXT)])
+    server.plan = lambda asked: Fault(400, "messages: too odd") if "rationale 1" in asked.text else None
+    watcher.ask("--accept-missing", "--poll_seconds", "0.05")
+    rl.end()
+    assert len(server.log) == 4 and len(scores(watcher.root.parent / "questions_round0")) == 2
 
 
 def test_watch_ends(watcher):

@@ -5,6 +5,8 @@ The real third-party litellm proxy is in test_litellm.py, rate limits are in tes
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
 import re
 import time
@@ -15,11 +17,13 @@ import haiku
 import haiku_for_correction_feedback
 from ares import files
 from teacher import api_teacher, claude, handoff
+from teacher.api_responses import ApiError, failure_of
 from teacher.api_teacher import merge_patch
 from teacher.interface import SCORE, Request
 from teacher.openai_compatible import OpenAITeacher, is_local, server_address
 from teacher.parsing import parse_scores
 from teacher.prompts import WORDING
+from tests import api_server
 from tests.api_server import KEY, Fault, fill_form
 from tests.conftest import one_line_error, run_script
 from tests.teacher.teacher_tools import CREDIT, HAIKU_45, MODEL, PICTURE, World, lay_out, many_items, sidecar, stops
@@ -152,6 +156,18 @@ def test_a_model_must_be_named_and_the_servers_are_listed(server, local, monkeyp
         (("--body", "7"), "--body: '7' is no JSON object"),
         (("--body", '{"model": "x"}'), "--body: model cannot be set here, --teacher_model"),
         (("--body", "[" * 100_000), "--body: .*is no JSON"),
+        *(
+            (("--body", json.dumps({name: value})), f"--body: {name} {words}")
+            for name, value, words in [
+                ("extra_body", {"top_k": 1}, "is no field.*its fields directly into --body"),
+                ("extra_headers", {"x": "y"}, "is no field"),
+                ("extra_query", {}, "is no field"),
+                ("timeout", 5, "is no field.*--timeout"),
+                ("n", 4, "is not read: a reply would be paid"),
+                ("best_of", 2, "is not read"),
+                ("extra_body", None, "is no field"),
+            ]
+        ),
         (("--structured", "maybe"), None),
     ],
 )
@@ -162,6 +178,18 @@ def test_wrong_flags_end_in_one_line_before_anything_is_asked(server, local, fla
     else:
         local.stops(words, *flags)
     assert not server.log
+
+
+@pytest.mark.parametrize("name", ["extra_body", "extra_headers", "extra_query", "timeout", "self"])
+def test_a_field_of_the_name_of_an_argument_of_the_sdk_is_sent(server, local, name, monkeypatch):
+    """--body refuses them; the SDK must not take them for its own either."""
+    monkeypatch.setattr(api_server, "CHAT_FIELDS", api_server.CHAT_FIELDS | {name})
+
+    async def ask():
+        async with OpenAITeacher(MODEL, server.url, extra={name: {"a": 1}}) as teacher:
+            return await teacher.answer(Request("id-1", SCORE, "1", 'Score:\n{\n"It is so.": xxx\n}', ("It is so.",)))
+
+    assert asyncio.run(ask()).text and server.asked[0].body[name] == {"a": 1}
 
 
 def test_flags_without_effect_are_refused(local):
@@ -194,6 +222,22 @@ def test_addresses(url, address):
     assert server_address(url) == address
 
 
+OPENAIS = "max_completion_tokens"
+
+
+@pytest.mark.parametrize(
+    "address, field",
+    [(None, OPENAIS), ("https://api.openai.com", OPENAIS), ("https://eu.api.openai.com/v1", OPENAIS),
+     ("https://us.api.OpenAI.com/", OPENAIS), ("https://me.openai.azure.com/openai/v1", OPENAIS),
+     ("https://openrouter.ai/api/v1", "max_tokens"), ("https://api.openai.com.example.com", "max_tokens"),
+     ("https://notopenai.com", "max_tokens"), ("http://localhost:8000", "max_tokens")],
+)  # fmt: skip
+def test_the_length_field_of_an_address(address, field):
+    teacher = OpenAITeacher("gpt-5", address)
+    sent = teacher.parameters(Request("id", SCORE, "1", "text", ("One.",)))
+    assert [name for name in api_teacher.LENGTH_FIELDS if name in sent] == [field]
+
+
 def test_what_paid_servers_get():
     """OpenAI's own address: its newer models refuse `max_tokens` and a temperature; they think within the limit."""
     request = Request("id", SCORE, "1", "text", ("One.",))
@@ -205,6 +249,33 @@ def test_what_paid_servers_get():
     capped = OpenAITeacher("gpt-5", extra={"max_completion_tokens": 100}, price=api_teacher.Price(1.0, 1.0))
     assert capped.parameters(request)["max_completion_tokens"] == 100 < at_openai.max_tokens(request)
     assert capped.most_usd(request) < 0.001
+
+
+THINKS = ["claude-opus-5-5", "claude-fable-5-2", "claude-unheard-of", "mine", "gpt-5"]
+
+
+@pytest.mark.parametrize("model", [*THINKS, "claude-haiku-5-5", MODEL])
+@pytest.mark.parametrize("kind", ["score", "correct", "judge"])
+def test_a_longer_limit_is_longer_by_its_factor(model, kind):
+    """Also of a model that thinks within the limit: else it would be cut off again and again, and paid."""
+    address = "http://localhost" if model == MODEL else None
+    teacher = (OpenAITeacher if model in ("gpt-5", MODEL) else claude.ClaudeTeacher)(model, address)
+    request = Request("id", kind, "1", "text", ("One.", "Two."))
+    first = teacher.max_tokens(request)
+    assert (first > 4096) == (model in THINKS)
+    for factor in (2, 4, 8):
+        assert teacher.max_tokens(dataclasses.replace(request, length_factor=factor)) == factor * first
+
+
+def test_a_model_that_thinks_long_gets_its_reply_in_the_end(server, world, capsys):
+    server.models["mine"] = {}
+    server.respond = lambda asked: fill_form(asked) if asked.body["max_tokens"] > 14_000 else ("", "max_tokens")
+    world.ask("--estimate", "--teacher_model", "mine")
+    assert "thinking tokens, if any, come on top" in capsys.readouterr().out
+    world.ask("--teacher_model", "mine")
+    assert world.answered == 12 and len(server.log) == 36
+    world.ask("--estimate", "--keep_replies")
+    assert "thinking" not in capsys.readouterr().out.partition("tokens: ")[2]
 
 
 # -- faults --------------------------------------------------------------------------------------------------------
@@ -237,6 +308,10 @@ QUOTA = "You exceeded your current quota, please check your plan and billing det
         ("--body '{\"temperature\": null}' leaves temperature out", 2,
          Fault(400, "Unsupported value: 'temperature' does not support 0 with this model.")),
         ("--body '{\"response_format\": null}' leaves", 2, Fault(400, "unknown field: response_format")),
+        ('--body \'{"max_tokens": null, "max_completion_tokens": [0-9]+}\' sends', 2, Fault(400,
+            "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.")),
+        ("--body '{\"max_tokens\": null}' leaves max_tokens out", 2, Fault(400, "max_tokens is not known here")),
+        ("--teacher_model: .*does not accept .*flagged", 2, Fault(403, "your input was flagged")),
         *(("--teacher_model: qwen2.5-vl is not known.*the server has qwen2.5-vl, other:7b", 2, fault) for fault in (
             Fault(404, "The model `qwen2.5-vl` does not exist."),
             Fault(404, 'model "qwen2.5-vl" not found, try pulling it first'),
@@ -276,6 +351,63 @@ def test_faults_that_pass_lose_nothing(server, local, faults):
     server.faults.extend(faults)
     local.ask()
     assert local.answered == 12 and len(server.log) == 12 + len(faults) and local.done == [0, 1, 2, 3]
+
+
+def gemini(message=f"{QUOTA} Quota exceeded for metric: free_tier_requests, limit: 10", quota="PerMinute", delay=None):
+    """A 429 of its compatible endpoint, which sends no retry-after."""
+    details = [{"violations": [{"quotaId": f"GenerateRequests{quota}PerProjectPerModel-FreeTier"}]}] if quota else []
+    details += [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}] if delay else []
+    error = {"code": 429, "message": message, "status": "RESOURCE_EXHAUSTED", "details": details}
+    return body_of([{"error": error}])
+
+
+PASSING = {  # body of a 429 without a header -> seconds that it names
+    gemini(f"{QUOTA} Please retry in 0.3s.", None): 0.3,
+    gemini(quota=None, delay="0.25s"): 0.25,
+    gemini(): None,
+    failed(f"litellm.RateLimitError: GeminiException - {gemini(delay='0.2s').decode()}", code="429"): 0.2,
+    failed(f"{QUOTA} Please try again in 120ms.", code="rate_limit_exceeded"): 0.12,
+    failed(f"{QUOTA} Try again in 200 milliseconds"): 0.2,
+}
+LASTING = [
+    failed(f"{QUOTA} Please retry in 0.2s.", code="insufficient_quota"),
+    failed(
+        f"litellm.RateLimitError: OpenAIException - insufficient_quota: {QUOTA} Please try again in 0.2s", code="429"
+    ),
+    gemini(f"{QUOTA} Please retry in 0.2s.", "PerDay", delay="0.2s"),
+    gemini(quota="PerDay"),
+    failed(QUOTA),
+]
+
+
+@pytest.mark.parametrize("body, seconds", PASSING.items(), ids=range(len(PASSING)))
+def test_a_quota_of_a_minute_passes(server, local, body, seconds):
+    server.faults.extend([Fault(429, body=body)] * 2)
+    began = time.monotonic()
+    local.ask("--concurrency", "1")
+    assert local.answered == 12 and len(server.log) == 14 and time.monotonic() - began >= 2 * (seconds or 0)
+
+
+@pytest.mark.parametrize("body", LASTING, ids=range(len(LASTING)))
+def test_a_quota_of_the_account_or_the_day_does_not(server, local, body):
+    server.plan = lambda asked: Fault(429, body=body)
+    local.stops("OPENAI_API_KEY: the API refuses the whole account", "--concurrency", "1", status=3)
+    assert len(server.log) == 1
+
+
+@pytest.mark.parametrize(
+    "words, seconds",
+    [("Please retry in 31.7s. See", 31.7), ("try again in 6m0s", 360), ("Try again in 1h2m3s.", 3723),
+     ("retry after 20 seconds or so", 20), ("retry in 1 minute 5 seconds", 65), ("try again in 7ms", 0.007),
+     ("try again later", None), ("I retry in vain", None), ("retry in 1.2.3s", None),
+     ('\\"retryDelay\\": \\"31s\\"', 31)],
+)  # fmt: skip
+def test_the_delay_in_words(words, seconds):
+    for body in (words, {"error": {"message": words}}, [{"error": words}], {"detail": {"message": f"A.\n{words}"}}):
+        found = failure_of(ApiError(429, body))
+        assert found.retryable and found.retry_after == (seconds and pytest.approx(seconds))
+        assert failure_of(ApiError(429, body, {"retry-after": "2"})).retry_after == 2
+        assert failure_of(ApiError(500, body)).retry_after is None
 
 
 @pytest.mark.parametrize(

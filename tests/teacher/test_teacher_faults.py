@@ -4,19 +4,22 @@ of other forms, wrong addresses, echoes of the key. The real client against the 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 import urllib.parse
+from collections import Counter
 
 import pytest
 
 import haiku
+from ares import cli
 from teacher import api_teacher, claude, handoff, reply_files
 from teacher.api_responses import is_account_refusal, redact, said
 from teacher.api_teacher import START
 from tests.api_server import KEY, Fault, fill_form
 from tests.conftest import one_line_error, run_script
-from tests.teacher.teacher_tools import CREDIT, World, lay_out, messages
+from tests.teacher.teacher_tools import CREDIT, World, lay_out, many_items, messages, stops
 
 
 @pytest.fixture
@@ -107,6 +110,7 @@ def test_the_sentence_and_the_question_are_kept(server, world, capsys):
     assert (bad.folder / handoff.REASON).read_text() == "api_400: messages: this one is too odd\n"
     assert world.answered == 11
     server.plan = lambda asked: None
+    (world.root / "teacher/refused.jsonl").unlink()
     world.ask()
     assert not (bad.folder / handoff.REASON).exists()
     (bad.folder / handoff.REPLY).unlink()
@@ -114,6 +118,94 @@ def test_the_sentence_and_the_question_are_kept(server, world, capsys):
     with pytest.raises(handoff.Refused, match="no_reply"):
         reply_files.read_scores(bad.folder)
     assert "too odd" in (bad.folder / handoff.REASON).read_text(), "RL does not write over it"
+
+
+BLOCKED = "Output blocked by content filtering policy"
+
+
+@pytest.mark.parametrize("flags", [(), ("--no-cache",), ("--together",)], ids=" ".join)
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_what_the_api_refuses_is_not_asked_again_until_its_request_changes(server, world, problems, status, flags):
+    bad = world.items[5:7]
+    texts = [handoff.form(handoff.read_rationale(item.folder)) for item in bad]
+    server.plan = lambda asked: Fault(status, BLOCKED) if any(text[2:-2] in asked.text for text in texts) else None
+    line = world.stops(f"2 of 12 replies are unusable .api_{status} 2.", *flags)
+    assert "2 that the API calls invalid are not asked again" in line and world.answered == 10
+    before = len(server.log)
+    world.stops("2 of 12 replies are unusable", *flags)
+    assert world.done == [0, 3] and len(server.log) == before
+    world.ask("--accept-missing", *flags)
+    assert world.done == [0, 1, 2, 3] and len(server.log) == before, "RL goes on without them"
+    assert {(item.folder / handoff.REASON).read_text() for item in bad} == {f"api_{status}: {BLOCKED}\n"}
+    lay_out(world.root, bad[0].action, bad[0].qid, ["Another thought."], problems)
+    world.stops("1 of 12 replies are unusable", *flags)
+    assert len(server.log) == before + 1 and world.answered == 11
+    world.stops(BLOCKED if status != 413 else "too large", *flags, "--body", '{"metadata": {"user_id": "1"}}')
+    assert len(server.log) == before + 1 + 1, "another body is another request"
+
+
+@pytest.mark.parametrize(
+    "words, one",
+    [("Your chosen model requires moderation and your input was flagged for violence", True), ("Prompt blocked by the "
+      "content filter", True), ("The request violates our content policy", True), ("not your workspace", False),
+     ("Country, region, or territory not supported", False), ("Your account was suspended for content", False)],
+)  # fmt: skip
+def test_a_403_about_one_prompt_is_of_that_prompt(server, world, words, one):
+    text = world.request(5)
+    server.plan = lambda asked: Fault(403, words) if asked.text == text else None
+    if one:
+        world.stops("1 of 12 replies are unusable .api_403 1", "--concurrency", "1")
+        world.ask("--accept-missing")
+        assert world.answered == 11 and len(server.log) == 12 and world.done == [0, 1, 2, 3]
+    else:
+        world.stops("ANTHROPIC_API_KEY: ", "--concurrency", "1", status=3 if "suspended" in words else 2)
+        assert len(server.log) == 6
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["", "of an earlier version"])
+def test_many_that_the_api_refuses_end_no_later_run(server, tmp_path, problems, old):
+    found = many_items(tmp_path / "q", 120, problems)
+    bad = set(sorted(found)[:30])
+    server.plan = lambda asked: Fault(400, BLOCKED) if asked.digest in bad else None
+    world = World(server, tmp_path / "q", "--no-cache", "--accept-missing")
+    for _ in range(2):
+        try:
+            world.ask()
+        except cli.UserError as error:
+            assert BLOCKED in str(error)
+            if old:  # which kept neither the refused requests nor the keys of answered ones
+                (world.root / "teacher/refused.jsonl").unlink(missing_ok=True)
+                for path in world.root.rglob(handoff.SIDECAR):
+                    about = json.loads(path.read_text())
+                    path.write_text(json.dumps({name: value for name, value in about.items() if name != "key"}))
+    for _ in range(2 if old else 1):
+        with contextlib.suppress(cli.UserError):
+            world.ask()
+    asked = Counter(digest for digest, _ in server.log)
+    assert world.answered == 90 and world.done == sorted({item.action for item in world.items})
+    assert max(asked.values()) <= (4 if old else 2), "a few were in flight when the run stopped"
+
+
+@pytest.mark.parametrize("answered", [0, 6])
+def test_a_wrong_parameter_ends_the_run_at_its_first_requests(server, world, answered):
+    """Replies of an earlier run with another body do not say that this one is right."""
+    server.plan = lambda asked: Fault(400, BLOCKED) if len(server.log) >= answered else None
+    world.stops(BLOCKED if not answered else "api_400 6", "--concurrency", "1")
+    server.plan = lambda asked: Fault(422, "metadata: no") if "metadata" in asked.body else None
+    before = len(server.log)
+    line = world.stops("--teacher_model: .*metadata: no", "--body", '{"metadata": {}}', "--concurrency", "1")
+    assert len(server.log) == before + 1 and "leaves metadata out" in line
+
+
+def test_a_joint_request_is_not_counted_as_refused(server, tmp_path, problems):
+    """12 of 24 questions have one rationale that is refused: 24 refusals, 12 of single requests."""
+    world = World(server, tmp_path / "q", "--together", "--concurrency", "2")
+    many_items(world.root, 96, problems)
+    bad = ["\n".join(handoff.form(handoff.read_rationale(item.folder)).split("\n")[1:-1]) for item in world.items
+           if item.action == 0][::2]  # fmt: skip
+    server.plan = lambda asked: Fault(400, BLOCKED) if any(text in asked.text for text in bad) else None
+    world.ask("--accept-missing")
+    assert world.answered == 84 and world.done == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -278,6 +370,25 @@ def test_other_servers_404(server, world, status, body):
 def test_an_address_with_a_password_is_refused_unseen(world, url):
     line = world.stops("--base_url: the address holds a user name", "--base_url", url)
     assert "pass" not in line.replace("password", "") and "me:" not in line
+
+
+MALFORMED = ["http://[::1:8000", "http://[bad]", "http://localhost:abc", "http://localhost:99999", "http://localhost:-1",
+             "http://local host:8000", "http://exa\tmple.com", "http://\x7fa", "http://a\u2003b", "http://a/v 1",
+             "http://[::1]8000", "http://", "http://:80", "https://fe80::1:8000"]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", MALFORMED)
+@pytest.mark.parametrize("teacher", ["claude", "openai"])
+@pytest.mark.parametrize("by", ["flag", "environment"])
+def test_a_malformed_address_is_refused_before_anything_is_asked(world, by, teacher, url, monkeypatch):
+    name = {"claude": "ANTHROPIC_BASE_URL", "openai": "OPENAI_BASE_URL"}[teacher]
+    argv = ["--questions_dir", str(world.root), "--data_root", "none", "--teacher", teacher, "--teacher_model", "m"]
+    if by == "flag":
+        argv += ["--base_url", url]
+    else:
+        monkeypatch.setenv(name, url)
+    line = stops(lambda: haiku.main(argv), f"{'--base_url' if by == 'flag' else name}: .*is no address")
+    assert line.isprintable()
 
 
 # -- the key ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 
 from ares import cli, files
 from ares.intervals import shares_interval
-from teacher import api_teacher
+from teacher import api_teacher, batches
 from teacher.prompts import judge_request
 from tests.api_server import KEY, ApiServer, Fault
 from tests.conftest import one_line_error, run_script
@@ -144,6 +144,36 @@ def test_other_texts_are_judged_anew_and_images_go_by_flag(server, systems, samp
     write(tmp_path / "a.json", [text.replace("mended", "mended once more") for text in preds], first["qids"])
     compare(systems, data_root, output, server, *few)
     assert len(server.log) == before + 80 and not any(asked.images for asked in server.asked[before:])
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [(("--questions", "10"), "hold 560 other items"), (("--protocol", "paper"), "hold 290 other items"),
+     (("--with_image", "--images", "{images}"), "hold [0-9]+ other items"),
+     (("--seed", "3", "--questions", "289"), "hold 2 other items"),
+     (("--split", "train"), "hold 580 other items")],
+)  # fmt: skip
+def test_pending_batches_are_collected_whole_or_not_at_all(
+    server, systems, sample, data_root, tmp_path, monkeypatch, flags, words
+):
+    """Other flags would not save the paid replies to the other requests, and later ask all of them again."""
+    monkeypatch.setattr(batches, "SETTLE_SECONDS", 0.05)
+    if "train" in flags:
+        qids = json.loads((data_root / "scienceqa/pid_splits.json").read_text())["train"]
+        for name in "cd":
+            write(tmp_path / f"{name}.json", [f"By {name}: {qid}." for qid in qids], qids)
+    argv = ["--data_root", str(data_root), "--output", str(tmp_path / "out"), "--base_url", server.url, "--batch",
+            "--no-cache", "--poll_seconds", "0.1"]  # fmt: skip
+    win_rate.main([*systems, *argv, "--submit-only"])
+    images = str(sample / "images")
+    others = [f"A={tmp_path / 'c.json'}", f"B={tmp_path / 'd.json'}"] if "train" in flags else systems
+    with pytest.raises(cli.UserError, match=f"the pending batches {words}.*with the flags they were submitted with"):
+        win_rate.main([*others, *argv, *(flag.format(images=images) for flag in flags)])
+    assert len(server.batches) == 1 and not list((tmp_path / "out").rglob("output_from_llm.txt"))
+    win_rate.main([*systems, *argv])
+    assert len(server.batches) == 1 and len(list((tmp_path / "out").rglob("output_from_llm.txt"))) == 2 * N
+    win_rate.main([*systems, *argv, *(["--questions", "10"])])  # nothing is pending
+    assert len(server.batches) == 1
 
 
 def test_offline_judge_prefers_the_gold_text(data_root, problems, tmp_path, capsys):
