@@ -38,6 +38,7 @@ from teacher.budget import Ledger
 from teacher.interface import FREE, MODEL, REFERENCE, SCORE, Teacher
 from teacher.live import ask_live
 from teacher.prompts import WORDING, scoring_request
+from teacher.reply_files import is_answered, read_sidecar
 from teacher.session import OURS, Report, Session
 
 HEARTBEAT = 60.0  # seconds between lines while --watch waits
@@ -313,16 +314,16 @@ def answer_shared(args: argparse.Namespace, items: Sequence[handoff.Item], probl
         theirs = divided(args, items, save=False)[0]
         session = make_session(args.asked, problems, client.make_teacher(args.asked))
         return estimate.preview(session, items if args.show else theirs, args.asked)
-    theirs, ours = divided(args, items)
     both = Report()
-    for flags, part in ((args, ours), (args.asked, theirs)):
+    for flags in (args, args.asked):
         with client.work_in(args.questions_dir, "--questions_dir", flags) as each:
             session = make_session(flags, problems, each)
             if flags is args:  # live, also beside batches of the other one
-                session.add(part)
+                theirs, ours = divided(args, items)
+                session.add(ours)
                 ask_live(session)
             else:
-                client.answer_items(session, part, flags)
+                client.answer_items(session, theirs, flags)
         cli.print0(f"{flags.teacher}: {session.report.summary()}")
         both.total += session.report.total
         both.unusable |= session.report.unusable
@@ -339,33 +340,40 @@ def divided(
 ) -> tuple[list[handoff.Item], list[handoff.Item]]:
     """(items for the other Teacher, items for the reward model), as asked.json says; with `save` new ones are added.
 
-    What is decided stays so in later runs. Identical rationales of a question go to the same one. Raises UserError if
-    the file was made with other flags, or if batches are pending that hold items of the reward model.
+    What is decided of a rationale stays so in later runs; one that the other Teacher has scored is its own. Identical
+    rationales of a question go to the same one. Raises UserError if the file was made with other flags, or if batches
+    are pending that hold items of the reward model.
     """
     path = Path(args.questions_dir) / OURS / ASKED
     settings = {"ask": args.ask, "ask_share": args.ask_share, "ask_seed": args.ask_seed}
-    decided = read_asked(path, settings, args.questions_dir)
+    before = read_asked(path, settings, args.questions_dir)
     texts = {item: (item.qid, tuple(_sentences(item))) for item in items}
-    sides = {text: decided[item.name] for item, text in texts.items() if item.name in decided}
+    sides: dict[tuple, str] = {}
+    for item, text in texts.items():
+        side, digest = before.get(item.name, ("", ""))
+        if digest == _digest(text):  # else of another rationale that lay here: a folder is used for every round
+            sides[text] = side
+        elif read_sidecar(item.folder).get("teacher") == args.ask_teacher and is_answered(SCORE, item.folder):
+            sides.setdefault(text, args.ask_teacher)  # paid for already
     new = list(dict.fromkeys(text for text in texts.values() if text not in sides))
     if args.ask == "random":
         asked = [text for text in new if _draw(args.ask_seed, text) < args.ask_share]
     else:
         wanted = round(args.ask_share * (len(sides) + len(new))) - sum(side != MODEL for side in sides.values())
-        doubt = dict(zip(new, map(uncertainty, args.model_teacher.predict(new)), strict=True))
+        doubt = dict(zip(new, args.model_teacher.expected_errors(new), strict=True))
         asked = sorted(new, key=lambda text: (-doubt[text], _draw(args.ask_seed, text)))[: max(0, wanted)]
     sides |= dict.fromkeys(new, MODEL) | {text: args.ask_teacher for text in asked if text[1]}
-    decided |= {item.name: sides[text] for item, text in texts.items()}
-    theirs = [item for item in items if decided[item.name] != MODEL]
+    theirs = [item for item in items if sides[texts[item]] != MODEL]
     if save:
         client.check_pending(args.questions_dir, SCORE, theirs, args.asked)
-        files.write_json(path, {**settings, "rationales": decided}, indent=0)
-    return theirs, [item for item in items if decided[item.name] == MODEL]
+        decided = {item.name: [sides[text], _digest(text)] for item, text in texts.items()}
+        files.write_json(path, {**settings, "rationales": before | decided}, indent=0)
+    return theirs, [item for item in items if sides[texts[item]] == MODEL]
 
 
-def uncertainty(scores: Sequence[float]) -> float:
-    """Mean of p(1-p) over a rationale's sentences: a Teacher's scores are near 0 or 1; 0 without a sentence."""
-    return sum(p * (1 - p) for p in scores) / len(scores) if scores else 0.0
+def _digest(text: tuple[str, tuple[str, ...]]) -> str:
+    """Names a rationale of a question."""
+    return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
 
 
 def _draw(seed: int, text: tuple[str, tuple[str, ...]]) -> float:
@@ -374,15 +382,18 @@ def _draw(seed: int, text: tuple[str, tuple[str, ...]]) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def read_asked(path: Path, settings: dict[str, Any], root: str) -> dict[str, str]:
-    """Name of an item -> who scores it, from asked.json; {} if there is none. Raises UserError for a damaged file, and
-    for one of other flags."""
+def read_asked(path: Path, settings: dict[str, Any], root: str) -> dict[str, list[str]]:
+    """Name of an item -> (who scores it, `_digest` of its rationale), from asked.json; {} if there is none. Raises
+    UserError for a damaged file, and for one of other flags."""
     files.refuse_links(path, root)
     if not path.exists():
         return {}
     found = files.read_json(path, "--ask_share", dict)
     decided = found.get("rationales")
-    if not isinstance(decided, dict) or not all(isinstance(side, str) for side in decided.values()):
+    if not isinstance(decided, dict) or not all(
+        isinstance(one, list) and len(one) == 2 and all(isinstance(word, str) for word in one)
+        for one in decided.values()
+    ):
         raise cli.UserError(f"--ask_share: {path} is damaged; delete it: the rationales are then divided anew")
     if changed := [name for name, value in settings.items() if found.get(name) != value]:
         was = ", ".join(f"--{name} {found.get(name)}" for name in changed)

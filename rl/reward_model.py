@@ -392,6 +392,14 @@ def read_folder(folder: str | os.PathLike, args: Any) -> argparse.Namespace:
     return argparse.Namespace(**flags, model=str(folder), tokenizer=None)
 
 
+def read_errors(path: Path) -> list[float]:
+    """`error_by_score` of metrics.json. Raises UserError."""
+    errors = files.read_json(path, "--reward_model", dict, nan=True).get("error_by_score")
+    if not isinstance(errors, list) or len(errors) != 11 or not all(isinstance(one, (int, float)) for one in errors):
+        raise UserError(f"--reward_model: {path} has no error_by_score, 11 numbers; train the model again")
+    return errors
+
+
 class RewardTeacher:
     """A Teacher (teacher/interface.py) that answers with a reward model's predictions: free, offline, deterministic on
     a CPU. `args`: data flags, of which those that are not None replace the recorded ones.
@@ -414,6 +422,7 @@ class RewardTeacher:
         for path in sorted(self.folder.glob("*.safetensors")):
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
+        self.errors = read_errors(self.folder / METRICS)
         self.model = f"{self.folder.resolve().name}-{digest.hexdigest()[:12]}"
         self.scorer: Scorer | None = None
         self.known: dict[str, list[float]] = {}  # key -> scores
@@ -469,6 +478,15 @@ class RewardTeacher:
     def predict(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
         """The scores of each (question, its sentences)."""
         return self._predict(self._read(asked))
+
+    def expected_errors(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[float]:
+        """The mean error to be expected of the predictions for each rationale, from those of held-out questions; 0
+        without a sentence. The predictions are kept for `answer`."""
+        found: list[list[float]] = []
+        starts = range(0, len(asked), ASKED)
+        for start in cli.progress(starts, desc="predicting", unit=f"{ASKED} rationales"):
+            found += self.predict(asked[start : start + ASKED])
+        return [sum(self.errors[round(10 * p)] for p in scores) / max(1, len(scores)) for scores in found]
 
     def _predict(self, rationales: Sequence[Rationale]) -> list[list[float]]:
         keys = [self._key(row.qid, row.sentences) for row in rationales]

@@ -170,6 +170,17 @@ def way(found: Mapping[str, Any]) -> float | None:
     return 1 - found["all"][OURS_NAME]["mean_difference"] / baseline if baseline else None
 
 
+def errors_by_score(predicted: Scores, rationales: Sequence[Any]) -> list[float]:
+    """Mean absolute error of the predictions that round to 0.0, 0.1 ... 1.0, with the mean of all errors counted five
+    times in each: what to expect of a prediction of that size."""
+    errors: list[list[float]] = [[] for _ in range(11)]
+    for mine, rationale in zip(predicted, rationales, strict=True):
+        for p, score in zip(mine, rationale.scores, strict=True):
+            errors[round(10 * p)].append(abs(p - score))
+    overall = fmean(error for each in errors for error in each)
+    return [fmean([*each, *[overall] * 5]) for each in errors]
+
+
 def measure(scorer: Any, train: Sequence[Any], held_out: Sequence[Any], problems: Mapping, authors: Counter) -> dict:
     """The agreement on held-out rationales, as metrics.json holds it."""
     means = means_by_position(train)
@@ -183,7 +194,8 @@ def measure(scorer: Any, train: Sequence[Any], held_out: Sequence[Any], problems
             reference.score_sentences(problems[row.qid], row.sentences) for row in held_out
         ]
     found = compare(predicted, held_out, {qid: problem.get("subject") for qid, problem in problems.items()})
-    return {"agreement": found, "way": way(found), "questions": len({row.qid for row in held_out}),
+    return {"agreement": found, "way": way(found), "error_by_score": errors_by_score(predicted[OURS_NAME], held_out),
+            "questions": len({row.qid for row in held_out}),
             "rationales": len(held_out)}  # fmt: skip
 
 

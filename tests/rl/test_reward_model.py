@@ -579,8 +579,10 @@ def server(api_environment):
         yield server
 
 
-def asked_file(root: Path) -> dict:
-    return files.read_json(root / "teacher/asked.json", "test", dict)
+def sides(root: Path) -> dict[str, str]:
+    """Item -> who scores it, by asked.json."""
+    return {name: side for name, (side, _) in
+            files.read_json(root / "teacher/asked.json", "test", dict)["rationales"].items()}  # fmt: skip
 
 
 @pytest.mark.parametrize("how", ["random", "uncertain"])
@@ -591,7 +593,7 @@ def test_a_share_is_asked_and_stays_the_same(world, tmp_path, server, how):
     shutil.copytree(folders[0], twin)
     share = ("--base_url", server.url, "--ask_share", "0.25", "--ask", how, "--max_usd", "1")
     ask(world, root, *share)
-    decided = asked_file(root)["rationales"]
+    decided = sides(root)
     assert decided == authors(root) and len(decided) == len(folders) + 1
     paid = {name for name, side in decided.items() if side == "claude"}
     assert decided[f"7/p0/{twin.name}"] == decided[f"0/p0/{twin.name}"]
@@ -604,8 +606,9 @@ def test_a_share_is_asked_and_stays_the_same(world, tmp_path, server, how):
     if how == "uncertain":
         assert len(texts) == round(0.25 * len({(p.name, *handoff.read_rationale(p)) for p in folders}))
         teacher = reward_model.RewardTeacher(world.trained, SimpleNamespace())
-        doubt = {item.name: haiku.uncertainty(teacher.predict([(item.qid, handoff.read_rationale(item.folder))])[0])
+        doubt = {item.name: teacher.expected_errors([(item.qid, handoff.read_rationale(item.folder))])[0]
                  for item in handoff.iter_items(root)}  # fmt: skip
+        assert len(set(doubt.values())) > 5
         assert min(doubt[name] for name in paid) >= max(doubt[name] for name in decided.keys() - paid) - 1e-9
     # a restart asks only what is open, of the same Teacher as before; new items do not change what was decided
     for item in handoff.iter_items(root)[::3]:
@@ -613,7 +616,7 @@ def test_a_share_is_asked_and_stays_the_same(world, tmp_path, server, how):
     lay_out(tmp_path / "more", world.problems, world.qids[:6], seed=7, k=1)
     shutil.copytree(tmp_path / "more/0", root / "8")
     ask(world, root, *share)
-    later = asked_file(root)["rationales"]
+    later = sides(root)
     assert {name: later[name] for name in decided} == decided and len(later) == len(decided) + 6
     assert authors(root) == later and {name: scores(root)[name] for name in before} == before
     assert len(server.log) <= len(texts) + 6, "replies were in the cache"
@@ -621,6 +624,49 @@ def test_a_share_is_asked_and_stays_the_same(world, tmp_path, server, how):
     # what was paid for is what the next reward model learns from
     found, counts = train_reward_model.read_scored([str(root)], False)
     assert set(counts) == {"claude claude-haiku-5-5"} and len(found) < len(texts) + 7
+
+
+def test_a_decision_is_about_a_rationale_not_about_a_folder(world, tmp_path, server):
+    """The next round's rationales lie in the same folders; the Teacher's own replies are not asked about again."""
+    root = tmp_path / "questions"
+    share = ("--base_url", server.url, "--ask_share", "0.3", "--max_usd", "1")
+    asked = []
+    for seed in (11, 12):
+        lay_out(root, world.problems, world.qids, seed=seed)
+        for item in handoff.iter_items(root):
+            for name in (handoff.REPLY, handoff.SCORES, handoff.SIDECAR):
+                (item.folder / name).unlink(missing_ok=True)
+        ask(world, root, *share)
+        asked.append({item.name for item in handoff.iter_items(root) if sides(root)[item.name] == "claude"})
+        texts = {
+            item.name: (item.qid, tuple(handoff.read_rationale(item.folder))) for item in handoff.iter_items(root)
+        }
+        assert asked[-1] == {name for name, text in texts.items() if haiku._draw(0, text) < 0.3}
+    assert asked[0] != asked[1]
+    # all are Claude's before a share is asked for: none goes to the model, none is paid for again
+    paid, count = tmp_path / "paid", len(server.log)
+    for folder in lay_out(paid, world.problems, world.qids, seed=13):
+        answer(folder)
+    ask(world, paid, *share)
+    assert set(sides(paid).values()) == {"claude"} == set(authors(paid).values()) and len(server.log) == count
+
+
+def test_expected_errors_are_those_of_held_out_predictions_of_that_size(world):
+    rows = [reward_model.Rationale("1", (), (), (), (0.0, 1.0)), reward_model.Rationale("1", (), (), (), (0.4,))]
+    found = train_reward_model.errors_by_score([[0.3, 0.96], [0.3]], rows)
+    overall = statistics.fmean([0.3, 0.04, 0.1])
+    assert found[3] == pytest.approx((0.3 + 0.1 + 5 * overall) / 7) and found[10] == pytest.approx(
+        (0.04 + 5 * overall) / 6
+    )
+    assert found[:3] + found[4:10] == [pytest.approx(overall)] * 9
+    teacher = reward_model.RewardTeacher(world.trained, SimpleNamespace())
+    asked = [(world.qids[0], [said(True, random.Random(1)), said(False, random.Random(2))]), (world.qids[1], [])]
+    [scores, none] = teacher.predict(asked)
+    assert teacher.predict([(world.qids[2], [])]) == [[]], "a pass without a sentence"
+    errors = files.read_json(world.trained / "metrics.json", "test", dict)["error_by_score"]
+    assert none == [] and teacher.expected_errors(asked) == [
+        pytest.approx(statistics.fmean(errors[round(10 * p)] for p in scores)), 0.0
+    ]  # fmt: skip
 
 
 def test_a_share_is_random_by_rationale_not_by_order():
@@ -637,7 +683,7 @@ def test_a_budget_stop_keeps_what_the_model_scored(world, tmp_path, server, caps
     with pytest.raises(UserError) as stopped:
         ask(world, root, *share, "--max_usd", "0.0005")
     assert stopped.value.status == 3
-    decided, found = asked_file(root)["rationales"], authors(root)
+    decided, found = sides(root), authors(root)
     assert {name for name, side in decided.items() if side == "model"} <= found.keys() < decided.keys()
     assert not any(handoff.is_done(root, action) for action in range(RATIONALES))
     ask(world, root, *share)
@@ -658,7 +704,7 @@ def test_batches_for_the_share(world, tmp_path, server, monkeypatch):
     assert set(authors(root).values()) == {"model"} and len(server.batches) == 1
     assert not any(handoff.is_done(root, action) for action in range(RATIONALES))
     ask(world, root, *share)
-    assert authors(root) == asked_file(root)["rationales"] and len(server.batches) == 1
+    assert authors(root) == sides(root) and len(server.batches) == 1
     assert all(handoff.is_done(root, action) for action in range(RATIONALES))
 
 
@@ -682,7 +728,7 @@ def test_the_share_may_be_asked_together(world, tmp_path, server):
     root = tmp_path / "questions"
     lay_out(root, world.problems, world.qids[:8], seed=8)
     ask(world, root, "--base_url", server.url, "--ask_share", "0.7", "--together")
-    decided = asked_file(root)["rationales"]
+    decided = sides(root)
     paid = [name for name, side in decided.items() if side == "claude"]
     assert authors(root) == decided and len(server.log) == len({name.split("/")[-1] for name in paid}) < len(paid)
     refused(lambda: ask(world, root, "--check", "3", "--against", "apart"), "--teacher model has no --together")
