@@ -135,8 +135,10 @@ def sample_speed(report: Report, args: argparse.Namespace, bench: Sampling) -> N
     rows, steps = len(bench.lengths), int(bench.lengths.max())
     for mode in ("off", "on"):
         decoding.use_graphs(mode)
-        step = milliseconds(bench.generate, args.device) / steps
-        report.add(f"generation, --decode_graph {mode}", f"{step:.2f} ms a step", f"of {steps}, {rows} rows at first")
+        step, name = milliseconds(bench.generate, args.device) / steps, f"generation, --decode_graph {mode}"
+        report.add(name, f"{step:.2f} ms a step", f"of {steps}, {rows} rows at first")
+        if decoding.graph_mode != mode:
+            report.add(name, "FAILED", "no graph could be captured; logs.txt says why")
     decoding.use_graphs("auto")
     whole, generation = (milliseconds(one, args.device) for one in (bench.sample, bench.generate))
     report.add(f"batch of {rows}", f"{whole / 1000:.3f} s", f"{rows / whole * 1000:.0f} rationales a second")

@@ -6,9 +6,12 @@ import argparse
 import json
 import os
 import subprocess
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from ares import decoding
 from benchmarks import bench_gpu, rl_memory, table
 from tests.conftest import ROOT
 
@@ -38,6 +41,18 @@ def test_a_failing_section_is_reported_and_the_next_one_runs(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_capture_that_failed_is_reported_not_timed_as_a_graph(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoding, "graph_mode", "auto")
+    for fails in (False, True):
+        generate = (lambda: decoding.use_graphs("off")) if fails else lambda: None
+        bench = SimpleNamespace(lengths=torch.tensor([3, 5]), sample=lambda: None, generate=generate)
+        report = bench_gpu.Report(tmp_path / str(fails), seconds=60)
+        bench_gpu.sample_speed(report, argparse.Namespace(device="cpu"), bench)
+        lines = map(json.loads, (tmp_path / str(fails) / "results.jsonl").read_text().splitlines())
+        failed = [line["name"] for line in lines if line["value"] == "FAILED"]
+        assert failed == ["generation, --decode_graph on"] * fails
+
+
 def test_a_gpus_results_fill_their_column_and_a_missing_stage_is_not_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(table, "KEPT", tmp_path / "speed.json")
     monkeypatch.setattr(table, "RESULTS", tmp_path / "RESULTS.md")
@@ -60,7 +75,6 @@ def test_a_gpus_results_fill_their_column_and_a_missing_stage_is_not_measured(tm
 
 def test_live_tensors_are_counted_until_they_are_freed():
     """One linear layer under the script's autocast, byte by byte."""
-    import torch
     import torch.nn.functional as F
 
     with rl_memory.counting() as live:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -455,18 +456,28 @@ def test_rows_of_one_question_share_its_encoding_and_its_gradient(models, t5_tok
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_same_ids_get_the_same_numbers(world, t5_tokenizer):
-    """fp32 on the GPU against the CPU within 1e-3; then bf16 with halved weights from end to end."""
-    prompt = prompt_batch(t5_tokenizer)
+def test_on_a_gpu_the_same_ids_get_the_same_numbers(monkeypatch):
+    """fp32 on the GPU against the CPU within 1e-3; then bf16 with halved weights from end to end. Random weights and
+    prompts, so that nothing has to be there but a GPU."""
+    monkeypatch.setattr(decoding, "graph_mode", "auto")
+    policy, value = rl_tools.small_models(torch.float32)
+    reference = copy.deepcopy(policy)
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(0.9)
+    g = torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(2, rl_tools.SMALL_VOCABULARY, (3, 8), generator=g), torch.ones(3, 8, dtype=torch.long)
+    ids[1, 6:] = mask[1, 6:] = 0
+    prompt = {"input_ids": ids, "attention_mask": mask}
+    prompt["image_ids"] = torch.randn(3, *rl_tools.SMALL_PATCHES, generator=g)
     there = {name: tensor.cuda() for name, tensor in prompt.items()}
-    one = [load(world), load(world), load(world, value=True)]
-    two = [load(world, value).cuda() for value in (False, False, True)]
-    sampled = sampling.sample_batch(sampling.Models(*two), there, SOME, seed=7)
+    one = [model.requires_grad_(False) for model in (policy, reference, value)]
+    two = [copy.deepcopy(model).cuda() for model in one]
+    how = Sampling(k=3, do_sample=True, top_k=5, top_p=1.0, output_len=80)  # beyond the cache's first capacity
+    sampled = sampling.sample_batch(sampling.Models(*two), there, how, seed=7)
     for name, model in zip(("logprobs", "ref_logprobs", "values"), one, strict=True):
         want = sampling.evaluate_actions(model, prompt, sampled["actions"], 3, value=name == "values")
         torch.testing.assert_close(sampled[name], want, atol=1e-3, rtol=1e-3)
     with torch.autocast("cuda", torch.bfloat16):
-        sampled = sampling.sample_batch(
-            sampling.Models(*map(actor_critic.cast_linears_bf16, two)), there, SOME, seed=7
-        )
+        sampled = sampling.sample_batch(sampling.Models(*map(actor_critic.cast_linears_bf16, two)), there, how, seed=7)
     assert all(sampled[name].isfinite().all() for name in ("logprobs", "ref_logprobs", "values"))
+    assert decoding.graph_mode == "auto", "a capture failed"
