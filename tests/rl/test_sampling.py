@@ -179,6 +179,37 @@ def test_halved_weights_give_the_numbers_of_autocast(world, t5_tokenizer, value)
             assert torch.equal(written[0][0], written[1][0])
 
 
+@pytest.mark.parametrize("kept", ["whole", "halved", "trained"])
+def test_values_are_not_rounded_to_half_precision(world, t5_tokenizer, kept):
+    """Under autocast the value head is computed in fp32, of whatever states: GAE takes differences of neighbours."""
+    prompt = prompt_batch(t5_tokenizer)
+    model = load(world, value=True)
+    with torch.no_grad():
+        model.v_head[2].bias.fill_(1.0)  # bf16 near 1: steps of 0.008
+    if kept == "halved":
+        model = actor_critic.cast_linears_bf16(model)
+        assert {p.dtype for p in model.v_head.parameters()} == {torch.float32}
+        assert model.decoder.block[0].layer[0].SelfAttention.q.weight.dtype == torch.bfloat16
+    model.requires_grad_(kept == "trained")
+    actions = torch.cat([torch.zeros(3, 1, dtype=torch.long), torch.arange(3 * 11).view(3, 11) + 50], 1)
+    heads, head = [], model.v_head.forward
+    model.v_head.forward = lambda states: heads.append((states, head(states)[..., 0])) or head(states)
+    with torch.autocast("cpu", torch.bfloat16):
+        states = actor_critic.encode(model, prompt)
+        plain = model(**prompt, decoder_input_ids=actions[:, :-1])
+        packed = actor_critic.state_values(model, states, prompt["attention_mask"], None, actions)
+        joint = actor_critic.ActorCritic(model, model)(prompt, None, actions, None, with_policy=False)[2]
+    assert len(heads) == 3
+    for values in (plain, packed, joint):
+        assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
+        torch.testing.assert_close(values, plain, atol=1e-6, rtol=0)
+    for states, values in heads:
+        torch.testing.assert_close(head(states.float())[..., 0], values, atol=1e-6, rtol=0)
+    if kept == "trained":
+        joint.sum().backward()
+        assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in model.v_head.parameters())
+
+
 def test_rows_leave_when_they_have_ended(models, t5_tokenizer, monkeypatch):
     """The work done follows the real lengths, not the longest."""
     prompt, sizes = prompt_batch(t5_tokenizer), []
