@@ -204,7 +204,7 @@ class SFTTrainer(Seq2SeqTrainer):
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         with files.writing(folder):
-            self.save_model(str(staging))  # on every rank: FSDP and DeepSpeed gather here
+            self.save_model(str(staging))  # the library writes on rank 0 only
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             with files.writing(folder):
@@ -221,8 +221,7 @@ class SFTTrainer(Seq2SeqTrainer):
 
 
 def dry_run_wanted(trainer: SFTTrainer) -> bool:
-    """Whether `dry_run` can tell something: on a GPU, and where one process holds a whole model."""
-    return on_gpu(trainer.args.device) and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    return on_gpu(trainer.args.device)
 
 
 def dry_run(trainer: SFTTrainer) -> None:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import main as script
+import run_mm_cot_lora
 from ares.cli import UserError
 from model import T5ForMultimodalGeneration
 from sft import run as sft_run
@@ -487,6 +488,23 @@ def test_failed_answers_and_formats_without_one(predictor_parts):
 
 
 # -- training --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", ["FSDP true", "FSDP True", "FSDP 1", "DEEPSPEED true", "MEGATRON_LM true"])
+@pytest.mark.parametrize("what", [[], ["--evaluate_dir", "DIR"]], ids=["train", "evaluate"])
+def test_a_launcher_that_splits_the_model_is_refused(asked, what, tmp_path, monkeypatch):
+    """Before data is read: training would run for hours, and then crash where it generates."""
+    name, value = asked.split()
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", value)
+    argv = ["--data_root", f"{tmp_path}/nowhere", "--model", str(tmp_path)]
+    argv += [str(tmp_path) if word == "DIR" else word for word in what]
+    for module in (script, run_mm_cot_lora):
+        with pytest.raises(UserError, match=f"(?i)asks for {name}.*configs/ddp.yaml"):
+            module.main(argv)
+        monkeypatch.setenv(f"ACCELERATE_USE_{name}", "false")
+        with pytest.raises(UserError, match="nowhere|adapter_config"):
+            module.main(argv)
+        monkeypatch.setenv(f"ACCELERATE_USE_{name}", value)
 
 
 def test_the_recipe_is_the_released_one(tmp_path):
