@@ -34,6 +34,7 @@ from model import choose_attention
 from sft.batching import DistributedBatches, LengthGroupedBatches, TokenBudgetBatches, lengths
 from sft.predict import Predictor
 from utils_data import IGNORE, batches_pin_themselves
+from vision.extraction import default_workers
 
 COMPLETE = "complete"  # written last into a checkpoint's folder: without it the folder does not count
 METRICS = "metrics.json"  # written last into a trained model's folder
@@ -45,7 +46,8 @@ SYNC_STEPS = 8  # with several processes: how often they agree on a save or a st
 def set_up(args: argparse.Namespace, folder: Path, examples: int) -> Seq2SeqTrainingArguments:
     """The library's arguments for these flags. Starts the process group; `.device` is this process's device."""
     steps = math.ceil(examples / (args.bs * cli.world_size()))
-    workers = args.workers if args.workers is not None else 2 if torch.cuda.is_available() else 0
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    workers = args.workers if args.workers is not None else min(2, default_workers(kind))
     bf16 = cli.mixed_precision(args.precision) == "bf16"
     args.precision = "bf16" if bf16 else "fp32"  # args.yaml records what ran
     if not bf16:

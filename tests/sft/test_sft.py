@@ -507,6 +507,16 @@ def test_a_launcher_that_splits_the_model_is_refused(asked, what, tmp_path, monk
         monkeypatch.setenv(f"ACCELERATE_USE_{name}", value)
 
 
+@pytest.mark.parametrize(("free", "flags", "workers"), [(4e9, "", 2), (64e6, "", 0), (64e6, "--workers 3", 3)])
+def test_worker_processes_need_shared_memory(free, flags, workers, tmp_path, monkeypatch):
+    """Beside a GPU two, but none in a container with Docker's 64 MB, unless they are asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(trainer, "Seq2SeqTrainingArguments", lambda **how: SimpleNamespace(n_gpu=1, **how))
+    args = script.parse_args(f"--precision fp32 {flags}".split())
+    assert trainer.set_up(args, tmp_path, examples=24).dataloader_num_workers == workers
+
+
 def test_the_recipe_is_the_released_one(tmp_path):
     """The defaults of transformers' Trainer: AdamW with weight decay, linear decay from the first step, clip 1."""
     args = script.parse_args("--bs 4 --lr 8e-5 --epoch 3 --seed 7 --precision fp32".split())
