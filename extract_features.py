@@ -102,9 +102,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print0(f"{file}: {len(images)} rows, there already")
         return
 
-    import torch
-
-    torch.backends.cudnn.deterministic = True
     keep_freed_memory()
     device = pick_device(args.device)
     weights = "random" if args.random_weights else args.weights or "pretrained"

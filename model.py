@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -273,7 +274,15 @@ class T5ForMultimodalGenerationValueFunction(T5ForMultimodalGeneration):
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_ids, attention_mask, image_ids)
         states = self._decode(encoder_outputs, attention_mask, decoder_input_ids, decoder_attention_mask, labels)
-        return self.v_head(states).squeeze(-1)  # (B, L, d) -> (B, L)
+        return self.values(states)
+
+    def values(self, states: torch.Tensor) -> torch.Tensor:
+        """Values (B, L) of decoder states (B, L, d), in the precision of `v_head`'s weights under autocast, too:
+        advantages are differences of neighbouring values, for which bf16 is too coarse (steps of 0.008 near 1)."""
+        device = states.device.type
+        full = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+        with full:
+            return self.v_head(states.to(self.v_head[0].weight.dtype)).squeeze(-1)
 
 
 def save_value_function(

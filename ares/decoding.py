@@ -12,7 +12,9 @@ launched as a whole (--decode_graph). A graph has fixed shapes: attention then r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +102,38 @@ def generate(
     return ids, logprobs
 
 
+@functools.cache
+def _first_graph(device: torch.device) -> tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]:
+    """A graph that is never freed, and with it the memory pool of all graphs; and the stream of all captures.
+
+    With a pool and a stream for each capture memory would grow: a pool's memory is used again on its own stream only,
+    that of freed graphs is no use to a later capture, and cuBLAS keeps a workspace for each stream.
+    """
+    graph, stream, x = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.zeros(1, device=device)
+    with _capturing(graph, stream, torch.cuda.graph_pool_handle()):
+        x.zero_()
+    return graph, stream
+
+
+@contextlib.contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool: tuple[int, int]) -> Iterator[None]:
+    """Capture the block as `graph`. Raises RuntimeError, with the allocator as it was before, if that fails."""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        try:
+            graph.capture_begin(pool, capture_error_mode="thread_local")  # another thread may be pinning memory
+            try:
+                yield
+            finally:
+                graph.capture_end()
+        except BaseException:
+            graph.reset()
+            # older torch does not do so after an invalid capture, and then never frees its cache when memory lacks
+            with contextlib.suppress(RuntimeError, AttributeError):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            raise
+
+
 @dataclass
 class _Layer:
     """A decoder block and its cache: keys and values of the rows (n, H, capacity, D), of the prompts (Q, H, S, D)."""
@@ -118,13 +152,14 @@ class StepDecoder:
     k rows of a prompt share its keys and values.
 
     `static`: nothing in a step depends on the position but a tensor, so the step can be a CUDA graph. It is captured
-    whenever shapes change: when the capacity is doubled or rows are removed. Each call captures its own, because under
-    autocast a graph reads the weights' copies in half precision, which live as long as the caller's context.
+    at the second step of each shape: at first, after the capacity was doubled, after rows were removed. Each call
+    captures its own, because under autocast a graph reads the weights' copies in half precision, which live as long as
+    the caller's context.
     """
 
     def __init__(self, policy: nn.Module, states: Tensor, attention_mask: Tensor, k: int, static: bool = False):
         self.policy, self.static, self.length = policy, static, 0
-        self.captures, self.graph = static and states.is_cuda, None
+        self.captures = static and states.is_cuda
         self.heads, self.dim = policy.config.num_heads, policy.config.d_kv
         self.slots = None  # (n,) indices of the rows in (Q, k); None: all of them, in order
         self.k, self.questions = k, len(states)
@@ -156,11 +191,11 @@ class StepDecoder:
         future = torch.ones(capacity, capacity, dtype=torch.bool, device=bias.device).triu_(1)
         # (1, H, capacity, capacity); fused attention does not accept the library's strides
         self.bias = bias.masked_fill(future, -torch.inf).contiguous()
-        self.graph = None
+        self.graph, self.warm = None, False
 
     def keep(self, rows: Tensor) -> None:
         """Continue with these rows (n,) of the present ones only."""
-        self.graph = None
+        self.graph, self.warm = None, False
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
         slots = rows if self.slots is None else self.slots[rows]
@@ -177,11 +212,12 @@ class StepDecoder:
         if self.length == self.layers[0].keys.size(2):
             self._grow(2 * self.length)
         self.position.fill_(self.length)
-        # the first step runs as it is: what PyTorch does once, such as casting weights, must not be in a graph
-        if self.captures and self.graph is None and self.length:
+        # the first step of these shapes runs as it is: what is done once, such as casting weights or loading cuBLAS's
+        # kernels, must not be in a graph
+        if self.captures and self.graph is None and self.warm:
             self._capture(tokens)
         if self.graph is None:
-            logits = self._logits(tokens)
+            logits, self.warm = self._logits(tokens), True
         else:
             self.tokens.copy_(tokens)
             self.graph.replay()
@@ -192,22 +228,22 @@ class StepDecoder:
     def _capture(self, tokens: Tensor) -> None:
         """Capture a step as `graph`, from `tokens` to `logits`; if that fails, say so and go on without."""
         self.tokens = tokens.clone()
-        try:
-            graph, stream, here = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
-            stream.wait_stream(here)
-            with torch.cuda.stream(stream):
-                graph.capture_begin(capture_error_mode="thread_local")  # another thread may be pinning memory
-                try:
+        for first in (True, False):
+            try:
+                graph = torch.cuda.CUDAGraph()
+                kept, stream = _first_graph(tokens.device)
+                with _capturing(graph, stream, kept.pool()):
                     self.logits = self._logits(self.tokens)
-                finally:
-                    graph.capture_end()
-            here.wait_stream(stream)
-            self.graph = graph
-        except RuntimeError as error:
-            why = in_one_line(error, 160)
-            print0(f"note: decoding goes on without CUDA graphs, as with --decode_graph off ({why})")
-            use_graphs("off")
-            self.static = self.captures = False
+                self.graph = graph
+                return
+            except RuntimeError as error:
+                why, full = in_one_line(error, 160), isinstance(error, torch.OutOfMemoryError)
+            if not (first and full):
+                break
+            torch.cuda.empty_cache()  # no allocation within a capture does that; here no exception holds tensors
+        print0(f"note: decoding goes on without CUDA graphs, as with --decode_graph off ({why})")
+        use_graphs("off")
+        self.static = self.captures = False
 
     def _logits(self, tokens: Tensor) -> Tensor:
         t = self.length

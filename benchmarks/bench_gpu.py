@@ -1,6 +1,7 @@
 """What one GPU says: same numbers, speed of sampling and PPO, peak memory against the computed table, top kernels.
 
     python benchmarks/bench_gpu.py --size base --device cuda --out gpu_out      # the second part of gpu.sh
+    python benchmarks/bench_gpu.py --size base --device cuda --out gpu_out --memory             # and its last one
     python benchmarks/bench_gpu.py --table gpu_out                              # all that gpu.sh measured, one table
 
 Results go to OUT/results.jsonl, one line each, profiles to OUT/logs.txt. A section that fails is reported, and the
@@ -89,9 +90,7 @@ class Sampling:
         self.device, count = args.device, sizes["questions"]
         self.world = rl_common.World(args, count)
         self.plain = self.world.models
-        half = actor_critic.cast_linears_bf16 if args.device == "cuda" else lambda model: model
-        models = (self.plain.policy, self.plain.reference, self.plain.value_function)
-        self.models = sampling.Models(*(half(copy.deepcopy(model).requires_grad_(False)) for model in models))
+        self.models = self.world.sampling_models()
         self.how = sampling.Sampling(K, True, 50, 1.0, sizes["length"])
         qids = sorted(self.world.dataset.qids, key=lambda qid: -self.world.prompts.lengths[qid])
         self.prompt = self.world.prompts.batch(qids)
@@ -135,8 +134,10 @@ def sample_speed(report: Report, args: argparse.Namespace, bench: Sampling) -> N
     rows, steps = len(bench.lengths), int(bench.lengths.max())
     for mode in ("off", "on"):
         decoding.use_graphs(mode)
-        step = milliseconds(bench.generate, args.device) / steps
-        report.add(f"generation, --decode_graph {mode}", f"{step:.2f} ms a step", f"of {steps}, {rows} rows at first")
+        step, name = milliseconds(bench.generate, args.device) / steps, f"generation, --decode_graph {mode}"
+        report.add(name, f"{step:.2f} ms a step", f"of {steps}, {rows} rows at first")
+        if decoding.graph_mode != mode:
+            report.add(name, "FAILED", "no graph could be captured; logs.txt says why")
     decoding.use_graphs("auto")
     whole, generation = (milliseconds(one, args.device) for one in (bench.sample, bench.generate))
     report.add(f"batch of {rows}", f"{whole / 1000:.3f} s", f"{rows / whole * 1000:.0f} rationales a second")
@@ -226,12 +227,17 @@ def table(folder: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     args = common.parse(
         __doc__, argv, out=("gpu_out", "folder of the results"), seconds=(180, "no section begins after this time"),
+        memory=(False, "the memory section alone, else all others"),
         table=("", "only print the table of this folder of results"),
     )  # fmt: skip
     if args.table:
         return print(table(Path(args.table)))
     sizes = REAL if args.device == "cuda" else SMALL
     report = Report(Path(args.out), args.seconds)
+    if args.memory:
+        for size in (args.size, *(["large"] if args.device == "cuda" else [])):
+            report.run("memory", memory, args, size)
+        return
     report.run("machine", machine, args)
     made: list[Sampling] = []
     report.run("models and prompts", lambda report: made.append(Sampling(args, sizes)))
@@ -240,8 +246,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.run("sampling", sample_speed, args, bench)
     made.clear()
     report.run("PPO", ppo_speed, args, sizes)
-    for size in (args.size, *(["large"] if args.device == "cuda" else [])):
-        report.run("memory", memory, args, size)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from ares import cli
 from ares.decoding import action_mask
 from benchmarks import common, limits, released_recipe, released_rl, rl_common
-from rl import flags, minibatches, ppo, sampling
+from rl import flags, memory, minibatches, ppo, sampling
 from rl import trainer as ppo_trainer
 from rl.metrics import Metrics
 from rl.rollouts import Rollouts
@@ -40,6 +40,7 @@ class Bench:
         run = parser.parse_args(["--base_model_dir", "."])
         # a rate at which weights stay what they are: every call is then the same work
         run.lr, run.rl_batch_size, run.ga_step, run.log_term = 1e-12, args.rl_batch_size, args.ga_step, 10**9
+        run.pass_tokens = memory.PASS_TOKENS if args.device == "cuda" else None  # the default on a GPU of 40 GB
         precision = "bf16" if args.device == "cuda" else "no"
         data = make_rollouts(world, args)
         self.trainer = ppo_trainer.PpoTrainer(

@@ -29,6 +29,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args, self.scale = args, 4 * max(args.questions, args.bs)
         self.world = rl_common.World(args, self.scale)
+        self.models = self.world.sampling_models()
         self.how = sampling.Sampling(args.k_actions, True, args.top_k, 1.0, args.output_len)
         # the same lengths of texts again and again, so that both sides write alike per question
         count, longest = args.questions * args.k_actions, args.output_len - 1
@@ -52,7 +53,7 @@ class Bench:
             # bf16 on a GPU, as --precision auto
             bf16 = torch.autocast("cuda", torch.bfloat16, enabled=self.args.device == "cuda")
             with rl_common.ending(lengths), bf16:
-                found.append(sampling.sample_batch(self.world.models, prompt, self.how, seed=self.args.seed))
+                found.append(sampling.sample_batch(self.models, prompt, self.how, seed=self.args.seed))
         return found
 
     def released(self, questions: int) -> list[dict]:
@@ -66,7 +67,7 @@ class Bench:
 
     def sampled(self, questions: int, library: bool) -> None:
         """Sampling alone, no scoring: by transformers' `generate`, or ours."""
-        policy, how = self.world.models.policy, self.how
+        policy, ours, how = self.world.models.policy, self.models.policy, self.how
         for prompt, lengths in self.batches(questions):
             bf16 = torch.autocast("cuda", torch.bfloat16, enabled=self.args.device == "cuda")
             if library:
@@ -78,8 +79,8 @@ class Bench:
                     )  # fmt: skip
             else:
                 with rl_common.ending(lengths), bf16, torch.no_grad():
-                    states = actor_critic.encode(policy, prompt)
-                    sampling.generate(policy, states, prompt["attention_mask"], how, self.args.seed)
+                    states = actor_critic.encode(ours, prompt)
+                    sampling.generate(ours, states, prompt["attention_mask"], how, self.args.seed)
 
     def check(self) -> list[str]:
         """Both sides on the same ids (fp32), and the lengths that both write."""

@@ -55,21 +55,26 @@ fi
 
 if [ "$device" = cuda ]; then # both at a time: they leave most of the GPU free
     step gpu_tests 150 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/rl tests/sft &
-    step every_script 200 "$python" run_ares.py --config configs/smoke.yaml --output "$scratch/smoke" \
+    step every_script 160 "$python" run_ares.py --config configs/smoke.yaml --output "$scratch/smoke" \
         --set launch.rl=python at_once=3 'forms=[QCMG-A]' &
     wait
 fi
 threads="$([ "$device" = cuda ] && nproc || echo 1)"
-step bench_gpu 230 "$python" benchmarks/bench_gpu.py --size "$size" --device "$device" --threads "$threads" --out "$out"
+step bench_gpu 120 "$python" benchmarks/bench_gpu.py --size "$size" --device "$device" --threads "$threads" \
+    --out "$out" --seconds 90
 if [ "$device" = cuda ]; then
     scores="$(has rouge && echo --no_similarity || echo --no_scores)"
     for stage in ppo rollout sft eval features; do
-        step "bench_$stage" 80 "$python" benchmarks/bench_$stage.py --size "$size" --device "$device" --repeats 2 \
+        step "bench_$stage" 60 "$python" benchmarks/bench_$stage.py --size "$size" --device "$device" --repeats 2 \
             --json "$out/$stage.json" $([ $stage = eval ] && echo "$scores")
     done
 fi
+# last: what it measures was computed, while the speed of a GPU is known from nothing else
+step memory 120 "$python" benchmarks/bench_gpu.py --size "$size" --device "$device" --threads "$threads" \
+    --out "$out" --memory
 "$python" benchmarks/bench_gpu.py --table "$out" | tee "$out/table.md"
 if ls "$out"/*.json >/dev/null 2>&1; then
     "$python" benchmarks/table.py "$out" --seconds $((SECONDS - began)) --only_print | tee -a "$out/table.md"
 fi
+rm -f "$out/steps.tsv" # it is in the table
 echo "$((SECONDS - began)) s in all"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ares import files
 from benchmarks import common
-from rl import sampling
+from rl import actor_critic, sampling
 from rl.rollouts import Prompts
 from teacher import handoff
 
@@ -42,6 +43,13 @@ class World:
             choose_attention(model, self.device)
         self.dataset = data.dataset("train", questions)
         self.prompts = Prompts(self.dataset, data.collator, self.device)
+
+    def sampling_models(self) -> sampling.Models:
+        """The models as run_mm_cot_rl.py samples with them: on a GPU copies with bf16 weights in linear layers."""
+        models = [self.models.policy, self.models.reference, self.models.value_function]
+        if self.device.type == "cuda":
+            models = [actor_critic.cast_linears_bf16(copy.deepcopy(one).requires_grad_(False)) for one in models]
+        return sampling.Models(*models)
 
 
 def solution_lengths(dataset: Any, rows: int, longest: int, seed: int) -> Tensor:

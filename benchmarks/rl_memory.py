@@ -86,7 +86,7 @@ class Autocast:
 
     def __init__(self, keep: bool = True):
         self.copies: dict[int, Tensor] | None = {} if keep else None
-        self.linear, self.patches = F.linear, contextlib.ExitStack()
+        self.linear, self.patches, self.enabled = F.linear, contextlib.ExitStack(), True
 
     def __enter__(self) -> None:
         for module, name, function in [
@@ -98,6 +98,7 @@ class Autocast:
             (torch, "is_autocast_enabled", lambda device: True),
             (torch, "get_autocast_dtype", lambda device: torch.bfloat16),
             (torch.amp, "autocast", lambda *args, **kwargs: contextlib.nullcontext()),  # of recomputed blocks
+            (torch, "autocast", lambda device, enabled: mock.patch.object(self, "enabled", enabled)),  # of v_head
             *((module, "head_logprobs", self.head_logprobs) for module in (head, actor_critic)),
         ]:
             self.patches.enter_context(mock.patch.object(module, name, function))
@@ -106,7 +107,7 @@ class Autocast:
         self.patches.close()
 
     def low(self, value: Tensor | None) -> Tensor | None:
-        if value is None or value.dtype != torch.float32:
+        if value is None or value.dtype != torch.float32 or not self.enabled:
             return value
         if self.copies is None or not (value.is_leaf and value.requires_grad):
             return value.bfloat16()

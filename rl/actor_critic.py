@@ -45,7 +45,6 @@ class ActorCritic(nn.Module):
         if self.value_function is not None:
             states = encode(self.value_function, prompt)
             values = state_values(self.value_function, states, mask, question, actions)
-            values = values.to(self.value_function.shared.weight.dtype)  # autocast gives bf16
         return logprobs, entropy, values
 
 
@@ -133,7 +132,7 @@ def state_values(
     value_function: nn.Module, states: Tensor, attention_mask: Tensor, question: Tensor | None, actions: Tensor
 ) -> Tensor:
     """Values (B, T) of every position; undefined in padding."""
-    return value_function.v_head(decode(value_function, states, attention_mask, question, actions)).squeeze(-1)
+    return value_function.values(decode(value_function, states, attention_mask, question, actions))
 
 
 # -- memory ------------------------------------------------------------------------------
@@ -141,10 +140,10 @@ def state_values(
 
 def cast_linears_bf16(model: nn.Module) -> nn.Module:
     """Store the weights of linear layers in bf16, as autocast would cast them at every call of a frozen model: the
-    same numbers for half the memory. Embeddings and norms, which autocast does not cast, stay as they are."""
-    embedding = model.get_input_embeddings().weight
+    same numbers for half the memory. What autocast does not cast stays as it is: embeddings, norms, and `v_head`."""
+    kept = {model.get_input_embeddings().weight, *(p for name, p in model.named_parameters() if "v_head." in name)}
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight is not embedding:
+        if isinstance(module, nn.Linear) and module.weight not in kept:
             module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
     return model
 

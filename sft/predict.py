@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,20 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def casts_kept(model: torch.nn.Module) -> Iterator[None]:
+    """In the block, which computes no gradients, autocast casts a frozen weight once and not at every use: it keeps
+    the casts of weights that require a gradient only. With an adapter nearly all are frozen."""
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
 class Predictor:
     """Predicts splits and scores what it predicted. One per launch; the same on every rank."""
 
@@ -118,7 +132,8 @@ class Predictor:
     def _predict_batch(self, model: torch.nn.Module, items: list[dict]) -> torch.Tensor:
         """Predicted ids (B, L), padded, without the start token."""
         inputs = to_device(self.collator(items), self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        kept = casts_kept(model) if self.bf16 else contextlib.nullcontext()
+        with kept, torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if not self.args.use_generate:
                 logits = model(**inputs, use_cache=False).logits  # (B, L, V)
                 return logits.argmax(-1).masked_fill(inputs["labels"] == IGNORE, self.tokenizer.pad_token_id)

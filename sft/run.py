@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,7 +76,7 @@ def check_flags(args: argparse.Namespace, given: set[str], faults: Sequence[str]
     longest, tokens = args.input_len + args.output_len, args.max_tokens
     few = f"is less than one sample may have (--input_len + --output_len, {longest})"
     own_folder = "--run_dir names a training run; --evaluate_dir writes its predictions into its own folder"
-    problems = [*faults, *data_flag_faults(args), *cli.precision_faults()]
+    problems = [*faults, *data_flag_faults(args), *cli.precision_faults(), *launcher_faults()]
     problems += [
         f"--{name} must be at least 1, not {value}"
         for name in ("epoch", "bs", "eval_bs", "eval_acc", "input_len", "output_len")
@@ -100,6 +101,16 @@ def check_flags(args: argparse.Namespace, given: set[str], faults: Sequence[str]
         print0(f"note: no effect under --evaluate_dir: {' '.join('--' + name for name in useless)}")
     if "images" in given:
         print0("note: --images has no effect here (pictures enter as the features of --vision_features)")
+
+
+def launcher_faults() -> list[str]:
+    """What accelerate's configuration asks for and SFT cannot do; `accelerate launch` sets the environment."""
+    asked = [
+        name for name in ("FSDP", "DeepSpeed", "Megatron_LM")
+        if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "").lower() in ("1", "true", "t", "yes", "y", "on")
+    ]  # fmt: skip
+    why = "which splits the model, but generation needs a whole one; SFT runs under DDP: use configs/ddp.yaml"
+    return [f"the accelerate configuration asks for {name}, {why}" for name in asked]
 
 
 def check_run_dir(folder: Path, model: str) -> None:

@@ -34,6 +34,7 @@ from model import choose_attention
 from sft.batching import DistributedBatches, LengthGroupedBatches, TokenBudgetBatches, lengths
 from sft.predict import Predictor
 from utils_data import IGNORE, batches_pin_themselves
+from vision.extraction import default_workers
 
 COMPLETE = "complete"  # written last into a checkpoint's folder: without it the folder does not count
 METRICS = "metrics.json"  # written last into a trained model's folder
@@ -45,7 +46,8 @@ SYNC_STEPS = 8  # with several processes: how often they agree on a save or a st
 def set_up(args: argparse.Namespace, folder: Path, examples: int) -> Seq2SeqTrainingArguments:
     """The library's arguments for these flags. Starts the process group; `.device` is this process's device."""
     steps = math.ceil(examples / (args.bs * cli.world_size()))
-    workers = args.workers if args.workers is not None else 2 if torch.cuda.is_available() else 0
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    workers = args.workers if args.workers is not None else min(2, default_workers(kind))
     bf16 = cli.mixed_precision(args.precision) == "bf16"
     args.precision = "bf16" if bf16 else "fp32"  # args.yaml records what ran
     if not bf16:
@@ -204,7 +206,7 @@ class SFTTrainer(Seq2SeqTrainer):
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         with files.writing(folder):
-            self.save_model(str(staging))  # on every rank: FSDP and DeepSpeed gather here
+            self.save_model(str(staging))  # the library writes on rank 0 only
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             with files.writing(folder):
@@ -221,8 +223,7 @@ class SFTTrainer(Seq2SeqTrainer):
 
 
 def dry_run_wanted(trainer: SFTTrainer) -> bool:
-    """Whether `dry_run` can tell something: on a GPU, and where one process holds a whole model."""
-    return on_gpu(trainer.args.device) and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    return on_gpu(trainer.args.device)
 
 
 def dry_run(trainer: SFTTrainer) -> None:

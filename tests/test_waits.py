@@ -6,10 +6,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import main as script
 from ares import decoding, devices
@@ -221,10 +223,10 @@ def sft_model(sft, lora: bool):
     return model
 
 
-def predictor_of(sft, **changes):
+def predictor_of(sft, bf16=False, **changes):
     args = SimpleNamespace(**vars(sft.args) | changes)
     collator = Collator(sft.tokenizer.pad_token_id, sft.data.features, device="cpu")
-    return Predictor(args, sft.data.problems, sft.tokenizer, collator, torch.device("cpu"))
+    return Predictor(args, sft.data.problems, sft.tokenizer, collator, torch.device("cpu"), bf16=bf16)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
@@ -267,6 +269,36 @@ def test_evaluation_waits_for_its_results_alone(generate, sft, monkeypatch):
     of_loop = [wait for wait in gpu.waits if "decoding.py" in wait]
     assert len(of_loop) <= 2 * 2 * (24 // decoding.CHECK_STEPS)
     assert [wait.partition(" ")[0] for wait in gpu.waits if wait not in of_loop] == ["tolist"] * 2
+
+
+class WeightCasts(TorchDispatchMode):
+    """Counts how often each weight is cast to half precision."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.names = {p.data_ptr(): name for name, p in model.named_parameters()}
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "_to_copy" and args[0].data_ptr() in self.names:
+            self.seen[self.names[args[0].data_ptr()]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("generate", [True, False], ids=["generated", "forced"])
+@pytest.mark.parametrize("kind", ["whole", "frozen", "lora", "adapter that is only loaded"])
+def test_a_batch_of_predictions_casts_each_weight_once(kind, generate, sft):
+    """bf16: autocast keeps the casts of what requires a gradient only, so frozen weights were cast at every step."""
+    model = sft_model(sft, "lora" in kind or "adapter" in kind).eval()
+    if kind in ("frozen", "adapter that is only loaded"):
+        model.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert all(before.values()) == (kind == "whole")
+    predictor, casts = predictor_of(sft, bf16=True, use_generate=generate), WeightCasts(model)
+    with casts:
+        predictor._predict_batch(model, [sft.splits["test"][i] for i in range(3)])
+    assert len(casts.seen) > 20 and set(casts.seen.values()) == {1}, casts.seen.most_common(3)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])

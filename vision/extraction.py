@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "val", "test")
 MAX_WORKERS = 16  # of the default: a GPU needs no more
+SHM, SHARED_MEMORY = "/dev/shm", 2e9  # bytes: MAX_WORKERS hold two batches each, 28 MB of the default size
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
@@ -141,8 +143,16 @@ class Batch:
 
 
 def default_workers(device: str) -> int:
-    """Decoding processes beside a GPU: one per core. None on a CPU, where they would slow the network down."""
-    return min(len(os.sched_getaffinity(0)), MAX_WORKERS) if device == "cuda" else 0
+    """Decoding processes beside a GPU: one per core. None on a CPU, where they would slow the network down, nor where
+    their batches do not fit into the shared memory: a process that fills it is killed by a bus error."""
+    if device != "cuda":
+        return 0
+    free = shutil.disk_usage(SHM).free if os.path.isdir(SHM) else 0
+    if free < SHARED_MEMORY:
+        room = f"{SHM} has {free / 1e6:.0f} MB free, batches of several processes need {SHARED_MEMORY / 1e9:.0f} GB"
+        print0(f"note: no processes beside this one make batches: {room} (docker run --shm-size=4g, or --workers N)")
+        return 0
+    return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
 
 
 def batches(encoder: Encoder, images: dict[str, Path], done: int, batch_size: int, workers: int) -> Iterator[Batch]:

@@ -140,6 +140,8 @@ def load_encoder(
     """
     import torch
 
+    # the same bytes in every run, and float32 as it says: by default cuDNN's convolutions round to TF32's 10 bits
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
     name = model_name or MODEL_NAMES[img_type]
     kind = weights if weights in ("pretrained", "random") else "local"
     if kind == "local" and not Path(weights).exists():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,6 +145,7 @@ def test_decoding_processes_on_any_python(images, tmp_path, monkeypatch):
     for cores, workers in ((40, 16), (5, 5)):
         with monkeypatch.context() as patched:
             patched.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+            patched.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=16e9))
             assert extraction.default_workers("cpu") == 0 and extraction.default_workers("cuda") == workers
     default = multiprocessing.context._default_context
     monkeypatch.setattr(default, "_actual_context", None)
@@ -151,6 +153,25 @@ def test_decoding_processes_on_any_python(images, tmp_path, monkeypatch):
     for workers in ("0", "2"):
         extract(images, tmp_path / workers, *TRIAL[:3], "--workers", workers, "--batch_size", "4")
     assert (tmp_path / "0/vit.pth").read_bytes() == (tmp_path / "2/vit.pth").read_bytes()
+
+
+@pytest.mark.parametrize("free", [64e6, 0, 1.9e9, None])
+def test_little_shared_memory_means_one_decoding_process(free, tmp_path, monkeypatch, capsys):
+    """As in a container by default: 16 processes would end with a bus error."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(40)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(extraction, "SHM", str(tmp_path if free is not None else tmp_path / "absent"))
+    assert extraction.default_workers("cuda") == 0
+    assert "--shm-size" in capsys.readouterr().out
+    assert extraction.default_workers("cpu") == 0 and capsys.readouterr().out == ""
+
+
+def test_float32_features_are_not_of_tf32(images, tmp_path, monkeypatch):
+    """cuDNN's default for convolutions on a GPU rounds their inputs to 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    extract(images, tmp_path, *TRIAL)
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.allow_tf32
 
 
 def test_other_settings_start_over(images, tmp_path, monkeypatch, capsys):

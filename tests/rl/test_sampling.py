@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -176,6 +177,37 @@ def test_halved_weights_give_the_numbers_of_autocast(world, t5_tokenizer, value)
             states = actor_critic.encode(whole, prompt)
             written = [sampling.generate(one, states, prompt["attention_mask"], SOME, 3) for one in (whole, half)]
             assert torch.equal(written[0][0], written[1][0])
+
+
+@pytest.mark.parametrize("kept", ["whole", "halved", "trained"])
+def test_values_are_not_rounded_to_half_precision(world, t5_tokenizer, kept):
+    """Under autocast the value head is computed in fp32, of whatever states: GAE takes differences of neighbours."""
+    prompt = prompt_batch(t5_tokenizer)
+    model = load(world, value=True)
+    with torch.no_grad():
+        model.v_head[2].bias.fill_(1.0)  # bf16 near 1: steps of 0.008
+    if kept == "halved":
+        model = actor_critic.cast_linears_bf16(model)
+        assert {p.dtype for p in model.v_head.parameters()} == {torch.float32}
+        assert model.decoder.block[0].layer[0].SelfAttention.q.weight.dtype == torch.bfloat16
+    model.requires_grad_(kept == "trained")
+    actions = torch.cat([torch.zeros(3, 1, dtype=torch.long), torch.arange(3 * 11).view(3, 11) + 50], 1)
+    heads, head = [], model.v_head.forward
+    model.v_head.forward = lambda states: heads.append((states, head(states)[..., 0])) or head(states)
+    with torch.autocast("cpu", torch.bfloat16):
+        states = actor_critic.encode(model, prompt)
+        plain = model(**prompt, decoder_input_ids=actions[:, :-1])
+        packed = actor_critic.state_values(model, states, prompt["attention_mask"], None, actions)
+        joint = actor_critic.ActorCritic(model, model)(prompt, None, actions, None, with_policy=False)[2]
+    assert len(heads) == 3
+    for values in (plain, packed, joint):
+        assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
+        torch.testing.assert_close(values, plain, atol=1e-6, rtol=0)
+    for states, values in heads:
+        torch.testing.assert_close(head(states.float())[..., 0], values, atol=1e-6, rtol=0)
+    if kept == "trained":
+        joint.sum().backward()
+        assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in model.v_head.parameters())
 
 
 def test_rows_leave_when_they_have_ended(models, t5_tokenizer, monkeypatch):
@@ -455,18 +487,28 @@ def test_rows_of_one_question_share_its_encoding_and_its_gradient(models, t5_tok
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_same_ids_get_the_same_numbers(world, t5_tokenizer):
-    """fp32 on the GPU against the CPU within 1e-3; then bf16 with halved weights from end to end."""
-    prompt = prompt_batch(t5_tokenizer)
+def test_on_a_gpu_the_same_ids_get_the_same_numbers(monkeypatch):
+    """fp32 on the GPU against the CPU within 1e-3; then bf16 with halved weights from end to end. Random weights and
+    prompts, so that nothing has to be there but a GPU."""
+    monkeypatch.setattr(decoding, "graph_mode", "auto")
+    policy, value = rl_tools.small_models(torch.float32)
+    reference = copy.deepcopy(policy)
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(0.9)
+    g = torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(2, rl_tools.SMALL_VOCABULARY, (3, 8), generator=g), torch.ones(3, 8, dtype=torch.long)
+    ids[1, 6:] = mask[1, 6:] = 0
+    prompt = {"input_ids": ids, "attention_mask": mask}
+    prompt["image_ids"] = torch.randn(3, *rl_tools.SMALL_PATCHES, generator=g)
     there = {name: tensor.cuda() for name, tensor in prompt.items()}
-    one = [load(world), load(world), load(world, value=True)]
-    two = [load(world, value).cuda() for value in (False, False, True)]
-    sampled = sampling.sample_batch(sampling.Models(*two), there, SOME, seed=7)
+    one = [model.requires_grad_(False) for model in (policy, reference, value)]
+    two = [copy.deepcopy(model).cuda() for model in one]
+    how = Sampling(k=3, do_sample=True, top_k=5, top_p=1.0, output_len=80)  # beyond the cache's first capacity
+    sampled = sampling.sample_batch(sampling.Models(*two), there, how, seed=7)
     for name, model in zip(("logprobs", "ref_logprobs", "values"), one, strict=True):
         want = sampling.evaluate_actions(model, prompt, sampled["actions"], 3, value=name == "values")
         torch.testing.assert_close(sampled[name], want, atol=1e-3, rtol=1e-3)
     with torch.autocast("cuda", torch.bfloat16):
-        sampled = sampling.sample_batch(
-            sampling.Models(*map(actor_critic.cast_linears_bf16, two)), there, SOME, seed=7
-        )
+        sampled = sampling.sample_batch(sampling.Models(*map(actor_critic.cast_linears_bf16, two)), there, how, seed=7)
     assert all(sampled[name].isfinite().all() for name in ("logprobs", "ref_logprobs", "values"))
+    assert decoding.graph_mode == "auto", "a capture failed"

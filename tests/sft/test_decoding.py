@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -76,7 +79,8 @@ class Recording(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls, self.replays = [], 0
+        self.calls, self.replays, self.given, self.fault, self.underway = [], 0, None, (None, None), False
+        self.made.append(self)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -91,40 +95,127 @@ class Recording(TorchDispatchMode):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != one.data_ptr():
                     old.copy_(one)
 
+    def capture_begin(self, pool, capture_error_mode):
+        self.given = pool
+        self.fault = self.faults.pop(self.made.index(self), self.fault)
+        if self.fault[0]:
+            raise self.fault[0]
+        self.__enter__()
+        self.underway = True
 
-def record_steps(monkeypatch):
-    """Let decoding capture its steps as it does on a GPU; returns the recordings."""
-    made = []
+    def capture_end(self):
+        self.__exit__(None, None, None)
+        self.underway = False
+        if self.fault[1]:
+            raise self.fault[1]
+
+    def reset(self):
+        self.log.append("reset")
+
+    def pool(self):
+        return self.given
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Decoding captures its steps here, as it does on a GPU: `made` graphs, the second of which keeps the pool, and
+    the `log` of what follows a `faults[n]` (at the begin, at the end) of graph n."""
+    found = SimpleNamespace(made=[], log=[], streams=[], faults={}, steps=[])
 
     class Decoder(decoding.StepDecoder):
         def __init__(self, *args):
             super().__init__(*args)
             self.captures = self.static
 
-        def _capture(self, tokens):
-            self.tokens, self.graph = tokens.clone(), Recording()
-            with self.graph:
-                self.logits = self._logits(self.tokens)
-            made.append(self.graph)
+        def _logits(self, tokens):
+            captured = any(one.underway for one in found.made)
+            found.steps.append((len(tokens), self.layers[0].keys.size(2), captured))
+            return super()._logits(tokens)
 
+    def stream():
+        found.streams.append(SimpleNamespace(wait_stream=lambda other: None))
+        return found.streams[-1]
+
+    for name, value in {
+        "CUDAGraph": type("Graph", (Recording,), vars(found)), "Stream": stream, "current_stream": lambda: None,
+        "stream": lambda one: contextlib.nullcontext(), "current_device": lambda: 0,
+        "graph_pool_handle": lambda: (0, len(found.made)), "empty_cache": lambda: found.log.append("empty_cache"),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *how: found.log.append(how))
+    monkeypatch.setattr(decoding, "_first_graph", functools.cache(decoding._first_graph.__wrapped__))
     monkeypatch.setattr(decoding, "StepDecoder", Decoder)
-    return made
-
-
-@pytest.mark.parametrize("how", ["fixed shapes", "recorded"])
-def test_fixed_shapes_give_the_same_ids(model, how, monkeypatch):
-    """Rows end anywhere, some are removed, and the cache's capacity of 4 is doubled three times."""
-    inputs = batch(model)
-    with model.ending_greedy():
-        expected = greedy(model, inputs, 24)
     monkeypatch.setattr(decoding, "FIRST_LENGTH", 4)
     monkeypatch.setattr(decoding, "graph_mode", "on")
-    recordings = record_steps(monkeypatch) if how == "recorded" else []
+    return found
+
+
+def expected_ids(model, inputs):
+    decoding.use_graphs("off")
     with model.ending_greedy():
         ids = greedy(model, inputs, 24)
-    assert torch.equal(ids, expected)
-    if how == "recorded":  # every step but the first, which warms up
-        assert 6 <= len(recordings) <= 8 and sum(one.replays for one in recordings) == ids.shape[1] - 2
+    decoding.use_graphs("on")
+    return ids
+
+
+def test_fixed_shapes_give_the_same_ids(model, monkeypatch):
+    """Rows end anywhere, some are removed, and the cache's capacity of 4 is doubled three times."""
+    monkeypatch.setattr(decoding, "FIRST_LENGTH", 4)
+    inputs = batch(model)
+    monkeypatch.setattr(decoding, "graph_mode", "off")
+    expected = expected_ids(model, inputs)
+    with model.ending_greedy():
+        assert torch.equal(greedy(model, inputs, 24), expected)
+
+
+def test_recorded_steps_give_the_same_ids(model, graphs):
+    """As above; the first step of each shape runs as it is, the second is captured, the others are replayed. All
+    captures use one stream and one memory pool, in later batches too."""
+    inputs = batch(model)
+    expected = expected_ids(model, inputs)
+    for _ in range(2):
+        graphs.steps.clear()
+        before = len(graphs.made)
+        with model.ending_greedy():
+            ids = greedy(model, inputs, 24)
+        assert torch.equal(ids, expected)
+        captured = [step for step in graphs.steps if step[2]]
+        assert len(captured) == 4 == len(graphs.made) - before - (before == 0)
+        for (*before_it, earlier), (*shape, now) in zip(graphs.steps, graphs.steps[1:], strict=False):
+            assert not now or (before_it == shape and not earlier), "not warmed up in these shapes"
+        plain = len(graphs.steps) - len(captured)
+        assert sum(one.replays for one in graphs.made[before:]) == ids.shape[1] - 1 - plain
+    assert len(graphs.streams) == 1 and {one.given for one in graphs.made} == {POOL}
+    assert graphs.made[1].replays == 0 and graphs.log == []
+
+
+POOL = (0, 2)  # the pretended handle that the second graph made takes: it keeps the pool
+FULL, INVALID = torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("operation failed due to a previous error")
+
+
+@pytest.mark.parametrize(
+    ("faults", "log", "mode"),
+    [
+        ({2: (FULL, None)}, ["reset", (0, POOL), "empty_cache"], "on"),
+        ({1: (FULL, None)}, ["reset", (0, POOL), "empty_cache"], "on"),
+        ({3: (None, FULL)}, ["reset", (0, POOL), "empty_cache"], "on"),
+        ({2: (FULL, None), 3: (FULL, None)}, ["reset", (0, POOL), "empty_cache", "reset", (0, POOL)], "off"),
+        ({2: (None, INVALID)}, ["reset", (0, POOL)], "off"),
+        ({0: (INVALID, None)}, ["reset", (0, POOL)], "off"),
+    ],
+)
+def test_a_failed_capture_is_cleaned_up_and_tried_again_after_a_lack_of_memory(
+    faults, log, mode, model, graphs, capsys
+):
+    inputs = batch(model)
+    expected = expected_ids(model, inputs)
+    graphs.faults.update(faults)
+    for _ in range(2):
+        with model.ending_greedy():
+            assert torch.equal(greedy(model, inputs, 24), expected)
+    assert graphs.log == log and decoding.graph_mode == mode and not graphs.faults
+    notes = [line for line in capsys.readouterr().out.splitlines() if "without CUDA graphs" in line]
+    assert len(notes) == (mode == "off")
 
 
 def test_decoding_goes_on_if_no_graph_can_be_captured(model, monkeypatch, capsys):
@@ -147,6 +238,25 @@ def test_decoding_goes_on_if_no_graph_can_be_captured(model, monkeypatch, capsys
             assert torch.equal(greedy(model, inputs, 24), expected)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and lines[0].startswith("note: decoding goes on without CUDA graphs")
+
+
+@pytest.mark.gpu
+def test_graphs_on_a_gpu_give_the_same_ids_and_hold_no_more_memory_in_later_batches(model, monkeypatch):
+    """fp32, and every capture succeeds: a failed one would turn graphs off for the process."""
+    monkeypatch.setattr(decoding, "FIRST_LENGTH", 4)
+    monkeypatch.setattr(decoding, "graph_mode", "off")
+    there = copy.deepcopy(model).cuda()
+    inputs = {name: tensor.cuda() for name, tensor in batch(model).items()}
+    expected, reserved = expected_ids(there, inputs), {}
+    captures, capture = [], decoding.StepDecoder._capture
+    monkeypatch.setattr(decoding.StepDecoder, "_capture", lambda *how: captures.append(1) or capture(*how))
+    for number in range(1, 51):
+        with there.ending_greedy():
+            ids = greedy(there, inputs, 24)
+        assert torch.equal(ids, expected) and decoding.graph_mode == "on"
+        reserved[number] = torch.cuda.memory_reserved()
+    assert len(captures) >= 50 * 3, "the shapes change several times in each batch"
+    assert reserved[50] == reserved[5], reserved
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), [(1, 3), (2, 5), (3, 1), (2, 2)])

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import main as script
+import run_mm_cot_lora
 from ares.cli import UserError
 from model import T5ForMultimodalGeneration
 from sft import run as sft_run
@@ -487,6 +488,33 @@ def test_failed_answers_and_formats_without_one(predictor_parts):
 
 
 # -- training --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", ["FSDP true", "FSDP True", "FSDP 1", "DEEPSPEED true", "MEGATRON_LM true"])
+@pytest.mark.parametrize("what", [[], ["--evaluate_dir", "DIR"]], ids=["train", "evaluate"])
+def test_a_launcher_that_splits_the_model_is_refused(asked, what, tmp_path, monkeypatch):
+    """Before data is read: training would run for hours, and then crash where it generates."""
+    name, value = asked.split()
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", value)
+    argv = ["--data_root", f"{tmp_path}/nowhere", "--model", str(tmp_path)]
+    argv += [str(tmp_path) if word == "DIR" else word for word in what]
+    for module in (script, run_mm_cot_lora):
+        with pytest.raises(UserError, match=f"(?i)asks for {name}.*configs/ddp.yaml"):
+            module.main(argv)
+        monkeypatch.setenv(f"ACCELERATE_USE_{name}", "false")
+        with pytest.raises(UserError, match="nowhere|adapter_config"):
+            module.main(argv)
+        monkeypatch.setenv(f"ACCELERATE_USE_{name}", value)
+
+
+@pytest.mark.parametrize(("free", "flags", "workers"), [(4e9, "", 2), (64e6, "", 0), (64e6, "--workers 3", 3)])
+def test_worker_processes_need_shared_memory(free, flags, workers, tmp_path, monkeypatch):
+    """Beside a GPU two, but none in a container with Docker's 64 MB, unless they are asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(trainer, "Seq2SeqTrainingArguments", lambda **how: SimpleNamespace(n_gpu=1, **how))
+    args = script.parse_args(f"--precision fp32 {flags}".split())
+    assert trainer.set_up(args, tmp_path, examples=24).dataloader_num_workers == workers
 
 
 def test_the_recipe_is_the_released_one(tmp_path):
