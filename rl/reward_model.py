@@ -207,9 +207,7 @@ class Scorer:
             states = actor_critic.encode(self.model, prompt)
             decoded = actor_critic.decode(self.model, states, prompt["attention_mask"], *how)  # (B, T, d)
         read = torch.bmm(to_device(read_out, self.device), decoded.float()).flatten(0, 1)  # (B * S, d)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            values = self.model.v_head(read.index_select(0, to_device(places, self.device)))
-        return values.squeeze(-1).float()
+        return self.model.values(read.index_select(0, to_device(places, self.device))).float()
 
     def passes(self, rationales: Sequence[Rationale], rows: Sequence[int]) -> list[list[int]]:
         """`rows` in their order, cut into forward passes; neighbouring rationales of a question share one."""

@@ -43,6 +43,8 @@ PLANNED = 200  # questions whose requests are written to say what a run will cos
 OTHER_MODELS = 3  # of the price table, beside the one that is asked
 LAST_POSITION = 6  # later sentences share a line of the comparison
 CLOSE = 0.1
+# of `agreement_figures`, as they are shown
+FIGURES = {"mean_difference": "mean difference", "rank_correlation": "rank correlation", "within_0.1": "within 0.1"}
 REPLY_CONTENT = {SCORE: "scores only", CORRECT: "the text again", JUDGE: "a sentence and a verdict"}
 
 

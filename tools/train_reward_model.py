@@ -33,13 +33,12 @@ from ares.tables import Cell, Table, markdown
 from rl import run_folder
 from rl.flags import SCHEDULES
 from teacher import handoff, reference
-from teacher.estimate import agreement_figures, position_name
+from teacher.estimate import FIGURES, agreement_figures, position_name
 from teacher.interface import MODEL, REFERENCE, same_model
 from teacher.reply_files import read_scores, read_sidecar
 from teacher.session import CHECKS, OURS, UNKNOWN
 
 IDENTITY, STATE, METRICS = "identity.json", "state.pth", "metrics.json"
-FIGURES = {"mean_difference": "mean difference", "rank_correlation": "rank correlation", "within_0.1": "within 0.1"}
 OURS_NAME, BY_POSITION = "reward model", "mean by position"
 
 Scores = list[list[float]]  # of every rationale's sentences
