@@ -46,9 +46,8 @@ FLAGGED = re.compile(  # by a content filter
 )  # fmt: skip
 # in the body of a 429. "Please retry in 31.7s", "try again in 1m2s", "retry after 20 seconds"; Gemini's RetryInfo
 DELAY = re.compile(
-    r"(?:\b(?:re)?try (?:again )?(?:in|after) |retryDelay\W{1,19})((?:\d+(?:\.\d+)? ?(?:ms|mil|[hms])[a-z]* ?)+)", re.I
+    r"(?:\b(?:re)?try (?:again )?(?:in|after) |retryDelay\W{1,19})((?:\d+(?:\.\d+)? ?[hms][a-z]* ?)+)", re.I
 )
-UNITS = {"mil": "ms"}
 PER_MINUTE = re.compile(r"quotaId\W{1,19}\w*PerMinute")
 LASTING = re.compile(r"quotaId\W{1,19}\w*PerDay|insufficient_quota")  # whatever delay is named
 ABOUT_KEY = re.compile(r"\bapi.?key\b|no connected db", re.I)  # the second: litellm without a database, to any other
@@ -207,9 +206,8 @@ def delay(error: ApiError) -> float | None:
     after = retry_after(error.headers)
     if after is not None or not found:
         return after
-    return seconds_until(
-        re.sub(r" ?(ms|mil|[hms])[a-z]* ?", lambda unit: UNITS.get(unit[1], unit[1]), found[1].lower())
-    )
+    words = found[1].lower().replace("milli", "ms")
+    return seconds_until(re.sub(r"(ms|[hms])[a-z]*| ", r"\1", words))
 
 
 def _as_text(body: object) -> str:

@@ -157,10 +157,9 @@ class _Batches:
         request = dataclasses.replace(self.session.join(own), length_factor=factor)
         if refused := [Refused(last["reason"], last["said"]) for last in before if last.get("replied")]:
             request = self.session.ask_again(request, *refused)
+        factor = request.length_factor
         entries = [
-            entry(
-                self.session.open[key][0].name, each.text, key[:16], last.get("attempt", 0) + 1, request.length_factor
-            )
+            entry(self.session.open[key][0].name, each.text, key[:16], last.get("attempt", 0) + 1, factor)
             for key, each, last in zip(unit, own, before, strict=True)
         ]
         return request, entries, self.teacher.most_usd(request, batch=True) or 0.0

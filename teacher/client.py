@@ -137,9 +137,8 @@ def check_teacher_flags(args: argparse.Namespace, given: set[str]) -> None:
     wrong = []
     provider = PROVIDERS.get(args.teacher)
     if provider is None:
-        used = {"poll_seconds"} if getattr(args, "watch", None) else set()
-        if getattr(args, "check", None) and second_teacher(args).teacher in PROVIDERS:
-            used |= FOR_SECOND
+        paid = getattr(args, "check", None) and second_teacher(args).teacher in PROVIDERS
+        used = FOR_SECOND if paid else {"poll_seconds"} if getattr(args, "watch", None) else set()
         ignored = sorted(given & FOR_APIS - used)
         wrong = [f"{_flag(name)} has no effect with --teacher {args.teacher}; leave it out" for name in ignored]
     if args.teacher == MODEL and not hasattr(args, "model_teacher"):
@@ -231,8 +230,7 @@ def _refuse_unknown_cost(teachers: Sequence[Teacher | None]) -> None:
         lengths = {name: teacher.extra[name] for name in LENGTH_FIELDS if name in teacher.extra}
         odd = [name for name, length in lengths.items() if length is not None and type(length) is not int]
         wrong += [f"--max_usd: --body: {name} must be a whole number: the most tokens of a reply" for name in odd]
-        own = teacher.length_field
-        if own in lengths and not any(lengths.values()):
+        if (own := teacher.length_field) in lengths and not any(lengths.values()):
             wrong.append(f"--max_usd: --body removes {own}: a reply then costs anything; leave it there")
     cli.refuse(wrong)
 
@@ -342,18 +340,14 @@ def answer_items(session: Session, items: Sequence[Item], args: argparse.Namespa
 
 
 def check_pending(
-    root: str | Path,
-    kind: str,
-    items: Sequence[Item],
-    args: argparse.Namespace,
-    texts: Mapping[str, str] | None = None,
+    root: str | Path, kind: str, items: Sequence[Item], args: argparse.Namespace, texts: Mapping[str, str] = {}
 ) -> BatchStore:
     """The folder's records of batches. Raises UserError if a run on `items` would pay again for what is pending, live,
     or would throw the replies to other items away, or to other requests than `texts` (name of an item -> its text)."""
     store = BatchStore(Path(root) / OURS / "batches")
     if not args.batch:
         store.refuse_pending()
-    ours, texts, lost = {item.name for item in items}, texts or {}, []
+    ours, lost = {item.name for item in items}, []
     for asked in [asked for record in store.pending() for asked in record.all_asked()]:
         folder = Path(root, asked["item"])
         if asked["item"] in texts:
@@ -363,16 +357,11 @@ def check_pending(
         if useless and not is_answered(kind, folder):
             lost.append(asked["item"])
     if lost:
-        action = lost[0].partition("/")[0]
-        if getattr(args, "actions", None) and int(action) not in args.actions:
-            raise cli.UserError(
-                f"--actions: the pending batches hold action {action}, too, whose replies would be lost; leave "
-                "--actions out to collect them"
-            )
-        raise cli.UserError(
-            f"--batch: the pending batches hold {len(lost)} other items (first: {lost[0]}), whose replies would be "
-            "lost; collect them with the flags they were submitted with"
-        )
+        flag, what = "--batch", f"{len(lost)} other items (first: {lost[0]})"
+        fix = "collect them with the flags they were submitted with"
+        if getattr(args, "actions", None) and int(action := lost[0].partition("/")[0]) not in args.actions:
+            flag, what, fix = "--actions", f"action {action}, too", "leave --actions out to collect them"
+        raise cli.UserError(f"{flag}: the pending batches hold {what}, whose replies would be lost; {fix}")
     return store
 
 

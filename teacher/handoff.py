@@ -288,6 +288,14 @@ def set_reply_aside(folder: str | os.PathLike) -> bool:
     return True
 
 
+def read_refused(path: Path) -> dict[str, tuple[str, str]]:
+    """key -> (reason, the API's sentence) of each request that the API has called invalid in a questions folder; {} if
+    there is no such file. Skips damaged lines."""
+    lines = files.read_jsonl(path, str(path), damaged=lambda number: None) if path.exists() else ()
+    entries = [entry for _, entry in lines if isinstance(entry, dict) and isinstance(entry.get("key"), str)]
+    return {entry["key"]: (str(entry.get("reason")), str(entry.get("said"))) for entry in entries}
+
+
 # -- signals ---------------------------------------------------------------------------------------------
 
 

@@ -134,14 +134,6 @@ def reason_of(folder: Path) -> str:
         return ""
 
 
-def read_refused(path: Path) -> dict[str, tuple[str, str]]:
-    """key -> (reason, the API's sentence) of each request that the API has called invalid in a questions folder; {} if
-    there is no such file. Skips damaged lines."""
-    lines = files.read_jsonl(path, str(path), damaged=lambda number: None) if path.exists() else ()
-    entries = [entry for _, entry in lines if isinstance(entry, dict) and isinstance(entry.get("key"), str)]
-    return {entry["key"]: (str(entry.get("reason")), str(entry.get("said"))) for entry in entries}
-
-
 _SIDECAR_KINDS = {"teacher": str, "model": str, "key": str, "time": str, "copied_from": str, "usage": dict,
                   "cost_usd": (int, float, type(None))}  # fmt: skip
 

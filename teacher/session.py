@@ -35,15 +35,7 @@ from teacher.interface import (
     custom_id,
     same_model,
 )
-from teacher.reply_files import (
-    ReplyCache,
-    is_answered,
-    read_refused,
-    read_sidecar,
-    reading,
-    set_cut_reply_aside,
-    write_reply,
-)
+from teacher.reply_files import ReplyCache, is_answered, read_sidecar, reading, set_cut_reply_aside, write_reply
 
 PREPARE = {
     SCORE: "bash preprocessing_after_RL/processing_sentence_level_feedback.sh --questions_dir",
@@ -172,7 +164,7 @@ class Session:
         if another Teacher wrote usable replies, unless `keep_replies`.
         """
         report = self.report
-        self.refused |= read_refused(self.root / OURS / REFUSED)
+        self.refused |= handoff.read_refused(self.root / OURS / REFUSED)
         report.total += len(items)
         settled: list[int] = []  # actions of items that need no request
         unprepared: list[Item] = []
@@ -419,13 +411,12 @@ class Session:
         `said`: the API's sentence, or what is wrong with the reply, without the API key; saved to `refused.txt`.
         `permanent`: the API called the request invalid; it is not sent again in later runs either.
         """
+        if permanent and key not in self.refused:
+            line = json.dumps({"key": key, "reason": reason, "said": said})
+            files.append_line(self.root / OURS / REFUSED, line)
+            self.refused[key] = reason, said
         items = self.open.pop(key)
-        if permanent:
-            self.report.refused += len(items)
-            if key not in self.refused:
-                self.refused[key] = reason, said
-                line = json.dumps({"key": key, "reason": reason, "said": said})
-                files.append_line(self.root / OURS / REFUSED, line)
+        self.report.refused += len(items) * permanent
         self.report.unusable |= dict.fromkeys(items, reason)
         self.report.first.setdefault(reason, (items[0], said))
         text = f"{reason}: {said}\n" if said else f"{reason}\n"
