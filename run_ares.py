@@ -15,6 +15,7 @@ its folder {output}/seed{n}, and the tables are pooled.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import re
 import shlex
@@ -359,8 +360,9 @@ def selected(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) ->
     return chosen
 
 
-def refuse_changed(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) -> None:
-    """Forget what --redo names and all that depends on it; refuse finished stages whose inputs or flags changed."""
+def to_forget(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) -> list[Stage]:
+    """What --redo names and all that depends on it. Raises UserError for other finished stages whose inputs or flags
+    changed. Deletes nothing."""
     again = set(args.redo)
     for stage in stages:
         begun = stage.name in {**chain.done, **chain.begun} or any(path.exists() for path in stage.makes)
@@ -372,13 +374,7 @@ def refuse_changed(stages: Sequence[Stage], chain: Chain, args: argparse.Namespa
                 f"{chain.folder}: stage {stage.name} is finished, but {change}; add --redo {stage.name} to run it "
                 "again, with what depends on it, or name another --output"
             )
-    if args.plan or args.dry_run:
-        for name in again:
-            chain.done.pop(name, None)
-        return
-    for stage in stages:
-        if stage.name in again:
-            chain.forget(stage)
+    return [stage for stage in stages if stage.name in again]
 
 
 # -- plan ------------------------------------------------------------------------------------------------
@@ -498,36 +494,55 @@ def show_plan(run: Run, chain: Chain, chosen: Sequence[Stage]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    config, output = Config(args.config, args.set), Path(args.output)
-    if args.fresh and (output / "run.json").exists() and not (args.plan or args.dry_run):
-        shutil.rmtree(output)
-    output = files.writable_dir(output, "--output").resolve()
+    config, looking = Config(args.config, args.set), args.plan or args.dry_run
+    output = files.writable_dir(args.output, "--output").resolve()
     runs = []
     for seed in args.seeds or [args.seed]:
         folder = output / f"seed{seed}" if args.seeds else output
         runs.append(Run(config, folder, seed, args.rounds, args.launch))
-    for run in runs:
-        chain = Chain(run.output)
-        stages = run.stages()
-        chosen = selected(stages, chain, args)
-        refuse_changed(stages, chain, args)
-        if args.plan:
-            show_plan(run, chain, chosen)
-        elif args.dry_run:
-            for stage in chosen:
-                if stage.name not in chain.done:
-                    print0(f"# {stage.name}: {stage.title}", *stage.commands, sep="\n")
-        else:
-            settings = {"config": config.values, "seed": run.seed, "rounds": run.rounds}
-            files.write_json(run.output / "run.json", settings)
-            chain.run(chosen)
-            print_table(run.output)
-    if args.seeds and not (args.plan or args.dry_run) and all((run.output / "table.json").exists() for run in runs):
+    with contextlib.ExitStack() as held:
+        if not looking:
+            for run in runs:
+                held.enter_context(Chain.only(run.output))
+        for work in [prepared(run, args) for run in runs]:  # all are checked before anything is deleted or run
+            carry_out(*work, args)
+    if args.seeds and not looking and all((run.output / "table.json").exists() for run in runs):
         pooled = [f"{run.output}" for run in runs]
         words = [sys.executable, "tools/compare.py", "--runs", *pooled, "--output", str(output)]
         words += ["--published", config["published"]]
         subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         print_table(output)
+
+
+def prepared(run: Run, args: argparse.Namespace) -> tuple[Run, Chain, list[Stage], list[Stage]]:
+    """A run, what is done of it, the stages that were chosen, and those to forget before. Raises UserError for what
+    cannot be; changes nothing on disk."""
+    chain, stages = Chain(run.output), run.stages()
+    if args.fresh and (run.output / "run.json").exists():
+        chain.done, chain.begun = {}, {}
+    chosen = selected(stages, chain, args)
+    return run, chain, chosen, to_forget(stages, chain, args)
+
+
+def carry_out(run: Run, chain: Chain, chosen: list[Stage], again: list[Stage], args: argparse.Namespace) -> None:
+    """Show or run the chosen stages of a run."""
+    if args.plan or args.dry_run:
+        for stage in again:
+            chain.done.pop(stage.name, None)
+        if args.plan:
+            return show_plan(run, chain, chosen)
+        for stage in chosen:
+            if stage.name not in chain.done:
+                print0(f"# {stage.name}: {stage.title}", *stage.commands, sep="\n")
+        return None
+    if args.fresh and (run.output / "run.json").exists():
+        chain.clear()
+    for stage in again:
+        chain.forget(stage)
+    settings = {"config": run.config.values, "seed": run.seed, "rounds": run.rounds}
+    files.write_json(run.output / "run.json", settings)
+    chain.run(chosen)
+    return print_table(run.output)
 
 
 def print_table(folder: Path) -> None:

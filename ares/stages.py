@@ -28,6 +28,7 @@ from ares import files, launch
 from ares.cli import UserError, print0
 
 ROOT = Path(__file__).resolve().parents[1]
+LOCK = ".stages_lock"
 TAIL = 15  # lines of a failed command's log that are shown
 LAST_LINES_SECONDS = 10.0  # for the others of commands that run together, once the first has ended
 SCRIPT_WORDS = (".py", ".sh")  # ends of the word from which on a command counts as the same: its launcher may change
@@ -62,7 +63,7 @@ def from_script(words: list[str]) -> list[str]:
 
 class Chain:
     """Runs stages in a folder. {folder}/stages.json records the finished ones, and the finished commands of one that
-    was stopped between two; {folder}/logs/{stage}.log has their output.
+    was stopped between two; {folder}/logs/{stage}.log has their output. Whoever changes anything there holds `only`.
 
     Raises UserError for a record that is damaged.
     """
@@ -80,6 +81,11 @@ class Chain:
         # OpenMP's threads spin while they wait, which costs a shared machine more than a tiny model gains
         threads = {} if shutil.which("nvidia-smi") else {"OMP_NUM_THREADS": "1"}
         self.environment = {**threads, **os.environ, "PYTHON": sys.executable, "TOKENIZERS_PARALLELISM": "false"}
+
+    @staticmethod
+    def only(folder: Path) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock of the one chain that works in `folder`. Raises UserError if another process holds it."""
+        return launch.only_one(folder / LOCK, f"--output {folder}")
 
     # -- what is done --------------------------------------------------------------------------------------
 
@@ -104,10 +110,17 @@ class Chain:
         """Delete what `stage` made, inside the folder only (not by a link that leads out), and its record."""
         for path in stage.makes:
             if path.resolve().is_relative_to(self.folder.resolve()) and path.resolve() != self.folder.resolve():
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                _delete(path)
         (self.folder / "logs" / f"{stage.name}.log").unlink(missing_ok=True)
         if [self.done.pop(stage.name, None), self.begun.pop(stage.name, None)] != [None, None]:
             self._save()
+
+    def clear(self) -> None:
+        """Delete all that is in the folder but for its lock: the record of finished stages first, run.json last."""
+        for path in sorted(self.folder.iterdir(), key=lambda path: (path.name == "run.json", path != self.record_file)):
+            if path.name != LOCK:
+                _delete(path)
+        self.done, self.begun = {}, {}
 
     def _save(self) -> None:
         files.write_json(self.record_file, {"stages": self.done, **({"begun": self.begun} if self.begun else {})})
@@ -117,23 +130,22 @@ class Chain:
     def run(self, stages: Sequence[Stage]) -> None:
         """Run those that are not finished, in order. Raises UserError for one that fails."""
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-        with launch.only_one(self.folder / ".stages_lock", "chain"):
-            for stage in stages:
-                if stage.name in self.done:
-                    print0(f"== {stage.name}: {stage.title}: done before")
-                    continue
-                print0(f"== {stage.name}: {stage.title}")
-                began, cpu = time.monotonic(), _cpu_seconds()
-                self.run_commands(stage)
-                seconds, cpu = time.monotonic() - began, _cpu_seconds() - cpu
-                used = {name: self.done.get(name, {}).get("id") for name in stage.uses}
-                self.begun.pop(stage.name, None)
-                self.done[stage.name] = {
-                    "title": stage.title, "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1),
-                    "id": uuid.uuid4().hex[:12], "commands": stage.identity(), "used": used,
-                }  # fmt: skip
-                self._save()
-                print0(f"   {seconds:.0f} s")
+        for stage in stages:
+            if stage.name in self.done:
+                print0(f"== {stage.name}: {stage.title}: done before")
+                continue
+            print0(f"== {stage.name}: {stage.title}")
+            began, cpu = time.monotonic(), _cpu_seconds()
+            self.run_commands(stage)
+            seconds, cpu = time.monotonic() - began, _cpu_seconds() - cpu
+            used = {name: self.done.get(name, {}).get("id") for name in stage.uses}
+            self.begun.pop(stage.name, None)
+            self.done[stage.name] = {
+                "title": stage.title, "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1),
+                "id": uuid.uuid4().hex[:12], "commands": stage.identity(), "used": used,
+            }  # fmt: skip
+            self._save()
+            print0(f"   {seconds:.0f} s")
 
     def run_commands(self, stage: Stage) -> None:
         """Run the commands of a stage that have not finished; ends them all where one fails."""
@@ -192,6 +204,11 @@ class Chain:
         command = shlex.join(from_script(list(process.args)))
         again = "What is finished is kept: correct the cause, then run the same command again."
         return f"stage {stage.name} {how}: {command}\nThe end of {log}:\n{tail}\n{again}"
+
+
+def _delete(path: Path) -> None:
+    """Delete a file, a link or a whole folder."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _wait(processes: Iterable[subprocess.Popen], seconds: float) -> None:

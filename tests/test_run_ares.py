@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import run_ares
-from ares import files, stages
+from ares import files, launch, stages
 from ares.cli import UserError
 from ares.stages import Chain, Stage, from_script
 from teacher import handoff
@@ -121,13 +121,79 @@ def test_a_redo_forgets_the_finished_commands_of_a_stopped_stage_after_it(tmp_pa
     chain.run([first])
     chain.begun["generate"] = [shlex.split(then.commands[0])]
     args = run_ares.parse_args(["--config", "configs/smoke.yaml", "--redo", "rl"])
-    run_ares.refuse_changed([first, then], chain, args)
-    assert chain.begun == chain.done == {}
+    assert run_ares.to_forget([first, then], chain, args) == [first, then]
 
 
 def test_another_launcher_is_no_change():
     words = "accelerate launch --num_processes 4 main.py --lr 1"
     assert from_script(words.split()) == from_script("python main.py --lr 1".split()) == ["main.py", "--lr", "1"]
+
+
+# -- what is deleted, and when ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """A run whose stage prepare is finished, and the words that run it again; nothing of it costs time."""
+    config = tmp_path / "quick.yaml"
+    config.write_text(f"extends: {ROOT}/configs/smoke.yaml\nprepare: [python -c 1]\nfeatures: null\n")
+    words = ["--config", str(config), "--output", str(tmp_path / "run")]
+    run_ares.main([*words, "--until", "prepare", "--seeds", "3", "4"])
+    run_ares.main([*words, "--until", "prepare"])
+    for folder in ("run", "run/seed3", "run/seed4"):
+        paid = tmp_path / folder / "rl/questions/score.txt"
+        paid.parent.mkdir(parents=True)
+        paid.write_text("0.5")
+    return words
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+SEEDS = ("--seeds", "3", "4")
+
+
+@pytest.mark.parametrize("words, fault", [
+    (("--fresh", "--redo", "slf"), "--redo: no stage slf"),
+    (("--fresh", "--from", "slf"), "--from: no stage slf"),
+    (("--fresh", "--only", "rl"), "--only: start is not finished"),
+    (("--redo", "prepare", "--until", "slf"), "--until: no stage slf"),
+    ((*SEEDS, "--redo", "prepare", "slf"), "--redo: no stage slf"),
+    ((*SEEDS, "--fresh", "--from", "table"), "--from: start is not finished"),
+])  # fmt: skip
+def test_wrong_arguments_delete_nothing(earlier, tmp_path, words, fault):
+    before = tree(tmp_path / "run")
+    with pytest.raises(UserError, match=fault):
+        run_ares.main([*earlier, *words])
+    assert tree(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("words", [("--fresh",), ("--redo", "prepare"), (*SEEDS, "--fresh"), ("--until", "prepare")])
+def test_nothing_changes_while_another_chain_runs_in_the_folder(earlier, tmp_path, words):
+    busy = tmp_path / ("run/seed4" if "4" in words else "run")
+    with launch.only_one(busy / ".stages_lock", "chain"):
+        before = tree(tmp_path / "run")
+        with pytest.raises(UserError, match=f"process {os.getpid()} on .* is running there"):
+            run_ares.main([*earlier, *words, "--set", "rl.lr=1e-3"])
+        assert tree(tmp_path / "run") == before
+        run_ares.main([*earlier, *words, "--dry_run"])
+
+
+@pytest.mark.parametrize(
+    "words, kept", [((), "run/seed3 run/seed4"), (SEEDS, "run"), (("--seeds", "4"), "run run/seed3")]
+)
+def test_fresh_deletes_the_folders_of_its_own_runs(earlier, tmp_path, words, kept):
+    folders = ["run", "run/seed3", "run/seed4"]
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for folder in folders:
+        (tmp_path / folder / "link").symlink_to(outside)
+    run_ares.main([*earlier, *words, "--fresh", "--until", "prepare"])
+    left = [folder for folder in folders if (tmp_path / folder / "rl").exists()]
+    assert left == (kept.split() if words else []) and outside.is_dir()
+    for seed in words[1:]:
+        assert sorted(os.listdir(tmp_path / f"run/seed{seed}")) == ["logs", "run.json", "stages.json"]
 
 
 # -- configurations --------------------------------------------------------------------------------------
