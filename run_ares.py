@@ -17,15 +17,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import importlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ares import cli, files
@@ -56,6 +58,7 @@ SETTINGS = {
     "size": "base", "published": "none", "prepare": [], "forms": ["QCM-A", "QCMG-A"], "launch": {},
     "at_once": 1, "teacher_beside_rl": True,
 }  # fmt: skip
+INSTALL = "install the packages by bash run_tests.sh --lint-only, then run source .venv/bin/activate"
 PARTS = ("prepare", "check", "features", "captions", "start", "baseline", "rl", "generate", "correct", "sft", "lora",
          "judge", "results", "report", "table")  # fmt: skip
 
@@ -154,18 +157,13 @@ class Config:
         cli.refuse([f"--config {self.path}: {fault}" for fault in faults])
 
     @cached_property
-    def flags(self) -> dict[str, dict[str, bool]]:
-        """script -> its flags -> whether the flag takes a value, from its --help."""
+    def flags(self) -> dict[str, dict[str, argparse.Action]]:
+        """script -> its flags, without their dashes -> what its parser knows of each."""
         scripts = sorted({script for scripts in BLOCKS.values() for script in scripts})
-
-        def read(script: str) -> dict[str, bool]:
-            words = [sys.executable, script, "--help"]
-            usage = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.partition("\n\n")[0]
-            found = re.findall(r"--([\w-]+)([^\]\[-]*(?:\[[^\]-]*\])?)", usage)
-            return {name: bool(value.strip()) for name, value in found}
-
-        with ThreadPoolExecutor(4) as pool:
-            return dict(zip(scripts, pool.map(read, scripts), strict=True))
+        return {
+            script: {name[2:]: action for action in parser_of(script)._actions for name in action.option_strings}
+            for script in scripts
+        }
 
     def shows_images(self, script: str) -> bool:
         """Whether --images has an effect; where it has none, scripts refuse it."""
@@ -178,8 +176,9 @@ class Config:
             for flag, value in (self.values[block] or {}).items():
                 if flag == "images" and not self.shows_images(script):
                     continue
-                takes_value = self.flags[script].get(flag)
-                if takes_value is None or value is None or (value is False and not takes_value):
+                action = self.flags[script].get(flag)
+                takes_value = action is not None and action.nargs != 0
+                if action is None or value is None or (value is False and not takes_value):
                     continue
                 yield f"--{flag}"
                 if takes_value:
@@ -189,6 +188,34 @@ class Config:
 def _near(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(name, list(known), 1)
     return f" (meant: {near[0]}?)" if near else ""
+
+
+def module_of(script: str) -> ModuleType:
+    """A script as a module. Each imports little before it works."""
+    try:
+        return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    except ImportError as error:
+        raise UserError(f"{sys.executable} cannot run {script} ({error}); {INSTALL}") from error
+
+
+@cache
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """The parser that a script makes in its `parse_args`."""
+
+    class Made(Exception):
+        pass
+
+    def caught(parser: argparse.ArgumentParser, *_: Any) -> None:
+        raise Made(parser)
+
+    parse, argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_args, caught
+    try:
+        module_of(script).parse_args([])
+    except Made as made:
+        return made.args[0]
+    finally:
+        argparse.ArgumentParser.parse_args = parse
+    raise AssertionError(f"{script} made no parser")
 
 
 # -- the chain -------------------------------------------------------------------------------------------
@@ -552,4 +579,5 @@ def print_table(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the commands save and end
     cli.run(main)

@@ -9,7 +9,6 @@ Used by run_ares.py. A command is text as it could be typed in bash at the proje
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import resource
 import shlex
@@ -30,6 +29,8 @@ from ares.cli import UserError, print0
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ".stages_lock"
 TAIL = 15  # lines of a failed command's log that are shown
+SAVING_SECONDS = 600.0  # for commands to save and end after SIGINT
+ENDING_SECONDS = 45.0  # after SIGTERM: torchrun gives its own processes 30
 LAST_LINES_SECONDS = 10.0  # for the others of commands that run together, once the first has ended
 SCRIPT_WORDS = (".py", ".sh")  # ends of the word from which on a command counts as the same: its launcher may change
 
@@ -117,7 +118,8 @@ class Chain:
 
     def clear(self) -> None:
         """Delete all that is in the folder but for its lock: the record of finished stages first, run.json last."""
-        for path in sorted(self.folder.iterdir(), key=lambda path: (path.name == "run.json", path != self.record_file)):
+        order = {self.record_file.name: 0, "run.json": 2}
+        for path in sorted(self.folder.iterdir(), key=lambda path: order.get(path.name, 1)):
             if path.name != LOCK:
                 _delete(path)
         self.done, self.begun = {}, {}
@@ -154,18 +156,20 @@ class Chain:
         running: dict[subprocess.Popen, str] = {}
         at_once = len(waiting) if stage.together else stage.at_once
         log = self.folder / "logs" / f"{stage.name}.log"
-        with _progress(log) as show:
+        with _progress(log) as show, _guard() as watch:
             try:
                 while waiting or running:
                     while waiting and len(running) < at_once:
                         command = waiting.pop(0)
                         running[self.start(command, log)] = command
+                        watch(running)
                     time.sleep(0.2)
                     show()
                     for process in [one for one in running if one.poll() is not None]:
-                        command = running.pop(process)
                         if process.returncode:
                             raise UserError(self.failure(stage, process, log))
+                        command = running.pop(process)
+                        watch(running)
                         if not stage.together:
                             self.begun.setdefault(stage.name, []).append(from_script(shlex.split(command)))
                             self._save()
@@ -173,12 +177,7 @@ class Chain:
                             _wait(running, LAST_LINES_SECONDS)
                             return
             finally:
-                for process in running:
-                    process.terminate()
-                _wait(running, 30)
-                for process in running:
-                    process.kill()
-                    process.wait()
+                _stop(running)
 
     def start(self, command: str, log: Path) -> subprocess.Popen:
         """Start `command` with this environment's python; its output is appended to `log`."""
@@ -189,7 +188,7 @@ class Chain:
         with open(log, "a", encoding="utf-8") as opened:
             opened.write(f"$ {command}\n")
             opened.flush()
-            options = {"stdout": opened, "stderr": subprocess.STDOUT, "preexec_fn": _die_with_parent}
+            options = {"stdout": opened, "stderr": subprocess.STDOUT, "start_new_session": True}
             try:
                 return subprocess.Popen(words, cwd=ROOT, env=self.environment, **options)
             except OSError as error:
@@ -212,22 +211,58 @@ def _delete(path: Path) -> None:
 
 
 def _wait(processes: Iterable[subprocess.Popen], seconds: float) -> None:
-    """Wait until all have ended, at most so long."""
+    """Wait until all have ended, with what they started, at most so long."""
     end = time.monotonic() + seconds
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0, end - time.monotonic()))
+    while _left(processes) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _left(processes: Iterable[subprocess.Popen]) -> set[int]:
+    """The process groups in which a process is left: `accelerate launch` may end before what it has started."""
+    groups = {process.pid for process in processes}
+    left = {process.pid for process in processes if process.poll() is None}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = file.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            left |= {int(group)} & groups if state != "Z" else set()
+    return left
+
+
+def _stop(processes: Iterable[subprocess.Popen]) -> None:
+    """End process groups: by SIGINT, after which training saves and clients wait for replies that are paid; after
+    SAVING_SECONDS or a second Ctrl-C by SIGTERM, then by SIGKILL."""
+    for number, seconds in ((signal.SIGINT, SAVING_SECONDS), (signal.SIGTERM, ENDING_SECONDS), (signal.SIGKILL, 5)):
+        with contextlib.suppress(KeyboardInterrupt):
+            for group in _left(processes):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, number)
+            _wait(processes, 1)
+            if number == signal.SIGINT and _left(processes):
+                print0("   waiting until the commands have saved their work (Ctrl-C: end them now)")
+            _wait(processes, seconds)
+
+
+@contextlib.contextmanager
+def _guard() -> Iterator[Callable[[Iterable[subprocess.Popen]], None]]:
+    """A function that takes the running commands. If this process is killed, a shell ends their process groups by
+    SIGTERM: its input ends then. (PR_SET_PDEATHSIG would only reach a launcher, not what it has started.)"""
+    script = 'while read -r line; do groups=$line; done; [ -z "$groups" ] || kill -s TERM -- $groups'
+    pipe = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "bufsize": 1}
+    with subprocess.Popen(["sh", "-c", script], start_new_session=True, **pipe) as shell:
+
+        def watch(processes: Iterable[subprocess.Popen]) -> None:
+            shell.stdin.write(" ".join(f"-{process.pid}" for process in processes) + "\n")
+
+        try:
+            yield watch
+        finally:
+            watch([])
 
 
 def _cpu_seconds() -> float:
     """Processor time of all ended children so far."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
-
-
-def _die_with_parent() -> None:
-    """End this child when the chain is killed (Linux: PR_SET_PDEATHSIG = 1). torchrun passes SIGTERM on."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -124,6 +124,95 @@ def test_a_redo_forgets_the_finished_commands_of_a_stopped_stage_after_it(tmp_pa
     assert run_ares.to_forget([first, then], chain, args) == [first, then]
 
 
+LAUNCHER = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()"  # passes nothing on
+TRAINING = """
+import os, signal, sys, time
+def save(number, frame):
+    open({0!r} + '/asked', 'a').write(str(int(number)) + ' ')
+    if number == 2 and not os.path.exists({0!r} + '/stubborn'):
+        time.sleep(1.5)
+        open({0!r} + '/saved', 'w').close()
+        sys.exit(0)
+signal.signal(signal.SIGINT, save)
+signal.signal(signal.SIGTERM, save)
+open({0!r} + '/pid', 'w').write(str(os.getpid()))
+while True: time.sleep(0.05)
+"""
+
+
+def launched(folder: Path) -> str:
+    """A command whose work is done by a process that its launcher started, as by `accelerate launch`."""
+    return shlex.join(["python", "-c", LAUNCHER, TRAINING.format(str(folder))])
+
+
+def until(what, seconds: float = 20):
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def alive(pid: int) -> bool:
+    """A process that has ended but that nobody waits for is not alive."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_failure_ends_what_a_launcher_beside_it_has_started(tmp_path, together):
+    """After it has saved."""
+    wait = (
+        f"import os, time\nwhile not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.05)\nraise SystemExit(3)"
+    )
+    commands = [launched(tmp_path), python(wait)]
+    with pytest.raises(UserError, match="ended with status 3"):
+        Chain(tmp_path).run([Stage("rl", "RL", commands, together=together, at_once=2)])
+    assert (tmp_path / "saved").exists() and not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_what_a_failed_launcher_has_started_ends_with_it(tmp_path):
+    started = shlex.quote(TRAINING.format(str(tmp_path)))
+    failing = shlex.join(
+        ["sh", "-c", f"python3 -c {started} & while ! [ -e {tmp_path}/pid ]; do sleep 0.1; done; exit 4"]
+    )
+    with pytest.raises(UserError, match="ended with status 4"):
+        Chain(tmp_path).run([Stage("rl", "RL", [failing])])
+    until(lambda: not alive(int((tmp_path / "pid").read_text())))
+
+
+@pytest.mark.parametrize("number, seen", [(signal.SIGINT, "2"), (signal.SIGTERM, "2"), (signal.SIGKILL, "15")])
+def test_a_stopped_chain_ends_its_commands_after_they_have_saved(tmp_path, number, seen):
+    (tmp_path / "quick.yaml").write_text(
+        json.dumps({"extends": f"{ROOT}/configs/smoke.yaml", "prepare": [launched(tmp_path)]})
+    )
+    words = [sys.executable, *SCRIPT, str(tmp_path / "quick.yaml"), "--output", str(tmp_path / "run")]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    chain = subprocess.Popen([*words, "--until", "prepare"], cwd=ROOT, **piped)
+    until((tmp_path / "pid").exists)
+    time.sleep(0.3)
+    chain.send_signal(number)
+    output, _ = chain.communicate(timeout=60)
+    pid = int((tmp_path / "pid").read_text())
+    assert until((tmp_path / "asked").exists) and (tmp_path / "asked").read_text().split()[0] == seen
+    if number == signal.SIGKILL:  # this stand-in does not end by SIGTERM
+        os.kill(pid, signal.SIGKILL)
+    else:
+        assert (tmp_path / "saved").exists() and not alive(pid)
+        assert chain.returncode == 130 and "waiting until the commands have saved" in output, output
+
+
+def test_commands_that_do_not_end_are_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "SAVING_SECONDS", 0.5)
+    monkeypatch.setattr(stages, "ENDING_SECONDS", 0.5)
+    (tmp_path / "stubborn").touch()
+    failing = python(f"import os, time\nwhile not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.05)\n1/0")
+    with pytest.raises(UserError, match="ended with status 1"):
+        Chain(tmp_path).run([Stage("rl", "RL", [launched(tmp_path), failing], together=True)])
+    assert (tmp_path / "asked").read_text().split() == ["2", "15"]
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
 def test_another_launcher_is_no_change():
     words = "accelerate launch --num_processes 4 main.py --lr 1"
     assert from_script(words.split()) == from_script("python main.py --lr 1".split()) == ["main.py", "--lr", "1"]
