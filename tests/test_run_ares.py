@@ -314,12 +314,17 @@ FAULTS = {
     "rl: [1]": "rl: not a block of flags",
     "extends: absent.yaml": "absent.yaml",
     "- 1": "must hold",
+    "extends: mine.yaml": "mine.yaml: it extends .*mine.yaml, which extends it",
+    "extends: other.yaml": "it extends .*mine.yaml, which extends it",
+    "rl: {1: 2}": "rl.1: run_mm_cot_rl.py has no flag --1",
+    "sft: 3": "sft: not a block of flags",
 }
 
 
 @pytest.mark.parametrize("text", FAULTS)
 def test_a_wrong_configuration_is_one_line(text, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "other.yaml").write_text("extends: mine.yaml")
     with pytest.raises(UserError, match=FAULTS[text]):
         run_ares.Config(str(tmp_path / "mine.yaml"), [])
 
@@ -331,10 +336,102 @@ def test_several_rounds_of_rl_need_their_teacher_beside_them():
     run_ares.Config(demo, ["teacher_beside_rl=false", "rl.epochs=1"])
 
 
-@pytest.mark.parametrize("change", ["rl", "rl=1", "rl.lr", "nothing.lr=1", "size.x=1"])
+@pytest.mark.parametrize(
+    "change", ["rl", "rl=1", "rl.lr", "nothing.lr=1", "size.x=1", "rl.=1", "rl.lr=[1", "at_once.x=1"]
+)
 def test_a_wrong_set_is_one_line(change):
     with pytest.raises(UserError, match="--set"):
         run_ares.Config(str(ROOT / "configs/demo.yaml"), [change])
+
+
+VALUES = {
+    "rl=null": "rl: null removes",
+    "start=null": "start: null removes",
+    "sft=null": "sft: null removes",
+    "launch=accelerate launch": "launch: a command for some of start, rl",
+    "launch=[accelerate launch]": "launch: a command for",
+    "launch={RL: accelerate launch}": "launch: a command for",
+    "launch.rl=5": "launch: a command for",
+    "launch.rl=sh '": "launch: a command for",
+    "rl.epochs=abc": "rl.epochs: invalid int value: 'abc'",
+    "rl.k_actions=2.5": "rl.k_actions: invalid int value: '2.5'",
+    "rl.algo=dpo": "rl.algo: invalid choice: 'dpo'",
+    "rl.lr=[1, 2]": "rl.lr: takes 1 value, not 2",
+    "rl.lr=[]": "rl.lr: a text or a number",
+    "teacher.price=[1]": "teacher.price: takes 2 values, not 1",
+    'teacher.body={"temperature": null}': "teacher.body: a text or a number.*quotes",
+    "report.title=2026-11-27": "report.title: a text or a number.*quotes",
+    "lora.epoch=many": "lora.epoch: invalid int value",
+    "judge.questions=all": "judge.questions: invalid int value",
+    "prompt.use_caption=0": "prompt.use_caption: true or false, not 0",
+    "generate.final_eval=[true]": "generate.final_eval: true or false",
+    "rl.offload=yes please": "rl.offload: true or false",
+    "forms=QCM-A": "forms: a list, as .QCM-A.",
+    "forms=[QCM-B]": "forms: a list",
+    "forms=[QCM-A, QCM-A]": "forms: a list",
+    "forms=[]": "forms: a list",
+    "published=foo": "published: one of none, scienceqa, aokvqa",
+    "published=null": "published: one of",
+    "size=huge": "size: one of tiny, base, large",
+    "at_once=two": "at_once: a whole number",
+    "at_once=0": "at_once: a whole number",
+    "at_once=true": "at_once: a whole number",
+    "teacher_beside_rl=1": "teacher_beside_rl: true or false",
+    "prepare=python -c 1": "prepare: a list of commands",
+    "prepare=[1]": "prepare: a list of commands",
+    "rl.seed=7": "rl.seed: .* sets --seed",
+    "rl.ref_model=other": "rl.ref_model: .* sets --ref_model",
+    "rl.phase=collect": "rl.phase: .* sets --phase",
+    "data.seed=7": "data.seed: .* sets --seed",
+    "sft.model=other": "sft.model: .* sets --model",
+    "lora.prompt_format=QCM-A": "lora.prompt_format: .* sets --prompt_format",
+    "scores.watch=2": "scores.watch: .* sets --watch",
+    "judge.output=here": "judge.output: .* sets --output",
+    "report.stage=a=b": "report.stage: .* sets --stage",
+    "features.seed=null": None,
+    "teacher=null": None,
+    "sft.prompt_format=QCM-LE": None,
+    "generate.final_eval=false": None,
+    "report.splits=[test]": None,
+}
+
+
+@pytest.mark.parametrize("look", ["--dry_run", "--plan"])
+@pytest.mark.parametrize("change", VALUES)
+def test_a_value_that_no_stage_takes_is_one_line(change, look, tmp_path):
+    words = ["--config", str(ROOT / "configs/demo.yaml"), "--output", str(tmp_path), look, "--set", change]
+    if VALUES[change] is None:
+        return run_ares.main(words)
+    with pytest.raises(UserError, match=VALUES[change]) as error:
+        run_ares.main(words)
+    assert "\n" not in str(error.value)
+
+
+def test_braces_of_a_value_stay(tmp_path, capsys):
+    changes = [
+        "report.title=a {x} {seed}",
+        """teacher.body='{"temperature": null}'""",
+        'prepare=["echo {y} {output}"]',
+    ]
+    words = ["--config", str(ROOT / "configs/scienceqa_base.yaml"), "--output", str(tmp_path), "--seed", "3"]
+    run_ares.main([*words, "--dry_run", "--set", *changes])
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    assert ["echo", "{y}", str(tmp_path)] in lines
+    assert [words[words.index("--title") + 1] for words in lines if "--title" in words] == ["a {x} 3"]
+    bodies = [words[words.index("--body") + 1] for words in lines if "--body" in words]
+    assert bodies == ['{"temperature": null}'] * 4
+
+
+def test_a_failure_of_the_pooled_tables_is_one_message(earlier, tmp_path):
+    for seed in (3, 4):
+        (tmp_path / f"run/seed{seed}/table.json").write_text("[1")
+    with pytest.raises(UserError, match="(?s)stage tables ended with status 2: tools/compare.py.*table.json"):
+        run_ares.main([*earlier, *SEEDS, "--until", "prepare"])
+
+
+def test_a_launcher_with_an_open_quote_is_one_line():
+    with pytest.raises(UserError, match="--launch: no command"):
+        run_ares.parse_args(["--config", "configs/demo.yaml", "--launch", "accelerate 'launch"])
 
 
 def test_configurations_extend_others_and_set_changes_them():
