@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import io
 import re
 import shlex
 import shutil
@@ -62,6 +63,15 @@ INSTALL = "install the packages by bash run_tests.sh --lint-only, then run sourc
 LAUNCHED = ("start", "rl", "generate", "sft", "lora")  # the stages whose launcher can be set
 REMOVABLE, NEEDED = ("features", "captions", "lora", "judge"), ("start", "rl", "sft")  # by, and not by, BLOCK: null
 BLOCK = (dict, type(None))
+SCRIPTS = {script for scripts in BLOCKS.values() for script in scripts}
+NEED_TORCH = ("main.py", "run_mm_cot_lora.py", "tools/doctor.py")  # to check their flags
+FOLDERS = (
+    "--base_model_dir",
+    "--ref_model",
+    "--evaluate_dir",
+    "--run",
+    "--correction_dir",
+)  # flags of folders made later
 PARTS = ("prepare", "check", "features", "captions", "start", "baseline", "rl", "generate", "correct", "sft", "lora",
          "judge", "results", "report", "table")  # fmt: skip
 
@@ -203,7 +213,6 @@ class Config:
     @cached_property
     def flags(self) -> dict[str, dict[str, argparse.Action]]:
         """script -> its flags, without their dashes -> what its parser knows of each."""
-        scripts = sorted({script for scripts in BLOCKS.values() for script in scripts})
         return {
             script: {
                 name[2:]: action
@@ -211,7 +220,7 @@ class Config:
                 for name in action.option_strings
                 if name.startswith("--") and action.dest != "help"
             }
-            for script in scripts
+            for script in sorted(SCRIPTS)
         }
 
     def shows_images(self, script: str) -> bool:
@@ -276,12 +285,31 @@ def _near(name: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
     return f" (meant: {near[0]}?)" if near else ""
 
 
+def command_fault(command: str, looking: bool) -> str | None:
+    """What the script of a command says against its flags, before anything runs; None for nothing. `looking`: only of
+    scripts that need no torch, and without a key of the Teacher."""
+    words = shlex.split(command)
+    place = next((i for i, word in enumerate(words) if word in SCRIPTS), len(words))
+    script, flags = "".join(words[place : place + 1]), words[place + 1 :]
+    if not script or (looking and script in NEED_TORCH):
+        return None
+    for i, word in enumerate(flags):
+        if word in FOLDERS and not Path(flags[i + 1]).is_dir():
+            flags[i + 1] = str(ROOT)  # an earlier stage will make it
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            module_of(script).parse_args(flags)
+    except UserError as error:
+        return None if looking and "_API_KEY is not set" in str(error) else f"{script}: {error}"
+    except SystemExit:
+        return f"{script}: {said.getvalue().strip().rpartition('error: ')[2]}"
+    return None
+
+
 def module_of(script: str) -> ModuleType:
     """A script as a module. Each imports little before it works."""
-    try:
-        return importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    except ImportError as error:
-        raise UserError(f"{sys.executable} cannot run {script} ({error}); {INSTALL}") from error
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
 
 
 @cache
@@ -614,7 +642,14 @@ def show_plan(run: Run, chain: Chain, chosen: Sequence[Stage]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    try:
+        carry_out_all(parse_args(argv))
+    except ImportError as error:
+        raise UserError(f"{sys.executable}: {error}; {INSTALL}") from error
+
+
+def carry_out_all(args: argparse.Namespace) -> None:
+    """Check all runs, then carry out one after the other, then pool their tables."""
     config, looking = Config(args.config, args.set), args.plan or args.dry_run
     output = files.writable_dir(args.output, "--output").resolve()
     runs = []
@@ -640,12 +675,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def prepared(run: Run, args: argparse.Namespace) -> tuple[Run, Chain, list[Stage], list[Stage]]:
     """A run, what is done of it, the stages that were chosen, and those to forget before. Raises UserError for what
-    cannot be; changes nothing on disk."""
+    cannot be done, also for flags that a later stage would refuse; changes nothing on disk."""
     chain, stages = Chain(run.output), run.stages()
     if args.fresh and (run.output / "run.json").exists():
         chain.done, chain.begun = {}, {}
     chosen = selected(stages, chain, args)
-    return run, chain, chosen, to_forget(stages, chain, args)
+    again, faults, looking = to_forget(stages, chain, args), [], args.plan or args.dry_run
+    for stage in chosen:
+        if stage in again or stage.name not in chain.done:
+            found = [None if looking else chain.not_found(stage)]
+            found += [command_fault(command, looking) for command in stage.commands]
+            faults += [f"stage {stage.name}: {fault}" for fault in dict.fromkeys(found) if fault]
+    cli.refuse(faults)
+    return run, chain, chosen, again
 
 
 def carry_out(run: Run, chain: Chain, chosen: list[Stage], again: list[Stage], args: argparse.Namespace) -> None:

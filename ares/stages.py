@@ -82,6 +82,9 @@ class Chain:
         # OpenMP's threads spin while they wait, which costs a shared machine more than a tiny model gains
         threads = {} if shutil.which("nvidia-smi") else {"OMP_NUM_THREADS": "1"}
         self.environment = {**threads, **os.environ, "PYTHON": sys.executable, "TOKENIZERS_PARALLELISM": "false"}
+        # launchers such as accelerate lie beside this python, also where its environment is not activated
+        path = os.environ.get("PATH", os.defpath)
+        self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"
 
     @staticmethod
     def only(folder: Path) -> contextlib.AbstractContextManager[None]:
@@ -193,6 +196,13 @@ class Chain:
                 return subprocess.Popen(words, cwd=ROOT, env=self.environment, **options)
             except OSError as error:
                 raise UserError(f"{words[0]}: cannot be started ({error.strerror}); is it installed?") from error
+
+    def not_found(self, stage: Stage) -> str | None:
+        """A message that names a program that `stage` would start and that is not there."""
+        for command in stage.commands:
+            if not shutil.which(name := shlex.split(command)[0], path=self.environment["PATH"]):
+                return f"{name}: cannot be started (not found); is it installed?"
+        return None
 
     @staticmethod
     def failure(stage: Stage, process: subprocess.Popen, log: Path) -> str:

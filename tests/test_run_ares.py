@@ -407,6 +407,78 @@ def test_a_value_that_no_stage_takes_is_one_line(change, look, tmp_path):
     assert "\n" not in str(error.value)
 
 
+FLAGS = {  # --set -> the fault; those that need torch to be seen are for a run only
+    "teacher.batch=true": "stage rl: haiku.py: --batch and --watch do not go together",
+    "teacher.body='{'": "stage rl: haiku.py: --body: '{' is no JSON",
+    "teacher.max_usd=0": "--max_usd must be a number above 0",
+    "rl.gamma=1.5": "stage rl: run_mm_cot_rl.py: --gamma must be between 0 and 1",
+    "rl.algo=rloo rl.do_sample=false": "--algo rloo compares",
+    "judge.questions=0": "stage judge: tools/win_rate.py: --questions must be at least 1",
+    "sft.max_tokens=4096": "stage sft: main.py: --bs and --max_tokens both set the batch",
+    "lora.lora_dropout=1": "stage lora: run_mm_cot_lora.py: --lora_dropout must be in",
+    "prompt.img_type=null": "--vision_features: no effect without --img_type",
+    "launch.sft=no-such-launcher": "stage sft: no-such-launcher: cannot be started",
+    "teacher.teacher=claude": "stage rl: haiku.py: .*ANTHROPIC_API_KEY is not set",
+    "teacher.teacher=openai teacher.teacher_model=x": "stage rl: haiku.py: .*OPENAI_API_KEY is not set",
+}
+LOOKS = ("--batch", "--body", "--max_usd", "--gamma", "--algo", "--questions")  # of which --dry_run speaks, too
+
+
+@pytest.mark.parametrize("changes", FLAGS)
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first(changes, tmp_path, monkeypatch):
+    for name in ("ANTHROPIC_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    paid = ["teacher.teacher=claude", "scores=null"] if "teacher." in changes else []
+    changes = ["rl.vf_lr=null", "rl.value_warmup=null", "rl.value_init=null", *paid, *changes.split(" ")]
+    words = ["--config", str(ROOT / "configs/smoke.yaml"), "--output", str(tmp_path), "--set", *changes]
+    fault = FLAGS[" ".join(changes[3 + len(paid) :])]
+    if any(flag in fault for flag in LOOKS):
+        with pytest.raises(UserError, match=fault):
+            run_ares.main([*words, "--dry_run"])
+    elif "_API_KEY" in fault:
+        run_ares.main([*words, "--dry_run"])
+    with pytest.raises(UserError, match=fault):
+        run_ares.main(words)
+    assert not list(tmp_path.iterdir())
+    if fault.startswith("stage"):  # a stage that is not to run is not checked
+        run_ares.main([*words, "--until", "check", "--dry_run"])
+
+
+@pytest.mark.parametrize("changes, last, factor", [
+    ([], "2", 3 * 4 * 10), (["rl.epochs=2"], "1", 2 * 4 * 10), (["rl.rl_epochs=null"], "2", 3 * 4 * 3),
+    (["rl.k_actions=null", "rl.epochs=1"], "0", 3 * 10),
+])  # fmt: skip
+def test_a_flag_that_is_not_set_has_its_scripts_default(changes, last, factor, tmp_path, monkeypatch, sample):
+    """Three rounds of RL: the third one's model is evaluated, and the plan counts them all."""
+    monkeypatch.chdir(ROOT)
+    changes = ["rl.epochs=null", f"data.data_root={sample / 'ScienceQA/data'}", *changes]
+    config = run_ares.Config("configs/scienceqa_base.yaml", changes)
+    run = run_ares.Run(config, tmp_path, 0, 1)
+    assert run.models(1)[1] == tmp_path / "rl" / last
+    questions = len(run_ares.read_problems(run).splits["train"])
+    assert run_ares.amounts(run)["rl"]["ppo"] == questions * factor
+
+
+def test_a_launcher_beside_python_is_found_and_an_absent_package_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    chain = Chain(tmp_path)
+    assert chain.not_found(Stage("rl", "RL", ["accelerate launch main.py"])) is None
+    chain.run([Stage("rl", "RL", ["sh -c 'command -v accelerate'"])])
+    bare = [
+        sys.executable,
+        "-S",
+        "run_ares.py",
+        "--config",
+        "configs/demo.yaml",
+        "--dry_run",
+        "--output",
+        str(tmp_path),
+    ]
+    done = subprocess.run(bare, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "No module named" in done.stderr and "source .venv/bin/activate" in done.stderr
+
+
 def test_braces_of_a_value_stay(tmp_path, capsys):
     changes = [
         "report.title=a {x} {seed}",
