@@ -513,7 +513,8 @@ def selected(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) ->
 def to_forget(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) -> list[Stage]:
     """What --redo names and all that depends on it. Raises UserError for other finished stages whose inputs or flags
     changed. Deletes nothing."""
-    again = set(args.redo)
+    fresh = args.fresh and (chain.folder / "run.json").exists()
+    again = {stage.name for stage in stages} if fresh else set(args.redo)
     for stage in stages:
         begun = stage.name in {**chain.done, **chain.begun} or any(path.exists() for path in stage.makes)
         if stage.name in again or (begun and again & set(stage.uses)):
@@ -524,7 +525,13 @@ def to_forget(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) -
                 f"{chain.folder}: stage {stage.name} is finished, but {change}; add --redo {stage.name} to run it "
                 "again, with what depends on it, or name another --output"
             )
-    return [stage for stage in stages if stage.name in again]
+    forgotten = [stage for stage in stages if stage.name in again]
+    for path in (path for stage in forgotten for path in stage.makes):
+        if path.exists() and not chain.may_delete(path):
+            raise UserError(
+                f"--{'fresh' if fresh else 'redo'}: {path} is outside {chain.folder} and stays; delete it first"
+            )
+    return forgotten
 
 
 # -- plan ------------------------------------------------------------------------------------------------
@@ -656,7 +663,12 @@ def carry_out_all(args: argparse.Namespace) -> None:
     for seed in args.seeds or [args.seed]:
         folder = output / f"seed{seed}" if args.seeds else output
         runs.append(Run(config, folder, seed, args.rounds, args.launch))
+    shared = len({run.start for run in runs}) < len(runs)
+    if shared and config["start"].get("model"):
+        fix = "write {output}/models/start, or have {seed} in it"
+        raise UserError(f"start.folder: all seeds would train into {runs[0].start}; {fix}")
     with contextlib.ExitStack() as held:
+        held.enter_context(contextlib.chdir(ROOT))  # where the commands run: relative paths mean the same
         if not looking:
             for run in runs:
                 held.enter_context(Chain.only(run.output))

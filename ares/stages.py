@@ -113,11 +113,15 @@ class Chain:
     def forget(self, stage: Stage) -> None:
         """Delete what `stage` made, inside the folder only (not by a link that leads out), and its record."""
         for path in stage.makes:
-            if path.resolve().is_relative_to(self.folder.resolve()) and path.resolve() != self.folder.resolve():
+            if self.may_delete(path):
                 _delete(path)
         (self.folder / "logs" / f"{stage.name}.log").unlink(missing_ok=True)
         if [self.done.pop(stage.name, None), self.begun.pop(stage.name, None)] != [None, None]:
             self._save()
+
+    def may_delete(self, path: Path) -> bool:
+        """Whether `path` lies inside the folder (not by a link that leads out)."""
+        return self.folder.resolve() in path.resolve().parents
 
     def clear(self) -> None:
         """Delete all that is in the folder but for its lock: the record of finished stages first, run.json last."""

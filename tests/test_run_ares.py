@@ -285,6 +285,58 @@ def test_fresh_deletes_the_folders_of_its_own_runs(earlier, tmp_path, words, kep
         assert sorted(os.listdir(tmp_path / f"run/seed{seed}")) == ["logs", "run.json", "stages.json"]
 
 
+def model_outside(tmp_path, *changes) -> list[str]:
+    """Words of a run whose starting model would be trained outside of it, where one is already."""
+    (tmp_path / "models/own").mkdir(parents=True)
+    return ["--set", f"start.folder={tmp_path}/models/own", *changes]
+
+
+@pytest.mark.parametrize("words", [("--redo", "start"), ("--fresh",)])
+def test_a_model_outside_the_run_is_not_taken_for_a_new_one(earlier, tmp_path, words):
+    """It stays where it is, so a redo would take the old one."""
+    words = [*earlier, *words, "--until", "prepare", *model_outside(tmp_path)]
+    before = tree(tmp_path / "run")
+    with pytest.raises(UserError, match=f"{words[4]}: .*models/own is outside .*run and stays; delete it first"):
+        run_ares.main(words)
+    assert tree(tmp_path / "run") == before
+    (tmp_path / "models/own").rmdir()
+    run_ares.main(words)
+
+
+def test_seeds_do_not_share_a_starting_model_that_they_train(earlier, tmp_path):
+    words = [*earlier, *SEEDS, "--until", "prepare", *model_outside(tmp_path)]
+    with pytest.raises(UserError, match="start.folder: all seeds would train into .*models/own"):
+        run_ares.main(words)
+    words[-1] += "{seed}"
+    run_ares.main(words)
+    for name in CONFIGS:
+        run_ares.main(["--config", str(ROOT / "configs" / name), "--output", str(tmp_path), *SEEDS, "--dry_run"])
+
+
+def test_a_refusal_of_a_later_seed_comes_before_the_first_ones_chain(earlier, tmp_path):
+    for path in (tmp_path / "run/seed3").iterdir():
+        stages._delete(path)
+    with pytest.raises(UserError, match="seed4: stage prepare is finished, but its command had 1 and now has 2"):
+        run_ares.main([*earlier, *SEEDS, "--until", "prepare", "--set", "prepare=[python -c 2]"])
+    assert not list((tmp_path / "run/seed3").iterdir())
+    with pytest.raises(UserError, match="--from: start is not finished"):
+        run_ares.main([*earlier, *SEEDS, "--from", "rl"])
+
+
+def test_paths_of_a_configuration_are_the_projects_from_any_folder(earlier, tmp_path, monkeypatch, capsys, sample):
+    """As the commands see them; --config and --output are the user's."""
+    monkeypatch.chdir(tmp_path)
+    data = os.path.relpath(sample / "ScienceQA/data", ROOT)
+    changes = ["--set", f"data.data_root={data}", f"start.folder={os.path.relpath(tmp_path / 'models', ROOT)}"]
+    (tmp_path / "models").mkdir()
+    words = ["--config", "quick.yaml", "--output", "run"]
+    run_ares.main([*words, "--plan", *changes])
+    shown = capsys.readouterr().out
+    assert re.search("^start +goes on ", shown, re.MULTILINE), shown
+    assert "known once the data are there" not in shown
+    assert os.getcwd() == str(tmp_path) and str(tmp_path / "run") in shown
+
+
 # -- configurations --------------------------------------------------------------------------------------
 
 
