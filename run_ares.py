@@ -86,7 +86,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", metavar="N", help="several seeds, one folder each")
     add("--rounds", type=int, default=1, help="RL and SFT so many times, each from the model before it")
     add("--launch", metavar="COMMAND", help="launcher of training and generation, as 'accelerate launch'")
-    stages = parser.add_argument_group("stages", "names are " + ", ".join(PARTS) + "; in round N rl_N, sft_N, ...")
+    stages = parser.add_argument_group("stages", "names are " + ", ".join(PARTS) + "; in round 2 rl_2, sft_2, ...")
     stages.add_argument("--from", dest="first", metavar="STAGE", help="begin there; all before it must be finished")
     stages.add_argument("--until", dest="last", metavar="STAGE", help="end with it")
     stages.add_argument("--only", metavar="STAGE", help="this one alone")
@@ -396,8 +396,7 @@ class Run:
         """RL, rationales, corrections, SFT of round `number`, from the model before it."""
         config = self.config
         before, after, rl, tuned = self.models(number)
-        last = f"_{number}"
-        name = {part: part if self.rounds == 1 else part + last for part in ("rl", "generate", "correct", "sft")}
+        name = {part: self.named(part, number) for part in ("rl", "generate", "correct", "sft")}
 
         def sampled(*phase: str) -> str:
             wiring = {"base_model_dir": before, "ref_model": self.start, "run_dir": rl}
@@ -406,7 +405,7 @@ class Run:
 
         watch = [True] if config["teacher_beside_rl"] else []
         scores = self.command("haiku.py", "data teacher scores", questions_dir=rl / "questions", watch=watch)
-        begins = ["start", "baseline"] if number == 1 else [f"sft_{number - 1}"]
+        begins = ["start", "baseline"] if number == 1 else [self.named("sft", number - 1)]
         if config["teacher_beside_rl"]:
             commands = [sampled(), scores]
         else:  # the GPUs are free while the Teacher works; finished commands are recorded one by one
@@ -431,21 +430,25 @@ class Run:
         yield Stage(name["sft"], "SFT on the corrected rationales", [train], uses=[name["correct"]], makes=[tuned])
 
     def corrections(self, number: int) -> Path:
-        return self.output / f"corrections{'' if self.rounds == 1 else f'_{number}'}"
+        return self.output / self.named("corrections", number)
+
+    def named(self, part: str, number: int, between: str = "_") -> str:
+        """A stage or folder of round `number`. The first has no number, so that --rounds can be raised later; in a
+        folder that an earlier version began it has one."""
+        return part if number == 1 and not (self.output / "rl_1").exists() else f"{part}{between}{number}"
 
     def models(self, number: int) -> tuple[Path, Path, Path, Path]:
         """Folders of round `number`: the model before it, after its RL, RL's run folder, after its SFT."""
-        last = "" if self.rounds == 1 else f"_{number}"
-        before = self.start if number == 1 else self.output / f"sft_{number - 1}"
-        rl = self.output / f"rl{last}"
-        return before, rl / str(self.config.value("rl", "epochs") - 1), rl, self.output / f"sft{last}"
+        before = self.start if number == 1 else self.output / self.named("sft", number - 1)
+        rl, tuned = (self.output / self.named(part, number) for part in ("rl", "sft"))
+        return before, rl / str(self.config.value("rl", "epochs") - 1), rl, tuned
 
     def named_models(self) -> dict[str, Path]:
         """Label -> folder of every rationale model, in order."""
         found = {"start": self.start}
         for number in range(1, self.rounds + 1):
-            last = "" if self.rounds == 1 else f" {number}"
-            _, found[f"RL{last}"], _, found[f"SFT{last}"] = self.models(number)
+            rl, sft = (self.named(part, number, " ") for part in ("RL", "SFT"))
+            _, found[rl], _, found[sft] = self.models(number)
         return found
 
     def finish(self) -> Iterator[Stage]:
@@ -453,7 +456,7 @@ class Run:
         config, out, models = self.config, self.output, self.named_models()
         uses = ["start", "baseline"]
         for number in range(1, self.rounds + 1):
-            uses += [part if self.rounds == 1 else f"{part}_{number}" for part in ("generate", "sft")]
+            uses += [self.named(part, number) for part in ("generate", "sft")]
         answers: dict[str, Path] = {}
         if config["lora"] is not None:
             commands = []

@@ -337,6 +337,33 @@ def test_paths_of_a_configuration_are_the_projects_from_any_folder(earlier, tmp_
     assert os.getcwd() == str(tmp_path) and str(tmp_path / "run") in shown
 
 
+def stages_of(folder: Path, rounds: int) -> list[Stage]:
+    return run_ares.Run(run_ares.Config(str(ROOT / "configs/demo.yaml"), []), folder, 0, rounds).stages()
+
+
+def test_more_rounds_keep_the_first_one(tmp_path):
+    once, twice = ({stage.name: stage for stage in stages_of(tmp_path, rounds)} for rounds in (1, 2))
+    for name in ("rl", "generate", "correct", "sft"):
+        assert once[name] == twice[name] and f"{name}_2" in twice
+    words = shlex.split(twice["rl_2"].commands[0])
+    assert words[words.index("--base_model_dir") + 1] == str(tmp_path / "sft")
+    for name in ("lora", "judge", "results", "report", "table"):
+        assert {"sft", "sft_2"} <= set(twice[name].uses)
+        assert any("RL 2" in " ".join(shlex.split(each)) or "RL_2" in each for each in twice[name].commands)
+
+
+def test_a_folder_of_two_rounds_that_an_earlier_version_began_goes_on(tmp_path):
+    """It has rl_1, corrections_1, sft_1."""
+    (tmp_path / "rl_1").mkdir()
+    for rounds in (1, 2):
+        names = [stage.name for stage in stages_of(tmp_path, rounds)]
+        assert "rl_1" in names and "rl" not in names and ("rl_2" in names) == (rounds == 2)
+    commands = " ".join(command for stage in stages_of(tmp_path, 2) for command in stage.commands)
+    for name in ("rl_1/3", "sft_1", "corrections_1", "'RL 1", "SFT_1_QCM-A", "rl_2/3", "sft_2"):
+        assert name in commands
+    assert not re.search(r"/(rl|sft|corrections)[/ ]", commands)
+
+
 # -- configurations --------------------------------------------------------------------------------------
 
 
@@ -357,7 +384,7 @@ def test_every_command_of_a_configuration_has_known_flags(name, tmp_path, capsys
     rl = [shlex.split(line) for line in lines if "run_mm_cot_rl.py" in line]
     model = [words[words.index("--base_model_dir") + 1] for words in rl]
     reference = [words[words.index("--ref_model") + 1] for words in rl]
-    assert len(rl) == 2 and model[1].endswith("sft_1") and reference == [model[0]] * 2
+    assert len(rl) == 2 and model[1].endswith("sft") and reference == [model[0]] * 2
 
 
 FAULTS = {
