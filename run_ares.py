@@ -15,20 +15,24 @@ its folder {output}/seed{n}, and the tables are pooled.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import importlib
+import io
 import re
 import shlex
 import shutil
-import subprocess
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ares import cli, files
-from ares.cli import UserError, print0
+from ares.cli import PROMPT_FORMATS, UserError, print0
+from ares.published import PUBLISHED
 from ares.stages import ROOT, Chain, Stage
 
 # block of a configuration -> the scripts whose flags it holds; the other keys are settings of the chain
@@ -55,6 +59,19 @@ SETTINGS = {
     "size": "base", "published": "none", "prepare": [], "forms": ["QCM-A", "QCMG-A"], "launch": {},
     "at_once": 1, "teacher_beside_rl": True,
 }  # fmt: skip
+INSTALL = "install the packages by bash run_tests.sh --lint-only, then run source .venv/bin/activate"
+LAUNCHED = ("start", "rl", "generate", "sft", "lora")  # the stages whose launcher can be set
+REMOVABLE, NEEDED = ("features", "captions", "lora", "judge"), ("start", "rl", "sft")  # by, and not by, BLOCK: null
+BLOCK = (dict, type(None))
+SCRIPTS = {script for scripts in BLOCKS.values() for script in scripts}
+NEED_TORCH = ("main.py", "run_mm_cot_lora.py", "tools/doctor.py")  # to check their flags
+FOLDERS = (
+    "--base_model_dir",
+    "--ref_model",
+    "--evaluate_dir",
+    "--run",
+    "--correction_dir",
+)  # flags of folders made later
 PARTS = ("prepare", "check", "features", "captions", "start", "baseline", "rl", "generate", "correct", "sft", "lora",
          "judge", "results", "report", "table")  # fmt: skip
 
@@ -69,7 +86,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", metavar="N", help="several seeds, one folder each")
     add("--rounds", type=int, default=1, help="RL and SFT so many times, each from the model before it")
     add("--launch", metavar="COMMAND", help="launcher of training and generation, as 'accelerate launch'")
-    stages = parser.add_argument_group("stages", "names are " + ", ".join(PARTS) + "; in round N rl_N, sft_N, ...")
+    stages = parser.add_argument_group("stages", "names are " + ", ".join(PARTS) + "; in round 2 rl_2, sft_2, ...")
     stages.add_argument("--from", dest="first", metavar="STAGE", help="begin there; all before it must be finished")
     stages.add_argument("--until", dest="last", metavar="STAGE", help="end with it")
     stages.add_argument("--only", metavar="STAGE", help="this one alone")
@@ -83,6 +100,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     cli.refuse(
         [f"--rounds must be at least 1, not {args.rounds}"] * (args.rounds < 1)
         + ["--only and --from or --until: give one"] * bool(args.only and (args.first or args.last))
+        + [f"--launch: no command ({args.launch!r}); close its quotes"]
+        * (args.launch is not None and not _words(args.launch))
         + ["--seed and --seeds: give one"] * ("seed" in cli.given_flags(parser, argv) and args.seeds is not None)
         + ["--seeds: a seed is there twice"] * (len(set(args.seeds or [])) < len(args.seeds or []))
     )
@@ -97,19 +116,23 @@ class Config:
 
     def __init__(self, path: str, changes: Sequence[str]):
         self.path = path
-        self.values = {**SETTINGS, **{block: {} for block in BLOCKS}, **self.read(path)}
+        self.values = {**SETTINGS, **{block: {} for block in BLOCKS}, **self.read(Path(path))}
         for change in changes:
             self.change(change)
         self.check()
+        self.values |= {block: {} for block in BLOCKS if self.values[block] is None and block not in REMOVABLE}
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
 
-    def read(self, path: str | Path) -> dict[str, Any]:
+    def read(self, path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         """A file over the one that it `extends`: flags of its blocks replace or join those, `null` removes a block."""
-        read = files.read_yaml(path, "--config")
+        read, below = files.read_yaml(path, "--config"), (*below, path.resolve())
         if parent := read.pop("extends", None):
-            values = self.read(Path(path).parent / str(parent))
+            parent = path.parent / str(parent)
+            if parent.resolve() in below:
+                raise UserError(f"--config {path}: it extends {parent}, which extends it; remove one of the two")
+            values = self.read(parent, below)
             for name, value in read.items():
                 joined = isinstance(value, dict) and isinstance(values.get(name), dict)
                 values[name] = {**values[name], **value} if joined else value
@@ -122,49 +145,83 @@ class Config:
 
         place, equals, value = text.partition("=")
         block, dot, flag = place.partition(".")
-        known = block in self.values and not (dot and block in SETTINGS and not isinstance(SETTINGS[block], dict))
-        parsed = (
-            yaml.safe_load(value) if equals and known else None
-        )  # reads 1e-5 as a text, which is what a flag wants
-        if not equals or not known or not (dot or block in SETTINGS or parsed is None or isinstance(parsed, dict)):
+        try:
+            parsed = yaml.safe_load(value)  # reads 1e-5 as a text, which is what a flag wants
+        except Exception as error:  # as in files.read_yaml
+            raise UserError(f"--set {text}: {value} is not YAML ({cli.in_one_line(error, 120)})") from None
+        blocks = [*BLOCKS, "launch"]
+        known = block in blocks if dot else block in SETTINGS or (block in BLOCKS and isinstance(parsed, BLOCK))
+        if not equals or not known or not (flag or not dot):
             raise UserError(f"--set {text}: write BLOCK.FLAG=VALUE, or SETTING=VALUE; blocks: {', '.join(BLOCKS)}")
+        if dot and not isinstance(self.values[block], BLOCK):
+            raise UserError(f"--set {text}: {block} is not a block of flags in {self.path}; correct that first")
         self.values[block] = {**(self.values[block] or {}), flag: parsed} if dot else parsed
 
     def check(self) -> None:
-        """Refuse unknown blocks and flags in one message, before anything runs."""
+        """Refuse unknown blocks and flags, and values that no script takes, in one message, before anything runs."""
         known = [*SETTINGS, *BLOCKS]
         faults = [f"{name}: no such block{_near(name, known)}" for name in self.values if name not in known]
+        faults += setting_faults(self.values)
         for block in BLOCKS:
-            if self.values[block] is not None and not isinstance(self.values[block], dict):
+            value = self.values[block]
+            if not isinstance(value, BLOCK):
                 faults.append(f"{block}: not a block of flags")
-            for flag in (self.values.get(block) or {}) if not faults else ():
-                if block == "start" and flag == "folder":
-                    continue
-                lacking = [script for script in BLOCKS[block] if flag not in self.flags[script]]
-                if len(lacking) == len(BLOCKS[block]):
-                    near = _near(flag, self.flags[lacking[0]])
-                    faults.append(f"{block}.{flag}: {lacking[0]} has no flag --{flag}{near}")
-        rounds = "1" if faults else str((self.values["rl"] or {}).get("epochs", 1))
-        if rounds != "1" and not self.values["teacher_beside_rl"]:
+            elif value is None and block in NEEDED:
+                faults.append(f"{block}: null removes {', '.join(REMOVABLE)} only; for no flags write {block}: {{}}")
+            else:
+                places = [place for place in value or {} if (block, place) != ("start", "folder")]
+                faults += [
+                    f"{block}.{flag}: {why}" for flag in places if (why := self.fault(block, flag, value[flag]))
+                ]
+        if not faults and (rounds := self.value("rl", "epochs")) > 1 and not self.values["teacher_beside_rl"]:
             faults.append(
                 f"rl.epochs: {rounds} rounds of RL need their Teacher beside them; set teacher_beside_rl to true, or "
                 "rl.epochs to 1 and use --rounds"
             )
         cli.refuse([f"--config {self.path}: {fault}" for fault in faults])
 
+    def fault(self, block: str, flag: Any, value: Any) -> str | None:
+        """What is wrong with a flag of a block, by the parsers of the block's scripts; None for nothing."""
+        scripts = [script for script in BLOCKS[block] if flag in self.flags[script]]
+        if not scripts:
+            script = BLOCKS[block][0]
+            return f"{script} has no flag --{flag}{_near(flag, self.flags[script])}"
+        given = value if isinstance(value, list) else [value]
+        for action, parser in ((self.flags[script][flag], parser_of(script)) for script in scripts):
+            count = 1 if action.nargs in (None, "?") else action.nargs
+            if value is None:
+                return None
+            if action.nargs == 0:
+                if not isinstance(value, bool):
+                    return f"true or false, not {value!r}"
+            elif not given or not all(isinstance(each, (str, int, float)) for each in given):
+                return f"a text or a number, not {value!r}; a text that YAML reads otherwise needs quotes"
+            elif isinstance(count, int) and len(given) != count:
+                return f"takes {count} value{'s' * (count > 1)}, not {len(given)}"
+            else:
+                try:
+                    parser._get_values(action, [str(each) for each in given])
+                except argparse.ArgumentError as error:
+                    return error.message
+        return None
+
+    def value(self, block: str, flag: str) -> Any:
+        """A flag as the (first) script of its block reads it: the script's default where the block has none."""
+        action, given = self.flags[BLOCKS[block][0]][flag], (self.values[block] or {}).get(flag)
+        return action.default if given is None else (action.type or str)(str(given))
+
     @cached_property
-    def flags(self) -> dict[str, dict[str, bool]]:
-        """script -> its flags -> whether the flag takes a value, from its --help."""
-        scripts = sorted({script for scripts in BLOCKS.values() for script in scripts})
-
-        def read(script: str) -> dict[str, bool]:
-            words = [sys.executable, script, "--help"]
-            usage = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.partition("\n\n")[0]
-            found = re.findall(r"--([\w-]+)([^\]\[-]*(?:\[[^\]-]*\])?)", usage)
-            return {name: bool(value.strip()) for name, value in found}
-
-        with ThreadPoolExecutor(4) as pool:
-            return dict(zip(scripts, pool.map(read, scripts), strict=True))
+    def flags(self) -> dict[str, dict[str, argparse.Action]]:
+        """script -> its flags, without their dashes -> what its parser knows of each."""
+        return {
+            script: {
+                name[2:]: action
+                for action in parser_of(script)._actions
+                for name in action.option_strings
+                if name.startswith("--") and action.dest != "help"
+            }
+            for script in sorted(SCRIPTS)
+        }
 
     def shows_images(self, script: str) -> bool:
         """Whether --images has an effect; where it has none, scripts refuse it."""
@@ -177,17 +234,102 @@ class Config:
             for flag, value in (self.values[block] or {}).items():
                 if flag == "images" and not self.shows_images(script):
                     continue
-                takes_value = self.flags[script].get(flag)
-                if takes_value is None or value is None or (value is False and not takes_value):
+                action = self.flags[script].get(flag)
+                takes_value = action is not None and action.nargs != 0
+                if action is None or value is None or (value is False and not takes_value):
                     continue
                 yield f"--{flag}"
                 if takes_value:
-                    yield from (str(each).format(**filled) for each in (value if isinstance(value, list) else [value]))
+                    yield from (_fill(str(each), filled) for each in (value if isinstance(value, list) else [value]))
 
 
-def _near(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
+def setting_faults(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the settings of the chain."""
+
+    def commands(value: Any) -> bool:
+        return isinstance(value, list) and all(isinstance(each, str) and _words(each) for each in value)
+
+    forms, launch, at_once = values["forms"], values["launch"], values["at_once"]
+    figures = ["none", *dict.fromkeys(each.dataset for each in PUBLISHED)]
+    known_forms = isinstance(forms, list) and all(form in PROMPT_FORMATS and forms.count(form) == 1 for form in forms)
+    launches = isinstance(launch, dict) and set(launch) <= set(LAUNCHED) and commands(list(launch.values()))
+    wanted = {
+        "size": (values["size"] in list(SHAPES), f"one of {', '.join(SHAPES)}"),
+        "published": (values["published"] in figures, f"one of {', '.join(figures)}"),
+        "prepare": (values["prepare"] is None or commands(values["prepare"]), "a list of commands"),
+        "forms": (known_forms and forms, f"a list, as [QCM-A], of some of {', '.join(PROMPT_FORMATS)}, each once"),
+        "launch": (launch is None or launches, f"a command for some of {', '.join(LAUNCHED)}, as {{rl: torchrun}}"),
+        "at_once": (type(at_once) is int and at_once >= 1, "a whole number of at least 1"),
+        "teacher_beside_rl": (isinstance(values["teacher_beside_rl"], bool), "true or false"),
+    }
+    return [f"{name}: {text}; not {values[name]!r}" for name, (fine, text) in wanted.items() if not fine]
+
+
+def _words(command: str) -> list[str]:
+    """The words of a command; none where a quote is not closed."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []
+
+
+def _fill(text: str, values: Mapping[str, Any]) -> str:
+    """Replace {output} and {seed}; other braces stay."""
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", str(value))
+    return text
+
+
+def _near(name: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(str(name), list(known), 1)
     return f" (meant: {near[0]}?)" if near else ""
+
+
+def command_fault(command: str, looking: bool) -> str | None:
+    """What the script of a command says against its flags, before anything runs; None for nothing. `looking`: only of
+    scripts that need no torch, and without a key of the Teacher."""
+    words = shlex.split(command)
+    place = next((i for i, word in enumerate(words) if word in SCRIPTS), len(words))
+    script, flags = "".join(words[place : place + 1]), words[place + 1 :]
+    if not script or (looking and script in NEED_TORCH):
+        return None
+    for i, word in enumerate(flags):
+        if word in FOLDERS and not Path(flags[i + 1]).is_dir():
+            flags[i + 1] = str(ROOT)  # an earlier stage will make it
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            module_of(script).parse_args(flags)
+    except UserError as error:
+        return None if looking and "_API_KEY is not set" in str(error) else f"{script}: {error}"
+    except SystemExit:
+        return f"{script}: {said.getvalue().strip().rpartition('error: ')[2]}"
+    return None
+
+
+def module_of(script: str) -> ModuleType:
+    """A script as a module. Each imports little before it works."""
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+
+
+@cache
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """The parser that a script makes in its `parse_args`."""
+
+    class Made(Exception):
+        pass
+
+    def caught(parser: argparse.ArgumentParser, *_: Any) -> None:
+        raise Made(parser)
+
+    parse, argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_args, caught
+    try:
+        module_of(script).parse_args([])
+    except Made as made:
+        return made.args[0]
+    finally:
+        argparse.ArgumentParser.parse_args = parse
+    raise AssertionError(f"{script} made no parser")
 
 
 # -- the chain -------------------------------------------------------------------------------------------
@@ -200,13 +342,18 @@ class Run:
         self.config, self.output, self.seed, self.rounds = config, output, seed, rounds
         self.launcher = launch
         self.filled = {"output": output, "seed": seed}
-        self.start = Path(str(config["start"].get("folder") or output / "models/start").format(**self.filled))
+        self.start = Path(_fill(str(config["start"].get("folder") or output / "models/start"), self.filled))
 
     def command(
         self, script: str, blocks: str, launch: str = "", positional: Sequence[str] = (), **wiring: Any
     ) -> str:
         """A command with the flags of some `blocks`, by the launcher called `launch`. `wiring`: flags that connect the
-        stage to others; a list repeats its flag, True is a flag without a value."""
+        stage to others; a list repeats its flag, True is a flag without a value. Raises UserError for a block that has
+        one of them."""
+        for block in blocks.split():
+            if taken := [flag for flag in self.config[block] or {} if flag in wiring]:
+                place, fix = f"{block}.{taken[0]}", "use --seed" if taken[0] == "seed" else "remove it"
+                raise UserError(f"--config {self.config.path}: {place}: run_ares.py sets --{taken[0]} itself; {fix}")
         launcher = (self.launcher or (self.config["launch"] or {}).get(launch, "python")) if launch else "python"
         words = [*shlex.split(launcher), script, *positional]
         words += self.config.words(script, blocks.split(), self.filled)
@@ -225,7 +372,7 @@ class Run:
         config, out = self.config, self.output
         if config["prepare"]:
             words = {"output": shlex.quote(str(out)), "seed": self.seed}
-            commands = [command.format(**words) for command in config["prepare"]]
+            commands = [_fill(command, words) for command in config["prepare"]]
             yield Stage("prepare", "data", commands, makes=[out / "data", out / "images"])
         for name, script in (("features", "extract_features.py"), ("captions", "extract_caption.py")):
             if config[name]:
@@ -249,19 +396,22 @@ class Run:
         """RL, rationales, corrections, SFT of round `number`, from the model before it."""
         config = self.config
         before, after, rl, tuned = self.models(number)
-        last = f"_{number}"
-        name = {part: part if self.rounds == 1 else part + last for part in ("rl", "generate", "correct", "sft")}
-        sampled = self.command("run_mm_cot_rl.py", "data prompt rationale rl", "rl", base_model_dir=before,
-                               ref_model=self.start, run_dir=rl, seed=self.seed + number - 1)  # fmt: skip
+        name = {part: self.named(part, number) for part in ("rl", "generate", "correct", "sft")}
+
+        def sampled(*phase: str) -> str:
+            wiring = {"base_model_dir": before, "ref_model": self.start, "run_dir": rl}
+            wiring |= {"seed": self.seed + number - 1, "phase": [*phase]}
+            return self.command("run_mm_cot_rl.py", "data prompt rationale rl", "rl", **wiring)
+
         watch = [True] if config["teacher_beside_rl"] else []
         scores = self.command("haiku.py", "data teacher scores", questions_dir=rl / "questions", watch=watch)
-        begins = ["start", "baseline"] if number == 1 else [f"sft_{number - 1}"]
+        begins = ["start", "baseline"] if number == 1 else [self.named("sft", number - 1)]
         if config["teacher_beside_rl"]:
-            commands = [sampled, scores]
+            commands = [sampled(), scores]
         else:  # the GPUs are free while the Teacher works; finished commands are recorded one by one
             flags = ["--questions_dir", f"{rl}/questions", *config.words("haiku.py", ["data"], self.filled)]
             write = f"bash preprocessing_after_RL/processing_sentence_level_feedback.sh {shlex.join(flags)}"
-            commands = [f"{sampled} --phase collect", write, scores, f"{sampled} --phase train"]
+            commands = [sampled("collect"), write, scores, sampled("train")]
         yield Stage(name["rl"], "RL with sentence scores", commands, uses=begins, makes=[rl],
                     together=config["teacher_beside_rl"])  # fmt: skip
         texts = after / "predictions_ans_train.json"
@@ -280,21 +430,25 @@ class Run:
         yield Stage(name["sft"], "SFT on the corrected rationales", [train], uses=[name["correct"]], makes=[tuned])
 
     def corrections(self, number: int) -> Path:
-        return self.output / f"corrections{'' if self.rounds == 1 else f'_{number}'}"
+        return self.output / self.named("corrections", number)
+
+    def named(self, part: str, number: int, between: str = "_") -> str:
+        """A stage or folder of round `number`. The first has no number, so that --rounds can be raised later; in a
+        folder that an earlier version began it has one."""
+        return part if number == 1 and not (self.output / "rl_1").exists() else f"{part}{between}{number}"
 
     def models(self, number: int) -> tuple[Path, Path, Path, Path]:
         """Folders of round `number`: the model before it, after its RL, RL's run folder, after its SFT."""
-        last = "" if self.rounds == 1 else f"_{number}"
-        before = self.start if number == 1 else self.output / f"sft_{number - 1}"
-        rl = self.output / f"rl{last}"
-        return before, rl / str(int(self.config["rl"].get("epochs", 1)) - 1), rl, self.output / f"sft{last}"
+        before = self.start if number == 1 else self.output / self.named("sft", number - 1)
+        rl, tuned = (self.output / self.named(part, number) for part in ("rl", "sft"))
+        return before, rl / str(self.config.value("rl", "epochs") - 1), rl, tuned
 
     def named_models(self) -> dict[str, Path]:
         """Label -> folder of every rationale model, in order."""
         found = {"start": self.start}
         for number in range(1, self.rounds + 1):
-            last = "" if self.rounds == 1 else f" {number}"
-            _, found[f"RL{last}"], _, found[f"SFT{last}"] = self.models(number)
+            rl, sft = (self.named(part, number, " ") for part in ("RL", "SFT"))
+            _, found[rl], _, found[sft] = self.models(number)
         return found
 
     def finish(self) -> Iterator[Stage]:
@@ -302,7 +456,7 @@ class Run:
         config, out, models = self.config, self.output, self.named_models()
         uses = ["start", "baseline"]
         for number in range(1, self.rounds + 1):
-            uses += [part if self.rounds == 1 else f"{part}_{number}" for part in ("generate", "sft")]
+            uses += [self.named(part, number) for part in ("generate", "sft")]
         answers: dict[str, Path] = {}
         if config["lora"] is not None:
             commands = []
@@ -359,9 +513,11 @@ def selected(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) ->
     return chosen
 
 
-def refuse_changed(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) -> None:
-    """Forget what --redo names and all that depends on it; refuse finished stages whose inputs or flags changed."""
-    again = set(args.redo)
+def to_forget(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) -> list[Stage]:
+    """What --redo names and all that depends on it. Raises UserError for other finished stages whose inputs or flags
+    changed. Deletes nothing."""
+    fresh = args.fresh and (chain.folder / "run.json").exists()
+    again = {stage.name for stage in stages} if fresh else set(args.redo)
     for stage in stages:
         begun = stage.name in {**chain.done, **chain.begun} or any(path.exists() for path in stage.makes)
         if stage.name in again or (begun and again & set(stage.uses)):
@@ -372,13 +528,13 @@ def refuse_changed(stages: Sequence[Stage], chain: Chain, args: argparse.Namespa
                 f"{chain.folder}: stage {stage.name} is finished, but {change}; add --redo {stage.name} to run it "
                 "again, with what depends on it, or name another --output"
             )
-    if args.plan or args.dry_run:
-        for name in again:
-            chain.done.pop(name, None)
-        return
-    for stage in stages:
-        if stage.name in again:
-            chain.forget(stage)
+    forgotten = [stage for stage in stages if stage.name in again]
+    for path in (path for stage in forgotten for path in stage.makes):
+        if path.exists() and not chain.may_delete(path):
+            raise UserError(
+                f"--{'fresh' if fresh else 'redo'}: {path} is outside {chain.folder} and stays; delete it first"
+            )
+    return forgotten
 
 
 # -- plan ------------------------------------------------------------------------------------------------
@@ -418,18 +574,17 @@ def amounts(run: Run) -> dict[str, dict[str, float]]:
     """Stage -> kind of work -> how much: questions, rollouts, rows of PPO; `ask_*`: requests to the Teacher."""
     config, data = run.config, read_problems(run)
     train, every = len(data.splits["train"]), sum(len(data.splits[split]) for split in ("train", "val", "test"))
-    rl = config["rl"]
-    rollouts = train * int(rl.get("k_actions", 4)) * int(rl.get("epochs", 1))
-    judged = min(len(data.splits["test"]), int((config["judge"] or {}).get("questions") or 10**9))
+    rollouts = train * config.value("rl", "k_actions") * config.value("rl", "epochs")
+    judged = min(len(data.splits["test"]), config.value("judge", "questions") or 10**9)
     one = {
         "features": {"features": sum(bool(problem.get("image")) for problem in data.problems.values())},
-        "start": {"sft": train * int(config["start"].get("epoch", 20)), "eval": every},
+        "start": {"sft": train * config.value("start", "epoch"), "eval": every},
         "baseline": {"eval": every},
-        "rl": {"rollout": rollouts, "ppo": rollouts * int(rl.get("rl_epochs", 10)), "ask_score": rollouts},
+        "rl": {"rollout": rollouts, "ppo": rollouts * config.value("rl", "rl_epochs"), "ask_score": rollouts},
         "generate": {"eval": every},
         "correct": {"ask_correct": train},
-        "sft": {"sft": train * int(config["sft"].get("epoch", 20)), "eval": every},
-        "lora": {"sft": train * int((config["lora"] or {}).get("epoch", 20))
+        "sft": {"sft": train * config.value("sft", "epoch"), "eval": every},
+        "lora": {"sft": train * config.value("lora", "epoch")
                  * len(run.named_models()) * len(config["forms"])},
         "judge": {"ask_judge": 2 * judged * (len(run.named_models()) - 1)},
     }  # fmt: skip
@@ -440,8 +595,8 @@ def read_problems(run: Run) -> Any:
     """The data folder of the configuration. Raises UserError if it is not there yet."""
     from ares.data_folder import read_data_folder
 
-    data = run.config["data"]
-    return read_data_folder(str(data.get("data_root", "data")).format(**run.filled), data.get("dataset"))
+    root = _fill(run.config.value("data", "data_root"), run.filled)
+    return read_data_folder(root, run.config.value("data", "dataset"))
 
 
 def dollars_per_request(run: Run) -> dict[str, float | None]:
@@ -452,8 +607,8 @@ def dollars_per_request(run: Run) -> dict[str, float | None]:
     images = run.config["data"].get("images") or data.root / "images"
     for kind, block in (("score", "scores"), ("correct", "corrections"), ("judge", "judge")):
         flags = {**run.config["teacher"], **(run.config[block] or {})}
-        shown = None if kind == "judge" and not flags.get("with_image") else str(images).format(**run.filled)
-        k = int(run.config["rl"].get("k_actions", 4))
+        shown = None if kind == "judge" and not flags.get("with_image") else _fill(str(images), run.filled)
+        k = run.config.value("rl", "k_actions")
         found[f"ask_{kind}"] = expected_usd(kind, data.problems, data.splits["train"], shown, flags, k)
     return found
 
@@ -497,37 +652,78 @@ def show_plan(run: Run, chain: Chain, chosen: Sequence[Stage]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    config, output = Config(args.config, args.set), Path(args.output)
-    if args.fresh and (output / "run.json").exists() and not (args.plan or args.dry_run):
-        shutil.rmtree(output)
-    output = files.writable_dir(output, "--output").resolve()
+    try:
+        carry_out_all(parse_args(argv))
+    except ImportError as error:
+        raise UserError(f"{sys.executable}: {error}; {INSTALL}") from error
+
+
+def carry_out_all(args: argparse.Namespace) -> None:
+    """Check all runs, then carry out one after the other, then pool their tables."""
+    config, looking = Config(args.config, args.set), args.plan or args.dry_run
+    output = files.writable_dir(args.output, "--output").resolve()
     runs = []
     for seed in args.seeds or [args.seed]:
         folder = output / f"seed{seed}" if args.seeds else output
         runs.append(Run(config, folder, seed, args.rounds, args.launch))
-    for run in runs:
-        chain = Chain(run.output)
-        stages = run.stages()
-        chosen = selected(stages, chain, args)
-        refuse_changed(stages, chain, args)
-        if args.plan:
-            show_plan(run, chain, chosen)
-        elif args.dry_run:
-            for stage in chosen:
-                if stage.name not in chain.done:
-                    print0(f"# {stage.name}: {stage.title}", *stage.commands, sep="\n")
-        else:
-            settings = {"config": config.values, "seed": run.seed, "rounds": run.rounds}
-            files.write_json(run.output / "run.json", settings)
-            chain.run(chosen)
-            print_table(run.output)
-    if args.seeds and not (args.plan or args.dry_run) and all((run.output / "table.json").exists() for run in runs):
+    shared = len({run.start for run in runs}) < len(runs)
+    if shared and config["start"].get("model"):
+        fix = "write {output}/models/start, or have {seed} in it"
+        raise UserError(f"start.folder: all seeds would train into {runs[0].start}; {fix}")
+    with contextlib.ExitStack() as held:
+        held.enter_context(contextlib.chdir(ROOT))  # where the commands run: relative paths mean the same
+        if not looking:
+            for run in runs:
+                held.enter_context(Chain.only(run.output))
+        for work in [prepared(run, args) for run in runs]:  # all are checked before anything is deleted or run
+            carry_out(*work, args)
+    if args.seeds and not looking and all((run.output / "table.json").exists() for run in runs):
         pooled = [f"{run.output}" for run in runs]
-        words = [sys.executable, "tools/compare.py", "--runs", *pooled, "--output", str(output)]
+        words = ["python", "tools/compare.py", "--runs", *pooled, "--output", str(output)]
         words += ["--published", config["published"]]
-        subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        stage, chain = Stage("tables", "the tables of all seeds", [shlex.join(words)]), Chain(output)
+        with Chain.only(output):
+            chain.forget(stage)
+            chain.run([stage])
         print_table(output)
+
+
+def prepared(run: Run, args: argparse.Namespace) -> tuple[Run, Chain, list[Stage], list[Stage]]:
+    """A run, what is done of it, the stages that were chosen, and those to forget before. Raises UserError for what
+    cannot be done, also for flags that a later stage would refuse; changes nothing on disk."""
+    chain, stages = Chain(run.output), run.stages()
+    if args.fresh and (run.output / "run.json").exists():
+        chain.done, chain.begun = {}, {}
+    chosen = selected(stages, chain, args)
+    again, faults, looking = to_forget(stages, chain, args), [], args.plan or args.dry_run
+    for stage in chosen:
+        if stage in again or stage.name not in chain.done:
+            found = [None if looking else chain.not_found(stage)]
+            found += [command_fault(command, looking) for command in stage.commands]
+            faults += [f"stage {stage.name}: {fault}" for fault in dict.fromkeys(found) if fault]
+    cli.refuse(faults)
+    return run, chain, chosen, again
+
+
+def carry_out(run: Run, chain: Chain, chosen: list[Stage], again: list[Stage], args: argparse.Namespace) -> None:
+    """Show or run the chosen stages of a run."""
+    if args.plan or args.dry_run:
+        for stage in again:
+            chain.done.pop(stage.name, None)
+        if args.plan:
+            return show_plan(run, chain, chosen)
+        for stage in chosen:
+            if stage.name not in chain.done:
+                print0(f"# {stage.name}: {stage.title}", *stage.commands, sep="\n")
+        return None
+    if args.fresh and (run.output / "run.json").exists():
+        chain.clear()
+    for stage in again:
+        chain.forget(stage)
+    settings = {"config": run.config.values, "seed": run.seed, "rounds": run.rounds}
+    files.write_json(run.output / "run.json", settings)
+    chain.run(chosen)
+    return print_table(run.output)
 
 
 def print_table(folder: Path) -> None:
@@ -537,4 +733,5 @@ def print_table(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the commands save and end
     cli.run(main)

@@ -9,7 +9,6 @@ Used by run_ares.py. A command is text as it could be typed in bash at the proje
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import resource
 import shlex
@@ -28,7 +27,10 @@ from ares import files, launch
 from ares.cli import UserError, print0
 
 ROOT = Path(__file__).resolve().parents[1]
+LOCK = ".stages_lock"
 TAIL = 15  # lines of a failed command's log that are shown
+SAVING_SECONDS = 600.0  # for commands to save and end after SIGINT
+ENDING_SECONDS = 45.0  # after SIGTERM: torchrun gives its own processes 30
 LAST_LINES_SECONDS = 10.0  # for the others of commands that run together, once the first has ended
 SCRIPT_WORDS = (".py", ".sh")  # ends of the word from which on a command counts as the same: its launcher may change
 
@@ -62,7 +64,7 @@ def from_script(words: list[str]) -> list[str]:
 
 class Chain:
     """Runs stages in a folder. {folder}/stages.json records the finished ones, and the finished commands of one that
-    was stopped between two; {folder}/logs/{stage}.log has their output.
+    was stopped between two; {folder}/logs/{stage}.log has their output. Whoever changes anything there holds `only`.
 
     Raises UserError for a record that is damaged.
     """
@@ -80,6 +82,14 @@ class Chain:
         # OpenMP's threads spin while they wait, which costs a shared machine more than a tiny model gains
         threads = {} if shutil.which("nvidia-smi") else {"OMP_NUM_THREADS": "1"}
         self.environment = {**threads, **os.environ, "PYTHON": sys.executable, "TOKENIZERS_PARALLELISM": "false"}
+        # launchers such as accelerate lie beside this python, also where its environment is not activated
+        path = os.environ.get("PATH", os.defpath)
+        self.environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"
+
+    @staticmethod
+    def only(folder: Path) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock of the one chain that works in `folder`. Raises UserError if another process holds it."""
+        return launch.only_one(folder / LOCK, f"--output {folder}")
 
     # -- what is done --------------------------------------------------------------------------------------
 
@@ -103,11 +113,23 @@ class Chain:
     def forget(self, stage: Stage) -> None:
         """Delete what `stage` made, inside the folder only (not by a link that leads out), and its record."""
         for path in stage.makes:
-            if path.resolve().is_relative_to(self.folder.resolve()) and path.resolve() != self.folder.resolve():
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if self.may_delete(path):
+                _delete(path)
         (self.folder / "logs" / f"{stage.name}.log").unlink(missing_ok=True)
         if [self.done.pop(stage.name, None), self.begun.pop(stage.name, None)] != [None, None]:
             self._save()
+
+    def may_delete(self, path: Path) -> bool:
+        """Whether `path` lies inside the folder (not by a link that leads out)."""
+        return self.folder.resolve() in path.resolve().parents
+
+    def clear(self) -> None:
+        """Delete all that is in the folder but for its lock: the record of finished stages first, run.json last."""
+        order = {self.record_file.name: 0, "run.json": 2}
+        for path in sorted(self.folder.iterdir(), key=lambda path: order.get(path.name, 1)):
+            if path.name != LOCK:
+                _delete(path)
+        self.done, self.begun = {}, {}
 
     def _save(self) -> None:
         files.write_json(self.record_file, {"stages": self.done, **({"begun": self.begun} if self.begun else {})})
@@ -117,23 +139,22 @@ class Chain:
     def run(self, stages: Sequence[Stage]) -> None:
         """Run those that are not finished, in order. Raises UserError for one that fails."""
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-        with launch.only_one(self.folder / ".stages_lock", "chain"):
-            for stage in stages:
-                if stage.name in self.done:
-                    print0(f"== {stage.name}: {stage.title}: done before")
-                    continue
-                print0(f"== {stage.name}: {stage.title}")
-                began, cpu = time.monotonic(), _cpu_seconds()
-                self.run_commands(stage)
-                seconds, cpu = time.monotonic() - began, _cpu_seconds() - cpu
-                used = {name: self.done.get(name, {}).get("id") for name in stage.uses}
-                self.begun.pop(stage.name, None)
-                self.done[stage.name] = {
-                    "title": stage.title, "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1),
-                    "id": uuid.uuid4().hex[:12], "commands": stage.identity(), "used": used,
-                }  # fmt: skip
-                self._save()
-                print0(f"   {seconds:.0f} s")
+        for stage in stages:
+            if stage.name in self.done:
+                print0(f"== {stage.name}: {stage.title}: done before")
+                continue
+            print0(f"== {stage.name}: {stage.title}")
+            began, cpu = time.monotonic(), _cpu_seconds()
+            self.run_commands(stage)
+            seconds, cpu = time.monotonic() - began, _cpu_seconds() - cpu
+            used = {name: self.done.get(name, {}).get("id") for name in stage.uses}
+            self.begun.pop(stage.name, None)
+            self.done[stage.name] = {
+                "title": stage.title, "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1),
+                "id": uuid.uuid4().hex[:12], "commands": stage.identity(), "used": used,
+            }  # fmt: skip
+            self._save()
+            print0(f"   {seconds:.0f} s")
 
     def run_commands(self, stage: Stage) -> None:
         """Run the commands of a stage that have not finished; ends them all where one fails."""
@@ -142,18 +163,20 @@ class Chain:
         running: dict[subprocess.Popen, str] = {}
         at_once = len(waiting) if stage.together else stage.at_once
         log = self.folder / "logs" / f"{stage.name}.log"
-        with _progress(log) as show:
+        with _progress(log) as show, _guard() as watch:
             try:
                 while waiting or running:
                     while waiting and len(running) < at_once:
                         command = waiting.pop(0)
                         running[self.start(command, log)] = command
+                        watch(running)
                     time.sleep(0.2)
                     show()
                     for process in [one for one in running if one.poll() is not None]:
-                        command = running.pop(process)
                         if process.returncode:
                             raise UserError(self.failure(stage, process, log))
+                        command = running.pop(process)
+                        watch(running)
                         if not stage.together:
                             self.begun.setdefault(stage.name, []).append(from_script(shlex.split(command)))
                             self._save()
@@ -161,12 +184,7 @@ class Chain:
                             _wait(running, LAST_LINES_SECONDS)
                             return
             finally:
-                for process in running:
-                    process.terminate()
-                _wait(running, 30)
-                for process in running:
-                    process.kill()
-                    process.wait()
+                _stop(running)
 
     def start(self, command: str, log: Path) -> subprocess.Popen:
         """Start `command` with this environment's python; its output is appended to `log`."""
@@ -177,11 +195,18 @@ class Chain:
         with open(log, "a", encoding="utf-8") as opened:
             opened.write(f"$ {command}\n")
             opened.flush()
-            options = {"stdout": opened, "stderr": subprocess.STDOUT, "preexec_fn": _die_with_parent}
+            options = {"stdout": opened, "stderr": subprocess.STDOUT, "start_new_session": True}
             try:
                 return subprocess.Popen(words, cwd=ROOT, env=self.environment, **options)
             except OSError as error:
                 raise UserError(f"{words[0]}: cannot be started ({error.strerror}); is it installed?") from error
+
+    def not_found(self, stage: Stage) -> str | None:
+        """A message that names a program that `stage` would start and that is not there."""
+        for command in stage.commands:
+            if not shutil.which(name := shlex.split(command)[0], path=self.environment["PATH"]):
+                return f"{name}: cannot be started (not found); is it installed?"
+        return None
 
     @staticmethod
     def failure(stage: Stage, process: subprocess.Popen, log: Path) -> str:
@@ -194,23 +219,64 @@ class Chain:
         return f"stage {stage.name} {how}: {command}\nThe end of {log}:\n{tail}\n{again}"
 
 
+def _delete(path: Path) -> None:
+    """Delete a file, a link or a whole folder."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
 def _wait(processes: Iterable[subprocess.Popen], seconds: float) -> None:
-    """Wait until all have ended, at most so long."""
+    """Wait until all have ended, with what they started, at most so long."""
     end = time.monotonic() + seconds
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0, end - time.monotonic()))
+    while _left(processes) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _left(processes: Iterable[subprocess.Popen]) -> set[int]:
+    """The process groups in which a process is left: `accelerate launch` may end before what it has started."""
+    groups = {process.pid for process in processes}
+    left = {process.pid for process in processes if process.poll() is None}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = file.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            left |= {int(group)} & groups if state != "Z" else set()
+    return left
+
+
+def _stop(processes: Iterable[subprocess.Popen]) -> None:
+    """End process groups: by SIGINT, after which training saves and clients wait for replies that are paid; after
+    SAVING_SECONDS or a second Ctrl-C by SIGTERM, then by SIGKILL."""
+    for number, seconds in ((signal.SIGINT, SAVING_SECONDS), (signal.SIGTERM, ENDING_SECONDS), (signal.SIGKILL, 5)):
+        with contextlib.suppress(KeyboardInterrupt):
+            for group in _left(processes):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, number)
+            _wait(processes, 1)
+            if number == signal.SIGINT and _left(processes):
+                print0("   waiting until the commands have saved their work (Ctrl-C: end them now)")
+            _wait(processes, seconds)
+
+
+@contextlib.contextmanager
+def _guard() -> Iterator[Callable[[Iterable[subprocess.Popen]], None]]:
+    """A function that takes the running commands. If this process is killed, a shell ends their process groups by
+    SIGTERM: its input ends then. (PR_SET_PDEATHSIG would only reach a launcher, not what it has started.)"""
+    script = 'while read -r line; do groups=$line; done; [ -z "$groups" ] || kill -s TERM -- $groups'
+    pipe = {"stdin": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "bufsize": 1}
+    with subprocess.Popen(["sh", "-c", script], start_new_session=True, **pipe) as shell:
+
+        def watch(processes: Iterable[subprocess.Popen]) -> None:
+            shell.stdin.write(" ".join(f"-{process.pid}" for process in processes) + "\n")
+
+        try:
+            yield watch
+        finally:
+            watch([])
 
 
 def _cpu_seconds() -> float:
     """Processor time of all ended children so far."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
-
-
-def _die_with_parent() -> None:
-    """End this child when the chain is killed (Linux: PR_SET_PDEATHSIG = 1). torchrun passes SIGTERM on."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import run_ares
-from ares import files, stages
+from ares import files, launch, stages
 from ares.cli import UserError
 from ares.stages import Chain, Stage, from_script
 from teacher import handoff
@@ -121,13 +121,247 @@ def test_a_redo_forgets_the_finished_commands_of_a_stopped_stage_after_it(tmp_pa
     chain.run([first])
     chain.begun["generate"] = [shlex.split(then.commands[0])]
     args = run_ares.parse_args(["--config", "configs/smoke.yaml", "--redo", "rl"])
-    run_ares.refuse_changed([first, then], chain, args)
-    assert chain.begun == chain.done == {}
+    assert run_ares.to_forget([first, then], chain, args) == [first, then]
+
+
+LAUNCHER = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()"  # passes nothing on
+TRAINING = """
+import os, signal, sys, time
+def save(number, frame):
+    open({0!r} + '/asked', 'a').write(str(int(number)) + ' ')
+    if number == 2 and not os.path.exists({0!r} + '/stubborn'):
+        time.sleep(1.5)
+        open({0!r} + '/saved', 'w').close()
+        sys.exit(0)
+signal.signal(signal.SIGINT, save)
+signal.signal(signal.SIGTERM, save)
+open({0!r} + '/pid', 'w').write(str(os.getpid()))
+while True: time.sleep(0.05)
+"""
+
+
+def launched(folder: Path) -> str:
+    """A command whose work is done by a process that its launcher started, as by `accelerate launch`."""
+    return shlex.join(["python", "-c", LAUNCHER, TRAINING.format(str(folder))])
+
+
+def until(what, seconds: float = 20):
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def alive(pid: int) -> bool:
+    """A process that has ended but that nobody waits for is not alive."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_failure_ends_what_a_launcher_beside_it_has_started(tmp_path, together):
+    """After it has saved."""
+    wait = (
+        f"import os, time\nwhile not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.05)\nraise SystemExit(3)"
+    )
+    commands = [launched(tmp_path), python(wait)]
+    with pytest.raises(UserError, match="ended with status 3"):
+        Chain(tmp_path).run([Stage("rl", "RL", commands, together=together, at_once=2)])
+    assert (tmp_path / "saved").exists() and not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_what_a_failed_launcher_has_started_ends_with_it(tmp_path):
+    started = shlex.quote(TRAINING.format(str(tmp_path)))
+    failing = shlex.join(
+        ["sh", "-c", f"python3 -c {started} & while ! [ -e {tmp_path}/pid ]; do sleep 0.1; done; exit 4"]
+    )
+    with pytest.raises(UserError, match="ended with status 4"):
+        Chain(tmp_path).run([Stage("rl", "RL", [failing])])
+    until(lambda: not alive(int((tmp_path / "pid").read_text())))
+
+
+@pytest.mark.parametrize("number, seen", [(signal.SIGINT, "2"), (signal.SIGTERM, "2"), (signal.SIGKILL, "15")])
+def test_a_stopped_chain_ends_its_commands_after_they_have_saved(tmp_path, number, seen):
+    (tmp_path / "quick.yaml").write_text(
+        json.dumps({"extends": f"{ROOT}/configs/smoke.yaml", "prepare": [launched(tmp_path)]})
+    )
+    words = [sys.executable, *SCRIPT, str(tmp_path / "quick.yaml"), "--output", str(tmp_path / "run")]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    chain = subprocess.Popen([*words, "--until", "prepare"], cwd=ROOT, **piped)
+    until((tmp_path / "pid").exists)
+    time.sleep(0.3)
+    chain.send_signal(number)
+    output, _ = chain.communicate(timeout=60)
+    pid = int((tmp_path / "pid").read_text())
+    assert until((tmp_path / "asked").exists) and (tmp_path / "asked").read_text().split()[0] == seen
+    if number == signal.SIGKILL:  # this stand-in does not end by SIGTERM
+        os.kill(pid, signal.SIGKILL)
+    else:
+        assert (tmp_path / "saved").exists() and not alive(pid)
+        assert chain.returncode == 130 and "waiting until the commands have saved" in output, output
+
+
+def test_commands_that_do_not_end_are_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "SAVING_SECONDS", 0.5)
+    monkeypatch.setattr(stages, "ENDING_SECONDS", 0.5)
+    (tmp_path / "stubborn").touch()
+    failing = python(f"import os, time\nwhile not os.path.exists({str(tmp_path / 'pid')!r}): time.sleep(0.05)\n1/0")
+    with pytest.raises(UserError, match="ended with status 1"):
+        Chain(tmp_path).run([Stage("rl", "RL", [launched(tmp_path), failing], together=True)])
+    assert (tmp_path / "asked").read_text().split() == ["2", "15"]
+    assert not alive(int((tmp_path / "pid").read_text()))
 
 
 def test_another_launcher_is_no_change():
     words = "accelerate launch --num_processes 4 main.py --lr 1"
     assert from_script(words.split()) == from_script("python main.py --lr 1".split()) == ["main.py", "--lr", "1"]
+
+
+# -- what is deleted, and when ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """A run whose stage prepare is finished, and the words that run it again; nothing of it costs time."""
+    config = tmp_path / "quick.yaml"
+    config.write_text(f"extends: {ROOT}/configs/smoke.yaml\nprepare: [python -c 1]\nfeatures: null\n")
+    words = ["--config", str(config), "--output", str(tmp_path / "run")]
+    run_ares.main([*words, "--until", "prepare", "--seeds", "3", "4"])
+    run_ares.main([*words, "--until", "prepare"])
+    for folder in ("run", "run/seed3", "run/seed4"):
+        paid = tmp_path / folder / "rl/questions/score.txt"
+        paid.parent.mkdir(parents=True)
+        paid.write_text("0.5")
+    return words
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+SEEDS = ("--seeds", "3", "4")
+
+
+@pytest.mark.parametrize("words, fault", [
+    (("--fresh", "--redo", "slf"), "--redo: no stage slf"),
+    (("--fresh", "--from", "slf"), "--from: no stage slf"),
+    (("--fresh", "--only", "rl"), "--only: start is not finished"),
+    (("--redo", "prepare", "--until", "slf"), "--until: no stage slf"),
+    ((*SEEDS, "--redo", "prepare", "slf"), "--redo: no stage slf"),
+    ((*SEEDS, "--fresh", "--from", "table"), "--from: start is not finished"),
+])  # fmt: skip
+def test_wrong_arguments_delete_nothing(earlier, tmp_path, words, fault):
+    before = tree(tmp_path / "run")
+    with pytest.raises(UserError, match=fault):
+        run_ares.main([*earlier, *words])
+    assert tree(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("words", [("--fresh",), ("--redo", "prepare"), (*SEEDS, "--fresh"), ("--until", "prepare")])
+def test_nothing_changes_while_another_chain_runs_in_the_folder(earlier, tmp_path, words):
+    busy = tmp_path / ("run/seed4" if "4" in words else "run")
+    with launch.only_one(busy / ".stages_lock", "chain"):
+        before = tree(tmp_path / "run")
+        with pytest.raises(UserError, match=f"process {os.getpid()} on .* is running there"):
+            run_ares.main([*earlier, *words, "--set", "rl.lr=1e-3"])
+        assert tree(tmp_path / "run") == before
+        run_ares.main([*earlier, *words, "--dry_run"])
+
+
+@pytest.mark.parametrize(
+    "words, kept", [((), "run/seed3 run/seed4"), (SEEDS, "run"), (("--seeds", "4"), "run run/seed3")]
+)
+def test_fresh_deletes_the_folders_of_its_own_runs(earlier, tmp_path, words, kept):
+    folders = ["run", "run/seed3", "run/seed4"]
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for folder in folders:
+        (tmp_path / folder / "link").symlink_to(outside)
+    run_ares.main([*earlier, *words, "--fresh", "--until", "prepare"])
+    left = [folder for folder in folders if (tmp_path / folder / "rl").exists()]
+    assert left == (kept.split() if words else []) and outside.is_dir()
+    for seed in words[1:]:
+        assert sorted(os.listdir(tmp_path / f"run/seed{seed}")) == ["logs", "run.json", "stages.json"]
+
+
+def model_outside(tmp_path, *changes) -> list[str]:
+    """Words of a run whose starting model would be trained outside of it, where one is already."""
+    (tmp_path / "models/own").mkdir(parents=True)
+    return ["--set", f"start.folder={tmp_path}/models/own", *changes]
+
+
+@pytest.mark.parametrize("words", [("--redo", "start"), ("--fresh",)])
+def test_a_model_outside_the_run_is_not_taken_for_a_new_one(earlier, tmp_path, words):
+    """It stays where it is, so a redo would take the old one."""
+    words = [*earlier, *words, "--until", "prepare", *model_outside(tmp_path)]
+    before = tree(tmp_path / "run")
+    with pytest.raises(UserError, match=f"{words[4]}: .*models/own is outside .*run and stays; delete it first"):
+        run_ares.main(words)
+    assert tree(tmp_path / "run") == before
+    (tmp_path / "models/own").rmdir()
+    run_ares.main(words)
+
+
+def test_seeds_do_not_share_a_starting_model_that_they_train(earlier, tmp_path):
+    words = [*earlier, *SEEDS, "--until", "prepare", *model_outside(tmp_path)]
+    with pytest.raises(UserError, match="start.folder: all seeds would train into .*models/own"):
+        run_ares.main(words)
+    words[-1] += "{seed}"
+    run_ares.main(words)
+    for name in CONFIGS:
+        run_ares.main(["--config", str(ROOT / "configs" / name), "--output", str(tmp_path), *SEEDS, "--dry_run"])
+
+
+def test_a_refusal_of_a_later_seed_comes_before_the_first_ones_chain(earlier, tmp_path):
+    for path in (tmp_path / "run/seed3").iterdir():
+        stages._delete(path)
+    with pytest.raises(UserError, match="seed4: stage prepare is finished, but its command had 1 and now has 2"):
+        run_ares.main([*earlier, *SEEDS, "--until", "prepare", "--set", "prepare=[python -c 2]"])
+    assert not list((tmp_path / "run/seed3").iterdir())
+    with pytest.raises(UserError, match="--from: start is not finished"):
+        run_ares.main([*earlier, *SEEDS, "--from", "rl"])
+
+
+def test_paths_of_a_configuration_are_the_projects_from_any_folder(earlier, tmp_path, monkeypatch, capsys, sample):
+    """As the commands see them; --config and --output are the user's."""
+    monkeypatch.chdir(tmp_path)
+    data = os.path.relpath(sample / "ScienceQA/data", ROOT)
+    changes = ["--set", f"data.data_root={data}", f"start.folder={os.path.relpath(tmp_path / 'models', ROOT)}"]
+    (tmp_path / "models").mkdir()
+    words = ["--config", "quick.yaml", "--output", "run"]
+    run_ares.main([*words, "--plan", *changes])
+    shown = capsys.readouterr().out
+    assert re.search("^start +goes on ", shown, re.MULTILINE), shown
+    assert "known once the data are there" not in shown
+    assert os.getcwd() == str(tmp_path) and str(tmp_path / "run") in shown
+
+
+def stages_of(folder: Path, rounds: int) -> list[Stage]:
+    return run_ares.Run(run_ares.Config(str(ROOT / "configs/demo.yaml"), []), folder, 0, rounds).stages()
+
+
+def test_more_rounds_keep_the_first_one(tmp_path):
+    once, twice = ({stage.name: stage for stage in stages_of(tmp_path, rounds)} for rounds in (1, 2))
+    for name in ("rl", "generate", "correct", "sft"):
+        assert once[name] == twice[name] and f"{name}_2" in twice
+    words = shlex.split(twice["rl_2"].commands[0])
+    assert words[words.index("--base_model_dir") + 1] == str(tmp_path / "sft")
+    for name in ("lora", "judge", "results", "report", "table"):
+        assert {"sft", "sft_2"} <= set(twice[name].uses)
+        assert any("RL 2" in " ".join(shlex.split(each)) or "RL_2" in each for each in twice[name].commands)
+
+
+def test_a_folder_of_two_rounds_that_an_earlier_version_began_goes_on(tmp_path):
+    """It has rl_1, corrections_1, sft_1."""
+    (tmp_path / "rl_1").mkdir()
+    for rounds in (1, 2):
+        names = [stage.name for stage in stages_of(tmp_path, rounds)]
+        assert "rl_1" in names and "rl" not in names and ("rl_2" in names) == (rounds == 2)
+    commands = " ".join(command for stage in stages_of(tmp_path, 2) for command in stage.commands)
+    for name in ("rl_1/3", "sft_1", "corrections_1", "'RL 1", "SFT_1_QCM-A", "rl_2/3", "sft_2"):
+        assert name in commands
+    assert not re.search(r"/(rl|sft|corrections)[/ ]", commands)
 
 
 # -- configurations --------------------------------------------------------------------------------------
@@ -150,7 +384,7 @@ def test_every_command_of_a_configuration_has_known_flags(name, tmp_path, capsys
     rl = [shlex.split(line) for line in lines if "run_mm_cot_rl.py" in line]
     model = [words[words.index("--base_model_dir") + 1] for words in rl]
     reference = [words[words.index("--ref_model") + 1] for words in rl]
-    assert len(rl) == 2 and model[1].endswith("sft_1") and reference == [model[0]] * 2
+    assert len(rl) == 2 and model[1].endswith("sft") and reference == [model[0]] * 2
 
 
 FAULTS = {
@@ -159,12 +393,17 @@ FAULTS = {
     "rl: [1]": "rl: not a block of flags",
     "extends: absent.yaml": "absent.yaml",
     "- 1": "must hold",
+    "extends: mine.yaml": "mine.yaml: it extends .*mine.yaml, which extends it",
+    "extends: other.yaml": "it extends .*mine.yaml, which extends it",
+    "rl: {1: 2}": "rl.1: run_mm_cot_rl.py has no flag --1",
+    "sft: 3": "sft: not a block of flags",
 }
 
 
 @pytest.mark.parametrize("text", FAULTS)
 def test_a_wrong_configuration_is_one_line(text, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "other.yaml").write_text("extends: mine.yaml")
     with pytest.raises(UserError, match=FAULTS[text]):
         run_ares.Config(str(tmp_path / "mine.yaml"), [])
 
@@ -176,10 +415,174 @@ def test_several_rounds_of_rl_need_their_teacher_beside_them():
     run_ares.Config(demo, ["teacher_beside_rl=false", "rl.epochs=1"])
 
 
-@pytest.mark.parametrize("change", ["rl", "rl=1", "rl.lr", "nothing.lr=1", "size.x=1"])
+@pytest.mark.parametrize(
+    "change", ["rl", "rl=1", "rl.lr", "nothing.lr=1", "size.x=1", "rl.=1", "rl.lr=[1", "at_once.x=1"]
+)
 def test_a_wrong_set_is_one_line(change):
     with pytest.raises(UserError, match="--set"):
         run_ares.Config(str(ROOT / "configs/demo.yaml"), [change])
+
+
+VALUES = {
+    "rl=null": "rl: null removes",
+    "start=null": "start: null removes",
+    "sft=null": "sft: null removes",
+    "launch=accelerate launch": "launch: a command for some of start, rl",
+    "launch=[accelerate launch]": "launch: a command for",
+    "launch={RL: accelerate launch}": "launch: a command for",
+    "launch.rl=5": "launch: a command for",
+    "launch.rl=sh '": "launch: a command for",
+    "rl.epochs=abc": "rl.epochs: invalid int value: 'abc'",
+    "rl.k_actions=2.5": "rl.k_actions: invalid int value: '2.5'",
+    "rl.algo=dpo": "rl.algo: invalid choice: 'dpo'",
+    "rl.lr=[1, 2]": "rl.lr: takes 1 value, not 2",
+    "rl.lr=[]": "rl.lr: a text or a number",
+    "teacher.price=[1]": "teacher.price: takes 2 values, not 1",
+    'teacher.body={"temperature": null}': "teacher.body: a text or a number.*quotes",
+    "report.title=2026-11-27": "report.title: a text or a number.*quotes",
+    "lora.epoch=many": "lora.epoch: invalid int value",
+    "judge.questions=all": "judge.questions: invalid int value",
+    "prompt.use_caption=0": "prompt.use_caption: true or false, not 0",
+    "generate.final_eval=[true]": "generate.final_eval: true or false",
+    "rl.offload=yes please": "rl.offload: true or false",
+    "forms=QCM-A": "forms: a list, as .QCM-A.",
+    "forms=[QCM-B]": "forms: a list",
+    "forms=[QCM-A, QCM-A]": "forms: a list",
+    "forms=[]": "forms: a list",
+    "published=foo": "published: one of none, scienceqa, aokvqa",
+    "published=null": "published: one of",
+    "size=huge": "size: one of tiny, base, large",
+    "at_once=two": "at_once: a whole number",
+    "at_once=0": "at_once: a whole number",
+    "at_once=true": "at_once: a whole number",
+    "teacher_beside_rl=1": "teacher_beside_rl: true or false",
+    "prepare=python -c 1": "prepare: a list of commands",
+    "prepare=[1]": "prepare: a list of commands",
+    "rl.seed=7": "rl.seed: .* sets --seed",
+    "rl.ref_model=other": "rl.ref_model: .* sets --ref_model",
+    "rl.phase=collect": "rl.phase: .* sets --phase",
+    "data.seed=7": "data.seed: .* sets --seed",
+    "sft.model=other": "sft.model: .* sets --model",
+    "lora.prompt_format=QCM-A": "lora.prompt_format: .* sets --prompt_format",
+    "scores.watch=2": "scores.watch: .* sets --watch",
+    "judge.output=here": "judge.output: .* sets --output",
+    "report.stage=a=b": "report.stage: .* sets --stage",
+    "features.seed=null": None,
+    "teacher=null": None,
+    "sft.prompt_format=QCM-LE": None,
+    "generate.final_eval=false": None,
+    "report.splits=[test]": None,
+}
+
+
+@pytest.mark.parametrize("look", ["--dry_run", "--plan"])
+@pytest.mark.parametrize("change", VALUES)
+def test_a_value_that_no_stage_takes_is_one_line(change, look, tmp_path):
+    words = ["--config", str(ROOT / "configs/demo.yaml"), "--output", str(tmp_path), look, "--set", change]
+    if VALUES[change] is None:
+        return run_ares.main(words)
+    with pytest.raises(UserError, match=VALUES[change]) as error:
+        run_ares.main(words)
+    assert "\n" not in str(error.value)
+
+
+FLAGS = {  # --set -> the fault; those that need torch to be seen are for a run only
+    "teacher.batch=true": "stage rl: haiku.py: --batch and --watch do not go together",
+    "teacher.body='{'": "stage rl: haiku.py: --body: '{' is no JSON",
+    "teacher.max_usd=0": "--max_usd must be a number above 0",
+    "rl.gamma=1.5": "stage rl: run_mm_cot_rl.py: --gamma must be between 0 and 1",
+    "rl.algo=rloo rl.do_sample=false": "--algo rloo compares",
+    "judge.questions=0": "stage judge: tools/win_rate.py: --questions must be at least 1",
+    "sft.max_tokens=4096": "stage sft: main.py: --bs and --max_tokens both set the batch",
+    "lora.lora_dropout=1": "stage lora: run_mm_cot_lora.py: --lora_dropout must be in",
+    "prompt.img_type=null": "--vision_features: no effect without --img_type",
+    "launch.sft=no-such-launcher": "stage sft: no-such-launcher: cannot be started",
+    "teacher.teacher=claude": "stage rl: haiku.py: .*ANTHROPIC_API_KEY is not set",
+    "teacher.teacher=openai teacher.teacher_model=x": "stage rl: haiku.py: .*OPENAI_API_KEY is not set",
+}
+LOOKS = ("--batch", "--body", "--max_usd", "--gamma", "--algo", "--questions")  # of which --dry_run speaks, too
+
+
+@pytest.mark.parametrize("changes", FLAGS)
+def test_what_a_later_stage_would_refuse_is_refused_before_the_first(changes, tmp_path, monkeypatch):
+    for name in ("ANTHROPIC_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    paid = ["teacher.teacher=claude", "scores=null"] if "teacher." in changes else []
+    changes = ["rl.vf_lr=null", "rl.value_warmup=null", "rl.value_init=null", *paid, *changes.split(" ")]
+    words = ["--config", str(ROOT / "configs/smoke.yaml"), "--output", str(tmp_path), "--set", *changes]
+    fault = FLAGS[" ".join(changes[3 + len(paid) :])]
+    if any(flag in fault for flag in LOOKS):
+        with pytest.raises(UserError, match=fault):
+            run_ares.main([*words, "--dry_run"])
+    elif "_API_KEY" in fault:
+        run_ares.main([*words, "--dry_run"])
+    with pytest.raises(UserError, match=fault):
+        run_ares.main(words)
+    assert not list(tmp_path.iterdir())
+    if fault.startswith("stage"):  # a stage that is not to run is not checked
+        run_ares.main([*words, "--until", "check", "--dry_run"])
+
+
+@pytest.mark.parametrize("changes, last, factor", [
+    ([], "2", 3 * 4 * 10), (["rl.epochs=2"], "1", 2 * 4 * 10), (["rl.rl_epochs=null"], "2", 3 * 4 * 3),
+    (["rl.k_actions=null", "rl.epochs=1"], "0", 3 * 10),
+])  # fmt: skip
+def test_a_flag_that_is_not_set_has_its_scripts_default(changes, last, factor, tmp_path, monkeypatch, sample):
+    """Three rounds of RL: the third one's model is evaluated, and the plan counts them all."""
+    monkeypatch.chdir(ROOT)
+    changes = ["rl.epochs=null", f"data.data_root={sample / 'ScienceQA/data'}", *changes]
+    config = run_ares.Config("configs/scienceqa_base.yaml", changes)
+    run = run_ares.Run(config, tmp_path, 0, 1)
+    assert run.models(1)[1] == tmp_path / "rl" / last
+    questions = len(run_ares.read_problems(run).splits["train"])
+    assert run_ares.amounts(run)["rl"]["ppo"] == questions * factor
+
+
+def test_a_launcher_beside_python_is_found_and_an_absent_package_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    chain = Chain(tmp_path)
+    assert chain.not_found(Stage("rl", "RL", ["accelerate launch main.py"])) is None
+    chain.run([Stage("rl", "RL", ["sh -c 'command -v accelerate'"])])
+    bare = [
+        sys.executable,
+        "-S",
+        "run_ares.py",
+        "--config",
+        "configs/demo.yaml",
+        "--dry_run",
+        "--output",
+        str(tmp_path),
+    ]
+    done = subprocess.run(bare, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "No module named" in done.stderr and "source .venv/bin/activate" in done.stderr
+
+
+def test_braces_of_a_value_stay(tmp_path, capsys):
+    changes = [
+        "report.title=a {x} {seed}",
+        """teacher.body='{"temperature": null}'""",
+        'prepare=["echo {y} {output}"]',
+    ]
+    words = ["--config", str(ROOT / "configs/scienceqa_base.yaml"), "--output", str(tmp_path), "--seed", "3"]
+    run_ares.main([*words, "--dry_run", "--set", *changes])
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
+    assert ["echo", "{y}", str(tmp_path)] in lines
+    assert [words[words.index("--title") + 1] for words in lines if "--title" in words] == ["a {x} 3"]
+    bodies = [words[words.index("--body") + 1] for words in lines if "--body" in words]
+    assert bodies == ['{"temperature": null}'] * 4
+
+
+def test_a_failure_of_the_pooled_tables_is_one_message(earlier, tmp_path):
+    for seed in (3, 4):
+        (tmp_path / f"run/seed{seed}/table.json").write_text("[1")
+    with pytest.raises(UserError, match="(?s)stage tables ended with status 2: tools/compare.py.*table.json"):
+        run_ares.main([*earlier, *SEEDS, "--until", "prepare"])
+
+
+def test_a_launcher_with_an_open_quote_is_one_line():
+    with pytest.raises(UserError, match="--launch: no command"):
+        run_ares.parse_args(["--config", "configs/demo.yaml", "--launch", "accelerate 'launch"])
 
 
 def test_configurations_extend_others_and_set_changes_them():
