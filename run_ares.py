@@ -59,7 +59,7 @@ SETTINGS = {
     "size": "base", "published": "none", "prepare": [], "forms": ["QCM-A", "QCMG-A"], "launch": {},
     "at_once": 1, "teacher_beside_rl": True,
 }  # fmt: skip
-INSTALL = "install the packages by bash run_tests.sh --lint-only, then run source .venv/bin/activate"
+INSTALL = "install the packages: source setup_venv.sh && setup_venv && source .venv/bin/activate"
 LAUNCHED = ("start", "rl", "generate", "sft", "lora")  # the stages whose launcher can be set
 REMOVABLE, NEEDED = ("features", "captions", "lora", "judge"), ("start", "rl", "sft")  # by, and not by, BLOCK: null
 BLOCK = (dict, type(None))

@@ -1,4 +1,4 @@
-# Sourced by run_demo.sh and run_tests.sh: makes .venv with the packages of requirements.txt, once. Not meant to be run.
+# Makes .venv with the packages of requirements.txt, once: source setup_venv.sh && setup_venv (as run_demo.sh does)
 #
 # A stamp in .venv holds the Python version and the hash of requirements.txt: while both are unchanged there is nothing
 # to do. $PYTHON names the interpreter to start from (3.11 or newer; default python3). About 3.5 minutes and 6.5 GB.
