@@ -39,7 +39,7 @@ from teacher.reply_files import read_scores  # noqa: E402
 
 FIRST, REFERENCE, MODEL = ARMS = ("first", "reference", "model")
 PAIRS = ((REFERENCE, FIRST), (MODEL, FIRST), (MODEL, REFERENCE))
-TRAIN = "--prompt_format QCMG-E --read_twice --lr 1e-3 --bs 32 --epochs 40 --patience 10"
+TRAIN = "--prompt_format QCMG-E --read_twice --lr 1e-3 --bs 32 --epochs 25 --patience 8"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
