@@ -196,6 +196,7 @@ class Chain:
             opened.write(f"$ {command}\n")
             opened.flush()
             options = {"stdout": opened, "stderr": subprocess.STDOUT, "start_new_session": True}
+            options["preexec_fn"] = _heed_sigint
             try:
                 return subprocess.Popen(words, cwd=ROOT, env=self.environment, **options)
             except OSError as error:
@@ -217,6 +218,11 @@ class Chain:
         command = shlex.join(from_script(list(process.args)))
         again = "What is finished is kept: correct the cause, then run the same command again."
         return f"stage {stage.name} {how}: {command}\nThe end of {log}:\n{tail}\n{again}"
+
+
+def _heed_sigint() -> None:
+    """In a child: SIGINT ends it. What a script starts by `&` ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _delete(path: Path) -> None:

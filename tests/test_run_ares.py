@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +88,11 @@ def test_a_failed_command_is_shown_with_the_end_of_its_log_and_ends_those_beside
         Chain(tmp_path).run([Stage("y", "Y", ["no-such-launcher main.py"])])
 
 
-def test_a_stage_ends_with_the_first_of_its_commands_that_run_together(tmp_path, monkeypatch):
-    """RL has ended, a Teacher that was started again with it waits for questions that never come."""
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "script &"])
+def test_a_stage_ends_with_the_first_of_its_commands_that_run_together(handler, tmp_path, monkeypatch, request):
+    """RL has ended, a Teacher that was started again with it waits for questions that never come. What a script starts
+    by & ignores SIGINT."""
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, handler)))
     monkeypatch.setattr(stages, "LAST_LINES_SECONDS", 0.5)
     pid = tmp_path / "pid"
     waiting = python(f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)")
@@ -188,6 +192,7 @@ def test_a_stopped_chain_ends_its_commands_after_they_have_saved(tmp_path, numbe
     )
     words = [sys.executable, *SCRIPT, str(tmp_path / "quick.yaml"), "--output", str(tmp_path / "run")]
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    piped["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # the tests may run by & in a script
     chain = subprocess.Popen([*words, "--until", "prepare"], cwd=ROOT, **piped)
     until((tmp_path / "pid").exists)
     time.sleep(0.3)
@@ -726,7 +731,7 @@ def test_the_papers_configuration_on_real_questions_killed_five_times(tmp_path, 
         )
         for line in process.stdout:
             if line.startswith(f"== {place}:"):
-                time.sleep(rng.uniform(0, 0.8) * dict(recorded)[place]["seconds"])
+                time.sleep(rng.uniform(0, 0.5) * dict(recorded)[place]["seconds"])
                 process.send_signal(signal.SIGKILL)
                 break
         kills += process.wait() == -signal.SIGKILL
