@@ -161,12 +161,11 @@ def test_live_tensors_are_counted_until_they_are_freed():
 
 @pytest.mark.gpu
 def test_the_computed_memory_is_what_a_gpu_needs():
-    """Every stage at size tiny, within a tenth and cuBLAS's workspaces, of 32 MiB each on a Hopper."""
-    x = torch.ones(64, 64, device="cuda")
-    x @ x, x.bfloat16() @ x.bfloat16()  # takes the workspace of this stream
+    """Every stage at size tiny, within a tenth."""
     for name, stage in rl_memory.STAGES.items():
         computed = stage("tiny")[1]
         gc.collect(), torch.cuda.empty_cache()
         with rl_memory.on("cuda"):
+            stage("tiny")  # takes cuBLAS's workspaces, 32 MiB for each stream on a Hopper, which stay
             measured = stage("tiny")[1]
-        assert abs(measured - computed) <= 0.1 * computed + 64 * 2**20, (name, measured, computed)
+        assert measured == pytest.approx(computed, rel=0.1), name

@@ -149,8 +149,10 @@ def default_workers(device: str) -> int:
         return 0
     free = shutil.disk_usage(SHM).free if os.path.isdir(SHM) else 0
     if free < SHARED_MEMORY:
-        room = f"{SHM} has {free / 1e6:.0f} MB free, batches of several processes need {SHARED_MEMORY / 1e9:.0f} GB"
-        print0(f"note: no processes beside this one make batches: {room} (docker run --shm-size=4g, or --workers N)")
+        print0(
+            f"note: no data loading workers: {SHM} has {free / 1e6:.0f} MB free, they need "
+            f"{SHARED_MEMORY / 1e9:.0f} GB; use docker run --shm-size=4g, or --workers N"
+        )
         return 0
     return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
 

@@ -213,7 +213,7 @@ def test_the_bound_holds_where_a_gateway_writes_to_a_cache(server, world, proble
     assert len(entries) == 25 and all(0 < entry["usd"] <= entry["most_usd"] for entry in entries.values())
 
 
-SYSTEM = "Do as you are told, sentence by sentence. " * 500
+SYSTEM = "Score every sentence of the rationale alone. " * 500
 LONG = {"max_tokens": 10, "max_completion_tokens": 90_000}
 
 
