@@ -432,10 +432,10 @@ class Run:
     def corrections(self, number: int) -> Path:
         return self.output / self.named("corrections", number)
 
-    def named(self, part: str, number: int, between: str = "_") -> str:
-        """A stage or folder of round `number`. The first has no number, so that --rounds can be raised later; in a
-        folder that an earlier version began it has one."""
-        return part if number == 1 and not (self.output / "rl_1").exists() else f"{part}{between}{number}"
+    @staticmethod
+    def named(part: str, number: int, between: str = "_") -> str:
+        """A stage or folder of round `number`. The first has no number, so that --rounds can be raised later."""
+        return part if number == 1 else f"{part}{between}{number}"
 
     def models(self, number: int) -> tuple[Path, Path, Path, Path]:
         """Folders of round `number`: the model before it, after its RL, RL's run folder, after its SFT."""

@@ -81,14 +81,14 @@ def run_recipe(args: argparse.Namespace, world: Path, rl_seed: int, arm: str) ->
 
 def run_in_world(world: Path, folder: Path, *words: object, changes: Sequence[str]) -> None:
     """RL in `folder` from the data and starting model of `world`, the rationales after it, and the figures of both,
-    {folder}/table.json; nothing if that is there."""
-    if (folder / "table.json").exists():
-        return
+    {folder}/table.json. A finished run is left as it is. Raises UserError for one with other flags."""
     start = world / "models/start"
     wiring = ["prepare=null", "features=null", "start.model=null", f"start.folder={start}", "launch.rl=python"]
     wiring += [f"data.data_root={world}/data", f"data.images={world}/images"]
     wiring += [f"prompt.vision_features={world}/vision_features", f"prompt.caption_file={world}/data/captions.json"]
     ares(folder, *words, "--until", "generate", "--set", *wiring, *changes)
+    if (folder / "table.json").exists():
+        return
     rounds = max((path.parent for path in folder.glob("rl/[0-9]*/args.yaml")), key=lambda path: int(path.name))
     compare = ["tools/compare.py", "--system", f"start={start}", "--system", f"RL={rounds}", "--output", folder]
     command = [sys.executable, *map(str, compare), "--data_root", f"{world}/data"]

@@ -358,18 +358,6 @@ def test_more_rounds_keep_the_first_one(tmp_path):
         assert any("RL 2" in " ".join(shlex.split(each)) or "RL_2" in each for each in twice[name].commands)
 
 
-def test_a_folder_of_two_rounds_that_an_earlier_version_began_goes_on(tmp_path):
-    """It has rl_1, corrections_1, sft_1."""
-    (tmp_path / "rl_1").mkdir()
-    for rounds in (1, 2):
-        names = [stage.name for stage in stages_of(tmp_path, rounds)]
-        assert "rl_1" in names and "rl" not in names and ("rl_2" in names) == (rounds == 2)
-    commands = " ".join(command for stage in stages_of(tmp_path, 2) for command in stage.commands)
-    for name in ("rl_1/3", "sft_1", "corrections_1", "'RL 1", "SFT_1_QCM-A", "rl_2/3", "sft_2"):
-        assert name in commands
-    assert not re.search(r"/(rl|sft|corrections)[/ ]", commands)
-
-
 # -- configurations --------------------------------------------------------------------------------------
 
 
