@@ -16,62 +16,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
-import importlib
-import io
-import re
 import shlex
-import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, cached_property
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ares import cli, files
-from ares.cli import PROMPT_FORMATS, UserError, print0
-from ares.published import PUBLISHED
-from ares.stages import ROOT, Chain, Stage
+from ares.cli import UserError, print0
+from pipeline.config import Config, command_fault, fill, nearest, split_words
+from pipeline.plan import show_plan
+from pipeline.stages import ROOT, Chain, Stage
 
-# block of a configuration -> the scripts whose flags it holds; the other keys are settings of the chain
-BLOCKS = {
-    "data": ("main.py", "run_mm_cot_rl.py", "run_mm_cot_lora.py", "haiku.py", "haiku_for_correction_feedback.py",
-             "preprocessing_for_correction_feedback.py", "tools/doctor.py", "tools/win_rate.py", "tools/results.py",
-             "tools/report.py", "tools/compare.py"),
-    "prompt": ("main.py", "run_mm_cot_rl.py", "run_mm_cot_lora.py", "tools/doctor.py"),
-    "rationale": ("main.py", "run_mm_cot_rl.py"),
-    "generate": ("main.py", "run_mm_cot_lora.py"),
-    "features": ("extract_features.py",),
-    "captions": ("extract_caption.py",),
-    "start": ("main.py",),
-    "rl": ("run_mm_cot_rl.py",),
-    "teacher": ("haiku.py", "haiku_for_correction_feedback.py", "tools/win_rate.py"),
-    "scores": ("haiku.py",),
-    "corrections": ("haiku_for_correction_feedback.py",),
-    "sft": ("main.py",),
-    "lora": ("run_mm_cot_lora.py",),
-    "judge": ("tools/win_rate.py",),
-    "report": ("tools/report.py",),
-}  # fmt: skip
-SETTINGS = {
-    "size": "base", "published": "none", "prepare": [], "forms": ["QCM-A", "QCMG-A"], "launch": {},
-    "at_once": 1, "teacher_beside_rl": True,
-}  # fmt: skip
 INSTALL = "install the packages: source setup_venv.sh && setup_venv && source .venv/bin/activate"
-LAUNCHED = ("start", "rl", "generate", "sft", "lora")  # the stages whose launcher can be set
-REMOVABLE, NEEDED = ("features", "captions", "lora", "judge"), ("start", "rl", "sft")  # by, and not by, BLOCK: null
-BLOCK = (dict, type(None))
-SCRIPTS = {script for scripts in BLOCKS.values() for script in scripts}
-NEED_TORCH = ("main.py", "run_mm_cot_lora.py", "tools/doctor.py")  # to check their flags
-FOLDERS = (
-    "--base_model_dir",
-    "--ref_model",
-    "--evaluate_dir",
-    "--run",
-    "--correction_dir",
-)  # flags of folders made later
 PARTS = ("prepare", "check", "features", "captions", "start", "baseline", "rl", "generate", "correct", "sft", "lora",
          "judge", "results", "report", "table")  # fmt: skip
 
@@ -101,235 +59,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         [f"--rounds must be at least 1, not {args.rounds}"] * (args.rounds < 1)
         + ["--only and --from or --until: give one"] * bool(args.only and (args.first or args.last))
         + [f"--launch: no command ({args.launch!r}); close its quotes"]
-        * (args.launch is not None and not _words(args.launch))
+        * (args.launch is not None and not split_words(args.launch))
         + ["--seed and --seeds: give one"] * ("seed" in cli.given_flags(parser, argv) and args.seeds is not None)
         + ["--seeds: a seed is there twice"] * (len(set(args.seeds or [])) < len(args.seeds or []))
     )
     return args
-
-
-# -- configuration ---------------------------------------------------------------------------------------
-
-
-class Config:
-    """The blocks of a YAML file, with --set applied: `config["rl"]["lr"]`. Raises UserError for what is not known."""
-
-    def __init__(self, path: str, changes: Sequence[str]):
-        self.path = path
-        self.values = {**SETTINGS, **{block: {} for block in BLOCKS}, **self.read(Path(path))}
-        for change in changes:
-            self.change(change)
-        self.check()
-        self.values |= {block: {} for block in BLOCKS if self.values[block] is None and block not in REMOVABLE}
-
-    def __getitem__(self, name: str) -> Any:
-        return self.values[name]
-
-    def read(self, path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-        """A file over the one that it `extends`: flags of its blocks replace or join those, `null` removes a block."""
-        read, below = files.read_yaml(path, "--config"), (*below, path.resolve())
-        if parent := read.pop("extends", None):
-            parent = path.parent / str(parent)
-            if parent.resolve() in below:
-                raise UserError(f"--config {path}: it extends {parent}, which extends it; remove one of the two")
-            values = self.read(parent, below)
-            for name, value in read.items():
-                joined = isinstance(value, dict) and isinstance(values.get(name), dict)
-                values[name] = {**values[name], **value} if joined else value
-            return values
-        return read
-
-    def change(self, text: str) -> None:
-        """Apply one BLOCK.FLAG=VALUE (or SETTING=VALUE)."""
-        import yaml
-
-        place, equals, value = text.partition("=")
-        block, dot, flag = place.partition(".")
-        try:
-            parsed = yaml.safe_load(value)  # reads 1e-5 as a text, which is what a flag wants
-        except Exception as error:  # as in files.read_yaml
-            raise UserError(f"--set {text}: {value} is not YAML ({cli.in_one_line(error, 120)})") from None
-        blocks = [*BLOCKS, "launch"]
-        known = block in blocks if dot else block in SETTINGS or (block in BLOCKS and isinstance(parsed, BLOCK))
-        if not equals or not known or not (flag or not dot):
-            raise UserError(f"--set {text}: write BLOCK.FLAG=VALUE, or SETTING=VALUE; blocks: {', '.join(BLOCKS)}")
-        if dot and not isinstance(self.values[block], BLOCK):
-            raise UserError(f"--set {text}: {block} is not a block of flags in {self.path}; correct that first")
-        self.values[block] = {**(self.values[block] or {}), flag: parsed} if dot else parsed
-
-    def check(self) -> None:
-        """Refuse unknown blocks and flags, and values that no script takes, in one message, before anything runs."""
-        known = [*SETTINGS, *BLOCKS]
-        faults = [f"{name}: no such block{_near(name, known)}" for name in self.values if name not in known]
-        faults += setting_faults(self.values)
-        for block in BLOCKS:
-            value = self.values[block]
-            if not isinstance(value, BLOCK):
-                faults.append(f"{block}: not a block of flags")
-            elif value is None and block in NEEDED:
-                faults.append(f"{block}: null removes {', '.join(REMOVABLE)} only; for no flags write {block}: {{}}")
-            else:
-                places = [place for place in value or {} if (block, place) != ("start", "folder")]
-                faults += [
-                    f"{block}.{flag}: {why}" for flag in places if (why := self.fault(block, flag, value[flag]))
-                ]
-        if not faults and (rounds := self.value("rl", "epochs")) > 1 and not self.values["teacher_beside_rl"]:
-            faults.append(
-                f"rl.epochs: {rounds} rounds of RL need their Teacher beside them; set teacher_beside_rl to true, or "
-                "rl.epochs to 1 and use --rounds"
-            )
-        cli.refuse([f"--config {self.path}: {fault}" for fault in faults])
-
-    def fault(self, block: str, flag: Any, value: Any) -> str | None:
-        """What is wrong with a flag of a block, by the parsers of the block's scripts; None for nothing."""
-        scripts = [script for script in BLOCKS[block] if flag in self.flags[script]]
-        if not scripts:
-            script = BLOCKS[block][0]
-            return f"{script} has no flag --{flag}{_near(flag, self.flags[script])}"
-        given = value if isinstance(value, list) else [value]
-        for action, parser in ((self.flags[script][flag], parser_of(script)) for script in scripts):
-            count = 1 if action.nargs in (None, "?") else action.nargs
-            if value is None:
-                return None
-            if action.nargs == 0:
-                if not isinstance(value, bool):
-                    return f"true or false, not {value!r}"
-            elif not given or not all(isinstance(each, (str, int, float)) for each in given):
-                return f"a text or a number, not {value!r}; a text that YAML reads otherwise needs quotes"
-            elif isinstance(count, int) and len(given) != count:
-                return f"takes {count} value{'s' * (count > 1)}, not {len(given)}"
-            else:
-                try:
-                    parser._get_values(action, [str(each) for each in given])
-                except argparse.ArgumentError as error:
-                    return error.message
-        return None
-
-    def value(self, block: str, flag: str) -> Any:
-        """A flag as the (first) script of its block reads it: the script's default where the block has none."""
-        action, given = self.flags[BLOCKS[block][0]][flag], (self.values[block] or {}).get(flag)
-        return action.default if given is None else (action.type or str)(str(given))
-
-    @cached_property
-    def flags(self) -> dict[str, dict[str, argparse.Action]]:
-        """script -> its flags, without their dashes -> what its parser knows of each."""
-        return {
-            script: {
-                name[2:]: action
-                for action in parser_of(script)._actions
-                for name in action.option_strings
-                if name.startswith("--") and action.dest != "help"
-            }
-            for script in sorted(SCRIPTS)
-        }
-
-    def shows_images(self, script: str) -> bool:
-        """Whether --images has an effect; where it has none, scripts refuse it."""
-        judged = bool((self.values["judge"] or {}).get("with_image"))
-        return judged if script == "tools/win_rate.py" else script not in ("tools/results.py", "tools/compare.py")
-
-    def words(self, script: str, blocks: Sequence[str], filled: Mapping[str, Any]) -> Iterator[str]:
-        """The flags of `blocks` that `script` has, as words; {output} and {seed} are replaced."""
-        for block in blocks:
-            for flag, value in (self.values[block] or {}).items():
-                if flag == "images" and not self.shows_images(script):
-                    continue
-                action = self.flags[script].get(flag)
-                takes_value = action is not None and action.nargs != 0
-                if action is None or value is None or (value is False and not takes_value):
-                    continue
-                yield f"--{flag}"
-                if takes_value:
-                    yield from (_fill(str(each), filled) for each in (value if isinstance(value, list) else [value]))
-
-
-def setting_faults(values: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the settings of the chain."""
-
-    def commands(value: Any) -> bool:
-        return isinstance(value, list) and all(isinstance(each, str) and _words(each) for each in value)
-
-    forms, launch, at_once = values["forms"], values["launch"], values["at_once"]
-    figures = ["none", *dict.fromkeys(each.dataset for each in PUBLISHED)]
-    known_forms = isinstance(forms, list) and all(form in PROMPT_FORMATS and forms.count(form) == 1 for form in forms)
-    launches = isinstance(launch, dict) and set(launch) <= set(LAUNCHED) and commands(list(launch.values()))
-    wanted = {
-        "size": (values["size"] in list(SHAPES), f"one of {', '.join(SHAPES)}"),
-        "published": (values["published"] in figures, f"one of {', '.join(figures)}"),
-        "prepare": (values["prepare"] is None or commands(values["prepare"]), "a list of commands"),
-        "forms": (known_forms and forms, f"a list, as [QCM-A], of some of {', '.join(PROMPT_FORMATS)}, each once"),
-        "launch": (launch is None or launches, f"a command for some of {', '.join(LAUNCHED)}, as {{rl: torchrun}}"),
-        "at_once": (type(at_once) is int and at_once >= 1, "a whole number of at least 1"),
-        "teacher_beside_rl": (isinstance(values["teacher_beside_rl"], bool), "true or false"),
-    }
-    return [f"{name}: {text}; not {values[name]!r}" for name, (fine, text) in wanted.items() if not fine]
-
-
-def _words(command: str) -> list[str]:
-    """The words of a command; none where a quote is not closed."""
-    try:
-        return shlex.split(command)
-    except ValueError:
-        return []
-
-
-def _fill(text: str, values: Mapping[str, Any]) -> str:
-    """Replace {output} and {seed}; other braces stay."""
-    for name, value in values.items():
-        text = text.replace(f"{{{name}}}", str(value))
-    return text
-
-
-def _near(name: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), 1)
-    return f" (meant: {near[0]}?)" if near else ""
-
-
-def command_fault(command: str, looking: bool) -> str | None:
-    """What the script of a command says against its flags, before anything runs; None for nothing. `looking`: only of
-    scripts that need no torch, and without a key of the Teacher."""
-    words = shlex.split(command)
-    place = next((i for i, word in enumerate(words) if word in SCRIPTS), len(words))
-    script, flags = "".join(words[place : place + 1]), words[place + 1 :]
-    if not script or (looking and script in NEED_TORCH):
-        return None
-    for i, word in enumerate(flags):
-        if word in FOLDERS and not Path(flags[i + 1]).is_dir():
-            flags[i + 1] = str(ROOT)  # an earlier stage will make it
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            module_of(script).parse_args(flags)
-    except UserError as error:
-        return None if looking and "_API_KEY is not set" in str(error) else f"{script}: {error}"
-    except SystemExit:
-        return f"{script}: {said.getvalue().strip().rpartition('error: ')[2]}"
-    return None
-
-
-def module_of(script: str) -> ModuleType:
-    """A script as a module. Each imports little before it works."""
-    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
-
-
-@cache
-def parser_of(script: str) -> argparse.ArgumentParser:
-    """The parser that a script makes in its `parse_args`."""
-
-    class Made(Exception):
-        pass
-
-    def caught(parser: argparse.ArgumentParser, *_: Any) -> None:
-        raise Made(parser)
-
-    parse, argparse.ArgumentParser.parse_args = argparse.ArgumentParser.parse_args, caught
-    try:
-        module_of(script).parse_args([])
-    except Made as made:
-        return made.args[0]
-    finally:
-        argparse.ArgumentParser.parse_args = parse
-    raise AssertionError(f"{script} made no parser")
 
 
 # -- the chain -------------------------------------------------------------------------------------------
@@ -342,7 +76,7 @@ class Run:
         self.config, self.output, self.seed, self.rounds = config, output, seed, rounds
         self.launcher = launch
         self.filled = {"output": output, "seed": seed}
-        self.start = Path(_fill(str(config["start"].get("folder") or output / "models/start"), self.filled))
+        self.start = Path(fill(str(config["start"].get("folder") or output / "models/start"), self.filled))
 
     def command(
         self, script: str, blocks: str, launch: str = "", positional: Sequence[str] = (), **wiring: Any
@@ -372,7 +106,7 @@ class Run:
         config, out = self.config, self.output
         if config["prepare"]:
             words = {"output": shlex.quote(str(out)), "seed": self.seed}
-            commands = [_fill(command, words) for command in config["prepare"]]
+            commands = [fill(command, words) for command in config["prepare"]]
             yield Stage("prepare", "data", commands, makes=[out / "data", out / "images"])
         for name, script in (("features", "extract_features.py"), ("captions", "extract_caption.py")):
             if config[name]:
@@ -501,7 +235,7 @@ def selected(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) ->
     asked = [("from", args.first), ("until", args.last), ("only", args.only), *(("redo", name) for name in args.redo)]
     for flag, name in asked:
         if name and name not in names:
-            raise UserError(f"--{flag}: no stage {name}{_near(name, names)}; stages: {', '.join(names)}")
+            raise UserError(f"--{flag}: no stage {name}{nearest(name, names)}; stages: {', '.join(names)}")
     first = names.index(args.only or args.first or names[0])
     last = names.index(args.only or args.last or names[-1])
     if first > last:
@@ -514,10 +248,17 @@ def selected(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) ->
 
 
 def to_forget(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) -> list[Stage]:
-    """What --redo names and all that depends on it. Raises UserError for other finished stages whose inputs or flags
-    changed. Deletes nothing."""
+    """What --redo names and all that depends on it, but for what a stopped run with the same --redo has begun to redo.
+    Raises UserError for other finished stages whose inputs or flags changed. Deletes nothing."""
     fresh = args.fresh and (chain.folder / "run.json").exists()
-    again = {stage.name for stage in stages} if fresh else set(args.redo)
+    again, going_on = {stage.name for stage in stages} if fresh else set(args.redo), []
+    if not fresh:
+        redone = begun_again(chain)
+        going_on = [one.name for one in stages if one.name in again and redone.get(one.name) == one.identity()]
+        again -= set(going_on)
+    if going_on:
+        anew = f"to begin it anew, delete {chain.redo_file}"
+        print0(f"--redo {' '.join(going_on)}: goes on with what a stopped run has begun to redo ({anew})")
     for stage in stages:
         begun = stage.name in {**chain.done, **chain.begun} or any(path.exists() for path in stage.makes)
         if stage.name in again or (begun and again & set(stage.uses)):
@@ -537,115 +278,9 @@ def to_forget(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) -
     return forgotten
 
 
-# -- plan ------------------------------------------------------------------------------------------------
-
-SPEED = ROOT / "benchmarks/results/speed.json"  # measured seconds per unit of work at size tiny
-UNITS = {"sft": "sft_seconds_per_sample", "eval": "generate_seconds_per_question", "rollout": "seconds_per_rollout",
-         "ppo": "seconds_per_row", "features": "seconds_per_image"}  # fmt: skip
-# d_model, d_ff, layers of encoder and of decoder, heads * d_kv
-SHAPES = {"tiny": (256, 512, 4, 256), "base": (768, 2048, 12, 768), "large": (1024, 2816, 24, 1024)}
-VOCABULARY = 32128
-
-
-def products(size: str) -> int:
-    """Multiplications per token of a T5: the weights of its linear layers, decoder head included."""
-    d, d_ff, layers, inner = SHAPES[size]
-    return layers * (12 * d * inner + 6 * d * d_ff) + d * VOCABULARY
-
-
-def seconds_per_unit(size: str) -> tuple[dict[str, float], str]:
-    """(seconds of each kind of work at `size` on this machine's device, where they come from)."""
-    device = "cuda" if shutil.which("nvidia-smi") else "cpu"
-    measured = files.read_json(SPEED, "benchmarks", dict).get(device)
-    if measured is None:
-        return {}, f"hours: benchmarks/RESULTS.md has none for {device} yet (bash benchmarks/gpu.sh measures them)"
-    factor = products(size) / products(measured["size"])
-    found = {}
-    for kind, name in UNITS.items():
-        value = (measured["stages"].get(kind, {}).get("projection") or {}).get(name)
-        if value:
-            found[kind] = value * (factor if kind != "features" else 1)
-    machine = measured["machine"]
-    note = f"hours: from benchmarks/RESULTS.md ({machine.get('gpu') or machine['cpu']}, size {measured['size']})"
-    return found, note + f", times {factor:.1f} for size {size}" * (factor != 1)
-
-
-def amounts(run: Run) -> dict[str, dict[str, float]]:
-    """Stage -> kind of work -> how much: questions, rollouts, rows of PPO; `ask_*`: requests to the Teacher."""
-    config, data = run.config, read_problems(run)
-    train, every = len(data.splits["train"]), sum(len(data.splits[split]) for split in ("train", "val", "test"))
-    rollouts = train * config.value("rl", "k_actions") * config.value("rl", "epochs")
-    judged = min(len(data.splits["test"]), config.value("judge", "questions") or 10**9)
-    one = {
-        "features": {"features": sum(bool(problem.get("image")) for problem in data.problems.values())},
-        "start": {"sft": train * config.value("start", "epoch"), "eval": every},
-        "baseline": {"eval": every},
-        "rl": {"rollout": rollouts, "ppo": rollouts * config.value("rl", "rl_epochs"), "ask_score": rollouts},
-        "generate": {"eval": every},
-        "correct": {"ask_correct": train},
-        "sft": {"sft": train * config.value("sft", "epoch"), "eval": every},
-        "lora": {"sft": train * config.value("lora", "epoch")
-                 * len(run.named_models()) * len(config["forms"])},
-        "judge": {"ask_judge": 2 * judged * (len(run.named_models()) - 1)},
-    }  # fmt: skip
-    return {stage.name: one.get(re.sub(r"_\d+$", "", stage.name), {}) for stage in run.stages()}
-
-
-def read_problems(run: Run) -> Any:
-    """The data folder of the configuration. Raises UserError if it is not there yet."""
-    from ares.data_folder import read_data_folder
-
-    root = _fill(run.config.value("data", "data_root"), run.filled)
-    return read_data_folder(root, run.config.value("data", "dataset"))
-
-
-def dollars_per_request(run: Run) -> dict[str, float | None]:
-    """Kind of request -> dollars of one, as `--estimate` reckons them; None where the price is not known."""
-    from teacher.estimate import expected_usd
-
-    data, found = read_problems(run), {}
-    images = run.config["data"].get("images") or data.root / "images"
-    for kind, block in (("score", "scores"), ("correct", "corrections"), ("judge", "judge")):
-        flags = {**run.config["teacher"], **(run.config[block] or {})}
-        shown = None if kind == "judge" and not flags.get("with_image") else _fill(str(images), run.filled)
-        k = run.config.value("rl", "k_actions")
-        found[f"ask_{kind}"] = expected_usd(kind, data.problems, data.splits["train"], shown, flags, k)
-    return found
-
-
-def processes(command: str) -> int:
-    """How many processes a launcher's words start."""
-    found = re.search(r"--(?:num_processes|nproc[_-]per[_-]node)[ =](\d+)", command)
-    return int(found[1]) if found else 1
-
-
-def show_plan(run: Run, chain: Chain, chosen: Sequence[Stage]) -> None:
-    """Print the table of --plan: what exists, what will run, hours and dollars. Spends nothing, loads no model."""
-    rate, note = seconds_per_unit(run.config["size"])
-    try:
-        work, dollars = amounts(run), dollars_per_request(run)
-    except UserError as error:
-        work, dollars, note = {}, {}, f"hours and dollars: known once the data are there ({error})"
-    print0(f"{run.output} (seed {run.seed})\n{'stage':<12}{'state':<12}{'hours':>8}{'dollars':>10}   what")
-    hours = spent = 0.0
-    for stage in run.stages():
-        state = "done" if stage.name in chain.done else "to run" if stage in chosen else "not chosen"
-        if state == "to run" and any(path.exists() for path in stage.makes):
-            state = "goes on"
-        mine, cells = work.get(stage.name, {}), ["", ""]
-        timed = [kind for kind in mine if not kind.startswith("ask_") and mine[kind]]
-        if timed and all(kind in rate for kind in timed):
-            each = sum(rate[kind] * mine[kind] for kind in timed) / 3600 / processes(stage.commands[0])
-            cells[0] = f"{each:.2f}"
-            hours += each if state in ("to run", "goes on") else 0
-        for kind in mine:
-            if kind.startswith("ask_"):
-                each = dollars.get(kind)
-                cells[1] = "unknown" if each is None else f"{each * mine[kind]:.2f}"
-                spent += (each or 0) * mine[kind] if state in ("to run", "goes on") else 0
-        print0(f"{stage.name:<12}{state:<12}{cells[0]:>8}{cells[1]:>10}   {stage.title}")
-    print0(f"{'in all':<24}{hours:>8.2f}{spent:>10.2f}   of what is to run, the Teacher's answering time aside")
-    print0(f"{note}\ndollars: by rule from gold rationales, live or batch as configured; nothing is asked or spent")
+def begun_again(chain: Chain) -> dict[str, list]:
+    """Stage -> its commands, of the stages that --redo named in a run that has not ended."""
+    return files.read_json(chain.redo_file, "--redo", dict) if chain.redo_file.exists() else {}
 
 
 # -- main ------------------------------------------------------------------------------------------------
@@ -722,7 +357,12 @@ def carry_out(run: Run, chain: Chain, chosen: list[Stage], again: list[Stage], a
         chain.forget(stage)
     settings = {"config": run.config.values, "seed": run.seed, "rounds": run.rounds}
     files.write_json(run.output / "run.json", settings)
+    if args.redo:  # a kill before this line leaves nothing that is worth keeping
+        redone = {stage.name: stage.identity() for stage in run.stages() if stage.name in args.redo}
+        files.write_json(chain.redo_file, redone)
     chain.run(chosen)
+    if begun_again(chain).keys() <= {stage.name for stage in chosen}:
+        chain.redo_file.unlink(missing_ok=True)
     return print_table(run.output)
 
 

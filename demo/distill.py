@@ -30,9 +30,9 @@ from ares import files  # noqa: E402
 from ares.cli import HelpFormatter, UserError, refuse, run  # noqa: E402
 from ares.data_folder import read_data_folder  # noqa: E402
 from ares.intervals import difference_text, paired_difference  # noqa: E402
-from ares.stages import ROOT  # noqa: E402
 from ares.tables import Cell, Table, markdown  # noqa: E402
 from demo.experiments import ares, run_in_world  # noqa: E402
+from pipeline.stages import ROOT  # noqa: E402
 from teacher import handoff, reference  # noqa: E402
 from teacher.estimate import FIGURES  # noqa: E402
 from teacher.reply_files import read_scores  # noqa: E402

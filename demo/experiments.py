@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ares import files  # noqa: E402
 from ares.cli import HelpFormatter, UserError, refuse, run  # noqa: E402
 from ares.intervals import difference_text  # noqa: E402
-from ares.stages import ROOT  # noqa: E402
+from pipeline.stages import ROOT  # noqa: E402
 
 WARM_UP = "value_warmup=2 value_init=zero"
 METHODS = {

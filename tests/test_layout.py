@@ -40,7 +40,7 @@ FLOORS = [
     ["ares"],
     ["model", "utils_prompt", "utils_evaluate", "vision"],
     ["teacher", "utils_data"],
-    ["rl", "sft"],
+    ["rl", "sft", "pipeline"],
     ["preprocessing_after_RL", "tools", "demo", "benchmarks", *(s[:-3] for s in SCRIPTS if "/" not in s)],
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS, start=1) for name in names}

@@ -20,9 +20,11 @@ import numpy as np
 import pytest
 
 import run_ares
-from ares import files, launch, stages
+from ares import files, launch
 from ares.cli import UserError
-from ares.stages import Chain, Stage, from_script
+from pipeline import plan, stages
+from pipeline.config import Config
+from pipeline.stages import Chain, Stage, from_script
 from teacher import handoff
 from tests.conftest import ROOT, run_script
 from tests.rl import rl_tools
@@ -129,6 +131,35 @@ def test_a_redo_forgets_the_finished_commands_of_a_stopped_stage_after_it(tmp_pa
     assert run_ares.to_forget([first, then], chain, args) == [first, then]
 
 
+def test_a_repeated_redo_goes_on_where_it_was_killed(tmp_path, capsys):
+    """The Teacher's replies of the new rollouts are paid for: the same command does not delete them."""
+    config = tmp_path / "quick.yaml"
+    counts = python(f"open({str(tmp_path / 'count')!r}, 'a').write('x')")
+    fails = python(f"import os; raise SystemExit(not os.path.exists({str(tmp_path / 'fixed')!r}))")
+    commands = json.dumps([counts, fails])
+    config.write_text(f"extends: {ROOT}/configs/smoke.yaml\nprepare: {commands}\nfeatures: null\n")
+    words = ["--config", str(config), "--output", str(tmp_path / "run"), "--until", "prepare"]
+    (tmp_path / "fixed").touch()
+    run_ares.main(words)
+    (tmp_path / "fixed").unlink()
+    old, paid = tmp_path / "run/data/old.txt", tmp_path / "run/data/paid.txt"
+    old.parent.mkdir()
+    old.touch()
+    with pytest.raises(UserError, match="stage prepare ended with status 1"):
+        run_ares.main([*words, "--redo", "prepare"])
+    assert not old.exists() and (tmp_path / "count").read_text() == "xx"
+    paid.parent.mkdir()
+    paid.touch()
+    with pytest.raises(UserError, match="stage prepare ended with status 1"):
+        run_ares.main([*words, "--redo", "prepare"])
+    (tmp_path / "fixed").touch()
+    run_ares.main([*words, "--redo", "prepare"])
+    assert paid.exists() and (tmp_path / "count").read_text() == "xx"
+    assert "--redo prepare: goes on with what a stopped run has begun" in capsys.readouterr().out
+    run_ares.main([*words, "--redo", "prepare"])  # the redo had ended: this is another one
+    assert not paid.exists() and (tmp_path / "count").read_text() == "xxx"
+
+
 LAUNCHER = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()"  # passes nothing on
 TRAINING = """
 import os, signal, sys, time
@@ -200,7 +231,8 @@ def test_a_stopped_chain_ends_its_commands_after_they_have_saved(tmp_path, numbe
     chain.send_signal(number)
     output, _ = chain.communicate(timeout=60)
     pid = int((tmp_path / "pid").read_text())
-    assert until((tmp_path / "asked").exists) and (tmp_path / "asked").read_text().split()[0] == seen
+    asked = tmp_path / "asked"
+    assert until(lambda: asked.exists() and asked.read_text()) and asked.read_text().split()[0] == seen
     if number == signal.SIGKILL:  # this stand-in does not end by SIGTERM
         os.kill(pid, signal.SIGKILL)
     else:
@@ -344,7 +376,7 @@ def test_paths_of_a_configuration_are_the_projects_from_any_folder(earlier, tmp_
 
 
 def stages_of(folder: Path, rounds: int) -> list[Stage]:
-    return run_ares.Run(run_ares.Config(str(ROOT / "configs/demo.yaml"), []), folder, 0, rounds).stages()
+    return run_ares.Run(Config(str(ROOT / "configs/demo.yaml"), []), folder, 0, rounds).stages()
 
 
 def test_more_rounds_keep_the_first_one(tmp_path):
@@ -366,7 +398,7 @@ def test_every_command_of_a_configuration_has_known_flags(name, tmp_path, capsys
     monkeypatch.chdir(ROOT)
     run_ares.main(["--config", f"configs/{name}", "--output", str(tmp_path / "a run"), "--dry_run", "--rounds", "2"])
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("#")]
-    config, scripts = run_ares.Config(f"configs/{name}", []), set()
+    config, scripts = Config(f"configs/{name}", []), set()
     for line in lines:
         script, *words = from_script(shlex.split(line))
         scripts.add(script)
@@ -399,14 +431,14 @@ def test_a_wrong_configuration_is_one_line(text, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     (tmp_path / "other.yaml").write_text("extends: mine.yaml")
     with pytest.raises(UserError, match=FAULTS[text]):
-        run_ares.Config(str(tmp_path / "mine.yaml"), [])
+        Config(str(tmp_path / "mine.yaml"), [])
 
 
 def test_several_rounds_of_rl_need_their_teacher_beside_them():
     demo = str(ROOT / "configs/demo.yaml")
     with pytest.raises(UserError, match="rl.epochs: 4 rounds of RL need their Teacher beside them"):
-        run_ares.Config(demo, ["teacher_beside_rl=false"])
-    run_ares.Config(demo, ["teacher_beside_rl=false", "rl.epochs=1"])
+        Config(demo, ["teacher_beside_rl=false"])
+    Config(demo, ["teacher_beside_rl=false", "rl.epochs=1"])
 
 
 @pytest.mark.parametrize(
@@ -414,7 +446,7 @@ def test_several_rounds_of_rl_need_their_teacher_beside_them():
 )
 def test_a_wrong_set_is_one_line(change):
     with pytest.raises(UserError, match="--set"):
-        run_ares.Config(str(ROOT / "configs/demo.yaml"), [change])
+        Config(str(ROOT / "configs/demo.yaml"), [change])
 
 
 VALUES = {
@@ -452,6 +484,11 @@ VALUES = {
     "teacher_beside_rl=1": "teacher_beside_rl: true or false",
     "prepare=python -c 1": "prepare: a list of commands",
     "prepare=[1]": "prepare: a list of commands",
+    "rl.overwrite=true": "rl.overwrite: .* use --redo STAGE or --fresh",
+    "features.overwrite=true": "features.overwrite: .* use --redo STAGE or --fresh",
+    "rl.overwrite=false": None,
+    "start.folder=models": None,
+    "rl.lr=-x": "rl.lr: expected one argument",
     "rl.seed=7": "rl.seed: .* sets --seed",
     "rl.ref_model=other": "rl.ref_model: .* sets --ref_model",
     "rl.phase=collect": "rl.phase: .* sets --phase",
@@ -525,11 +562,11 @@ def test_a_flag_that_is_not_set_has_its_scripts_default(changes, last, factor, t
     """Three rounds of RL: the third one's model is evaluated, and the plan counts them all."""
     monkeypatch.chdir(ROOT)
     changes = ["rl.epochs=null", f"data.data_root={sample / 'ScienceQA/data'}", *changes]
-    config = run_ares.Config("configs/scienceqa_base.yaml", changes)
+    config = Config("configs/scienceqa_base.yaml", changes)
     run = run_ares.Run(config, tmp_path, 0, 1)
     assert run.models(1)[1] == tmp_path / "rl" / last
-    questions = len(run_ares.read_problems(run).splits["train"])
-    assert run_ares.amounts(run)["rl"]["ppo"] == questions * factor
+    questions = len(plan.read_problems(run).splits["train"])
+    assert plan.amounts(run)["rl"]["ppo"] == questions * factor
 
 
 def test_a_launcher_beside_python_is_found_and_an_absent_package_is_said(tmp_path, monkeypatch):
@@ -580,7 +617,7 @@ def test_a_launcher_with_an_open_quote_is_one_line():
 
 
 def test_configurations_extend_others_and_set_changes_them():
-    large = run_ares.Config(str(ROOT / "configs/scienceqa_large.yaml"), ["rl.lr=1e-6", "judge=null", "at_once=3"])
+    large = Config(str(ROOT / "configs/scienceqa_large.yaml"), ["rl.lr=1e-6", "judge=null", "at_once=3"])
     assert large["rl"]["rl_batch_size"] == 2 and large["rl"]["k_actions"] == 4 and large["rl"]["lr"] == "1e-6"
     assert large["judge"] is None and large["at_once"] == 3 and large["size"] == "large"
 
@@ -613,7 +650,7 @@ def test_the_plan_of_a_whole_data_set_says_hours_and_dollars(tmp_path, sample):
         name: [float(word) for word in re.findall(r" (\d+\.\d\d)(?= )", line[:44])] for name, line in rows.items()
     }
     hours, dollars = figures["rl"]
-    rate, _ = run_ares.seconds_per_unit("tiny")
+    rate, _ = plan.seconds_per_unit("tiny")
     assert hours == pytest.approx(50_904 * (rate["rollout"] + 10 * rate["ppo"]) / 3600, abs=0.01)
     assert 3 < dollars < 7 and 1 < figures["correct"][0] < 4  # as --estimate says of the real questions
     total = re.search(r"in all +([\d.]+) +([\d.]+)", done.stdout)
