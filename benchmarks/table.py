@@ -1,6 +1,7 @@
 """Print the results of one run of run_all.sh as a table and keep them in benchmarks/RESULTS.md, a column per device.
 
     python benchmarks/table.py FOLDER_OF_JSON_FILES --seconds 600
+    python benchmarks/table.py gpu_out --seconds 500          # of gpu.sh: first its steps and what bench_gpu.py found
 
 RESULTS.md has the last measurement of each device; stages without a file are "not measured". A CPU's results on the
 demo's questions (no real sample) are only printed; a GPU's are kept, since a lent machine may have no sample.
@@ -9,6 +10,7 @@ demo's questions (no real sample) are only printed; a GPU's are kept, since a le
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -64,6 +66,21 @@ def rows(*lines: Iterable[str]) -> list[str]:
     """Lines of a Markdown table, its headings first."""
     heads, *others = [f"| {' | '.join(cells)} |" for cells in lines]
     return [heads, "|" + "---|" * (heads.count(" | ") + 1), *others]
+
+
+def gpu_lines(folder: Path) -> list[str]:
+    """Steps of gpu.sh and the results of bench_gpu.py in its folder, as a Markdown table; [] for another folder."""
+    lines = []
+    if (steps := folder / "steps.tsv").exists():
+        words = {"0": "ok", "124": "OUT OF TIME", "137": "OUT OF TIME", "skip": "skipped: no time left"}
+        for line in steps.read_text().splitlines():
+            name, status, seconds, note = line.split("\t")
+            lines.append(["step", name, words.get(status, f"FAILED ({status})"), f"{seconds} s {note}"])
+    if (results := folder / "results.jsonl").exists():
+        found = map(json.loads, results.read_text().splitlines())
+        lines += [[one["section"], one["name"], str(one["value"]), one["note"]] for one in found]
+    clean = [[cell.replace("|", "/") for cell in line] for line in lines]
+    return rows(["section", "what", "result", "note"], *clean) if lines else []
 
 
 def stage_row(result: dict[str, Any]) -> list[str]:
@@ -135,6 +152,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     paths = {stage: Path(args.folder) / f"{stage}.json" for stage in STAGES}
     stages = {stage: files.read_json(path, "folder") for stage, path in paths.items() if path.exists()}
+    lines = gpu_lines(Path(args.folder))
+    if lines:
+        cli.print0("\n".join(lines))
+    if lines and not stages:
+        return
     if not stages:
         raise UserError(f"folder: {args.folder} has none of {', '.join(path.name for path in paths.values())}")
     first, *_ = stages.values()

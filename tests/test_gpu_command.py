@@ -28,12 +28,8 @@ def test_the_dry_run_goes_through(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     text = (tmp_path / "out/table.md").read_text()
-    assert (
-        "| step | bench_gpu | ok |" in text
-        and "| step | memory | ok |" in text
-        and "FAILED" not in text
-        and "TOO FAR" not in text
-    ), text
+    assert "| step | bench_gpu | ok |" in text and "| step | memory | ok |" in text, text
+    assert "FAILED" not in text and "TOO FAR" not in text, text
     sections = {json.loads(line)["section"] for line in (tmp_path / "out/results.jsonl").read_text().splitlines()}
     assert sections == {"machine", "agreement", "sampling", "PPO", "memory"}
     assert len(list((tmp_path / "out").iterdir())) <= 8, "a lent machine gives back eight files"
@@ -45,7 +41,7 @@ def test_a_failing_section_is_reported_and_the_next_one_runs(tmp_path):
     report.run("second", lambda report: report.add("value", 3))
     late = bench_gpu.Report(tmp_path, seconds=-1)
     late.run("third", lambda report: report.add("value", 4))
-    lines = bench_gpu.table(tmp_path).splitlines()[2:]
+    lines = table.gpu_lines(tmp_path)[2:]
     assert [line.split(" | ")[:3] for line in lines] == [
         ["| first", "FAILED", "ZeroDivisionError"], ["| second", "value", "3"], ["| third", "skipped", "no time left"]
     ]  # fmt: skip
