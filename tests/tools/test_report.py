@@ -361,7 +361,6 @@ def test_scores_can_be_read_on_their_colours():
             assert contrast(colors["ink"], colors[name]) >= 4.5, name
         for name in ("muted", "accent"):
             assert min(contrast(colors[name], colors[at]) for at in ("card", "page")) >= 4.5, name
-        assert contrast(colors["on-accent"], colors["accent"]) >= 4.5
     for i in range(2):
         assert f"--series{i}: {plots.SERIES[i]}" in light
 

@@ -275,11 +275,15 @@ def test_text_of_rationales_is_data(problems):
 
 
 def test_mistakes_end_in_one_line(systems, data_root, tmp_path):
-    def wrong(*argv):
-        return run_script("tools/win_rate.py", *argv, "--teacher", "reference", "--data_root", data_root, check=False)
-
-    one_line_error(wrong("A=nowhere", systems[1]), "nowhere does not exist")
-    one_line_error(wrong(systems[0], systems[0], "--images", "x"), "--with_image", "both systems are called A")
-    one_line_error(wrong(systems[0], f"B={tmp_path / 'a.json'}", "--split", "val"), "not in the split val", "--split")
+    flags = ("--teacher", "reference", "--data_root", str(data_root))
+    done = run_script("tools/win_rate.py", systems[0], systems[0], "--images", "x", *flags, check=False)
+    one_line_error(done, "--with_image", "both systems are called A")
     path = write(tmp_path / "answers.json", ["The answer is (B)."] * N, labels=["The answer is (A)."] * N)
-    one_line_error(wrong(systems[0], f"B={path}"), "answers.json holds answers without rationales")
+    for argv, words in (
+        (["A=nowhere", systems[1]], "nowhere does not exist"),
+        ([systems[0], f"B={tmp_path / 'a.json'}", "--split", "val"], "not in the split val.*--split"),
+        ([systems[0], f"B={path}"], "answers.json holds answers without rationales"),
+    ):
+        with pytest.raises(cli.UserError, match=words) as error:
+            win_rate.main([*argv, *flags])
+        assert "\n" not in str(error.value)
