@@ -129,23 +129,23 @@ def test_paper_protocol_and_what_stops_a_run(server, systems, data_root, tmp_pat
 
 
 def test_other_texts_are_judged_anew_and_images_go_by_flag(server, systems, sample, data_root, tmp_path):
-    output, few = tmp_path / "out", ("--questions", "40", "--seed", "3")
+    output, few = tmp_path / "out", ("--questions", "12", "--seed", "3")
     compare(systems, data_root, output, server, *few)
     assert not any("text_only" in path.read_text() for path in output.glob("0/p0/*/reply.json")), "none was wanted"
-    assert len(server.log) == 80 and not any(asked.images for asked in server.asked)
+    assert len(server.log) == 24 and not any(asked.images for asked in server.asked)
     first = json.loads((tmp_path / "a.json").read_text())
     preds = [text.replace("By the first system", "By the first system, mended") for text in first["preds"]]
     write(tmp_path / "a.json", preds, first["qids"])
     compare(systems, data_root, output, server, *few)
-    assert len(server.log) == 160
+    assert len(server.log) == 48
     compare(systems, data_root, output, server, *few, "--with_image", "--images", str(sample / "images"))
-    pictured = [asked for asked in server.asked[160:] if asked.images]
-    assert pictured and len(server.log) == 160 + len(pictured), "only requests that changed are asked again"
+    pictured = [asked for asked in server.asked[48:] if asked.images]
+    assert pictured and len(server.log) == 48 + len(pictured), "only requests that changed are asked again"
     assert all(asked.content_types[0] == "image" and "the image and the correct" in asked.text for asked in pictured)
     before = len(server.log)
     write(tmp_path / "a.json", [text.replace("mended", "mended once more") for text in preds], first["qids"])
     compare(systems, data_root, output, server, *few)
-    assert len(server.log) == before + 80 and not any(asked.images for asked in server.asked[before:])
+    assert len(server.log) == before + 24 and not any(asked.images for asked in server.asked[before:])
 
 
 def test_pending_batches_are_collected_whole_or_not_at_all(server, systems, sample, data_root, tmp_path, monkeypatch):
