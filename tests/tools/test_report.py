@@ -361,8 +361,8 @@ def test_scores_can_be_read_on_their_colours():
             assert contrast(colors["ink"], colors[name]) >= 4.5, name
         for name in ("muted", "accent"):
             assert min(contrast(colors[name], colors[at]) for at in ("card", "page")) >= 4.5, name
-    for i in range(2):
-        assert f"--series{i}: {plots.SERIES[i]}" in light
+    for name, colors in (("series", plots.SERIES), ("s", plots.SCALE)):
+        assert all(f"--{name}{i}: {color}" in light for i, color in enumerate(colors)), name
 
 
 def contrast(a: str, b: str) -> float:
