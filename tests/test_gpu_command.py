@@ -30,8 +30,10 @@ def test_the_dry_run_goes_through(tmp_path):
     text = (tmp_path / "out/table.md").read_text()
     assert "| step | bench_gpu | ok |" in text and "| step | memory | ok |" in text, text
     assert "FAILED" not in text and "TOO FAR" not in text, text
-    sections = {json.loads(line)["section"] for line in (tmp_path / "out/results.jsonl").read_text().splitlines()}
-    assert sections == {"machine", "agreement", "sampling", "PPO", "memory"}
+    lines = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert {line["section"] for line in lines} == {"machine", "agreement", "sampling", "PPO", "memory"}
+    sampled = [line["name"] for line in lines if line["section"] in ("agreement", "sampling")]
+    assert sampled[0] == "first batch", "timed before anything else is sampled"
     assert len(list((tmp_path / "out").iterdir())) <= 8, "a lent machine gives back eight files"
 
 
