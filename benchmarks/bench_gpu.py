@@ -98,6 +98,7 @@ class Sampling:
         return self.bench.generate(self.prompt, self.lengths)
 
 
+@torch.no_grad()
 def agreement(report: Report, args: argparse.Namespace, bench: Sampling) -> None:
     """Log-probabilities and values of the same texts: fp32 and bf16 here, fp32 on the CPU."""
     found: list[dict[str, torch.Tensor]] = []

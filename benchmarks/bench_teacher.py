@@ -138,12 +138,10 @@ async def bare_sdk(folder: str, url: str, concurrency: int) -> None:
     async with anthropic.AsyncAnthropic(api_key=KEY, base_url=url, max_retries=0) as sdk:
 
         async def one_after_the_other() -> None:
+            how = {"model": "claude-haiku-5-5", "max_tokens": 500, "thinking": {"type": "disabled"}}
             for text in texts:
                 message = {"role": "user", "content": [{"type": "text", "text": text}]}
-                thinking = {"type": "disabled"}
-                await sdk.messages.create(
-                    model="claude-haiku-5-5", max_tokens=500, messages=[message], thinking=thinking
-                )
+                await sdk.messages.create(messages=[message], **how)
 
         await asyncio.gather(*(one_after_the_other() for _ in range(concurrency)))
 

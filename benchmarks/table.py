@@ -92,20 +92,23 @@ def stage_row(result: dict[str, Any]) -> list[str]:
 
 def table(kept: dict[str, Any]) -> str:
     """RESULTS.md: ratios, limits, growth, projection, machine."""
-    measured = {device: kept[device]["stages"] if device in kept else {} for device in ("cpu", "cuda")}
-    ratios = [
-        [name, ratio_of(measured["cpu"].get(stage), cpu), f">= {cpu}x",
-         ratio_of(measured["cuda"].get(stage), cuda), f">= {cuda}x"]
-        for stage, (name, cpu, cuda) in STAGES.items()
-    ]  # fmt: skip
-    scores = [ratio_of(measured[device].get("eval"), SCORES, "scores") for device in ("cpu", "cuda")]
-    ratios += [["scores alone", scores[0], f">= {SCORES}x", scores[1], f">= {SCORES}x"]]
+    cpu, gpu = (kept[device]["stages"] if device in kept else {} for device in ("cpu", "cuda"))
+
+    def both(name: str, stage: str, on_cpu: float, on_gpu: float, key: str = "ratio") -> list[str]:
+        return [name, ratio_of(cpu.get(stage), on_cpu, key), f">= {on_cpu}x",
+                ratio_of(gpu.get(stage), on_gpu, key), f">= {on_gpu}x"]  # fmt: skip
+
+    ratios = [both(name, stage, *targets) for stage, (name, *targets) in STAGES.items()]
+    ratios.append(both("scores alone", "eval", SCORES, SCORES, "scores"))
     peers = [
-        [f"{STAGES[stage][0]}: {what}", ratio_of(measured["cpu"].get(stage), target, "peer"),
-         ratio_of(measured["cuda"].get(stage), target, "peer"), f">= {target}x"]
+        [
+            f"{STAGES[stage][0]}: {what}",
+            *(ratio_of(one.get(stage), target, "peer") for one in (cpu, gpu)),
+            f">= {target}x",
+        ]
         for stage, (what, target) in PEERS.items()
-    ]  # fmt: skip
-    peak = measured["cuda"].get("ppo", {}).get("peak_memory", "not measured")
+    ]
+    peak = gpu.get("ppo", {}).get("peak_memory", "not measured")
     lines = [
         "# Measured speed",
         "",
