@@ -100,14 +100,10 @@ def table(kept: dict[str, Any]) -> str:
 
     ratios = [both(name, stage, *targets) for stage, (name, *targets) in STAGES.items()]
     ratios.append(both("scores alone", "eval", SCORES, SCORES, "scores"))
-    peers = [
-        [
-            f"{STAGES[stage][0]}: {what}",
-            *(ratio_of(one.get(stage), target, "peer") for one in (cpu, gpu)),
-            f">= {target}x",
-        ]
-        for stage, (what, target) in PEERS.items()
-    ]
+    peers = []
+    for stage, (what, target) in PEERS.items():
+        cells = [ratio_of(one.get(stage), target, "peer") for one in (cpu, gpu)]
+        peers.append([f"{STAGES[stage][0]}: {what}", *cells, f">= {target}x"])
     peak = gpu.get("ppo", {}).get("peak_memory", "not measured")
     lines = [
         "# Measured speed",
