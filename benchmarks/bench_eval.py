@@ -51,8 +51,8 @@ class Sides:
         self.features = released_recipe.LoadedFeatures(data.features.path, data.features.name_map)
         self.only_ids = args.no_scores
         self.encoder = None if args.no_similarity or args.no_scores else similarity_model()
-        flags = common.sft_flags("--use_generate", "--eval_bs", str(EVAL_BS), "--prompt_format", "QCM-E",
-                                 "--output_len", str(OUTPUT_LEN))  # fmt: skip
+        form = ("--prompt_format", "QCM-E", "--output_len", OUTPUT_LEN)
+        flags = common.sft_flags("--use_generate", "--eval_bs", EVAL_BS, *form)
         bf16 = cli.mixed_precision(flags.precision) == "bf16"
         self.predictor = Predictor(flags, data.problems, data.tokenizer, data.collator, self.device, bf16=bf16)
 
@@ -76,15 +76,13 @@ class Sides:
         with mock.patch.object(prediction, "greedy", _generate):
             return self.predictor.predict(self.library, self.dataset, "library")
 
-    def our_greedy_ids(self) -> list[list[int]]:
+    def our_greedy_ids(self, dataset=None) -> list[list[int]]:
         with self.fast.ending_greedy():
-            return self.predictor.predict(self.fast, self.dataset, "generate")
+            return self.predictor.predict(self.fast, dataset or self.dataset, "generate")
 
     def ours(self, dataset=None) -> dict[str, float]:
-        dataset = dataset or self.dataset
-        with self.fast.ending_greedy():
-            self.our_ids = self.predictor.predict(self.fast, dataset, "generate")
-        return {} if self.only_ids else self.our_scores(dataset, self.our_ids)
+        self.our_ids = self.our_greedy_ids(dataset)
+        return {} if self.only_ids else self.our_scores(dataset or self.dataset, self.our_ids)
 
     def our_scores(self, dataset, ids: list[list[int]]) -> dict[str, float]:
         return get_scores({}, *self.texts(dataset, ids), self.data.problems, self.encoder is not None)["rationale"]
@@ -96,12 +94,10 @@ def _generate(model, inputs, max_length: int) -> torch.Tensor:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = common.parse(
-        __doc__,
-        argv,
-        rows=(16, "test questions, a multiple of 16"),
+        __doc__, argv, rows=(16, "test questions, a multiple of 16"),
         no_similarity=(False, "skip the embedding model"),
         no_scores=(False, "generation alone, where nltk or rouge are absent"),
-    )
+    )  # fmt: skip
     sides = Sides(args)
     equal = checks(sides)
 

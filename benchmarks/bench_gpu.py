@@ -2,10 +2,9 @@
 
     python benchmarks/bench_gpu.py --size base --device cuda --out gpu_out      # the second part of gpu.sh
     python benchmarks/bench_gpu.py --size base --device cuda --out gpu_out --memory             # and its last one
-    python benchmarks/bench_gpu.py --table gpu_out                              # all that gpu.sh measured, one table
 
-Results go to OUT/results.jsonl, one line each, profiles to OUT/logs.txt. A section that fails is reported, and the
-next one runs; none begins after `--seconds`.
+Results go to OUT/results.jsonl, one line each, which benchmarks/table.py prints, profiles to OUT/logs.txt. A section
+that fails is reported, and the next one runs; none begins after `--seconds`.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ import torch
 
 from ares import cli, decoding
 from ares.decoding import action_mask
-from benchmarks import bench_ppo, common, limits, rl_common, rl_memory
-from rl import actor_critic, sampling
+from benchmarks import bench_ppo, bench_rollout, common, limits, rl_memory
+from rl import sampling
 from rl.minibatches import micro_batches
 
 K = 4
@@ -87,42 +86,36 @@ class Sampling:
     """A batch of real prompts, whose texts end at the lengths of real solutions."""
 
     def __init__(self, args: argparse.Namespace, sizes: dict[str, Any]):
-        self.device, count = args.device, sizes["questions"]
-        self.world = rl_common.World(args, count)
-        self.plain = self.world.models
-        self.models = self.world.sampling_models()
-        self.how = sampling.Sampling(K, True, 50, 1.0, sizes["length"])
-        qids = sorted(self.world.dataset.qids, key=lambda qid: -self.world.prompts.lengths[qid])
-        self.prompt = self.world.prompts.batch(qids)
-        self.lengths = rl_common.solution_lengths(self.world.dataset, count * K, sizes["length"] - 1, args.seed)
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
+        count = sizes["questions"]
+        own = {"questions": count, "bs": count, "k_actions": K, "top_k": 50, "output_len": sizes["length"]}
+        self.bench = bench_rollout.Bench(argparse.Namespace(**vars(args), **own))
+        self.prompt, self.lengths = next(self.bench.batches(count))
 
     def sample(self) -> dict[str, torch.Tensor]:
-        with rl_common.ending(self.lengths), self.autocast():
-            return sampling.sample_batch(self.models, self.prompt, self.how, 0)
+        return self.bench.sample(self.prompt, self.lengths)
 
-    @torch.no_grad()
     def generate(self) -> Any:
-        with rl_common.ending(self.lengths), self.autocast():
-            states = actor_critic.encode(self.models.policy, self.prompt)
-            return sampling.generate(self.models.policy, states, self.prompt["attention_mask"], self.how, 0)
+        return self.bench.generate(self.prompt, self.lengths)
 
 
+@torch.no_grad()
 def agreement(report: Report, args: argparse.Namespace, bench: Sampling) -> None:
     """Log-probabilities and values of the same texts: fp32 and bf16 here, fp32 on the CPU."""
-    actions, few = bench.sample()["actions"], min(4, len(bench.prompt["input_ids"]))
+    found: list[dict[str, torch.Tensor]] = []
+    first = limits.seconds(lambda: found.append(bench.sample()), args.device)
+    report.add("first batch", f"{first:.2f} s", "kernels are loaded and tuned")
+    actions, few = found[0]["actions"], min(4, len(bench.prompt["input_ids"]))
+    plain, cast = bench.bench.world.models, bench.bench.models
     prompt = {name: tensor[:few] for name, tensor in bench.prompt.items()}
     actions = actions[: few * K]
     real = action_mask(actions)
     there = {name: tensor.cpu() for name, tensor in prompt.items()}
     for name, of in (("log-probabilities", "policy"), ("values", "value_function")):
-        model, value = getattr(bench.plain, of), of != "policy"
+        model, value = getattr(plain, of), of != "policy"
         fp32 = sampling.evaluate_actions(model, prompt, actions, K, value=value)[real]
         cpu = sampling.evaluate_actions(copy.deepcopy(model).cpu(), there, actions, K, value=value)[real]
-        with bench.autocast():
-            bf16 = sampling.evaluate_actions(getattr(bench.models, of), prompt, actions, K, value=value)[real]
+        with bench.bench.autocast():
+            bf16 = sampling.evaluate_actions(getattr(cast, of), prompt, actions, K, value=value)[real]
         for pair, one, limit in (("fp32 here and on the CPU", cpu, 1e-3), ("bf16 and fp32", bf16, 0.3)):
             apart = (one - fp32).abs()
             word = "ok" if float(apart.max()) < limit else "TOO FAR APART"
@@ -130,7 +123,6 @@ def agreement(report: Report, args: argparse.Namespace, bench: Sampling) -> None
 
 
 def sample_speed(report: Report, args: argparse.Namespace, bench: Sampling) -> None:
-    report.add("first batch", f"{limits.seconds(bench.sample, args.device):.2f} s", "kernels are loaded and tuned")
     rows, steps = len(bench.lengths), int(bench.lengths.max())
     for mode in ("off", "on"):
         decoding.use_graphs(mode)
@@ -204,34 +196,11 @@ def memory(report: Report, args: argparse.Namespace, size: str) -> None:
         gc.collect(), torch.cuda.empty_cache()
 
 
-# -- table -----------------------------------------------------------------------------------------------
-
-
-def table(folder: Path) -> str:
-    """Steps of gpu.sh, the results of this script and of the other benchmarks, in Markdown; then RESULTS.md's form."""
-    from benchmarks.table import rows
-
-    lines = []
-    if (steps := folder / "steps.tsv").exists():
-        words = {"0": "ok", "124": "OUT OF TIME", "137": "OUT OF TIME", "skip": "skipped: no time left"}
-        for line in steps.read_text().splitlines():
-            name, status, seconds, note = line.split("\t")
-            lines.append(["step", name, words.get(status, f"FAILED ({status})"), f"{seconds} s {note}"])
-    if (results := folder / "results.jsonl").exists():
-        found = map(json.loads, results.read_text().splitlines())
-        lines += [[one["section"], one["name"], str(one["value"]), one["note"]] for one in found]
-    clean = [[cell.replace("|", "/") for cell in line] for line in lines]
-    return "\n".join(rows(["section", "what", "result", "note"], *clean))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = common.parse(
         __doc__, argv, out=("gpu_out", "folder of the results"), seconds=(180, "no section begins after this time"),
         memory=(False, "the memory section alone, else all others"),
-        table=("", "only print the table of this folder of results"),
     )  # fmt: skip
-    if args.table:
-        return print(table(Path(args.table)))
     sizes = REAL if args.device == "cuda" else SMALL
     report = Report(Path(args.out), args.seconds)
     if args.memory:

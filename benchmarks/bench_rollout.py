@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from ares import cli
 from ares.decoding import action_mask
 from benchmarks import common, limits, released_recipe, released_rl, rl_common
+from benchmarks.endings import end_at
 from rl import actor_critic, sampling
 
 
@@ -47,40 +48,46 @@ class Bench:
             qids = chosen[i::count]
             yield self.world.prompts.batch(qids), self.lengths[: len(qids) * self.args.k_actions]
 
+    def autocast(self) -> torch.autocast:
+        """bf16 on a GPU, as --precision auto."""
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.args.device == "cuda")
+
+    def sample(self, prompt: dict, lengths: torch.Tensor) -> dict:
+        with rl_common.ending(lengths), self.autocast():
+            return sampling.sample_batch(self.models, prompt, self.how, seed=self.args.seed)
+
+    @torch.no_grad()
+    def generate(self, prompt: dict, lengths: torch.Tensor) -> torch.Tensor:
+        """Sampling alone, no scoring."""
+        with rl_common.ending(lengths), self.autocast():
+            states = actor_critic.encode(self.models.policy, prompt)
+            return sampling.generate(self.models.policy, states, prompt["attention_mask"], self.how, self.args.seed)
+
+    def library_generate(self, prompt: dict, lengths: torch.Tensor) -> torch.Tensor:
+        """The same by transformers' `generate`."""
+        policy, how = self.world.models.policy, self.how
+        ends = partial(end_at, lengths.to(self.world.device))
+        with released_recipe.plainly(policy, attention="sdpa"), self.autocast():
+            return policy.generate(
+                **prompt, do_sample=True, top_k=how.top_k, max_length=how.output_len, suppress_tokens=[0],
+                num_return_sequences=how.k, logits_processor=[ends],
+            )  # fmt: skip
+
+    def each(self, function: Callable, questions: int) -> list:
+        """What `function` returns for every batch of `questions` questions."""
+        return [function(prompt, lengths) for prompt, lengths in self.batches(questions)]
+
     def ours(self, questions: int) -> list[dict]:
-        found = []
-        for prompt, lengths in self.batches(questions):
-            # bf16 on a GPU, as --precision auto
-            bf16 = torch.autocast("cuda", torch.bfloat16, enabled=self.args.device == "cuda")
-            with rl_common.ending(lengths), bf16:
-                found.append(sampling.sample_batch(self.models, prompt, self.how, seed=self.args.seed))
-        return found
+        return self.each(self.sample, questions)
 
     def released(self, questions: int) -> list[dict]:
-        return [self.released_batch(prompt, lengths) for prompt, lengths in self.batches(questions)]
+        return self.each(self.released_batch, questions)
 
     def released_batch(self, prompt: dict, lengths: torch.Tensor) -> dict:
         how, models = self.how, self.world.models
         lengths = lengths.view(-1, how.k).to(self.world.device)
         with released_recipe.plainly(models.policy, models.reference, models.value_function):
             return released_rl.rollouts(models, prompt, how.k, how.top_k, how.output_len, lengths)
-
-    def sampled(self, questions: int, library: bool) -> None:
-        """Sampling alone, no scoring: by transformers' `generate`, or ours."""
-        policy, ours, how = self.world.models.policy, self.models.policy, self.how
-        for prompt, lengths in self.batches(questions):
-            bf16 = torch.autocast("cuda", torch.bfloat16, enabled=self.args.device == "cuda")
-            if library:
-                ends = partial(released_rl.end_at, lengths.to(self.world.device))
-                with released_recipe.plainly(policy, attention="sdpa"), bf16:
-                    policy.generate(
-                        **prompt, do_sample=True, top_k=how.top_k, max_length=how.output_len, suppress_tokens=[0],
-                        num_return_sequences=how.k, logits_processor=[ends],
-                    )  # fmt: skip
-            else:
-                with rl_common.ending(lengths), bf16, torch.no_grad():
-                    states = actor_critic.encode(ours, prompt)
-                    sampling.generate(ours, states, prompt["attention_mask"], how, self.args.seed)
 
     def check(self) -> list[str]:
         """Both sides on the same ids (fp32), and the lengths that both write."""
@@ -108,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         top_k=(50, "most likely tokens to draw from"),
     )  # fmt: skip
     bench, n, rollouts = Bench(args), args.questions, args.bs * args.k_actions
+    half = max(1, args.bs // 2)
 
     def ours() -> None:
         bench.ours(args.bs)
@@ -116,8 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ours()
     result = common.compare(lambda: bench.released(n), ours, args, work=(n * args.k_actions, rollouts))
     peer = common.against_library(
-        lambda: bench.sampled(max(1, args.bs // 2), True), lambda: bench.sampled(args.bs, False), args,
-        work=(max(1, args.bs // 2), args.bs),
+        lambda: bench.each(bench.library_generate, half), lambda: bench.each(bench.generate, args.bs), args,
+        work=(half, args.bs),
     )  # fmt: skip
     common.profile(ours, args)
     per_rollout, tokens = result["ours"]["median"], float(bench.lengths.float().mean())

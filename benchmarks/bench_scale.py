@@ -18,7 +18,6 @@ import json
 import math
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ares import cli, files
 from ares.sentences import split_text
+from benchmarks.bench_teacher import measured
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = {"train": 12_726, "val": 4_241, "test": 4_241}
@@ -43,9 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     shares = {"type": float, "nargs": "+", "default": [0.125, 1.0], "metavar": "SHARE"}
     parser.add_argument("--shares", help="parts of the full size", **shares)
-    parser.add_argument(
-        "--work", metavar="DIR", help="keep each size's files in DIR/{share} instead of a temporary folder"
-    )
+    parser.add_argument("--work", metavar="DIR", help="keep each size's files, in DIR/{share}")
     parser.add_argument("--output", default=str(ROOT / "benchmarks/results/scale.json"), help="where it goes")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # a measured process: function, folder
     return parser.parse_args(argv)
@@ -69,10 +67,8 @@ def make_data(root: Path) -> None:
         splits[split] = [str(len(problems) + i + 1) for i in range(round(share * count))]
         for qid in splits[split]:
             like = old[len(problems) % len(old)]
-            problems[qid] = known[like] | {
-                "hint": f"{known[like]['hint']}\nThis is card {qid}.".strip(),
-                "split": split,
-            }
+            hint = f"{known[like]['hint']}\nThis is card {qid}.".strip()
+            problems[qid] = known[like] | {"hint": hint, "split": split}
             texts[qid] = captions.get(like, "")
             if known[like]["image"] and (source.images / like).is_dir():
                 (root / "images" / qid).symlink_to(source.images / like)
@@ -148,14 +144,7 @@ def sample(root: Path) -> None:
     store, tokenizer = RolloutStore(root / "run", 0), load_tokenizer(data_flags(root))
     problems = files.read_json(root / "data/scienceqa/problems.json", "--work", dict)
     tokenizer.save_pretrained(root / "run/0")
-    flags = {
-        "neutral_score": 0.5,
-        "init_kl_coef": 1e-4,
-        "kl_coef": 1e-4,
-        "gamma": 1.0,
-        "gae_lambda": 0.95,
-        "algo": "ppo",
-    }
+    flags = dict(neutral_score=0.5, init_kl_coef=1e-4, kl_coef=1e-4, gamma=1.0, gae_lambda=0.95, algo="ppo")
     files.write_args(root / "run/0", argparse.Namespace(**flags))
     for number, qids in enumerate(json.loads(store.plan_file.read_text())["batches"]):
         each = [list(rationales(problems, qids, f"{number} {k}")) for k in range(K)]
@@ -227,34 +216,17 @@ def stages(root: Path) -> dict[str, list[Any]]:
 # -- measuring -------------------------------------------------------------------------------------------
 
 
-def measure(name: str, command: Sequence[Any], log: Path) -> dict[str, float]:
-    """Seconds, CPU seconds and peak memory (MB) of one stage's process. Raises UserError if it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    began = time.perf_counter()
-    with open(log, "w+") as output:
-        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=environment,
-                                   stdout=output, stderr=output)  # fmt: skip
-        _, process.returncode, used = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        output.seek(0)
-        said = output.read()
-    if process.returncode:
-        raise cli.UserError(f"bench_scale.py: {name} failed: {said[-1500:]}")
-    result = {"seconds": seconds, "cpu": used.ru_utime + used.ru_stime}
-    if inner := [line.removeprefix(TIMED) for line in said.splitlines() if line.startswith(TIMED)]:
-        result = json.loads(inner[0])
-    return {key: round(value, 2) for key, value in result.items()} | {"mb": round(used.ru_maxrss / 1024)}
-
-
 def measure_share(root: Path, share: float) -> dict[str, dict[str, float]]:
-    """All stages at one size."""
+    """Seconds, CPU seconds and peak memory (MB) of every stage at one size."""
     files.write_text(root / "share", str(share))  # what imports torch is done by children: peak memory is inherited
     found = {}
     for name, command in stages(root).items():
-        result = measure(name, command, root / "log.txt")
+        result, said = measured(name, command, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+        for line in said.splitlines():
+            result |= json.loads(line.removeprefix(TIMED)) if line.startswith(TIMED) else {}
         if name not in UNTIMED:
-            found[name] = result
-            cli.print0(f"{share:g} {name}: {result}")
+            found[name] = {key: round(value, None if key == "mb" else 2) for key, value in result.items()}
+            cli.print0(f"{share:g} {name}: {found[name]}")
     return found
 
 
@@ -265,9 +237,8 @@ def table(found: dict[float, dict[str, dict[str, float]]]) -> list[str]:
              "|---" * (len(shares) + 4) + "|"]  # fmt: skip
     for name in found[shares[-1]]:
         each = [found[share][name] for share in shares]
-        grown = (
-            math.log(each[-1]["cpu"] / each[0]["cpu"]) / math.log(shares[-1] / shares[0]) if shares[1:] else math.nan
-        )
+        cpu = each[-1]["cpu"] / each[0]["cpu"]
+        grown = math.log(cpu) / math.log(shares[-1] / shares[0]) if shares[1:] else math.nan
         wanted = f"<= {WANTED[name]} s" if name in WANTED else ""
         times = " | ".join(f"{one['seconds']:.1f} ({one['cpu']:.1f})" for one in each)
         lines.append(f"| {name} | {times} | {grown:.2f} | {each[-1]['mb']:.0f} MB | {wanted} |")

@@ -138,18 +138,32 @@ async def bare_sdk(folder: str, url: str, concurrency: int) -> None:
     async with anthropic.AsyncAnthropic(api_key=KEY, base_url=url, max_retries=0) as sdk:
 
         async def one_after_the_other() -> None:
+            how = {"model": "claude-haiku-5-5", "max_tokens": 500, "thinking": {"type": "disabled"}}
             for text in texts:
                 message = {"role": "user", "content": [{"type": "text", "text": text}]}
-                thinking = {"type": "disabled"}
-                await sdk.messages.create(
-                    model="claude-haiku-5-5", max_tokens=500, messages=[message], thinking=thinking
-                )
+                await sdk.messages.create(messages=[message], **how)
 
         await asyncio.gather(*(one_after_the_other() for _ in range(concurrency)))
 
 
+def measured(name: str, command: Sequence[Any], **environment: str) -> tuple[dict[str, float], str]:
+    """Seconds, CPU seconds and largest resident memory (MiB) of one fresh process, on one thread, and what it printed.
+    Raises UserError if it fails."""
+    began, command = time.perf_counter(), [sys.executable, *map(str, command)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
+        _, process.returncode, used = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        log.seek(0)
+        text = log.read()
+    if process.returncode:
+        raise cli.UserError(f"{name} failed: {text[-1500:]}")
+    return {"seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "mb": used.ru_maxrss / 1024}, text
+
+
 def measure(kind: str, count: int, url: str, concurrency: int) -> dict[str, float]:
-    """Seconds, CPU seconds and largest resident memory (MiB) of one fresh process over `count` items."""
+    """`measured` of one process over `count` items."""
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "questions"
         write_items(root, count)
@@ -158,20 +172,11 @@ def measure(kind: str, count: int, url: str, concurrency: int) -> dict[str, floa
                        "--concurrency", concurrency, "--cache", Path(scratch) / "cache"]  # fmt: skip
         else:
             command = [__file__, "--bare", root, url, concurrency]
-        environment = {**os.environ, "ANTHROPIC_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
-        began = time.perf_counter()
-        with open(Path(scratch) / "log", "w+") as log:
-            command = [sys.executable, *map(str, command)]
-            process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
-            _, process.returncode, used = os.wait4(process.pid, 0)
-            seconds = time.perf_counter() - began
-            log.seek(0)
-            if process.returncode:
-                raise cli.UserError(f"bench_teacher.py: {kind} failed: {log.read()[-1500:]}")
+        found, _ = measured(kind, command, ANTHROPIC_API_KEY=KEY)
         answered = sum(handoff.has_reply(item.folder) for item in handoff.iter_items(root))
         if kind == "haiku.py" and answered != count:
             raise cli.UserError(f"bench_teacher.py: {answered} of {count} items were answered")
-    return {"items": count, "seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "mb": used.ru_maxrss / 1024}
+    return {"items": count, **found}
 
 
 def per_item(kind: str, counts: Sequence[int], url: str, concurrency: int) -> dict[str, float]:

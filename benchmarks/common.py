@@ -157,12 +157,11 @@ def load(args: argparse.Namespace) -> BenchData:
     source = find_source()
     features = cache_dir() / f"vision_features_{source.name}"
     _make_features(features, source)
-    flags = argparse.Namespace(
-        data_root=str(source.data_root), dataset=None, images=None, img_type="vit", caption_file=str(source.captions),
-        use_caption=True, options=["A", "B", "C", "D", "E"], vision_features=str(features), name_map=None,
-        prompt_format="QCM-E", input_len=512, output_len=512, seed=args.seed, model="none", correction=False,
-        tokenizer=str(source.tokenizer), train_le=None, eval_le=None, test_le=None,
-    )  # fmt: skip
+    flags = sft_flags(
+        *("--data_root", source.data_root, "--caption_file", source.captions, "--use_caption", "--img_type", "vit"),
+        *("--vision_features", features, "--tokenizer", source.tokenizer, "--prompt_format", "QCM-E"),
+        *("--output_len", 512, "--seed", args.seed),
+    )
     data, tokenizer = load_data(flags, {"train": "train", "val": "val", "test": "test"}), load_tokenizer(flags)
     folder = cache_dir() / f"{args.size}_vit_seed{args.seed}_{source.name}"
     if not (folder / "config.json").exists():
@@ -175,14 +174,14 @@ def load(args: argparse.Namespace) -> BenchData:
     return BenchData(flags, data.problems, data.qids, tokenizer, data.features, collator, folder)
 
 
-def sft_flags(*argv: str) -> argparse.Namespace:
+def sft_flags(*argv: Any) -> argparse.Namespace:
     """The flags of main.py for `argv`."""
     from sft.run import add_sft_flags
 
     parser = argparse.ArgumentParser()
     cli.add_common_flags(parser, output_len=64, lr=5e-5)
     add_sft_flags(parser)
-    return parser.parse_args(argv)
+    return parser.parse_args(list(map(str, argv)))
 
 
 def cache_dir() -> Path:

@@ -21,6 +21,14 @@ from model import T5ForMultimodalGeneration
 END = 1  # </s>
 
 
+def end_at(lengths: torch.Tensor, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """A processor of logits (B, V) after ids (B, t): text i ends after lengths[i] tokens (`</s>` counted), no sooner.
+    The library's loop keeps every row to the end."""
+    scores[:, END] = -torch.inf
+    scores[lengths <= ids.size(1), END] = torch.finfo(scores.dtype).max
+    return scores
+
+
 class EndingPolicy(T5ForMultimodalGeneration):
     """`lengths`: prompt ids -> length of the text, `</s>` counted."""
 
@@ -38,13 +46,11 @@ class EndingPolicy(T5ForMultimodalGeneration):
         return super().encode(input_ids, attention_mask, image_ids, **kwargs)
 
     def generate(self, inputs=None, **kwargs):
+        # not yet the lengths themselves: generation calls `encode`
         return super().generate(inputs, logits_processor=[self._end], **kwargs)
 
     def _end(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """A processor of logits (B, V) after ids (B, t). The library's loop keeps every row to the end."""
-        scores[:, END] = -torch.inf
-        scores[self.encoded_lengths <= ids.shape[1], END] = torch.finfo(scores.dtype).max
-        return scores
+        return end_at(self.encoded_lengths, ids, scores)
 
     @contextlib.contextmanager
     def ending_greedy(self):

@@ -19,7 +19,7 @@ rm -f "$out"/steps.tsv "$out"/results.jsonl "$out"/logs.txt "$out"/table.md "$ou
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-has() { "$python" -c "import $1" 2>/dev/null; }
+has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
 # step NAME SECONDS COMMAND...: output to logs.txt, status to steps.tsv; skipped without 15 seconds of the budget left
 step() {
@@ -72,9 +72,6 @@ fi
 # last: what it measures was computed, while the speed of a GPU is known from nothing else
 step memory 120 "$python" benchmarks/bench_gpu.py --size "$size" --device "$device" --threads "$threads" \
     --out "$out" --memory
-"$python" benchmarks/bench_gpu.py --table "$out" | tee "$out/table.md"
-if ls "$out"/*.json >/dev/null 2>&1; then
-    "$python" benchmarks/table.py "$out" --seconds $((SECONDS - began)) --only_print | tee -a "$out/table.md"
-fi
+"$python" benchmarks/table.py "$out" --seconds $((SECONDS - began)) --only_print | tee "$out/table.md"
 rm -f "$out/steps.tsv" # it is in the table
 echo "$((SECONDS - began)) s in all"

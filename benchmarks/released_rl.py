@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ares.decoding import action_mask
+from benchmarks.endings import end_at
 from rl import ppo
 
 INPUT = 512
-EOS = 1
 
 
 def padded(prompt: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -40,15 +40,6 @@ def score(model: nn.Module, prompt: dict[str, Tensor], actions: Tensor) -> Tenso
     out = model(**padded(prompt), decoder_input_ids=actions[:, :-1])
     scores = out if isinstance(out, Tensor) else all_logprobs(out.logits, actions)
     return scores.float() * action_mask(actions)
-
-
-def end_at(lengths: Tensor, ids: Tensor, scores: Tensor) -> Tensor:
-    """A processor of logits: text i ends after `lengths[i]` tokens (`</s>` counted), and no sooner."""
-    scores[:, EOS] = -torch.inf
-    ends = lengths <= ids.size(1)
-    scores[ends] = -torch.inf
-    scores[ends, EOS] = 0.0
-    return scores
 
 
 @torch.no_grad()

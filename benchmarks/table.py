@@ -1,6 +1,7 @@
 """Print the results of one run of run_all.sh as a table and keep them in benchmarks/RESULTS.md, a column per device.
 
     python benchmarks/table.py FOLDER_OF_JSON_FILES --seconds 600
+    python benchmarks/table.py gpu_out --seconds 500          # of gpu.sh: first its steps and what bench_gpu.py found
 
 RESULTS.md has the last measurement of each device; stages without a file are "not measured". A CPU's results on the
 demo's questions (no real sample) are only printed; a GPU's are kept, since a lent machine may have no sample.
@@ -9,6 +10,7 @@ demo's questions (no real sample) are only printed; a GPU's are kept, since a le
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -66,6 +68,21 @@ def rows(*lines: Iterable[str]) -> list[str]:
     return [heads, "|" + "---|" * (heads.count(" | ") + 1), *others]
 
 
+def gpu_lines(folder: Path) -> list[str]:
+    """Steps of gpu.sh and the results of bench_gpu.py in its folder, as a Markdown table; [] for another folder."""
+    lines = []
+    if (steps := folder / "steps.tsv").exists():
+        words = {"0": "ok", "124": "OUT OF TIME", "137": "OUT OF TIME", "skip": "skipped: no time left"}
+        for line in steps.read_text().splitlines():
+            name, status, seconds, note = line.split("\t")
+            lines.append(["step", name, words.get(status, f"FAILED ({status})"), f"{seconds} s {note}"])
+    if (results := folder / "results.jsonl").exists():
+        found = map(json.loads, results.read_text().splitlines())
+        lines += [[one["section"], one["name"], str(one["value"]), one["note"]] for one in found]
+    clean = [[cell.replace("|", "/") for cell in line] for line in lines]
+    return rows(["section", "what", "result", "note"], *clean) if lines else []
+
+
 def stage_row(result: dict[str, Any]) -> list[str]:
     times = [f"{1000 * result[side]['median']:.3g} ms" if side in result else "" for side in ("released", "ours")]
     grown = ", ".join(f"{value:.2f}" for value in result.get("scaling", {}).values()) or result.get("growth", "")
@@ -75,20 +92,19 @@ def stage_row(result: dict[str, Any]) -> list[str]:
 
 def table(kept: dict[str, Any]) -> str:
     """RESULTS.md: ratios, limits, growth, projection, machine."""
-    measured = {device: kept[device]["stages"] if device in kept else {} for device in ("cpu", "cuda")}
-    ratios = [
-        [name, ratio_of(measured["cpu"].get(stage), cpu), f">= {cpu}x",
-         ratio_of(measured["cuda"].get(stage), cuda), f">= {cuda}x"]
-        for stage, (name, cpu, cuda) in STAGES.items()
-    ]  # fmt: skip
-    scores = [ratio_of(measured[device].get("eval"), SCORES, "scores") for device in ("cpu", "cuda")]
-    ratios += [["scores alone", scores[0], f">= {SCORES}x", scores[1], f">= {SCORES}x"]]
-    peers = [
-        [f"{STAGES[stage][0]}: {what}", ratio_of(measured["cpu"].get(stage), target, "peer"),
-         ratio_of(measured["cuda"].get(stage), target, "peer"), f">= {target}x"]
-        for stage, (what, target) in PEERS.items()
-    ]  # fmt: skip
-    peak = measured["cuda"].get("ppo", {}).get("peak_memory", "not measured")
+    cpu, gpu = (kept[device]["stages"] if device in kept else {} for device in ("cpu", "cuda"))
+
+    def both(name: str, stage: str, on_cpu: float, on_gpu: float, key: str = "ratio") -> list[str]:
+        return [name, ratio_of(cpu.get(stage), on_cpu, key), f">= {on_cpu}x",
+                ratio_of(gpu.get(stage), on_gpu, key), f">= {on_gpu}x"]  # fmt: skip
+
+    ratios = [both(name, stage, *targets) for stage, (name, *targets) in STAGES.items()]
+    ratios.append(both("scores alone", "eval", SCORES, SCORES, "scores"))
+    peers = []
+    for stage, (what, target) in PEERS.items():
+        cells = [ratio_of(one.get(stage), target, "peer") for one in (cpu, gpu)]
+        peers.append([f"{STAGES[stage][0]}: {what}", *cells, f">= {target}x"])
+    peak = gpu.get("ppo", {}).get("peak_memory", "not measured")
     lines = [
         "# Measured speed",
         "",
@@ -135,6 +151,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     paths = {stage: Path(args.folder) / f"{stage}.json" for stage in STAGES}
     stages = {stage: files.read_json(path, "folder") for stage, path in paths.items() if path.exists()}
+    lines = gpu_lines(Path(args.folder))
+    if lines:
+        cli.print0("\n".join(lines))
+    if lines and not stages:
+        return
     if not stages:
         raise UserError(f"folder: {args.folder} has none of {', '.join(path.name for path in paths.values())}")
     first, *_ = stages.values()

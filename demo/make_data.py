@@ -52,9 +52,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def identity(question: Question) -> tuple:
-    """Equal for two equal questions: the facts that decide the answer, the set of choices and the pictures."""
+    """Equal for two equal questions: their texts, the set of choices and the pictures."""
     images = tuple((name, image.tobytes()) for name, image in question.images.items())
-    return question.about[-1], question.facts or question.question + question.hint, frozenset(question.choices), images
+    return question.about[-1], question.question + question.hint, frozenset(question.choices), images
 
 
 def draw_questions(names: Sequence[str], count: int, seed: int) -> list[tuple[str, Question]]:

@@ -23,8 +23,7 @@ HOURS = ("7 a.m.", "9 a.m.", "2 p.m.", "6 p.m.")
 class Question:
     """One question as drawn: `choices[0]` is the gold answer unless `answer` names another.
 
-    `ordered` choices (Solution A, Solution B) are not shuffled. `images` maps file names to Pillow images. `facts`
-    decides the answer together with choices and images, where question and hint have several wordings.
+    `ordered` choices (Solution A, Solution B) are not shuffled. `images` maps file names to Pillow images.
     """
 
     about: tuple[str, str, str, str]  # subject, topic, category, skill
@@ -38,7 +37,6 @@ class Question:
     ordered: bool = False
     caption: str = ""
     images: dict[str, Any] = field(default_factory=dict)
-    facts: str = ""
 
 
 def conclude(answer: str) -> str:

@@ -145,6 +145,7 @@ def read_verdicts(path: Path) -> dict[str, Any]:
 def overview(args: argparse.Namespace, inputs: collect.Inputs, metrics: list) -> dict[str, Any]:
     """Figures per stage, rounds, dropped replies, cost and time: what the first tab shows."""
     split = args.splits[0]
+    named = [(stage.name, stage.splits.get(split)) for stage in inputs.stages]
     costs = [
         teacher.cost(f"sentence scores, round {each.number}", [sample.about for sample in each.samples], each.folder)
         for each in inputs.rounds
@@ -154,15 +155,8 @@ def overview(args: argparse.Namespace, inputs: collect.Inputs, metrics: list) ->
         costs.append(teacher.cost("corrections", abouts, Path(args.correction_dir)))
     return {
         "split": split,
-        "figures": [
-            stages.stage_figures(stage.splits[split], inputs.problems) if split in stage.splits else None
-            for stage in inputs.stages
-        ],
-        "changes": stages.changes(
-            [(stage.name, stage.splits[split]) for stage in inputs.stages if split in stage.splits], inputs.problems
-        )
-        if inputs.problems
-        else [],
+        "figures": [stages.stage_figures(found, inputs.problems) if found else None for _, found in named],
+        "changes": stages.changes([one for one in named if one[1]], inputs.problems) if inputs.problems else [],
         "rounds": [line for line in metrics if line["kind"] == "rollout"],
         "curves": [],
         "series": collect.score_series(inputs, split),

@@ -12,7 +12,6 @@ import pytest
 
 from ares import files
 from ares.predictions import Predictions
-from ares.sentences import split_text
 from tests.conftest import ROOT
 from tests.tools.report_tools import EVIL, NAME
 from tools import report
@@ -73,7 +72,7 @@ def open_question(driver, world, qid: str) -> str:
 
 
 def listed(driver) -> list[str]:
-    return [row.get_attribute("id") for row in css(driver, ".row")]
+    return driver.execute_script("return [...document.querySelectorAll('.row')].map((row) => row.id)")
 
 
 def choose(driver, name: str, words: str) -> None:
@@ -309,8 +308,11 @@ def scienceqa_sized() -> collect.Inputs:
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(4000)]
 
-    def paragraph(sentences: int) -> str:
-        return " ".join(" ".join(draw.choices(words, k=14)).capitalize() + "." for _ in range(sentences))
+    def sentences(count: int) -> list[str]:
+        return [" ".join(draw.choices(words, k=14)).capitalize() + "." for _ in range(count)]
+
+    def paragraph(count: int) -> str:
+        return " ".join(sentences(count))
 
     lectures = [paragraph(8) for _ in range(200)]
     problems = {
@@ -324,13 +326,13 @@ def scienceqa_sized() -> collect.Inputs:
     }  # fmt: skip
     made = []
     for name in ("MM-CoT", "RL", "SFT", "LoRA"):
-        preds = [paragraph(4) for _ in problems]
-        sentences = [split_text(pred) for pred in preds]
-        scores = [[draw.randint(0, 100) / 100 for _ in each] for each in sentences]
+        rationales = [sentences(4) for _ in problems]
+        preds = [" ".join(each) for each in rationales]
+        scores = [[draw.randint(0, 100) / 100 for _ in each] for each in rationales]
         answers = [draw.randint(-1, 2) for _ in preds]
         figures = {"rationale": {"rouge": 50.0}, "answer": {"acc_average": 50.0}}
         file = Predictions(ROOT, preds, list(problems), preds, preds, scores=figures)
-        split = stages.SplitPredictions(file, True, True, answers, sentences, scores)
+        split = stages.SplitPredictions(file, True, True, answers, rationales, scores)
         made.append(stages.Stage(name, name.lower(), {"test": split}))
     return collect.Inputs(made, ["test"], problems, {}, dict.fromkeys(problems, "test"))
 

@@ -21,7 +21,7 @@ SERIES = ("#1f5fa8", "#b45309")  # blue, orange: Okabe and Ito's pair, darkened 
 # sentence scores 0, 0.1 .. 1: orange - grey - blue, distinct for any colour vision
 SCALE = (
     "#e08214", "#e99b45", "#f1b370", "#f6ca9b", "#f8e0c6", "#eceef1",
-    "#d3e1f0", "#b3cfea", "#8fb9e0", "#689fd3", "#4185c4",
+    "#d9e6f3", "#bdd5ec", "#9fc3e4", "#80b0db", "#629fd5",
 )  # fmt: skip
 VARIABLES = {INK: "currentColor", FAINT: "var(--line)"}
 VARIABLES |= {color: f"var(--series{i})" for i, color in enumerate(SERIES)}
