@@ -2,16 +2,13 @@
 
 Errors are sorted (`failure_of`): retryable or not, perhaps charged or not, of one request or of the whole account.
 Replies are read (`read_body`) in the form of Anthropic's Messages API, of OpenAI's, or as server-sent events, as
-gateways and local servers send them. `redact` removes the key from every text before it is shown or saved. Knows no
-SDK: teacher/sdk_client.py turns the SDKs' exceptions into ApiError and NoAnswer.
+gateways and local servers send them. Knows no SDK: teacher/sdk_client.py turns the SDKs' exceptions into ApiError and
+NoAnswer.
 """
 
 from __future__ import annotations
 
-import base64
 import email.utils
-import functools
-import html
 import json
 import re
 import time
@@ -21,6 +18,7 @@ from typing import Any
 
 from ares.cli import Stop, UserError
 from teacher.pace import seconds_until
+from teacher.redact import redact
 
 LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")  # of a request's body, by API: the most tokens of the reply
 STOP_STATUS = 3  # exit status where money or the account ends the run
@@ -54,6 +52,8 @@ ABOUT_KEY = re.compile(r"\bapi.?key\b|no connected db", re.I)  # the second: lit
 THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.S)  # of local models, where the server does not take them out
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal"}  # OpenAI's -> Anthropic's
 NO_TEXT = frozenset(("refusal", "max_tokens", "model_context_window_exceeded"))  # with these a reply may be empty
+# rate limits, overload, and what a proxy answers while its server restarts
+TEMPORARY = frozenset((408, 409, 429, 502, 503, 504, 520, 521, 522, 523, 524, 529))
 # the status that belongs to each type of error
 STATUS = {
     "invalid_request_error": 400, "authentication_error": 401, "billing_error": 402, "permission_error": 403,
@@ -94,6 +94,16 @@ class Failure:
     charged: bool = False
     status: int | None = None
     retry_after: float | None = None  # seconds
+
+    @property
+    def overloaded(self) -> bool:
+        """A rate limit or an overload: nothing was done, and fewer requests at a time may help."""
+        return self.status in (429, 529)
+
+    @property
+    def temporary(self) -> bool:
+        """Whether it passes, whatever its text: however often it comes, it says nothing against the request."""
+        return self.status in TEMPORARY or self.reason in ("timeout", "connection")
 
 
 @dataclass(frozen=True)
@@ -411,62 +421,3 @@ def _joined_events(text: str) -> dict[str, Any]:
         raise ValueError("the events break off")
     stop = STOP_REASONS.get(str(stop), stop)
     return {**body, "content": "".join(parts), "usage": usage, "stop_reason": stop}
-
-
-# -- the key -------------------------------------------------------------------------------------------------
-
-PART = 12  # characters; shorter parts of a key are not replaced
-ESCAPE = re.compile(r"%[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|\\(?=[^\sa-zA-Z0-9])|&#?\w{1,8};")
-
-
-def redact(text: str, key: str) -> str:
-    """`text` with `***` for the API key and its parts of 12 characters and more.
-
-    Also where it is written in base64 (standard or URL-safe, at any alignment), hex, or with characters escaped as in
-    URLs, JSON, HTML or Python. Of a key below 12 characters only the whole is replaced, and not at all where it may
-    be a word (local servers take any key).
-    """
-    parts = _parts(key)
-    if not parts or not text:
-        return text
-    length = min(PART, len(key))
-    marks = bytearray(len(text))
-    view, places = text, list(range(len(text) + 1))  # place of each character of `view` in `text`
-    for _ in range(4):  # escapes of escapes
-        for i in range(len(view) - length + 1):
-            if view[i : i + length] in parts:
-                start, end = places[i], places[i + length]
-                marks[start:end] = b"\1" * (end - start)
-        plain, where, at = [], [], 0  # one level of escapes undone
-        for escape in ESCAPE.finditer(view):
-            word = escape[0]
-            if word[0] == "&":
-                word = html.unescape(word)
-            else:
-                word = chr(int(word.lstrip("%\\ux"), 16)) if word != "\\" else ""
-            plain += [view[at : escape.start()], word]
-            where += places[at : escape.start()] + [places[escape.start()]] * len(word)
-            at = escape.end()
-        if not plain:
-            break
-        view, places = "".join([*plain, view[at:]]), where + places[at:]
-    pieces, at = [], 0
-    for run in re.finditer(b"\1+", bytes(marks)):
-        pieces += [text[at : run.start()], "***"]
-        at = run.end()
-    return "".join([*pieces, text[at:]])
-
-
-@functools.lru_cache(maxsize=4)
-def _parts(key: str) -> frozenset[str]:
-    """All pieces of PART characters of the key as it is and as encoded."""
-    if len(key) < PART:
-        secret = len(key) >= 8 and any(map(str.isdigit, key)) and not key.isdigit()
-        return frozenset([key]) if secret else frozenset()
-    raw = key.encode()
-    forms = [key, raw.hex(), raw.hex().upper()]
-    for shift in range(3):
-        # the first and last characters also hold bits of the neighbours
-        inner = base64.b64encode(bytes(shift) + raw).decode().rstrip("=")[4 if shift else 0 : -1]
-        forms += [inner, inner.translate(str.maketrans("+/", "-_"))]
-    return frozenset(form[i : i + PART] for form in forms for i in range(len(form) - PART + 1))

@@ -218,7 +218,7 @@ class _Batches:
                 record.batch, record.state = await self.teacher.create_batch(requests), SUBMITTED
             except (ApiError, NoAnswer, ValueError) as failed:
                 error, failure = failed, failure_of(failed)
-            refused = record.batch is None and (not failure.retryable or failure.status in (429, 529))
+            refused = record.batch is None and (not failure.retryable or failure.overloaded)
             # after a lost answer, or a gateway's, the batch may exist
             if record.batch or not refused and await self.found(record):
                 self.store.save(record)

@@ -60,7 +60,7 @@ def test_storm(api_environment, tmp_path, problems, ways):
     """Every item ends answered; what is on disk is never asked again; each repeat has its reason and is in the log."""
     most = 4 if ways else 1  # items of a request
     concurrency = CONCURRENCY // most
-    questions, calm = tmp_path / "questions", tmp_path / "calm"
+    questions, calm, output = tmp_path / "questions", tmp_path / "calm", tmp_path / "log.txt"
     folders = many_items(questions, ITEMS, problems)
     shutil.copytree(questions, calm)
     began = time.monotonic()
@@ -83,15 +83,15 @@ def test_storm(api_environment, tmp_path, problems, ways):
         for _ in range(KILLS):
             # Too few requests for all items, so a fast client cannot end before it is killed.
             kill_at = len(log) + round(ITEMS / most / (KILLS + 1) * dice.uniform(0.4, 1.0))
-            running = world.client(*argv, patch=QUICK)
-            running.communicate(timeout=120)
-            assert running.returncode == -signal.SIGKILL
+            running = forked(world.flags(*argv), output, patch=QUICK)
+            running.join(120)
+            assert running.exitcode == -signal.SIGKILL
             time.sleep(0.5)  # what had reached the socket reaches the server's log
             kills.append((len(log), replies_on_disk(folders)))
         kill_at = None
-        running = world.client(*argv, patch=QUICK)
-        out, err = running.communicate(timeout=600)
-        assert running.returncode == 0, (out[-3000:], err[-3000:])
+        running = forked(world.flags(*argv), output, patch=QUICK)
+        running.join(600)
+        assert running.exitcode == 0, output.read_text()[-3000:]
         paid = paid_usd(server)
     seconds = time.monotonic() - began
 
@@ -250,7 +250,7 @@ def test_batch_storm(api_environment, tmp_path, problems, seed, ways):
     def delete(path):
         record = json.loads(path.read_text())
         path.unlink()
-        deleted.append(record["batch"])
+        deleted.extend((record["batch"], *record["not_ours"]))
         entries = (each if isinstance(each, list) else [each] for each in record["asked"].values())
         for asked in itertools.chain.from_iterable(entries):
             [digest] = [digest for digest, folder in folders.items() if folder == questions / asked["item"]]
