@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -169,6 +170,11 @@ def wait_until(condition, seconds=60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
+
+
+def server_is_idle() -> bool:
+    """Whether every request of a client that has ended is processed: the server has a thread for each connection."""
+    return not any("process_request" in thread.name for thread in threading.enumerate())
 
 
 def client(*argv, script="haiku.py", patch="", env=None) -> subprocess.Popen:

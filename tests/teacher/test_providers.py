@@ -25,7 +25,6 @@ from teacher.parsing import parse_scores
 from teacher.prompts import WORDING
 from tests import api_server
 from tests.api_server import KEY, Fault, fill_form
-from tests.conftest import one_line_error, run_script
 from tests.teacher.teacher_tools import CREDIT, HAIKU_45, MODEL, PICTURE, World, lay_out, many_items, sidecar, stops
 from tools import win_rate
 
@@ -411,13 +410,10 @@ def test_refused_and_cut_replies_are_reported(server, local, kind, reason):
     assert (lengths[1] == 2 * lengths[0]) == (kind == "max_tokens")
 
 
-def test_a_dead_server_is_one_line_from_the_command_line(local):
-    flags = local.flags("--base_url", "http://127.0.0.1:9")
-    patch = {"OPENAI_API_KEY": "", "NO_PROXY": "*"}
-    code = ["-c", "import sys; from teacher import api_teacher; api_teacher.MAX_RETRIES = 1; import haiku; "
-            "from ares import cli; cli.run(haiku.main)"]  # fmt: skip
-    done = run_script(*code, *flags, check=False, env=patch)
-    one_line_error(done, "--base_url: cannot reach http://127.0.0.1:9/v1/ after 1 retries")
+def test_a_dead_server_is_one_line(local, monkeypatch):
+    monkeypatch.setattr(api_teacher, "MAX_RETRIES", 1)
+    words = "--base_url: cannot reach http://127.0.0.1:9/v1/ after 1 retries"
+    local.stops(words, "--base_url", "http://127.0.0.1:9")
 
 
 def test_thoughts_and_tokens_that_only_the_total_counts(server, local):

@@ -24,7 +24,17 @@ from teacher import handoff
 from tests import api_server
 from tests.api_server import LOST, SPOILT, ApiServer, Asked, Fault, score_by_text
 from tests.conftest import ROOT
-from tests.teacher.teacher_tools import CREDIT, World, forked, item_digests, lines_of, many_items, paid_usd
+from tests.teacher.teacher_tools import (
+    CREDIT,
+    World,
+    forked,
+    item_digests,
+    lines_of,
+    many_items,
+    paid_usd,
+    server_is_idle,
+    wait_until,
+)
 
 FULL = os.environ.get("ARES_STORM") == "full"
 ITEMS, KILLS, CONCURRENCY = (5000, 10, 32) if FULL else (200, 3, 16)
@@ -212,7 +222,7 @@ class BatchStorm:
         return text, stop
 
 
-@pytest.mark.parametrize("seed, ways", [(2, ()), (3, ()), (4, ()), (5, ("--together",)), (6, ("--together",))])
+@pytest.mark.parametrize("seed, ways", [(2, ()), (3, ()), (6, ("--together",))])
 def test_batch_storm(api_environment, tmp_path, problems, seed, ways):
     """Batches of a client that is killed again and again, with faults in all of the API's answers.
 
@@ -236,6 +246,7 @@ def test_batch_storm(api_environment, tmp_path, problems, seed, ways):
             assert kill_after, f"the client hangs: {log.read_text()[-2000:]}"
             client.kill()
             client.join()
+            wait_until(server_is_idle)
             ended["killed"] += 1
             return ""
         assert client.exitcode in (0, 2, 3), log.read_text()[-3000:]
