@@ -8,16 +8,14 @@ NoAnswer.
 
 from __future__ import annotations
 
-import email.utils
 import json
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ares.cli import Stop, UserError
-from teacher.pace import seconds_until
+from teacher.pace import delay
 from teacher.redact import redact
 
 LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")  # of a request's body, by API: the most tokens of the reply
@@ -42,10 +40,6 @@ FLAGGED = re.compile(  # by a content filter
     r"\b(input|prompt|content|message|output|request)s?\b.{0,40}\b(flagged|blocked|violat)|requires moderation|"
     r"content (management )?(policy|filter)", re.I | re.S
 )  # fmt: skip
-# in the body of a 429. "Please retry in 31.7s", "try again in 1m2s", "retry after 20 seconds"; Gemini's RetryInfo
-DELAY = re.compile(
-    r"(?:\b(?:re)?try (?:again )?(?:in|after) |retryDelay\W{1,19})((?:\d+(?:\.\d+)? ?[hms][a-z]* ?)+)", re.I
-)
 PER_MINUTE = re.compile(r"quotaId\W{1,19}\w*PerMinute")
 LASTING = re.compile(r"quotaId\W{1,19}\w*PerDay|insufficient_quota")  # whatever delay is named
 ABOUT_KEY = re.compile(r"\bapi.?key\b|no connected db", re.I)  # the second: litellm without a database, to any other
@@ -162,7 +156,7 @@ def is_account_refusal(error: object) -> bool:
     if codes & {402, "402", "billing_error", "insufficient_quota"}:
         return True
     if status == 429 and not LASTING.search(_as_text(error.body)):
-        if delay(error) is not None or PER_MINUTE.search(_as_text(error.body)):
+        if _delay(error) is not None or PER_MINUTE.search(_as_text(error.body)):
             return False  # a rate limit, whatever its words: it passes
     words = " ".join(str(body[name]).replace("_", " ") for name in ("type", "code") if body[name])
     message = body["message"] or ""
@@ -204,41 +198,20 @@ def failure_of(error: Exception) -> Failure:
         retryable = status in (408, 409, 429) or status >= 500
         if is_account_refusal(error) or error.headers.get("x-should-retry") == "false":
             retryable = False
-        return Failure(f"api_{status}", retryable or not_the_api, error.charged or not_the_api, status, delay(error))
+        return Failure(f"api_{status}", retryable or not_the_api, error.charged or not_the_api, status, _delay(error))
     if isinstance(error, NoAnswer):
         return Failure("timeout" if error.timeout else "connection", True, charged=error.kind not in NOT_SENT)
     return Failure("not_a_reply" if isinstance(error, NotAReply) else "broken_reply", True, charged=True)
 
 
-def delay(error: ApiError) -> float | None:
-    """Seconds to wait as the API asks: by its headers, else, for a rate limit, by what the body says."""
-    found = DELAY.search(_as_text(error.body)) if error.status == 429 else None
-    after = retry_after(error.headers)
-    if after is not None or not found:
-        return after
-    words = found[1].lower().replace("milli", "ms")
-    return seconds_until(re.sub(r"(ms|[hms])[a-z]*| ", r"\1", words))
+def _delay(error: ApiError) -> float | None:
+    return delay(error.headers, _as_text(error.body) if error.status == 429 else "")
 
 
 def _as_text(body: object) -> str:
     if isinstance(body, (bytes, str)):
         return body.decode(errors="replace") if isinstance(body, bytes) else body
     return json.dumps(body, default=str).replace("\\n", " ")
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait as the API asks: `retry-after-ms`, or `retry-after` as a number or a date."""
-    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) / unit
-        except ValueError:
-            continue
-        return seconds if 0 <= seconds < float("inf") else None
-    try:
-        when = email.utils.parsedate_tz(headers.get("retry-after", ""))
-        return max(0.0, email.utils.mktime_tz(when) - time.time()) if when else None
-    except (ValueError, OverflowError):  # a date that no calendar has
-        return None
 
 
 def as_user_error(error: Exception, teacher: Any, request: Any, retries: int) -> UserError:

@@ -11,7 +11,7 @@ import pytest
 
 import haiku
 from ares import cli
-from teacher import api_responses, api_teacher, budget, claude, openai_compatible
+from teacher import api_teacher, budget, claude, openai_compatible, pace
 from teacher.budget import Ledger, Price, read_log
 from teacher.interface import SCORE, Reply, Request, Stopped
 from tests.api_server import KEY, Fault
@@ -337,8 +337,8 @@ def test_retry_after_holds_everybody_back(server, world):
     assert times[1] - times[0] >= 1.0
     for headers, seconds in (({"retry-after-ms": "1500"}, 1.5), ({"retry-after": "7"}, 7.0), ({}, None),
                              ({"retry-after": "nan"}, None)):  # fmt: skip
-        assert api_responses.retry_after(headers) == seconds
-    assert api_responses.retry_after({"retry-after": "Wed, 21 Oct 2065 07:28:00 GMT"}) > 1e9
+        assert pace.retry_after(headers) == seconds
+    assert pace.retry_after({"retry-after": "Wed, 21 Oct 2065 07:28:00 GMT"}) > 1e9
 
 
 def test_a_retry_after_that_is_no_time_is_none(server, world):

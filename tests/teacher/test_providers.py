@@ -14,8 +14,6 @@ import time
 import pytest
 
 import haiku
-import haiku_for_correction_feedback
-from ares import files
 from teacher import api_teacher, claude, handoff
 from teacher.api_responses import ApiError, failure_of
 from teacher.api_teacher import merge_patch
@@ -25,8 +23,19 @@ from teacher.parsing import parse_scores
 from teacher.prompts import WORDING
 from tests import api_server
 from tests.api_server import KEY, Fault, fill_form
-from tests.teacher.teacher_tools import CREDIT, HAIKU_45, MODEL, PICTURE, World, lay_out, many_items, sidecar, stops
-from tools import win_rate
+from tests.teacher.teacher_tools import (
+    CREDIT,
+    HAIKU_45,
+    MODEL,
+    PICTURE,
+    World,
+    correct_one,
+    judge,
+    lay_out,
+    many_items,
+    sidecar,
+    stops,
+)  # fmt: skip
 
 TENTHS = [step / 10 for step in range(11)]
 
@@ -74,29 +83,15 @@ def test_another_teacher_is_another_writer(server, local):
     local.stops("holds replies by openai qwen2.5-vl", "--teacher_model", "other:7b")
 
 
-def test_corrections_and_judgements(server, local, sample, tmp_path, monkeypatch):
-    data = sample / "ScienceQA/data"
-    always = ["--teacher", "openai", "--teacher_model", MODEL, "--base_url", server.url, "--data_root", str(data)]
-    qids = json.loads((data / "scienceqa/pid_splits.json").read_text())["test"]
-    folder = handoff.question_dir(tmp_path / "correction", 0, 0, qids[0])
-    handoff.write_rationale(folder, ["It is so."])
-    handoff.write_request(folder, "Final rationale\nThe student's explanation:\nIt is so.", [])
-    haiku_for_correction_feedback.main(
-        [*always, "--correction_dir", str(tmp_path / "correction"), "--train_split", "test",
-         "--output", str(tmp_path / "correction.json")])  # fmt: skip
+def test_corrections_and_judgements(server, local, sample, tmp_path, problems):
+    flags = ["--teacher", "openai", "--teacher_model", MODEL, "--base_url", server.url]
+    folder, _ = correct_one(flags, tmp_path, sample, problems)
     assert "Final rationale" in server.asked[0].schema["properties"] and sidecar(folder)["teacher"] == "openai"
-
     server.respond = lambda asked: ('{"reason": "It is so.", "verdict": "1"}', "end_turn")
-    for name in "AB":
-        files.write_json(tmp_path / f"{name}.json", {"preds": [f"By {name}: {q}." for q in qids], "qids": qids})
-    systems = [f"{name}={tmp_path / name}.json" for name in "AB"]
-    argv = [*systems, "--output", str(tmp_path / "wins"), "--questions", "30", "--with_image"]
-    images = ["--images", str(sample / "images")]
     server.asked.clear()
-    win_rate.main([*always, *argv, *images])
+    found = judge(flags, tmp_path, sample, 30)
     assert any(asked.images for asked in server.asked) and len(server.asked) == 60
     assert server.asked[0].schema["properties"]["verdict"]["enum"] == ["1", "2", "tie"]
-    found = json.loads((tmp_path / "wins/win_rate.json").read_text())
     assert found["judge"]["teacher"] == "openai" and found["summary"]["position"]["first"] == 100
 
 
