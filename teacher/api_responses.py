@@ -96,8 +96,8 @@ class Failure:
 
     @property
     def temporary(self) -> bool:
-        """Whether it passes, whatever its text: however often it comes, it says nothing against the request."""
-        return self.status in TEMPORARY or self.reason in ("timeout", "connection")
+        """Whether its status passes, whatever its text: however often it comes, the request may be sound."""
+        return self.status in TEMPORARY
 
 
 @dataclass(frozen=True)

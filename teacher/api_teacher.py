@@ -365,7 +365,7 @@ class ApiTeacher(SdkClient):
 
     def _is_permanent(self, failure: Failure, error: tuple[str, str], request: Request) -> bool:
         """Whether requests of this sort meet the same error again and again."""
-        if failure.temporary:
+        if failure.temporary or failure.reason in ("timeout", "connection"):
             return False
         if failure.reason == "not_a_reply" and not self.pace.successes:  # not the API at all
             return self.pace.is_permanent(error, sort_of(request), "any", requests=1)

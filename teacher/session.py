@@ -259,9 +259,17 @@ class Session:
 
     # -- replies ---------------------------------------------------------------------------------------------
 
-    def join(self, requests: Sequence[Request]) -> Request:
-        """One request for those of a unit."""
-        return requests[0] if len(requests) == 1 else together.join(requests, self.wording)
+    def join(self, requests: Sequence[Request], length_factor: int = 1, refused: Sequence[Refused] = ()) -> Request:
+        """One request for those of a unit. `refused`: why the replies to it before could not be used; the reasons are
+        added for the model, and the limit of the reply is doubled if one was cut off."""
+        request = requests[0] if len(requests) == 1 else together.join(requests, self.wording)
+        cut = any(each.reason == "max_tokens" for each in refused)
+        reasons = "; ".join(dict.fromkeys(map(str, refused)))
+        return dataclasses.replace(
+            request,
+            again=self.wording.again.format(reason=reasons) if refused else "",
+            length_factor=min(8, length_factor * (2 if cut else 1)),
+        )
 
     def prepare(self, key: str) -> tuple[Request, dict[str, Any]]:
         """An open request by itself, and what reply.json says besides the reply to it."""
@@ -270,16 +278,6 @@ class Session:
         if _lacks_image(request):
             sidecar["text_only"] = "the question names an image that was not found"
         return request, sidecar
-
-    def ask_again(self, request: Request, *refused: Refused) -> Request:
-        """The request with the reasons added for the model, and a longer limit of the reply if it was cut off."""
-        cut = any(each.reason == "max_tokens" for each in refused)
-        reasons = "; ".join(dict.fromkeys(map(str, refused)))
-        return dataclasses.replace(
-            request,
-            again=self.wording.again.format(reason=reasons),
-            length_factor=min(8, request.length_factor * (2 if cut else 1)),
-        )
 
     def save_replies(
         self, keys: Sequence[str | None], request: Request, reply: Reply, sidecars: Sequence[Mapping[str, Any]]

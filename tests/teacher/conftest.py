@@ -24,8 +24,8 @@ def server(monkeypatch, api_environment, one_certificate):
     """The API, with a client that starts fast and pauses for milliseconds only."""
     monkeypatch.setenv("SSL_CERT_FILE", str(one_certificate))
     monkeypatch.setattr(api_teacher, "BACKOFF", 0.02)
-    monkeypatch.setattr(batches, "SETTLE_SECONDS", 0.05)
-    monkeypatch.setattr(batches, "BACKOFF", 0.002)
+    monkeypatch.setattr(batches, "SETTLE_SECONDS", 0.01)
+    monkeypatch.setattr(batches, "BACKOFF", 0.001)
     with ApiServer(score_by_text) as server:
         server.most_batches = 30
         yield server

@@ -166,7 +166,7 @@ STORMY, MOST_RUNS = 10, 200  # on a slow machine a run may be killed before it h
 NO_CREDIT = {"type": "invalid_request_error", "message": CREDIT}
 INVALID = {"type": "invalid_request_error", "message": "messages.0.content: Could not process image"}
 TEMPORARY = [{"type": kind, "message": "injected"} for kind in ("api_error", "overloaded_error")]
-SHORT = "from teacher import batches; batches.SETTLE_SECONDS, batches.BACKOFF, batches.MAX_COUNT = 0.2, 0.001, 4"
+SHORT = "from teacher import batches; batches.SETTLE_SECONDS, batches.BACKOFF, batches.MAX_COUNT = 0.05, 0.001, 4"
 AT_ONCE = {"retry-after-ms": "5"}  # else the SDK pauses
 CREATIONS = [Fault(429, headers=AT_ONCE), Fault(529), Fault(500), Fault(0, kind="dropped"), Fault(0, kind="lost"),
              Fault(504, kind="created"), Fault(400, "injected"), Fault(400, CREDIT)]  # fmt: skip

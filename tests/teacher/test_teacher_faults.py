@@ -250,6 +250,17 @@ def test_errors_that_pass_do_not_end_the_run(server, pictures):
     assert pictures.answered == 15 and seen[text] <= api_teacher.MAX_RETRIES + 1
 
 
+@pytest.mark.parametrize("kind", ["reset", "truncated_json"])
+def test_a_request_that_always_breaks_off_is_paid_a_few_times_only(server, world, kind, monkeypatch):
+    """Each may be charged; others are answered meanwhile."""
+    monkeypatch.setattr(api_teacher, "MAX_BACKOFF", 0.05)
+    text = world.request(3)
+    server.plan = lambda asked: Fault(0, kind=kind) if asked.text == text else None
+    world.stops("1 of 12 replies are unusable")
+    sent = sum(asked.text == text for asked in server.asked)
+    assert world.answered == 11 and sent == world.totals.unknown == api_teacher.MAX_SAME
+
+
 # -- replies of other forms ---------------------------------------------------------------------------------------
 
 
