@@ -33,6 +33,7 @@ from typing import Any
 from ares import cli, files
 from ares.data_folder import find_images, question_images, read_data_folder
 from teacher import agreement, client, estimate, handoff
+from teacher.batch_store import digest
 from teacher.budget import Ledger
 from teacher.interface import FREE, MODEL, REFERENCE, SCORE, Teacher
 from teacher.live import ask_live
@@ -317,8 +318,8 @@ def divided(
     texts = {item: (item.qid, tuple(handoff.sentences_of(item))) for item in items}
     sides: dict[tuple, str] = {}
     for item, text in texts.items():
-        side, digest = before.get(item.name, ("", ""))
-        if digest == _digest(text):  # else of another rationale that lay here: a folder is used for every round
+        side, of_text = before.get(item.name, ("", ""))
+        if of_text == digest(json.dumps(text)):  # else of another rationale: a folder is used for every round
             sides[text] = side
         elif read_sidecar(item.folder).get("teacher") == args.ask_teacher and is_answered(SCORE, item.folder):
             sides.setdefault(text, args.ask_teacher)  # paid for already
@@ -333,24 +334,19 @@ def divided(
     theirs = [item for item in items if sides[texts[item]] != MODEL]
     if save:
         client.check_pending(args.questions_dir, SCORE, theirs, args.asked)
-        decided = {item.name: [sides[text], _digest(text)] for item, text in texts.items()}
+        decided = {item.name: [sides[text], digest(json.dumps(text))] for item, text in texts.items()}
         files.write_json(path, {**settings, "rationales": before | decided}, indent=0)
     return theirs, [item for item in items if sides[texts[item]] == MODEL]
 
 
-def _digest(text: tuple[str, tuple[str, ...]]) -> str:
-    """Names a rationale of a question."""
-    return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
-
-
 def _draw(seed: int, text: tuple[str, tuple[str, ...]]) -> float:
     """A number in [0, 1) that depends on the seed and the rationale alone, not on the order of items."""
-    digest = hashlib.sha256(json.dumps([seed, *text]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    drawn = hashlib.sha256(json.dumps([seed, *text]).encode()).digest()
+    return int.from_bytes(drawn[:8], "big") / 2**64
 
 
 def read_asked(path: Path, settings: dict[str, Any], root: str) -> dict[str, list[str]]:
-    """Name of an item -> (who scores it, `_digest` of its rationale), from asked.json; {} if there is none. Raises
+    """Name of an item -> (who scores it, digest of its rationale), from asked.json; {} if there is none. Raises
     UserError for a damaged file, and for one of other flags."""
     files.refuse_links(path, root)
     if not path.exists():

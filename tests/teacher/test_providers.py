@@ -175,12 +175,6 @@ def test_a_field_of_the_name_of_an_argument_of_the_sdk_is_sent(server, local, na
     assert asyncio.run(ask()).text and server.asked[0].body[name] == {"a": 1}
 
 
-def test_flags_without_effect_are_refused(local):
-    argv = ["--teacher", "reference", "--structured", "on", "--body", "{}"]
-    line = stops(lambda: haiku.parse_args(argv), "--body has no effect")
-    assert "--structured has no effect" in line
-
-
 @pytest.mark.parametrize(
     "url, local",
     [("http://localhost:8000", 1), ("http://127.0.0.1/v1", 1), ("http://127.9.9.9", 1), ("http://[::1]:8000/v1", 1),
