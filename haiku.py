@@ -23,7 +23,6 @@ import argparse
 import hashlib
 import json
 import math
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -33,13 +32,15 @@ from typing import Any
 
 from ares import cli, files
 from ares.data_folder import find_images, question_images, read_data_folder
-from teacher import client, estimate, handoff
+from teacher import agreement, client, estimate, handoff
+from teacher.batch_store import digest
 from teacher.budget import Ledger
 from teacher.interface import FREE, MODEL, REFERENCE, SCORE, Teacher
 from teacher.live import ask_live
 from teacher.prompts import WORDING, scoring_request
 from teacher.reply_files import is_answered, read_sidecar
-from teacher.session import OURS, Report, Session
+from teacher.report import Report, in_words
+from teacher.session import OURS, Session
 
 HEARTBEAT = 60.0  # seconds between lines while --watch waits
 ASKED = "asked.json"  # in {questions_dir}/teacher/: which rationales --ask_share sends to the other Teacher
@@ -145,7 +146,7 @@ def mark_done(args: argparse.Namespace, action: int, report: Report) -> None:
     if args.no_done or (lost and not args.accept_missing):
         return
     handoff.mark_done(args.questions_dir, action)
-    dropped = f"; RL will drop {lost.total()} ({client.in_words(lost)})" if lost else ""
+    dropped = f"; RL will drop {lost.total()} ({in_words(lost)})" if lost else ""
     cli.print0(f"action {action}: done, {handoff.DONE} written{dropped}")
 
 
@@ -193,7 +194,7 @@ class Watch:
             handoff.refuse_unknown(items, session.problems)
             for item in items:
                 known.setdefault(item.folder.parent, set()).add(item.qid)
-                if sentences := _sentences(item):
+                if sentences := handoff.sentences_of(item):
                     images = question_images(session.images_dir, item.qid) if session.images_dir else []
                     request = scoring_request(session.problems[item.qid], sentences)
                     handoff.prepare_request(item.folder, request, sentences, images)
@@ -246,48 +247,15 @@ def rounds_to_come(questions: Path) -> bool:
 
 def check(args: argparse.Namespace, items: Sequence[handoff.Item], first: Session) -> None:
     """Print how far the Teacher of the flags and `--against` agree on `--check` rationales, and save it."""
-    estimate.read_checks(Path(args.questions_dir) / OURS)  # before anything is paid for
-    second_args, apart = client.second_teacher(args), args.against == "apart"
+    folder, apart = Path(args.questions_dir) / OURS, args.against == "apart"
+    agreement.read_checks(folder)  # before anything is paid for
+    second_args = client.second_teacher(args)
     itself = second_args.teacher == args.teacher and second_args.teacher_model in (REFERENCE, args.teacher_model)
     if itself and not apart:
         raise cli.UserError(f"--against: {args.against} is the Teacher itself; name another")
-    ledger = getattr(first.teacher, "ledger", None) or Ledger(Path(args.questions_dir) / OURS, args.max_usd)
+    ledger = getattr(first.teacher, "ledger", None) or Ledger(folder, args.max_usd)
     second = make_session(second_args, first.problems, client.make_teacher(second_args, ledger))
-    if apart:
-        chosen, places = whole_questions(items, args.check)
-    else:
-        askable = [item for item in items if _sentences(item)]
-        chosen, places = random.Random(0).sample(askable, min(args.check, len(askable))), None
-    scores = [estimate.scores_of(session, chosen) for session in (first, second)]
-    names = [f"{each.teacher.name} {each.teacher.model}" for each in (first, second)]
-    who = [f"{names[0]} together", f"{names[1]} apart"] if apart else names
-    cli.print0(" against ".join(who))
-    found = estimate.agreement(*scores, places)
-    for line in estimate.agreement_lines(found):
-        cli.print0(line)
-    pairs = {item.name: pair for item, pair in zip(chosen, zip(*scores, strict=True), strict=True)}
-    estimate.save_check(Path(args.questions_dir) / OURS, *who, found, pairs)
-
-
-def whole_questions(items: Sequence[handoff.Item], count: int) -> tuple[list[handoff.Item], list[int]]:
-    """(the distinct rationales of `count` questions that have several, the place of each among its question's, from
-    1). Raises UserError if no question has."""
-    questions: dict[tuple[int, str], dict[tuple[str, ...], handoff.Item]] = {}
-    for item in items:
-        if sentences := tuple(_sentences(item)):
-            questions.setdefault((item.rank, item.qid), {}).setdefault(sentences, item)
-    several = [list(each.values()) for each in questions.values() if len(each) > 1]
-    if not several:
-        raise cli.UserError("--against apart: no question has two different rationales; --together changes nothing")
-    chosen = random.Random(0).sample(several, min(count, len(several)))
-    return [item for each in chosen for item in each], [place for each in chosen for place in range(1, len(each) + 1)]
-
-
-def _sentences(item: handoff.Item) -> list[str]:
-    try:
-        return handoff.read_rationale(item.folder)
-    except handoff.Refused:
-        return []
+    agreement.compare(first, second, items, args.check, apart)
 
 
 def make_session(args: argparse.Namespace, problems: Any, teacher: Teacher, exported: bool = False) -> Session:
@@ -347,11 +315,11 @@ def divided(
     path = Path(args.questions_dir) / OURS / ASKED
     settings = {"ask": args.ask, "ask_share": args.ask_share, "ask_seed": args.ask_seed}
     before = read_asked(path, settings, args.questions_dir)
-    texts = {item: (item.qid, tuple(_sentences(item))) for item in items}
+    texts = {item: (item.qid, tuple(handoff.sentences_of(item))) for item in items}
     sides: dict[tuple, str] = {}
     for item, text in texts.items():
-        side, digest = before.get(item.name, ("", ""))
-        if digest == _digest(text):  # else of another rationale that lay here: a folder is used for every round
+        side, of_text = before.get(item.name, ("", ""))
+        if of_text == digest(json.dumps(text)):  # else of another rationale: a folder is used for every round
             sides[text] = side
         elif read_sidecar(item.folder).get("teacher") == args.ask_teacher and is_answered(SCORE, item.folder):
             sides.setdefault(text, args.ask_teacher)  # paid for already
@@ -366,24 +334,19 @@ def divided(
     theirs = [item for item in items if sides[texts[item]] != MODEL]
     if save:
         client.check_pending(args.questions_dir, SCORE, theirs, args.asked)
-        decided = {item.name: [sides[text], _digest(text)] for item, text in texts.items()}
+        decided = {item.name: [sides[text], digest(json.dumps(text))] for item, text in texts.items()}
         files.write_json(path, {**settings, "rationales": before | decided}, indent=0)
     return theirs, [item for item in items if sides[texts[item]] == MODEL]
 
 
-def _digest(text: tuple[str, tuple[str, ...]]) -> str:
-    """Names a rationale of a question."""
-    return hashlib.sha256(json.dumps(text).encode()).hexdigest()[:16]
-
-
 def _draw(seed: int, text: tuple[str, tuple[str, ...]]) -> float:
     """A number in [0, 1) that depends on the seed and the rationale alone, not on the order of items."""
-    digest = hashlib.sha256(json.dumps([seed, *text]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    drawn = hashlib.sha256(json.dumps([seed, *text]).encode()).digest()
+    return int.from_bytes(drawn[:8], "big") / 2**64
 
 
 def read_asked(path: Path, settings: dict[str, Any], root: str) -> dict[str, list[str]]:
-    """Name of an item -> (who scores it, `_digest` of its rationale), from asked.json; {} if there is none. Raises
+    """Name of an item -> (who scores it, digest of its rationale), from asked.json; {} if there is none. Raises
     UserError for a damaged file, and for one of other flags."""
     files.refuse_links(path, root)
     if not path.exists():

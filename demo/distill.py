@@ -34,7 +34,7 @@ from ares.tables import Cell, Table, markdown  # noqa: E402
 from demo.experiments import ares, run_in_world  # noqa: E402
 from pipeline.stages import ROOT  # noqa: E402
 from teacher import handoff, reference  # noqa: E402
-from teacher.estimate import FIGURES  # noqa: E402
+from teacher.agreement import FIGURES  # noqa: E402
 from teacher.reply_files import read_scores  # noqa: E402
 
 FIRST, REFERENCE, MODEL = ARMS = ("first", "reference", "model")

@@ -2,25 +2,21 @@
 
 Errors are sorted (`failure_of`): retryable or not, perhaps charged or not, of one request or of the whole account.
 Replies are read (`read_body`) in the form of Anthropic's Messages API, of OpenAI's, or as server-sent events, as
-gateways and local servers send them. `redact` removes the key from every text before it is shown or saved. Knows no
-SDK: teacher/sdk_client.py turns the SDKs' exceptions into ApiError and NoAnswer.
+gateways and local servers send them. Knows no SDK: teacher/sdk_client.py turns the SDKs' exceptions into ApiError and
+NoAnswer.
 """
 
 from __future__ import annotations
 
-import base64
-import email.utils
-import functools
-import html
 import json
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ares.cli import Stop, UserError
-from teacher.pace import seconds_until
+from teacher.pace import delay
+from teacher.redact import redact
 
 LENGTH_FIELDS = ("max_tokens", "max_completion_tokens")  # of a request's body, by API: the most tokens of the reply
 STOP_STATUS = 3  # exit status where money or the account ends the run
@@ -44,16 +40,14 @@ FLAGGED = re.compile(  # by a content filter
     r"\b(input|prompt|content|message|output|request)s?\b.{0,40}\b(flagged|blocked|violat)|requires moderation|"
     r"content (management )?(policy|filter)", re.I | re.S
 )  # fmt: skip
-# in the body of a 429. "Please retry in 31.7s", "try again in 1m2s", "retry after 20 seconds"; Gemini's RetryInfo
-DELAY = re.compile(
-    r"(?:\b(?:re)?try (?:again )?(?:in|after) |retryDelay\W{1,19})((?:\d+(?:\.\d+)? ?[hms][a-z]* ?)+)", re.I
-)
 PER_MINUTE = re.compile(r"quotaId\W{1,19}\w*PerMinute")
 LASTING = re.compile(r"quotaId\W{1,19}\w*PerDay|insufficient_quota")  # whatever delay is named
 ABOUT_KEY = re.compile(r"\bapi.?key\b|no connected db", re.I)  # the second: litellm without a database, to any other
 THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.S)  # of local models, where the server does not take them out
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal"}  # OpenAI's -> Anthropic's
 NO_TEXT = frozenset(("refusal", "max_tokens", "model_context_window_exceeded"))  # with these a reply may be empty
+# rate limits, overload, and what a proxy answers while its server restarts
+TEMPORARY = frozenset((408, 409, 429, 502, 503, 504, 520, 521, 522, 523, 524, 529))
 # the status that belongs to each type of error
 STATUS = {
     "invalid_request_error": 400, "authentication_error": 401, "billing_error": 402, "permission_error": 403,
@@ -94,6 +88,16 @@ class Failure:
     charged: bool = False
     status: int | None = None
     retry_after: float | None = None  # seconds
+
+    @property
+    def overloaded(self) -> bool:
+        """A rate limit or an overload: nothing was done, and fewer requests at a time may help."""
+        return self.status in (429, 529)
+
+    @property
+    def temporary(self) -> bool:
+        """Whether its status passes, whatever its text: however often it comes, the request may be sound."""
+        return self.status in TEMPORARY
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def is_account_refusal(error: object) -> bool:
     if codes & {402, "402", "billing_error", "insufficient_quota"}:
         return True
     if status == 429 and not LASTING.search(_as_text(error.body)):
-        if delay(error) is not None or PER_MINUTE.search(_as_text(error.body)):
+        if _delay(error) is not None or PER_MINUTE.search(_as_text(error.body)):
             return False  # a rate limit, whatever its words: it passes
     words = " ".join(str(body[name]).replace("_", " ") for name in ("type", "code") if body[name])
     message = body["message"] or ""
@@ -194,41 +198,20 @@ def failure_of(error: Exception) -> Failure:
         retryable = status in (408, 409, 429) or status >= 500
         if is_account_refusal(error) or error.headers.get("x-should-retry") == "false":
             retryable = False
-        return Failure(f"api_{status}", retryable or not_the_api, error.charged or not_the_api, status, delay(error))
+        return Failure(f"api_{status}", retryable or not_the_api, error.charged or not_the_api, status, _delay(error))
     if isinstance(error, NoAnswer):
         return Failure("timeout" if error.timeout else "connection", True, charged=error.kind not in NOT_SENT)
     return Failure("not_a_reply" if isinstance(error, NotAReply) else "broken_reply", True, charged=True)
 
 
-def delay(error: ApiError) -> float | None:
-    """Seconds to wait as the API asks: by its headers, else, for a rate limit, by what the body says."""
-    found = DELAY.search(_as_text(error.body)) if error.status == 429 else None
-    after = retry_after(error.headers)
-    if after is not None or not found:
-        return after
-    words = found[1].lower().replace("milli", "ms")
-    return seconds_until(re.sub(r"(ms|[hms])[a-z]*| ", r"\1", words))
+def _delay(error: ApiError) -> float | None:
+    return delay(error.headers, _as_text(error.body) if error.status == 429 else "")
 
 
 def _as_text(body: object) -> str:
     if isinstance(body, (bytes, str)):
         return body.decode(errors="replace") if isinstance(body, bytes) else body
     return json.dumps(body, default=str).replace("\\n", " ")
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait as the API asks: `retry-after-ms`, or `retry-after` as a number or a date."""
-    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) / unit
-        except ValueError:
-            continue
-        return seconds if 0 <= seconds < float("inf") else None
-    try:
-        when = email.utils.parsedate_tz(headers.get("retry-after", ""))
-        return max(0.0, email.utils.mktime_tz(when) - time.time()) if when else None
-    except (ValueError, OverflowError):  # a date that no calendar has
-        return None
 
 
 def as_user_error(error: Exception, teacher: Any, request: Any, retries: int) -> UserError:
@@ -411,62 +394,3 @@ def _joined_events(text: str) -> dict[str, Any]:
         raise ValueError("the events break off")
     stop = STOP_REASONS.get(str(stop), stop)
     return {**body, "content": "".join(parts), "usage": usage, "stop_reason": stop}
-
-
-# -- the key -------------------------------------------------------------------------------------------------
-
-PART = 12  # characters; shorter parts of a key are not replaced
-ESCAPE = re.compile(r"%[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|\\(?=[^\sa-zA-Z0-9])|&#?\w{1,8};")
-
-
-def redact(text: str, key: str) -> str:
-    """`text` with `***` for the API key and its parts of 12 characters and more.
-
-    Also where it is written in base64 (standard or URL-safe, at any alignment), hex, or with characters escaped as in
-    URLs, JSON, HTML or Python. Of a key below 12 characters only the whole is replaced, and not at all where it may
-    be a word (local servers take any key).
-    """
-    parts = _parts(key)
-    if not parts or not text:
-        return text
-    length = min(PART, len(key))
-    marks = bytearray(len(text))
-    view, places = text, list(range(len(text) + 1))  # place of each character of `view` in `text`
-    for _ in range(4):  # escapes of escapes
-        for i in range(len(view) - length + 1):
-            if view[i : i + length] in parts:
-                start, end = places[i], places[i + length]
-                marks[start:end] = b"\1" * (end - start)
-        plain, where, at = [], [], 0  # one level of escapes undone
-        for escape in ESCAPE.finditer(view):
-            word = escape[0]
-            if word[0] == "&":
-                word = html.unescape(word)
-            else:
-                word = chr(int(word.lstrip("%\\ux"), 16)) if word != "\\" else ""
-            plain += [view[at : escape.start()], word]
-            where += places[at : escape.start()] + [places[escape.start()]] * len(word)
-            at = escape.end()
-        if not plain:
-            break
-        view, places = "".join([*plain, view[at:]]), where + places[at:]
-    pieces, at = [], 0
-    for run in re.finditer(b"\1+", bytes(marks)):
-        pieces += [text[at : run.start()], "***"]
-        at = run.end()
-    return "".join([*pieces, text[at:]])
-
-
-@functools.lru_cache(maxsize=4)
-def _parts(key: str) -> frozenset[str]:
-    """All pieces of PART characters of the key as it is and as encoded."""
-    if len(key) < PART:
-        secret = len(key) >= 8 and any(map(str.isdigit, key)) and not key.isdigit()
-        return frozenset([key]) if secret else frozenset()
-    raw = key.encode()
-    forms = [key, raw.hex(), raw.hex().upper()]
-    for shift in range(3):
-        # the first and last characters also hold bits of the neighbours
-        inner = base64.b64encode(bytes(shift) + raw).decode().rstrip("=")[4 if shift else 0 : -1]
-        forms += [inner, inner.translate(str.maketrans("+/", "-_"))]
-    return frozenset(form[i : i + PART] for form in forms for i in range(len(form) - PART + 1))

@@ -36,12 +36,12 @@ from teacher.api_responses import (
     is_about_request,
     is_unknown_model,
     read_body,
-    redact,
     said,
 )
 from teacher.budget import LOST, NOT_SENT, Ledger, Price, cost_usd, price_of
-from teacher.interface import CORRECT, JUDGE, SCORE, TOGETHER, Reply, Request, Stopped, Unanswered
+from teacher.interface import CORRECT, JUDGE, Reply, Request, Stopped, Unanswered, exact_schema, general_schema
 from teacher.pace import Pace
+from teacher.redact import redact
 from teacher.sdk_client import TIMEOUT, SdkClient
 
 START = 4  # requests in flight before the first reply
@@ -55,43 +55,6 @@ THINKING = 4096  # tokens by which the limit of a reply is longer where the mode
 # requests that the API calls invalid while it answers others: so many of a run, or this share of those answered
 MAX_REJECTED, REJECTED_SHARE = 20, 0.1
 MAX_REJECTED_ALIKE = 5  # of one sort (with images, say), in the same words, before any request of the sort has a reply
-# rate limits, overload, and what a proxy answers while its server restarts: these pass, whatever their text
-TEMPORARY = frozenset((408, 409, 429, 502, 503, 504, 520, 521, 522, 523, 524, 529))
-
-
-def _schema(properties: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-# one schema per kind, whatever the sentences: a new schema costs Anthropic's API a compilation
-_TEXT = {"type": "string"}
-SCHEMAS = {
-    SCORE: _schema({"scores": {"type": "array", "items": {"type": "number"}}}),
-    TOGETHER: _schema({"scores": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}}),
-    CORRECT: _schema({"Final rationale": _TEXT}),
-    # the reason first: a verdict that is written before its reason has none
-    JUDGE: _schema({"reason": _TEXT, "verdict": {"type": "string", "enum": ["1", "2", "tie"]}}),
-}
-_SCORE = {"type": "number", "enum": [step / 10 for step in range(11)]}
-
-
-def exact_schema(request: Request) -> dict[str, Any]:
-    """For servers that enforce what a schema says: a scoring reply has one key per sentence, `sentence_1` on, and the
-    values 0.0, 0.1 ... 1.0; about several rationales it has such an object for each, `rationale_1` on."""
-    if request.kind != SCORE:
-        return SCHEMAS[request.kind]
-    objects = [
-        _schema({f"sentence_{number}": _SCORE for number in range(1, len(sentences) + 1)})
-        for sentences in request.rationales or [request.sentences]
-    ]
-    if not request.rationales:
-        return objects[0]
-    return _schema({f"rationale_{number}": each for number, each in enumerate(objects, start=1)})
 
 
 class TooLarge(UserError):
@@ -221,9 +184,7 @@ class ApiTeacher(SdkClient):
         preset = preset or self.preset
         body = preset.body
         if self._is_structured(preset):
-            schema = (
-                exact_schema(request) if preset.exact else SCHEMAS[TOGETHER if request.rationales else request.kind]
-            )
+            schema = exact_schema(request) if preset.exact else general_schema(request)
             body = merge_patch(body, self.form(schema, request.kind))
         return merge_patch(body, self.extra)
 
@@ -332,14 +293,14 @@ class ApiTeacher(SdkClient):
             errors.append((failure.reason, said(error, self.secret)))
             if self._is_permanent(failure, errors[-1], request):
                 raise self._no_images(error, request) or as_user_error(error, self, request, attempt)
-            if failure.status in (429, 529):
+            if failure.overloaded:
                 self.pace.overloaded(began)
             if failure.retry_after:
                 self.pace.pause(failure.retry_after)
             gone = attempt >= MAX_RETRIES and self.pace.successes == successes
             if gone or (failure.retry_after or 0.0) > LONGEST_PAUSE:
                 raise as_user_error(error, self, request, attempt)
-            if len(errors) >= MAX_SAME and len(set(errors)) == 1 and failure.status not in TEMPORARY:
+            if len(errors) >= MAX_SAME and len(set(errors)) == 1 and not failure.temporary:
                 if self.pace.successes > successes:  # else it may be the server
                     break
             if not failure.retry_after:  # 0 is no pause: the tries would be used up at once
@@ -404,7 +365,7 @@ class ApiTeacher(SdkClient):
 
     def _is_permanent(self, failure: Failure, error: tuple[str, str], request: Request) -> bool:
         """Whether requests of this sort meet the same error again and again."""
-        if failure.status in TEMPORARY or failure.reason in ("timeout", "connection"):
+        if failure.temporary or failure.reason in ("timeout", "connection"):
             return False
         if failure.reason == "not_a_reply" and not self.pace.successes:  # not the API at all
             return self.pace.is_permanent(error, sort_of(request), "any", requests=1)

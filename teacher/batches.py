@@ -153,10 +153,8 @@ class _Batches:
         """The request of a unit, its entries in a record, and the most that it can cost."""
         own = [self.session.prepare(key)[0] for key in unit]
         before = [self.history.get(key[:16], {}) for key in unit]
-        factor = max(last.get("length_factor", 1) for last in before)
-        request = dataclasses.replace(self.session.join(own), length_factor=factor)
-        if refused := [Refused(last["reason"], last["said"]) for last in before if last.get("replied")]:
-            request = self.session.ask_again(request, *refused)
+        refused = [Refused(last["reason"], last["said"]) for last in before if last.get("replied")]
+        request = self.session.join(own, max(last.get("length_factor", 1) for last in before), refused)
         factor = request.length_factor
         entries = [
             entry(self.session.open[key][0].name, each.text, key[:16], last.get("attempt", 0) + 1, factor)
@@ -218,7 +216,7 @@ class _Batches:
                 record.batch, record.state = await self.teacher.create_batch(requests), SUBMITTED
             except (ApiError, NoAnswer, ValueError) as failed:
                 error, failure = failed, failure_of(failed)
-            refused = record.batch is None and (not failure.retryable or failure.status in (429, 529))
+            refused = record.batch is None and (not failure.retryable or failure.overloaded)
             # after a lost answer, or a gateway's, the batch may exist
             if record.batch or not refused and await self.found(record):
                 self.store.save(record)

@@ -16,10 +16,11 @@ from urllib.parse import quote
 
 from ares import images
 from ares.cli import UserError
-from teacher.api_responses import ApiError, NotAReply, error_body, is_account_refusal, read_message, redact, said
+from teacher.api_responses import ApiError, NotAReply, error_body, is_account_refusal, read_message, said
 from teacher.api_teacher import ApiTeacher, Preset
 from teacher.budget import CACHE_WRITE_1_HOUR
 from teacher.interface import Failed, Reply, Request
+from teacher.redact import redact
 from teacher.sdk_client import LISTING_SECONDS, checked_address, environment_key
 
 DEFAULT_MODEL = "claude-haiku-5-5"
@@ -76,15 +77,6 @@ def preset_of_listing(listed: Any, known: Preset) -> Preset:
     return Preset(body, takes("structured_outputs"), may_think=not off and takes("thinking"))
 
 
-def server_address(url: str, flag: str = "--base_url") -> str:
-    """The server's root, as the SDK wants it: without `/v1` or a path of the API, if one is appended.
-
-    Raises UserError naming `flag` for what is no address or holds a user name or a password, without showing those.
-    """
-    path = r"/+v1(/+(messages(/(batches|count_tokens))?|complete|chat/completions|models))?/*(\?.*)?$"
-    return re.sub(path, "", checked_address(url, flag, ClaudeTeacher.key_name)).rstrip("/")
-
-
 class ClaudeTeacher(ApiTeacher):
     """Asks one model through the Messages API. Needs ANTHROPIC_API_KEY once it is entered. `more`: see ApiTeacher."""
 
@@ -114,7 +106,9 @@ class ClaudeTeacher(ApiTeacher):
 
     @classmethod
     def address_of(cls, url: str, flag: str) -> str:
-        return server_address(url, flag)
+        """The server's root: without `/v1` or a path of the API, if one is appended."""
+        path = r"/+v1(/+(messages(/(batches|count_tokens))?|complete|chat/completions|models))?/*(\?.*)?$"
+        return re.sub(path, "", checked_address(url, flag, cls.key_name)).rstrip("/")
 
     @classmethod
     def find_key(cls, base_url: str | None = None) -> str:

@@ -33,8 +33,9 @@ from teacher.interface import FREE, JUDGE, MODEL, REFERENCE, SCORE, Reply, Reque
 from teacher.live import ask_live
 from teacher.openai_compatible import OpenAITeacher
 from teacher.reply_files import ReplyCache, is_answered
+from teacher.report import Report, in_words
 from teacher.sdk_client import TIMEOUT
-from teacher.session import OURS, REFUSED, Report, Session
+from teacher.session import OURS, REFUSED, Session
 
 
 class ReferenceTeacher:
@@ -363,11 +364,6 @@ def check_pending(
             flag, what, fix = "--actions", f"action {action}, too", "leave --actions out to collect them"
         raise cli.UserError(f"{flag}: the pending batches hold {what}, whose replies would be lost; {fix}")
     return store
-
-
-def in_words(reasons: Mapping[str, int]) -> str:
-    """`wrong_count 3, max_tokens 1`"""
-    return ", ".join(f"{reason} {count}" for reason, count in Counter(reasons).most_common())
 
 
 def refuse_unusable(report: Report, accept_missing: bool) -> None:

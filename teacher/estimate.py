@@ -13,38 +13,28 @@ import asyncio
 import json
 import os
 import re
-import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from ares import cli, files, images
+from ares import cli, images
 from ares.data_folder import question_images as images_of
 from ares.sentences import split_text
-from teacher import handoff, together
+from teacher import together
 from teacher.api_responses import said
 from teacher.api_teacher import ApiTeacher
 from teacher.budget import BATCH_FACTOR, PRICES, PRICES_DATE, Price, price_of
 from teacher.claude import DEFAULT_MODEL
-from teacher.handoff import Item, Refused
+from teacher.handoff import Item
 from teacher.interface import CORRECT, FREE, JUDGE, SCORE, Request, same_model
-from teacher.live import ask_live
 from teacher.openai_compatible import OpenAITeacher
 from teacher.prompts import WORDING, correction_request, judge_request, scoring_request
-from teacher.reply_files import read_scores
-from teacher.session import CHECKS, Session
+from teacher.session import Session
 
 FRAME = 70  # characters that a message's own frame counts as
 SCHEMA = 525  # that the schema of a structured request counts as
 SAMPLE = 20  # requests counted by the API
 PLANNED = 200  # questions whose requests are written to say what a run will cost
 OTHER_MODELS = 3  # of the price table, beside the one that is asked
-LAST_POSITION = 6  # later sentences share a line of the comparison
-CLOSE = 0.1
-# of `agreement_figures`, as they are shown
-FIGURES = {"mean_difference": "mean difference", "rank_correlation": "rank correlation", "within_0.1": "within 0.1"}
 REPLY_CONTENT = {SCORE: "scores only", CORRECT: "the text again", JUDGE: "a sentence and a verdict"}
 
 
@@ -140,7 +130,7 @@ def estimate(session: Session, ways: Mapping[str, list[list[str]]] | None = None
         units[way] = [left for unit in all_units if (left := [key for key in unit if key in unknown])]
         sizes[way] = size = Size()
         for unit in cli.progress(units[way], desc=f"estimating {way}", unit="request"):
-            size.add(session.prepare(*unit)[0], teacher.structured, teacher.preset.exact)
+            size.add(joined(session, unit), teacher.structured, teacher.preset.exact)
     own = "together" if session.together else "apart"
     ratio, how = _counted(session, units[own])
     tokens_in, tokens_out = sizes[own].tokens(teacher.model, ratio)
@@ -172,6 +162,11 @@ def estimate(session: Session, ways: Mapping[str, list[list[str]]] | None = None
     )
     for line in table(session, {way: size for way, size in sizes.items() if size.requests}, ratio):
         cli.print0(line)
+
+
+def joined(session: Session, unit: Sequence[str]) -> Request:
+    """The request that is sent for the open ones of a unit."""
+    return session.join([session.prepare(key)[0] for key in unit])
 
 
 def table(session: Session, sizes: Mapping[str, Size], ratio: float) -> list[str]:
@@ -219,7 +214,7 @@ def _counted(session: Session, units: list[list[str]]) -> tuple[float, str]:
         counted, size = 0.0, Size()
         async with session.teacher as teacher:
             for unit in sample:
-                request, _ = session.prepare(*unit)
+                request = joined(session, unit)
                 counted += await teacher.count_tokens(request)
                 size.add(request, teacher.structured, teacher.preset.exact)
         return counted / size.tokens(model)[0]
@@ -303,111 +298,3 @@ def expected_usd(
         request = Request(qid, kind, qid, written, sentences, shown, form_note=WORDING.structured.get(kind, ""))
         size.add(together.join([request] * joined, WORDING) if joined > 1 else request, True, False)
     return size.usd(model, price) * (BATCH_FACTOR if flags.get("batch") else 1) / max(len(qids) * joined, 1)
-
-
-# -- comparing two Teachers --------------------------------------------------------------------------------
-
-
-def scores_of(session: Session, items: Sequence[Item]) -> list[list[float] | None]:
-    """The scores of each item by the session's Teacher; None where its reply cannot be used. Raises UserError.
-
-    Works in a temporary copy of the items, so that the questions folder stays as it is; paid replies go to the cache.
-    """
-    with tempfile.TemporaryDirectory() as root:
-        copies = [Item(Path(root), item.action, item.rank, item.qid) for item in items]
-        for item, copied in zip(items, copies, strict=True):
-            request = session.request(item)
-            if request is None:
-                fault = f"--check: {item.folder} has no request that fits its rationale; run the preprocessing"
-                raise cli.UserError(fault)
-            handoff.write_rationale(copied.folder, request.sentences)
-            handoff.write_request(copied.folder, request.text, request.images)
-        session.root = Path(root)
-        session.add(copies)
-        ask_live(session)
-        return [_scores(copied) for copied in copies]
-
-
-def _scores(item: Item) -> list[float] | None:
-    try:
-        return read_scores(item.folder)
-    except Refused:
-        return None
-
-
-def agreement(
-    first: Sequence[list[float] | None], second: Sequence[list[float] | None], places: Sequence[int] | None = None
-) -> dict[str, Any]:
-    """How far two Teachers agree: {"rationales", "scored_by_both", "sentences", "rows": {name: {"sentences",
-    "mean_difference", "rank_correlation", "within_0.1"}}}.
-
-    The rows are "all", one for each position in a rationale ("1" ... "6+"), and with `places`, of the rationales in
-    their requests, "rationale 1" and so on; their figures are those of `agreement_figures`.
-    """
-    both = [number for number, pair in enumerate(zip(first, second, strict=True)) if None not in pair]
-    pairs: dict[str, list[tuple[float, float]]] = {"all": []}  # name of the row -> pairs of scores
-    for number in both:
-        for position, pair in enumerate(zip(first[number], second[number], strict=True), start=1):
-            pairs["all"].append(pair)
-            pairs.setdefault(position_name(position), []).append(pair)
-    for number in sorted(both, key=lambda number: places[number]) if places else ():
-        row = pairs.setdefault(f"rationale {places[number]}", [])
-        row += zip(first[number], second[number], strict=True)
-    rows = {name: agreement_figures(each) for name, each in pairs.items() if each}
-    return {"rationales": len(first), "scored_by_both": len(both), "sentences": len(pairs["all"]), "rows": rows}
-
-
-def position_name(position: int) -> str:
-    """The row of a sentence's position in its rationale, from 1; late ones share a row."""
-    return f"{position}" if position < LAST_POSITION else f"{LAST_POSITION}+"
-
-
-def agreement_figures(pairs: Sequence[tuple[float, float]]) -> dict[str, float | int | None]:
-    """Of pairs of scores: their number, mean absolute difference, Spearman's rank correlation (None for one sentence,
-    or where a side does not vary), share that differs by at most 0.1."""
-    import pandas as pd
-
-    differences = [abs(a - b) for a, b in pairs]
-    ranks = [pd.Series(scores, dtype=float).rank().tolist() for scores in zip(*pairs, strict=True)]
-    try:
-        correlation = statistics.correlation(*ranks)
-    except statistics.StatisticsError:
-        correlation = None
-    close = sum(difference <= CLOSE + 1e-9 for difference in differences) / len(pairs)
-    return {
-        "sentences": len(pairs),
-        "mean_difference": statistics.fmean(differences),
-        "rank_correlation": correlation,
-        "within_0.1": close,
-    }
-
-
-def agreement_lines(found: Mapping[str, Any]) -> list[str]:
-    """The lines that show what `agreement` has found."""
-    counts = (
-        f"{found['scored_by_both']} of {found['rationales']} rationales scored by both, {found['sentences']} sentences"
-    )
-    if not found["rows"]:
-        return [counts]
-    lines = [counts, "   position   sentences   mean |difference|   rank correlation   within 0.1"]
-    for name, row in found["rows"].items():
-        correlation = "-" if row["rank_correlation"] is None else f"{row['rank_correlation']:.3f}"
-        lines.append(
-            f"{name:>11}   {row['sentences']:>9}   {row['mean_difference']:>17.3f}   {correlation:>16}   "
-            f"{row['within_0.1']:>10.1%}"
-        )
-    return lines
-
-
-def read_checks(folder: Path) -> dict[str, Any]:
-    """What earlier runs of --check have found: {"{who} against {against}": {"who", "against", ... of `agreement`,
-    "scores": {item: [scores, scores]}}}. Raises UserError for a damaged file."""
-    return files.read_json(folder / CHECKS, "--check", dict) if (folder / CHECKS).exists() else {}
-
-
-def save_check(
-    folder: Path, who: str, against: str, found: Mapping[str, Any], scores: Mapping[str, Sequence[Any]]
-) -> None:
-    """Add what `agreement` has found to `folder`/check.json. `scores`: an item's name -> its scores by both."""
-    added = {f"{who} against {against}": {"who": who, "against": against, **found, "scores": scores}}
-    files.write_json(folder / CHECKS, read_checks(folder) | added)

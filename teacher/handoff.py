@@ -186,6 +186,14 @@ def read_rationale(folder: str | os.PathLike) -> list[str]:
     return sentences
 
 
+def sentences_of(item: Item) -> list[str]:
+    """The sentences of an item; [] where its rationale cannot be read."""
+    try:
+        return read_rationale(item.folder)
+    except Refused:
+        return []
+
+
 # -- the request -----------------------------------------------------------------------------------------
 
 

@@ -94,6 +94,52 @@ class Stopped(Exception):
     """The run is ending: a request that was still waiting for its turn is given up."""
 
 
+# -- the form of a reply ------------------------------------------------------------------------------------
+
+
+def _schema(properties: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+# one schema per kind, whatever the sentences: a new schema costs Anthropic's API a compilation
+_TEXT = {"type": "string"}
+_SCHEMAS = {
+    SCORE: _schema({"scores": {"type": "array", "items": {"type": "number"}}}),
+    TOGETHER: _schema({"scores": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}}),
+    CORRECT: _schema({"Final rationale": _TEXT}),
+    # the reason first: a verdict that is written before its reason has none
+    JUDGE: _schema({"reason": _TEXT, "verdict": {"type": "string", "enum": ["1", "2", "tie"]}}),
+}
+_SCORE = {"type": "number", "enum": [step / 10 for step in range(11)]}
+
+
+def general_schema(request: Request) -> dict[str, Any]:
+    """The JSON schema of a reply, which neither counts nor names sentences."""
+    return _SCHEMAS[TOGETHER if request.rationales else request.kind]
+
+
+def exact_schema(request: Request) -> dict[str, Any]:
+    """For servers that enforce what a schema says: a scoring reply has one key per sentence, `sentence_1` on, and the
+    values 0.0, 0.1 ... 1.0; about several rationales it has such an object for each, `rationale_1` on."""
+    if request.kind != SCORE:
+        return general_schema(request)
+    objects = [
+        _schema({f"sentence_{number}": _SCORE for number in range(1, len(sentences) + 1)})
+        for sentences in request.rationales or [request.sentences]
+    ]
+    if not request.rationales:
+        return objects[0]
+    return _schema({f"rationale_{number}": each for number, each in enumerate(objects, start=1)})
+
+
+# -- who answers -----------------------------------------------------------------------------------------
+
+
 class Teacher(Protocol):
     """Answers requests, `concurrency` of them at a time, between entering and leaving its context."""
 

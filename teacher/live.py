@@ -112,9 +112,8 @@ class _Live:
         """Send one request and save its reply for all items. Returns what is to be asked again."""
         session, keys = self.session, list(ask.prepared)
         requests, sidecars = zip(*ask.prepared.values(), strict=True)
-        request = dataclasses.replace(session.join(requests), length_factor=ask.length_factor)
-        if ask.refused:
-            request = session.ask_again(request, *(ask.refused[key] for key in keys))
+        why = [ask.refused[key] for key in keys] if ask.refused else []
+        request = session.join(requests, ask.length_factor, why)
         try:
             reply = await self.teacher.answer(request)
         except (Unanswered, TooLarge) as failure:

@@ -33,16 +33,6 @@ def is_local(url: str | None) -> bool:
         return "." not in host or host.endswith((".local", ".localhost", ".internal", ".lan"))
 
 
-def server_address(url: str, flag: str = "--base_url") -> str:
-    """The address as the SDK wants it: with `/v1` if it has no path, without a path of the API.
-
-    Raises UserError naming `flag` for what is no address or holds a user name or a password, without showing those.
-    """
-    url = checked_address(url, flag, OpenAITeacher.key_name)
-    url = re.sub(r"(/+(chat/completions|completions|responses|models))?/*([?#].*)?$", "", url)
-    return url if urlsplit(url).path.strip("/") else f"{url}/v1"
-
-
 class OpenAITeacher(ApiTeacher):
     """Asks one model through chat completions. Needs OPENAI_API_KEY once it is entered, unless the server is local.
 
@@ -73,7 +63,10 @@ class OpenAITeacher(ApiTeacher):
 
     @classmethod
     def address_of(cls, url: str, flag: str) -> str:
-        return server_address(url, flag)
+        """With `/v1` if it has no path, without a path of the API."""
+        url = checked_address(url, flag, cls.key_name)
+        url = re.sub(r"(/+(chat/completions|completions|responses|models))?/*([?#].*)?$", "", url)
+        return url if urlsplit(url).path.strip("/") else f"{url}/v1"
 
     @classmethod
     def find_key(cls, base_url: str | None = None) -> str:

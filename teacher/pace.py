@@ -1,4 +1,5 @@
-"""How fast a Teacher's requests are sent: how many are in flight, and when the next one may go.
+"""How fast a Teacher's requests are sent: how many are in flight, and when the next one may go (`Pace`), by what the
+server says (`delay`, `limits_left`).
 
 The number in flight follows additive increase, multiplicative decrease (Chiu and Jain 1989), as TCP does. It starts
 with a few, so that a fault of the whole run costs only a few requests, and each reply adds one. The first rate limit
@@ -15,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import email.utils
 import itertools
 import math
 import re
@@ -29,7 +31,10 @@ GENERAL = re.compile(
     r"<.*|(an? )?((internal|unexpected|unknown) ?)?(server ?)?error\b.{0,12}|overloaded.{0,12}|api_error|", re.I | re.S
 )
 
-
+# in the body of a 429: "Please retry in 31.7s", "try again in 1m2s", "retry after 20 seconds"; Gemini's RetryInfo
+DELAY = re.compile(
+    r"(?:\b(?:re)?try (?:again )?(?:in|after) |retryDelay\W{1,19})((?:\d+(?:\.\d+)? ?[hms][a-z]* ?)+)", re.I
+)
 # times as many requests as are in flight: while more are left of a rate limit, nothing is slowed down
 MANY = 4
 LONGEST_GAP = 10.0  # seconds between requests: a bucket that says when it is full has room long before
@@ -63,6 +68,30 @@ def seconds_until(reset: str) -> float:
     except (ValueError, OverflowError):
         return 0.0
     return max(0.0, seconds - time.time() if seconds > 1e9 else seconds)
+
+
+def delay(headers: Mapping[str, str], text: str = "") -> float | None:
+    """Seconds to wait as the server asks: by its headers, else by what `text` says, the body of a 429."""
+    after, found = retry_after(headers), DELAY.search(text)
+    if after is not None or not found:
+        return after
+    words = found[1].lower().replace("milli", "ms")
+    return seconds_until(re.sub(r"(ms|[hms])[a-z]*| ", r"\1", words))
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait as the API asks: `retry-after-ms`, or `retry-after` as a number or a date."""
+    for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) / unit
+        except ValueError:
+            continue
+        return seconds if 0 <= seconds < float("inf") else None
+    try:
+        when = email.utils.parsedate_tz(headers.get("retry-after", ""))
+        return max(0.0, email.utils.mktime_tz(when) - time.time()) if when else None
+    except (ValueError, OverflowError):  # a date that no calendar has
+        return None
 
 
 class Pace:

@@ -18,7 +18,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ares.cli import UserError
-from teacher.api_responses import ApiError, NoAnswer, redact
+from teacher.api_responses import ApiError, NoAnswer
+from teacher.redact import redact
 
 LISTING_SECONDS = 5.0  # for a server to say which models it has
 SDK_OPTIONS = frozenset(("extra_body", "extra_headers", "extra_query", "timeout"))  # arguments that are no fields
@@ -79,7 +80,7 @@ class SdkClient:
 
     @classmethod
     def address_of(cls, url: str, flag: str) -> str:
-        """The address as the SDK wants it. Raises UserError naming `flag`."""
+        """The address as the SDK wants it. Raises UserError naming `flag` (`checked_address`)."""
         raise NotImplementedError
 
     @classmethod
@@ -101,7 +102,6 @@ class SdkClient:
         sdk = importlib.import_module(self.sdk)  # a second: not for --help, nor for the reference Teacher
         address = self.base_url or self.environment_address()
         self.secret = self.find_key(address)
-        self.check_network()
         # httpx under the name by which this version of the SDK knows it
         base = next(each for each in sdk.DefaultAsyncHttpxClient.__mro__ if each.__name__ == "AsyncClient")
         httpx = importlib.import_module(base.__module__.partition(".")[0])
@@ -112,7 +112,7 @@ class SdkClient:
             base_url=address,
             max_retries=0,  # retried in ApiTeacher, so that every request is paced and booked
             timeout=self.timeout,
-            http_client=sdk.DefaultAsyncHttpxClient(limits=limits),
+            http_client=self.check_network(limits=limits),
         )
         self.address = str(self.client.base_url)
         self._arguments = inspect.signature(self.endpoint().create).parameters.keys() - SDK_OPTIONS
@@ -121,14 +121,15 @@ class SdkClient:
         await self.client.close()
 
     @classmethod
-    def check_network(cls) -> None:
-        """Raise UserError where the proxy or the certificates that the environment names cannot be used."""
+    def check_network(cls, **options: Any) -> Any:
+        """A new HTTP client of the SDK. Raises UserError where the proxy or the certificates that the environment
+        names cannot be used."""
         sdk = importlib.import_module(cls.sdk)
         certificates = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
         try:
             for name in certificates:
                 os.stat(os.environ[name])
-            sdk.DefaultAsyncHttpxClient()  # reads both, as each client of the SDK does
+            return sdk.DefaultAsyncHttpxClient(**options)  # reads both
         except OSError as error:
             where = " or ".join(certificates) or "the system"
             raise UserError(

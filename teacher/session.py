@@ -14,7 +14,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,73 +35,19 @@ from teacher.interface import (
     same_model,
 )
 from teacher.reply_files import ReplyCache, is_answered, read_sidecar, reading, set_cut_reply_aside, write_reply
+from teacher.report import Report
 
 PREPARE = {
     SCORE: "bash preprocessing_after_RL/processing_sentence_level_feedback.sh --questions_dir",
     CORRECT: "python preprocessing_for_correction_feedback.py --correction_dir",
     JUDGE: "python tools/win_rate.py ... --output",
 }
-NOTHING_TO_ASK = frozenset(("no_rationale", "no_sentences"))  # no Teacher can score these; RL drops them
 CUT_SHORT = ("max_tokens", "refusal", "model_context_window_exceeded")
 UNKNOWN = "unknown origin"  # a reply without reply.json: of the released code, or copied in by hand
 OURS = "teacher"  # {questions_dir}/teacher/: lock, spend log, batch records
 REFUSED = "refused.jsonl"  # there: requests that the API calls invalid, {"key", "reason", "said"} each
 CHECKS = "check.json"  # there: what `haiku.py --check` has found
 IMAGE_NAME = re.compile(r"image\.png|choice_\d+\.png")
-
-
-@dataclass
-class Report:
-    """What became of the items. `unusable`: item -> reason, after all attempts."""
-
-    total: int = 0
-    kept: int = 0  # had a usable reply before
-    answered: int = 0  # got one now
-    copied: int = 0  # of these, from an identical rationale
-    cached: int = 0  # of these, from the cache of earlier runs
-    asked: int = 0  # replies received
-    text_only: int = 0  # items whose question names an image that is not there
-    unusable: dict[Item, str] = field(default_factory=dict)
-    refused: int = 0  # of these, whose request the API calls invalid: it is not sent again
-    usage: Counter[str] = field(default_factory=Counter)
-    cost_usd: float = 0.0  # of the replies whose cost is known
-    cost_unknown: int = 0  # replies
-    written_by: Counter[str] = field(default_factory=Counter)  # Teacher and model -> items with its usable reply
-    first: dict[str, tuple[Item, str]] = field(default_factory=dict)  # reason -> first item and what was said
-
-    def blocking(self) -> dict[Item, str]:
-        """The unusable ones for which another request may help."""
-        return {item: reason for item, reason in self.unusable.items() if reason not in NOTHING_TO_ASK}
-
-    def add(self, reply: Reply) -> None:
-        self.asked += 1
-        self.usage.update(reply.usage)
-        self.cost_usd += reply.cost_usd or 0.0
-        self.cost_unknown += reply.cost_usd is None
-
-    def summary(self) -> str:
-        """One line: counts, tokens, dollars."""
-        cached = f", {self.cached} from the cache" if self.cached else ""
-        line = (
-            f"{self.total} rationales: {self.kept} had a reply, {self.answered} answered now "
-            f"({self.asked} requests, {self.copied} copies{cached}), {len(self.unusable)} unusable"
-        )
-        if self.usage or self.cost_unknown:
-            line += f"; {self.usage['input_tokens']:,} tokens in, {self.usage['output_tokens']:,} out"
-            if self.cost_usd or not self.cost_unknown:
-                line += f", ${self.cost_usd:.4f} at {PRICES_DATE} prices"
-            if self.cost_unknown:
-                line += f", the cost of {self.cost_unknown} replies is unknown"
-        if self.text_only:
-            line += f"; {self.text_only} asked without the image that the question names"
-        if self.written_by:
-            line += "; replies by " + ", ".join(f"{name} {count}" for name, count in self.written_by.most_common())
-        return line + self.examples()
-
-    def examples(self) -> str:
-        """`; first api_400: question 12: what the API said`, for each reason that came with a sentence."""
-        first = ((reason, item, said) for reason, (item, said) in self.first.items() if said)
-        return "".join(f"; first {reason}: question {item.qid}: {said[:300]}" for reason, item, said in first)
 
 
 class Session:
@@ -300,14 +245,11 @@ class Session:
         self._copy(first, copies)
         return f"{entry['teacher']} {entry.get('model')}" if "teacher" in entry else UNKNOWN
 
-    def in_order(self) -> list[str]:
-        """The keys of the open requests; for a free Teacher by question, whose texts it then reads once."""
-        return sorted(self.open, key=lambda key: self.open[key][0].qid) if self.free else list(self.open)
-
     def units(self, keys: Iterable[str] | None = None, alone: Collection[str] = ()) -> list[list[str]]:
         """The open requests, or those of `keys`, as they are sent: one by one, or with `together` those about a
         question as one, but for those in `alone`."""
-        keys = self.in_order() if keys is None else keys
+        if keys is None:  # a free Teacher reads the texts of each question once
+            keys = sorted(self.open, key=lambda key: self.open[key][0].qid) if self.free else list(self.open)
         if not self.together:
             return [[key] for key in keys]
         units: dict[str, list[str]] = {}
@@ -317,32 +259,25 @@ class Session:
 
     # -- replies ---------------------------------------------------------------------------------------------
 
-    def prepare(self, *keys: str) -> tuple[Request, dict[str, Any]]:
-        """The request that is sent for open ones about a question, and what reply.json of the first says besides the
-        reply."""
-        prepared = [self._prepare(key) for key in keys]
-        return self.join([request for request, _ in prepared]), prepared[0][1]
+    def join(self, requests: Sequence[Request], length_factor: int = 1, refused: Sequence[Refused] = ()) -> Request:
+        """One request for those of a unit. `refused`: why the replies to it before could not be used; the reasons are
+        added for the model, and the limit of the reply is doubled if one was cut off."""
+        request = requests[0] if len(requests) == 1 else together.join(requests, self.wording)
+        cut = any(each.reason == "max_tokens" for each in refused)
+        reasons = "; ".join(dict.fromkeys(map(str, refused)))
+        return dataclasses.replace(
+            request,
+            again=self.wording.again.format(reason=reasons) if refused else "",
+            length_factor=min(8, length_factor * (2 if cut else 1)),
+        )
 
-    def join(self, requests: Sequence[Request]) -> Request:
-        """One request for those of a unit."""
-        return requests[0] if len(requests) == 1 else together.join(requests, self.wording)
-
-    def _prepare(self, key: str) -> tuple[Request, dict[str, Any]]:
+    def prepare(self, key: str) -> tuple[Request, dict[str, Any]]:
+        """An open request by itself, and what reply.json says besides the reply to it."""
         request = self.request(self.open[key][0])
         sidecar = {"prompt_version": self.wording.version, "images": [path.name for path in request.images]}
         if _lacks_image(request):
             sidecar["text_only"] = "the question names an image that was not found"
         return request, sidecar
-
-    def ask_again(self, request: Request, *refused: Refused) -> Request:
-        """The request with the reasons added for the model, and a longer limit of the reply if it was cut off."""
-        cut = any(each.reason == "max_tokens" for each in refused)
-        reasons = "; ".join(dict.fromkeys(map(str, refused)))
-        return dataclasses.replace(
-            request,
-            again=self.wording.again.format(reason=reasons),
-            length_factor=min(8, request.length_factor * (2 if cut else 1)),
-        )
 
     def save_replies(
         self, keys: Sequence[str | None], request: Request, reply: Reply, sidecars: Sequence[Mapping[str, Any]]

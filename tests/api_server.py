@@ -205,7 +205,7 @@ class ApiServer:
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
 
     def __enter__(self) -> ApiServer:
-        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.005,), daemon=True).start()
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -33,7 +33,7 @@ from ares.tables import Cell, Table, markdown
 from rl import run_folder
 from rl.flags import SCHEDULES
 from teacher import handoff, reference
-from teacher.estimate import FIGURES, agreement_figures, position_name
+from teacher.agreement import FIGURES, agreement_figures, position_name
 from teacher.interface import MODEL, REFERENCE, same_model
 from teacher.reply_files import read_scores, read_sidecar
 from teacher.session import CHECKS, OURS, UNKNOWN

@@ -23,7 +23,7 @@ from ares.cli import UserError
 from ares.sentences import sentence_columns, sentences_from_ids, split_text
 from model import T5ForMultimodalGenerationValueFunction
 from rl import ppo, reward_model, rollouts
-from teacher import estimate, handoff
+from teacher import agreement, handoff
 from teacher.prompts import scoring_request
 from teacher.reply_files import reading, write_reply
 from tests.api_server import ApiServer, score_by_text
@@ -251,12 +251,12 @@ def test_what_check_has_found_is_shown(tmp_path):
 
 def test_agreement_and_rank_correlation():
     a, b = [0.1, 0.5, 0.5, 0.9], [0.2, 0.4, 0.8, 0.8]
-    found = estimate.agreement_figures(list(zip(a, b, strict=True)))
+    found = agreement.agreement_figures(list(zip(a, b, strict=True)))
     # ranks by hand, equal values sharing theirs
     expected = statistics.correlation([1, 2.5, 2.5, 4], [1, 2, 3.5, 3.5])
     assert found == {"sentences": 4, "mean_difference": pytest.approx(0.15), "within_0.1": 0.75,
                      "rank_correlation": pytest.approx(expected)}  # fmt: skip
-    assert estimate.agreement_figures([(0.5, 0.1), (0.5, 0.9)])["rank_correlation"] is None
+    assert agreement.agreement_figures([(0.5, 0.1), (0.5, 0.9)])["rank_correlation"] is None
     rows = [reward_model.Rationale("1", (), (), (), tuple(scores)) for scores in ([1.0] * 7, [0.0, 0.5])]
     means = train_reward_model.means_by_position(rows)
     assert means == {"1": 0.5, "2": 0.75, "3": 1.0, "4": 1.0, "5": 1.0, "6+": 1.0}

@@ -8,19 +8,22 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 import haiku
+import haiku_for_correction_feedback
 from ares import cli, files
 from ares.sentences import split_text
 from teacher import handoff
 from teacher.budget import Totals, read_log
-from teacher.prompts import WORDING, scoring_request
+from teacher.prompts import WORDING, correction_request, scoring_request
 from tests.api_server import KEY
 from tests.conftest import ROOT
+from tools import win_rate
 
 PICTURE, CHOICES, TEXT = "952", "363", "155"  # test questions: an image; choice images only; text
 MODEL = "qwen2.5-vl"  # an open model, as servers name it
@@ -120,6 +123,30 @@ class World:
         return [len(batch.requests) for batch in self.server.batches]
 
 
+def correct_one(flags, tmp_path, sample, problems) -> tuple[Path, dict]:
+    """haiku_for_correction_feedback.py on one question: (its folder, its corrected problem)."""
+    data = sample / "ScienceQA/data"
+    qid = json.loads((data / "scienceqa/pid_splits.json").read_text())["test"][0]
+    folder, output = handoff.question_dir(tmp_path / "correction", 0, 0, qid), tmp_path / "correction.json"
+    handoff.write_rationale(folder, ["It is so."])
+    handoff.write_request(folder, correction_request(problems[qid], "It is so."), [])
+    argv = ("--data_root", data, "--correction_dir", tmp_path / "correction", "--train_split", "test")
+    haiku_for_correction_feedback.main([*map(str, (*flags, *argv, "--output", output))])
+    return folder, json.loads(output.read_text())[qid]
+
+
+def judge(flags, tmp_path, sample, count) -> dict:
+    """tools/win_rate.py on `count` questions with images: what it finds."""
+    data = sample / "ScienceQA/data"
+    qids = json.loads((data / "scienceqa/pid_splits.json").read_text())["test"]
+    for name in "AB":
+        files.write_json(tmp_path / f"{name}.json", {"preds": [f"By {name}: {q}." for q in qids], "qids": qids})
+    systems = [f"{name}={tmp_path / name}.json" for name in "AB"]
+    argv = ("--data_root", data, "--questions", count, "--with_image", "--images", sample / "images")
+    win_rate.main([*map(str, (*flags, *systems, *argv, "--output", tmp_path / "wins"))])
+    return json.loads((tmp_path / "wins/win_rate.json").read_text())
+
+
 def item_digests(asked) -> list[str]:
     """Digest of the request of each rationale that is asked about, as `many_items` has them."""
     shared, joined, _ = asked.text.partition(WORDING.together)
@@ -169,6 +196,11 @@ def wait_until(condition, seconds=60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.02)
+
+
+def server_is_idle() -> bool:
+    """Whether every request of a client that has ended is processed: the server has a thread for each connection."""
+    return not any("process_request" in thread.name for thread in threading.enumerate())
 
 
 def client(*argv, script="haiku.py", patch="", env=None) -> subprocess.Popen:

@@ -305,8 +305,9 @@ LOST = {  # of each retrieval, of the results, words
 }
 
 
-@pytest.mark.parametrize("submitted_before", [True, False], ids=["of an earlier run", "of this run"])
-@pytest.mark.parametrize("name", LOST)
+@pytest.mark.parametrize(
+    "name, submitted_before", [*((name, True) for name in LOST), ("results 404", False), ("foreign ids", False)]
+)
 def test_a_lost_batch_ends_the_run_and_is_not_bought_again(server, world, name, submitted_before):
     retrieval, results, words = LOST[name]
     if submitted_before:

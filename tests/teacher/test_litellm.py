@@ -16,14 +16,10 @@ from pathlib import Path
 
 import pytest
 
-import haiku_for_correction_feedback
-from ares import files
-from teacher import api_teacher, handoff
-from teacher.prompts import correction_request
+from teacher import api_teacher
 from tests.api_server import KEY, ApiServer, Fault, fill_form
 from tests.conftest import ROOT
-from tests.teacher.teacher_tools import PICTURE, World, lay_out, sidecar, wait_until
-from tools import win_rate
+from tests.teacher.teacher_tools import PICTURE, World, correct_one, judge, lay_out, sidecar, wait_until
 
 PROXY_KEY = "sk-litellm-0123456789"
 CONFIG = """
@@ -129,28 +125,15 @@ def test_scoring_with_images_and_again(world, upstream, sample, problems):
 
 
 def test_correction(upstream, flags, sample, problems, tmp_path):
-    data = sample / "ScienceQA/data"
-    qid = json.loads((data / "scienceqa/pid_splits.json").read_text())["test"][0]
-    folder = handoff.question_dir(tmp_path / "correction", 0, 0, qid)
-    handoff.write_rationale(folder, ["It is so."])
-    handoff.write_request(folder, correction_request(problems[qid], "It is so."), [])
-    haiku_for_correction_feedback.main(
-        [*flags, "--correction_dir", str(tmp_path / "correction"), "--train_split", "test", "--data_root", str(data),
-         "--output", str(tmp_path / "correction.json")])  # fmt: skip
-    assert json.loads((tmp_path / "correction.json").read_text())[qid]["solution"].strip() and len(upstream.log) == 1
+    _, corrected = correct_one(flags, tmp_path, sample, problems)
+    assert corrected["solution"].strip() and len(upstream.log) == 1
 
 
 def test_judging_with_images(upstream, flags, sample, tmp_path):
     upstream.respond = lambda asked: ('{"reason": "It is so.", "verdict": "1"}', "end_turn")
-    data = sample / "ScienceQA/data"
-    qids = json.loads((data / "scienceqa/pid_splits.json").read_text())["test"]
-    for name in "AB":
-        files.write_json(tmp_path / f"{name}.json", {"preds": [f"By {name}: {q}." for q in qids], "qids": qids})
-    systems = [f"{name}={tmp_path / name}.json" for name in "AB"]
-    argv = ["--output", str(tmp_path / "wins"), "--questions", "12", "--with_image", "--images", f"{sample}/images"]
-    win_rate.main([*flags, "--data_root", str(data), *systems, *argv])
+    found = judge(flags, tmp_path, sample, 12)
     assert len(upstream.log) == 24 and any(asked.images for asked in upstream.asked)
-    assert json.loads((tmp_path / "wins/win_rate.json").read_text())["summary"]["position"]["first"] == 100
+    assert found["summary"]["position"]["first"] == 100
 
 
 def test_rate_limits_and_failures_that_pass(world, upstream):

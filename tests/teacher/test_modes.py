@@ -14,7 +14,7 @@ from PIL import Image
 
 import haiku
 from ares import cli, files, images
-from teacher import estimate, handoff
+from teacher import agreement, handoff
 from teacher.prompts import PROMPT_VERSION
 from tests.api_server import KEY, Fault, fill_form
 from tests.teacher.teacher_tools import (
@@ -176,13 +176,13 @@ def test_a_free_teacher_is_checked_against_a_paid_one_with_its_flags(server, wor
 
 
 def test_agreement_by_position():
-    lines = estimate.agreement_lines(estimate.agreement([[0.1, 0.5], [0.9], None], [[0.2, 0.9], [0.9], [1.0]]))
+    lines = agreement.agreement_lines(agreement.agreement([[0.1, 0.5], [0.9], None], [[0.2, 0.9], [0.9], [1.0]]))
     assert lines[0] == "2 of 3 rationales scored by both, 3 sentences"
     assert lines[2].split() == ["all", "3", "0.167", "0.866", "66.7%"]
     assert lines[3].split() == ["1", "2", "0.050", "1.000", "100.0%"]
     assert lines[4].split() == ["2", "1", "0.400", "-", "0.0%"]
-    nothing = estimate.agreement([None], [None])
-    assert estimate.agreement_lines(nothing) == ["0 of 1 rationales scored by both, 0 sentences"]
+    nothing = agreement.agreement([None], [None])
+    assert agreement.agreement_lines(nothing) == ["0 of 1 rationales scored by both, 0 sentences"]
 
 
 # -- beside RL -----------------------------------------------------------------------------------------------

@@ -24,7 +24,17 @@ from teacher import handoff
 from tests import api_server
 from tests.api_server import LOST, SPOILT, ApiServer, Asked, Fault, score_by_text
 from tests.conftest import ROOT
-from tests.teacher.teacher_tools import CREDIT, World, forked, item_digests, lines_of, many_items, paid_usd
+from tests.teacher.teacher_tools import (
+    CREDIT,
+    World,
+    forked,
+    item_digests,
+    lines_of,
+    many_items,
+    paid_usd,
+    server_is_idle,
+    wait_until,
+)
 
 FULL = os.environ.get("ARES_STORM") == "full"
 ITEMS, KILLS, CONCURRENCY = (5000, 10, 32) if FULL else (200, 3, 16)
@@ -60,7 +70,7 @@ def test_storm(api_environment, tmp_path, problems, ways):
     """Every item ends answered; what is on disk is never asked again; each repeat has its reason and is in the log."""
     most = 4 if ways else 1  # items of a request
     concurrency = CONCURRENCY // most
-    questions, calm = tmp_path / "questions", tmp_path / "calm"
+    questions, calm, output = tmp_path / "questions", tmp_path / "calm", tmp_path / "log.txt"
     folders = many_items(questions, ITEMS, problems)
     shutil.copytree(questions, calm)
     began = time.monotonic()
@@ -83,15 +93,15 @@ def test_storm(api_environment, tmp_path, problems, ways):
         for _ in range(KILLS):
             # Too few requests for all items, so a fast client cannot end before it is killed.
             kill_at = len(log) + round(ITEMS / most / (KILLS + 1) * dice.uniform(0.4, 1.0))
-            running = world.client(*argv, patch=QUICK)
-            running.communicate(timeout=120)
-            assert running.returncode == -signal.SIGKILL
+            running = forked(world.flags(*argv), output, patch=QUICK)
+            running.join(120)
+            assert running.exitcode == -signal.SIGKILL
             time.sleep(0.5)  # what had reached the socket reaches the server's log
             kills.append((len(log), replies_on_disk(folders)))
         kill_at = None
-        running = world.client(*argv, patch=QUICK)
-        out, err = running.communicate(timeout=600)
-        assert running.returncode == 0, (out[-3000:], err[-3000:])
+        running = forked(world.flags(*argv), output, patch=QUICK)
+        running.join(600)
+        assert running.exitcode == 0, output.read_text()[-3000:]
         paid = paid_usd(server)
     seconds = time.monotonic() - began
 
@@ -156,7 +166,7 @@ STORMY, MOST_RUNS = 10, 200  # on a slow machine a run may be killed before it h
 NO_CREDIT = {"type": "invalid_request_error", "message": CREDIT}
 INVALID = {"type": "invalid_request_error", "message": "messages.0.content: Could not process image"}
 TEMPORARY = [{"type": kind, "message": "injected"} for kind in ("api_error", "overloaded_error")]
-SHORT = "from teacher import batches; batches.SETTLE_SECONDS, batches.BACKOFF, batches.MAX_COUNT = 0.2, 0.001, 4"
+SHORT = "from teacher import batches; batches.SETTLE_SECONDS, batches.BACKOFF, batches.MAX_COUNT = 0.05, 0.001, 4"
 AT_ONCE = {"retry-after-ms": "5"}  # else the SDK pauses
 CREATIONS = [Fault(429, headers=AT_ONCE), Fault(529), Fault(500), Fault(0, kind="dropped"), Fault(0, kind="lost"),
              Fault(504, kind="created"), Fault(400, "injected"), Fault(400, CREDIT)]  # fmt: skip
@@ -212,7 +222,7 @@ class BatchStorm:
         return text, stop
 
 
-@pytest.mark.parametrize("seed, ways", [(2, ()), (3, ()), (4, ()), (5, ("--together",)), (6, ("--together",))])
+@pytest.mark.parametrize("seed, ways", [(2, ()), (3, ()), (6, ("--together",))])
 def test_batch_storm(api_environment, tmp_path, problems, seed, ways):
     """Batches of a client that is killed again and again, with faults in all of the API's answers.
 
@@ -236,6 +246,7 @@ def test_batch_storm(api_environment, tmp_path, problems, seed, ways):
             assert kill_after, f"the client hangs: {log.read_text()[-2000:]}"
             client.kill()
             client.join()
+            wait_until(server_is_idle)
             ended["killed"] += 1
             return ""
         assert client.exitcode in (0, 2, 3), log.read_text()[-3000:]
@@ -250,7 +261,7 @@ def test_batch_storm(api_environment, tmp_path, problems, seed, ways):
     def delete(path):
         record = json.loads(path.read_text())
         path.unlink()
-        deleted.append(record["batch"])
+        deleted.extend((record["batch"], *record["not_ours"]))
         entries = (each if isinstance(each, list) else [each] for each in record["asked"].values())
         for asked in itertools.chain.from_iterable(entries):
             [digest] = [digest for digest, folder in folders.items() if folder == questions / asked["item"]]

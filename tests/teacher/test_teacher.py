@@ -255,9 +255,9 @@ def test_missing_key_comes_first_and_ends_with_2(tmp_path):
 
 
 def test_flags_that_would_be_ignored_and_wrong_places(server, world, tmp_path):
-    argv = ["--teacher", "reference", "--teacher_model", "x", "--attempts", "0"]
-    line = stops(lambda: haiku.parse_args(argv), "--teacher_model")
-    assert "--attempts must be" in line
+    argv = ["--teacher", "reference", "--teacher_model", "x", "--structured", "on", "--body", "{}", "--attempts", "0"]
+    line = stops(lambda: haiku.parse_args(argv), "--attempts must be at least 1")
+    assert all(f"{flag} has no effect" in line for flag in ("--teacher_model", "--structured", "--body"))
     stops(lambda: haiku.parse_args(["--base_url", "localhost:8000", "--estimate"]),
           "--base_url: localhost:8000 is no address; it begins with http")  # fmt: skip
     (tmp_path / "file").write_text("x")

@@ -15,8 +15,9 @@ import pytest
 import haiku
 from ares import cli
 from teacher import api_teacher, claude, handoff, reply_files
-from teacher.api_responses import is_account_refusal, redact, said
+from teacher.api_responses import is_account_refusal, said
 from teacher.api_teacher import START
+from teacher.redact import redact
 from tests.api_server import KEY, Fault, fill_form
 from tests.conftest import one_line_error, run_script
 from tests.teacher.teacher_tools import CREDIT, World, lay_out, many_items, messages, stops
@@ -59,8 +60,7 @@ REFUSALS = [  # words of its sentence that the line shows, fault
 ]
 
 
-@pytest.mark.parametrize("answered", [0, 2])
-@pytest.mark.parametrize("words, fault", REFUSALS)
+@pytest.mark.parametrize("words, fault, answered", [(*REFUSALS[0], 0), *((*each, 2) for each in REFUSALS)])
 def test_a_refusal_of_the_account_ends_the_run_at_once(server, world, words, fault, answered):
     server.plan = lambda asked: fault if len(server.log) >= answered else None
     line = world.stops(words, "--concurrency", "1", "--accept-missing", status=3)
@@ -123,8 +123,9 @@ def test_the_sentence_and_the_question_are_kept(server, world, capsys):
 BLOCKED = "Output blocked by content filtering policy"
 
 
-@pytest.mark.parametrize("flags", [(), ("--no-cache",), ("--together",)], ids=" ".join)
-@pytest.mark.parametrize("status", [400, 413, 422])
+@pytest.mark.parametrize(
+    "status, flags", [(400, ()), (413, ()), (422, ()), (400, ("--no-cache",)), (400, ("--together",))]
+)
 def test_what_the_api_refuses_is_not_asked_again_until_its_request_changes(server, world, problems, status, flags):
     bad = world.items[5:7]
     texts = [handoff.form(handoff.read_rationale(item.folder)) for item in bad]
@@ -249,6 +250,17 @@ def test_errors_that_pass_do_not_end_the_run(server, pictures):
     assert pictures.answered == 15 and seen[text] <= api_teacher.MAX_RETRIES + 1
 
 
+@pytest.mark.parametrize("kind", ["reset", "truncated_json"])
+def test_a_request_that_always_breaks_off_is_paid_a_few_times_only(server, world, kind, monkeypatch):
+    """Each may be charged; others are answered meanwhile."""
+    monkeypatch.setattr(api_teacher, "MAX_BACKOFF", 0.05)
+    text = world.request(3)
+    server.plan = lambda asked: Fault(0, kind=kind) if asked.text == text else None
+    world.stops("1 of 12 replies are unusable")
+    sent = sum(asked.text == text for asked in server.asked)
+    assert world.answered == 11 and sent == world.totals.unknown == api_teacher.MAX_SAME
+
+
 # -- replies of other forms ---------------------------------------------------------------------------------------
 
 
@@ -286,10 +298,10 @@ READABLE = COUNTED | {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("content_type", ["application/json", "text/event-stream"])
 @pytest.mark.parametrize("name", READABLE)
-def test_the_text_of_a_reply_is_taken_whatever_its_form(server, world, name, content_type, capsys):
+def test_the_text_of_a_reply_is_taken_whatever_its_form(server, world, name, capsys):
     make, counted = READABLE[name], name in COUNTED
+    content_type = "text/event-stream" if name in ("events", "bare", "thinking first") else "application/json"
     server.plan = lambda asked: Fault(200, body=make(fill_form(asked)[0]).encode(), content_type=content_type)
     world.ask("--max_usd", "1")
     assert world.answered == 12 == len(server.log)
@@ -335,11 +347,10 @@ def test_an_unreadable_reply_is_shown_after_a_few_requests(server, world, body):
 # -- addresses -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/", "/v1/messages", "/v1/messages/batches/", "//v1//", "/v1/messages?beta=true"]
-)
 @pytest.mark.parametrize("by", ["flag", "environment"])
-def test_the_api_path_is_stripped_from_the_address(server, world, path, by, monkeypatch):
+def test_the_api_path_is_stripped_from_the_address(server, world, by, monkeypatch):
+    for path in ("/", "/v1", "/v1/", "/v1/messages", "/v1/messages/batches/", "//v1//", "/v1/messages?beta=true"):
+        assert claude.ClaudeTeacher.address_of(server.url + path, "--base_url") == server.url
     if by == "flag":
         world.ask("--base_url", server.url + path)
     else:
@@ -350,26 +361,22 @@ def test_the_api_path_is_stripped_from_the_address(server, world, path, by, monk
 
 @pytest.mark.parametrize("path", ["/nothing/here", "/v1/account/gateway/anthropic", "/api/v1/x"])
 def test_a_404_of_the_address_blames_the_address(server, world, path):
-    assert claude.server_address(server.url + path) == server.url + path
+    assert claude.ClaudeTeacher.address_of(server.url + path, "--base_url") == server.url + path
     line = world.stops("--base_url: .*has no Messages API.*404", "--base_url", server.url + path)
     assert "--teacher_model" not in line
 
 
-@pytest.mark.parametrize("status", [404, 405])
-@pytest.mark.parametrize(
-    "body", [b"<html>Not Found</html>", b'{"detail": "Not Found"}', b"", b'{"error": {"message": "Not found"}}']
-)
-def test_other_servers_404(server, world, status, body):
-    server.plan = lambda asked: Fault(status, body=body)
-    world.stops("--base_url")
+def test_other_servers_404(server, world):
+    for body in (b"<html>Not Found</html>", b'{"detail": "Not Found"}', b"", b'{"error": {"message": "Not found"}}'):
+        for status in (404, 405):
+            server.plan = lambda asked, status=status, body=body: Fault(status, body=body)
+            world.stops("--base_url")
 
 
-@pytest.mark.parametrize(
-    "url", ["http://me:pass#word@host", "https://me@host/v1", "me:pass@host", "http://a:pa/ss@host"]
-)
-def test_an_address_with_a_password_is_refused_unseen(world, url):
-    line = world.stops("--base_url: the address holds a user name", "--base_url", url)
-    assert "pass" not in line.replace("password", "") and "me:" not in line
+def test_an_address_with_a_password_is_refused_unseen():
+    for url in ("http://me:pass#word@host", "https://me@host/v1", "me:pass@host", "http://a:pa/ss@host"):
+        line = stops(lambda url=url: haiku.main(["--base_url", url]), "--base_url: the address holds a user name")
+        assert "pass" not in line.replace("password", "") and "me:" not in line
 
 
 MALFORMED = ["http://[::1:8000", "http://[bad]", "http://localhost:abc", "http://localhost:99999", "http://localhost:-1",
@@ -377,18 +384,15 @@ MALFORMED = ["http://[::1:8000", "http://[bad]", "http://localhost:abc", "http:/
              "http://[::1]8000", "http://", "http://:80", "https://fe80::1:8000"]  # fmt: skip
 
 
-@pytest.mark.parametrize("url", MALFORMED)
-@pytest.mark.parametrize("teacher", ["claude", "openai"])
-@pytest.mark.parametrize("by", ["flag", "environment"])
-def test_a_malformed_address_is_refused_before_anything_is_asked(world, by, teacher, url, monkeypatch):
-    name = {"claude": "ANTHROPIC_BASE_URL", "openai": "OPENAI_BASE_URL"}[teacher]
+@pytest.mark.parametrize("teacher, name", [("claude", "ANTHROPIC_BASE_URL"), ("openai", "OPENAI_BASE_URL")])
+def test_a_malformed_address_is_refused_before_anything_is_asked(world, teacher, name, monkeypatch):
     argv = ["--questions_dir", str(world.root), "--data_root", "none", "--teacher", teacher, "--teacher_model", "m"]
-    if by == "flag":
-        argv += ["--base_url", url]
-    else:
+    for url in MALFORMED:
+        monkeypatch.delenv(name, raising=False)
+        by_flag = stops(lambda url=url: haiku.main([*argv, "--base_url", url]), "--base_url: .*is no address")
         monkeypatch.setenv(name, url)
-    line = stops(lambda: haiku.main(argv), f"{'--base_url' if by == 'flag' else name}: .*is no address")
-    assert line.isprintable()
+        by_environment = stops(lambda: haiku.main(argv), f"{name}: .*is no address")
+        assert by_flag.isprintable() and by_environment.isprintable()
 
 
 # -- the key ------------------------------------------------------------------------------------------------------
