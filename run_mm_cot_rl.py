@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,7 +102,7 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     from ares.devices import on_gpu
-    from rl import memory
+    from rl import memory, sharding
     from rl.rollouts import Prompts
     from sft.predict import from_rank0, tokenizer_digest
 
@@ -115,7 +114,7 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     precision = cli.mixed_precision(args.precision)
     args.precision = "bf16" if precision == "bf16" else "fp32"  # args.yaml records what ran
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=kwargs)
-    check_processes(accelerator)
+    sharding.check_processes(accelerator)
     launch.note_unused_gpus(torch.cuda.device_count(), "run_mm_cot_rl.py")
     if args.pass_tokens is None and on_gpu(accelerator.device):
         free = torch.tensor([torch.cuda.mem_get_info()[0]], device=accelerator.device)
@@ -148,30 +147,6 @@ def check_optimizer(args: argparse.Namespace, info: Any) -> None:
         policy = model.T5ForMultimodalGeneration(info.config)
         value = None if args.algo == "rloo" else model.T5ForMultimodalGenerationValueFunction(info.config)
     optimizer.check_optimizer(Path(args.base_model_dir) / "optimizer_state.pth", policy, value)
-
-
-def check_processes(accelerator: Any) -> None:
-    """Warn if accelerate started another number of processes than asked for; refuse if it silently dropped FSDP."""
-    asked, running = run_folder.asked_processes(), accelerator.num_processes
-    if asked is not None and asked != running:
-        cli.warn0(
-            f"accelerate launch was asked for {asked} processes, but {running} run(s): it starts one without a word "
-            f"on CPU; use ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} run_mm_cot_rl.py ..."
-        )
-    if running != cli.world_size():
-        raise UserError(
-            f"WORLD_SIZE is {cli.world_size()}, but accelerate runs {running} process(es); "
-            "launch with accelerate launch or torchrun (on CPU with ACCELERATE_USE_CPU=true)"
-        )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        if not accelerator.is_fsdp2:
-            raise UserError(
-                "the accelerate configuration asks for FSDP, but accelerate runs "
-                f"{accelerator.distributed_type.value} on {accelerator.device.type} without a word; "
-                "use a configuration without FSDP (configs/)"
-            )
-        # otherwise transformers leaves the weights empty on all processes but the first, for accelerate to fill
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 # -- one round -------------------------------------------------------------------------------------------

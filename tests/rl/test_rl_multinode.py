@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rl import rollouts, run_folder
+from rl import rollouts, sharding
 from tests.conftest import ROOT, _free_port, run_script
 from tests.rl import rl_tools
 from tests.rl.rl_tools import DIAGNOSTICS, flags, launch, metrics_of, weights
@@ -162,7 +162,7 @@ def test_a_world_smaller_than_asked_for_says_so(world, tmp_path):
 
 
 def test_nothing_is_said_of_other_launchers():
-    assert run_folder.asked_processes() is None
+    assert sharding.asked_processes() is None
 
 
 @pytest.mark.parametrize("config", ["ddp.yaml", "ddp_two_machines.yaml", "fsdp.yaml"])

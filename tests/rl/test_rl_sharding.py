@@ -65,14 +65,13 @@ def test_fsdp_that_accelerate_drops_is_refused(monkeypatch):
     """Without a GPU and without saying so: accelerate runs something else."""
     from accelerate import Accelerator
 
-    import run_mm_cot_rl
     from ares.cli import UserError
 
     accelerator = Accelerator(cpu=True)
     assert sharding.sharding_of(accelerator) is None
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="asks for FSDP, but accelerate runs"):
-        run_mm_cot_rl.check_processes(accelerator)
+        sharding.check_processes(accelerator)
 
 
 @pytest.mark.gpu
@@ -82,12 +81,11 @@ def test_on_a_gpu_accelerates_configuration_shards_the_parameters(tmp_path):
 import os, sys, torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
-import run_mm_cot_rl
 from rl import sharding
 from rl.actor_critic import ActorCritic
 from tests.rl.rl_tools import small_models
 accelerator = Accelerator(mixed_precision="bf16")
-run_mm_cot_rl.check_processes(accelerator)
+sharding.check_processes(accelerator)
 assert accelerator.distributed_type.value == "FSDP" and os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 how = sharding.sharding_of(accelerator)
 model = sharding.shard(ActorCritic(*small_models(torch.float32)).to(accelerator.device), how)
