@@ -279,7 +279,8 @@ def train_round(setup: Setup, store, number: int, decision: dict) -> None:
     from rl import ppo, rollouts, sharding
     from rl.metrics import Metrics, rollout_warnings, text_figures, write_samples
     from rl.optimizer import load_moments, read_optimizer
-    from rl.trainer import Position, PpoTrainer
+    from rl.saved_state import Position
+    from rl.trainer import PpoTrainer
 
     args, start = setup.args, start_folder(setup, number)
     rows, scores = rollouts.scored(store.load(), decision)
