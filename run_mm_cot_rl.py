@@ -75,6 +75,7 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     """
     import utils_data
     from model import check_checkpoint
+    from rl import optimizer
 
     data = utils_data.load_data(args, {"train": args.train_split})
     args.reference = run_folder.reference_folder(args)
@@ -89,7 +90,8 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
         for name in ("value_function.pth", "optimizer_state.pth")[args.algo == "rloo" :]:
             if not (Path(args.base_model_dir) / name).exists():
                 raise UserError(f"--continue_train True: {args.base_model_dir} has no {name}; start without it")
-        check_optimizer(args, info)
+        # now, before a Teacher is paid
+        optimizer.check_optimizer(Path(args.base_model_dir) / "optimizer_state.pth", info, args.algo == "ppo")
     tokenizer = utils_data.load_tokenizer(args, args.base_model_dir, args.reference)
     utils_data.check_vocabulary(tokenizer, info)
     le = utils_data.read_le(args.train_le, data.qids["train"], "--train_le") if args.train_le else None
@@ -135,20 +137,6 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     return Setup(args, folder, accelerator, tokenizer, data.problems, prompts, data.patch_size, start)
 
 
-def check_optimizer(args: argparse.Namespace, info: Any) -> None:
-    """Refuse, before a Teacher is paid, an optimizer state that training could not continue from."""
-    import torch
-
-    import model
-    from rl import optimizer
-
-    info.config.tie_word_embeddings = info.tied
-    with torch.device("meta"):
-        policy = model.T5ForMultimodalGeneration(info.config)
-        value = None if args.algo == "rloo" else model.T5ForMultimodalGenerationValueFunction(info.config)
-    optimizer.check_optimizer(Path(args.base_model_dir) / "optimizer_state.pth", policy, value)
-
-
 # -- one round -------------------------------------------------------------------------------------------
 
 
@@ -192,7 +180,7 @@ def begin_collection(setup: Setup, store, number: int) -> None:
 def collect_round(setup: Setup, store, number: int, k: int) -> None:
     """Steps 1 and 2: sample the batches that are not on disk, export them, signal."""
     from ares.devices import enough_memory
-    from rl import memory, rollouts
+    from rl import collection, memory, rollouts
     from rl.sampling import Models, Sampling, sample_batch
     from sft.predict import from_rank0
 
@@ -232,7 +220,7 @@ def collect_round(setup: Setup, store, number: int, k: int) -> None:
             sample(cli.rank(), batches[cli.rank()]).save(first)
         models.clear()
         check_memory(setup, number, rollouts.Rollouts.load(first).lengths.tolist())
-    rollouts.collect(store, batches, sample, setup.tokenizer)
+    collection.collect(store, batches, sample, setup.tokenizer)
 
 
 def check_memory(setup: Setup, number: int, lengths: Sequence[int]) -> None:
@@ -270,7 +258,7 @@ def await_feedback(setup: Setup, store) -> dict:
         print0("Waiting for the feedback")
         handoff.wait_for_feedback(store.questions, actions, args.poll_seconds, args.settle_seconds)
         rollouts.read_feedback(store, rows, args.max_dropped)
-    rollouts.wait_for_file(store.scores_file, args.poll_seconds, store.failed_file)
+    store.wait_for(store.scores_file, args.poll_seconds)
     return rollouts.read_decision(store.scores_file)
 
 
@@ -402,7 +390,7 @@ def run_rounds(setup: Setup, typed: Sequence[str]) -> None:
         else:
             if args.phase == "train":
                 raise UserError(f"--phase train: {store.folder} holds no finished rollouts; run --phase collect first")
-            with rollouts.failure_shared(store):
+            with store.failure_shared():
                 collect_round(setup, store, number, k)
             free_memory()
         print0("Rationale Finished")
@@ -410,7 +398,7 @@ def run_rounds(setup: Setup, typed: Sequence[str]) -> None:
             print0(f"round {number} is collected")
             launch.next_step(*run_folder.next_commands(args, setup.run, typed))
             return
-        with rollouts.failure_shared(store):
+        with store.failure_shared():
             decision = await_feedback(setup, store)
         train_round(setup, store, number, decision)
         free_memory()

@@ -384,7 +384,7 @@ def test_an_optimizer_that_fits_no_model_is_refused_before_anyone_is_paid(world,
     """PPO's for `--algo rloo`, and the released code's, which holds no names; its own is taken."""
     import model
     from rl.actor_critic import ActorCritic
-    from rl.optimizer import make_optimizer, optimizer_state
+    from rl.optimizer import check_optimizer, make_optimizer, optimizer_state
 
     folder = tmp_path / "run/0"
     shutil.copytree(world.base if kind == "untied" else fixtures / "model/vit_tied", folder)
@@ -394,9 +394,9 @@ def test_an_optimizer_that_fits_no_model_is_refused_before_anyone_is_paid(world,
     made = make_optimizer(ActorCritic(policy, value), SimpleNamespace(lr=1e-3, vf_lr=None, adam_eps=1e-8))
     torch.save(optimizer_state(*made), folder / "optimizer_state.pth")
     info = model.check_checkpoint(folder, policy.config.patch_size)
-    run_mm_cot_rl.check_optimizer(SimpleNamespace(base_model_dir=folder, algo="ppo"), info)
+    check_optimizer(folder / "optimizer_state.pth", info, with_value=True)
     with pytest.raises(UserError, match="--algo"):
-        run_mm_cot_rl.check_optimizer(SimpleNamespace(base_model_dir=folder, algo="rloo"), info)
+        check_optimizer(folder / "optimizer_state.pth", info, with_value=False)
     if kind == "untied":
         torch.save({"state": {}, "param_groups": []}, folder / "optimizer_state.pth")
         with pytest.raises(UserError, match="optimizer_state.pth was not written by this version"):
@@ -669,8 +669,8 @@ def test_an_export_without_its_rollouts_ends_every_rank(left, world, tmp_path):
 def test_a_process_that_waits_for_files_ends_with_the_one_that_failed(tmp_path, monkeypatch):
     store = rollouts.RolloutStore(tmp_path, 0)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="no reply"), rollouts.failure_shared(store):
+    with pytest.raises(UserError, match="no reply"), store.failure_shared():
         raise UserError("no reply can be used")
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(UserError, match="no reply can be used"):
-        rollouts.wait_for_file(store.scores_file, 0.01, store.failed_file)
+        store.wait_for(store.scores_file, 0.01)

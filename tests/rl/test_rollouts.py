@@ -11,7 +11,7 @@ from ares import cli, files
 from ares.cli import UserError
 from ares.decoding import action_mask
 from ares.sentences import sentence_columns
-from rl import rollouts
+from rl import collection, rollouts
 from teacher import handoff
 from tests.disk import disk_calls
 from tests.rl import rl_tools
@@ -135,13 +135,13 @@ def test_collect_goes_on_where_it_was_killed(lost_by_power, damage, tmp_path, t5
         )  # fmt: skip
 
     with pytest.raises(KeyboardInterrupt):
-        rollouts.collect(store, batches, sample, t5_tokenizer)
+        collection.collect(store, batches, sample, t5_tokenizer)
     assert not handoff.exported(store.questions) and not store.collected_file.exists()
     lost = handoff.question_dir(store.questions, 0, 0, "b") / handoff.RATIONALE
     text = lost.read_bytes()
     damage(lost)
     with disk_calls() as calls:
-        rollouts.collect(store, batches, sample, t5_tokenizer)
+        collection.collect(store, batches, sample, t5_tokenizer)
     assert made == [0, 1, 1, 2] and lost.read_bytes() == text
     assert (str(lost) in capsys.readouterr().err) == lost_by_power
     # one flush of all rationales, before the signal, and one of each file that took hours or ends a stage
@@ -162,14 +162,14 @@ def test_the_export_is_signalled_once_every_process_has_flushed_its_part(tmp_pat
         def sample(number, qids):
             return rollouts.to_rollouts(actions, qids, 1, rank, t5_tokenizer)
 
-        def wait(path, *more):  # in place of sleeping: the file's absence ends the process
+        def wait(self, path, poll_seconds):  # in place of sleeping: the file's absence ends the process
             waits.append((rank, path.name))
             if not path.exists():
                 raise FileNotFoundError(path)
 
         monkeypatch.setattr(cli, "rank", lambda: rank)
-        monkeypatch.setattr(rollouts, "wait_for_file", wait)
-        rollouts.collect(store, [["a"], ["b"]], sample, t5_tokenizer)
+        monkeypatch.setattr(rollouts.RolloutStore, "wait_for", wait)
+        collection.collect(store, [["a"], ["b"]], sample, t5_tokenizer)
 
     monkeypatch.setattr(cli, "world_size", lambda: 2)
     with pytest.raises(FileNotFoundError, match="collected"), disk_calls() as calls:

@@ -11,7 +11,7 @@ import torch
 
 from ares import decoding, devices
 from ares.decoding import action_mask
-from rl import actor_critic, minibatches, rollouts, sampling
+from rl import actor_critic, collection, minibatches, rollouts, sampling
 from rl.sampling import Sampling
 from teacher import handoff
 from tests.pretended_gpu import PretendedGPU
@@ -382,7 +382,7 @@ def test_columns_and_export_follow_the_given_ids(models, t5_tokenizer, tmp_path)
     assert int(rows.sentence_counts.sum()) > 0
     for row in range(6):
         assert all(1 <= column <= int(rows.lengths[row]) for column in rows.row_columns(row))
-    rollouts.export(rows, tmp_path, t5_tokenizer)
+    collection.export(rows, tmp_path, t5_tokenizer)
     items = handoff.iter_items(tmp_path)
     assert {(i.action, i.rank, i.qid) for i in items} == {
         (rows.action[r], 1, rows.qids[r]) for r in rollouts.rows_with_sentences(rows)
