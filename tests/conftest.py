@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -112,6 +113,22 @@ def ready(tmp_path_factory, sample, t5_tokenizer) -> Path:
         *("--data_root", str(data)),
     ])  # fmt: skip
     return folder
+
+
+@pytest.fixture(scope="session")
+def rl_base(tmp_path_factory, sample, t5_tokenizer, t5_tokenizer_dir) -> SimpleNamespace:
+    """Seven real questions (`data`), a tiny rationale model with image layers (`base`), `tokenizer`. Only read."""
+    from benchmarks.rl_common import make_data, make_model
+
+    tmp = tmp_path_factory.mktemp("rl_base")
+    data = make_data(tmp, sample, 7)
+    return SimpleNamespace(data=data, base=make_model(tmp / "base", data, t5_tokenizer), tokenizer=t5_tokenizer_dir)
+
+
+@pytest.fixture(scope="module")
+def rl_world(rl_base, tmp_path_factory) -> SimpleNamespace:
+    """`rl_base` and a folder `tmp` for the runs of a test file."""
+    return SimpleNamespace(**vars(rl_base), tmp=tmp_path_factory.mktemp("rl"))
 
 
 @pytest.fixture

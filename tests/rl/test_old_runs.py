@@ -51,13 +51,9 @@ def old_code(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def old(old_code, tmp_path_factory, sample, t5_tokenizer):
+def old(old_code, rl_world):
     """`old_code` as `run`, and a small world."""
-    tmp = tmp_path_factory.mktemp("old")
-    data = rl_tools.make_data(tmp, sample, 7)
-    return SimpleNamespace(
-        run=old_code, data=data, base=rl_tools.make_model(tmp / "base", data, t5_tokenizer), tmp=tmp
-    )
+    return SimpleNamespace(run=old_code, **vars(rl_world))
 
 
 @pytest.fixture(scope="module")

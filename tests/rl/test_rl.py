@@ -43,12 +43,8 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, sample, t5_tokenizer, t5_tokenizer_dir):
-    """`data`, `base` (a tiny multimodal model with tokenizer), `tokenizer`, `tmp`."""
-    tmp = tmp_path_factory.mktemp("rl")
-    data = rl_tools.make_data(tmp, sample, QUESTIONS)
-    base = rl_tools.make_model(tmp / "base", data, t5_tokenizer)
-    return SimpleNamespace(tmp=tmp, data=data, base=base, tokenizer=t5_tokenizer_dir)
+def world(rl_world):
+    return rl_world
 
 
 @pytest.fixture(scope="module")
@@ -442,15 +438,14 @@ def test_text_only_greedy_two_rounds(world, tmp_path, capsys):
     assert {int(state["step"]) for state in optimizer_of(run / "1")["state"].values()} == {4}
 
 
-@pytest.mark.parametrize("named", ["default", "the same", "another way", "a copy"])
+@pytest.mark.parametrize("named", ["default", "another way", "a copy"])
 def test_the_starting_model_as_the_reference_is_loaded_once(world, tmp_path, monkeypatch, named):
     """Two models instead of three, and a KL of exactly 0 at sampling; a copy elsewhere is another model."""
     loaded, load = [], run_mm_cot_rl.load_frozen
     monkeypatch.setattr(run_mm_cot_rl, "load_frozen", lambda *a, **k: loaded.append(a[1:]) or load(*a, **k))
     (tmp_path / "link").symlink_to(world.base)
-    reference = {"default": None, "the same": world.base, "another way": tmp_path / "link"}.get(named)
-    if named == "a copy":
-        reference = shutil.copytree(world.base, tmp_path / "copied")
+    shutil.copytree(world.base, tmp_path / "copied")
+    reference = {"another way": tmp_path / "link", "a copy": tmp_path / "copied"}.get(named)
     launch(world, tmp_path / "run", phase="collect", ref_model=reference)
     rows = rollouts.RolloutStore(tmp_path / "run", 0).load()
     assert len(loaded) == (3 if named == "a copy" else 2)
@@ -654,12 +649,12 @@ def test_a_teacher_client_that_started_first_stops_nothing(world, tmp_path):
     assert handoff.exported(run / "questions")
 
 
-@pytest.mark.parametrize("left", ["0/p0/1", "mmcot_finished_signal.txt"])
-def test_an_export_without_its_rollouts_ends_every_rank(left, world, tmp_path):
+def test_an_export_without_its_rollouts_ends_every_rank(world, tmp_path):
+    (tmp_path / "other/questions/0/p0/1").mkdir(parents=True)  # the rationales without the signal
+    with pytest.raises(UserError, match="without its rollouts"):
+        launch(world, tmp_path / "other", phase="collect")
     run = tmp_path / "run"
-    place = run / "questions" / left
-    place.parent.mkdir(parents=True)
-    place.write_text("") if "." in left else place.mkdir()
+    files.write_text(run / "questions/mmcot_finished_signal.txt", "")
     done = run_script("run_mm_cot_rl.py", *flags(world, run, phase="collect"), nproc=2, check=False,
                       env=ONE_THREAD, timeout=120)  # fmt: skip
     assert done.returncode != 0 and done.stderr.count("without its rollouts") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -11,11 +12,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+import haiku
 from rl import rollouts, sharding
 from tests.conftest import ROOT, _free_port, run_script
 from tests.rl import rl_tools
@@ -23,11 +24,8 @@ from tests.rl.rl_tools import DIAGNOSTICS, flags, launch, metrics_of, weights
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, sample, t5_tokenizer, t5_tokenizer_dir):
-    tmp = tmp_path_factory.mktemp("multinode")
-    data = rl_tools.make_data(tmp, sample, 7)
-    base = rl_tools.make_model(tmp / "base", data, t5_tokenizer)
-    return SimpleNamespace(tmp=tmp, data=data, base=base, tokenizer=t5_tokenizer_dir, sample=sample)
+def world(rl_world):
+    return rl_world
 
 
 def environment(**more) -> dict:
@@ -35,17 +33,17 @@ def environment(**more) -> dict:
 
 
 @pytest.fixture(scope="module")
-def collected(world):
+def collected(world, sample):
     """Acceptance 2, first half: collected by two processes, scored in place by the reference Teacher's own script."""
     run = world.tmp / "collected"
     done = run_script("run_mm_cot_rl.py", *flags(world, run, phase="collect"), nproc=2, env=environment())
     assert "2 process(es) on cpu" in done.stdout and "round 0 is collected\nnext:\n" in done.stdout
     assert not (run / "state").exists() and (run / "questions/mmcot_finished_signal.txt").exists()
-    images = world.sample / "images"
-    where = ["--data_root", world.data, *(["--images", images] if images.exists() else [])]
-    script = "preprocessing_after_RL/processing_sentence_level_feedback.py"
-    run_script(script, "--questions_dir", run / "questions", *where)
-    run_script("haiku.py", "--teacher", "reference", "--questions_dir", run / "questions", *where)
+    images = sample / "images"
+    where = ["--data_root", str(world.data), *(["--images", str(images)] if images.exists() else [])]
+    where += ["--questions_dir", str(run / "questions")]
+    importlib.import_module("preprocessing_after_RL.processing_sentence_level_feedback").main(where)
+    haiku.main([*where, "--teacher", "reference"])
     return run
 
 

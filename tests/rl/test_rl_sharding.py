@@ -7,8 +7,10 @@ import os
 import pytest
 import torch
 
+import run_mm_cot_rl
+from ares.cli import UserError
 from rl import sharding
-from tests.conftest import one_line_error, run_script
+from tests.conftest import run_script
 from tests.rl.rl_tools import make_trainer
 
 
@@ -56,16 +58,17 @@ def test_two_sharded_processes_make_the_updates_of_one_whole(tmp_path, blocks):
     ],
     ids=["fsdp-cpu", "fsdp-1", "fsdp-options", "deepspeed"],
 )  # fmt: skip
-def test_what_cannot_be_done_is_refused_with_its_reason(tmp_path, env, words):
-    done = run_script("run_mm_cot_rl.py", "--base_model_dir", tmp_path, check=False, env=env)
-    one_line_error(done, *words)
+def test_what_cannot_be_done_is_refused_with_its_reason(tmp_path, monkeypatch, env, words):
+    for name, value in ({"ACCELERATE_USE_CPU": "true"} | env).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as refusal:
+        run_mm_cot_rl.parse_args(["--base_model_dir", str(tmp_path)])
+    assert "\n" not in str(refusal.value) and all(word in str(refusal.value) for word in words)
 
 
 def test_fsdp_that_accelerate_drops_is_refused(monkeypatch):
     """Without a GPU and without saying so: accelerate runs something else."""
     from accelerate import Accelerator
-
-    from ares.cli import UserError
 
     accelerator = Accelerator(cpu=True)
     assert sharding.sharding_of(accelerator) is None
