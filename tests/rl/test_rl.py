@@ -239,27 +239,41 @@ def test_two_processes_then_a_second_round(world, collected, tmp_path):
     assert steps == {4 + 2 * math.ceil(12 / 4)}, "the optimizer went on from round 0"
 
 
-@pytest.mark.parametrize(
-    "passes",
-    [{}, {"value_warmup": 1, "vf_lr": 2e-3}, {"pass_tokens": 10**6}],
-    ids=["minibatches", "minibatches, warm-up", "joined"],
-)
-def test_one_process_and_two_make_the_same_update(world, collected, tmp_path, passes):
+PASSES = {"minibatches": {}, "warm-up": {"value_warmup": 1, "vf_lr": 2e-3}, "joined": {"pass_tokens": 10**6}}
+ONE_UPDATE = {"phase": "train", "rl_epochs": 1, "rl_batch_size": 5}
+
+
+@pytest.fixture(scope="module")
+def by_two(world, collected):
+    """Runs of PASSES by two processes, one after the other in the same two."""
+    runs = {name: copy(collected, world.tmp / f"two {name}") for name in PASSES}
+    argv = [flags(world, runs[name], ga_step=2, **ONE_UPDATE, **passes) for name, passes in PASSES.items()]
+    code = (
+        "import accelerate, run_mm_cot_rl, torch\n"
+        "accelerate.Accelerator.end_training = lambda self: None\n"  # the next run uses the same process group
+        f"for argv in {argv!r}: run_mm_cot_rl.main(argv)\n"
+        "torch.distributed.destroy_process_group()\n"
+    )
+    files.write_text(world.tmp / "by_two.py", code)
+    run_script(world.tmp / "by_two.py", nproc=2, env=ONE_THREAD | {"PYTHONPATH": str(ROOT)})
+    return runs
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_one_process_and_two_make_the_same_update(world, collected, by_two, tmp_path, name):
     """1 process x 4 accumulation steps = 2 x 2, on 14 rationales in minibatches of 5, 5 and 4: the second process has
     one real minibatch and one that weighs nothing, or, joined, 5 rows where the first has 9.
 
     float32 sums taken in another order: gradients agree to 1e-5 of their norm (1e-7 was seen), weights to 2e-6, where
     lr 1e-3 moves them by up to 1e-3; after a warm-up, whose step was rounded too, to 2e-5 (1e-5 was seen).
     """
-    one, two = copy(collected, tmp_path / "one"), copy(collected, tmp_path / "two")
-    how = {"phase": "train", "rl_epochs": 1, "rl_batch_size": 5}
-    launch(world, one, ga_step=4, **how, **{name: value for name, value in passes.items() if name != "pass_tokens"})
-    run_script("run_mm_cot_rl.py", *flags(world, two, ga_step=2, **how, **passes), nproc=2, env=ONE_THREAD)
+    one, two = copy(collected, tmp_path / "one"), by_two[name]
+    launch(world, one, ga_step=4, **ONE_UPDATE, **(PASSES[name] if name != "joined" else {}))
     a, b, start = weights(one / "0"), weights(two / "0"), weights_of_base(world.base)
     assert max(float((a[name] - start[name]).abs().max()) for name in start) > 9e-4
     assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=2e-5 if "value_warmup" in passes else 2e-6, rtol=0, msg=name)
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=2e-5 if name == "warm-up" else 2e-6, rtol=0, msg=key)
     left, right = optimizer_of(one / "0"), optimizer_of(two / "0")
     assert left["names"] == right["names"]
     for place, name in enumerate(left["names"]):
