@@ -87,6 +87,11 @@ class Rollouts:
         begin = int(self.sentence_offsets[row])
         return self.columns[begin : begin + int(self.sentence_counts[row])].tolist()
 
+    def positions(self, rows: Sequence[int]) -> Tensor:
+        """The places of `rows`' positions, row after row, in the flat fields."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        return _ranges(self.offsets[index], self.lengths[index])
+
     def pad(self, flat: Tensor, rows: Sequence[int], width: int | None = None) -> tuple[Tensor, Tensor]:
         """Rows of a per-position field as (B, T) with zeros on the right, and their (B, T) boolean mask; T is `width`,
         by default the longest row's length."""
@@ -105,20 +110,14 @@ class Rollouts:
 
     def select(self, rows: Sequence[int]) -> Rollouts:
         """The given rows alone, in the given order."""
-
-        def positions(offsets: Tensor, counts: Tensor) -> Tensor:
-            offsets, counts = offsets[index], counts[index]
-            return torch.arange(int(counts.sum())) + (offsets + counts - counts.cumsum(0)).repeat_interleave(counts)
-
-        index = torch.as_tensor(rows, dtype=torch.long)
-        at = positions(self.offsets, self.lengths)
+        index, at = torch.as_tensor(rows, dtype=torch.long), self.positions(rows)
         return Rollouts(
             qids=[self.qids[row] for row in rows],
             action=[self.action[row] for row in rows],
             rank=[self.rank[row] for row in rows],
             lengths=self.lengths[index],
             sentence_counts=self.sentence_counts[index],
-            columns=self.columns[positions(self.sentence_offsets, self.sentence_counts)],
+            columns=self.columns[_ranges(self.sentence_offsets[index], self.sentence_counts[index])],
             **{name: getattr(self, name)[at] for name in FIELDS},
         )
 
@@ -149,6 +148,11 @@ class Rollouts:
         rows = {key: [item for part in parts for item in getattr(part, key)] for key in ("qids", "action", "rank")}
         names = ("lengths", "sentence_counts", "columns", *FIELDS)
         return cls(**rows, **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+def _ranges(begins: Tensor, counts: Tensor) -> Tensor:
+    """begin, begin + 1, ..., begin + count - 1 of each pair, one range after the other."""
+    return torch.arange(int(counts.sum())) + (begins + counts - counts.cumsum(0)).repeat_interleave(counts)
 
 
 # -- prompts ---------------------------------------------------------------------------------------------

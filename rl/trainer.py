@@ -308,9 +308,7 @@ class PpoTrainer:
             there = to_device(one.tensors, device)
             found = self._forward(one.prompt, there, with_policy=False)[2].float()
             if rows:
-                places = torch.cat([torch.arange(o, o + n) for o, n in zip(
-                    roll.offsets[rows].tolist(), roll.lengths[rows].tolist(), strict=True)])  # fmt: skip
-                values[to_device(places, device)] = found.flatten().index_select(0, there["index"])
+                values[to_device(roll.positions(rows), device)] = found.flatten().index_select(0, there["index"])
         values = self.accelerator.reduce(values, "sum").cpu()
         if self.accelerator.is_main_process:
             save_values(self.fitted, values)
