@@ -16,8 +16,8 @@ One round (there are `--epochs`, each with fresh samples):
 After a kill the same command resumes where it stopped. `--phase collect` ends after step 2 and `--phase train` begins
 at step 4, so that the GPUs are free while the Teacher works. Runs alone (`python run_mm_cot_rl.py ...`), on CPU, on
 several machines that share a file system (configs/), and without images (no `--img_type`). Flags: rl/flags.py; the run
-folder: rl/run_folder.py; rollouts on disk: rl/rollouts.py; from scores to the loss: rl/ppo.py; updates and resuming:
-rl/trainer.py. docs/rl.md defines every diagnostic.
+folder: rl/run_folder.py; steps 1 and 2: rl/collection.py; rollouts on disk: rl/rollouts.py; from scores to the loss:
+rl/ppo.py; updates and resuming: rl/trainer.py. docs/rl.md defines every diagnostic.
 
 DeepSpeed and FSDP 1 are refused; FSDP 2 shards PPO, sampling uses unsharded models (rl/sharding.py).
 """

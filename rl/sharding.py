@@ -6,7 +6,7 @@ Each T5 block is a unit, what is around the blocks (embeddings, norms, image lay
 `fully_shard` does the rest. accelerate's `prepare` is not used: it swaps parameters under the optimizer, and without
 it the tests run on two CPU processes what runs on GPUs. Weights are gathered in fp32 and autocast computes in bf16, so
 the numbers are those of DDP. Files are those of DDP too: every tensor is full. Without sharding each function returns
-what it was given.
+what it was given. `check_processes` refuses a launch for which accelerate silently runs something else.
 """
 
 from __future__ import annotations
