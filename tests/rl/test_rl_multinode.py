@@ -47,12 +47,12 @@ def collected(world, sample):
     return run
 
 
-def test_collect_with_two_processes_score_in_place_train_with_one(world, collected, tmp_path):
-    """Acceptance 2, second half, through a real launch without a launcher: every named diagnostic is there, finite."""
+def test_collect_with_two_processes_score_in_place_train_with_one(world, collected, tmp_path, capsys):
+    """Acceptance 2, second half: every named diagnostic is there, finite."""
     run = tmp_path / "run"
     shutil.copytree(collected, run)
-    done = run_script("run_mm_cot_rl.py", *flags(world, run, phase="train", report_to=None), env=environment())
-    assert "1 process(es) on cpu" in done.stdout
+    launch(world, run, phase="train", report_to=None)
+    assert "1 process(es) on cpu" in capsys.readouterr().out
     assert (run / "0/model.safetensors").exists() and list((run / "tensorboard").iterdir())
     (rollout,) = metrics_of(run, "rollout")
     lines = metrics_of(run, "update") + metrics_of(run, "epoch")

@@ -14,16 +14,23 @@ from tests.conftest import run_script
 from tests.rl.rl_tools import make_trainer
 
 
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """What two processes made, with and without checkpointing of blocks."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for blocks in ("plain", "checkpointing"):
+        (folder / blocks).mkdir()
+    run_script("-m", "tests.rl.rl_sharding_worker", folder, nproc=2, env={"OMP_NUM_THREADS": "1"})
+    return folder
+
+
 @pytest.mark.parametrize("blocks", ["plain", "checkpointing"])
-def test_two_sharded_processes_make_the_updates_of_one_whole(tmp_path, blocks):
+def test_two_sharded_processes_make_the_updates_of_one_whole(by_two, tmp_path, blocks):
     """2 processes x 2 accumulation steps, sharded, stopped after an epoch and gone on with from the saved state,
     against 1 x 4 in this process. float64: what is left is the order of sums."""
-    env = {"OMP_NUM_THREADS": "1"}
-    run_script("-m", "tests.rl.rl_sharding_worker", tmp_path, blocks, nproc=2, env=env)
-    got = torch.load(tmp_path / "whole.pth", weights_only=True)
+    got = torch.load(by_two / blocks / "whole.pth", weights_only=True)
 
-    (tmp_path / "one").mkdir()
-    trainer = make_trainer(tmp_path / "one", rows=9, ga_step=4, max_grad_norm=0.05, save_minutes=1e6)
+    trainer = make_trainer(tmp_path, rows=9, ga_step=4, max_grad_norm=0.05, save_minutes=1e6)
     start = {name: tensor.clone() for name, tensor in trainer.raw.state_dict().items()}
     trainer.train()
     want = trainer.raw.state_dict()
@@ -39,7 +46,7 @@ def test_two_sharded_processes_make_the_updates_of_one_whole(tmp_path, blocks):
 
     from model import T5ForMultimodalGenerationValueFunction
 
-    loaded = T5ForMultimodalGenerationValueFunction.from_pretrained(tmp_path / "saved", dtype=torch.float64)
+    loaded = T5ForMultimodalGenerationValueFunction.from_pretrained(by_two / blocks / "saved", dtype=torch.float64)
     for name, tensor in trainer.raw.value_function.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, atol=1e-8, rtol=1e-8, msg=name)
 
