@@ -16,8 +16,8 @@ One round (there are `--epochs`, each with fresh samples):
 After a kill the same command resumes where it stopped. `--phase collect` ends after step 2 and `--phase train` begins
 at step 4, so that the GPUs are free while the Teacher works. Runs alone (`python run_mm_cot_rl.py ...`), on CPU, on
 several machines that share a file system (configs/), and without images (no `--img_type`). Flags: rl/flags.py; the run
-folder: rl/run_folder.py; rollouts on disk: rl/rollouts.py; from scores to the loss: rl/ppo.py; updates and resuming:
-rl/trainer.py. docs/rl.md defines every diagnostic.
+folder: rl/run_folder.py; steps 1 and 2: rl/collection.py; rollouts on disk: rl/rollouts.py; from scores to the loss:
+rl/ppo.py; updates and resuming: rl/trainer.py. docs/rl.md defines every diagnostic.
 
 DeepSpeed and FSDP 1 are refused; FSDP 2 shards PPO, sampling uses unsharded models (rl/sharding.py).
 """
@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,6 +75,7 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     """
     import utils_data
     from model import check_checkpoint
+    from rl import optimizer
 
     data = utils_data.load_data(args, {"train": args.train_split})
     args.reference = run_folder.reference_folder(args)
@@ -90,7 +90,8 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
         for name in ("value_function.pth", "optimizer_state.pth")[args.algo == "rloo" :]:
             if not (Path(args.base_model_dir) / name).exists():
                 raise UserError(f"--continue_train True: {args.base_model_dir} has no {name}; start without it")
-        check_optimizer(args, info)
+        # now, before a Teacher is paid
+        optimizer.check_optimizer(Path(args.base_model_dir) / "optimizer_state.pth", info, args.algo == "ppo")
     tokenizer = utils_data.load_tokenizer(args, args.base_model_dir, args.reference)
     utils_data.check_vocabulary(tokenizer, info)
     le = utils_data.read_le(args.train_le, data.qids["train"], "--train_le") if args.train_le else None
@@ -103,7 +104,7 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     from ares.devices import on_gpu
-    from rl import memory
+    from rl import memory, sharding
     from rl.rollouts import Prompts
     from sft.predict import from_rank0, tokenizer_digest
 
@@ -115,7 +116,7 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
     precision = cli.mixed_precision(args.precision)
     args.precision = "bf16" if precision == "bf16" else "fp32"  # args.yaml records what ran
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=kwargs)
-    check_processes(accelerator)
+    sharding.check_processes(accelerator)
     launch.note_unused_gpus(torch.cuda.device_count(), "run_mm_cot_rl.py")
     if args.pass_tokens is None and on_gpu(accelerator.device):
         free = torch.tensor([torch.cuda.mem_get_info()[0]], device=accelerator.device)
@@ -134,44 +135,6 @@ def set_up(args: argparse.Namespace, held: contextlib.ExitStack) -> Setup:
         + (f", up to {args.pass_tokens} tokens in a pass" if args.pass_tokens else "")
     )
     return Setup(args, folder, accelerator, tokenizer, data.problems, prompts, data.patch_size, start)
-
-
-def check_optimizer(args: argparse.Namespace, info: Any) -> None:
-    """Refuse, before a Teacher is paid, an optimizer state that training could not continue from."""
-    import torch
-
-    import model
-    from rl import optimizer
-
-    info.config.tie_word_embeddings = info.tied
-    with torch.device("meta"):
-        policy = model.T5ForMultimodalGeneration(info.config)
-        value = None if args.algo == "rloo" else model.T5ForMultimodalGenerationValueFunction(info.config)
-    optimizer.check_optimizer(Path(args.base_model_dir) / "optimizer_state.pth", policy, value)
-
-
-def check_processes(accelerator: Any) -> None:
-    """Warn if accelerate started another number of processes than asked for; refuse if it silently dropped FSDP."""
-    asked, running = run_folder.asked_processes(), accelerator.num_processes
-    if asked is not None and asked != running:
-        cli.warn0(
-            f"accelerate launch was asked for {asked} processes, but {running} run(s): it starts one without a word "
-            f"on CPU; use ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} run_mm_cot_rl.py ..."
-        )
-    if running != cli.world_size():
-        raise UserError(
-            f"WORLD_SIZE is {cli.world_size()}, but accelerate runs {running} process(es); "
-            "launch with accelerate launch or torchrun (on CPU with ACCELERATE_USE_CPU=true)"
-        )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        if not accelerator.is_fsdp2:
-            raise UserError(
-                "the accelerate configuration asks for FSDP, but accelerate runs "
-                f"{accelerator.distributed_type.value} on {accelerator.device.type} without a word; "
-                "use a configuration without FSDP (configs/)"
-            )
-        # otherwise transformers leaves the weights empty on all processes but the first, for accelerate to fill
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 # -- one round -------------------------------------------------------------------------------------------
@@ -217,7 +180,7 @@ def begin_collection(setup: Setup, store, number: int) -> None:
 def collect_round(setup: Setup, store, number: int, k: int) -> None:
     """Steps 1 and 2: sample the batches that are not on disk, export them, signal."""
     from ares.devices import enough_memory
-    from rl import memory, rollouts
+    from rl import collection, memory, rollouts
     from rl.sampling import Models, Sampling, sample_batch
     from sft.predict import from_rank0
 
@@ -257,7 +220,7 @@ def collect_round(setup: Setup, store, number: int, k: int) -> None:
             sample(cli.rank(), batches[cli.rank()]).save(first)
         models.clear()
         check_memory(setup, number, rollouts.Rollouts.load(first).lengths.tolist())
-    rollouts.collect(store, batches, sample, setup.tokenizer)
+    collection.collect(store, batches, sample, setup.tokenizer)
 
 
 def check_memory(setup: Setup, number: int, lengths: Sequence[int]) -> None:
@@ -295,7 +258,7 @@ def await_feedback(setup: Setup, store) -> dict:
         print0("Waiting for the feedback")
         handoff.wait_for_feedback(store.questions, actions, args.poll_seconds, args.settle_seconds)
         rollouts.read_feedback(store, rows, args.max_dropped)
-    rollouts.wait_for_file(store.scores_file, args.poll_seconds, store.failed_file)
+    store.wait_for(store.scores_file, args.poll_seconds)
     return rollouts.read_decision(store.scores_file)
 
 
@@ -304,7 +267,8 @@ def train_round(setup: Setup, store, number: int, decision: dict) -> None:
     from rl import ppo, rollouts, sharding
     from rl.metrics import Metrics, rollout_warnings, text_figures, write_samples
     from rl.optimizer import load_moments, read_optimizer
-    from rl.trainer import Position, PpoTrainer
+    from rl.saved_state import Position
+    from rl.trainer import PpoTrainer
 
     args, start = setup.args, start_folder(setup, number)
     rows, scores = rollouts.scored(store.load(), decision)
@@ -426,7 +390,7 @@ def run_rounds(setup: Setup, typed: Sequence[str]) -> None:
         else:
             if args.phase == "train":
                 raise UserError(f"--phase train: {store.folder} holds no finished rollouts; run --phase collect first")
-            with rollouts.failure_shared(store):
+            with store.failure_shared():
                 collect_round(setup, store, number, k)
             free_memory()
         print0("Rationale Finished")
@@ -434,7 +398,7 @@ def run_rounds(setup: Setup, typed: Sequence[str]) -> None:
             print0(f"round {number} is collected")
             launch.next_step(*run_folder.next_commands(args, setup.run, typed))
             return
-        with rollouts.failure_shared(store):
+        with store.failure_shared():
             decision = await_feedback(setup, store)
         train_round(setup, store, number, decision)
         free_memory()

@@ -157,7 +157,8 @@ def sample(root: Path) -> None:
 
 def export(root: Path) -> dict[str, float]:
     """Export the rollouts and signal."""
-    from rl.rollouts import RolloutStore, collect
+    from rl.collection import collect
+    from rl.rollouts import RolloutStore
     from utils_data import load_tokenizer
 
     store, tokenizer = RolloutStore(root / "run", 0), load_tokenizer(data_flags(root))

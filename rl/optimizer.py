@@ -11,6 +11,7 @@ from torch import nn
 
 from ares.checkpoints import load_torch
 from ares.cli import UserError
+from model import T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction
 from rl import sharding
 from rl.actor_critic import ActorCritic
 
@@ -70,8 +71,13 @@ def read_optimizer(path: Path, names: list[str]) -> dict[str, Any]:
     return saved
 
 
-def check_optimizer(path: Path, policy: nn.Module, value_function: nn.Module | None) -> None:
-    """`read_optimizer` before the models are loaded: these may be on the meta device."""
+def check_optimizer(path: Path, info: Any, with_value: bool) -> None:
+    """`read_optimizer` before models are loaded, for a checkpoint (`model.CheckpointInfo`) that training goes on from,
+    `with_value` function or without."""
+    info.config.tie_word_embeddings = info.tied
+    with torch.device("meta"):
+        policy = T5ForMultimodalGeneration(info.config)
+        value_function = T5ForMultimodalGenerationValueFunction(info.config) if with_value else None
     groups = parameter_groups(ActorCritic(policy, value_function))
     read_optimizer(path, [name for group in groups for name, _ in group])
 

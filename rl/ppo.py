@@ -182,7 +182,9 @@ class ScoredRollouts:
 
     def explained_variance(self) -> float:
         """1 - Var(R - V) / Var(R) of the rollouts' values against the Monte-Carlo returns, over all positions."""
-        return explained_variance(self.to_go.double(), self.rollouts.values.double())
+        returns, values = self.to_go.double(), self.rollouts.values.double()
+        variance = returns.var(correction=0)
+        return float(1 - (returns - values).var(correction=0) / variance) if variance > 1e-12 else math.nan
 
     def row_stats(self, rows: Sequence[int]) -> dict[str, float]:
         """Means over rationales (over their sentences for the score)."""
@@ -275,6 +277,89 @@ def _chunks(qids: Sequence[str], size: int) -> list[list[int]]:
 # -- 3. losses -------------------------------------------------------------------------------------------
 
 
+def _surrogates(logprobs, old_logprobs, advantages, mask, clip_range) -> tuple[Tensor, Tensor]:
+    """The two terms of PPO's maximum, (B, T) each: unclipped and clipped."""
+    logratio = _keep(logprobs - old_logprobs, mask)
+    ratio = logratio.exp()
+    advantages = _keep(advantages, mask)
+    return -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float,
+    denominator: Tensor | float | None = None,
+) -> Tensor:  # fmt: skip
+    """Clipped surrogate (arXiv 1707.06347, eq. 7), to be minimised: mean of max(-A r, -A clip(r, 1 - c, 1 + c))."""
+    unclipped, clipped = _surrogates(logprobs, old_logprobs, advantages, mask, clip_range)
+    return masked_mean(torch.max(unclipped, clipped), mask, denominator)
+
+
+def value_loss(
+    values: Tensor, returns: Tensor, mask: Tensor, denominator: Tensor | float | None = None, *,
+    old_values: Tensor | None = None, clip_range: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Mean of (V - R)^2: no factor 0.5. Unclipped, as released, unless `clip_range` is given with `old_values`:
+    then the larger of (V - R)^2 and (clip(V, V_old - c, V_old + c) - R)^2."""
+    error = _keep(values - returns, mask).square()
+    if clip_range is not None:
+        near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+        error = torch.max(error, _keep(near - returns, mask).square())
+    return masked_mean(error, mask, denominator)
+
+
+# -- 4. diagnostics --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def clipfrac(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, clip_range: float,
+    denominator: Tensor | float | None = None,
+) -> Tensor:  # fmt: skip
+    """Share of positions where the clipped term is the larger one, that is, where `policy_loss` has no gradient.
+
+    It needs the advantages: a ratio beyond the range still learns if its advantage pulls it back. (The released
+    trainer logged the value loss under this name.)
+    """
+    unclipped, clipped = _surrogates(logprobs, old_logprobs, advantages, mask, clip_range)
+    return masked_mean((clipped > unclipped).to(unclipped.dtype), mask, denominator)
+
+
+@torch.no_grad()
+def approx_kl(
+    logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, denominator: Tensor | float | None = None
+) -> Tensor:
+    """KL(old || new) from samples of old by the k3 estimator: mean of (r - 1) - log r. Unbiased and never negative."""
+    logratio = _keep(logprobs - old_logprobs, mask)
+    return masked_mean(logratio.expm1() - logratio, mask, denominator)
+
+
+# Sums over real positions that an update adds up over its passes and processes, in this order
+SUMS = ("policy_loss", "value_loss", "approx_kl", "kl_ref", "entropy", "clipfrac", "ret", "ret2", "err", "err2", "n")
+
+
+def diagnostics(sums: Sequence[float], args: Any) -> dict[str, float]:
+    """Means per position from sums in the order of SUMS; those of a value function only where there is one.
+
+    explained_variance is 1 - Var(R - V) / Var(R): 1 perfect, 0 no better than a constant, nan if R does not vary.
+    """
+    total = dict(zip(SUMS, sums, strict=True))
+    n = total["n"]
+    out = {key: total[key] / n for key in SUMS[:6]}
+    out["positions"] = n
+    out["loss"] = out["policy_loss"] - args.entropy_coef * out["entropy"]
+    if args.algo == "rloo":
+        del out["value_loss"]
+        return out
+    out["loss"] += args.vf_coef * out["value_loss"]
+    variance = total["ret2"] / n - (total["ret"] / n) ** 2
+    unexplained = total["err2"] / n - (total["err"] / n) ** 2
+    out["explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else math.nan
+    return out
+
+
+# -- 5. the loss of a pass -------------------------------------------------------------------------------
+
+
 class MiniBatch(NamedTuple):
     """What one pass trains on besides the actions, (B, T) each; advantages are already whitened over the step."""
 
@@ -283,10 +368,6 @@ class MiniBatch(NamedTuple):
     old_values: Tensor
     returns: Tensor
     advantages: Tensor
-
-
-# sums over real positions that an update adds up over its passes and processes, in this order
-SUMS = ("policy_loss", "value_loss", "approx_kl", "kl_ref", "entropy", "clipfrac", "ret", "ret2", "err", "err2", "n")
 
 
 def ppo_loss(
@@ -330,103 +411,7 @@ def warmup_loss(values: Tensor, to_go: Tensor, mask: Tensor, total: int) -> tupl
     `ppo_loss` gives them: 0 for what needs a policy."""
     loss = value_loss(values, to_go, mask, total)
     with torch.no_grad():
-        parts = {"value_loss": loss * total, "n": mask.sum()}
-        parts |= zip(("ret", "ret2"), moments(to_go, mask)[:2], strict=True)
-        parts |= zip(("err", "err2"), moments(to_go - values, mask)[:2], strict=True)
         zero = torch.zeros_like(loss)
-        return loss, torch.stack([parts.get(name, zero).double() for name in SUMS])
-
-
-def _surrogates(logprobs, old_logprobs, advantages, mask, clip_range) -> tuple[Tensor, Tensor]:
-    """The two terms of PPO's maximum, (B, T) each: unclipped and clipped."""
-    logratio = _keep(logprobs - old_logprobs, mask)
-    ratio = logratio.exp()
-    advantages = _keep(advantages, mask)
-    return -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-
-
-def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_range: float,
-    denominator: Tensor | float | None = None,
-) -> Tensor:
-    """Clipped surrogate (arXiv 1707.06347, eq. 7), to be minimised: mean of max(-A r, -A clip(r, 1 - c, 1 + c))."""
-    unclipped, clipped = _surrogates(logprobs, old_logprobs, advantages, mask, clip_range)
-    return masked_mean(torch.max(unclipped, clipped), mask, denominator)
-
-
-def value_loss(
-    values: Tensor,
-    returns: Tensor,
-    mask: Tensor,
-    denominator: Tensor | float | None = None,
-    *,
-    old_values: Tensor | None = None,
-    clip_range: float | None = None,
-) -> Tensor:
-    """Mean of (V - R)^2: no factor 0.5. Unclipped, as released, unless `clip_range` is given with `old_values`:
-    then the larger of (V - R)^2 and (clip(V, V_old - c, V_old + c) - R)^2."""
-    error = _keep(values - returns, mask).square()
-    if clip_range is not None:
-        near = old_values + (values - old_values).clamp(-clip_range, clip_range)
-        error = torch.max(error, _keep(near - returns, mask).square())
-    return masked_mean(error, mask, denominator)
-
-
-# -- 4. diagnostics --------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def clipfrac(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_range: float,
-    denominator: Tensor | float | None = None,
-) -> Tensor:
-    """Share of positions where the clipped term is the larger one, that is, where `policy_loss` has no gradient.
-
-    It needs the advantages: a ratio beyond the range still learns if its advantage pulls it back. (The released
-    trainer logged the value loss under this name.)
-    """
-    unclipped, clipped = _surrogates(logprobs, old_logprobs, advantages, mask, clip_range)
-    return masked_mean((clipped > unclipped).to(unclipped.dtype), mask, denominator)
-
-
-@torch.no_grad()
-def approx_kl(
-    logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, denominator: Tensor | float | None = None
-) -> Tensor:
-    """KL(old || new) from samples of old by the k3 estimator: mean of (r - 1) - log r. Unbiased and never negative."""
-    logratio = _keep(logprobs - old_logprobs, mask)
-    return masked_mean(logratio.expm1() - logratio, mask, denominator)
-
-
-def explained_variance(returns: Tensor, values: Tensor) -> float:
-    """1 - Var(R - V) / Var(R): 1 perfect, 0 no better than a constant, nan if R does not vary."""
-    variance = returns.var(correction=0)
-    return float(1 - (returns - values).var(correction=0) / variance) if variance > 1e-12 else math.nan
-
-
-def diagnostics(sums: Sequence[float], args: Any) -> dict[str, float]:
-    """Means per position from sums in the order of SUMS; those of a value function only where there is one.
-
-    explained_variance is 1 - Var(R - V) / Var(R): 1 perfect, 0 no better than a constant, nan if R does not vary.
-    """
-    total = dict(zip(SUMS, sums, strict=True))
-    n = total["n"]
-    out = {key: total[key] / n for key in SUMS[:6]}
-    out["positions"] = n
-    out["loss"] = out["policy_loss"] - args.entropy_coef * out["entropy"]
-    if args.algo == "rloo":
-        del out["value_loss"]
-        return out
-    out["loss"] += args.vf_coef * out["value_loss"]
-    variance = total["ret2"] / n - (total["ret"] / n) ** 2
-    unexplained = total["err2"] / n - (total["err"] / n) ** 2
-    out["explained_variance"] = 1 - unexplained / variance if variance > 1e-12 else math.nan
-    return out
+        spread, error = moments(to_go, mask)[:2], moments(to_go - values, mask)[:2]
+        sums = [zero, loss * total, *[zero] * 4, *spread, *error, mask.sum()]
+        return loss, torch.stack([one.double() for one in sums])

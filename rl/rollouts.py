@@ -1,5 +1,7 @@
 """Rollouts: k sampled rationales per question (rl/sampling.py), on disk, and the Teacher's scores for them.
 
+rl/collection.py fills a round's folder.
+
 Files under `{run}/rollouts/round_{n}/`:
 
     plan.json                    the sampling batches (question ids) and a fingerprint of their prompts
@@ -20,9 +22,8 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,11 @@ class Rollouts:
         begin = int(self.sentence_offsets[row])
         return self.columns[begin : begin + int(self.sentence_counts[row])].tolist()
 
+    def positions(self, rows: Sequence[int]) -> Tensor:
+        """The places of `rows`' positions, row after row, in the flat fields."""
+        index = torch.as_tensor(rows, dtype=torch.long)
+        return _ranges(self.offsets[index], self.lengths[index])
+
     def pad(self, flat: Tensor, rows: Sequence[int], width: int | None = None) -> tuple[Tensor, Tensor]:
         """Rows of a per-position field as (B, T) with zeros on the right, and their (B, T) boolean mask; T is `width`,
         by default the longest row's length."""
@@ -104,20 +110,14 @@ class Rollouts:
 
     def select(self, rows: Sequence[int]) -> Rollouts:
         """The given rows alone, in the given order."""
-
-        def positions(offsets: Tensor, counts: Tensor) -> Tensor:
-            offsets, counts = offsets[index], counts[index]
-            return torch.arange(int(counts.sum())) + (offsets + counts - counts.cumsum(0)).repeat_interleave(counts)
-
-        index = torch.as_tensor(rows, dtype=torch.long)
-        at = positions(self.offsets, self.lengths)
+        index, at = torch.as_tensor(rows, dtype=torch.long), self.positions(rows)
         return Rollouts(
             qids=[self.qids[row] for row in rows],
             action=[self.action[row] for row in rows],
             rank=[self.rank[row] for row in rows],
             lengths=self.lengths[index],
             sentence_counts=self.sentence_counts[index],
-            columns=self.columns[positions(self.sentence_offsets, self.sentence_counts)],
+            columns=self.columns[_ranges(self.sentence_offsets[index], self.sentence_counts[index])],
             **{name: getattr(self, name)[at] for name in FIELDS},
         )
 
@@ -148,6 +148,11 @@ class Rollouts:
         rows = {key: [item for part in parts for item in getattr(part, key)] for key in ("qids", "action", "rank")}
         names = ("lengths", "sentence_counts", "columns", *FIELDS)
         return cls(**rows, **{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+def _ranges(begins: Tensor, counts: Tensor) -> Tensor:
+    """begin, begin + 1, ..., begin + count - 1 of each pair, one range after the other."""
+    return torch.arange(int(counts.sum())) + (begins + counts - counts.cumsum(0)).repeat_interleave(counts)
 
 
 # -- prompts ---------------------------------------------------------------------------------------------
@@ -184,13 +189,6 @@ def plan_batches(lengths: dict[str, int], batch_size: int) -> list[list[str]]:
     """Question ids in batches of similar prompt length, longest first, so that a lack of memory shows at once."""
     order = sorted(lengths, key=lambda qid: -lengths[qid])  # a stable sort: equal lengths keep the split's order
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-def _texts(batches: list) -> list[str]:
-    """The question ids of `batches`, or [] if it is not a list of lists of strings."""
-    if not all(isinstance(batch, list) and all(isinstance(qid, str) for qid in batch) for batch in batches):
-        return []
-    return [qid for batch in batches for qid in batch]
 
 
 def seed_for(*parts: object) -> int:
@@ -242,6 +240,23 @@ class RolloutStore:
         """Says that a process of this launch has exported its rationales and flushed them to disk."""
         return self.folder / f"{EXPORTED}{rank}"
 
+    def wait_for(self, path: Path, poll_seconds: float) -> None:
+        """Sleep until another process has written `path`; raise its UserError if it ended with one instead."""
+        while not path.exists():
+            if self.failed_file.exists():
+                raise UserError(self.failed_file.read_text(encoding="utf-8"))
+            time.sleep(poll_seconds)
+
+    @contextlib.contextmanager
+    def failure_shared(self) -> Iterator[None]:
+        """Write a UserError of the block to `failed_file`, so that processes that wait for files end as well."""
+        try:
+            yield
+        except UserError as error:
+            if cli.world_size() > 1 and not self.failed_file.exists():
+                files.write_text(self.failed_file, str(error))
+            raise
+
     def shard(self, number: int) -> Path:
         return self.folder / f"batch_{number:06d}.safetensors"
 
@@ -259,7 +274,9 @@ class RolloutStore:
                     "restore the data, or start anew with --overwrite"
                 )
             batches = plan.get("batches")
-            if not isinstance(batches, list) or sorted(_texts(batches)) != sorted(prompts.lengths):
+            fits = isinstance(batches, list) and all(isinstance(batch, list) for batch in batches)
+            qids = [qid for batch in batches for qid in batch] if fits else []
+            if not all(isinstance(qid, str) for qid in qids) or sorted(qids) != sorted(prompts.lengths):
                 raise UserError(f"{self.plan_file} is damaged; restore it, or start anew with --overwrite")
             return batches
         share = math.ceil(len(prompts.lengths) / cli.world_size())  # a small split keeps every process busy, too
@@ -277,46 +294,6 @@ class RolloutStore:
         return Rollouts.concatenate([Rollouts.load(shard) for shard in shards])
 
 
-def collect(
-    store: RolloutStore,
-    batches: Sequence[Sequence[str]],
-    sample: Callable[[int, Sequence[str]], Rollouts],
-    tokenizer,
-    poll_seconds: float = 2.0,
-) -> None:
-    """Sample and export this process's share of `batches`, then wait for the files of the other processes.
-
-    `sample(number, qids)` makes one batch. Batches on disk are not sampled again; their rationales are exported if a
-    kill came in between. Rank 0 signals the end of the export and writes `collected.json`.
-    """
-    mine = range(cli.rank(), len(batches), cli.world_size())
-    samples = sentences = 0
-    for number in cli.progress(mine, desc="sampling", total=len(mine), unit="batch"):
-        if not store.shard(number).exists():
-            sample(number, batches[number]).save(store.shard(number))
-        rows = Rollouts.load(store.shard(number))
-        export(rows, store.questions, tokenizer)
-        samples, sentences = samples + len(rows), sentences + int(rows.sentence_counts.sum())
-    if cli.rank() != 0:
-        files.flush_all()  # perhaps of another machine than rank 0's
-        files.touch(store.exported_file(cli.rank()))
-        wait_for_file(store.collected_file, poll_seconds, store.failed_file)
-        return
-    # files instead of a collective: processes may end hours apart, and a process group would time out
-    for number in sorted(set(range(len(batches))).difference(mine)):
-        wait_for_file(store.shard(number), poll_seconds, store.failed_file)
-        rows = Rollouts.load(store.shard(number))
-        for row in rows_with_sentences(rows):
-            rationale = question_folder(rows, row, store.questions) / handoff.RATIONALE
-            wait_for_file(rationale, poll_seconds, store.failed_file)
-        samples, sentences = samples + len(rows), sentences + int(rows.sentence_counts.sum())
-    for rank in range(1, cli.world_size()):
-        wait_for_file(store.exported_file(rank), poll_seconds, store.failed_file)
-    if not handoff.exported(store.questions):  # a re-run must not make answers older than the export
-        handoff.mark_exported(store.questions)
-    files.write_json(store.collected_file, {"batches": len(batches), "samples": samples, "sentences": sentences})
-
-
 def rows_with_sentences(rollouts: Rollouts) -> list[int]:
     """The rows that are exported: an empty rationale is not scored."""
     return rollouts.sentence_counts.nonzero()[:, 0].tolist()
@@ -324,41 +301,6 @@ def rows_with_sentences(rollouts: Rollouts) -> list[int]:
 
 def question_folder(rollouts: Rollouts, row: int, questions: Path) -> Path:
     return handoff.question_dir(questions, rollouts.action[row], rollouts.rank[row], rollouts.qids[row])
-
-
-def export(rollouts: Rollouts, questions: Path, tokenizer) -> None:
-    """Write the missing rationales, one folder per sample, for the Teacher to score. A warning names what a power cut
-    damaged, which is written again."""
-    damaged = []
-    for row in rows_with_sentences(rollouts):
-        folder = question_folder(rollouts, row, questions)
-        try:
-            handoff.read_rationale(folder)
-        except handoff.Refused as refused:
-            if os.path.lexists(folder / handoff.RATIONALE):
-                damaged.append(refused)
-            handoff.write_rationale(folder, [s.text for s in sentences_from_ids(rollouts.ids(row), tokenizer)])
-    if damaged:
-        cli.warn0(f"{len(damaged)} rationales of an earlier launch are damaged and written again, first: {damaged[0]}")
-
-
-def wait_for_file(path: Path, poll_seconds: float, failed: Path | None = None) -> None:
-    """Sleep until another process of this run has written `path`; raise its UserError if it wrote `failed` instead."""
-    while not path.exists():
-        if failed is not None and failed.exists():
-            raise UserError(failed.read_text(encoding="utf-8"))
-        time.sleep(poll_seconds)
-
-
-@contextlib.contextmanager
-def failure_shared(store: RolloutStore) -> Iterator[None]:
-    """Write a UserError of the block to `store.failed_file`, so that processes that wait for files end as well."""
-    try:
-        yield
-    except UserError as error:
-        if cli.world_size() > 1 and not store.failed_file.exists():
-            files.write_text(store.failed_file, str(error))
-        raise
 
 
 def save_values(path: Path, values: Tensor) -> None:

@@ -225,29 +225,6 @@ def kl_coefficient(args: argparse.Namespace, start: Path, first: bool, kl: float
     return recorded * factor
 
 
-def asked_processes() -> int | None:
-    """The number of processes that `accelerate launch` was asked for on its command line or by its configuration.
-
-    None if unknown: another launcher, or not Linux. The environment does not hold it.
-    """
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
-    except OSError:
-        return None
-    if "launch" not in words or not any("accelerate" in word for word in words[: words.index("launch")]):
-        return None
-    given = {}
-    for i, word in enumerate(words[:-1]):
-        name, _, value = word.partition("=")
-        given.setdefault(name.lstrip("-").replace("-", "_"), value or words[i + 1])
-    if "num_processes" in given:
-        return int(given["num_processes"])
-    if Path(given.get("config_file", "")).is_file():
-        asked = files.read_yaml(given["config_file"], "--config_file").get("num_processes")
-        return asked if type(asked) is int else None
-    return None
-
-
 def finished(folder: Path, number: int) -> bool:
     """Whether a round's checkpoint exists (it is written in one step)."""
     return (folder / str(number) / "args.yaml").exists()

@@ -6,17 +6,22 @@ Each T5 block is a unit, what is around the blocks (embeddings, norms, image lay
 `fully_shard` does the rest. accelerate's `prepare` is not used: it swaps parameters under the optimizer, and without
 it the tests run on two CPU processes what runs on GPUs. Weights are gathered in fp32 and autocast computes in bf16, so
 the numbers are those of DDP. Files are those of DDP too: every tensor is full. Without sharding each function returns
-what it was given.
+what it was given. `check_processes` refuses a launch for which accelerate silently runs something else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ares import cli, files
+from ares.cli import UserError
 
 
 @dataclass(frozen=True)
@@ -113,3 +118,53 @@ def no_sync(model: nn.Module, accelerator: Any, how: Sharding | None):
             model.set_requires_gradient_sync(True)
 
     return without_sync()
+
+
+# -- what accelerate runs --------------------------------------------------------------------------------
+
+
+def check_processes(accelerator: Any) -> None:
+    """Warn if accelerate started another number of processes than asked for; refuse if it silently dropped FSDP."""
+    asked, running = asked_processes(), accelerator.num_processes
+    if asked is not None and asked != running:
+        cli.warn0(
+            f"accelerate launch was asked for {asked} processes, but {running} run(s): it starts one without a word "
+            f"on CPU; use ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} run_mm_cot_rl.py ..."
+        )
+    if running != cli.world_size():
+        raise UserError(
+            f"WORLD_SIZE is {cli.world_size()}, but accelerate runs {running} process(es); "
+            "launch with accelerate launch or torchrun (on CPU with ACCELERATE_USE_CPU=true)"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        if not accelerator.is_fsdp2:
+            raise UserError(
+                "the accelerate configuration asks for FSDP, but accelerate runs "
+                f"{accelerator.distributed_type.value} on {accelerator.device.type} without a word; "
+                "use a configuration without FSDP (configs/)"
+            )
+        # otherwise transformers leaves the weights empty on all processes but the first, for accelerate to fill
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+
+def asked_processes() -> int | None:
+    """The number of processes that `accelerate launch` was asked for on its command line or by its configuration.
+
+    None if unknown: another launcher, or not Linux. The environment does not hold it.
+    """
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
+    except OSError:
+        return None
+    if "launch" not in words or not any("accelerate" in word for word in words[: words.index("launch")]):
+        return None
+    given = {}
+    for i, word in enumerate(words[:-1]):
+        name, _, value = word.partition("=")
+        given.setdefault(name.lstrip("-").replace("-", "_"), value or words[i + 1])
+    if "num_processes" in given:
+        return int(given["num_processes"])
+    if Path(given.get("config_file", "")).is_file():
+        asked = files.read_yaml(given["config_file"], "--config_file").get("num_processes")
+        return asked if type(asked) is int else None
+    return None

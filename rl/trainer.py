@@ -16,7 +16,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ares import cli, files, launch
-from ares.checkpoints import load_torch, refuse_damaged
-from ares.cli import UserError, in_one_line
+from ares.cli import UserError
 from ares.devices import ahead, flat_index, padded_length, pinned, to_device
 from rl import actor_critic, ppo, sharding
 from rl.actor_critic import ActorCritic
@@ -34,25 +33,9 @@ from rl.metrics import Metrics, epoch_warnings, summary
 from rl.minibatches import micro_batches, plan_epoch
 from rl.optimizer import load_moments, make_optimizer, optimizer_state, scheduled_lr
 from rl.rollouts import Prompts, load_values, save_values, seed_for
+from rl.saved_state import Position, newest_state
 
 SAVE, STOP = 1.0, 1000.0  # what an update adds up over processes: saving is due; Ctrl-C was pressed
-
-
-@dataclass
-class Position:
-    """Progress within a round: `update` updates of `epoch` are done, whose diagnostics add up to `sums`.
-
-    Epochs of the value warm-up are negative: -1 is the last one.
-    """
-
-    epoch: int = 0
-    update: int = 0
-    done: int = 0  # PPO's updates since the round began
-    sums: list[float] = field(default_factory=lambda: [0.0] * len(ppo.SUMS))
-    grad_norm: float = 0.0  # summed over the epoch's updates
-    grad_dot: float = 0.0  # of the policy's gradients of updates 0 and 1, 2 and 3, ... of the epoch, summed
-    grad_square: float = 0.0  # mean squared norm of the two, summed likewise
-    entropy: float | None = None  # of the round's first update, to detect a collapse
 
 
 @dataclass
@@ -325,9 +308,7 @@ class PpoTrainer:
             there = to_device(one.tensors, device)
             found = self._forward(one.prompt, there, with_policy=False)[2].float()
             if rows:
-                places = torch.cat([torch.arange(o, o + n) for o, n in zip(
-                    roll.offsets[rows].tolist(), roll.lengths[rows].tolist(), strict=True)])  # fmt: skip
-                values[to_device(places, device)] = found.flatten().index_select(0, there["index"])
+                values[to_device(roll.positions(rows), device)] = found.flatten().index_select(0, there["index"])
         values = self.accelerator.reduce(values, "sum").cpu()
         if self.accelerator.is_main_process:
             save_values(self.fitted, values)
@@ -412,36 +393,20 @@ class PpoTrainer:
 
         Raises UserError if it does not fit, or if every saved state is damaged.
         """
-        found, damaged = [], []
-        for i, slot in enumerate(self.slots):
-            if slot.exists():
-                try:
-                    refuse_damaged(slot, "--run_dir")
-                    state = load_torch(slot, "--run_dir")
-                    name, position = state["name"], Position(**state["position"])
-                    if name["round"] == self.number:
-                        found.append((position.done, position.epoch, position.update, i, state))
-                except UserError as error:
-                    damaged.append(str(error))
-                except (KeyError, TypeError) as error:
-                    damaged.append(f"--run_dir: {slot} is no saved state ({in_one_line(error, 80)})")
-        if damaged and not found:
-            raise UserError(f"{damaged[0]}; delete {self.slots[0].parent} to begin this round's PPO anew")
-        for fault in damaged:
-            cli.warn0(f"{fault}; going on from the other saved state")
-        if not found:
+        newest = newest_state(self.slots, self.number)
+        if newest is None:
             return False
-        *_, newest, state = max(found, key=lambda entry: entry[:4])
+        slot, state = newest
         if state["name"] != self._identity:
             changed = [f"{key} {state['name'][key]} -> {value}" for key, value in self._identity.items()]
             raise UserError(
-                f"{self.slots[newest]}: PPO of this round was begun with other processes or samples "
+                f"{self.slots[slot]}: PPO of this round was begun with other processes or samples "
                 f"({', '.join(changed)}); go on with the same number of processes, or delete "
-                f"{self.slots[0].parent} to begin this round's PPO anew"
+                f"{self.slots[slot].parent} to begin this round's PPO anew"
             )
         sharding.load_full_state(self.raw, state["model"])
         load_moments(self.optimizer, state["optimizer"]["state"])
-        self.position, self.saves = Position(**state["position"]), newest + 1
+        self.position, self.saves = state["position"], slot + 1
         here, name, epoch = self.position, "PPO", self.position.epoch
         if epoch < 0:
             name, epoch = "the value warm-up", epoch + self.args.value_warmup

@@ -7,11 +7,14 @@ ARES_REQUIRE_SHARED=1 (CI) absence fails.
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -112,6 +115,34 @@ def ready(tmp_path_factory, sample, t5_tokenizer) -> Path:
         *("--data_root", str(data)),
     ])  # fmt: skip
     return folder
+
+
+@pytest.fixture(scope="session")
+def rl_base(tmp_path_factory, sample, t5_tokenizer, t5_tokenizer_dir) -> SimpleNamespace:
+    """Seven real questions (`data`), a tiny rationale model with image layers (`base`), `tokenizer`. Only read."""
+    from benchmarks.rl_common import make_data, make_model
+
+    tmp = tmp_path_factory.mktemp("rl_base")
+    data = make_data(tmp, sample, 7)
+    return SimpleNamespace(data=data, base=make_model(tmp / "base", data, t5_tokenizer), tokenizer=t5_tokenizer_dir)
+
+
+@pytest.fixture(scope="module")
+def rl_world(rl_base, tmp_path_factory) -> SimpleNamespace:
+    """`rl_base` and a folder `tmp` for the runs of a test file."""
+    return SimpleNamespace(**vars(rl_base), tmp=tmp_path_factory.mktemp("rl"))
+
+
+@pytest.fixture(scope="session")
+def old_code(tmp_path_factory) -> Path:
+    """The code of an old commit, whose run folders the present code has to finish."""
+    commit = "12494b9"
+    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True)
+    if archive.returncode:
+        pytest.skip(f"the history holds no commit {commit} (a shallow clone): {archive.stderr.decode().strip()}")
+    code = tmp_path_factory.mktemp("old_code")
+    tarfile.open(fileobj=io.BytesIO(archive.stdout)).extractall(code, filter="data")
+    return code
 
 
 @pytest.fixture

@@ -300,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import utils_data
     from model import check_checkpoint
-    from rl import reward_model
+    from rl import reward_model, reward_training
     from sft.predict import tokenizer_digest, weights_digest
     from sft.run import check_run_dir
 
@@ -313,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = utils_data.load_tokenizer(args, args.model)
     utils_data.check_vocabulary(tokenizer, info)
     rationales = reward_model.tokenised(found, tokenizer, args.read_twice, found.values())
-    train, held_out = reward_model.hold_out(rationales, args.held_out, args.seed)
+    train, held_out = reward_training.hold_out(rationales, args.held_out, args.seed)
     folder = Path(args.run_dir)
     check_run_dir(folder, args.model)
     files.writable_dir(folder, "--run_dir")
@@ -344,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         mean = fmean(score for row in train for score in row.scores)
         model = reward_model.load(args.model, data.patch_size, device, args.seed, mean)
         scorer = reward_model.Scorer(model, prompts, device, bf16)
-        fit = reward_model.Fit(scorer, train, held_out, args, folder / STATE)
+        fit = reward_training.Fit(scorer, train, held_out, args, folder / STATE)
         fit.run()
         metrics = measure(scorer, train, held_out, data.problems, authors)
         metrics |= {"teachers": dict(authors), "history": fit.history, "best_epoch": fit.best_epoch}

@@ -1,6 +1,6 @@
 """What each of two CPU processes runs in test_rl_sharding.py: PPO cut by torch's own FSDP2, stopped and gone on with.
 
-torchrun --nproc_per_node 2 -m tests.rl.rl_sharding_worker FOLDER {checkpointing,plain}
+torchrun --nproc_per_node 2 -m tests.rl.rl_sharding_worker FOLDER     # writes FOLDER/plain, FOLDER/checkpointing
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Stopped(Exception):
     pass
 
 
-def main(folder: Path, checkpointing: bool) -> None:
+def train(folder: Path, checkpointing: bool) -> None:
     how = {"rows": 9, "save_minutes": 0, "gradient_checkpointing": checkpointing, "max_grad_norm": 0.05, "ga_step": 2}
 
     def trainer():
@@ -60,8 +60,9 @@ def main(folder: Path, checkpointing: bool) -> None:
     else:
         assert state == policy == value == {}
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] == "checkpointing")
+    for blocks in ("plain", "checkpointing"):
+        train(Path(sys.argv[1]) / blocks, blocks == "checkpointing")
+    torch.distributed.destroy_process_group()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 from collections import Counter
 from types import SimpleNamespace
 
@@ -18,28 +16,21 @@ import torch
 import haiku
 from rl import rollouts
 from tests.api_server import ApiServer
-from tests.conftest import ROOT
 from tests.rl import rl_tools
 from tests.rl.rl_tools import flags, launch, metrics_of, weights
 from tests.teacher.teacher_tools import many_items, scores
 
-COMMIT = "12494b9"
 TRAIN = {"phase": "train", "rl_epochs": 2, "save_minutes": 0, "log_term": 1}
 
 
 @pytest.fixture(scope="module")
-def old_code(tmp_path_factory):
+def run_old(old_code):
     """`run(*argv, script=...)` runs a script of the old commit; with `kill_at` until it prints that."""
-    made = subprocess.run(["git", "archive", COMMIT], cwd=ROOT, capture_output=True)
-    if made.returncode:
-        pytest.skip(f"the history holds no commit {COMMIT} (a shallow clone)")
-    code = tmp_path_factory.mktemp("old_code")
-    tarfile.open(fileobj=io.BytesIO(made.stdout)).extractall(code, filter="data")
 
     def run(*argv, script: str = "run_mm_cot_rl.py", kill_at: str | None = None) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         env.pop("PYTHONPATH", None)
-        how = {"cwd": code, "env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        how = {"cwd": old_code, "env": env, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         process, said = subprocess.Popen([sys.executable, script, *map(str, argv)], **how), []
         for line in process.stdout:
             said.append(line)
@@ -51,13 +42,9 @@ def old_code(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def old(old_code, tmp_path_factory, sample, t5_tokenizer):
-    """`old_code` as `run`, and a small world."""
-    tmp = tmp_path_factory.mktemp("old")
-    data = rl_tools.make_data(tmp, sample, 7)
-    return SimpleNamespace(
-        run=old_code, data=data, base=rl_tools.make_model(tmp / "base", data, t5_tokenizer), tmp=tmp
-    )
+def old(run_old, rl_world):
+    """`run_old` as `run`, and a small world."""
+    return SimpleNamespace(run=run_old, **vars(rl_world))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +122,7 @@ def test_a_round_that_the_old_code_trained_has_the_present_weights_and_is_contin
 
 
 @pytest.mark.parametrize("how", ["live", "batch"])
-def test_what_the_old_client_asked_is_not_asked_again(old_code, problems, sample, tmp_path, api_environment, how):
+def test_what_the_old_client_asked_is_not_asked_again(run_old, problems, sample, tmp_path, api_environment, how):
     """Half of a folder answered, or a batch submitted, by the old client; the present one does the rest."""
     questions = tmp_path / "questions"
     many_items(questions, 8, problems)  # 4 actions
@@ -143,12 +130,12 @@ def test_what_the_old_client_asked_is_not_asked_again(old_code, problems, sample
         argv = ["--questions_dir", questions, "--base_url", server.url, "--data_root", sample / "ScienceQA/data"]
         argv = [*map(str, argv), "--cache", str(tmp_path / "cache")]
         if how == "live":
-            old_code(*argv, "--actions", 0, 1, script="haiku.py")
+            run_old(*argv, "--actions", 0, 1, script="haiku.py")
             assert len(scores(questions)) == 4 == len(server.log)
             haiku.main(argv)
             asked = Counter(text for text, _ in server.log)
         else:
-            old_code(*argv, "--batch", "--submit-only", script="haiku.py")
+            run_old(*argv, "--batch", "--submit-only", script="haiku.py")
             assert len(server.batches) == 1 and not scores(questions)
             haiku.main([*argv, "--batch", "--poll_seconds", "0.1"])
             asked = server.paid

@@ -22,7 +22,7 @@ from ares import files
 from ares.cli import UserError
 from ares.sentences import sentence_columns, sentences_from_ids, split_text
 from model import T5ForMultimodalGenerationValueFunction
-from rl import ppo, reward_model, rollouts
+from rl import ppo, reward_model, reward_training, rollouts
 from teacher import agreement, handoff
 from teacher.prompts import scoring_request
 from teacher.reply_files import reading, write_reply
@@ -206,7 +206,7 @@ def test_on_a_gpu_the_host_waits_once_an_epoch(world, t5_tokenizer, monkeypatch,
         begin(model)
         prompts = reward_model.make_prompts(data, world.qids, t5_tokenizer, args, cpu)
         scorer = reward_model.Scorer(model, prompts, cpu, bf16=False)
-        fit = reward_model.Fit(scorer, rows, rows[:4], flags, tmp_path / "state.pth")
+        fit = reward_training.Fit(scorer, rows, rows[:4], flags, tmp_path / "state.pth")
         return fit.epoch(0), fit
 
     plain, _ = trained()
@@ -266,7 +266,7 @@ def test_questions_are_held_out_whole_and_stay_so():
     rows = [reward_model.Rationale(str(i % 400), (str(i),), (), ()) for i in range(1200)]
 
     def held_out(rows, seed=1):
-        train, held = reward_model.hold_out(rows, 0.1, seed)
+        train, held = reward_training.hold_out(rows, 0.1, seed)
         assert not {row.qid for row in held} & {row.qid for row in train} and len(train) + len(held) == len(rows)
         return {row.qid for row in held}
 
@@ -275,7 +275,7 @@ def test_questions_are_held_out_whole_and_stay_so():
     few = {str(i) for i in range(100)}
     assert held_out([row for row in rows if row.qid in few]) == qids & few, "more questions change nothing for these"
     assert len(held_out([row for row in rows if row.qid in {"1", "2"}])) == 1, "one at least"
-    refused(lambda: reward_model.hold_out(rows[:1], 0.1, 1), "--held_out")
+    refused(lambda: reward_training.hold_out(rows[:1], 0.1, 1), "--held_out")
 
 
 def test_scores_of_identical_rationales_are_their_mean_in_any_order(world, tmp_path):

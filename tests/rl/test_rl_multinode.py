@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -11,23 +12,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rl import rollouts, run_folder
+import haiku
+from rl import rollouts, sharding
 from tests.conftest import ROOT, _free_port, run_script
 from tests.rl import rl_tools
 from tests.rl.rl_tools import DIAGNOSTICS, flags, launch, metrics_of, weights
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, sample, t5_tokenizer, t5_tokenizer_dir):
-    tmp = tmp_path_factory.mktemp("multinode")
-    data = rl_tools.make_data(tmp, sample, 7)
-    base = rl_tools.make_model(tmp / "base", data, t5_tokenizer)
-    return SimpleNamespace(tmp=tmp, data=data, base=base, tokenizer=t5_tokenizer_dir, sample=sample)
+def world(rl_world):
+    return rl_world
 
 
 def environment(**more) -> dict:
@@ -35,26 +33,26 @@ def environment(**more) -> dict:
 
 
 @pytest.fixture(scope="module")
-def collected(world):
+def collected(world, sample):
     """Acceptance 2, first half: collected by two processes, scored in place by the reference Teacher's own script."""
     run = world.tmp / "collected"
     done = run_script("run_mm_cot_rl.py", *flags(world, run, phase="collect"), nproc=2, env=environment())
     assert "2 process(es) on cpu" in done.stdout and "round 0 is collected\nnext:\n" in done.stdout
     assert not (run / "state").exists() and (run / "questions/mmcot_finished_signal.txt").exists()
-    images = world.sample / "images"
-    where = ["--data_root", world.data, *(["--images", images] if images.exists() else [])]
-    script = "preprocessing_after_RL/processing_sentence_level_feedback.py"
-    run_script(script, "--questions_dir", run / "questions", *where)
-    run_script("haiku.py", "--teacher", "reference", "--questions_dir", run / "questions", *where)
+    images = sample / "images"
+    where = ["--data_root", str(world.data), *(["--images", str(images)] if images.exists() else [])]
+    where += ["--questions_dir", str(run / "questions")]
+    importlib.import_module("preprocessing_after_RL.processing_sentence_level_feedback").main(where)
+    haiku.main([*where, "--teacher", "reference"])
     return run
 
 
-def test_collect_with_two_processes_score_in_place_train_with_one(world, collected, tmp_path):
-    """Acceptance 2, second half, through a real launch without a launcher: every named diagnostic is there, finite."""
+def test_collect_with_two_processes_score_in_place_train_with_one(world, collected, tmp_path, capsys):
+    """Acceptance 2, second half: every named diagnostic is there, finite."""
     run = tmp_path / "run"
     shutil.copytree(collected, run)
-    done = run_script("run_mm_cot_rl.py", *flags(world, run, phase="train", report_to=None), env=environment())
-    assert "1 process(es) on cpu" in done.stdout
+    launch(world, run, phase="train", report_to=None)
+    assert "1 process(es) on cpu" in capsys.readouterr().out
     assert (run / "0/model.safetensors").exists() and list((run / "tensorboard").iterdir())
     (rollout,) = metrics_of(run, "rollout")
     lines = metrics_of(run, "update") + metrics_of(run, "epoch")
@@ -162,7 +160,7 @@ def test_a_world_smaller_than_asked_for_says_so(world, tmp_path):
 
 
 def test_nothing_is_said_of_other_launchers():
-    assert run_folder.asked_processes() is None
+    assert sharding.asked_processes() is None
 
 
 @pytest.mark.parametrize("config", ["ddp.yaml", "ddp_two_machines.yaml", "fsdp.yaml"])

@@ -7,21 +7,30 @@ import os
 import pytest
 import torch
 
+import run_mm_cot_rl
+from ares.cli import UserError
 from rl import sharding
-from tests.conftest import one_line_error, run_script
+from tests.conftest import run_script
 from tests.rl.rl_tools import make_trainer
 
 
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory):
+    """What two processes made, with and without checkpointing of blocks."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for blocks in ("plain", "checkpointing"):
+        (folder / blocks).mkdir()
+    run_script("-m", "tests.rl.rl_sharding_worker", folder, nproc=2, env={"OMP_NUM_THREADS": "1"})
+    return folder
+
+
 @pytest.mark.parametrize("blocks", ["plain", "checkpointing"])
-def test_two_sharded_processes_make_the_updates_of_one_whole(tmp_path, blocks):
+def test_two_sharded_processes_make_the_updates_of_one_whole(by_two, tmp_path, blocks):
     """2 processes x 2 accumulation steps, sharded, stopped after an epoch and gone on with from the saved state,
     against 1 x 4 in this process. float64: what is left is the order of sums."""
-    env = {"OMP_NUM_THREADS": "1"}
-    run_script("-m", "tests.rl.rl_sharding_worker", tmp_path, blocks, nproc=2, env=env)
-    got = torch.load(tmp_path / "whole.pth", weights_only=True)
+    got = torch.load(by_two / blocks / "whole.pth", weights_only=True)
 
-    (tmp_path / "one").mkdir()
-    trainer = make_trainer(tmp_path / "one", rows=9, ga_step=4, max_grad_norm=0.05, save_minutes=1e6)
+    trainer = make_trainer(tmp_path, rows=9, ga_step=4, max_grad_norm=0.05, save_minutes=1e6)
     start = {name: tensor.clone() for name, tensor in trainer.raw.state_dict().items()}
     trainer.train()
     want = trainer.raw.state_dict()
@@ -37,7 +46,7 @@ def test_two_sharded_processes_make_the_updates_of_one_whole(tmp_path, blocks):
 
     from model import T5ForMultimodalGenerationValueFunction
 
-    loaded = T5ForMultimodalGenerationValueFunction.from_pretrained(tmp_path / "saved", dtype=torch.float64)
+    loaded = T5ForMultimodalGenerationValueFunction.from_pretrained(by_two / blocks / "saved", dtype=torch.float64)
     for name, tensor in trainer.raw.value_function.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], tensor, atol=1e-8, rtol=1e-8, msg=name)
 
@@ -56,23 +65,23 @@ def test_two_sharded_processes_make_the_updates_of_one_whole(tmp_path, blocks):
     ],
     ids=["fsdp-cpu", "fsdp-1", "fsdp-options", "deepspeed"],
 )  # fmt: skip
-def test_what_cannot_be_done_is_refused_with_its_reason(tmp_path, env, words):
-    done = run_script("run_mm_cot_rl.py", "--base_model_dir", tmp_path, check=False, env=env)
-    one_line_error(done, *words)
+def test_what_cannot_be_done_is_refused_with_its_reason(tmp_path, monkeypatch, env, words):
+    for name, value in ({"ACCELERATE_USE_CPU": "true"} | env).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as refusal:
+        run_mm_cot_rl.parse_args(["--base_model_dir", str(tmp_path)])
+    assert "\n" not in str(refusal.value) and all(word in str(refusal.value) for word in words)
 
 
 def test_fsdp_that_accelerate_drops_is_refused(monkeypatch):
     """Without a GPU and without saying so: accelerate runs something else."""
     from accelerate import Accelerator
 
-    import run_mm_cot_rl
-    from ares.cli import UserError
-
     accelerator = Accelerator(cpu=True)
     assert sharding.sharding_of(accelerator) is None
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="asks for FSDP, but accelerate runs"):
-        run_mm_cot_rl.check_processes(accelerator)
+        sharding.check_processes(accelerator)
 
 
 @pytest.mark.gpu
@@ -82,12 +91,11 @@ def test_on_a_gpu_accelerates_configuration_shards_the_parameters(tmp_path):
 import os, sys, torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
-import run_mm_cot_rl
 from rl import sharding
 from rl.actor_critic import ActorCritic
 from tests.rl.rl_tools import small_models
 accelerator = Accelerator(mixed_precision="bf16")
-run_mm_cot_rl.check_processes(accelerator)
+sharding.check_processes(accelerator)
 assert accelerator.distributed_type.value == "FSDP" and os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 how = sharding.sharding_of(accelerator)
 model = sharding.shard(ActorCritic(*small_models(torch.float32)).to(accelerator.device), how)

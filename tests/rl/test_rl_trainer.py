@@ -83,7 +83,8 @@ def test_gradient_of_the_whole_loss_agrees_with_a_float64_rederivation(tmp_path,
         trainer = make_trainer(tmp_path, rows=7 + seed, seed=seed, **changes)
         args = trainer.args
         plan = minibatches.plan_epoch(lengths(trainer), args.rl_batch_size, 1, args.ga_step, seed)
-        for step in (plan[0], plan[-1]):  # a full update and the short last one
+        for place in {0, len(plan) - 1}:  # a full update and the short last one
+            step = plan[place]
             got = gradients(trainer, step)
             names, parameters = zip(*((n, p) for n, p in trainer.raw.named_parameters() if n in got), strict=True)
             rows = [row for group in step for minibatch in group for row in minibatch]

@@ -11,7 +11,7 @@ from ares import cli, files
 from ares.cli import UserError
 from ares.decoding import action_mask
 from ares.sentences import sentence_columns
-from rl import rollouts
+from rl import collection, rollouts
 from teacher import handoff
 from tests.disk import disk_calls
 from tests.rl import rl_tools
@@ -36,19 +36,27 @@ def test_a_file_gives_back_what_was_saved_and_rows_can_be_picked(tmp_path):
     assert len(whole.select([])) == 0
 
 
-def test_stored_columns_are_those_of_the_sampled_ids(t5_tokenizer):
-    """The last token of a rationale that is unfinished, or cut at output_len, ends its last sentence."""
-    texts = ["It is so. It ends.", "It is so. It does not", "Cut here. And here the", "Cut at the stop.", "So", ""]
+def test_stored_rows_are_those_of_the_sampled_ids(t5_tokenizer):
+    """The last token of a rationale that is unfinished, or cut at output_len in a word or at a full stop, ends its
+    last sentence."""
+    texts = ["It is so. It ends.", "It is so. It does not", "Cut here. And here the", "Cut at. The stop.", "So", ""]
     ids = [[0, *t5_tokenizer(text).input_ids] for text in texts]
     ids = [row[:-1] if text.startswith("Cut") else row for row, text in zip(ids, texts, strict=True)]
     actions = torch.tensor([row + [0] * (12 - len(row)) for row in ids])
-    zeros = torch.zeros(len(ids), 11)
-    sampled = {"actions": actions} | dict.fromkeys(rollouts.FIELDS[1:], zeros)
+    sampled = {"actions": actions} | {
+        name: torch.arange(66).view(6, 11) + 100.0 * place for place, name in enumerate(rollouts.FIELDS[1:])
+    }
     rows = rollouts.to_rollouts(sampled, [str(i) for i in range(3)], 2, rank=0, tokenizer=t5_tokenizer)
     assert [rows.ids(row) for row in range(6)] == ids
     columns = [rows.row_columns(row) for row in range(6)]
     assert columns == [sentence_columns(row, t5_tokenizer) for row in actions]
-    assert [row[-1] for row in columns[1:3]] == [len(ids[1]) - 1, len(ids[2]) - 1] and columns[5] == []
+    assert [row[-1] for row in columns[1:4]] == [len(row) - 1 for row in ids[1:4]]
+    assert [len(row) for row in columns] == [2, 2, 2, 2, 1, 0]
+    for place, name in enumerate(rollouts.FIELDS[1:]):
+        found = rows.pad(getattr(rows, name), range(6))[0].tolist()
+        for row, numbers in enumerate(found):
+            n = len(ids[row]) - 1
+            assert numbers[:n] == [100.0 * place + 11 * row + t for t in range(n)]
 
 
 def test_padding_puts_each_row_where_it_belongs():
@@ -64,14 +72,6 @@ def test_padding_puts_each_row_where_it_belongs():
     assert (values[~mask] == 0).all()
     last, mask = whole.pad(whole.values, [5, int(whole.lengths.argmax())])
     assert torch.equal(last[0][mask[0]], whole.values[-int(whole.lengths[5]) :])
-
-
-def test_a_damaged_file_is_named(tmp_path):
-    random_rollouts(3).save(tmp_path / "batch_000000.safetensors")
-    path = tmp_path / "batch_000000.safetensors"
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match="batch_000000.safetensors"):
-        rollouts.Rollouts.load(path)
 
 
 def test_batches_hold_every_question_once_by_falling_length():
@@ -135,13 +135,13 @@ def test_collect_goes_on_where_it_was_killed(lost_by_power, damage, tmp_path, t5
         )  # fmt: skip
 
     with pytest.raises(KeyboardInterrupt):
-        rollouts.collect(store, batches, sample, t5_tokenizer)
+        collection.collect(store, batches, sample, t5_tokenizer)
     assert not handoff.exported(store.questions) and not store.collected_file.exists()
     lost = handoff.question_dir(store.questions, 0, 0, "b") / handoff.RATIONALE
     text = lost.read_bytes()
     damage(lost)
     with disk_calls() as calls:
-        rollouts.collect(store, batches, sample, t5_tokenizer)
+        collection.collect(store, batches, sample, t5_tokenizer)
     assert made == [0, 1, 1, 2] and lost.read_bytes() == text
     assert (str(lost) in capsys.readouterr().err) == lost_by_power
     # one flush of all rationales, before the signal, and one of each file that took hours or ends a stage
@@ -162,14 +162,14 @@ def test_the_export_is_signalled_once_every_process_has_flushed_its_part(tmp_pat
         def sample(number, qids):
             return rollouts.to_rollouts(actions, qids, 1, rank, t5_tokenizer)
 
-        def wait(path, *more):  # in place of sleeping: the file's absence ends the process
+        def wait(self, path, poll_seconds):  # in place of sleeping: the file's absence ends the process
             waits.append((rank, path.name))
             if not path.exists():
                 raise FileNotFoundError(path)
 
         monkeypatch.setattr(cli, "rank", lambda: rank)
-        monkeypatch.setattr(rollouts, "wait_for_file", wait)
-        rollouts.collect(store, [["a"], ["b"]], sample, t5_tokenizer)
+        monkeypatch.setattr(rollouts.RolloutStore, "wait_for", wait)
+        collection.collect(store, [["a"], ["b"]], sample, t5_tokenizer)
 
     monkeypatch.setattr(cli, "world_size", lambda: 2)
     with pytest.raises(FileNotFoundError, match="collected"), disk_calls() as calls:
@@ -183,24 +183,6 @@ def test_the_export_is_signalled_once_every_process_has_flushed_its_part(tmp_pat
         collect(1)
     collect(0)
     assert handoff.exported(store.questions) and waits[-1] == (0, "exported_p1")
-
-
-def test_an_unfinished_rationale_keeps_its_last_token_and_the_reward_column_of_its_last_sentence(t5_tokenizer):
-    """From sampled ids to stored rows: one that ends with `</s>`, one cut in a word, one cut at a full stop."""
-    texts = ["The sun is a star. It is hot.", "The moon is a rock. It is very", "Ice is cold. Fire is hot."]
-    ids = [t5_tokenizer(text)["input_ids"] for text in texts]
-    ids = [ids[0], ids[1][:-1], ids[2][:-1]]  # without `</s>`: as cut at --output_len
-    T = max(map(len, ids))
-    actions = torch.tensor([[0, *row] + [0] * (T - len(row)) for row in ids])
-    numbers = {name: torch.arange(3 * T).view(3, T).float() for name in rollouts.FIELDS[1:]}
-    rows = rollouts.to_rollouts({"actions": actions, **numbers}, ["a", "b", "c"], 1, 0, t5_tokenizer)
-    for row in range(3):
-        assert rows.ids(row) == [0, *ids[row]]
-        assert rows.row_columns(row) == sentence_columns([0, *ids[row]], t5_tokenizer)
-        assert rows.row_columns(row)[-1] == len(ids[row]) - (row == 0) or row == 0
-        begin = int(rows.offsets[row])
-        assert rows.values[begin : begin + len(ids[row])].tolist() == list(range(row * T, row * T + len(ids[row])))
-    assert [len(rows.row_columns(row)) for row in range(3)] == [2, 2, 2]
 
 
 # -- replies ---------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import torch
 
 from ares import decoding, devices
 from ares.decoding import action_mask
-from rl import actor_critic, minibatches, rollouts, sampling
+from model import MultimodalT5Config, T5ForMultimodalGeneration, T5ForMultimodalGenerationValueFunction
+from rl import actor_critic, collection, minibatches, rollouts, sampling
 from rl.sampling import Sampling
 from teacher import handoff
 from tests.pretended_gpu import PretendedGPU
@@ -27,9 +28,7 @@ def world(tmp_path_factory, sample, t5_tokenizer):
 
 
 def load(folder, value=False):
-    import model
-
-    cls = model.T5ForMultimodalGenerationValueFunction if value else model.T5ForMultimodalGeneration
+    cls = T5ForMultimodalGenerationValueFunction if value else T5ForMultimodalGeneration
     return cls.from_pretrained(folder).eval().requires_grad_(False)
 
 
@@ -92,18 +91,20 @@ def test_stored_numbers_are_those_of_one_plain_forward_pass_per_sample(models, t
     assert (sampled["logprobs"] - sampled["ref_logprobs"]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_the_step_decoder_gives_the_logits_of_a_whole_pass(tied, monkeypatch):
-    """Every position, while rows and whole questions leave the batch and memory grows: fp32, within 1e-4."""
-    from model import MultimodalT5Config, T5ForMultimodalGeneration
-
-    monkeypatch.setattr(decoding, "FIRST_LENGTH", 3)
+def text_policy(tied: bool):
     torch.manual_seed(0)
     config = MultimodalT5Config(
         vocab_size=90, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0,
         feed_forward_proj="relu" if tied else "gated-gelu", tie_word_embeddings=tied, initializer_factor=0.3,
     )  # fmt: skip
-    policy = T5ForMultimodalGeneration(config).eval().requires_grad_(False)
+    return T5ForMultimodalGeneration(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_step_decoder_gives_the_logits_of_a_whole_pass(tied, monkeypatch):
+    """Every position, while rows and whole questions leave the batch and memory grows: fp32, within 1e-4."""
+    monkeypatch.setattr(decoding, "FIRST_LENGTH", 3)
+    policy = text_policy(tied)
     ids = torch.randint(2, 90, (3, 6))
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 2 + [0] * 4])
     k, L = 2, 12
@@ -382,7 +383,7 @@ def test_columns_and_export_follow_the_given_ids(models, t5_tokenizer, tmp_path)
     assert int(rows.sentence_counts.sum()) > 0
     for row in range(6):
         assert all(1 <= column <= int(rows.lengths[row]) for column in rows.row_columns(row))
-    rollouts.export(rows, tmp_path, t5_tokenizer)
+    collection.export(rows, tmp_path, t5_tokenizer)
     items = handoff.iter_items(tmp_path)
     assert {(i.action, i.rank, i.qid) for i in items} == {
         (rows.action[r], 1, rows.qids[r]) for r in rollouts.rows_with_sentences(rows)
@@ -439,14 +440,7 @@ def test_a_reference_that_is_the_policy_is_not_scored_again(world, t5_tokenizer,
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_policy_logprobs_are_those_of_the_models_own_logits(tied):
     """A tied T5 scales its states before the head: log-probabilities and entropies in fp32 within 1e-5."""
-    from model import MultimodalT5Config, T5ForMultimodalGeneration
-
-    torch.manual_seed(0)
-    config = MultimodalT5Config(
-        vocab_size=90, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0,
-        feed_forward_proj="relu" if tied else "gated-gelu", tie_word_embeddings=tied, initializer_factor=0.3,
-    )  # fmt: skip
-    policy = T5ForMultimodalGeneration(config).eval().requires_grad_(False)
+    policy = text_policy(tied)
     assert (policy.config.head_scale != 1) == tied
     ids, mask = torch.randint(2, 90, (2, 6)), torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     actions = torch.cat([torch.zeros(2, 1, dtype=torch.long), torch.randint(2, 90, (2, 7))], 1)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
-import tarfile
 from types import SimpleNamespace
 
 import pytest
@@ -16,10 +14,8 @@ from safetensors.torch import load_file
 import main
 import run_mm_cot_lora
 from sft.predict import Predictor
-from tests.conftest import ROOT
 from tests.tiny import predictions
 
-OLD = "12494b9"
 # Runs the old scripts: undisturbed, and killed after a step (between two saves) or while a split is predicted.
 DRIVER = """
 import json, os, signal, sys
@@ -53,20 +49,15 @@ child(run_mm_cot_lora, [*lora, "--run_dir", folder + "/lora_killed"], trainer, "
 
 
 @pytest.fixture(scope="module")
-def old(tmp_path_factory, flags):
+def old(old_code, tmp_path_factory, flags):
     """Run folders written by the old code, and the flags that wrote them."""
-    code, folder = tmp_path_factory.mktemp("code"), tmp_path_factory.mktemp("runs")
-    archive = subprocess.run(["git", "archive", OLD], cwd=ROOT, capture_output=True)
-    if archive.returncode:
-        pytest.skip(f"no commit {OLD} in this checkout's history: {archive.stderr.decode().strip()}")
-    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-        tar.extractall(code, filter="data")
+    folder = tmp_path_factory.mktemp("runs")
     sft = [*flags, "--prompt_format", "QCM-E", "--use_generate", "--save_minutes", "0.00001"]
     lora = [*flags, "--model", f"{folder}/sft", "--bs", "8", "--lr", "0.01", "--use_generate", "--final_eval"]
     lora += ["--save_minutes", "0.00001"]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps([sft, lora, str(folder)])],
-        cwd=code, capture_output=True, text=True,
+        cwd=old_code, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return SimpleNamespace(folder=folder, sft=sft, lora=lora)

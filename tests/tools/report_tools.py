@@ -109,7 +109,7 @@ def make_rl(run: Path, problems: dict, qids: list[str], tokenizer) -> None:
     """One finished round with two samples a question; the reply to 0/{last question} is spoilt."""
     import torch
 
-    from rl import metrics, ppo, rollouts
+    from rl import collection, metrics, ppo, rollouts
 
     texts = []
     for qid in qids:
@@ -123,7 +123,7 @@ def make_rl(run: Path, problems: dict, qids: list[str], tokenizer) -> None:
     made = rollouts.to_rollouts({"actions": actions, **fields}, qids, 2, 0, tokenizer)
     store = rollouts.RolloutStore(run, 0)
     made.save(store.shard(0))
-    rollouts.export(made, store.questions, tokenizer)
+    collection.export(made, store.questions, tokenizer)
     files.write_json(store.collected_file, {"batches": 1, "samples": len(made)})
     rl_tools.answer(store.questions, spoil=lambda item: item.action == 0 and item.qid == qids[-1])
     for item in handoff.iter_items(store.questions):
