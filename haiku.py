@@ -35,6 +35,7 @@ from ares.data_folder import find_images, question_images, read_data_folder
 from teacher import agreement, client, estimate, handoff
 from teacher.batch_store import digest
 from teacher.budget import Ledger
+from teacher.data_check import refuse_other_data
 from teacher.interface import FREE, MODEL, REFERENCE, SCORE, Teacher
 from teacher.live import ask_live
 from teacher.prompts import WORDING, scoring_request
@@ -128,6 +129,7 @@ def use_reward_model(args: argparse.Namespace, items: Sequence[handoff.Item]) ->
     teacher = RewardTeacher(args.reward_model, args, list(dict.fromkeys(item.qid for item in items)))
     for flags in filter(None, (args, args.asked)):
         flags.model_teacher, flags.data_root, flags.dataset = teacher, teacher.args.data_root, teacher.args.dataset
+    refuse_other_data(items, teacher.data.problems, args)
 
 
 def find_items(args: argparse.Namespace) -> list[handoff.Item]:
@@ -191,7 +193,7 @@ class Watch:
             if _identity(self.folder) != folder:
                 return False
             items = [item for item in exports if item.qid not in known.get(item.folder.parent, ())]
-            handoff.refuse_unknown(items, session.problems)
+            refuse_other_data(items, session.problems, self.args)
             for item in items:
                 known.setdefault(item.folder.parent, set()).add(item.qid)
                 if sentences := handoff.sentences_of(item):
@@ -377,7 +379,7 @@ def end(args: argparse.Namespace, report: Report, exported: bool) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     exported = handoff.exported(args.questions_dir)  # before the listing: what is listed is then complete
-    items = [] if args.watch else find_items(args)
+    items = handoff.iter_items(args.questions_dir) if args.watch else find_items(args)
     problems = None  # Claude can do without: its requests are written
     if args.teacher == MODEL:
         use_reward_model(args, items)
@@ -386,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return answer_shared(args, items, problems, exported)
     elif args.teacher == REFERENCE or Path(args.data_root).is_dir():
         problems = read_data_folder(args.data_root, args.dataset).problems
-        handoff.refuse_unknown(items, problems)
+        refuse_other_data(items, problems, args)
     elif args.watch or args.check:
         what = "--watch writes the requests itself and" if args.watch else "--check"
         raise cli.UserError(f"{what} needs problems.json; name its folder with --data_root")

@@ -23,6 +23,7 @@ from statistics import mean
 from ares import cli, files
 from ares.data_folder import find_images, read_data_folder
 from teacher import client, estimate, handoff, reply_files
+from teacher.data_check import refuse_other_data
 from teacher.interface import CORRECT
 from teacher.prompts import CORRECTION_WORDING
 
@@ -120,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = read_data_folder(args.data_root, args.dataset)
     problems, train_qids = data.problems, data.split(args.train_split, "--train_split")
     items, rationales = read_requests(args, train_qids)
+    refuse_other_data(items, problems, args)
     output = Path(args.output or data.root / data.dataset / "correction.json")
 
     more = {"wording": CORRECTION_WORDING, "problems": problems, "images_dir": find_images(args)}

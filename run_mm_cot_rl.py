@@ -183,11 +183,14 @@ def collect_round(setup: Setup, store, number: int, k: int) -> None:
     from rl import collection, memory, rollouts
     from rl.sampling import Models, Sampling, sample_batch
     from sft.predict import from_rank0
+    from teacher.data_check import write_record
 
     args = setup.args
     sampling = Sampling(k, args.do_sample, args.top_k, args.top_p, args.output_len)
     from_rank0(lambda: begin_collection(setup, store, number))
     batches = store.plan(setup.prompts, args.bs, k)
+    if cli.rank() == 0:  # before the first rationale: a Teacher may read along
+        write_record(store.questions, setup.problems, list(setup.prompts.lengths))
     print0(f"round {number}: {sum(map(len, batches))} questions x {k} rationales in {len(batches)} batches")
 
     def load():

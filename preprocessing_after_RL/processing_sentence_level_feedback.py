@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from any fo
 from ares import cli  # noqa: E402
 from ares.data_folder import read_data_folder  # noqa: E402
 from teacher import handoff  # noqa: E402
+from teacher.data_check import refuse_other_data  # noqa: E402
 from teacher.prompts import scoring_request  # noqa: E402
 
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     items = handoff.exported_items(args.questions_dir)
     problems = read_data_folder(args.data_root, args.dataset).problems
-    handoff.refuse_unknown(items, problems)
+    refuse_other_data(items, problems, args)
     images = handoff.images_of_questions(args, problems, list(dict.fromkeys(item.qid for item in items)))
     unusable, outdated = [], set()
     set_aside = 0

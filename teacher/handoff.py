@@ -9,6 +9,7 @@
         score.txt | refused.txt          the scores read from the reply, one a line, or why it cannot be used
         older_*, unusable_*              a reply to an earlier rationale; a reply that was cut off, or that is about
                                          several rationales and has no certain part for this one
+    {questions}/exported_questions.json      RL: digests of the questions (teacher/data_check.py)
     {questions}/mmcot_finished_signal.txt    RL: all rationales are exported
     {questions}/{k}/llm_done.txt             the Teacher's client or the user: sample k of every question is answered
 
@@ -107,16 +108,6 @@ def exported_items(questions: str | os.PathLike) -> list[Item]:
         form = f"{{k}}/p{{rank}}/{{qid}}/{RATIONALE}"
         raise cli.UserError(f"--questions_dir: {Path(questions).absolute()} holds no {form}; {fix}")
     return items
-
-
-def refuse_unknown(items: Sequence[Item], problems: Mapping[str, Any]) -> None:
-    """Raise UserError if an item's question is not among the problems."""
-    for item in items:
-        if item.qid not in problems:
-            raise cli.UserError(
-                f"--data_root: question {item.qid} ({item.folder}) is not in problems.json; name the data of this run "
-                "with --data_root and --dataset"
-            )
 
 
 def _names(folder: str | os.PathLike, root: str | os.PathLike, pattern: str) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -115,15 +116,29 @@ def judge_request(problem: Mapping[str, Any], first: str, second: str, image: bo
     return f"{_question_text(problem)}\n{rules}\n{texts}\n"
 
 
+def asks_other(request: str, problem: Mapping[str, Any]) -> bool:
+    """Whether a request asks, in the form above, about another question than `problem`, other choices or another gold
+    answer. False for a request in other words."""
+    question, _, options, answer = _question_lines(problem)
+    return not all(line in request for line in (question, options, answer)) and bool(_FORM.search(request))
+
+
 def _question_text(problem: Mapping[str, Any]) -> str:
+    return "".join(_question_lines(problem))
+
+
+def _question_lines(problem: Mapping[str, Any]) -> tuple[str, str, str, str]:
     letters = string.ascii_uppercase[: len(problem["choices"])]
     gold = problem["answer"]
     return (
-        f"Question: {problem['question']}\n"
-        f"Context: {problem['hint'].strip() or 'N/A'}\n"
-        f"Options: {choices_text(problem, letters)}\n"
-        f"Correct answer: ({letters[gold]}) {problem['choices'][gold]}\n"
+        f"Question: {problem['question']}\n",
+        f"Context: {problem['hint'].strip() or 'N/A'}\n",
+        f"Options: {choices_text(problem, letters)}\n",
+        f"Correct answer: ({letters[gold]}) {problem['choices'][gold]}\n",
     )
+
+
+_FORM = re.compile(r"^Question: .*^Context: .*^Options: .*^Correct answer: \(", re.DOTALL | re.MULTILINE)
 
 
 def _rules(rules: str, problem: Mapping[str, Any]) -> str:

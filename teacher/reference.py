@@ -5,7 +5,8 @@ image: it compares words with the gold solution, the lecture, the hint, the ques
 scores are steps of 0.1. A paraphrase, a right sentence in other words than gold's, gets less than it deserves.
 It is called by teacher/client.py: `python haiku.py --teacher reference`.
 
-How two sentences are compared (`Match`, 0-1) is in teacher/text_similarity.py. Its score (`score_of`)
+How two sentences are compared (`Match`, 0-1) is in teacher/text_similarity.py, what is known of gold in
+teacher/gold_texts.py, means over many rationales in teacher/figures.py. Its score (`score_of`)
 falls linearly from 1.0 at 0.9 to 0 at 0.25; 0.9 at most where the words are not the same.
 
 First each sentence is judged by itself, in reading order; the first rule that applies decides (`_judge_one`):
@@ -45,17 +46,16 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
-from ares.cli import progress
-from ares.sentences import is_finished, split_text
+from ares.sentences import split_text
+from teacher.gold_texts import Material, read_gold, texts_of
 from teacher.parsing import Verdict
 from teacher.text_similarity import (
     ANSWER_WORDS,
-    Choices,
     Match,
     Sentence,
     containment,
@@ -102,7 +102,7 @@ class Judgement:
 
 def judge(problem: Mapping[str, Any], sentences: Sequence[str]) -> list[Judgement]:
     """Score the sentences of one rationale in order and say why (the rules: module docstring)."""
-    material = _material(_texts(problem))
+    material = read_gold(texts_of(problem))
     return _weigh(_judge_each([material.sentence(text) for text in sentences], material), material)
 
 
@@ -124,12 +124,12 @@ class Figures:
 
 def figures_of(problem: Mapping[str, Any], rationale: str) -> Figures:
     """The figures of one rationale; kept, as tables and reports ask for the same ones again."""
-    return _read_figures(_texts(problem), rationale)
+    return _read_figures(texts_of(problem), rationale)
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _read_figures(texts: tuple[Any, ...], rationale: str) -> Figures:
-    material = _material(texts)
+    material = read_gold(texts)
     said = material.read(rationale)
     judged = _judge_each(said, material)
     return Figures(
@@ -146,11 +146,11 @@ def concluded_choice(problem: Mapping[str, Any], rationale: str) -> int | None:
     A sentence concludes if it says so ("So, ...", "the answer is ...") and names one choice, or, where no sentence of
     the gold solution does, if it puts a choice where a gold sentence names the gold one.
     """
-    material = _material(_texts(problem))
+    material = read_gold(texts_of(problem))
     return _concluded(material.read(rationale), material)
 
 
-def _concluded(said: Sequence[Sentence], material: _Material) -> int | None:
+def _concluded(said: Sequence[Sentence], material: Material) -> int | None:
     for sentence in reversed(said):
         named = material.concluded(sentence)
         if len(named) == 1:
@@ -158,7 +158,7 @@ def _concluded(said: Sequence[Sentence], material: _Material) -> int | None:
     return None
 
 
-def _covered(said: Sequence[Sentence], material: _Material) -> float:
+def _covered(said: Sequence[Sentence], material: Material) -> float:
     word_for_word = {sentence.tokens for sentence in said}
     covered = [
         gold.tokens in word_for_word
@@ -187,7 +187,7 @@ def compare(problem: Mapping[str, Any], first: str, second: str) -> Verdict:
     )
 
 
-def _names_only_gold(said: Sequence[Sentence], judged: Sequence[Judgement], material: _Material) -> bool:
+def _names_only_gold(said: Sequence[Sentence], judged: Sequence[Judgement], material: Material) -> bool:
     words = {word for sentence in said for word in sentence.content}
     named = set().union(*(sentence.options for sentence in said))
     if named != {material.answer} or not words <= material.frame | {f"<{material.answer}>"}:
@@ -198,7 +198,7 @@ def _names_only_gold(said: Sequence[Sentence], judged: Sequence[Judgement], mate
 # -- one sentence ----------------------------------------------------------------------------------------
 
 
-def _judge_each(sentences: Sequence[Sentence], material: _Material) -> list[Judgement]:
+def _judge_each(sentences: Sequence[Sentence], material: Material) -> list[Judgement]:
     """The sentences in reading order, before the rationale as a whole counts."""
     seen: set[tuple[str, ...]] = set()
     used: set[int] = set()
@@ -218,7 +218,7 @@ def _judge_each(sentences: Sequence[Sentence], material: _Material) -> list[Judg
     return judgements
 
 
-def _judge_one(sentence: Sentence, material: _Material, used: set[int]) -> Judgement:
+def _judge_one(sentence: Sentence, material: Material, used: set[int]) -> Judgement:
     for index, gold in enumerate(material.gold):
         if sentence.tokens == gold.tokens and index not in used and sentence.stutters == gold.stutters:
             if index in material.openings or not sentence.content:
@@ -260,12 +260,12 @@ def _judge_one(sentence: Sentence, material: _Material, used: set[int]) -> Judge
     return replace(found, score=min(limit, found.score))
 
 
-def _restated(sentence: Sentence, material: _Material) -> float:
+def _restated(sentence: Sentence, material: Material) -> float:
     """How far the sentence is a part of question, hint or lecture, as a score."""
     return score_of(max((containment(sentence, other) for other in material.neutral), default=0.0))
 
 
-def _wrong(sentence: Sentence, material: _Material, matches: Sequence[Match], used: set[int]) -> Judgement | None:
+def _wrong(sentence: Sentence, material: Material, matches: Sequence[Match], used: set[int]) -> Judgement | None:
     """The judgement of a sentence that gold rules out: a wrong answer or a wrong fact."""
     nearest = max(range(len(matches)), key=lambda index: matches[index].raw)
     if _contradicts(sentence, material, matches):
@@ -290,7 +290,7 @@ def _wrong(sentence: Sentence, material: _Material, matches: Sequence[Match], us
     return Judgement(WRONG, "wrong answer" if nearest in material.conclusions else "wrong fact", nearest)
 
 
-def _contradicts(sentence: Sentence, material: _Material, matches: Sequence[Match]) -> bool:
+def _contradicts(sentence: Sentence, material: Material, matches: Sequence[Match]) -> bool:
     """Whether the sentence asserts something about the choices that the gold answer rules out."""
     named = sentence.options or sentence.asserted(material.choices)
     wrong = named - {material.answer}
@@ -313,7 +313,7 @@ def _contradicts(sentence: Sentence, material: _Material, matches: Sequence[Matc
     return sentence.concludes or not sentence.content.keys() - {f"<{option}>" for option in named}
 
 
-def _names_no_choice(sentence: Sentence, material: _Material) -> bool:
+def _names_no_choice(sentence: Sentence, material: Material) -> bool:
     """Whether something is called the answer that has no word of the gold choice, the solution or the question."""
     if not sentence.calls_answer:
         return False
@@ -321,7 +321,7 @@ def _names_no_choice(sentence: Sentence, material: _Material) -> bool:
     return bool(named) and named.isdisjoint(material.answer_words | material.frame)
 
 
-def _loops(sentence: Sentence, material: _Material) -> bool:
+def _loops(sentence: Sentence, material: Material) -> bool:
     """Goes round in circles, compared with the question's texts, or is far longer than each of their sentences."""
     word, pairs = sentence.repeats()
     many = word > material.same_word + 1 or pairs > material.same_pairs + 2
@@ -331,7 +331,7 @@ def _loops(sentence: Sentence, material: _Material) -> bool:
 # -- the rationale as a whole ------------------------------------------------------------------------------
 
 
-def _reasons_given(judgements: Sequence[Judgement], material: _Material) -> tuple[float, set[int]]:
+def _reasons_given(judgements: Sequence[Judgement], material: Material) -> tuple[float, set[int]]:
     """The share of gold's reasons that are given (a try counts ATTEMPT), and those given both right and wrong."""
     tries = [each for each in judgements if each.kind in ("gold", "wrong fact") and each.gold in material.reasons]
     given = {each.gold for each in tries if each.score >= COVERED}
@@ -348,7 +348,7 @@ def _reasons_given(judgements: Sequence[Judgement], material: _Material) -> tupl
     return (right / len(material.reasons) if material.reasons else 1.0), hedged
 
 
-def _weigh(judgements: Sequence[Judgement], material: _Material) -> list[Judgement]:
+def _weigh(judgements: Sequence[Judgement], material: Material) -> list[Judgement]:
     """Lower the scores of sentences by what the whole rationale does (rules a-f of the module docstring)."""
     scores = [judgement.score for judgement in judgements]
     kinds = [judgement.kind for judgement in judgements]
@@ -386,96 +386,7 @@ def _weigh(judgements: Sequence[Judgement], material: _Material) -> list[Judgeme
     return [replace(each, score=round(score, 1)) for each, score in zip(judgements, scores, strict=True)]
 
 
-# -- reading texts ---------------------------------------------------------------------------------------
-
-
-class _Material:
-    """A question's gold texts, read once: gold and neutral sentences and every word they use."""
-
-    def __init__(self, question: str, options: tuple[str, ...], answer: int, hint: str, lecture: str, solution: str):
-        self.answer = answer
-        self.choices = Choices(options)
-        self._sentences: dict[str, Sentence] = {}
-        self._matches: dict[str, list[Match]] = {}
-        self.question, hint, lecture, self.gold = (self._read(text) for text in (question, hint, lecture, solution))
-        self.has_solution = bool(self.gold)
-        if not self.has_solution:
-            self.gold, lecture = [*lecture, Sentence(_conclusion(answer), self.choices)], []
-        self.gold_texts = [sentence.text for sentence in self.gold]
-        self.frame = {word for sentence in self.question for word in sentence.content} | ANSWER_WORDS
-        self.answer_words = self.choices.content[answer].union(*(gold.words for gold in self.gold))
-        self.openings = {index for index, gold in enumerate(self.gold) if gold.opening() or not gold.content}
-        indices = set(range(len(self.gold))) - self.openings
-        explicit = {index for index in indices if self.gold[index].asserted(self.choices) == {answer}}
-        self.explicit = bool(explicit)
-        self.conclusions = explicit or {index for index in indices if self.gold[index].says_only(answer)}
-        last = {max(self.conclusions)} if self.conclusions else set()
-        self.reasons = indices - (explicit if explicit and indices - explicit else last)
-        self.neutral = self.question + hint + lecture
-        everything = self.gold + self.neutral
-        self.words = Counter({word: 99 for sentence in everything for word in sentence.content})
-        self.words.update(dict.fromkeys(self.choices.words, 99))
-        self.words.update({f"<{option}>": 99 for option in range(len(options))})
-        self.words.update(dict.fromkeys(ANSWER_WORDS, 99))
-        self.longest = 10 + 2 * max(len(sentence.words) for sentence in everything)
-        repeats = [sentence.repeats() for sentence in everything]
-        self.same_word = max(2, *(word for word, _ in repeats))
-        self.same_pairs = max(2, *(pairs for _, pairs in repeats))
-
-    def sentence(self, text: str) -> Sentence:
-        """A sentence of a rationale; read once, as the rationales of one question share most of theirs."""
-        if text not in self._sentences:
-            self._sentences[text] = Sentence(text, self.choices)
-        return self._sentences[text]
-
-    def read(self, rationale: str) -> list[Sentence]:
-        """The sentences of a rationale."""
-        return [self.sentence(text) for text in split_text(rationale)]
-
-    def matches(self, sentence: Sentence) -> list[Match]:
-        """The sentence against each gold one."""
-        if sentence.text not in self._matches:
-            self._matches[sentence.text] = [Match(sentence, gold) for gold in self.gold]
-        return self._matches[sentence.text]
-
-    def only_concludes(self, sentence: Sentence) -> bool:
-        """Whether a sentence asserts the gold choice as the answer, in words of the question, and no more."""
-        words = sentence.content.keys() - {f"<{self.answer}>"} - self.choices.content[self.answer]
-        return self.concluded(sentence) == {self.answer} and words <= self.frame
-
-    def concluded(self, sentence: Sentence) -> set[int]:
-        """The choices that a sentence asserts as the answer (see `concluded_choice`)."""
-        named = sentence.asserted(self.choices)
-        if named or self.explicit or sentence.negated or not sentence.options:
-            return named
-        alike = (
-            f1(lcs(sentence.frame, gold.frame), len(sentence.frame), len(gold.frame)) >= 0.6
-            for gold in (self.gold[index] for index in self.conclusions)
-        )
-        return sentence.options if any(alike) else set()
-
-    def _read(self, text: str) -> list[Sentence]:
-        sentences = (Sentence(part, self.choices) for part in split_text(text.replace("\n", "\\n")))
-        return [sentence for sentence in sentences if sentence.tokens]
-
-
-@functools.lru_cache(maxsize=64)  # 50 kB each
-def _material(texts: tuple[Any, ...]) -> _Material:
-    """The material of a question: the rationales of one question share it, if they are read one after another."""
-    return _Material(*texts)
-
-
-def _texts(problem: Mapping[str, Any]) -> tuple[Any, ...]:
-    names = ("question", "choices", "answer", "hint", "lecture", "solution")
-    return tuple(tuple(problem[name]) if name == "choices" else problem[name] for name in names)
-
-
 # -- correction ------------------------------------------------------------------------------------------
-
-
-def _conclusion(answer: int) -> str:
-    """The gold answer as a sentence of its own."""
-    return f"The answer is ({chr(ord('A') + answer)})."
 
 
 def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
@@ -485,7 +396,7 @@ def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
     unused gold sentence nearest to it (removes it if all are said already); if nothing says the gold answer, adds the
     gold sentence that does, or gold's last one.
     """
-    material = _material(_texts(problem))
+    material = read_gold(texts_of(problem))
     sentences = split_text(rationale)
     judgements = _judge_each([material.sentence(text) for text in sentences], material)
     used = {judgement.gold for judgement in judgements if judgement.score >= 0.5}
@@ -508,92 +419,3 @@ def correct_rationale(problem: Mapping[str, Any], rationale: str) -> str:
     if not answered:
         final.append(material.gold_texts[max(material.conclusions, default=-1)])
     return " ".join(final)
-
-
-# -- figures over many rationales
-
-
-def rationale_stats(rationales: Iterable[str]) -> dict[str, float]:
-    """Shape of generated rationales.
-
-    `repeated`: share of sentences that occurred before in their rationale; `unfinished`: share of rationales that
-    break off; `sentences`, `words`: mean per rationale.
-    """
-    rationales = list(rationales)
-    split = [[sentence.strip() for sentence in split_text(text)] for text in rationales]
-    total = sum(map(len, split))
-    count = max(len(rationales), 1)
-    return {
-        "repeated": sum(len(sentences) - len(set(sentences)) for sentences in split) / max(total, 1),
-        "unfinished": sum(not is_finished(text) for text in rationales) / count,
-        "sentences": total / count,
-        "words": sum(len(sentence.split()) for sentences in split for sentence in sentences) / count,
-    }
-
-
-def reference_scores(
-    problems: Mapping[str, Mapping[str, Any]], qids: Sequence[str], preds: Sequence[str]
-) -> list[list[float]]:
-    """The offline reference Teacher's score of each sentence of each rationale (`teacher/reference.py`), 0-1.
-
-    Reads a question's texts once, wherever its rationales are: give those of several stages in one call.
-    """
-    order = sorted(range(len(preds)), key=qids.__getitem__)
-    if len(preds) > 1000:  # some 2 ms each
-        order = progress(order, desc="sentence scores", unit="rationale")
-    scores: list[list[float]] = [[] for _ in preds]
-    for row in order:
-        scores[row] = list(figures_of(problems[qids[row]], preds[row]).scores)
-    return scores
-
-
-def rationale_figures(
-    problems: Mapping[str, Mapping[str, Any]],
-    qids: Sequence[str],
-    preds: Sequence[str],
-    scores: Sequence[Sequence[float]] | None = None,
-) -> dict[str, float]:
-    """Means over the rationales `preds` of questions `qids`; shares in percent.
-
-    `score`: mean over all sentences of all rationales, 0-1 (`scores`, per rationale; None: the reference Teacher's);
-    `repeated`: share of sentences that appeared before in their rationale; `unfinished`: share of rationales whose
-    last sentence does not end; `words`: per rationale; `covered`: mean share of gold sentences that a rationale says;
-    `only_option`: share of rationales that name the gold option and say nothing else; `concludes`: whose conclusion
-    names the gold choice; `no_conclusion`: without a concluding sentence (`concluded_choice`).
-    """
-    stats = rationale_stats(preds)
-    scores = reference_scores(problems, qids, preds) if scores is None else scores
-    every = [score for row in scores for score in row]
-    each = figures_by_question(problems, qids, preds, scores)
-    found = [figures_of(problems[qid], pred) for qid, pred in zip(qids, preds, strict=True)]
-    return {
-        "score": mean(every) if every else 0.0,
-        "repeated": 100 * stats["repeated"],
-        "unfinished": 100 * stats["unfinished"],
-        "words": mean(len(pred.split()) for pred in preds),
-        "covered": mean(each["covered"]),
-        "only_option": 100 * mean(one.only_option for one in found),
-        "concludes": mean(each["concludes"]),
-        "no_conclusion": 100 * mean(one.concluded is None for one in found),
-    }
-
-
-def figures_by_question(
-    problems: Mapping[str, Mapping[str, Any]],
-    qids: Sequence[str],
-    preds: Sequence[str],
-    scores: Sequence[Sequence[float]] | None = None,
-) -> dict[str, list[float]]:
-    """Figures of each rationale, for paired comparisons (arguments as of `rationale_figures`).
-
-    `score`: the mean of its sentences' scores, 0-1; in per cent `covered`, gold sentences that it says, and
-    `concludes`, 100 where its conclusion names the gold choice, else 0.
-    """
-    scores = reference_scores(problems, qids, preds) if scores is None else scores
-    found = [figures_of(problems[qid], pred) for qid, pred in zip(qids, preds, strict=True)]
-    golds = [problems[qid]["answer"] for qid in qids]
-    return {
-        "score": [mean(row) if row else 0.0 for row in scores],
-        "concludes": [100.0 * (one.concluded == gold) for one, gold in zip(found, golds, strict=True)],
-        "covered": [100 * one.covered for one in found],
-    }

@@ -154,9 +154,9 @@ def gold_read(monkeypatch) -> list[str]:
 
     def material(texts):
         read.append(texts[0])
-        return reference._Material(*texts)
+        return reference.Material(*texts)
 
-    monkeypatch.setattr(reference, "_material", functools.lru_cache(maxsize=2)(material))
+    monkeypatch.setattr(reference, "read_gold", functools.lru_cache(maxsize=2)(material))
     reference._read_figures.cache_clear()
     return read
 

@@ -14,7 +14,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 import utils_evaluate
 from ares.cli import UserError
-from teacher.reference import rationale_stats
+from teacher.figures import rationale_stats
 from tests.conftest import ROOT
 from utils_evaluate import (
     accuracy_table,

@@ -31,7 +31,7 @@ from ares.intervals import difference_text, paired_difference
 from ares.predictions import find_predictions, labelled, read_predictions, unread_note
 from ares.published import NOTE, PUBLISHED
 from ares.tables import FORMATS, Cell, Table
-from teacher.reference import figures_by_question, rationale_figures, reference_scores
+from teacher.figures import figures_by_question, rationale_figures, reference_scores
 from utils_evaluate import resolve_answer
 
 COLUMNS = {"score": "sentence score", "concludes": "right conclusion %", "covered": "gold covered %",

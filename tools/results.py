@@ -31,7 +31,7 @@ from ares.intervals import mcnemar, mean_interval, paired_difference, ratio_inte
 from ares.predictions import Predictions, find_predictions, labelled, read_predictions, scores_of, unread_note
 from ares.published import ANSWER_COLUMNS, NOTE, PUBLISHED
 from ares.tables import FORMATS, Cell, Table
-from teacher.reference import rationale_stats, reference_scores
+from teacher.figures import rationale_stats, reference_scores
 from utils_evaluate import CATEGORIES, accuracy_table, question_rouge, resolve_answer
 
 ANSWERS = dict(zip(ANSWER_COLUMNS, "NAT SOC LAN TXT IMG NO G1-6 G7-12 AVG".split(), strict=True))

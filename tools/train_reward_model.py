@@ -34,6 +34,7 @@ from rl import run_folder
 from rl.flags import SCHEDULES
 from teacher import handoff, reference
 from teacher.agreement import FIGURES, agreement_figures, position_name
+from teacher.data_check import refuse_other_data
 from teacher.interface import MODEL, REFERENCE, same_model
 from teacher.reply_files import read_scores, read_sidecar
 from teacher.session import CHECKS, OURS, UNKNOWN
@@ -307,6 +308,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # everything that can be wrong, before a model is loaded
     qids = list(dict.fromkeys(qid for qid, _ in found))
     data = reward_model.read_questions(args, qids)
+    items = [item for folder in args.questions_dirs for item in handoff.exported_items(folder)]
+    refuse_other_data([item for item in items if item.qid in data.problems], data.problems, args)
     info = check_checkpoint(args.model, data.patch_size, args.img_type, flag="--model")
     if reward_model.is_reward_model(args.model):
         refuse_leaks(args)

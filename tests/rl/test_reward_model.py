@@ -473,6 +473,17 @@ def test_haiku_refuses_what_is_no_reward_model(world, tmp_path, no_model, monkey
     asked("--ask_share must be above 0", "--ask_share", "1.5")
     asked("--watch nor --check", "--ask_share", "0.5", "--watch", "1")
     asked("--data_root", "--data_root", tmp_path)
+    other = tmp_path / "other data"  # the same question ids
+    shutil.copytree(world.data, other)
+    [qid, *_] = world.qids
+    changed = world.problems | {qid: world.problems[qid] | {"question": "What is that?"}}
+    files.write_json(other / "scienceqa/problems.json", changed)
+    before = sorted(root.rglob("*"))
+    asked(f"{root} was not made from {other / 'scienceqa'}: question {qid} is another", "--data_root", other)
+    assert sorted(root.rglob("*")) == before
+    trained = train_flags(world, data_root=other, run_dir=tmp_path / "never")
+    refused(lambda: train_reward_model.main(trained), f"{world.scored} was not made from {other / 'scienceqa'}")
+    assert not (tmp_path / "never").exists()
     monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
     asked("ANTHROPIC_API_KEY", "--ask_share", "0.5")
     refused(lambda: haiku.main(["--questions_dir", str(root), "--teacher", "model"]), "needs --reward_model")

@@ -23,11 +23,13 @@ import run_mm_cot_lora
 import run_mm_cot_rl
 from ares.cli import UserError
 from teacher import handoff
-from tests.conftest import ROOT
+from teacher.data_check import RECORD
+from tests.conftest import ROOT, one_line_error
 from tests.rl import rl_tools
 from tests.rl.rl_tools import ROUND_FILES, flags, metrics_of
 from tests.teacher.teacher_tools import wait_until
 
+HOW = {"env": {**os.environ, "PYTHON": sys.executable}, "capture_output": True, "text": True}
 QUESTIONS = 7  # k = 2 gives 14 rationales; a few hold no sentence, about which the Teacher is not asked
 
 
@@ -65,8 +67,7 @@ def rl(world, run: Path, act) -> None:
 
 def shell(command: str, cwd: Path) -> str:
     """A line as it is typed in bash; returns what it printed."""
-    environment = {**os.environ, "PYTHON": sys.executable}
-    done = subprocess.run(["bash", "-c", command], cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", command], cwd=cwd, **HOW)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -91,6 +92,11 @@ def test_by_hand(world, tmp_path, capsys):
     desk, run = tmp_path / "preprocessing_after_RL", tmp_path / "run"
     shutil.copytree(ROOT / "preprocessing_after_RL", desk)  # it holds the scripts themselves
     data = f"--data_root {world.data} --images {world.images}"
+    other_data = tmp_path / "other"  # the same question ids
+    shutil.copytree(world.data / "scienceqa", other_data / "scienceqa")
+    problems = json.loads((other_data / "scienceqa/problems.json").read_text())
+    changed = {qid: {**problem, "question": "What is that?"} for qid, problem in problems.items()}
+    (other_data / "scienceqa/problems.json").write_text(json.dumps(changed))
 
     def still_waiting():
         """RL looks every 0.2 s: had it taken something for the end of the feedback, its scores would be there."""
@@ -99,8 +105,12 @@ def test_by_hand(world, tmp_path, capsys):
 
     def act(questions):
         before = {item.folder.relative_to(questions) for item in handoff.iter_items(questions)}
+        assert len(json.loads((questions / RECORD).read_text())) == QUESTIONS
         shell(f"cp -r {questions}/* preprocessing_after_RL/", tmp_path)
         script = f"{ROOT}/preprocessing_after_RL/processing_sentence_level_feedback.sh"
+        refused = subprocess.run(["bash", script, "--data_root", str(other_data)], cwd=tmp_path, **HOW)
+        one_line_error(refused, f"preprocessing_after_RL was not made from {other_data / 'scienceqa'}")
+        assert not list(desk.rglob(handoff.REQUEST))
         out = shell(f"bash {script} --problems scienceqa {data}", tmp_path)
         assert f"{len(before)} requests in preprocessing_after_RL" in out
         shell(f"$PYTHON {ROOT}/haiku.py --teacher reference --no-done {data}", tmp_path)

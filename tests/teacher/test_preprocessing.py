@@ -12,8 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import haiku
+import haiku_for_correction_feedback
 import preprocessing_for_correction_feedback
+from ares import files
 from ares.cli import UserError
+from teacher.data_check import RECORD, write_record
 from teacher.handoff import (
     DONE,
     IMAGE,
@@ -209,6 +213,75 @@ def test_images_behind_links_and_absent_ones(tmp_path):
     assert not (folder / REQUEST).exists()  # it would say that the folder is ready
 
 
+# -- a folder of other data whose question ids are the same -------------------------------------------------
+
+
+def other_data(root: Path, problems: dict, qid: str, change: str, train=()) -> Path:
+    """`root` as a data folder of the same ids, in which question `qid` is another one."""
+    first, *choices = problems[qid]["choices"]
+    changed = {
+        "question": {"question": "What is that?"},
+        "choices": {"choices": [*choices, "none of these"]},
+        "order": {"choices": [*choices, first]},
+        "gold": {"answer": (problems[qid]["answer"] + 1) % len(problems[qid]["choices"])},
+        "mended": {"hint": "Look.", "solution": "It is so.", "lecture": "A lecture."},
+    }[change]
+    files.write_json(root / "scienceqa/problems.json", problems | {qid: problems[qid] | changed})
+    files.write_json(root / "scienceqa/pid_splits.json", {"train": list(train), "test": list(problems)})
+    return root
+
+
+def refuses(call, folder: Path, root: Path, qid: str) -> None:
+    """One line that names data, folder and question; nothing has been written."""
+    before = listing(folder)
+    line = stops(call, f"question {qid} ")
+    assert str(root / "scienceqa") in line and str(folder) in line and "--dataset" in line, line
+    assert listing(folder) == before
+
+
+@pytest.mark.parametrize("change", ["question", "choices", "order", "gold"])
+@pytest.mark.parametrize("known_by", ["its requests", "its record"])
+def test_a_folder_of_other_data_is_refused(tmp_path, problems, pictured, prepare, api_environment, change, known_by):
+    """The last question only: with what an export records, and with the requests alone, as in older folders."""
+    questions, qid = tmp_path / "questions", pictured[-1]
+    export(questions, pictured)
+    flags = ["--questions_dir", questions, "--dataset", "scienceqa"]
+    if known_by == "its record":
+        write_record(questions, problems, pictured)
+    else:
+        prepare(*flags)
+    other = ["--data_root", other_data(tmp_path / "other", problems, qid, change)]
+    refuses(lambda: prepare(*flags, *other), questions, tmp_path / "other", qid)
+    reference = ["--teacher", "reference"]
+    for more in (reference, [*reference, "--watch", "0.001"], ["--estimate"], ["--check", "2"]):
+        argv = [*flags, *other, *more]
+        refuses(lambda argv=argv: haiku.main([*map(str, argv)]), questions, tmp_path / "other", qid)
+
+    same = other_data(tmp_path / "mended", problems, qid, "mended")  # the questions are those that were exported
+    prepare(*flags, "--data_root", same)
+    haiku.main([*map(str, ["--teacher", "reference", *flags, "--data_root", same])])
+    assert all((question_dir(questions, 1, 0, one) / SCORES).exists() for one in pictured)
+
+
+def test_requests_of_an_older_round_and_in_other_words_say_nothing_about_the_data(tmp_path, problems, prepare):
+    """A folder is used again for other data, whose rationales are copied over the old ones; requests by hand."""
+    questions = tmp_path / "questions"
+    export(questions, ["155", "952"])
+    flags = ["--questions_dir", questions]
+    prepare(*flags)
+    other = other_data(tmp_path / "other", problems, "155", "question")
+    write_rationale(question_dir(questions, 0, 0, "155"), ["Another thought."])
+    for action in (0, 1):
+        request = question_dir(questions, action, 0, "952") / REQUEST
+        request.write_text("Please score:\n" + request.read_text().partition("\n\n")[2])
+    (question_dir(questions, 1, 0, "155") / REQUEST).unlink()
+    prepare(*flags, "--data_root", other)
+    assert "What is that?" in (question_dir(questions, 0, 0, "155") / REQUEST).read_text()
+    for damaged in ("", "[]", '{"155": '):
+        (questions / RECORD).write_text(damaged)
+        stops(lambda: prepare(*flags), f"{RECORD}.*delete it")
+
+
 # -- corrections -----------------------------------------------------------------------------------------
 
 
@@ -257,6 +330,20 @@ def test_correction_in_split_order_with_images(tmp_path, data_root, pictured, co
     assert read_rationale(tmp_path / "out/0/p0" / pictured[1]) == ["Two."]
     assert (tmp_path / "out/0/p0" / pictured[1] / IMAGE).exists()
     assert (tmp_path / "out/0/p0" / pictured[2] / "choice_0.png").exists()
+
+
+def test_corrections_of_other_data_are_refused(tmp_path, problems, correct):
+    train = [qid for qid, problem in problems.items() if problem["split"] == "train"][:2]
+    other_data(tmp_path / "data", problems, train[1], "mended", train)
+    other_data(tmp_path / "other", problems, train[1], "question", train)
+    folder = tmp_path / "preprocessing_after_RL/correction"
+    correct({"preds": ["One.", "Two."], "qids": train}, "--data_root", tmp_path / "data")
+    flags = ["--teacher", "reference", "--correction_dir", str(folder)]
+    asked = [*flags, "--data_root", str(tmp_path / "other")]
+    refuses(lambda: haiku_for_correction_feedback.main(asked), folder, tmp_path / "other", train[1])
+    assert not (tmp_path / "other/scienceqa/correction.json").exists()
+    haiku_for_correction_feedback.main([*flags, "--data_root", str(tmp_path / "data")])
+    assert (tmp_path / "data/scienceqa/correction.json").exists()
 
 
 def test_rationales_that_fit_no_split(tmp_path, problems, correct):

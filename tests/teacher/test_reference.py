@@ -11,17 +11,16 @@ from statistics import mean
 import pytest
 
 from ares.sentences import split_text
+from teacher.figures import rationale_figures
+from teacher.gold_texts import read_gold, texts_of
 from teacher.parsing import Verdict
 from teacher.reference import (
     _judge_each,
-    _material,
-    _texts,
     compare,
     concluded_choice,
     correct_rationale,
     figures_of,
     judge,
-    rationale_figures,
     score_sentences,
 )
 from teacher.text_similarity import Sentence
@@ -192,7 +191,8 @@ def test_rules_that_need_another_question():
         ("A whale is not a fish at all.", "gold", 0.9),
         ("A whale is a fish.", "gold", 0.1),
     ]:
-        (found,) = _judge_each([Sentence(text, _material(_texts(problem)).choices)], _material(_texts(problem)))
+        material = read_gold(texts_of(problem))
+        (found,) = _judge_each([Sentence(text, material.choices)], material)
         assert (found.kind, found.score) == (kind, score), text
 
 

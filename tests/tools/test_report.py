@@ -12,7 +12,7 @@ from ares import cli, files
 from ares.cli import UserError
 from ares.sentences import split_text
 from teacher import handoff, reference
-from teacher.reference import rationale_figures
+from teacher.figures import figures_by_question, rationale_figures
 from tests.conftest import ROOT
 from tests.tools.report_tools import NAME, SECOND, make_problems, parts_of, picture, released_file, write_predictions
 from tools import report
@@ -372,7 +372,7 @@ def test_changes_are_paired_by_question_whatever_the_order(tmp_path):
     stages.score_stages(found, problems, {})
     (same, better) = stages.changes([(stage.name, stage.splits["test"]) for stage in found], problems)
     assert same == ["a - a", *(f"{zero} [{zero}, {zero}], not distinguishable" for zero in ("+0.000", "+0.0", "+0.0"))]
-    one, other = (reference.figures_by_question(problems, qids, texts) for texts in (right, wrong))
+    one, other = (figures_by_question(problems, qids, texts) for texts in (right, wrong))
     for cell, key, digits in zip(better[1:], ("score", "concludes", "covered"), (3, 1, 1), strict=True):
         difference = sum(a - b for a, b in zip(one[key], other[key], strict=True)) / 12
         low, high = (float(end) for end in re.search(r"\[(.*), (.*)\]", cell).groups())

@@ -13,7 +13,7 @@ import pytest
 
 from ares import cli, files
 from ares.intervals import DRAWS, mcnemar, mean_interval, paired_difference, ratio_interval, shares_interval
-from teacher.reference import rationale_figures
+from teacher.figures import rationale_figures
 from tests.conftest import ROOT
 from tests.tools.report_tools import released_file
 from tools import compare, results

@@ -12,7 +12,7 @@ from ares.cli import UserError
 from ares.intervals import difference_text
 from ares.predictions import FILE_NAMES, Predictions, prediction_file, read_predictions, split_label
 from ares.sentences import split_text
-from teacher.reference import figures_by_question, rationale_figures, reference_scores
+from teacher.figures import figures_by_question, rationale_figures, reference_scores
 from utils_evaluate import extract_answer, get_scores, resolve_answer
 
 LETTERS = "ABCDE"
