@@ -223,6 +223,21 @@ def test_nothing_outside_the_mask_matters(seed, filler):
         assert not wider[~wide["mask"]].any()
 
 
+@pytest.mark.parametrize("filler", [1e6, math.inf, math.nan])
+def test_advantages_outside_the_mask_do_not_matter(filler):
+    """Those of the trainer are whitened, and 0 there; others need not be."""
+    case = random_case(203)
+    mask, found = case["mask"], []
+    assert not mask.all()
+    for outside in (0.0, filler):
+        logprobs = case["new"].clone().requires_grad_()
+        given = logprobs, case["old"], case["rewards"].masked_fill(~mask, outside), mask, 0.2
+        loss = ppo.policy_loss(*given)
+        loss.backward()
+        found.append((loss.detach(), logprobs.grad, ppo.clipfrac(*given)))
+    torch.testing.assert_close(found[1], found[0], atol=0, rtol=0)
+
+
 def test_shares_of_a_step_add_up():
     """Minibatches with the whole step's denominator give what one big batch gives."""
     case = random_case(7)

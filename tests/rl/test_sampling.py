@@ -264,6 +264,12 @@ def test_candidates_are_those_of_the_librarys_warpers(top_k, top_p):
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
 
 
+def test_top_p_is_reached_by_the_fewest_tokens():
+    """Two of four equal tokens reach 0.5 exactly; a third is not needed."""
+    _, probabilities = sampling.candidates(torch.zeros(1, 4), Sampling(1, True, 0, 0.5, 9))
+    assert (probabilities > 0).sum() == 2
+
+
 def test_draws_follow_their_probabilities_and_never_give_the_pad():
     logits = torch.tensor([3.0, 1.0, 0.0, 2.0, -1.0, 0.5]).repeat(40_000, 1)
     u = torch.rand(40_000, generator=torch.Generator().manual_seed(0))
@@ -322,7 +328,7 @@ def test_groups_of_like_length_change_no_number(models, t5_tokenizer, monkeypatc
     for row, n in enumerate((3, 12, 7, 11)):
         actions[row, 1 : n + 1] = torch.arange(100, 100 + n)
     mask, found = action_mask(actions), []
-    for cost in (0, 10**6):  # a group for each length; one group
+    for cost in (10**6, 0, 4):  # one group; a group for each length; two rows whose prompts differ in each group
         monkeypatch.setattr(minibatches, "GROUP_COST", cost)
         states = actor_critic.encode(models.policy, prompt)
         real = states * prompt["attention_mask"][..., None]
@@ -330,8 +336,9 @@ def test_groups_of_like_length_change_no_number(models, t5_tokenizer, monkeypatc
         logprobs, entropy = actor_critic.policy_logprobs(models.policy, *how, devices.flat_index(mask))
         values = actor_critic.state_values(models.value_function, *how) * mask
         found.append((real, logprobs, entropy, values))
-    assert len(minibatches.length_groups([3, 12, 7, 11])) == 1
-    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+        assert len(minibatches.length_groups([3, 12, 7, 11])) == {10**6: 1, 0: 4, 4: 2}[cost]
+    for one in found[1:]:
+        torch.testing.assert_close(one, found[0], atol=1e-5, rtol=1e-5)
 
 
 def test_masks_as_a_gpu_gets_them_change_no_number(world, t5_tokenizer, monkeypatch):
