@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from ares import cli, files
 from ares.data_folder import read_data_folder
 from teacher import handoff
-from teacher.prompts import correction_request
+from teacher.prompts import asks_other, correction_request
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         known = None
         with contextlib.suppress(handoff.Refused):
             known = handoff.read_rationale(folder)
-        if known != [rationale]:  # the whole text as one entry: no part of it can be lost in splitting
+        other = asks_other(handoff.request_text(folder) or "", data.problems[qid])  # of other data with this id
+        if known != [rationale] or other:  # the whole text as one entry: no part of it can be lost in splitting
             set_aside += handoff.set_reply_aside(folder)
             handoff.write_rationale(folder, [rationale])
         handoff.write_request(folder, correction_request(data.problems[qid], rationale), images[qid])

@@ -344,6 +344,10 @@ def test_corrections_of_other_data_are_refused(tmp_path, problems, correct):
     assert not (tmp_path / "other/scienceqa/correction.json").exists()
     haiku_for_correction_feedback.main([*flags, "--data_root", str(tmp_path / "data")])
     assert (tmp_path / "data/scienceqa/correction.json").exists()
+    # prepared anew for the other data, whose rationales happen to be the same: the reply is about another question
+    out = correct({"preds": ["One.", "Two."], "qids": train}, "--data_root", tmp_path / "other").out
+    assert "1 replies" in out and not (folder / "0/p0" / train[1] / REPLY).exists()
+    haiku_for_correction_feedback.main(asked)
 
 
 def test_rationales_that_fit_no_split(tmp_path, problems, correct):
