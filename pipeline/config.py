@@ -1,7 +1,9 @@
 """The configuration of run_ares.py: the scripts' own flags, block by block, checked by the scripts' own parsers.
 
-config = Config("configs/demo.yaml", ["rl.lr=1e-4"])       # raises UserError for what no script would take
-config["rl"], config.value("rl", "k_actions"), config.words("main.py", ["data", "sft"], {"output": ...})
+    config = Config("configs/demo.yaml", ["rl.lr=1e-4"])       # raises UserError for what no script would take
+    config["rl"], config.value("rl", "k_actions"), config.words("main.py", ["data", "sft"], {"output": ...})
+
+Scripts are imported by their names, when a flag of theirs is checked.
 """
 
 from __future__ import annotations
@@ -54,13 +56,8 @@ REMOVABLE, NEEDED = ("features", "captions", "lora", "judge"), ("start", "rl", "
 BLOCK = (dict, type(None))
 SCRIPTS = {script for scripts in BLOCKS.values() for script in scripts}
 NEED_TORCH = ("main.py", "run_mm_cot_lora.py", "tools/doctor.py")  # to check their flags
-FOLDERS = (
-    "--base_model_dir",
-    "--ref_model",
-    "--evaluate_dir",
-    "--run",
-    "--correction_dir",
-)  # flags of folders made later
+# flags of folders that a stage of the same run makes
+FOLDERS = ("--base_model_dir", "--ref_model", "--evaluate_dir", "--run", "--correction_dir")
 
 
 class Config:
