@@ -25,8 +25,9 @@ import torch
 from PIL import Image
 
 from ares import downloads
+from ares.archives import BadArchive, unpack
 from ares.cli import UserError
-from ares.downloads import ROWS, Refused, fetch, table, unpack
+from ares.downloads import ROWS, fetch, table
 from ares.launch import only_one
 from tests.conftest import ROOT, one_line_error
 from tests.disk import fill, small_disk
@@ -562,7 +563,7 @@ def test_unsafe_and_damaged_archives(data, suffix, words, tmp_path):
     archive = tmp_path / "in" / f"train{suffix}"
     archive.parent.mkdir()
     archive.write_bytes(data)
-    with pytest.raises(Refused, match=re.escape(words)) as refusal:
+    with pytest.raises(BadArchive, match=re.escape(words)) as refusal:
         unpack(archive, tmp_path / "in/train", "*/*.png")
     assert str(archive) in str(refusal.value) and "\n" not in str(refusal.value)
     assert content(tmp_path) == {f"in/{archive.name}": data}
