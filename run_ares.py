@@ -21,7 +21,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ares import cli, files
 from ares.cli import UserError, print0
@@ -29,6 +29,7 @@ from pipeline.config import Config, command_fault, fill, nearest, split_words
 from pipeline.plan import show_plan
 from pipeline.stages import ROOT, Chain, Stage
 
+FRESH = "--fresh"
 INSTALL = "install the packages: source setup_venv.sh && setup_venv && source .venv/bin/activate"
 PARTS = ("prepare", "check", "features", "captions", "start", "baseline", "rl", "generate", "correct", "sft", "lora",
          "judge", "results", "report", "table")  # fmt: skip
@@ -247,18 +248,30 @@ def selected(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) ->
     return chosen
 
 
-def to_forget(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) -> list[Stage]:
-    """What --redo names and all that depends on it, but for what a stopped run with the same --redo has begun to redo.
-    Raises UserError for other finished stages whose inputs or flags changed. Deletes nothing."""
-    fresh = args.fresh and (chain.folder / "run.json").exists()
-    again, going_on = {stage.name for stage in stages} if fresh else set(args.redo), []
-    if not fresh:
-        redone = begun_again(chain)
-        going_on = [one.name for one in stages if one.name in again and redone.get(one.name) == one.identity()]
-        again -= set(going_on)
-    if going_on:
-        anew = f"to begin it anew, delete {chain.redo_file}"
-        print0(f"--redo {' '.join(going_on)}: goes on with what a stopped run has begun to redo ({anew})")
+def begins_anew(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) -> tuple[bool, set[str]]:
+    """(whether --fresh empties the folder, the stages that --redo deletes), without what a stopped run has begun anew:
+    the same command goes on with it. Changes nothing on disk."""
+    begun, redo = begun_anew(chain), set(args.redo)
+    same = {stage.name for stage in stages if begun.get(stage.name) == stage.identity()}
+    fresh, goes_on = args.fresh, redo & same
+    if args.fresh and FRESH in begun and begun.keys() - {FRESH} <= same:
+        fresh, goes_on = False, {FRESH}
+    if goes_on:
+        flag = FRESH if args.fresh else f"--redo {' '.join(sorted(goes_on))}"
+        print0(f"{flag}: goes on with what a stopped run has begun anew (delete {chain.redo_file} for another time)")
+    return fresh and (chain.folder / "run.json").exists(), redo - same
+
+
+def begun_anew(chain: Chain) -> dict[str, list]:
+    """Stage -> its commands, of the stages that --redo or --fresh (then with the key FRESH) has begun anew in a run
+    that has not ended."""
+    return files.read_json(chain.redo_file, "--output", dict) if chain.redo_file.exists() else {}
+
+
+def to_forget(stages: Sequence[Stage], chain: Chain, fresh: bool, redo: set[str]) -> list[Stage]:
+    """The stages of `redo`, with `fresh` all, and all that depends on them. Raises UserError for other finished stages
+    whose inputs or flags changed. Deletes nothing."""
+    again = {stage.name for stage in stages} if fresh else set(redo)
     for stage in stages:
         begun = stage.name in {**chain.done, **chain.begun} or any(path.exists() for path in stage.makes)
         if stage.name in again or (begun and again & set(stage.uses)):
@@ -276,11 +289,6 @@ def to_forget(stages: Sequence[Stage], chain: Chain, args: argparse.Namespace) -
                 f"--{'fresh' if fresh else 'redo'}: {path} is outside {chain.folder} and stays; delete it first"
             )
     return forgotten
-
-
-def begun_again(chain: Chain) -> dict[str, list]:
-    """Stage -> its commands, of the stages that --redo named in a run that has not ended."""
-    return files.read_json(chain.redo_file, "--redo", dict) if chain.redo_file.exists() else {}
 
 
 # -- main ------------------------------------------------------------------------------------------------
@@ -310,8 +318,12 @@ def carry_out_all(args: argparse.Namespace) -> None:
         if not looking:
             for run in runs:
                 held.enter_context(Chain.only(run.output))
-        for work in [prepared(run, args) for run in runs]:  # all are checked before anything is deleted or run
-            carry_out(*work, args)
+        works = [prepared(run, args) for run in runs]  # all are checked before anything is deleted or run
+        for work in works:
+            carry_out(work, args)
+        for work in [] if looking else works:  # now that all have ended, the same command begins anew
+            if begun_anew(work.chain).keys() <= {FRESH, *(stage.name for stage in work.chosen)}:
+                work.chain.redo_file.unlink(missing_ok=True)
     if args.seeds and not looking and all((run.output / "table.json").exists() for run in runs):
         pooled = [f"{run.output}" for run in runs]
         words = ["python", "tools/compare.py", "--runs", *pooled, "--output", str(output)]
@@ -323,25 +335,38 @@ def carry_out_all(args: argparse.Namespace) -> None:
         print_table(output)
 
 
-def prepared(run: Run, args: argparse.Namespace) -> tuple[Run, Chain, list[Stage], list[Stage]]:
-    """A run, what is done of it, the stages that were chosen, and those to forget before. Raises UserError for what
-    cannot be done, also for flags that a later stage would refuse; changes nothing on disk."""
+class Work(NamedTuple):
+    """What is to be done of a run: the stages that were chosen, after those to forget; with `fresh` in an empty
+    folder."""
+
+    run: Run
+    chain: Chain
+    chosen: list[Stage]
+    again: list[Stage]
+    fresh: bool
+
+
+def prepared(run: Run, args: argparse.Namespace) -> Work:
+    """Raises UserError for what cannot be done, also for flags that a later stage would refuse; changes nothing on
+    disk."""
     chain, stages = Chain(run.output), run.stages()
-    if args.fresh and (run.output / "run.json").exists():
+    fresh, redo = begins_anew(stages, chain, args)
+    if fresh:
         chain.done, chain.begun = {}, {}
     chosen = selected(stages, chain, args)
-    again, faults, looking = to_forget(stages, chain, args), [], args.plan or args.dry_run
+    again, faults, looking = to_forget(stages, chain, fresh, redo), [], args.plan or args.dry_run
     for stage in chosen:
         if stage in again or stage.name not in chain.done:
             found = [None if looking else chain.not_found(stage)]
             found += [command_fault(command, looking) for command in stage.commands]
             faults += [f"stage {stage.name}: {fault}" for fault in dict.fromkeys(found) if fault]
     cli.refuse(faults)
-    return run, chain, chosen, again
+    return Work(run, chain, chosen, again, fresh)
 
 
-def carry_out(run: Run, chain: Chain, chosen: list[Stage], again: list[Stage], args: argparse.Namespace) -> None:
+def carry_out(work: Work, args: argparse.Namespace) -> None:
     """Show or run the chosen stages of a run."""
+    run, chain, chosen, again, fresh = work
     if args.plan or args.dry_run:
         for stage in again:
             chain.done.pop(stage.name, None)
@@ -351,18 +376,16 @@ def carry_out(run: Run, chain: Chain, chosen: list[Stage], again: list[Stage], a
             if stage.name not in chain.done:
                 print0(f"# {stage.name}: {stage.title}", *stage.commands, sep="\n")
         return None
-    if args.fresh and (run.output / "run.json").exists():
+    if fresh:
         chain.clear()
     for stage in again:
         chain.forget(stage)
     settings = {"config": run.config.values, "seed": run.seed, "rounds": run.rounds}
     files.write_json(run.output / "run.json", settings)
-    if args.redo:  # a kill before this line leaves nothing that is worth keeping
-        redone = {stage.name: stage.identity() for stage in run.stages() if stage.name in args.redo}
-        files.write_json(chain.redo_file, redone)
+    if args.fresh or args.redo:  # a kill before this line leaves nothing that is worth keeping
+        anew = {stage.name: stage.identity() for stage in chosen if args.fresh or stage.name in args.redo}
+        files.write_json(chain.redo_file, {**begun_anew(chain), **anew, **({FRESH: []} if args.fresh else {})})
     chain.run(chosen)
-    if begun_again(chain).keys() <= {stage.name for stage in chosen}:
-        chain.redo_file.unlink(missing_ok=True)
     return print_table(run.output)
 
 

@@ -148,6 +148,8 @@ class Config:
                     return f"true or false, not {value!r}"
             elif not given or not all(isinstance(each, (str, int, float)) for each in given):
                 return f"a text or a number, not {value!r}; a text that YAML reads otherwise needs quotes"
+            elif any(str(each).startswith("--") for each in given):
+                return f"values, not flags; not {value!r}"
             elif isinstance(count, int) and len(given) != count:
                 return f"takes {count} value{'s' * (count > 1)}, not {len(given)}"
             elif said := refusal(parser_of(script).parse_args, [f"--{flag}", *map(str, given)]):

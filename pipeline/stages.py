@@ -71,7 +71,7 @@ class Chain:
 
     def __init__(self, folder: Path):
         self.folder, self.record_file = folder, folder / "stages.json"
-        self.redo_file = folder / "redo.json"  # stages that an unfinished run with --redo began anew -> their commands
+        self.redo_file = folder / "redo.json"  # stages that an unfinished run began anew -> their commands
         self.done: dict[str, dict[str, Any]] = {}
         self.begun: dict[str, list[list[str]]] = {}  # unfinished stage -> its finished commands
         if self.record_file.exists():

@@ -127,37 +127,46 @@ def test_a_redo_forgets_the_finished_commands_of_a_stopped_stage_after_it(tmp_pa
     chain = Chain(tmp_path)
     chain.run([first])
     chain.begun["generate"] = [shlex.split(then.commands[0])]
-    args = run_ares.parse_args(["--config", "configs/smoke.yaml", "--redo", "rl"])
-    assert run_ares.to_forget([first, then], chain, args) == [first, then]
+    assert run_ares.to_forget([first, then], chain, False, {"rl"}) == [first, then]
 
 
-def test_a_repeated_redo_goes_on_where_it_was_killed(tmp_path, capsys):
-    """The Teacher's replies of the new rollouts are paid for: the same command does not delete them."""
+@pytest.mark.parametrize("flag", ["--redo prepare", "--fresh"])
+@pytest.mark.parametrize("seeds", ["0", "0 1"])
+def test_a_repeated_redo_goes_on_where_it_was_killed(tmp_path, capsys, flag, seeds):
+    """What the Teacher was paid for is not deleted by the same command, also of a seed that had ended before."""
+    count, fixed = tmp_path / "count", tmp_path / "fixed"
+    last = seeds[-1]
+    counts = python(f"open({str(count)!r}, 'a').write('{{seed}}')")
+    fails = python(f"import os; raise SystemExit('{{seed}}' == '{last}' and not os.path.exists({str(fixed)!r}))")
     config = tmp_path / "quick.yaml"
-    counts = python(f"open({str(tmp_path / 'count')!r}, 'a').write('x')")
-    fails = python(f"import os; raise SystemExit(not os.path.exists({str(tmp_path / 'fixed')!r}))")
-    commands = json.dumps([counts, fails])
-    config.write_text(f"extends: {ROOT}/configs/smoke.yaml\nprepare: {commands}\nfeatures: null\n")
+    config.write_text(f"extends: {ROOT}/configs/smoke.yaml\nprepare: {json.dumps([counts, fails])}\nfeatures: null\n")
     words = ["--config", str(config), "--output", str(tmp_path / "run"), "--until", "prepare"]
-    (tmp_path / "fixed").touch()
+    words += ["--seeds", *seeds.split()] if " " in seeds else []
+    run = tmp_path / ("run/seed1" if " " in seeds else "run")
+
+    def stopped(*more: str) -> str:
+        with pytest.raises(UserError, match="stage prepare ended with status 1"):
+            run_ares.main([*words, *more])
+        return count.read_text()
+
+    once = seeds.replace(" ", "")
+    fixed.touch()
     run_ares.main(words)
-    (tmp_path / "fixed").unlink()
-    old, paid = tmp_path / "run/data/old.txt", tmp_path / "run/data/paid.txt"
+    fixed.unlink()
+    old, paid = run / "data/old.txt", run / "data/paid.txt"
     old.parent.mkdir()
     old.touch()
-    with pytest.raises(UserError, match="stage prepare ended with status 1"):
-        run_ares.main([*words, "--redo", "prepare"])
-    assert not old.exists() and (tmp_path / "count").read_text() == "xx"
+    assert stopped(*flag.split()) == once * 2 and not old.exists()
     paid.parent.mkdir()
     paid.touch()
-    with pytest.raises(UserError, match="stage prepare ended with status 1"):
-        run_ares.main([*words, "--redo", "prepare"])
-    (tmp_path / "fixed").touch()
-    run_ares.main([*words, "--redo", "prepare"])
-    assert paid.exists() and (tmp_path / "count").read_text() == "xx"
-    assert "--redo prepare: goes on with what a stopped run has begun" in capsys.readouterr().out
-    run_ares.main([*words, "--redo", "prepare"])  # the redo had ended: this is another one
-    assert not paid.exists() and (tmp_path / "count").read_text() == "xxx"
+    assert stopped(*flag.split()) == once * 2 and paid.exists()
+    assert stopped("--redo", "judge") == once * 2  # another one does not make it forget
+    fixed.touch()
+    run_ares.main([*words, *flag.split()])
+    assert count.read_text() == once * 2 and paid.exists()
+    assert f"{flag}: goes on with what a stopped run has begun anew" in capsys.readouterr().out
+    run_ares.main([*words, *flag.split()])  # that had ended: begun anew once more
+    assert count.read_text() == once * 3 and not paid.exists()
 
 
 LAUNCHER = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()"  # passes nothing on
@@ -489,6 +498,7 @@ VALUES = {
     "rl.overwrite=false": None,
     "start.folder=models": None,
     "rl.lr=-x": "rl.lr: expected one argument",
+    "report.splits=[test, --seed, 7]": "report.splits: values, not flags",
     "rl.seed=7": "rl.seed: .* sets --seed",
     "rl.ref_model=other": "rl.ref_model: .* sets --ref_model",
     "rl.phase=collect": "rl.phase: .* sets --phase",
