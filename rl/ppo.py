@@ -281,7 +281,6 @@ def _surrogates(logprobs, old_logprobs, advantages, mask, clip_range) -> tuple[T
     """The two terms of PPO's maximum, (B, T) each: unclipped and clipped."""
     logratio = _keep(logprobs - old_logprobs, mask)
     ratio = logratio.exp()
-    advantages = _keep(advantages, mask)
     return -advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
 
 

@@ -548,6 +548,13 @@ def test_passes_hold_the_rows_of_their_update_within_the_tokens_given(processes,
         assert len(found) == (len(step) if tokens == 0 else 1 if tokens == 10**6 else len(found))
 
 
+def test_in_the_last_step_every_process_has_equally_many_minibatches():
+    """5 rows, one a minibatch, 3 processes: two groups of three, the last of them with an empty minibatch."""
+    [step] = minibatches.plan_epoch([(4, 4)] * 5, 1, 3, 2, seed=0)
+    assert [len(group) for group in step] == [3, 3] and step[1][2] == []
+    assert sorted(row for group in step for rows in group for row in rows) == [0, 1, 2, 3, 4]
+
+
 def test_passes_use_the_whole_limit():
     step, lengths = [[[0, 1]], [[2]], [[3]]], [(3, 7)] * 4  # 10 tokens a row
     assert minibatches.micro_batches(step, lengths, 30) == [[[0, 1, 2]], [[3]]]

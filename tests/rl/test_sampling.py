@@ -206,6 +206,8 @@ def test_values_are_not_rounded_to_half_precision(world, t5_tokenizer, kept):
         torch.testing.assert_close(values, plain, atol=1e-6, rtol=0)
     for states, values in heads:
         torch.testing.assert_close(head(states.float())[..., 0], values, atol=1e-6, rtol=0)
+    coarse = heads[0][0].detach().bfloat16()
+    assert torch.equal(model.values(coarse), model.values(coarse.float()))
     if kept == "trained":
         joint.sum().backward()
         assert all(p.grad.dtype == torch.float32 and p.grad.any() for p in model.v_head.parameters())
