@@ -512,6 +512,10 @@ def test_a_disk_that_fills_up_meanwhile(mirror, tmp_path):
         thread = threading.Thread(target=run)
         thread.start()
         assert mirror.stalled.wait(30)
+        end = time.monotonic() + 30  # until what was sent is on the disk
+        while sum(part.stat().st_size for part in disk.rglob("*.part")) < 100_000:
+            assert time.monotonic() < end
+            time.sleep(0.01)
         filler = fill(disk, leave=50_000)
         mirror.faults[f"cdn/{VIT}"] = []
         mirror.go.set()
