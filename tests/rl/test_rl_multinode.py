@@ -34,7 +34,7 @@ def environment(**more) -> dict:
 
 @pytest.fixture(scope="module")
 def collected(world, sample):
-    """Acceptance 2, first half: collected by two processes, scored in place by the reference Teacher's own script."""
+    """Collected by two processes, scored in place by the reference Teacher's own script."""
     run = world.tmp / "collected"
     done = run_script("run_mm_cot_rl.py", *flags(world, run, phase="collect"), nproc=2, env=environment())
     assert "2 process(es) on cpu" in done.stdout and "round 0 is collected\nnext:\n" in done.stdout
@@ -48,7 +48,7 @@ def collected(world, sample):
 
 
 def test_collect_with_two_processes_score_in_place_train_with_one(world, collected, tmp_path, capsys):
-    """Acceptance 2, second half: every named diagnostic is there, finite."""
+    """Every named diagnostic is there, finite."""
     run = tmp_path / "run"
     shutil.copytree(collected, run)
     launch(world, run, phase="train", report_to=None)

@@ -171,31 +171,25 @@ READ, WRITTEN, LIFETIMES = "cache_read_input_tokens", "cache_creation_input_toke
 MILLION, HOUR = 10**6, "ephemeral_1h_input_tokens"
 
 
-CACHED = [  # usage as the API sends it, multiple of the price of a million input tokens
-    ({READ: MILLION}, 0.1),
-    ({WRITTEN: MILLION}, 1.25),
-    ({WRITTEN: MILLION, LIFETIMES: {"ephemeral_5m_input_tokens": MILLION}}, 1.25),
-    ({WRITTEN: MILLION, LIFETIMES: {HOUR: MILLION}}, 2.0),
-    ({WRITTEN: MILLION, LIFETIMES: {HOUR: MILLION // 2}}, 1.625),
-    ({WRITTEN: None, LIFETIMES: None, READ: None}, 0.0),
-    ({READ: MILLION, WRITTEN: MILLION}, 1.35),
-]
-
-
 @pytest.mark.parametrize("batch", [False, True])
-def test_cached_tokens_are_priced(server, tmp_path, problems, batch):
-    """Each reply has another usage."""
-    many_items(tmp_path / "questions", len(CACHED), problems)
-    message, usages = server.message, iter(CACHED)
-
-    def cached_differently(*about):
-        server.usage_extra = next(usages)[0]
-        return message(*about)
-
-    server.message = cached_differently
+@pytest.mark.parametrize(
+    "usage, factor",  # usage as the API sends it, multiple of the price of a million input tokens
+    [
+        ({READ: MILLION}, 0.1),
+        ({WRITTEN: MILLION}, 1.25),
+        ({WRITTEN: MILLION, LIFETIMES: {"ephemeral_5m_input_tokens": MILLION}}, 1.25),
+        ({WRITTEN: MILLION, LIFETIMES: {HOUR: MILLION}}, 2.0),
+        ({WRITTEN: MILLION, LIFETIMES: {HOUR: MILLION // 2}}, 1.625),
+        ({WRITTEN: None, LIFETIMES: None, READ: None}, 0.0),
+        ({READ: MILLION, WRITTEN: MILLION}, 1.35),
+    ],
+)
+def test_cached_tokens_are_priced(server, tmp_path, problems, usage, factor, batch):
+    many_items(tmp_path / "questions", 1, problems)
+    server.usage_extra = usage
     world = World(server, tmp_path / "questions", *(["--batch", "--poll_seconds", "0.05"] if batch else []))
-    world.ask("--no-cache", "--concurrency", "1")
-    cached = sum(factor for _, factor in CACHED) * 0.10 / (2 if batch else 1)
+    world.ask("--no-cache")
+    cached = factor * 0.10 / (2 if batch else 1)
     assert world.totals.usd == pytest.approx(paid_usd(server, batch) + cached)
 
 
